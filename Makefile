@@ -1,0 +1,52 @@
+# make serve        everything from a fresh clone to a server on http://127.0.0.1:8000 (PORT=9000 changes the port)
+# make setup        virtual environment in .venv, packages, sample images; quick when nothing changed
+# make test         the tests; make test-slow adds those that take minutes or gigabytes
+# make check        ruff, mypy, import-linter
+#
+# PYTHON=...        the interpreter for .venv (3.11 or 3.12)
+# TORCH=...         what to hand to `pip install` for PyTorch. The default takes PyPI's build, which brings CUDA on Linux;
+#                   for another one, e.g.  make setup TORCH="torch==2.13.0 --index-url <the PyTorch index of your CUDA version>"
+# STUDIES=...       the folder of images or DICOMweb address to serve
+# CONF="--conf device cuda --conf backbone <folder or hub id>"   options of the app, see README.md
+
+PYTHON  ?= $(shell command -v python3.11 || command -v python3)
+TORCH   ?= torch==2.13.0
+HOST    ?= 127.0.0.1
+PORT    ?= 8000
+STUDIES ?= sample_datastore
+CONF    ?=
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.setup-done
+PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+.PHONY: setup serve test test-slow check
+
+setup: $(STAMP)
+	@$(BIN)/python sample_datastore/prepare.py
+
+$(STAMP): requirements.txt requirements-host.txt requirements-dev.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python {v[0]}.{v[1]} was found, MONAI Label 0.8.5 runs on 3.11 or 3.12. Install one and name it: make setup PYTHON=/path/to/python3.11")'
+	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "Installing packages into $(VENV) (a few minutes the first time)"
+	@$(PIP) install $(TORCH)
+	@$(PIP) install -r requirements.txt -r requirements-dev.txt
+	@$(PIP) install --no-deps -r requirements-host.txt
+	@$(PIP) install --no-deps --editable .
+	@touch $(STAMP)
+
+serve: setup
+	@echo "Serving $(STUDIES) on http://$(HOST):$(PORT) (stop with Ctrl-C)"
+	@$(BIN)/python -m monailabel.main start_server --app apps/progidiff --studies "$(STUDIES)" --host $(HOST) --port $(PORT) $(CONF)
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	PYTHONPATH=lib $(BIN)/lint-imports

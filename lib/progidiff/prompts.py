@@ -479,6 +479,7 @@ class _Reader:
             # Word by word as well: "livr segment four" is near to "liver". Only against words that mean this structure alone.
             single = {*(phrase for phrase in phrases if " " not in phrase), *name.split()} - _FILLERS - _SIDES.keys() - {"and"}
             pairs = [(wanted, phrase, 0.6) for phrase in phrases] + [(word, part, 0.7) for word in wanted.split() if len(word) > 3 for part in single]
+            pairs.append((wanted, name, 0.75))
             for ours, theirs, enough in pairs:
                 ratio = difflib.SequenceMatcher(None, ours, theirs).ratio()
                 if ratio >= enough:

@@ -538,9 +538,7 @@ def _check_modality(value: object, where: str) -> Modality | None:
     raise RequestError(f"{where} is '{value}'; it must be CT or MR (or auto, to find out from the image).")
 
 
-def _find_modality(
-    option: Modality | None, raw: _Raw, path: Path, info: Mapping[str, Any] | None, array: np.ndarray
-) -> tuple[Modality, str]:
+def _find_modality(option: Modality | None, raw: _Raw, path: Path, info: Mapping[str, Any] | None, array: np.ndarray) -> tuple[Modality, str]:
     if option is not None:
         return option, "option"
     if raw.modality and raw.modality.upper() not in ("OT", "SC", "SEG"):

@@ -181,7 +181,7 @@ class DeviceQueue:
         with self._lock:
             job = self._jobs.get(job_id)
         if job is None:
-            raise NotFoundError(f"There is no job '{job_id}'; only the last {self._keep} finished jobs are remembered. GET /progidiff/jobs lists them.")
+            raise NotFoundError(f"There is no job '{job_id}'; the last {self._keep} finished ones are remembered. GET /progidiff/jobs lists them.")
         return job
 
     def list(self, image: str | None = None) -> list[Job]:

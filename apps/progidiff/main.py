@@ -1,0 +1,52 @@
+"""The MONAI Label app: wires the package `progidiff` to the host and holds nothing else."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.tasks.infer_v2 import InferTask
+from monailabel.interfaces.tasks.scoring import ScoringMethod
+
+import progidiff
+from progidiff import service
+from progidiff.options import ServerOptions
+from progidiff.tasks import build_task
+
+logger = logging.getLogger(__name__)
+
+
+class ProGiDiffApp(MONAILabelApp):
+    """Prompt in, K proposals and their agreement out."""
+
+    def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
+        self.options = ServerOptions.from_conf(conf or {}, studies)
+        self.embedded_model = Path(app_dir) / "model"
+        super().__init__(
+            app_dir=app_dir,
+            studies=studies,
+            conf=conf,
+            name="ProGiDiff Label",
+            description="Type a prompt, get proposals with their agreement, keep one. For research, not for diagnosis.",
+            version=progidiff.__version__,
+        )
+        # In the processes that the host starts for training and batches there is no web application to extend.
+        if "monailabel.app" in sys.modules:
+            service.install(sys.modules["monailabel.app"].app)
+
+    def init_infers(self) -> dict[str, InferTask]:
+        """The one task; its models load at the first request."""
+        return {"progidiff": build_task(self.options, self.embedded_model, self.datastore)}
+
+    def init_scoring_methods(self) -> dict[str, ScoringMethod]:
+        """None: the host would run them, in a process of their own, at start and after every next sample."""
+        return {}
+
+    def info(self) -> dict[str, Any]:
+        """What clients ask for on every connect; never raises."""
+        return service.get_info(self)
+
+    def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """Answer the host's own calls (batches) through the same checks as HTTP requests."""
+        return service.infer_for_host(self, request)

@@ -1,0 +1,284 @@
+"""Options as they arrive, checked and typed: of the server (`--conf name value`) and of one request (form field `params`).
+
+Viewers send what their widgets hold: numbers as text, a choice as text or as the whole list of choices, booleans as text.
+Everything is read tolerantly where the meaning is clear and refused with a cure where it is not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from progidiff.errors import RequestError
+
+CONSENSUS = "consensus"
+BEST = "best"
+DISAGREEMENT = "disagreement"
+
+MAX_STEPS = 100
+MAX_SEED = 2**32 - 1
+RESULT_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
+
+_DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
+_RESERVED = ("model", "image", "image_id", "session", "session_id", "device", "file", "label_tag", "result_dir", "model_dir", "backbone", "store")
+_ALIASES = {"num_inference_steps": "steps", "k": "num_proposals"}
+OPTION_NAMES = (
+    "prompt",
+    "num_proposals",
+    "show",
+    "steps",
+    "seed",
+    "guidance_scale",
+    "adapter",
+    "modality",
+    "allow_free_text",
+    "save_original",
+    "result_extension",
+    "job_id",
+)
+"""Every option that a request may carry in `params`."""
+
+
+def read_int(value: object, name: str, low: int, high: int) -> int:
+    """A whole number in low..high, from a number or its text.
+
+    Raises:
+        RequestError: if it is none, or out of range.
+
+    Example:
+        >>> read_int("4", "num_proposals", 1, 16)
+        4
+    """
+    number: int | None = None
+    if isinstance(value, str):
+        try:
+            number = int(value.strip())
+        except ValueError:
+            number = None
+    elif isinstance(value, int) and not isinstance(value, bool):
+        number = value
+    elif isinstance(value, float) and value.is_integer():
+        number = int(value)
+    if number is None or not low <= number <= high:
+        raise RequestError(f"Option {name} is {_show(value)}; it must be a whole number from {low} to {high}.")
+    return number
+
+
+def read_float(value: object, name: str, low: float, high: float) -> float:
+    """A number in low..high, from a number or its text.
+
+    Raises:
+        RequestError: if it is none, or out of range.
+    """
+    try:
+        number = float(value) if isinstance(value, (str, int, float)) and not isinstance(value, bool) else float("nan")
+    except (ValueError, OverflowError):
+        number = float("nan")
+    if not low <= number <= high:
+        raise RequestError(f"Option {name} is {_show(value)}; it must be a number from {low:g} to {high:g}.")
+    return number
+
+
+def read_bool(value: object, name: str) -> bool:
+    """True or false, from a boolean, 0 or 1, or their text.
+
+    Raises:
+        RequestError: if it is none of these.
+    """
+    if isinstance(value, bool):
+        return value
+    text = str(value).strip().lower()
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0", ""):
+        return False
+    raise RequestError(f"Option {name} is {_show(value)}; it must be true or false.")
+
+
+def read_choice(value: object, name: str, choices: Sequence[str]) -> str:
+    """One of the choices, whatever its case. A list, as untouched widgets send it, stands for its first entry.
+
+    Raises:
+        RequestError: if it is none of them.
+    """
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value).strip().lower() if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    for choice in choices:
+        if text == choice.lower():
+            return choice
+    raise RequestError(f"Option {name} is {_show(value)}; it must be one of {', '.join(choices)}.")
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What `--conf` sets for the life of the server.
+
+    Attributes:
+        store: Folder of the kept proposals. Default: `.progidiff` in the studies folder, where MONAI Label does not look for images,
+            or `~/.cache/progidiff/<hash>` if the studies are behind a DICOMweb address.
+        model_dir: Folder of backbone and conditioning weights; None for the embedded ones.
+        backbone: A Stable-Diffusion folder or hub id to use instead of the backbone in `model_dir`; None for that one.
+        device: "cpu", "cuda", "cuda:<n>" or "mps"; None to take the best there is.
+        max_proposals: Largest K of a request, 1..64.
+        max_waiting: Requests that may wait for the device, 0..30.
+        store_gb: Size that the store may grow to before the oldest proposals go, in GB.
+    """
+
+    store: Path
+    model_dir: Path | None = None
+    backbone: str | None = None
+    device: str | None = None
+    max_proposals: int = 16
+    max_waiting: int = 8
+    store_gb: float = 10.0
+
+    @classmethod
+    def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
+        """Read the strings of `--conf name value`.
+
+        Names that are not ours are left to MONAI Label.
+
+        Raises:
+            RequestError: if a value makes no sense; the message names the option.
+        """
+        given = {name: str(value).strip() for name, value in conf.items() if str(value).strip()}
+        device = given.get("device", "auto").lower()
+        if device != "auto" and not _DEVICE.fullmatch(device):
+            raise RequestError(f"--conf device {device}: it must be auto, cpu, mps, cuda or cuda:<number>.")
+        model_dir = Path(given["model_dir"]).expanduser() if "model_dir" in given else None
+        if model_dir is not None and not model_dir.is_dir():
+            raise RequestError(f"--conf model_dir {model_dir}: no such folder. `progidiff train` writes one; leave it out for the embedded model.")
+        return cls(
+            store=Path(given["store"]).expanduser() if "store" in given else default_store(studies),
+            model_dir=model_dir,
+            backbone=given.get("backbone"),
+            device=None if device == "auto" else device,
+            max_proposals=read_int(given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, 64),
+            max_waiting=read_int(given.get("max_waiting", cls.max_waiting), "--conf max_waiting", 0, 30),
+            store_gb=read_float(given.get("store_gb", cls.store_gb), "--conf store_gb", 0.01, 1e6),
+        )
+
+
+def default_store(studies: str) -> Path:
+    """Where proposals are kept if `--conf store` does not say; see `ServerOptions.store`."""
+    if studies.startswith(("http://", "https://")):
+        return Path.home() / ".cache" / "progidiff" / hashlib.sha256(studies.encode()).hexdigest()[:16]
+    return Path(studies) / ".progidiff"
+
+
+@dataclass(frozen=True)
+class InferOptions:
+    """What one request asks for.
+
+    Attributes:
+        prompt: Free text naming structures.
+        num_proposals: K.
+        show: "consensus", "best", "1".."K" or "disagreement".
+        steps: Denoising steps; None for the model's default.
+        seed: 0..2**32 - 1.
+        guidance_scale: Classifier-free guidance; None for the model's default.
+        adapter: Version of the adapter; None for the current one.
+        modality: "CT", "MR", or None to find out.
+        allow_free_text: Send an unknown prompt through the text encoder instead of refusing it.
+        save_original: Also save the consensus as the image's label of tag `original`.
+        result_extension: ".nii.gz", ".nii" or ".nrrd".
+        job_id: The client's name for the job, None to have one made up.
+        ignored: Names of parameters that mean nothing to this task.
+    """
+
+    prompt: str
+    num_proposals: int
+    show: str
+    steps: int | None
+    seed: int
+    guidance_scale: float | None
+    adapter: str | None
+    modality: str | None
+    allow_free_text: bool
+    save_original: bool
+    result_extension: str
+    job_id: str | None
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], defaults: Mapping[str, Any], max_proposals: int, adapters: Sequence[str]) -> InferOptions:
+        """Read the parameters of a request.
+
+        Args:
+            params: As sent.
+            defaults: For what was not sent (OHIF sends changed options only); the same names.
+            max_proposals: Largest K allowed.
+            adapters: Names of the adapters there are; the first is the current one.
+
+        Raises:
+            RequestError: if a parameter is reserved, malformed or out of range.
+
+        Example:
+            >>> options = InferOptions.from_params({"prompt": "liver", "num_proposals": "4", "show": 2}, {}, 16, ["base"])
+            >>> options.num_proposals, options.show, options.seed
+            (4, '2', 0)
+        """
+        sent = {_ALIASES.get(name, name): value for name, value in params.items()}
+        for name in _RESERVED:
+            if name in sent:
+                raise RequestError(f"Option {name} cannot be set by a request; image, session and model go into the address, the rest into --conf.")
+        values = {**defaults, **{name: value for name, value in sent.items() if value is not None}}
+        num_proposals = read_int(values.get("num_proposals", 4), "num_proposals", 1, max_proposals)
+        steps = values.get("steps")
+        guidance = values.get("guidance_scale")
+        job_id = values.get("job_id")
+        adapter = read_choice(values.get("adapter", adapters[0]), "adapter", adapters) if adapters else None
+        modality = read_choice(values.get("modality", "auto"), "modality", ("auto", "CT", "MR"))
+        return cls(
+            prompt=_read_prompt(values.get("prompt")),
+            num_proposals=num_proposals,
+            show=_read_show(values.get("show", CONSENSUS), num_proposals),
+            steps=None if steps is None else read_int(steps, "steps", 1, MAX_STEPS),
+            seed=read_int(values.get("seed", 0), "seed", 0, MAX_SEED),
+            guidance_scale=None if guidance is None else read_float(guidance, "guidance_scale", 0.0, 20.0),
+            adapter=adapter,
+            modality=None if modality == "auto" else modality,
+            allow_free_text=read_bool(values.get("allow_free_text", False), "allow_free_text"),
+            save_original=read_bool(values.get("save_original", False), "save_original"),
+            result_extension=read_choice(values.get("result_extension", RESULT_EXTENSIONS[0]), "result_extension", RESULT_EXTENSIONS),
+            job_id=None if job_id is None else str(job_id),
+            ignored=tuple(sorted(name for name in sent if name not in OPTION_NAMES)),
+        )
+
+
+def _read_prompt(value: object) -> str:
+    """The prompt's text; several prompts in a list are one that names them all."""
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        value = "; ".join(value)
+    if value is None:
+        raise RequestError("Option prompt is missing. Name a structure, for example 'liver', or write 'all'.")
+    if not isinstance(value, str):
+        raise RequestError(f"Option prompt is {_show(value)}; it must be text, for example 'liver and spleen'.")
+    return value
+
+
+def _read_show(value: object, num_proposals: int) -> str:
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else CONSENSUS
+    if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
+        if text in (CONSENSUS, BEST, DISAGREEMENT):
+            return text
+        index = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+        if 1 <= index <= num_proposals:
+            return str(index)
+        if index > num_proposals:
+            raise RequestError(f"Proposal {index} cannot be shown, only {num_proposals} are asked for. Raise num_proposals or show a lower one.")
+    raise RequestError(f"Option show is {_show(value)}; it must be consensus, best, disagreement, or a proposal from 1 to {num_proposals}.")
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

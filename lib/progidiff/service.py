@@ -1,0 +1,273 @@
+"""Everything HTTP: our routes in the host's web application, and errors as JSON with a status, a reason and a cure.
+
+Concurrency: the host runs an inference inside an `async` route, which freezes the whole server for as long as it lasts. The
+route ``POST /infer/{model}`` here comes before the host's, takes the same form and gives the same answers, and is a plain
+function: the web framework runs it in its thread pool, and `progidiff.jobs.DeviceQueue` lets one at a time onto the device.
+
+Trust: an image is only ever named by its id in the datastore, by a session, or uploaded with the request. A request can
+name no file of the server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import tempfile
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, Request, UploadFile
+from fastapi.responses import JSONResponse, Response
+from monailabel.config import settings
+from monailabel.endpoints.infer import ResultType, send_response
+from monailabel.endpoints.user.auth import RBAC, User
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelError, MONAILabelException
+from monailabel.interfaces.utils.app import app_instance
+
+from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, PromptError, RequestError
+from progidiff.options import OPTION_NAMES
+from progidiff.tasks import ProposalInferTask
+
+logger = logging.getLogger(__name__)
+
+_ROUTE_PREFIX = "progidiff_"
+_SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha)$", re.IGNORECASE)
+_USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
+
+
+def install(app: FastAPI) -> None:
+    """Put our routes before the host's and our error answers in place. Safe to call again after a reload of the app."""
+    router = app.router
+    router.routes[:] = [route for route in router.routes if not str(getattr(route, "name", "")).startswith(_ROUTE_PREFIX)]
+    ours = _build_router().routes
+    router.routes[:0] = ours
+    app.openapi_schema = None
+    app.exception_handlers.update(
+        {
+            ProGiDiffError: _answer_error,
+            MONAILabelException: _answer_host_error,
+            json.JSONDecodeError: _answer_bad_json,
+        }
+    )
+    app.middleware_stack = None  # Built again with these handlers at the next request.
+
+
+def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
+    """Run a task on an image of the datastore; what `MONAILabelApp.infer` does, without its way to any file of the server.
+
+    Args:
+        app: The app.
+        request: "model" (task name), "image" (id in the datastore), "params" (dict), and optionally "path", set only by this
+            module: the file of a session or upload, which then has no id.
+
+    Returns:
+        "file" (path of the mask), "label" (the same), "tag", "params" (dict).
+
+    Raises:
+        NotFoundError: if there is no such model or image.
+        ProGiDiffError: whatever the task finds wrong.
+    """
+    name = str(request.get("model", ""))
+    task = app._infers.get(name)
+    if task is None:
+        raise NotFoundError(f"There is no model '{name}'; this server has {', '.join(sorted(app._infers)) or 'none'}. GET /info/ lists them.")
+    image_id = str(request.get("image", ""))
+    path, info = request.get("path"), {}
+    if path is None:
+        path = find_image(app, image_id)
+        info = app.datastore().get_image_info(image_id)
+    file, params = task({"model": name, "image": path, "image_id": image_id, "image_info": info, "params": request.get("params", {})})
+    return {"file": file, "label": file, "tag": "original", "params": params}
+
+
+def infer_for_host(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
+    """`infer` for calls that the host makes itself (batches), whose options lie flat in the request.
+
+    Args:
+        app: The app.
+        request: "model", "image" (id), options of the task, and "save_label" and "label_tag" to save the mask.
+
+    Returns:
+        As `infer`; "label" is the image id if the mask was saved.
+    """
+    options = {name: value for name, value in request.items() if name in OPTION_NAMES}
+    result = infer(app, {"model": request.get("model"), "image": request.get("image"), "params": options})
+    if request.get("save_label"):
+        tag = str(request.get("label_tag") or "original")
+        info = {"model": request.get("model"), "params": result["params"]}
+        result["label"] = app.datastore().save_label(str(request.get("image")), result["file"], tag, info)
+        result["tag"] = tag
+    return result
+
+
+def find_image(app: MONAILabelApp, image_id: str) -> str:
+    """The path of an image of the datastore.
+
+    Raises:
+        NotFoundError: if the datastore has no image of this id, or its file is gone.
+    """
+    datastore = app.datastore()
+    if not image_id or image_id not in datastore.list_images():
+        raise NotFoundError(
+            f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids; PUT /session/ takes other images."
+        )
+    path = datastore.get_image_uri(image_id)
+    if not path or not Path(path).exists():
+        raise NotFoundError(f"The file of image '{image_id}' is gone from the studies folder. Put it back, or remove the image from the datastore.")
+    return str(path)
+
+
+def get_info(app: MONAILabelApp) -> dict[str, Any]:
+    """What `MONAILabelApp.info` returns; if the datastore cannot be asked, its part says so instead of failing the whole request."""
+    try:
+        return MONAILabelApp.info(app)
+    except Exception as err:
+        logger.exception("info() without the datastore's part")
+        return {
+            "name": app.name,
+            "description": app.description,
+            "version": app.version,
+            "labels": app.labels or [],
+            "models": {name: task.info() for name, task in app._infers.items()},
+            "trainers": {},
+            "strategies": {name: strategy.info() for name, strategy in app._strategies.items()},
+            "scoring": {},
+            "train_stats": {},
+            "datastore": {"total": 0, "completed": 0, "label_tags": {}, "error": f"The datastore does not answer: {err}"},
+        }
+
+
+def _build_router() -> APIRouter:
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+
+    @router.post("/infer/{model}", name=f"{_ROUTE_PREFIX}infer", tags=["Infer"], summary="Proposals for a prompt; see /progidiff/jobs for progress")
+    def run_infer(
+        background_tasks: BackgroundTasks,
+        model: str,
+        image: str = "",
+        session_id: str = "",
+        params: str = Form("{}"),
+        file: UploadFile | None = File(None),
+        label: UploadFile | None = File(None),
+        output: ResultType | None = None,
+        user: User = _USER,
+    ) -> Any:
+        app = app_instance()
+        request: dict[str, Any] = {"model": model, "image": image, "params": _read_params(params)}
+        if output is ResultType.dicom_seg:
+            raise RequestError("output=dicom_seg is not offered. Use output=all or output=image and convert the mask, for example with dcmqi.")
+        with ExitStack() as uploads:
+            if file is not None:
+                request |= {"image": "", "path": _keep_upload(file, uploads)}
+            elif session_id:
+                request |= {"image": "", "path": _find_session(app, session_id)}
+            elif not image:
+                raise RequestError("The request names no image. Add ?image=<id of the datastore>, ?session_id=<id>, or upload a file.")
+            try:
+                result = infer(app, request)
+            except ProGiDiffError:
+                raise
+            except Exception as err:
+                incident = uuid.uuid4().hex[:8]
+                logger.exception("Incident %s in /infer/%s", incident, model)
+                raise ProGiDiffError(
+                    f"The inference broke unexpectedly ({type(err).__name__}, incident {incident}). The server's log has the details under this "
+                    "number; please report them."
+                ) from err
+        return send_response(app.datastore(), result, output, background_tasks)
+
+    @router.get("/progidiff/jobs", name=f"{_ROUTE_PREFIX}jobs", tags=["ProGiDiff"], summary="Waiting, running and recent jobs, newest first")
+    async def list_jobs(image: str | None = None, user: User = _USER) -> list[dict[str, Any]]:
+        return [job.info() for job in _task().queue.list(image)]
+
+    @router.get("/progidiff/jobs/{job_id}", name=f"{_ROUTE_PREFIX}job", tags=["ProGiDiff"], summary="State and progress of one job")
+    async def get_job(job_id: str, user: User = _USER) -> dict[str, Any]:
+        return _task().queue.get(job_id).info()
+
+    @router.delete("/progidiff/jobs/{job_id}", name=f"{_ROUTE_PREFIX}cancel", tags=["ProGiDiff"], summary="Cancel a job")
+    async def cancel_job(job_id: str, user: User = _USER) -> dict[str, Any]:
+        job = _task().queue.get(job_id)
+        job.cancel()
+        return job.info()
+
+    @router.get("/progidiff/proposals/{image}", name=f"{_ROUTE_PREFIX}proposals", tags=["ProGiDiff"], summary="Kept proposals of an image")
+    def list_proposals(image: str, user: User = _USER) -> list[dict[str, Any]]:
+        find_image(app_instance(), image)
+        return _task().list_proposals(image)
+
+    @router.get("/progidiff/prompts", name=f"{_ROUTE_PREFIX}prompts", tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
+    async def list_prompts(user: User = _USER) -> list[dict[str, Any]]:
+        return _task().list_prompts()
+
+    return router
+
+
+def _task() -> ProposalInferTask:
+    for task in app_instance()._infers.values():
+        if isinstance(task, ProposalInferTask):
+            return task
+    raise NotFoundError("This server has no proposal task. Start it with --app apps/progidiff.")
+
+
+def _read_params(text: str) -> dict[str, Any]:
+    try:
+        params = json.loads(text) if text and text.strip() else {}
+    except (json.JSONDecodeError, RecursionError) as err:
+        raise RequestError(f'The form field params is not JSON ({err}). Send an object, for example {{"prompt": "liver"}}.') from err
+    if not isinstance(params, dict):
+        raise RequestError(f'The form field params is a JSON {type(params).__name__}. Send an object, for example {{"prompt": "liver"}}.')
+    return params
+
+
+def _keep_upload(file: UploadFile, uploads: ExitStack) -> str:
+    """Write an uploaded image to a temporary folder that goes when `uploads` is closed, also if the request fails."""
+    match = _UPLOAD_SUFFIX.search(file.filename or "")
+    if match is None:
+        name = (file.filename or "")[-40:]
+        raise RequestError(f"An upload named '{name}' is not read. Send .nii.gz, .nii, .nrrd or .mha; a DICOM series goes to PUT /session/.")
+    folder = uploads.enter_context(tempfile.TemporaryDirectory(prefix="progidiff-upload-"))
+    path = Path(folder) / f"image{match.group(1).lower()}"
+    with path.open("wb") as target:
+        shutil.copyfileobj(file.file, target)
+    return str(path)
+
+
+def _find_session(app: MONAILabelApp, session_id: str) -> str:
+    sessions = app.sessions()
+    session = sessions.get_session(session_id) if sessions is not None and _SESSION_ID.fullmatch(session_id) else None
+    if session is None:
+        raise NotFoundError(f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/.")
+    return str(session.image)
+
+
+async def _answer_error(request: Request, err: Exception) -> Response:
+    error = cast(ProGiDiffError, err)
+    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, BusyError) else None
+    suggestions = list(error.suggestions) if isinstance(error, PromptError) else []
+    logger.info("%s %s -> %d %s: %s", request.method, request.url.path, error.status, type(error).__name__, error)
+    return _answer(error.status, type(error).__name__, str(error), suggestions, headers)
+
+
+async def _answer_host_error(request: Request, err: Exception) -> Response:
+    error = cast(Any, err)  # A MONAILabelException: `error` is its kind, `msg` its text.
+    if isinstance(err, (ImageNotFoundException, LabelNotFoundException)):
+        status = 404
+    else:
+        status = 422 if error.error is MONAILabelError.INVALID_INPUT else 500
+    logger.info("%s %s -> %d %s", request.method, request.url.path, status, error.msg)
+    return _answer(status, str(error.error.value), str(error.msg))
+
+
+async def _answer_bad_json(request: Request, err: Exception) -> Response:
+    return _answer(422, "RequestError", f"A form field of {request.url.path} is not JSON ({err}). Send an object, for example {{}}.")
+
+
+def _answer(status: int, error: str, detail: str, suggestions: list[str] | None = None, headers: dict[str, str] | None = None) -> Response:
+    return JSONResponse({"error": error, "detail": detail, "suggestions": suggestions or []}, status_code=status, headers=headers)

@@ -1,0 +1,330 @@
+"""The infer task `progidiff` of the MONAI Label app: a prompt and an image in, a label map and its numbers out.
+
+A request goes: options -> prompt -> volume -> kept proposals, or the engine under the device's queue -> what to show -> file.
+Proposals are kept in a `ProposalStore`, so showing another one touches no network and no queue, also after a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from progidiff.engine import Engine
+from progidiff.errors import BusyError, ModelError, RequestError, StoreError
+from progidiff.jobs import DeviceQueue, Job
+from progidiff.options import BEST, CONSENSUS, DISAGREEMENT, InferOptions, ServerOptions
+from progidiff.prompts import STRUCTURES, Query, describe, parse_prompt
+from progidiff.results import VolumeProposals
+from progidiff.store import ProposalStore
+from progidiff.volume import Volume, load_volume, save_mask
+
+logger = logging.getLogger(__name__)
+
+DISAGREEMENT_BANDS = ("up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
+"""Labels 1..4 of the mask that `show=disagreement` gives: viewers draw label maps, and four shades say more than a hundred segments."""
+
+T = TypeVar("T")
+
+_KEPT_VOLUMES = 2
+_KEPT_RESULTS = 2
+_KEPT_RESULT_BYTES = 256 << 20
+
+
+class ProposalInferTask(InferTask):
+    """K proposals per prompt, one of them (or their consensus, or where they differ) as a label map on the image's grid.
+
+    Args:
+        engine: The model; loaded at the first request.
+        store: Where proposals are kept.
+        options: Of the server.
+        datastore: Gives the app's datastore, to save tag `original` into.
+    """
+
+    def __init__(self, engine: Engine, store: ProposalStore, options: ServerOptions, datastore: Callable[[], Datastore]) -> None:
+        self.engine = engine
+        self.store = store
+        self.options = options
+        self.queue = DeviceQueue(options.device or "the device", max_waiting=options.max_waiting)
+        self._datastore = datastore
+        self._volumes: _Recent[Volume] = _Recent(_KEPT_VOLUMES)
+        self._results: _Recent[VolumeProposals] = _Recent(_KEPT_RESULTS)
+        self.structures = _known_structures(engine)
+        super().__init__(
+            type=InferType.SEGMENTATION,
+            labels={name: compute_label_id(name) for name in self.structures},
+            dimension=3,
+            description="Type a prompt ('left kidney', 'liver and spleen', 'all'): K diffusion proposals, their consensus and where they disagree",
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The options with their defaults, as viewers draw them: text and numbers as cells, booleans as boxes, lists as menus."""
+        defaults = self.engine.info()
+        return {
+            "prompt": "liver",
+            "num_proposals": min(4, self.options.max_proposals),
+            "show": [CONSENSUS, BEST, *(str(k + 1) for k in range(self.options.max_proposals)), DISAGREEMENT],
+            "steps": int(defaults.get("num_inference_steps") or 4),
+            "seed": 0,
+            "adapter": self._adapters(),
+            "modality": ["auto", "CT", "MR"],
+            "allow_free_text": False,
+            "save_original": False,
+        }
+
+    def is_valid(self) -> bool:
+        """Always offered: if weights are missing, the request says so."""
+        return True
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Answer one request.
+
+        Args:
+            request: "image" (path), "image_id" (id in the datastore, "" for an upload), "image_info" (what the datastore knows
+                about it) and "params" (see `InferOptions`).
+
+        Returns:
+            Path of a new temporary file with the mask, which the caller removes, and the result parameters.
+
+        Raises:
+            ProGiDiffError: whatever is wrong with the request, the image or the model.
+        """
+        started = time.monotonic()
+        image_id = str(request.get("image_id", ""))
+        options = InferOptions.from_params(request.get("params", {}), self.config(), self.options.max_proposals, self._adapters())
+        queries = parse_prompt(options.prompt, self.structures, options.allow_free_text, str(self.engine.info().get("model_version", "the model")))
+        volume = self._load_volume(str(request["image"]), options.modality, request.get("image_info") or {})
+        result, job, key = self._find_or_compute(volume, queries, options, image_id)
+        file, shown = self._write_shown(result, volume, queries, options.show, options.result_extension)
+        try:
+            saved = self._save_original(result, volume, queries, image_id) if options.save_original else None
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        return str(file), {
+            **shown,
+            **result.summary(),
+            "prompt": options.prompt,
+            "show": options.show,
+            "slice_axis": "disagreement_per_slice counts axial slices from inferior to superior",
+            "proposals": key,
+            "cached": job is None,
+            "job": job.id if job is not None else None,
+            "saved_original": saved,
+            "ignored": list(options.ignored),
+            "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
+        }
+
+    def list_proposals(self, image_id: str) -> list[dict[str, Any]]:
+        """What is kept of an image, newest first: settings, and per structure volumes (ml), ranking and disagreement per slice."""
+        return list(self.store.list(image_id))
+
+    def list_prompts(self) -> list[dict[str, Any]]:
+        """The structures the model was trained on, with label id and synonyms."""
+        return [{"label": compute_label_id(entry["name"]), **entry} for entry in describe(self.structures)]
+
+    def _adapters(self) -> list[str]:
+        info = self.engine.info()
+        names = [str(name) for name in info.get("adapters") or [] if name]
+        current = str(info.get("adapter") or "")
+        ordered = [current, *names] if current else names
+        return list(dict.fromkeys(ordered)) or ["none"]
+
+    def _load_volume(self, path: str, modality: str | None, info: Mapping[str, Any]) -> Volume:
+        key = repr((path, modality, info.get("modality"), _fingerprint(Path(path))))
+        volume = self._volumes.get(key)
+        if volume is None:
+            volume = load_volume(path, modality, info)
+            self._volumes.put(key, volume)
+        return volume
+
+    def _find_or_compute(
+        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, image_id: str
+    ) -> tuple[VolumeProposals, Job | None, str]:
+        info = self.engine.info()
+        adapter = None if options.adapter in (None, "none") else options.adapter
+        key = self.store.key(
+            image_id=image_id,
+            image_digest=volume.digest,
+            queries=queries,
+            num_proposals=options.num_proposals,
+            steps=options.steps,
+            seed=options.seed,
+            guidance=options.guidance_scale,
+            model_version=str(info.get("model_version", "")),
+            adapter=adapter or "",
+        )
+        result = self._find(key)
+        if result is not None:
+            return result, None, key
+        with self.queue.job("infer", image_id or volume.name, options.job_id) as job:
+            result = self._find(key)  # Somebody may have asked for the same while this request waited.
+            if result is not None:
+                return result, None, key
+            result = self._compute(volume, queries, options, adapter, job)
+        try:
+            self.store.save(key, result, image_id)
+        except StoreError as err:
+            logger.warning("The proposals for '%s' are shown but not kept: %s", image_id, err)
+        self._remember(key, result)
+        return result, job, key
+
+    def _find(self, key: str) -> VolumeProposals | None:
+        result = self._results.get(key)
+        if result is None:
+            result = self.store.load(key)
+            if result is not None:
+                self._remember(key, result)
+        return result
+
+    def _remember(self, key: str, result: VolumeProposals) -> None:
+        if result.probabilities.nbytes <= _KEPT_RESULT_BYTES:
+            self._results.put(key, result)
+
+    def _compute(self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str | None, job: Job) -> VolumeProposals:
+        try:
+            return self.engine.propose(
+                volume,
+                queries,
+                num_proposals=options.num_proposals,
+                num_inference_steps=options.steps,
+                seed=options.seed,
+                guidance_scale=options.guidance_scale,
+                adapter=adapter,
+                progress=job.progress,
+                is_cancelled=job.cancelled,
+            )
+        except torch.cuda.OutOfMemoryError as err:
+            torch.cuda.empty_cache()
+            raise BusyError(
+                f"The device ran out of memory on {options.num_proposals} proposals of {len(queries)} structures. Lower num_proposals, ask for fewer "
+                "structures at a time, or start the server with --conf device cpu.",
+                retry_after=30,
+            ) from err
+        except MemoryError as err:
+            raise BusyError("The server ran out of memory. Lower num_proposals, ask for fewer structures, or crop the image.", retry_after=30) from err
+
+    def _write_shown(
+        self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], show: str, extension: str
+    ) -> tuple[Path, dict[str, Any]]:
+        """The mask file and what is in it: `label_names` {name: id} of what is present, by ascending id, and `shown_ml` {name: ml}."""
+        if show == DISAGREEMENT:
+            percent = result.disagreement_map(volume)
+            labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
+            names = {f"disagreement {band}": index + 1 for index, band in enumerate(DISAGREEMENT_BANDS)}
+        else:
+            names = compute_label_ids(queries)
+            labels = result.label_map(volume, show, names)
+        counts = np.bincount(labels.ravel(), minlength=256)
+        present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
+        return _write_temporary(labels, volume, extension), {
+            "label_names": {name: names[name] for name in present},
+            "shown_ml": {name: round(float(counts[names[name]]) * volume.voxel_ml, 3) for name in present},
+        }
+
+    def _save_original(self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], image_id: str) -> str:
+        if not image_id:
+            raise RequestError("save_original needs an image of the datastore, not a session or upload. Leave it off, or add the image first.")
+        names = compute_label_ids(queries)
+        labels = result.label_map(volume, CONSENSUS, names)
+        file = _write_temporary(labels, volume, ".nii.gz")
+        try:
+            info = {"label_info": [{"name": name, "idx": index} for name, index in names.items()], "model": "progidiff", "params": result.summary()}
+            return str(self._datastore().save_label(image_id, str(file), "original", info))
+        finally:
+            file.unlink(missing_ok=True)
+
+
+def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable[[], Datastore]) -> ProposalInferTask:
+    """The task as the app serves it; loads no weights.
+
+    Args:
+        options: From `--conf`.
+        embedded_model: The model folder used when `options.model_dir` is None.
+        datastore: Gives the app's datastore.
+    """
+    engine = Engine(model_dir=options.model_dir or embedded_model, backbone=options.backbone, device=options.device)
+    store = ProposalStore(options.store, max_bytes=int(options.store_gb * 1e9))
+    return ProposalInferTask(engine, store, options, datastore)
+
+
+def compute_label_id(structure: str) -> int:
+    """The fixed label id of a structure, whatever the prompt: its place in `prompts.STRUCTURES`, from 1.
+
+    Example:
+        >>> compute_label_id("liver")
+        6
+    """
+    return STRUCTURES.index(structure) + 1
+
+
+def compute_label_ids(queries: tuple[Query, ...]) -> dict[str, int]:
+    """Label ids of what a prompt asks for; free-text queries get ids after the known structures, in the prompt's order."""
+    ids: dict[str, int] = {}
+    free = len(STRUCTURES)
+    for query in queries:
+        if query.name in STRUCTURES:
+            ids[query.name] = compute_label_id(query.name)
+        else:
+            free += 1
+            ids[query.name] = free
+    return ids
+
+
+class _Recent(Generic[T]):
+    """The last few values by key, for several threads."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._values: OrderedDict[str, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> T | None:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: str, value: T) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self._count:
+                self._values.popitem(last=False)
+
+
+def _known_structures(engine: Engine) -> tuple[str, ...]:
+    try:
+        return tuple(name for name in engine.structures if name in STRUCTURES) or STRUCTURES
+    except ModelError as err:
+        logger.warning("The server starts without a usable model: %s", err)
+        return STRUCTURES
+
+
+def _fingerprint(path: Path) -> tuple[Any, ...]:
+    """Changes when the file, or any file of the folder, changes."""
+    if not path.exists():
+        return ()
+    files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_name(path.name.split(".")[0] + ".json")]
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists())
+
+
+def _write_temporary(labels: np.ndarray, volume: Volume, extension: str) -> Path:
+    handle, name = tempfile.mkstemp(prefix="progidiff-", suffix=extension)
+    os.close(handle)
+    try:
+        return save_mask(labels, volume, name)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

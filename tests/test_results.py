@@ -102,14 +102,6 @@ def test_a_window_that_sticks_out_of_the_volume_is_cut(proposals, center):
         np.testing.assert_array_equal(volume.arrange(moved.mask(volume, name, 2)), restore_plainly(moved, index)[1])
 
 
-def test_small_chunks_change_nothing(proposals, monkeypatch):
-    volume = make_volume()
-    expected = proposals.label_map(volume), proposals.agreement(volume)
-    monkeypatch.setattr("progidiff.results._CHUNK_BYTES", 1)
-    np.testing.assert_array_equal(proposals.label_map(volume), expected[0])
-    np.testing.assert_array_equal(proposals.agreement(volume), expected[1])
-
-
 def test_overlaps_go_to_the_structure_with_the_higher_agreement(proposals):
     volume = make_volume()
     maps = torch.from_numpy(proposals.probabilities).float()
@@ -118,7 +110,7 @@ def test_overlaps_go_to_the_structure_with_the_higher_agreement(proposals):
     expected = resolve_overlaps(agreement, restored.mean(1) / 255)
     label_map = volume.arrange(proposals.label_map(volume))
     assert ((agreement >= 0.5).sum(0) > 1).any(), "the example must have overlaps"
-    # The mean probability of the box is summed in the same order; only exact ties of it could differ.
+    # Two means that differ by less than rounding may go either way.
     assert (label_map != expected.numpy()).mean() < 1e-3
     assert set(np.unique(label_map)) == {0, 1, 2}
 

@@ -2,8 +2,8 @@
 
 What is stored are the probabilities of every structure and proposal on the working grid, 8 bits each. Everything else
 (masks, consensus, agreement, label maps, scores) is derived, so that showing another proposal costs a resampling and never
-a network. Resampling touches only the box around a structure and works on a few slices at a time: a volume of
-512 x 512 x 300 voxels needs its output and some 100 MB.
+a network. Resampling touches only the box around a structure and works slice by slice (whose maps stay in the processor's
+cache): a volume of 512 x 512 x 300 voxels needs its output and a few MB.
 
 On the input's grid, proposal k is where its resampled probability is at least 0.5; the agreement is the share of proposals
 that draw a voxel; the consensus is an agreement of at least 0.5. Disagreement, ranking and millilitres come from the working
@@ -16,7 +16,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -37,9 +37,6 @@ MAX_PROPOSALS = 64
 _DRAWN = 128
 _THRESHOLD = 127.475
 """0.5 on the scale 0..255, a little lower: resampled 8-bit values that tie at exactly 127.5 must not depend on rounding."""
-
-_CHUNK_BYTES = 48 << 20
-"""Size of the resampled maps held at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +161,10 @@ class VolumeProposals:
         index = self._index(structure)
         shown = check_shown(shown, self.num_proposals)
         stack = np.zeros(self.grid.shape, dtype=np.uint8)
-        for chosen, rows, cols, drawn, _ in self._restored(index, None if shown == "consensus" else (self._proposal(index, shown),)):
-            stack[chosen, rows, cols] = drawn.sum(1) * 2 >= drawn.shape[1]
+        shown_index = None if shown == "consensus" else self._proposal(index, shown)
+        for z, (rows, cols), maps in self._restored(index, None if shown_index is None else [shown_index]):
+            drawn = maps >= _THRESHOLD
+            stack[z, rows, cols] = _count(drawn) * 2 >= len(drawn)
         return volume.from_stack(stack)
 
     def label_map(self, volume: Volume, shown: str | int = "consensus", label_ids: dict[str, int] | None = None) -> np.ndarray:
@@ -197,20 +196,23 @@ class VolumeProposals:
         if len(chosen_structures) == 1:
             mask = self.mask(volume, self.structures[chosen_structures[0]], shown)
             return mask * np.uint8(ids[self.structures[chosen_structures[0]]])
-        step = 16
-        for start in range(0, len(stack), step):
-            # Agreement in whole proposals plus the mean probability below 1: one number that sorts by both.
-            best = np.zeros((min(step, len(stack) - start), *stack.shape[1:]), dtype=np.float32)
-            for index in chosen_structures:
-                shown_index = None if shown == "consensus" else self._proposal(index, shown)
-                for z, rows, cols, drawn, mean in self._restored(index, None, slice(start, start + step)):
-                    count = drawn.sum(1)
-                    shown_here = count * 2 >= drawn.shape[1] if shown_index is None else drawn[:, shown_index]
-                    score = count + mean / 256
-                    area = (z - start, rows, cols)
-                    wins = shown_here & (score > best[area])
-                    best[area] = np.where(wins, score, best[area])
-                    stack[z, rows, cols] = np.where(wins, np.uint8(ids[self.structures[index]]), stack[z, rows, cols])
+        best = np.zeros(stack.shape[1:], dtype=np.float32)
+        by_slice: dict[int, list[int]] = {}
+        for index in chosen_structures:
+            for z in np.flatnonzero(self._occupied[index]):
+                by_slice.setdefault(int(z), []).append(index)
+        for z, present in by_slice.items():
+            best[:] = 0
+            for index in present:
+                for _, (rows, cols), maps in self._restored(index, None, [z]):
+                    drawn = maps >= _THRESHOLD
+                    count = _count(drawn)
+                    eligible = count * 2 >= len(drawn) if shown == "consensus" else drawn[self._proposal(index, shown)]
+                    # Agreement in whole proposals plus the mean probability below 1: one number that sorts by both.
+                    score = count + maps.mean(0) / 256
+                    wins = eligible & (score > best[rows, cols])
+                    best[rows, cols][wins] = score[wins]
+                    stack[z, rows, cols][wins] = ids[self.structures[index]]
         return volume.from_stack(stack)
 
     def agreement(self, volume: Volume, structure: str | None = None) -> np.ndarray:
@@ -226,8 +228,8 @@ class VolumeProposals:
         self._check_volume(volume)
         stack = np.zeros(self.grid.shape, dtype=np.float32)
         for index in range(len(self.structures)) if structure is None else [self._index(structure)]:
-            for z, rows, cols, drawn, _ in self._restored(index, None):
-                share = drawn.sum(1).astype(np.float32) / drawn.shape[1]
+            for z, (rows, cols), maps in self._restored(index):
+                share = _count(maps >= _THRESHOLD).astype(np.float32) / self.num_proposals
                 stack[z, rows, cols] = np.maximum(stack[z, rows, cols], share)
         return volume.from_stack(stack)
 
@@ -244,8 +246,8 @@ class VolumeProposals:
         self._check_volume(volume)
         stack = np.zeros(self.grid.shape, dtype=np.uint8)
         for index in range(len(self.structures)) if structure is None else [self._index(structure)]:
-            for z, rows, cols, drawn, _ in self._restored(index, None):
-                share = drawn.sum(1).astype(np.float32) / drawn.shape[1]
+            for z, (rows, cols), maps in self._restored(index):
+                share = _count(maps >= _THRESHOLD).astype(np.float32) / self.num_proposals
                 percent = np.rint(400 * share * (1 - share)).astype(np.uint8)
                 stack[z, rows, cols] = np.maximum(stack[z, rows, cols], percent)
         return volume.from_stack(stack)
@@ -379,36 +381,35 @@ class VolumeProposals:
         drawn = _inside(self.probabilities[index], box) >= _DRAWN
         return drawn.sum(axis=0) * 2 >= len(drawn)
 
+    @cached_property
+    def _occupied(self) -> np.ndarray:
+        """bool (P, Z): the structure has any probability on the slice."""
+        result = np.zeros((len(self.structures), self.grid.shape[0]), dtype=bool)
+        for index, box in enumerate(self._boxes):
+            if box is not None:
+                result[index, box[0]] = _inside(self.probabilities[index], box).any(axis=(0, 2, 3))
+        return result
+
+    @cached_property
+    def _places(self) -> tuple[_Place | None, ...]:
+        return tuple(None if box is None else _place_box(self.grid, box[1], box[2]) for box in self._boxes)
+
     def _restored(
-        self, index: int, proposals: Sequence[int] | None, slices: slice | None = None
-    ) -> Iterator[tuple[np.ndarray, slice, slice, np.ndarray, np.ndarray]]:
-        """The non-empty part of a structure on the axial stack, some slices at a time.
+        self, index: int, proposals: Sequence[int] | None = None, slices: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, tuple[slice, slice], np.ndarray]]:
+        """A structure on the axial stack, slice by slice where it has any probability.
 
         Yields:
-            (z, rows, cols, drawn, mean): axial indices (n,), the rows and columns of the stack that the maps cover, bool masks
-            (n, K, y, x) of the proposals, and their mean probability (n, y, x) on the scale 0..255.
+            (z, (rows, cols), maps): the axial index, the part of the slice that the maps cover, and the proposals'
+            probabilities there, float32 on the scale 0..255, shape (K, y, x).
         """
-        box = self._boxes[index]
-        if box is None:
+        place = self._places[index]
+        if place is None:
             return
-        placed = _place_box(self.grid, box[1], box[2])
-        if placed is None:
-            return
-        part, rows, cols, window_rows, window_cols = placed
-        chosen = list(range(self.num_proposals)) if proposals is None else list(proposals)
         source = self.probabilities[index]
-        first, last = box[0].start, box[0].stop
-        if slices is not None:
-            first, last = max(first, slices.start), min(last, slices.stop)
-        present = [z for z in range(first, last) if source[chosen, z, window_rows, window_cols].any()]
-        per_slice = len(chosen) * (rows.stop - rows.start) * (cols.stop - cols.start) * 4
-        step = max(1, _CHUNK_BYTES // max(1, per_slice))
-        for start in range(0, len(present), step):
-            z = np.asarray(present[start : start + step])
-            maps = np.stack([source[k, z, window_rows, window_cols] for k in chosen], axis=1)  # (n, K, h, w)
-            flat = torch.from_numpy(maps.reshape(-1, *maps.shape[2:])).float()
-            restored = part.restore_slices(flat).reshape(len(z), len(chosen), rows.stop - rows.start, cols.stop - cols.start)
-            yield z, rows, cols, (restored >= _THRESHOLD).numpy(), restored.mean(1).numpy()
+        chosen = slice(None) if proposals is None else list(proposals)
+        for z in np.flatnonzero(self._occupied[index]) if slices is None else slices:
+            yield int(z), (place.rows.covered, place.cols.covered), place.resample(source[chosen, z, place.rows.window, place.cols.window])
 
     def _index(self, structure: str) -> int:
         if structure not in self.structures:
@@ -459,34 +460,65 @@ def _inside(maps: np.ndarray, box: tuple[slice, slice, slice]) -> np.ndarray:
     return maps[:, box[0], box[1], box[2]]
 
 
-def _place_box(grid: WorkingGrid, rows: slice, cols: slice) -> tuple[WorkingGrid, slice, slice, slice, slice] | None:
-    """The part of the working grid around a box, as a working grid of its own over the part of the stack that it covers.
+@dataclass(frozen=True)
+class _Axis:
+    """Linear interpolation along one axis: stack pixel `covered.start + n` lies between two window pixels."""
 
-    Returns:
-        (part, stack rows, stack columns, window rows, window columns), or None if the box covers no pixel of the stack. One
-        pixel of zeros is kept on each side, so that a bilinear lookup sees the same as on the whole grid.
-    """
-    window_rows = slice(max(0, rows.start - 1), min(grid.height, rows.stop + 1))
-    window_cols = slice(max(0, cols.start - 1), min(grid.width, cols.stop + 1))
-    stack_rows, center_y = _cover(window_rows, grid.height, grid.center[0], grid.spacing, grid.stack_spacing[1], grid.shape[1])
-    stack_cols, center_x = _cover(window_cols, grid.width, grid.center[1], grid.spacing, grid.stack_spacing[2], grid.shape[2])
-    size = (stack_rows.stop - stack_rows.start, stack_cols.stop - stack_cols.start)
-    if min(size) < 1:
-        return None
-    part = replace(
-        grid,
-        shape=(grid.shape[0], *size),
-        center=(center_y, center_x),
-        height=window_rows.stop - window_rows.start,
-        width=window_cols.stop - window_cols.start,
-    )
-    return part, stack_rows, stack_cols, window_rows, window_cols
+    window: slice
+    covered: slice
+    lower: torch.Tensor
+    upper: torch.Tensor
+    weight: torch.Tensor
 
 
-def _cover(window: slice, window_count: int, center: float, spacing: float, stack_spacing: float, stack_count: int) -> tuple[slice, float]:
-    """Stack pixels whose middles lie in the window pixels, and the window's middle in mm from the first of them."""
-    origin = center - window_count * spacing / 2
-    low, high = origin + window.start * spacing, origin + window.stop * spacing
+@dataclass(frozen=True)
+class _Place:
+    """Where a box of the working grid lies in the axial stack."""
+
+    rows: _Axis
+    cols: _Axis
+
+    def resample(self, maps: np.ndarray) -> np.ndarray:
+        """The same bilinear lookup as `WorkingGrid.restore_slices`, one axis after the other: (K, h, w) -> float32 (K, y, x)."""
+        source = torch.from_numpy(maps).float()
+        rows = source.index_select(1, self.rows.lower).lerp_(source.index_select(1, self.rows.upper), self.rows.weight)
+        # Columns as rows: gathering whole rows is several times faster than single elements.
+        turned = rows.transpose(1, 2).contiguous()
+        both = turned.index_select(1, self.cols.lower).lerp_(turned.index_select(1, self.cols.upper), self.cols.weight)
+        return both.numpy().transpose(0, 2, 1)
+
+
+def _count(drawn: np.ndarray) -> np.ndarray:
+    """How many proposals draw each pixel: bool (K, y, x) -> uint8 (y, x)."""
+    count = drawn[0].astype(np.uint8)
+    for proposal in drawn[1:]:
+        count += proposal
+    return count
+
+
+def _place_box(grid: WorkingGrid, rows: slice, cols: slice) -> _Place | None:
+    """Place the rows and columns of a box, with one pixel of zeros on each side; None if it covers no pixel of the stack."""
+    along_rows = _place_axis(rows, grid.height, grid.center[0], grid.spacing, grid.stack_spacing[1], grid.shape[1])
+    along_cols = _place_axis(cols, grid.width, grid.center[1], grid.spacing, grid.stack_spacing[2], grid.shape[2])
+    return None if along_rows is None or along_cols is None else _Place(along_rows, along_cols)
+
+
+def _place_axis(part: slice, window_count: int, center: float, spacing: float, stack_spacing: float, stack_count: int) -> _Axis | None:
+    """Stack pixels whose middles lie in the part of the window, and the window pixels between which they lie."""
+    window = slice(max(0, part.start - 1), min(window_count, part.stop + 1))
+    low = center - window_count * spacing / 2 + window.start * spacing
+    high = low + (window.stop - window.start) * spacing
     first = max(0, int(np.ceil(low / stack_spacing - 0.5)))
     last = min(stack_count, int(np.floor(high / stack_spacing - 0.5)) + 1)
-    return slice(first, max(first, last)), (low + high) / 2 - first * stack_spacing
+    if last <= first:
+        return None
+    position = ((np.arange(first, last) + 0.5) * stack_spacing - low) / spacing - 0.5
+    position = position.clip(0, window.stop - window.start - 1)
+    lower = np.floor(position).astype(np.int64)
+    return _Axis(
+        window=window,
+        covered=slice(first, last),
+        lower=torch.from_numpy(lower),
+        upper=torch.from_numpy(np.minimum(lower + 1, window.stop - window.start - 1)),
+        weight=torch.from_numpy((position - lower).astype(np.float32))[:, None],
+    )

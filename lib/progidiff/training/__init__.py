@@ -1,0 +1,1 @@
+"""Training: cached slices, losses, one loop, and the recipes `pretrain` and `train`."""

@@ -1,0 +1,238 @@
+"""Slices for training: resampled once to the working grid, kept as uint8 files, read through memory maps.
+
+Memory does not grow with the number of volumes: a batch touches only the slices it draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progidiff.conditioning import ConditioningConfig
+from progidiff.errors import ImageError, RequestError
+from progidiff.grid import plan_working_grid
+from progidiff.volume import compute_body_threshold, compute_window, load_label, load_volume
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIX = re.compile(r"\.(nii\.gz|nii|nrrd|mha)$")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One labelled volume of a local datastore.
+
+    Attributes:
+        name: File name without suffix.
+        image, label: Paths.
+        structures: label id -> structure name.
+    """
+
+    name: str
+    image: Path
+    label: Path
+    structures: dict[int, str]
+
+
+def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
+    """The volumes of a local datastore that have a final label.
+
+    Args:
+        studies: Folder with images, ``labels/final/`` and ``labels.json`` (label id -> structure name).
+        names: Only these cases, with or without file suffix.
+
+    Raises:
+        RequestError: if the folder, its labels.json or a named case is missing.
+    """
+    table = studies / "labels.json"
+    if not table.is_file():
+        raise RequestError(f"'{studies}' has no labels.json (label id -> structure name); write one beside the images, for example {{\"1\": \"liver\"}}.")
+    structures = {int(k): str(v) for k, v in json.loads(table.read_text()).items()}
+    found = {}
+    for image in sorted(studies.iterdir()):
+        if IMAGE_SUFFIX.search(image.name):
+            label = studies / "labels" / "final" / image.name
+            if label.is_file():
+                found[IMAGE_SUFFIX.sub("", image.name)] = Case(IMAGE_SUFFIX.sub("", image.name), image, label, structures)
+    if names is None:
+        if not found:
+            raise RequestError(f"'{studies}' holds no image with a label of the same file name in labels/final/; label some images first.")
+        return list(found.values())
+    wanted = [IMAGE_SUFFIX.sub("", n) for n in names]
+    unknown = [n for n in wanted if n not in found]
+    if unknown:
+        raise RequestError(f"No labelled case named {', '.join(unknown)} in '{studies}'; there are: {', '.join(found) or 'none'}.")
+    return [found[n] for n in wanted]
+
+
+class SliceCache:
+    """Working-grid slices of some cases, with labels renumbered to 1..len(structures) by name.
+
+    Args:
+        cases: The labelled volumes.
+        structures: Names in the order of the label ids used here; others are background.
+        config: Decides the working grid.
+        folder: Where the uint8 files are kept; a case is prepared once per content and configuration.
+    """
+
+    def __init__(self, cases: Sequence[Case], structures: Sequence[str], config: ConditioningConfig, folder: Path) -> None:
+        self.structures = tuple(structures)
+        self.config = config
+        self.images: list[np.ndarray] = []
+        self.labels: list[np.ndarray] = []
+        self.names: list[str] = []
+        self.digests: dict[str, str] = {}
+        steps, present = [], []
+        folder.mkdir(parents=True, exist_ok=True)
+        for case in cases:
+            path, digest = self._prepare(case, folder)
+            self.images.append(np.load(path / "image.npy", mmap_mode="r"))
+            self.labels.append(np.load(path / "label.npy", mmap_mode="r"))
+            meta = json.loads((path / "meta.json").read_text())
+            steps.append(max(1, round(config.neighbour_mm / meta["dz"])))
+            present.append(np.array(meta["pixels"], dtype=np.int64))
+            self.names.append(case.name)
+            self.digests[case.name] = digest
+        self.steps = steps
+        # pixels[v][z, s]: how much of structure s slice z of volume v holds; what balanced drawing needs.
+        self.pixels = present
+        known = [set(c.structures.values()) & set(self.structures) for c in cases]
+        self.annotated = [np.array([s in k for s in self.structures]) for k in known]
+        self.index = [(v, z) for v, p in enumerate(present) for z in range(len(p))]
+        self.by_structure = [
+            np.array([i for i, (v, z) in enumerate(self.index) if present[v][z, s] > 0], dtype=np.int64) for s in range(len(self.structures))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read slices with their neighbours.
+
+        Args:
+            chosen: N positions in `index`.
+
+        Returns:
+            float32 images (N, C, H, W) in [-1, 1] and int64 labels (N, H, W).
+        """
+        channels = 2 * self.config.num_neighbours + 1
+        images = np.empty((len(chosen), channels, self.config.height, self.config.width), np.uint8)
+        labels = np.empty((len(chosen), self.config.height, self.config.width), np.uint8)
+        for n, i in enumerate(chosen):
+            v, z = self.index[i]
+            offsets = self.steps[v] * np.arange(-self.config.num_neighbours, self.config.num_neighbours + 1)
+            images[n] = self.images[v][np.clip(z + offsets, 0, len(self.images[v]) - 1)]
+            labels[n] = self.labels[v][z]
+        return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels).long()
+
+    def draw_balanced(self, count: int, rng: np.random.Generator, random_share: float = 0.15) -> list[int]:
+        """Draw slices so that small structures are seen as often as large ones.
+
+        A structure is drawn uniformly, then one of its slices; `random_share` of the slices are drawn from everything, so that
+        slices without any structure are seen too.
+        """
+        usable = [s for s, slices in enumerate(self.by_structure) if len(slices)]
+        if not usable:
+            raise ImageError("None of the training labels holds a structure; accept at least one label that is not empty.")
+        chosen = []
+        for _ in range(count):
+            if rng.random() < random_share:
+                chosen.append(int(rng.integers(len(self.index))))
+            else:
+                chosen.append(int(rng.choice(self.by_structure[usable[rng.integers(len(usable))]])))
+        return chosen
+
+    def _prepare(self, case: Case, folder: Path) -> tuple[Path, str]:
+        config = self.config
+        digest = hashlib.sha256()
+        for path in (case.image, case.label):
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        content = digest.hexdigest()
+        digest.update(repr((self.structures, sorted(case.structures.items()), config.height, config.width, config.spacing_range, 2)).encode())
+        target = folder / f"{case.name}-{digest.hexdigest()[:16]}"
+        if (target / "meta.json").is_file():
+            return target, content
+        volume = load_volume(case.image)
+        stack, spacing = volume.to_stack()
+        grid = plan_working_grid(stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range)
+        raw = load_label(case.label, volume)
+        table = np.zeros(max(int(raw.max()), *case.structures) + 1, np.uint8)
+        for value, name in case.structures.items():
+            if name in self.structures:
+                table[value] = self.structures.index(name) + 1
+        label_stack = volume.arrange(table[raw])
+        window = compute_window(volume)
+        indices = np.arange(len(stack))
+        images, labels = [], []
+        for start in range(0, len(stack), 32):
+            part = indices[start : start + 32]
+            pixels = grid.extract_slices(stack, part, window, 0, config.neighbour_mm)[:, 0]
+            images.append(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
+            labels.append(grid.extract_labels(label_stack, part, len(self.structures)).numpy())
+        image, label = np.concatenate(images), np.concatenate(labels)
+        pixels_per_slice = np.stack([(label == s + 1).sum(axis=(1, 2)) for s in range(len(self.structures))], axis=1)
+        scratch = Path(tempfile.mkdtemp(prefix=".slices.", dir=folder))
+        np.save(scratch / "image.npy", image)
+        np.save(scratch / "label.npy", label)
+        (scratch / "meta.json").write_text(json.dumps({"dz": spacing[0], "pixels": pixels_per_slice.tolist(), "grid": grid.to_dict()}))
+        try:
+            os.replace(scratch, target)
+        except OSError:  # another process prepared the same case first
+            logger.info("Slices of %s were prepared elsewhere meanwhile", case.name)
+        return target, content
+
+
+def augment(images: Tensor, labels: Tensor, generator: torch.Generator, strength: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Random affine, intensity, blur and noise. Never mirrors: left and right are part of the question.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        labels: (N, H, W) label ids.
+        generator: Source of randomness; the same state gives the same augmentation.
+        strength: 0 changes nothing, 1 is the default recipe.
+
+    Returns:
+        Images and labels of the same shapes.
+    """
+    n, _, height, width = images.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(n, generator=generator) * (high - low) + low
+
+    angle = uniform(-0.26, 0.26) * strength
+    scale_y = torch.exp(uniform(-0.22, 0.22) * strength)
+    scale_x = torch.exp(uniform(-0.12, 0.12) * strength) * scale_y
+    shear = uniform(-0.08, 0.08) * strength
+    aspect = width / height
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = cos * scale_x, (-sin / aspect + shear) * scale_x
+    theta[:, 1, 0], theta[:, 1, 1] = sin * aspect * scale_y, cos * scale_y
+    theta[:, 0, 2], theta[:, 1, 2] = uniform(-0.15, 0.15) * strength, uniform(-0.15, 0.15) * strength
+    grid = torch.nn.functional.affine_grid(theta, [n, 1, height, width], align_corners=False)
+    # A smooth random deformation: a coarse field of displacements, at most a few pixels.
+    field = torch.randn(n, 2, 5, 6, generator=generator) * 0.022 * strength
+    grid = grid + torch.nn.functional.interpolate(field, size=(height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    warped = torch.nn.functional.grid_sample(images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = torch.nn.functional.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)[:, 0].long()
+
+    unit = (warped / 2).clamp(0, 1)
+    gamma = torch.exp(uniform(-0.4, 0.4) * strength)[:, None, None, None]
+    gain = 1 + uniform(-0.18, 0.18)[:, None, None, None] * strength
+    offset = uniform(-0.09, 0.09)[:, None, None, None] * strength
+    unit = (unit.clamp_min(1e-4) ** gamma) * gain + offset * (unit > 0.02)
+    blurred = torch.nn.functional.avg_pool2d(unit, 3, stride=1, padding=1)
+    unit = torch.where((uniform(0, 1) < 0.15 * strength)[:, None, None, None], blurred, unit)
+    noise = torch.randn(unit.shape, generator=generator) * (uniform(0, 0.05) * strength)[:, None, None, None]
+    return ((unit + noise).clamp(0, 1) * 2 - 1), moved

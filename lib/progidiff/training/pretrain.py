@@ -1,0 +1,175 @@
+"""`progidiff pretrain`: an embedded backbone from scratch, in two stages.
+
+1. *codec*: the autoencoder, on masks and on slices. Its encode-decode Dice is the ceiling of everything that follows.
+2. *denoiser*: the U-Net as a text-to-image model of slices ("axial CT slice showing liver and spleen") and of their masks
+   ("mask of the left kidney"), v-prediction, zero-terminal-SNR betas (arXiv 2305.08891).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from progidiff.backbone import PROMPT_TEMPLATE, Backbone
+from progidiff.codec import MaskCodec, encode_pictures
+from progidiff.training.data import SliceCache, augment
+from progidiff.training.loop import LoopConfig, run_loop
+from progidiff.training.losses import compute_dice_loss
+
+
+def draw_masks(cache: SliceCache, images: Tensor, labels: Tensor, per_slice: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks of structures that are on the slices, small ones as often as large ones.
+
+    Returns:
+        rows (M,) of the slice, structure (M,) indices from 0, masks (M, H, W) floats.
+    """
+    rows, structures, masks = [], [], []
+    for n in range(len(labels)):
+        present = [int(v) - 1 for v in torch.unique(labels[n]) if v > 0]
+        if not present:
+            continue
+        for s in rng.choice(present, size=min(per_slice, len(present)), replace=False):
+            rows.append(n)
+            structures.append(int(s))
+            masks.append(labels[n] == int(s) + 1)
+    if not rows:
+        height, width = labels.shape[-2:]
+        return torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.long), torch.zeros(0, height, width)
+    return torch.tensor(rows), torch.tensor(structures), torch.stack(masks).float()
+
+
+@torch.no_grad()
+def compute_codec_ceiling(vae: Any, cache: SliceCache, every: int = 1, per_structure: int = 400) -> dict[str, float]:
+    """Encode-decode Dice of ground-truth masks at the working resolution, per structure (voxels pooled over all slices)."""
+    codec = MaskCodec(vae)
+    ceiling = {}
+    for s, structure in enumerate(cache.structures):
+        chosen = cache.by_structure[s][::every][:per_structure]
+        overlap = total = 0.0
+        for start in range(0, len(chosen), 32):
+            _, labels = cache.read([int(i) for i in chosen[start : start + 32]])
+            masks = (labels == s + 1).float()
+            with torch.autocast("cpu", torch.bfloat16):
+                decoded = codec.decode_signed(codec.encode_masks(masks)) > 0
+            overlap += float((decoded & masks.bool()).sum())
+            total += float(decoded.sum() + masks.sum())
+        if total:
+            ceiling[structure] = 2 * overlap / total
+    return ceiling
+
+
+def crop_around(stack: Tensor, masks: Tensor, size: int, rng: np.random.Generator) -> Tensor:
+    """A square of `size` pixels of each of M pictures, placed so that it meets the mask's foreground if there is any.
+
+    Args:
+        stack: (M, H, W) pictures or masks to crop.
+        masks: (M, H, W) that decide where.
+    """
+    height, width = stack.shape[-2:]
+    crops = []
+    for picture, mask in zip(stack, masks, strict=True):
+        inside = mask.nonzero()
+        y, x = inside[rng.integers(len(inside))].tolist() if len(inside) else (rng.integers(height), rng.integers(width))
+        top = int(np.clip(y - rng.integers(size), 0, height - size))
+        left = int(np.clip(x - rng.integers(size), 0, width - size))
+        crops.append(picture[top : top + size, left : left + size])
+    return torch.stack(crops)
+
+
+def train_codec(
+    vae: Any, training: SliceCache, validation: SliceCache | None, config: LoopConfig, folder: Path, slices: int = 10, masks_per_slice: int = 3, crop: int = 64
+) -> Any:
+    """Train the autoencoder on crops of masks (Dice + cross-entropy + L1) and of slices (L1 + gradients).
+
+    A little noise is added to the latents before decoding, so that the decoder forgives what a denoiser leaves over.
+    """
+    vae.requires_grad_(True).train()
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        images, labels = training.read(training.draw_balanced(slices, rng, random_share=0.0))
+        images, labels = augment(images, labels, generator, 1.3)
+        _, _, masks = draw_masks(training, images, labels, masks_per_slice, rng)
+        masks = crop_around(masks, masks, crop, rng)
+        pictures = crop_around(images[:, images.shape[1] // 2], labels, crop, rng)[:, None].expand(-1, 3, -1, -1)
+        inputs = torch.cat([(masks * 2 - 1)[:, None].expand(-1, 3, -1, -1), pictures])
+        latents = vae.encode(inputs).latents
+        noisy = latents + 0.1 * latents.detach().float().std() * torch.randn_like(latents)
+        decoded = vae.decode(noisy).sample.float()
+        logits = 4 * decoded[: len(masks)].mean(dim=1)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, masks)
+        dice = compute_dice_loss(logits.sigmoid(), masks, (1, 2), smooth=2.0)
+        signed = F.l1_loss(decoded[: len(masks)], inputs[: len(masks)])
+        drawn = decoded[len(masks) :]
+        picture = F.l1_loss(drawn, pictures) + F.l1_loss(drawn.diff(dim=-1), pictures.diff(dim=-1)) + F.l1_loss(drawn.diff(dim=-2), pictures.diff(dim=-2))
+        # The decoder squashes latents beyond 3; keep them well inside.
+        size = latents.float().square().mean()
+        loss = dice + 10 * cross_entropy + signed + 0.5 * picture + 0.01 * size
+        return loss, {"dice": float(dice.detach()), "ce": float(cross_entropy.detach()), "picture": float(picture.detach()), "size": float(size.detach())}
+
+    def validate() -> dict[str, float]:
+        assert validation is not None
+        ceiling = compute_codec_ceiling(vae, validation, every=3)
+        return {"lowest": min(ceiling.values()), **ceiling}
+
+    return run_loop({"vae": vae}, compute_loss, config, folder, None if validation is None else validate)
+
+
+def compute_picture_scale(vae: Any, cache: SliceCache, count: int = 128) -> float:
+    """1 / standard deviation of raw latents over slices: the `scaling_factor` of the Stable-Diffusion format."""
+    rng = np.random.default_rng(0)
+    images, _ = cache.read(cache.draw_balanced(count, rng))
+    with torch.no_grad():
+        latents = torch.cat([encode_pictures(vae, part[:, part.shape[1] // 2][:, None].expand(-1, 3, -1, -1)) for part in images.split(16)])
+    return float(1 / latents.std())
+
+
+def describe_slice(structures: list[str], modality: str) -> str:
+    """The caption of a slice, e.g. ``axial CT slice showing liver and spleen``."""
+    if not structures:
+        return f"axial {modality} slice"
+    listed = structures[0] if len(structures) == 1 else ", ".join(structures[:-1]) + " and " + structures[-1]
+    return f"axial {modality} slice showing {listed}"
+
+
+def train_text_to_image(
+    backbone: Backbone, unet: Any, training: SliceCache, modality: str, config: LoopConfig, folder: Path, slices: int = 12, text_dropout: float = 0.1
+) -> Any:
+    """Train the denoiser as a text-to-image model: half slices, half masks, v-prediction."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(backbone.scheduler_config)
+    scale = float(backbone.vae.config.scaling_factor)
+    unet.requires_grad_(True).train()
+    alphas = scheduler.alphas_cumprod
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        images, labels = training.read(training.draw_balanced(slices, rng))
+        images, labels = augment(images, labels, generator)
+        _, picked, masks = draw_masks(training, images, labels, 1, rng)
+        captions = []
+        for n in range(slices):
+            present = [training.structures[int(v) - 1] for v in torch.unique(labels[n]) if v > 0]
+            captions.append(describe_slice(list(rng.permutation(present)[: rng.integers(1, 5)]) if present else [], modality))
+        captions += [PROMPT_TEMPLATE.format(training.structures[int(s)]) for s in picked]
+        captions = ["" if rng.random() < text_dropout else c for c in captions]
+        pictures = torch.cat([images[:, images.shape[1] // 2], masks * 2 - 1])[:, None].expand(-1, 3, -1, -1)
+        with torch.no_grad():
+            clean = encode_pictures(backbone.vae, pictures) * scale
+        tokens, mask, _ = backbone.encode_text(captions)
+        noise = torch.randn(clean.shape, generator=generator)
+        timesteps = torch.randint(0, len(alphas), (len(clean),), generator=generator)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+        predicted = unet(noisy, timesteps, tokens, encoder_attention_mask=mask).sample
+        loss = F.mse_loss(predicted.float(), target)
+        return loss, {}
+
+    return run_loop({"unet": unet}, compute_loss, config, folder)

@@ -80,6 +80,7 @@ class Server:
     studies: Path
     process: subprocess.Popen[bytes]
     log: Path
+    temporary: Path
     ready_seconds: float
 
     def get(self, path: str, **arguments: Any) -> requests.Response:
@@ -98,13 +99,16 @@ class Server:
 def run_server(studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 120.0) -> Iterator[Server]:
     """`monailabel start_server` in a process of its own, on a free port of the loop-back interface; killed at the end."""
     port = free_port()
+    temporary = log.parent / "tmp"
+    temporary.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(studies)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     for name, value in zip(conf[::2], conf[1::2], strict=True):
         command += ["--conf", name, value]
     started = time.monotonic()
     with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent)
+        environment = {**os.environ, "MONAI_LABEL_SESSION_PATH": str(log.parent / "sessions"), "TMPDIR": str(temporary)}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=log.parent, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         while True:
@@ -114,7 +118,7 @@ def run_server(studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 
             if process.poll() is not None or time.monotonic() - started > wait_s:
                 raise AssertionError(f"The server did not start:\n{log.read_text(errors='replace')[-4000:]}")
             time.sleep(0.1)
-        yield Server(url, studies, process, log, time.monotonic() - started)
+        yield Server(url, studies, process, log, temporary, time.monotonic() - started)
     finally:
         process.terminate()
         try:

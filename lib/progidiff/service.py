@@ -198,9 +198,9 @@ def _build_router() -> APIRouter:
         return job.info()
 
     @router.get("/progidiff/proposals/{image}", name=f"{_ROUTE_PREFIX}proposals", tags=["ProGiDiff"], summary="Kept proposals of an image")
-    def list_proposals(image: str, user: User = _USER) -> list[dict[str, Any]]:
+    def describe_proposals(image: str, proposals: str | None = None, user: User = _USER) -> dict[str, Any]:
         find_image(app_instance(), image)
-        return _task().list_proposals(image)
+        return _task().describe_proposals(image, proposals)
 
     @router.get("/progidiff/prompts", name=f"{_ROUTE_PREFIX}prompts", tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
     async def list_prompts(user: User = _USER) -> list[dict[str, Any]]:

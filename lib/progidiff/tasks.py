@@ -22,7 +22,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from progidiff.engine import Engine
-from progidiff.errors import BusyError, ModelError, RequestError, StoreError
+from progidiff.errors import BusyError, ModelError, NotFoundError, RequestError, StoreError
 from progidiff.jobs import DeviceQueue, Job
 from progidiff.options import BEST, CONSENSUS, DISAGREEMENT, InferOptions, ServerOptions
 from progidiff.prompts import STRUCTURES, Query, describe, parse_prompt
@@ -38,8 +38,6 @@ DISAGREEMENT_BANDS = ("up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
 T = TypeVar("T")
 
 _KEPT_VOLUMES = 2
-_KEPT_RESULTS = 2
-_KEPT_RESULT_BYTES = 256 << 20
 
 
 class ProposalInferTask(InferTask):
@@ -59,7 +57,6 @@ class ProposalInferTask(InferTask):
         self.queue = DeviceQueue(options.device or "the device", max_waiting=options.max_waiting)
         self._datastore = datastore
         self._volumes: _Recent[Volume] = _Recent(_KEPT_VOLUMES)
-        self._results: _Recent[VolumeProposals] = _Recent(_KEPT_RESULTS)
         self.structures = _known_structures(engine)
         super().__init__(
             type=InferType.SEGMENTATION,
@@ -126,9 +123,32 @@ class ProposalInferTask(InferTask):
             "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
         }
 
-    def list_proposals(self, image_id: str) -> list[dict[str, Any]]:
-        """What is kept of an image, newest first: settings, and per structure volumes (ml), ranking and disagreement per slice."""
-        return list(self.store.list(image_id))
+    def describe_proposals(self, image_id: str, key: str | None = None) -> dict[str, Any]:
+        """What is kept of an image.
+
+        Args:
+            image_id: Of the datastore.
+            key: Of one result ("proposals" in the answer to a request); None for the newest.
+
+        Returns:
+            "kept": key, created (Unix time), structures and bytes of every result, newest first; "proposals": the key of the one
+            described; "summary": its settings, and per structure volumes (ml), ranking and disagreement per slice.
+
+        Raises:
+            NotFoundError: if nothing is kept, or not this result.
+        """
+        entries = {entry.key: entry for entry in self.store.list(image_id)}
+        if not entries:
+            raise NotFoundError(f"No proposals of image '{image_id}' are kept. POST /infer/progidiff?image={image_id} makes some.")
+        chosen = key or next(iter(entries))
+        result = self.store.load(chosen) if chosen in entries else None
+        if result is None:
+            raise NotFoundError(f"No proposals {chosen[:64]} of image '{image_id}' are kept. Leave the key out to get the newest.")
+        kept = [
+            {"proposals": entry.key, "created": round(entry.created, 3), "structures": list(entry.structures), "bytes": entry.num_bytes}
+            for entry in entries.values()
+        ]
+        return {"image": image_id, "kept": kept, "proposals": chosen, "summary": result.summary()}
 
     def list_prompts(self) -> list[dict[str, Any]]:
         """The structures the model was trained on, with label id and synonyms."""
@@ -154,22 +174,24 @@ class ProposalInferTask(InferTask):
     ) -> tuple[VolumeProposals, Job | None, str]:
         info = self.engine.info()
         adapter = None if options.adapter in (None, "none") else options.adapter
+        steps = options.steps or int(info["num_inference_steps"])
+        guidance_scale = float(info["guidance_scale"] if options.guidance_scale is None else options.guidance_scale)
         key = self.store.key(
             image_id=image_id,
             image_digest=volume.digest,
             queries=queries,
             num_proposals=options.num_proposals,
-            steps=options.steps,
+            num_inference_steps=steps,
             seed=options.seed,
-            guidance=options.guidance_scale,
+            guidance_scale=guidance_scale,
             model_version=str(info.get("model_version", "")),
             adapter=adapter or "",
         )
-        result = self._find(key)
+        result = self.store.load(key)
         if result is not None:
             return result, None, key
         with self.queue.job("infer", image_id or volume.name, options.job_id) as job:
-            result = self._find(key)  # Somebody may have asked for the same while this request waited.
+            result = self.store.load(key)  # Somebody may have asked for the same while this request waited.
             if result is not None:
                 return result, None, key
             result = self._compute(volume, queries, options, adapter, job)
@@ -177,20 +199,7 @@ class ProposalInferTask(InferTask):
             self.store.save(key, result, image_id)
         except StoreError as err:
             logger.warning("The proposals for '%s' are shown but not kept: %s", image_id, err)
-        self._remember(key, result)
         return result, job, key
-
-    def _find(self, key: str) -> VolumeProposals | None:
-        result = self._results.get(key)
-        if result is None:
-            result = self.store.load(key)
-            if result is not None:
-                self._remember(key, result)
-        return result
-
-    def _remember(self, key: str, result: VolumeProposals) -> None:
-        if result.probabilities.nbytes <= _KEPT_RESULT_BYTES:
-            self._results.put(key, result)
 
     def _compute(self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str | None, job: Job) -> VolumeProposals:
         try:
@@ -213,12 +222,12 @@ class ProposalInferTask(InferTask):
                 retry_after=30,
             ) from err
         except MemoryError as err:
-            raise BusyError("The server ran out of memory. Lower num_proposals, ask for fewer structures, or crop the image.", retry_after=30) from err
+            raise BusyError("The server ran out of memory. Lower num_proposals or crop the image.", retry_after=30) from err
 
     def _write_shown(
         self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], show: str, extension: str
     ) -> tuple[Path, dict[str, Any]]:
-        """The mask file and what is in it: `label_names` {name: id} of what is present, by ascending id, and `shown_ml` {name: ml}."""
+        """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_ml` {name: ml}."""
         if show == DISAGREEMENT:
             percent = result.disagreement_map(volume)
             labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)

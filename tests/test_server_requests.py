@@ -303,7 +303,7 @@ def test_what_is_kept_of_an_image_can_be_asked(server: Server):
 
 
 def test_the_prompts_are_listed_with_label_and_synonyms(server: Server):
-    prompts = {entry["name"]: entry for entry in server.get("/progidiff/prompts").json()}
+    prompts = {entry["structure"]: entry for entry in server.get("/progidiff/prompts").json()}
     assert prompts["liver"]["label"] == 6
     assert json.dumps(prompts["liver"]).count("hepatic")
 

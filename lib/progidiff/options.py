@@ -19,7 +19,7 @@ CONSENSUS = "consensus"
 BEST = "best"
 DISAGREEMENT = "disagreement"
 
-MAX_STEPS = 100
+MAX_STEPS = 50
 MAX_SEED = 2**32 - 1
 RESULT_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 

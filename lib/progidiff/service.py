@@ -41,6 +41,9 @@ _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha)$", re.IGNORECASE)
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 
+# The host's name for "there is no such strategy" is APP_INIT_ERROR.
+_REQUEST_ERRORS = (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
+
 
 def install(app: FastAPI) -> None:
     """Put our routes before the host's and our error answers in place. Safe to call again after a reload of the app."""
@@ -260,7 +263,7 @@ async def _answer_host_error(request: Request, err: Exception) -> Response:
     if isinstance(err, (ImageNotFoundException, LabelNotFoundException)):
         status = 404
     else:
-        status = 422 if error.error is MONAILabelError.INVALID_INPUT else 500
+        status = 422 if error.error in _REQUEST_ERRORS else 500
     logger.info("%s %s -> %d %s", request.method, request.url.path, status, error.msg)
     return _answer(status, str(error.error.value), str(error.msg))
 

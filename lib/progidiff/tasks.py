@@ -100,7 +100,10 @@ class ProposalInferTask(InferTask):
         started = time.monotonic()
         image_id = str(request.get("image_id", ""))
         options = InferOptions.from_params(request.get("params", {}), self.config(), self.options.max_proposals, self._adapters())
-        queries = parse_prompt(options.prompt, self.structures, options.allow_free_text, str(self.engine.info().get("model_version", "the model")))
+        info = self.engine.info()
+        if info.get("error"):
+            raise ModelError(str(info["error"]))
+        queries = parse_prompt(options.prompt, self.structures, options.allow_free_text, str(info["model_version"]))
         volume = self._load_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         result, job, key = self._find_or_compute(volume, queries, options, image_id)
         file, shown = self._write_shown(result, volume, queries, options.show, options.result_extension)
@@ -152,7 +155,7 @@ class ProposalInferTask(InferTask):
 
     def list_prompts(self) -> list[dict[str, Any]]:
         """The structures the model was trained on, with label id and synonyms."""
-        return [{"label": compute_label_id(entry["name"]), **entry} for entry in describe(self.structures)]
+        return [{"label": compute_label_id(entry["structure"]), **entry} for entry in describe(self.structures)]
 
     def _adapters(self) -> list[str]:
         info = self.engine.info()

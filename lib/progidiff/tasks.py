@@ -123,6 +123,7 @@ class ProposalInferTask(InferTask):
             "job": job.id if job is not None else None,
             "saved_original": saved,
             "ignored": list(options.ignored),
+            "warnings": _find_warnings(volume, queries, info),
             "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
         }
 
@@ -322,6 +323,18 @@ def _known_structures(engine: Engine) -> tuple[str, ...]:
     except ModelError as err:
         logger.warning("The server starts without a usable model: %s", err)
         return STRUCTURES
+
+
+def _find_warnings(volume: Volume, queries: tuple[Query, ...], info: Mapping[str, Any]) -> list[str]:
+    """What the user should know before trusting the answer."""
+    warnings = []
+    trained_on = str(info.get("modality", ""))
+    if trained_on and volume.modality != trained_on:
+        warnings.append(f"This is a {volume.modality} image ({volume.modality_source}); {info['model_version']} was trained on {trained_on} images.")
+    free = [query.name for query in queries if not query.known]
+    if free:
+        warnings.append(f"No training example vouches for {', '.join(free)}.")
+    return warnings
 
 
 def _fingerprint(path: Path) -> tuple[Any, ...]:

@@ -79,6 +79,7 @@ def train_proposals(
     text_dropout: float = 0.1,
     decode_share: float = 0.25,
     evidence_wear: float = 1.0,
+    freeze_denoiser: bool = False,
 ) -> list[dict[str, float]]:
     """Train denoiser and injection jointly; encoder, query head and codec stay as they are.
 
@@ -87,6 +88,7 @@ def train_proposals(
     Args:
         decode_share: Share of the pairs whose mask is decoded for the mask loss.
         evidence_wear: Strength of `wear_down_evidence`.
+        freeze_denoiser: Train the injection only.
     """
     branch, unet, codec = pipeline.branch, pipeline.unet, pipeline.codec
     phrases = PhraseTable(pipeline.backbone, training.structures)
@@ -96,7 +98,8 @@ def train_proposals(
     )
     for module in (branch.encoder, branch.query_head, codec):
         module.requires_grad_(False)
-    unet.requires_grad_(True)
+    unet.requires_grad_(not freeze_denoiser)
+    modules: dict[str, torch.nn.Module] = {"injection": injection} if freeze_denoiser else {"unet": unet, "injection": injection}
     structures = len(training.structures)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -140,7 +143,7 @@ def train_proposals(
         assert validation is not None
         return validate_proposals(pipeline, validation, phrases)
 
-    return run_loop({"unet": unet, "injection": injection}, compute_loss, config, folder, None if validation is None else validate)
+    return run_loop(modules, compute_loss, config, folder, None if validation is None else validate)
 
 
 def drop_text(tokens: Tensor, mask: Tensor | None, dropped: Tensor, phrases: PhraseTable) -> tuple[Tensor, Tensor | None]:

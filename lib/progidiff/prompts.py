@@ -198,6 +198,24 @@ def heldout_phrases(structure: str) -> tuple[str, ...]:
     return _expand(_phrases_of(structure).heldout, structure) if structure in _VOCABULARY else ()
 
 
+def compute_label_ids(queries: Iterable[Query]) -> dict[str, int]:
+    """Label ids of what a prompt asks for: the place in `STRUCTURES` from 1, whatever the prompt; others follow in their order.
+
+    Example:
+        >>> compute_label_ids(parse_prompt("liver and spleen"))
+        {'liver': 6, 'spleen': 1}
+    """
+    ids: dict[str, int] = {}
+    others = len(STRUCTURES)
+    for query in queries:
+        if query.name in STRUCTURES:
+            ids[query.name] = STRUCTURES.index(query.name) + 1
+        elif query.name not in ids:
+            others += 1
+            ids[query.name] = others
+    return ids
+
+
 def describe(known: Iterable[str] = STRUCTURES) -> list[dict[str, Any]]:
     """One entry per structure of a model: ``{"structure": name, "synonyms": [...]}``, for `progidiff prompts` and the server."""
     return [{"structure": name, "synonyms": list(synonyms(name)[1:]) if name in _VOCABULARY else []} for name in known]

@@ -14,6 +14,13 @@ import torch
 from torch import Tensor, nn
 
 
+ACTIVE = 0.5
+"""Distance from the latents of an empty mask, in standard deviations, from which a latent pixel is decoded."""
+
+MARGIN = 3
+"""Latent pixels decoded around that box and thrown away, for the decoder's view."""
+
+
 class MaskCodec(nn.Module):
     """Encode masks to standardised latents and decode them to probabilities.
 
@@ -32,6 +39,7 @@ class MaskCodec(nn.Module):
         self.register_buffer("mean", torch.tensor(list(mean) if mean is not None else [0.0] * channels).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(list(std) if std is not None else [1.0] * channels).view(1, -1, 1, 1))
         self.to(next(vae.parameters()).device)
+        self._nothing: Tensor | None = None
 
     def encode_masks(self, masks: Tensor) -> Tensor:
         """(M, H, W) in [0, 1] -> standardised latents (M, c, h, w), deterministic (the posterior's mode)."""
@@ -39,16 +47,50 @@ class MaskCodec(nn.Module):
 
     def decode_signed(self, latents: Tensor) -> Tensor:
         """Standardised latents (M, c, h, w) -> (M, H, W), about -1 outside and +1 inside, not clipped."""
-        dtype = next(self.vae.parameters()).dtype
-        return self.vae.decode((latents * self.std + self.mean).to(dtype)).sample.float().mean(dim=1)
+        return self.vae.decode(self._restore(latents)).sample.float().mean(dim=1)
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Standardised latents (M, c, h, w) -> membership (M, H, W) in [0, 1]; the mask is where it is at least 0.5."""
-        return ((self.decode_signed(latents) + 1) / 2).clamp(0, 1)
+        """Standardised latents (M, c, h, w) -> membership (M, H, W) in [0, 1]; the mask is where it is at least 0.5.
+
+        A codec without normalisation and attention (`AutoencoderTiny`) sees only a neighbourhood, so only the box in which
+        any of the latents differs from those of an empty mask is decoded; most organs fill a small part of a slice.
+        """
+        if not self.is_local:
+            return ((self.decode_signed(latents) + 1) / 2).clamp(0, 1)
+        count, _, height, width = latents.shape
+        stride = 2 ** (len(self.vae.config.decoder_block_out_channels) - 1)
+        result = torch.zeros(count, height * stride, width * stride, device=latents.device)
+        active = (latents - self._encode_nothing(height, width, stride)).abs().amax(dim=1).amax(dim=0) > ACTIVE
+        if not active.any():
+            return result
+        (y0, y1), (x0, x1) = _grow(active.any(dim=1), 1), _grow(active.any(dim=0), 1)
+        (top, bottom), (left, right) = _grow(active.any(dim=1), 1 + MARGIN), _grow(active.any(dim=0), 1 + MARGIN)
+        part = latents[:, :, top:bottom, left:right]
+        decoded = ((self.vae.decode(self._restore(part)).sample.float().mean(dim=1) + 1) / 2).clamp(0, 1)
+        result[:, y0 * stride : y1 * stride, x0 * stride : x1 * stride] = decoded[
+            :, (y0 - top) * stride : (y1 - top) * stride, (x0 - left) * stride : (x1 - left) * stride
+        ]
+        return result
+
+    @property
+    def is_local(self) -> bool:
+        """Whether a crop of the latents decodes like the same place of the whole."""
+        return type(self.vae).__name__ == "AutoencoderTiny"
+
+    def _restore(self, latents: Tensor) -> Tensor:
+        return (latents * self.std + self.mean).to(next(self.vae.parameters()).dtype)
+
+    def _encode_nothing(self, height: int, width: int, stride: int) -> Tensor:
+        """Latents of an empty mask, (1, c, height, width)."""
+        if self._nothing is None or self._nothing.shape[-2:] != (height, width):
+            with torch.no_grad():
+                self._nothing = self.encode_masks(torch.zeros(1, height * stride, width * stride, device=self.mean.device))
+        return self._nothing
 
     @torch.no_grad()
     def fit_statistics(self, batches: Iterable[Tensor]) -> None:
         """Set mean and std from batches of masks (M, H, W)."""
+        self._nothing = None
         self.mean.zero_()
         self.std.fill_(1.0)
         total, squares, count = torch.zeros_like(self.mean).double(), torch.zeros_like(self.mean).double(), 0
@@ -60,6 +102,13 @@ class MaskCodec(nn.Module):
         mean = total / count
         self.mean.copy_(mean)
         self.std.copy_((squares / count - mean.square()).clamp_min(1e-8).sqrt())
+        self._nothing = None
+
+
+def _grow(active: Tensor, margin: int) -> tuple[int, int]:
+    """The span of true values, a margin added on both sides, within bounds."""
+    found = active.nonzero()
+    return max(0, int(found[0]) - margin), min(len(active), int(found[-1]) + 1 + margin)
 
 
 def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:

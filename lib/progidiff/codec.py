@@ -49,6 +49,10 @@ class MaskCodec(nn.Module):
         """Standardised latents (M, c, h, w) -> (M, H, W), about -1 outside and +1 inside, not clipped."""
         return self.vae.decode(self._restore(latents)).sample.float().mean(dim=1)
 
+    def decode_soft(self, latents: Tensor) -> Tensor:
+        """Like `decode_latents`, with a gradient everywhere: for losses."""
+        return soften(self.decode_signed(latents))
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Standardised latents (M, c, h, w) -> membership (M, H, W) in [0, 1]; the mask is where it is at least 0.5.
 
@@ -103,6 +107,14 @@ class MaskCodec(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_((squares / count - mean.square()).clamp_min(1e-8).sqrt())
         self._nothing = None
+
+
+def soften(signed: Tensor) -> Tensor:
+    """About -1..1 -> 0..1 by a steep sigmoid.
+
+    Steep, because a background of 0.02 instead of 0 would weigh as much in a Dice loss as a small organ.
+    """
+    return torch.sigmoid(8 * signed)
 
 
 def _grow(active: Tensor, margin: int) -> tuple[int, int]:

@@ -120,7 +120,9 @@ def create_backbone(folder: Path, widths: BackboneWidths, seed: int = 0) -> Path
     return folder
 
 
-def create_branch(backbone: Backbone, height: int, width: int, spacing_range: tuple[float, float], seed: int = 0, **changes: object) -> ConditioningBranch:
+def create_branch(
+    backbone: Backbone, height: int, width: int, spacing_range: tuple[float, float], seed: int = 0, **changes: object
+) -> ConditioningBranch:
     """A fresh branch whose residuals fit the denoiser of `backbone`; `changes` are further fields of `ConditioningConfig`."""
     channels, strides = backbone.residual_slots()
     torch.manual_seed(seed)

@@ -57,7 +57,9 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
     """
     table = studies / "labels.json"
     if not table.is_file():
-        raise RequestError(f"'{studies}' has no labels.json (label id -> structure name); write one beside the images, for example {{\"1\": \"liver\"}}.")
+        raise RequestError(
+            f'\'{studies}\' has no labels.json (label id -> structure name); write one beside the images, for example {{"1": "liver"}}.'
+        )
     structures = {int(k): str(v) for k, v in json.loads(table.read_text()).items()}
     found = {}
     for image in sorted(studies.iterdir()):

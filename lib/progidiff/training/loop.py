@@ -149,7 +149,9 @@ def run_loop(
         with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bf16"):
             loss, figures = compute_loss(step, generator)
         if not torch.isfinite(loss):
-            raise ModelError(f"The loss became {float(loss)} at step {step}; lower the learning rate or use fp32. The last checkpoint is kept in '{folder}'.")
+            raise ModelError(
+                f"The loss became {float(loss)} at step {step}; lower the learning rate or use fp32. The last checkpoint is kept in '{folder}'."
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.clip)
@@ -214,13 +216,17 @@ def _resume(
     saved = json.loads(metadata["config"])
     if saved != asdict(config):
         changed = sorted(k for k in saved if saved[k] != asdict(config).get(k))
-        raise RequestError(f"'{folder}' holds a run with other settings ({', '.join(changed)} differ); use another folder, or the same settings to resume.")
+        raise RequestError(
+            f"'{folder}' holds a run with other settings ({', '.join(changed)} differ); use another folder, or the same settings to resume."
+        )
     tensors = load_file(path)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"live.{name}"])
             average.shadow[name].copy_(tensors[f"average.{name}"])
-            state = {key: tensors[f"optimizer.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors}
+            state = {
+                key: tensors[f"optimizer.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors
+            }
             if state:
                 optimizer.state[parameter] = state
     step = int(metadata["step"])

@@ -82,7 +82,14 @@ def crop_around(stack: Tensor, masks: Tensor, size: int, rng: np.random.Generato
 
 
 def train_codec(
-    vae: Any, training: SliceCache, validation: SliceCache | None, config: LoopConfig, folder: Path, slices: int = 10, masks_per_slice: int = 3, crop: int = 64
+    vae: Any,
+    training: SliceCache,
+    validation: SliceCache | None,
+    config: LoopConfig,
+    folder: Path,
+    slices: int = 10,
+    masks_per_slice: int = 3,
+    crop: int = 64,
 ) -> Any:
     """Train the autoencoder on crops of masks (Dice + cross-entropy + L1) and of slices (L1 + gradients).
 
@@ -101,16 +108,23 @@ def train_codec(
         latents = vae.encode(inputs).latents
         noisy = latents + 0.1 * latents.detach().float().std() * torch.randn_like(latents)
         decoded = vae.decode(noisy).sample.float()
-        logits = 4 * decoded[: len(masks)].mean(dim=1)
+        logits = 8 * decoded[: len(masks)].mean(dim=1)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, masks)
         dice = compute_dice_loss(logits.sigmoid(), masks, (1, 2), smooth=2.0)
         signed = F.l1_loss(decoded[: len(masks)], inputs[: len(masks)])
         drawn = decoded[len(masks) :]
-        picture = F.l1_loss(drawn, pictures) + F.l1_loss(drawn.diff(dim=-1), pictures.diff(dim=-1)) + F.l1_loss(drawn.diff(dim=-2), pictures.diff(dim=-2))
+        picture = (
+            F.l1_loss(drawn, pictures) + F.l1_loss(drawn.diff(dim=-1), pictures.diff(dim=-1)) + F.l1_loss(drawn.diff(dim=-2), pictures.diff(dim=-2))
+        )
         # The decoder squashes latents beyond 3; keep them well inside.
         size = latents.float().square().mean()
         loss = dice + 10 * cross_entropy + signed + 0.5 * picture + 0.01 * size
-        return loss, {"dice": float(dice.detach()), "ce": float(cross_entropy.detach()), "picture": float(picture.detach()), "size": float(size.detach())}
+        return loss, {
+            "dice": float(dice.detach()),
+            "ce": float(cross_entropy.detach()),
+            "picture": float(picture.detach()),
+            "size": float(size.detach()),
+        }
 
     def validate() -> dict[str, float]:
         assert validation is not None

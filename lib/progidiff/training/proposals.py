@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
 
 from progidiff.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.training.data import SliceCache, augment
@@ -135,7 +133,7 @@ def train_proposals(
         diffusion = F.mse_loss(predicted, target)
         latent = F.l1_loss(implied, clean)
         decoded = torch.randperm(len(clean), generator=generator)[: max(1, round(decode_share * len(clean)))]
-        mask_loss = compute_mask_loss(torch.sigmoid(4 * codec.decode_signed(implied[decoded])), masks[decoded])
+        mask_loss = compute_mask_loss(codec.decode_soft(implied[decoded]), masks[decoded])
         loss = diffusion + 0.5 * latent + 0.3 * mask_loss
         return loss, {"diffusion": float(diffusion.detach()), "latent": float(latent.detach()), "mask": float(mask_loss.detach())}
 
@@ -158,7 +156,13 @@ def drop_text(tokens: Tensor, mask: Tensor | None, dropped: Tensor, phrases: Phr
 
 @torch.no_grad()
 def validate_proposals(
-    pipeline: ProposalPipeline, cache: SliceCache, phrases: PhraseTable, every: int = 6, num_proposals: int = 4, num_inference_steps: int = 2, gate: float = 0.2
+    pipeline: ProposalPipeline,
+    cache: SliceCache,
+    phrases: PhraseTable,
+    every: int = 6,
+    num_proposals: int = 4,
+    num_inference_steps: int = 2,
+    gate: float = 0.2,
 ) -> dict[str, float]:
     """Dice of evidence, single proposals, consensus and best of K on every n-th slice, pooled per volume, averaged over volumes."""
     branch, structures = pipeline.branch, len(cache.structures)
@@ -208,5 +212,3 @@ def validate_proposals(
         "disagreement": float(np.mean(spread)) if spread else 0.0,
     }
     return {**figures, **{f"consensus {s}": float(d) for s, d in zip(cache.structures, np.nanmean(dice_of["consensus"], 0), strict=True)}}
-
-

@@ -110,12 +110,20 @@ def run_pretrain(
     data = prepare_datasets(studies, branch, structures, held_out, work)
 
     vae = backbone.vae
-    train_codec(vae, data.training, data.validation, LoopConfig(codec_steps, 1.5e-3, ema_decay=0.998, validate_every=500, checkpoint_every=100, seed=seed), work / "codec")
+    train_codec(
+        vae,
+        data.training,
+        data.validation,
+        LoopConfig(codec_steps, 1.5e-3, ema_decay=0.998, validate_every=500, checkpoint_every=100, seed=seed),
+        work / "codec",
+    )
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=compute_picture_scale(vae, data.training))
     ceiling = compute_codec_ceiling(vae, data.validation or data.training)
     unet = backbone.unet
-    train_text_to_image(backbone, unet, data.training, modality, LoopConfig(denoiser_steps, 8e-4, ema_decay=0.998, checkpoint_every=100, seed=seed), work / "denoiser")
+    train_text_to_image(
+        backbone, unet, data.training, modality, LoopConfig(denoiser_steps, 8e-4, ema_decay=0.998, checkpoint_every=100, seed=seed), work / "denoiser"
+    )
     for part, model in (("vae", vae), ("unet", unet)):
         save_backbone_part(scratch, part, model)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +169,12 @@ def run_train(
     data = prepare_datasets(studies, branch, structures, held_out, work)
 
     evidence_history = train_evidence(
-        branch, backbone, data.training, data.validation, LoopConfig(evidence_steps, 2e-3, validate_every=500, checkpoint_every=250, seed=seed), work / "evidence"
+        branch,
+        backbone,
+        data.training,
+        data.validation,
+        LoopConfig(evidence_steps, 2e-3, validate_every=500, checkpoint_every=250, seed=seed),
+        work / "evidence",
     )
     codec = MaskCodec(backbone.vae)
     codec.fit_statistics(_sample_masks(data.training, 12))
@@ -190,7 +203,13 @@ def run_train(
     run = {
         **describe_run(),
         "command": " ".join(sys.argv),
-        "recipe": {"evidence_steps": evidence_steps, "proposal_steps": proposal_steps, "learning_rate": learning_rate, "evidence_wear": evidence_wear, "seed": seed},
+        "recipe": {
+            "evidence_steps": evidence_steps,
+            "proposal_steps": proposal_steps,
+            "learning_rate": learning_rate,
+            "evidence_wear": evidence_wear,
+            "seed": seed,
+        },
         "frozen_denoiser": freeze,
         "grid": asdict(grid),
         "training_cases": data.training_cases,

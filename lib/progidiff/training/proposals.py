@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from progidiff.codec import MaskCodec
 from progidiff.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.training.data import SliceCache, augment
 from progidiff.training.evidence import PhraseTable, one_hot
@@ -75,7 +76,7 @@ def train_proposals(
     present_per_slice: int = 3,
     absent_per_slice: int = 1,
     text_dropout: float = 0.1,
-    decode_share: float = 0.25,
+    decode_share: float = 0.5,
     evidence_wear: float = 1.0,
     freeze_denoiser: bool = False,
 ) -> list[dict[str, float]]:
@@ -133,7 +134,7 @@ def train_proposals(
         diffusion = F.mse_loss(predicted, target)
         latent = F.l1_loss(implied, clean)
         decoded = torch.randperm(len(clean), generator=generator)[: max(1, round(decode_share * len(clean)))]
-        mask_loss = compute_mask_loss(codec.decode_soft(implied[decoded]), masks[decoded])
+        mask_loss = compute_mask_loss(*decode_crops(codec, implied[decoded], masks[decoded], rng))
         loss = diffusion + 0.5 * latent + 0.3 * mask_loss
         return loss, {"diffusion": float(diffusion.detach()), "latent": float(latent.detach()), "mask": float(mask_loss.detach())}
 
@@ -142,6 +143,31 @@ def train_proposals(
         return validate_proposals(pipeline, validation, phrases)
 
     return run_loop(modules, compute_loss, config, folder, None if validation is None else validate)
+
+
+def decode_crops(codec: MaskCodec, latents: Tensor, masks: Tensor, rng: np.random.Generator, size: int = 8) -> tuple[Tensor, Tensor]:
+    """Decode a square of each latent, placed on the mask's foreground if there is any: a fifth of the work of the whole.
+
+    Args:
+        latents: (M, c, h, w) standardised.
+        masks: (M, H, W) truth.
+        size: Latent pixels of the square.
+
+    Returns:
+        Soft masks and truth, (M, size * stride, size * stride); whole slices if the codec is not local.
+    """
+    height, width = latents.shape[-2:]
+    if not codec.is_local or height <= size or width <= size:
+        return codec.decode_soft(latents), masks
+    stride = masks.shape[-1] // width
+    parts, truths = [], []
+    for latent, mask in zip(latents, masks, strict=True):
+        inside = mask.nonzero()
+        y, x = (inside[rng.integers(len(inside))] // stride).tolist() if len(inside) else (rng.integers(height), rng.integers(width))
+        top, left = int(np.clip(y - rng.integers(size), 0, height - size)), int(np.clip(x - rng.integers(size), 0, width - size))
+        parts.append(latent[:, top : top + size, left : left + size])
+        truths.append(mask[top * stride : (top + size) * stride, left * stride : (left + size) * stride])
+    return codec.decode_soft(torch.stack(parts)), torch.stack(truths)
 
 
 def drop_text(tokens: Tensor, mask: Tensor | None, dropped: Tensor, phrases: PhraseTable) -> tuple[Tensor, Tensor | None]:

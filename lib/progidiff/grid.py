@@ -159,7 +159,13 @@ class WorkingGrid:
 
 
 def _source_coordinates(
-    count: int, spacing: float, center: float | None, source_spacing: float, source_count: int, window_center: float | None = None, window_count: int = 0
+    count: int,
+    spacing: float,
+    center: float | None,
+    source_spacing: float,
+    source_count: int,
+    window_center: float | None = None,
+    window_count: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions of `count` target pixels in the source's normalised coordinates (-1..1 = outer edges), and which lie inside.
 

@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from progidiff.backbone import Backbone
 from progidiff.codec import MaskCodec
@@ -94,7 +96,9 @@ def load_card(folder: Path) -> ModelCard:
     try:
         return ModelCard.from_dict(json.loads(path.read_text()))
     except FileNotFoundError as err:
-        raise ModelError(f"'{folder}' holds no trained conditioning ('{path.name}' is missing in conditioning/); train one with `progidiff train`.") from err
+        raise ModelError(
+            f"'{folder}' holds no trained conditioning ('{path.name}' is missing in conditioning/); train one with `progidiff train`."
+        ) from err
     except (ValueError, KeyError, TypeError) as err:
         raise ModelError(f"'{path}' cannot be read: {err}. Restore it from the version it came with.") from err
 
@@ -110,7 +114,8 @@ def load_pipeline(folder: Path, backbone: Backbone, autocast: torch.dtype | None
     if card.backbone_digest and card.backbone_digest != digest:
         raise ModelError(
             f"Conditioning '{card.full_name}' was trained with another backbone (content {card.backbone_digest[:12]}) than '{backbone.source}' "
-            f"(content {digest[:12]}). Train one for this backbone with `progidiff train --backbone {backbone.source}`, or leave the backbone option out."
+            f"(content {digest[:12]}). Train one for this backbone with `progidiff train --backbone {backbone.source}`, "
+            "or leave the backbone option out."
         )
     path = folder / "conditioning" / "branch.safetensors"
     try:
@@ -120,12 +125,29 @@ def load_pipeline(folder: Path, backbone: Backbone, autocast: torch.dtype | None
     except Exception as err:  # safetensors raises its own untyped error for a truncated file
         raise ModelError(f"'{path}' is damaged ({err}); restore it from the version it came with.") from err
     branch = ConditioningBranch(card.conditioning)
-    missing, unexpected = branch.load_state_dict({k: v.float() for k, v in tensors.items()}, strict=False)
-    if missing or unexpected:
-        raise ModelError(f"'{path}' does not fit its config.json: {len(missing)} tensors missing, {len(unexpected)} unknown. Restore both from one version.")
+    check_tensors(tensors, branch.state_dict(), path)
+    branch.load_state_dict({k: v.float() for k, v in tensors.items()})
     branch.to(backbone.device).eval().requires_grad_(False)
     codec = MaskCodec(backbone.vae, card.codec_mean, card.codec_std)
     return card, ProposalPipeline(backbone, branch, codec, card.scheduler, autocast=autocast)
+
+
+def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:
+    """Check that a file holds exactly the tensors of a module.
+
+    Raises:
+        ModelError: naming what is missing, unknown or of another shape.
+    """
+    problems = {
+        "missing": [n for n in wanted if n not in found],
+        "unknown": [n for n in found if n not in wanted],
+        "of another shape": [n for n in wanted if n in found and found[n].shape != wanted[n].shape],
+    }
+    if any(problems.values()):
+        told = "; ".join(
+            f"{kind}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" for kind, names in problems.items() if names
+        )
+        raise ModelError(f"'{path}' does not fit its config.json ({told}). Restore both from one version.")
 
 
 def save_conditioning(folder: Path, card: ModelCard, branch: ConditioningBranch, run: dict[str, Any], readme: str, half: bool = True) -> Path:

@@ -29,9 +29,9 @@ def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0
     backbone = Backbone(folder / "backbone", device="cpu")
     branch = create_branch(backbone, 32, 64, (4.0, 12.0), seed, channels=(8, 8, 16, 16, 16), evidence_channels=16)
     with torch.no_grad():
-        branch.query_head.text[-1].bias[-1] = evidence_bias
+        branch.query_head.text[-1].get_parameter("bias")[-1] = evidence_bias
         for conv in branch.zero:
-            conv.weight.normal_(std=0.05)
+            conv.get_parameter("weight").normal_(std=0.05)
     codec = MaskCodec(backbone.vae)
     with torch.no_grad():
         codec.fit_statistics([(torch.rand(4, 32, 64, generator=torch.Generator().manual_seed(seed)) > 0.5).float()])

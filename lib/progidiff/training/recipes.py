@@ -243,7 +243,8 @@ def write_model_card(card: ModelCard, run: dict[str, Any]) -> str:
 
 Prompt-conditioned diffusion proposals for {card.modality}, structures: {", ".join(card.structures)}.
 
-* Trained on {len(run["training_cases"])} volumes: {", ".join(run["training_cases"])}; never on {", ".join(run["held_out_cases"]) or "no case was held out"}.
+* Trained on {len(run["training_cases"])} volumes: {", ".join(run["training_cases"])}.
+* Never trained on: {", ".join(run["held_out_cases"]) or "no case was held out"}.
 * Made by `{run["command"]}` at commit {run["commit"][:12]} on {run["date"]}.
 
 Validation during training (every 6th slice of the held-out volumes, working resolution, consensus of 4 proposals, Dice):

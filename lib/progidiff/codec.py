@@ -8,17 +8,20 @@ constant of photographs and leaves mask latents far from unit variance.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
 
 ACTIVE = 0.5
 """Distance from the latents of an empty mask, in standard deviations, from which a latent pixel is decoded."""
 
 MARGIN = 3
 """Latent pixels decoded around that box and thrown away, for the decoder's view."""
+
+ROUNDING = 4
+"""Crops are decoded at multiples of this many latent pixels."""
 
 
 class MaskCodec(nn.Module):
@@ -56,24 +59,25 @@ class MaskCodec(nn.Module):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Standardised latents (M, c, h, w) -> membership (M, H, W) in [0, 1]; the mask is where it is at least 0.5.
 
-        A codec without normalisation and attention (`AutoencoderTiny`) sees only a neighbourhood, so only the box in which
-        any of the latents differs from those of an empty mask is decoded; most organs fill a small part of a slice.
+        A codec without normalisation and attention (`AutoencoderTiny`) sees only a neighbourhood, so of each mask only the box is
+        decoded in which its latents differ from those of an empty mask; most organs fill a small part of a slice. The box depends
+        on that mask alone, so a mask comes out the same in any batch.
         """
         if not self.is_local:
             return ((self.decode_signed(latents) + 1) / 2).clamp(0, 1)
         count, _, height, width = latents.shape
         stride = 2 ** (len(self.vae.config.decoder_block_out_channels) - 1)
         result = torch.zeros(count, height * stride, width * stride, device=latents.device)
-        active = (latents - self._encode_nothing(height, width, stride)).abs().amax(dim=1).amax(dim=0) > ACTIVE
-        if not active.any():
-            return result
-        (y0, y1), (x0, x1) = _grow(active.any(dim=1), 1), _grow(active.any(dim=0), 1)
-        (top, bottom), (left, right) = _grow(active.any(dim=1), 1 + MARGIN), _grow(active.any(dim=0), 1 + MARGIN)
-        part = latents[:, :, top:bottom, left:right]
-        decoded = ((self.vae.decode(self._restore(part)).sample.float().mean(dim=1) + 1) / 2).clamp(0, 1)
-        result[:, y0 * stride : y1 * stride, x0 * stride : x1 * stride] = decoded[
-            :, (y0 - top) * stride : (y1 - top) * stride, (x0 - left) * stride : (x1 - left) * stride
-        ]
+        active = ((latents - self._encode_nothing(height, width, stride)).abs().amax(dim=1) > ACTIVE).cpu()
+        crops: dict[tuple[int, int], list[tuple[int, _Span, _Span]]] = {}
+        for m in active.any(dim=(1, 2)).nonzero().flatten().tolist():
+            rows, columns = _plan_crop(active[m].any(dim=1)), _plan_crop(active[m].any(dim=0))
+            crops.setdefault((rows.size, columns.size), []).append((m, rows, columns))
+        for group in crops.values():
+            part = torch.stack([latents[m, :, y.start : y.start + y.size, x.start : x.start + x.size] for m, y, x in group])
+            decoded = ((self.vae.decode(self._restore(part)).sample.float().mean(dim=1) + 1) / 2).clamp(0, 1)
+            for picture, (m, y, x) in zip(decoded, group, strict=True):
+                result[m, y.kept(stride), x.kept(stride)] = picture[y.kept(stride, y.start), x.kept(stride, x.start)]
         return result
 
     @property
@@ -117,10 +121,26 @@ def soften(signed: Tensor) -> Tensor:
     return torch.sigmoid(8 * signed)
 
 
-def _grow(active: Tensor, margin: int) -> tuple[int, int]:
-    """The span of true values, a margin added on both sides, within bounds."""
+@dataclass(frozen=True)
+class _Span:
+    """What is decoded along one axis, in latent pixels: `size` from `start` on, of which ``first..last`` is kept."""
+
+    start: int
+    size: int
+    first: int
+    last: int
+
+    def kept(self, stride: int, origin: int = 0) -> slice:
+        """The kept part in pixels, counted from latent pixel `origin`."""
+        return slice((self.first - origin) * stride, (self.last - origin) * stride)
+
+
+def _plan_crop(active: Tensor) -> _Span:
+    """Where to decode along one axis. Sizes are rounded up, so that many crops share a batch."""
     found = active.nonzero()
-    return max(0, int(found[0]) - margin), min(len(active), int(found[-1]) + 1 + margin)
+    first, last = max(0, int(found[0]) - 1), min(len(active), int(found[-1]) + 2)
+    size = min(len(active), -(-(last - first + 2 * MARGIN) // ROUNDING) * ROUNDING)
+    return _Span(min(max(0, first - MARGIN), len(active) - size), size, first, last)
 
 
 def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:

@@ -139,9 +139,11 @@ class ProposalPipeline:
         Returns:
             (M, K, H, W) in [0, 1], fp32 on the CPU. A mask is where it is at least 0.5.
         """
+        count = len(noise)
+        if not pairs:
+            return torch.zeros(0, count, *evidence.shape[-2:])
         rows = torch.tensor([n for n, _ in pairs], device=self.device)
         columns = torch.tensor([p for _, p in pairs], device=self.device)
-        count = len(noise)
         with self._autocast():
             down, middle = self.branch.compute_residuals(features[rows], evidence[rows, columns][:, None].to(self.device))
             down = [r.repeat_interleave(count, dim=0) for r in down]
@@ -157,8 +159,10 @@ class ProposalPipeline:
                     empty_mask = None if prompts.empty_mask is None else prompts.empty_mask.expand(len(latents), -1)
                     without = self._predict(latents, timestep, empty, empty_mask, down, middle)
                     predicted = without + guidance_scale * (predicted - without)
-                latents = self.scheduler.step(predicted, timestep, latents).prev_sample
-            probabilities = self.codec.decode_latents(latents)
+                step = self.scheduler.step(predicted, timestep, latents)
+                latents = step.prev_sample
+            # Where T does not divide the training steps, the scheduler's last step stops just short of the clean latent.
+            probabilities = self.codec.decode_latents(step.pred_original_sample)
         return probabilities.view(len(pairs), count, *probabilities.shape[-2:]).float().cpu()
 
     def _predict(self, latents: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor | None, down: list[Tensor], middle: Tensor) -> Tensor:

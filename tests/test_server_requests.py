@@ -88,7 +88,7 @@ def test_the_mask_is_on_the_grid_of_the_image_also_if_that_is_oblique(server: Se
         assert mask.shape == image.shape
         np.testing.assert_allclose(mask.affine, image.affine, atol=1e-5)
         assert mask.get_data_dtype() == np.uint8
-        assert set(np.unique(np.asarray(mask.dataobj))) <= {0, 6}
+        assert set(np.unique(np.asarray(mask.dataobj))) == {0, 6}
         assert params["modality"] == "CT"
         assert params["modality_source"] == "guessed"
 
@@ -96,7 +96,11 @@ def test_the_mask_is_on_the_grid_of_the_image_also_if_that_is_oblique(server: Se
 def test_the_result_parameters_name_what_is_present_and_how_it_was_made(server: Server):
     params, content, _ = read_answer(server.infer("plain", {"prompt": "all", "num_proposals": 3, "steps": 1, "seed": 5, "client_id": "me"}))
     present = set(np.unique(np.asarray(read_mask(content).dataobj))) - {0}
+    assert len(present) > 1
     assert set(params["label_names"].values()) == present
+    voxel_ml = 5.5 * 6.5 * 5.0 / 1000
+    counts = {name: int((np.asarray(read_mask(content).dataobj) == index).sum()) for name, index in params["label_names"].items()}
+    assert params["shown_ml"] == pytest.approx({name: count * voxel_ml for name, count in counts.items()}, abs=0.01)
     assert list(params["label_names"].values()) == sorted(params["label_names"].values())
     assert (params["seed"], params["num_proposals"], params["prompt"], params["show"]) == (5, 3, "all", "consensus")
     assert params["model_version"]
@@ -110,18 +114,26 @@ def test_the_result_parameters_name_what_is_present_and_how_it_was_made(server: 
 
 
 def test_every_proposal_can_be_shown_from_the_store_without_computing(server: Server):
-    request = {"prompt": "liver and spleen", "num_proposals": 3, "steps": 1, "seed": 11}
+    request = {"prompt": "liver", "num_proposals": 3, "steps": 1, "seed": 11}
     first, _, _ = read_answer(server.infer("plain", request))
     assert first["cached"] is False
     assert first["job"]
     jobs = len(server.get("/progidiff/jobs").json())
+    masks = {}
     for show in ("1", 2, "3", "best", "consensus", "disagreement"):
         params, content, _ = read_answer(server.infer("plain", {**request, "show": show}))
         assert params["cached"] is True, show
         assert params["proposals"] == first["proposals"]
         assert params["structures"] == first["structures"]
-        assert read_mask(content).shape == (64, 48, 8)
+        masks[str(show)] = np.asarray(read_mask(content).dataobj)
     assert len(server.get("/progidiff/jobs").json()) == jobs
+    drawn = sum((masks[str(k)] == 6).astype(int) for k in (1, 2, 3))
+    assert len({masks[str(k)].tobytes() for k in (1, 2, 3)}) == 3
+    assert np.array_equal(masks["consensus"] == 6, drawn >= 2)
+    assert np.array_equal(masks["best"], masks[str(first["structures"]["liver"]["best"])])
+    assert set(np.unique(masks["disagreement"])) == {0, 4}  # One or two of three: 4 * 1/3 * 2/3 = 89 %, the band over 75 %.
+    assert np.array_equal(masks["disagreement"] > 0, (drawn > 0) & (drawn < 3))
+    assert params["label_names"] == {"disagreement over 75 %": 4}
 
 
 def test_the_same_seed_gives_the_same_file_and_synonyms_share_a_result(server: Server):

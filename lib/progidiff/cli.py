@@ -75,6 +75,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Type a prompt, get K proposals of a mask, keep one. ProGiDiff Label segments CT and MR volumes by text.",
 )
@@ -121,8 +122,11 @@ def _main(
 
 def load_engine(model: Path | None, backbone: str | None, device: str | None) -> Engine:
     """The engine that the options name; weights are loaded on first use."""
+    from transformers.utils import logging as transformers_logging
+
     from progidiff.engine import Engine
 
+    transformers_logging.disable_progress_bar()  # this command draws its own
     return Engine(model_dir=model or REPOSITORY / "apps" / "progidiff" / "model", backbone=backbone, device=device)
 
 
@@ -166,10 +170,10 @@ def build_server_command(app_folder: Path, studies: str, host: str, port: int, c
         RequestError: if a folder is missing or a `conf` entry has no value.
 
     Example:
-        >>> build_server_command(REPOSITORY, "http://127.0.0.1:8042/dicom-web", "127.0.0.1", 8000, ["device=cpu"])[-3:]
+        >>> build_server_command(REPOSITORY / "apps" / "progidiff", "http://127.0.0.1:8042/dicom-web", "127.0.0.1", 8000, ["device=cpu"])[-3:]
         ['--conf', 'device', 'cpu']
     """
-    if not (app_folder / "main.py").is_file() and app_folder != REPOSITORY:
+    if not (app_folder / "main.py").is_file():
         raise RequestError(f"There is no app in '{app_folder}' (no main.py). Name its folder with --app.")
     if "://" not in studies and not Path(studies).is_dir():
         raise RequestError(f"There is no folder '{studies}' to serve. Name one with --studies, or run `make setup` for the sample images.")
@@ -414,13 +418,10 @@ def _describe_prediction(
 
 def _print_evaluation(result: dict[str, Any]) -> None:
     summary = result["summary"]
-    table = Table(
-        "structure",
-        "cases",
-        *(f"{kind} {metric}" for kind in ("single", "consensus", "best") for metric in ("Dice", "HD95")),
-        box=None,
-        header_style="bold",
-    )
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    table.add_column("structure", no_wrap=True)
+    for header in ("n", *(f"{kind}\n{metric}" for kind in ("single", "consensus", "best") for metric in ("Dice", "HD95"))):
+        table.add_column(header, justify="right", no_wrap=True)
 
     def cell(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:.{digits}f}"

@@ -13,7 +13,7 @@ Rules, also written into every report:
 * A structure without a voxel in the ground truth of a case has no Dice and no HD95 there. It counts for the false positives
   instead: the share of such cases, and of slices without the structure, on which it is drawn all the same.
 * An empty prediction of a present structure has Dice 0 and no HD95; it is left out of the HD95 means and counted as missed.
-* HD95 is MONAI's: the larger of the two directed 95th percentiles of surface distances, in mm.
+* HD95 is as MONAI defines it: the larger of the two directed 95th percentiles of surface distances, in mm.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ RULES = {
     "overlaps": "each structure is scored as asked alone; overlaps between structures are not resolved",
     "absent": "a structure without a voxel in the ground truth of a case is left out of Dice and HD95; it counts for the false positives",
     "missed": "an empty prediction of a present structure has Dice 0 and no HD95; it is left out of the HD95 means and counted as missed",
-    "hd95": "MONAI: the larger of the two directed 95th percentiles of surface distances, mm",
+    "hd95": "as monai.metrics: the larger of the two directed 95th percentiles of surface distances, mm",
     "false_positives": "slices: share of the slices without the structure on which it is drawn; cases: share of the cases without the structure",
     "disagreement": "1 - mean pairwise Dice of the proposals, mean over the slices on which any proposal draws the structure",
 }
@@ -192,28 +192,38 @@ def compute_dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 
 
 def compute_hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
-    """95th percentile Hausdorff distance in mm, MONAI's; NaN if either mask is empty.
+    """95th percentile Hausdorff distance in mm; NaN if either mask is empty.
+
+    The value of `monai.metrics.compute_hausdorff_distance(percentile=95)`: the larger of the two directed 95th percentiles of
+    the distances between surface voxels. Nearest neighbours come from k-d trees of the surfaces, not from distance maps of the
+    volume, which makes it many times faster for masks with stray voxels far away.
 
     Args:
         prediction: Mask of any number of axes.
         truth: Mask of the same shape.
         spacing: Edge of a voxel along each axis in mm.
     """
-    from monai.metrics import compute_hausdorff_distance
+    from scipy.spatial import cKDTree
 
-    both = prediction.astype(bool, copy=False) | truth.astype(bool, copy=False)
-    if not prediction.any() or not truth.any():
+    surfaces = [_find_surface(mask) * np.asarray(spacing, dtype=np.float64) for mask in (prediction, truth)]
+    if min(len(points) for points in surfaces) == 0:
         return math.nan
-    # Only the box around both, with a voxel to spare where there is one: the surfaces are the same, the time is not.
-    box = []
-    for axis in range(both.ndim):
-        found = np.flatnonzero(both.any(axis=tuple(other for other in range(both.ndim) if other != axis)))
-        box.append(slice(max(0, int(found[0]) - 1), int(found[-1]) + 2))
-    inside = tuple(box)
-    pair = [np.ascontiguousarray(mask[inside], dtype=np.float32)[None, None] for mask in (prediction, truth)]
-    return float(
-        compute_hausdorff_distance(pair[0], pair[1], include_background=True, percentile=95, spacing=[float(edge) for edge in spacing])[0, 0]
-    )
+    trees = [cKDTree(points) for points in surfaces]
+    there = trees[1].query(surfaces[0])[0]
+    back = trees[0].query(surfaces[1])[0]
+    return float(max(np.percentile(there, 95), np.percentile(back, 95)))
+
+
+def _find_surface(mask: np.ndarray) -> np.ndarray:
+    """Indices of the voxels of a mask that touch its outside (or the border) by a face, int64 of shape (N, axes)."""
+    from scipy import ndimage
+
+    mask = mask.astype(bool, copy=False)
+    found = ndimage.find_objects(mask.view(np.uint8)) if mask.flags.c_contiguous else ndimage.find_objects(mask.astype(np.uint8))
+    if not found:
+        return np.zeros((0, mask.ndim), dtype=np.int64)
+    inside = mask[found[0]]
+    return np.argwhere(inside & ~ndimage.binary_erosion(inside)) + np.array([part.start for part in found[0]])
 
 
 def keep_largest_component(mask: np.ndarray) -> np.ndarray:
@@ -398,20 +408,20 @@ def evaluate(
         try:
             volume = load_volume(case.image, modality)
             labels = load_label(case.label, like=volume)
+            proposals = engine.propose(
+                volume,
+                queries,
+                num_proposals=num_proposals,
+                num_inference_steps=num_inference_steps,
+                seed=seed,
+                guidance_scale=guidance_scale,
+                adapter=adapter,
+                progress=report_slices,
+            )
         except ImageError as err:
             results.append({"case": case.name, "error": str(err), "structures": {}})
             notes.append(f"case {case.name} could not be read and is left out: {err}")
             continue
-        proposals = engine.propose(
-            volume,
-            queries,
-            num_proposals=num_proposals,
-            num_inference_steps=num_inference_steps,
-            seed=seed,
-            guidance_scale=guidance_scale,
-            adapter=adapter,
-            progress=report_slices,
-        )
         strangers = sorted(
             set(np.unique(labels).tolist()) - {0} - {value for ids in matched.values() for value in ids} - set(load_label_names(folder))
         )

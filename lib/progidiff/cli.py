@@ -24,6 +24,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
+from progidiff import cli_training
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
 
@@ -464,6 +465,9 @@ def _save_json(values: dict[str, Any], path: Path) -> None:
     from progidiff.evaluation import save_report
 
     save_report(values, path)
+
+
+cli_training.register(app)
 
 
 if __name__ == "__main__":

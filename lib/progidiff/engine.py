@@ -173,7 +173,10 @@ class Engine:
                 if not torch.isfinite(inputs).all():
                     raise ImageError(f"'{volume.name}' holds values that are not finite; replace NaN and infinity before segmenting.")
                 features = pipeline.encode_slices(inputs)
-                fresh.append(features.to(torch.bfloat16 if pipeline.device.type == "cpu" else features.fine.dtype))
+                # What is remembered is what is used the first time too: the second prompt must not see rounder numbers.
+                features = features.to(torch.bfloat16 if pipeline.device.type == "cpu" else features.fine.dtype)
+                fresh.append(features)
+            features = features.to(next(pipeline.branch.parameters()).dtype)
             evidence = pipeline.predict_evidence(features, prompts)
             strongest = evidence.amax(dim=(2, 3)).cpu()
             pairs = [(n, p) for p in range(len(queries)) for n in range(len(batch)) if float(strongest[n, p]) >= card.gate]

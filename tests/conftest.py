@@ -123,7 +123,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def run_server(studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 120.0) -> Iterator[Server]:
+def run_server(studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 300.0) -> Iterator[Server]:
     """`monailabel start_server` in a process of its own, on a free port of the loop-back interface; killed at the end."""
     port = free_port()
     temporary = log.parent / "tmp"

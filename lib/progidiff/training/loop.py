@@ -123,8 +123,8 @@ def run_loop(
         The validation entries, oldest first.
 
     Raises:
-        RequestError: if `folder` holds a run with another configuration.
-        ModelError: if the loss is not finite.
+        RequestError: if `folder` holds a run with another configuration or of another network.
+        ModelError: if loss or gradients are not finite, or the checkpoint is damaged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     parameters = named_parameters(modules)
@@ -155,6 +155,11 @@ def run_loop(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.clip)
+        if not torch.isfinite(norm):
+            # One step with such gradients would end up in every weight, and in the next checkpoint.
+            raise ModelError(
+                f"The gradients became {float(norm)} at step {step}; lower the learning rate or use fp32. The last checkpoint is kept in '{folder}'."
+            )
         optimizer.step()
         average.update(parameters, step)
         for name, value in {"loss": float(loss.detach()), "norm": float(norm), **figures}.items():
@@ -211,15 +216,22 @@ def _resume(
     path = folder / "state.safetensors"
     if not path.is_file():
         return 0, []
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    saved = json.loads(metadata["config"])
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        tensors = load_file(path)
+        saved = json.loads(metadata["config"])
+    except Exception as err:  # safetensors raises its own untyped error for a truncated file
+        raise ModelError(f"'{path}' is damaged ({err}); remove it to start this run again.") from err
     if saved != asdict(config):
         changed = sorted(k for k in saved if saved[k] != asdict(config).get(k))
         raise RequestError(
             f"'{folder}' holds a run with other settings ({', '.join(changed)} differ); use another folder, or the same settings to resume."
         )
-    tensors = load_file(path)
+    stored = {n.removeprefix("live."): t for n, t in tensors.items() if n.startswith("live.")}
+    other = sorted(n for n in {*stored, *parameters} if n not in stored or n not in parameters or stored[n].shape != parameters[n].shape)
+    if other:
+        raise RequestError(f"'{folder}' holds a run of another network ({other[0]} does not fit); use another folder.")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"live.{name}"])

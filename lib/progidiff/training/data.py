@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -60,7 +61,10 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
         raise RequestError(
             f'\'{studies}\' has no labels.json (label id -> structure name); write one beside the images, for example {{"1": "liver"}}.'
         )
-    structures = {int(k): str(v) for k, v in json.loads(table.read_text()).items()}
+    try:
+        structures = {int(k): str(v) for k, v in json.loads(table.read_text()).items()}
+    except (ValueError, AttributeError) as err:
+        raise RequestError(f'\'{table}\' must map label ids to structure names, for example {{"1": "liver"}}: {err}.') from err
     found = {}
     for image in sorted(studies.iterdir()):
         if IMAGE_SUFFIX.search(image.name):
@@ -191,6 +195,7 @@ class SliceCache:
         try:
             os.replace(scratch, target)
         except OSError:  # another process prepared the same case first
+            shutil.rmtree(scratch, ignore_errors=True)
             logger.info("Slices of %s were prepared elsewhere meanwhile", case.name)
         return target, content
 

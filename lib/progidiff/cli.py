@@ -99,7 +99,9 @@ SeedOption = Annotated[int, typer.Option(help="Of the noise. The same seed gives
 GuidanceOption = Annotated[
     float | None, typer.Option(help="How strongly the text is enforced; 1 is off and twice as fast. Default: the model's.", show_default=False)
 ]
-AdapterOption = Annotated[str | None, typer.Option(help="Name of an adapter, or name@version. Default: none.", show_default=False)]
+AdapterOption = Annotated[
+    str | None, typer.Option(help="Name of an adapter, name@version, or none. Default: by the image's modality.", show_default=False)
+]
 ModalityOption = Annotated[
     str | None, typer.Option(help="CT or MR. Default: from DICOM or a sidecar <name>.json, else guessed from the intensities.", show_default=False)
 ]

@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from progidiff.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.backbone import Backbone
 from progidiff.conditioning import SliceFeatures
-from progidiff.errors import CancelledError, ImageError, ProGiDiffError, RequestError
+from progidiff.errors import CancelledError, ImageError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.grid import plan_working_grid
 from progidiff.model_files import ModelCard, load_card, load_pipeline
 from progidiff.pipeline import EncodedPrompts, ProposalPipeline
@@ -34,6 +35,9 @@ SAMPLES_PER_BATCH = 64
 
 FEATURE_CACHE_BYTES = 600_000_000
 
+ADAPTED_PIPELINES = 2
+"""Versions of adapters whose networks stay in memory, beside the base."""
+
 
 class Engine:
     """The model behind one device.
@@ -43,17 +47,27 @@ class Engine:
         backbone: Another Stable-Diffusion folder or hub id; the conditioning must have been trained with it.
         device: "cpu", "cuda", "cuda:1"; None picks CUDA if there is one.
         dtype: "fp32", "bf16", "fp16"; None picks by device.
+        adapters: Folder of adapters; None for ``adapters/`` in the model folder.
     """
 
-    def __init__(self, model_dir: str | Path, backbone: str | Path | None = None, device: str | None = None, dtype: str | None = None) -> None:
+    def __init__(
+        self,
+        model_dir: str | Path,
+        backbone: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        adapters: str | Path | None = None,
+    ) -> None:
         self.model_dir = Path(model_dir)
+        self.adapters = AdapterStore(adapters or self.model_dir / "adapters")
         self._backbone_source = str(backbone) if backbone else str(self.model_dir / "backbone")
         self._device = device
         self._dtype = dtype
         self._card: ModelCard | None = None
         self._pipeline: ProposalPipeline | None = None
         self._prompts: dict[tuple[str, ...], EncodedPrompts] = {}
-        self._features: OrderedDict[str, list[SliceFeatures]] = OrderedDict()
+        self._adapted: OrderedDict[str, ProposalPipeline] = OrderedDict()
+        self._features: OrderedDict[tuple[str, str], list[SliceFeatures]] = OrderedDict()
 
     @property
     def card(self) -> ModelCard:
@@ -84,7 +98,7 @@ class Engine:
                 "guidance_scale": card.guidance_scale,
                 "backbone": self._backbone_source,
                 "loaded": self._pipeline is not None,
-                "adapters": [],
+                "adapters": [entry.name for entry in self.adapters.entries() if entry.current is not None],
                 "error": "",
             }
         except ProGiDiffError as err:
@@ -105,6 +119,47 @@ class Engine:
             for part in (backbone.unet, backbone.text_encoder, backbone.tokenizer):
                 logger.debug("Ready: %s", type(part).__name__)
         return self._pipeline
+
+    def pick_adapter(self, adapter: str | None, modality: str) -> AdapterCard | None:
+        """Which version a request gets: reads a few small files, loads nothing, and may be asked from any thread.
+
+        Args:
+            adapter: None, "" or "auto": the served version for this modality, if there is one; "none": the model itself; a name:
+                its served version; ``name@version``: that one.
+            modality: Of the image.
+
+        Returns:
+            The version's card, None for the model itself.
+
+        Raises:
+            RequestError: if there is no such adapter; the message names what there is.
+            ModelError: if it is damaged.
+        """
+        if adapter == "none":
+            return None
+        if adapter in (None, "", "auto"):
+            return self.adapters.pick_for(modality, compute_base_digest(self.model_dir))
+        try:
+            return self.adapters.find(adapter)
+        except NotFoundError as err:
+            raise RequestError(f"{err} Leave the adapter option empty to have one picked, or send 'none' for the model itself.") from err
+
+    def _load_adapted(self, card: AdapterCard) -> ProposalPipeline:
+        """The networks of a version, merged into copies of the base's; the last few stay in memory."""
+        base = self.load()
+        if card.full_name not in self._adapted:
+            tensors = self.adapters.load(card, compute_base_digest(self.model_dir))
+            branch, unet = build_networks(card, tensors, base.branch, base.unet, self.adapters.folder(card) / "adapter.safetensors")
+            self._adapted[card.full_name] = ProposalPipeline(
+                base.backbone, branch, base.codec, self.card.scheduler, unet=unet, autocast=base.autocast_dtype
+            )
+            logger.info("Loaded adapter %s", card.full_name)
+            while len(self._adapted) > ADAPTED_PIPELINES:
+                gone, _ = self._adapted.popitem(last=False)
+                for key in [k for k in self._features if k[0] == gone]:
+                    del self._features[key]
+        self._adapted.move_to_end(card.full_name)
+        return self._adapted[card.full_name]
 
     def propose(
         self,
@@ -129,7 +184,7 @@ class Engine:
             num_inference_steps: T, 1..50; None for the model's default.
             seed: Of the noise, 0..2**63 - 1.
             guidance_scale: 1 for none; None for the model's default.
-            adapter: Name of an adapter; "" or None for the model itself.
+            adapter: See `pick_adapter`.
             slices: Only these axial indices; None for all.
             progress: Called with (slices done, slices in all).
             is_cancelled: Asked between batches.
@@ -142,9 +197,9 @@ class Engine:
         """
         started = time.monotonic()
         check_options(num_proposals, num_inference_steps, seed, guidance_scale, len(queries))
-        if adapter:
-            raise RequestError(f"There is no adapter '{adapter}'; this version has none yet. Leave the adapter option empty.")
-        pipeline = self.load()
+        chosen = self.pick_adapter(adapter, volume.modality)
+        pipeline = self.load() if chosen is None else self._load_adapted(chosen)
+        adapter_name = "" if chosen is None else chosen.full_name
         card = self.card
         config = card.conditioning
         steps = num_inference_steps or card.num_inference_steps
@@ -160,7 +215,7 @@ class Engine:
         result = np.zeros((len(queries), num_proposals, len(stack), config.height, config.width), np.uint8)
         batches = [wanted[i : i + SLICES_PER_BATCH] for i in range(0, len(wanted), SLICES_PER_BATCH)]
         window = compute_window(volume)
-        remembered = self._recall(volume, wanted)
+        remembered = self._recall(volume, wanted, adapter_name)
         fresh: list[SliceFeatures] = []
         done = 0
         for number, batch in enumerate(batches):
@@ -196,7 +251,7 @@ class Engine:
             if progress is not None:
                 progress(done, len(wanted))
         if remembered is None:
-            self._remember(volume, wanted, fresh)
+            self._remember(volume, wanted, adapter_name, fresh)
         return VolumeProposals(
             structures=tuple(q.name for q in queries),
             probabilities=result,
@@ -205,7 +260,7 @@ class Engine:
             num_inference_steps=steps,
             guidance_scale=guidance,
             model_version=card.full_name,
-            adapter="",
+            adapter=adapter_name,
             modality=volume.modality,
             modality_source=volume.modality_source,
             seconds=time.monotonic() - started,
@@ -218,16 +273,16 @@ class Engine:
             self._prompts[texts] = pipeline.encode_prompts(texts)
         return self._prompts[texts]
 
-    def _recall(self, volume: Volume, wanted: np.ndarray) -> list[SliceFeatures] | None:
+    def _recall(self, volume: Volume, wanted: np.ndarray, adapter: str) -> list[SliceFeatures] | None:
         """Features of this very volume and these slices, if they are still there."""
-        key = f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}"
+        key = (adapter, f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}")
         if key in self._features:
             self._features.move_to_end(key)
             return self._features[key]
         return None
 
-    def _remember(self, volume: Volume, wanted: np.ndarray, features: list[SliceFeatures]) -> None:
-        key = f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}"
+    def _remember(self, volume: Volume, wanted: np.ndarray, adapter: str, features: list[SliceFeatures]) -> None:
+        key = (adapter, f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}")
         self._features[key] = features
         while len(self._features) > 1 and sum(_count_bytes(f) for f in self._features.values()) > FEATURE_CACHE_BYTES:
             self._features.popitem(last=False)

@@ -210,6 +210,20 @@ def compute_backbone_digest(folder: Path) -> str:
     return state.hexdigest()
 
 
+def compute_conditioning_digest(folder: Path) -> str:
+    """SHA-256 of the weights in ``conditioning/`` of a model folder; read once, then remembered until the file changes.
+
+    Raises:
+        ModelError: if the file is missing.
+    """
+    path = folder / "conditioning" / "branch.safetensors"
+    try:
+        stat = path.stat()
+        return _file_digest(path, stat.st_size, stat.st_mtime_ns).hex()
+    except OSError as err:
+        raise ModelError(f"'{path}' is missing; restore the model folder from the version it came with.") from err
+
+
 @lru_cache(maxsize=64)
 def _file_digest(path: Path, size: int, modified: int) -> bytes:
     with path.open("rb") as file:

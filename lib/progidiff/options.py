@@ -19,12 +19,30 @@ CONSENSUS = "consensus"
 BEST = "best"
 DISAGREEMENT = "disagreement"
 
+AUTO = "auto"
+NONE = "none"
+"""What the option adapter may be beside the names of adapters: chosen by modality, or the model itself."""
+
 MAX_STEPS = 50
 MAX_SEED = 2**32 - 1
 RESULT_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
-_RESERVED = ("model", "image", "image_id", "session", "session_id", "device", "file", "label_tag", "result_dir", "model_dir", "backbone", "store")
+_RESERVED = (
+    "model",
+    "image",
+    "image_id",
+    "session",
+    "session_id",
+    "device",
+    "file",
+    "label_tag",
+    "result_dir",
+    "model_dir",
+    "backbone",
+    "store",
+    "adapters",
+)
 _ALIASES = {"num_inference_steps": "steps", "k": "num_proposals"}
 OPTION_NAMES = (
     "prompt",
@@ -128,6 +146,7 @@ class ServerOptions:
         device: "cpu", "cuda", "cuda:<n>" or "mps"; None to take the best there is.
         max_proposals: Largest K of a request, 1..64.
         max_waiting: Requests that may wait for the device, 0..30.
+        adapters: Folder of adapters; None for `adapters` in the model folder.
         store_gb: Size that the store may grow to before the oldest proposals go, in GB.
     """
 
@@ -138,6 +157,7 @@ class ServerOptions:
     max_proposals: int = 16
     max_waiting: int = 8
     store_gb: float = 10.0
+    adapters: Path | None = None
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
@@ -162,6 +182,7 @@ class ServerOptions:
             device=None if device == "auto" else device,
             max_proposals=read_int(given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, 64),
             max_waiting=read_int(given.get("max_waiting", cls.max_waiting), "--conf max_waiting", 0, 30),
+            adapters=Path(given["adapters"]).expanduser() if "adapters" in given else None,
             store_gb=read_float(given.get("store_gb", cls.store_gb), "--conf store_gb", 0.01, 1e6),
         )
 
@@ -184,7 +205,7 @@ class InferOptions:
         steps: Denoising steps; None for the model's default.
         seed: 0..2**32 - 1.
         guidance_scale: Classifier-free guidance; None for the model's default.
-        adapter: Version of the adapter; None for the current one.
+        adapter: A name, ``name@version`` or "none"; None to have it chosen by the image's modality.
         modality: "CT", "MR", or None to find out.
         allow_free_text: Send an unknown prompt through the text encoder instead of refusing it.
         save_original: Also save the consensus as the image's label of tag `original`.
@@ -215,7 +236,7 @@ class InferOptions:
             params: As sent.
             defaults: For what was not sent (OHIF sends changed options only); the same names.
             max_proposals: Largest K allowed.
-            adapters: Names of the adapters there are; the first is the current one.
+            adapters: What may be asked for, see `AUTO`, `NONE`; the first is the default.
 
         Raises:
             RequestError: if a parameter is reserved, malformed or out of range.
@@ -234,7 +255,7 @@ class InferOptions:
         steps = values.get("steps")
         guidance = values.get("guidance_scale")
         job_id = values.get("job_id")
-        adapter = read_choice(values.get("adapter", adapters[0]), "adapter", adapters) if adapters else None
+        adapter = _read_adapter(values.get("adapter", adapters[0]), adapters) if adapters else None
         modality = read_choice(values.get("modality", "auto"), "modality", ("auto", "CT", "MR"))
         return cls(
             prompt=_read_prompt(values.get("prompt")),
@@ -251,6 +272,17 @@ class InferOptions:
             job_id=None if job_id is None else str(job_id),
             ignored=tuple(sorted(name for name in sent if name not in OPTION_NAMES)),
         )
+
+
+def _read_adapter(value: object, choices: Sequence[str]) -> str | None:
+    """One of the choices, or a version of one; whether there is such a version is known to whoever holds them."""
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else AUTO
+    if value == "":
+        return None
+    name, at, version = value.strip().partition("@") if isinstance(value, str) and value not in choices else (value, "", "")
+    choice = read_choice(name if at and name not in (AUTO, NONE) else value, "adapter", choices)
+    return None if choice == AUTO else choice + at + version
 
 
 def _read_prompt(value: object) -> str:

@@ -21,10 +21,11 @@ import torch
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
+from progidiff.adapters import AdapterCard
 from progidiff.engine import Engine
 from progidiff.errors import BusyError, ModelError, NotFoundError, RequestError, StoreError
 from progidiff.jobs import DeviceQueue, Job
-from progidiff.options import BEST, CONSENSUS, DISAGREEMENT, InferOptions, ServerOptions
+from progidiff.options import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions, ServerOptions
 from progidiff.prompts import STRUCTURES, Query, describe, parse_prompt
 from progidiff.results import VolumeProposals
 from progidiff.store import ProposalStore
@@ -99,13 +100,16 @@ class ProposalInferTask(InferTask):
         """
         started = time.monotonic()
         image_id = str(request.get("image_id", ""))
-        options = InferOptions.from_params(request.get("params", {}), self.config(), self.options.max_proposals, self._adapters())
+        adapters = [AUTO, NONE, *(entry.name for entry in self.engine.adapters.entries())]  # unpublished versions may be asked for by number
+        options = InferOptions.from_params(request.get("params", {}), self.config(), self.options.max_proposals, adapters)
         info = self.engine.info()
         if info.get("error"):
             raise ModelError(str(info["error"]))
         queries = parse_prompt(options.prompt, self.structures, options.allow_free_text, str(info["model_version"]))
         volume = self._load_volume(str(request["image"]), options.modality, request.get("image_info") or {})
-        result, job, key = self._find_or_compute(volume, queries, options, image_id)
+        # Decided once per request, so that a version published meanwhile cannot mix with this one's name.
+        adapter = self.engine.pick_adapter(options.adapter, volume.modality)
+        result, job, key = self._find_or_compute(volume, queries, options, image_id, adapter.full_name if adapter else "")
         file, shown = self._write_shown(result, volume, queries, options.show, options.result_extension)
         try:
             saved = self._save_original(result, volume, queries, image_id) if options.save_original else None
@@ -123,7 +127,7 @@ class ProposalInferTask(InferTask):
             "job": job.id if job is not None else None,
             "saved_original": saved,
             "ignored": list(options.ignored),
-            "warnings": _find_warnings(volume, queries, info),
+            "warnings": _find_warnings(volume, queries, info, adapter),
             "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
         }
 
@@ -159,11 +163,7 @@ class ProposalInferTask(InferTask):
         return [{"label": compute_label_id(entry["structure"]), **entry} for entry in describe(self.structures)]
 
     def _adapters(self) -> list[str]:
-        info = self.engine.info()
-        names = [str(name) for name in info.get("adapters") or [] if name]
-        current = str(info.get("adapter") or "")
-        ordered = [current, *names] if current else names
-        return list(dict.fromkeys(ordered)) or ["none"]
+        return [AUTO, NONE, *map(str, self.engine.info().get("adapters") or [])]
 
     def _load_volume(self, path: str, modality: str | None, info: Mapping[str, Any]) -> Volume:
         key = repr((path, modality, info.get("modality"), _fingerprint(Path(path))))
@@ -174,10 +174,9 @@ class ProposalInferTask(InferTask):
         return volume
 
     def _find_or_compute(
-        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, image_id: str
+        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, image_id: str, adapter: str
     ) -> tuple[VolumeProposals, Job | None, str]:
         info = self.engine.info()
-        adapter = None if options.adapter in (None, "none") else options.adapter
         steps = options.steps or int(info["num_inference_steps"])
         guidance_scale = float(info["guidance_scale"] if options.guidance_scale is None else options.guidance_scale)
         key = self.store.key(
@@ -189,7 +188,7 @@ class ProposalInferTask(InferTask):
             seed=options.seed,
             guidance_scale=guidance_scale,
             model_version=str(info.get("model_version", "")),
-            adapter=adapter or "",
+            adapter=adapter,
         )
         result = self.store.load(key)
         if result is not None:
@@ -205,7 +204,7 @@ class ProposalInferTask(InferTask):
             logger.warning("The proposals for '%s' are shown but not kept: %s", image_id, err)
         return result, job, key
 
-    def _compute(self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str | None, job: Job) -> VolumeProposals:
+    def _compute(self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str, job: Job) -> VolumeProposals:
         try:
             return self.engine.propose(
                 volume,
@@ -214,7 +213,7 @@ class ProposalInferTask(InferTask):
                 num_inference_steps=options.steps,
                 seed=options.seed,
                 guidance_scale=options.guidance_scale,
-                adapter=adapter,
+                adapter=adapter or NONE,
                 progress=job.progress,
                 is_cancelled=job.cancelled,
             )
@@ -267,7 +266,7 @@ def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable
         embedded_model: The model folder used when `options.model_dir` is None.
         datastore: Gives the app's datastore.
     """
-    engine = Engine(model_dir=options.model_dir or embedded_model, backbone=options.backbone, device=options.device)
+    engine = Engine(model_dir=options.model_dir or embedded_model, backbone=options.backbone, device=options.device, adapters=options.adapters)
     store = ProposalStore(options.store, max_bytes=int(options.store_gb * 1e9))
     return ProposalInferTask(engine, store, options, datastore)
 
@@ -325,12 +324,16 @@ def _known_structures(engine: Engine) -> tuple[str, ...]:
         return STRUCTURES
 
 
-def _find_warnings(volume: Volume, queries: tuple[Query, ...], info: Mapping[str, Any]) -> list[str]:
+def _find_warnings(volume: Volume, queries: tuple[Query, ...], info: Mapping[str, Any], adapter: AdapterCard | None) -> list[str]:
     """What the user should know before trusting the answer."""
     warnings = []
-    trained_on = str(info.get("modality", ""))
+    model, trained_on = (str(info["model_version"]), str(info.get("modality", ""))) if adapter is None else (adapter.full_name, adapter.modality)
     if trained_on and volume.modality != trained_on:
-        warnings.append(f"This is a {volume.modality} image ({volume.modality_source}); {info['model_version']} was trained on {trained_on} images.")
+        warnings.append(f"This is a {volume.modality} image ({volume.modality_source}); {model} was trained on {trained_on} images.")
+    if adapter is not None:
+        unseen = [query.name for query in queries if query.known and query.name not in adapter.structures]
+        if unseen:
+            warnings.append(f"{model} was trained on {', '.join(adapter.structures)}, not on {', '.join(unseen)}.")
     free = [query.name for query in queries if not query.known]
     if free:
         warnings.append(f"No training example vouches for {', '.join(free)}.")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -126,6 +127,8 @@ def run_pretrain(
     )
     for part, model in (("vae", vae), ("unet", unet)):
         save_backbone_part(scratch, part, model)
+    for random_weights in scratch.glob(".*.previous"):
+        shutil.rmtree(random_weights)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch.rename(folder)
     return {"ceiling": ceiling, "codec_steps": codec_steps, "denoiser_steps": denoiser_steps, "cases": data.training_cases, "held_out": data.held_out}

@@ -7,6 +7,7 @@ will ever be on new ones, and a denoiser that trusted it blindly would propose o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,7 @@ def train_proposals(
     decode_share: float = 0.5,
     evidence_wear: float = 1.0,
     freeze_denoiser: bool = False,
+    trained: Mapping[str, torch.nn.Module] | None = None,
 ) -> list[dict[str, float]]:
     """Train denoiser and injection jointly; encoder, query head and codec stay as they are.
 
@@ -88,6 +90,7 @@ def train_proposals(
         decode_share: Share of the pairs whose mask is decoded for the mask loss.
         evidence_wear: Strength of `wear_down_evidence`.
         freeze_denoiser: Train the injection only.
+        trained: Train those parameters of these networks that require gradients, instead; how adapters are trained.
     """
     branch, unet, codec = pipeline.branch, pipeline.unet, pipeline.codec
     phrases = PhraseTable(pipeline.backbone, training.structures)
@@ -95,10 +98,13 @@ def train_proposals(
     injection = torch.nn.ModuleDict(
         {n: getattr(branch, n) for n in ("evidence_in", "image_in", "evidence_down", "mix", "zero")},
     )
-    for module in (branch.encoder, branch.query_head, codec):
-        module.requires_grad_(False)
-    unet.requires_grad_(not freeze_denoiser)
     modules: dict[str, torch.nn.Module] = {"injection": injection} if freeze_denoiser else {"unet": unet, "injection": injection}
+    if trained is None:
+        for module in (branch.encoder, branch.query_head, codec):
+            module.requires_grad_(False)
+        unet.requires_grad_(not freeze_denoiser)
+    else:
+        modules = dict(trained)
     structures = len(training.structures)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

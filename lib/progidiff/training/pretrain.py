@@ -22,8 +22,10 @@ from progidiff.training.loop import LoopConfig, run_loop
 from progidiff.training.losses import compute_dice_loss
 
 
-def draw_masks(cache: SliceCache, images: Tensor, labels: Tensor, per_slice: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Masks of structures that are on the slices, small ones as often as large ones.
+def draw_masks(
+    cache: SliceCache, images: Tensor, labels: Tensor, per_slice: int, rng: np.random.Generator, smallest: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Masks of structures that are on the slices: drawn at random, or the smallest of each slice.
 
     Returns:
         rows (M,) of the slice, structure (M,) indices from 0, masks (M, H, W) floats.
@@ -33,7 +35,11 @@ def draw_masks(cache: SliceCache, images: Tensor, labels: Tensor, per_slice: int
         present = [int(v) - 1 for v in torch.unique(labels[n]) if v > 0]
         if not present:
             continue
-        for s in rng.choice(present, size=min(per_slice, len(present)), replace=False):
+        if smallest:
+            picked = sorted(present, key=lambda s: int((labels[n] == s + 1).sum()))[:per_slice]
+        else:
+            picked = rng.choice(present, size=min(per_slice, len(present)), replace=False).tolist()
+        for s in picked:
             rows.append(n)
             structures.append(int(s))
             masks.append(labels[n] == int(s) + 1)
@@ -90,18 +96,22 @@ def train_codec(
     slices: int = 10,
     masks_per_slice: int = 3,
     crop: int = 64,
+    refine: bool = False,
 ) -> Any:
     """Train the autoencoder on crops of masks (Dice + cross-entropy + L1) and of slices (L1 + gradients).
+
+    With `refine` the encoder stays as it is, so that latents keep their meaning, and the decoder sees the smallest structures most.
 
     A little noise is added to the latents before decoding, so that the decoder forgives what a denoiser leaves over.
     """
     vae.requires_grad_(True).train()
+    vae.encoder.requires_grad_(not refine)
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         images, labels = training.read(training.draw_balanced(slices, rng, random_share=0.0))
         images, labels = augment(images, labels, generator, 1.3)
-        _, _, masks = draw_masks(training, images, labels, masks_per_slice, rng)
+        _, _, masks = draw_masks(training, images, labels, masks_per_slice, rng, smallest=refine)
         masks = crop_around(masks, masks, crop, rng)
         pictures = crop_around(images[:, images.shape[1] // 2], labels, crop, rng)[:, None].expand(-1, 3, -1, -1)
         inputs = torch.cat([(masks * 2 - 1)[:, None].expand(-1, 3, -1, -1), pictures])

@@ -344,13 +344,13 @@ class Background:
     def _run(self, server: Server, image: str, params: dict[str, Any]) -> None:
         self.response = server.infer(image, params, output="json")
 
-    def answer(self, seconds: float = 120) -> requests.Response:
+    def answer(self, seconds: float = 300) -> requests.Response:
         self.thread.join(seconds)
         assert self.response is not None, "the inference did not end in time"
         return self.response
 
 
-def wait_for_state(server: Server, job_id: str, *states: str, seconds: float = 60) -> dict[str, Any]:
+def wait_for_state(server: Server, job_id: str, *states: str, seconds: float = 300) -> dict[str, Any]:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         response = server.get(f"/progidiff/jobs/{job_id}")
@@ -398,16 +398,18 @@ def test_a_second_inference_waits_with_a_position_and_a_fourth_is_sent_away(serv
 
 
 def test_progress_counts_slices(server: Server):
-    running = Background(server, "long", {**SLOW, "seed": 301, "job_id": "progress-1"})
-    deadline = time.monotonic() + 60
-    info: dict[str, Any] = {"slices_done": 0}
-    while info["slices_done"] == 0 and time.monotonic() < deadline:
-        info = wait_for_state(server, "progress-1", "running")
+    running = Background(server, "long", {"prompt": "liver", "num_proposals": 8, "steps": 10, "seed": 301, "job_id": "progress-1"})
+    seen = []
+    info = wait_for_state(server, "progress-1", "running", "done")
+    while info["state"] == "running":
+        assert info["percent"] == (int(100 * info["slices_done"] / info["slices_total"]) if info["slices_total"] else 0)
+        seen.append(info["slices_done"])
         time.sleep(0.02)
-    assert 0 < info["slices_done"] <= info["slices_total"]
-    assert info["percent"] == int(100 * info["slices_done"] / info["slices_total"])
-    requests.delete(f"{server.url}/progidiff/jobs/progress-1", timeout=30)
-    assert running.answer().status_code == 409
+        info = wait_for_state(server, "progress-1", "running", "done")
+    assert seen == sorted(seen)
+    assert any(0 < done < 120 for done in seen)
+    assert (info["percent"], info["slices_done"], info["slices_total"]) == (100, 120, 120)
+    assert running.answer().status_code == 200
 
 
 def test_kept_proposals_survive_a_restart(server: Server, tiny_model: Path, tmp_path: Path):

@@ -52,8 +52,9 @@ def pretrain(
     model: ModelFolderOption,
     work: WorkOption = Path("runs/pretrain"),
     hold_out: HoldOutOption = None,
-    codec_steps: Annotated[int, typer.Option(help="Steps of the mask codec (30 crops of masks and 10 of slices each).")] = 1800,
-    denoiser_steps: Annotated[int, typer.Option(help="Steps of the text-to-image denoiser (12 slices and about 11 masks each).")] = 600,
+    codec_steps: Annotated[int, typer.Option(help="Steps of the mask codec (30 crops of masks and 10 of slices each).")] = 1300,
+    refine_steps: Annotated[int, typer.Option(help="Further steps of its decoder on the smallest structures.")] = 400,
+    denoiser_steps: Annotated[int, typer.Option(help="Steps of the text-to-image denoiser (12 slices and about 11 masks each).")] = 500,
     seed: SeedOption = 0,
     threads: ThreadsOption = None,
 ) -> None:
@@ -64,7 +65,7 @@ def pretrain(
     from progidiff.training.recipes import run_pretrain
 
     _use_threads(threads)
-    result = run_pretrain(studies, model, work, hold_out or [], codec_steps, denoiser_steps, seed=seed)
+    result = run_pretrain(studies, model, work, hold_out or [], codec_steps, refine_steps, denoiser_steps, seed=seed)
     typer.echo(json.dumps(result, indent=1))
 
 
@@ -76,7 +77,7 @@ def train(
     name: Annotated[str, typer.Option(help="Name of the model.")] = "ct-base",
     version: Annotated[str, typer.Option(help="Version of the model; shown as name@version.")] = "1",
     evidence_steps: Annotated[int, typer.Option(help="Steps of the image encoder and the text-query head (16 slices each).")] = 3000,
-    proposal_steps: Annotated[int, typer.Option(help="Steps of the denoiser (10 slices, about 35 slice-structure pairs each).")] = 1500,
+    proposal_steps: Annotated[int, typer.Option(help="Steps of the denoiser (6 slices, about 20 slice-structure pairs each).")] = 1000,
     modality: Annotated[str, typer.Option(help="CT or MR: what the images are.")] = "CT",
     backbone: Annotated[
         str | None,

@@ -73,7 +73,7 @@ def train_proposals(
     validation: SliceCache | None,
     config: LoopConfig,
     folder: Path,
-    slices: int = 10,
+    slices: int = 6,
     present_per_slice: int = 3,
     absent_per_slice: int = 1,
     text_dropout: float = 0.1,

@@ -80,8 +80,9 @@ def run_pretrain(
     model_dir: Path,
     work: Path,
     held_out: Sequence[str] = (),
-    codec_steps: int = 1800,
-    denoiser_steps: int = 600,
+    codec_steps: int = 1300,
+    refine_steps: int = 400,
+    denoiser_steps: int = 500,
     structures: Sequence[str] = STRUCTURES,
     grid: GridSettings | None = None,
     widths: BackboneWidths | None = None,
@@ -95,6 +96,7 @@ def run_pretrain(
         model_dir: Gets ``backbone/``; must not have one.
         work: Checkpoints and cached slices.
         held_out: Case names that training never sees.
+        codec_steps, refine_steps, denoiser_steps: Length of the stages; refining trains the decoder on the smallest structures.
 
     Returns:
         The codec's ceiling per structure, and what was run.
@@ -118,6 +120,15 @@ def run_pretrain(
         LoopConfig(codec_steps, 1.5e-3, ema_decay=0.998, validate_every=500, checkpoint_every=100, seed=seed),
         work / "codec",
     )
+    if refine_steps:
+        train_codec(
+            vae,
+            data.training,
+            data.validation,
+            LoopConfig(refine_steps, 6e-4, ema_decay=0.99, validate_every=200, checkpoint_every=100, seed=seed),
+            work / "codec_refined",
+            refine=True,
+        )
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=compute_picture_scale(vae, data.training))
     ceiling = compute_codec_ceiling(vae, data.validation or data.training)
@@ -131,7 +142,14 @@ def run_pretrain(
         shutil.rmtree(random_weights)
     folder.parent.mkdir(parents=True, exist_ok=True)
     scratch.rename(folder)
-    return {"ceiling": ceiling, "codec_steps": codec_steps, "denoiser_steps": denoiser_steps, "cases": data.training_cases, "held_out": data.held_out}
+    return {
+        "ceiling": ceiling,
+        "codec_steps": codec_steps,
+        "refine_steps": refine_steps,
+        "denoiser_steps": denoiser_steps,
+        "cases": data.training_cases,
+        "held_out": data.held_out,
+    }
 
 
 def run_train(
@@ -142,7 +160,7 @@ def run_train(
     version: str = "1",
     held_out: Sequence[str] = (),
     evidence_steps: int = 3000,
-    proposal_steps: int = 1500,
+    proposal_steps: int = 1000,
     structures: Sequence[str] = STRUCTURES,
     grid: GridSettings | None = None,
     modality: str = "CT",
@@ -186,7 +204,7 @@ def run_train(
         pipeline,
         data.training,
         data.validation,
-        LoopConfig(proposal_steps, learning_rate, validate_every=500, checkpoint_every=100, ema_decay=0.998, seed=seed),
+        LoopConfig(proposal_steps, learning_rate, validate_every=250, checkpoint_every=50, ema_decay=0.998, seed=seed),
         work / "proposals",
         evidence_wear=evidence_wear,
         freeze_denoiser=freeze,

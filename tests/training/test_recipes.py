@@ -40,7 +40,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(studies: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("pretrained")
-    options: dict[str, Any] = {"held_out": ["two"], "codec_steps": 2, "denoiser_steps": 2, "structures": STRUCTURES}
+    options: dict[str, Any] = {"held_out": ["two"], "codec_steps": 2, "refine_steps": 2, "denoiser_steps": 2, "structures": STRUCTURES}
     return folder, run_pretrain(studies, folder / "model", folder / "work", grid=GRID, widths=TOY_WIDTHS, **options)
 
 

@@ -184,11 +184,13 @@ def save_backbone_part(folder: Path, part: str, model: Any, shard: str = "15MB")
 
 
 def drop_derived_settings(folder: Path) -> None:
-    """Remove what `AutoencoderTiny` writes into its config.json and then warns about when it reads it back."""
+    """Remove from config.json the path a model was loaded from, and what `AutoencoderTiny` writes but warns about when it reads it back."""
     path = folder / "config.json"
     values = json.loads(path.read_text())
-    if values.get("_class_name") == "AutoencoderTiny" and values.pop("block_out_channels", None) is not None:
-        path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    values.pop("_name_or_path", None)
+    if values.get("_class_name") == "AutoencoderTiny":
+        values.pop("block_out_channels", None)
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def replace_folder(scratch: Path, target: Path) -> None:

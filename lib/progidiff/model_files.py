@@ -48,6 +48,7 @@ class ModelCard:
         scheduler: Overrides of the backbone's scheduler.
         gate: Evidence under which a structure counts as absent from a slice and is not denoised.
         num_inference_steps, guidance_scale: Defaults for inference.
+        evidence_weight: See `progidiff.pipeline.fuse_evidence`.
         backbone_digest: Content of the backbone it was trained with, see `compute_backbone_digest`.
     """
 
@@ -62,6 +63,7 @@ class ModelCard:
     gate: float = 0.2
     num_inference_steps: int = 2
     guidance_scale: float = 1.0
+    evidence_weight: float = 0.0
     backbone_digest: str = ""
 
     @property
@@ -129,7 +131,7 @@ def load_pipeline(folder: Path, backbone: Backbone, autocast: torch.dtype | None
     branch.load_state_dict({k: v.float() for k, v in tensors.items()})
     branch.to(backbone.device).eval().requires_grad_(False)
     codec = MaskCodec(backbone.vae, card.codec_mean, card.codec_std)
-    return card, ProposalPipeline(backbone, branch, codec, card.scheduler, autocast=autocast)
+    return card, ProposalPipeline(backbone, branch, codec, card.scheduler, autocast=autocast, evidence_weight=card.evidence_weight)
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:

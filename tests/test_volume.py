@@ -265,6 +265,16 @@ def test_the_modality_comes_from_option_then_info_then_sidecar_then_a_guess(tmp_
     assert load_volume(path, modality="CT").modality_source == "option"
 
 
+def test_the_dicom_tag_that_a_datastore_hands_on_is_the_modality(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "case.nii.gz", make_image())
+    volume = load_volume(path, info={"Modality": "MR", "PatientID": "x"})
+    assert (volume.modality, volume.modality_source) == ("MR", "dicom")
+    assert load_volume(path, modality="CT", info={"Modality": "MR"}).modality == "CT"
+    assert load_volume(path, info={"Modality": "UNK"}).modality_source == "guessed"
+    with pytest.raises(ImageError, match="is a PT image"):
+        load_volume(path, info={"Modality": "PT"})
+
+
 def test_a_broken_sidecar_is_ignored(tmp_path: Path) -> None:
     path = write_nifti(tmp_path / "case.nii.gz", make_image())
     (tmp_path / "case.json").write_text("{")

@@ -15,6 +15,7 @@ import logging
 import re
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -24,9 +25,11 @@ from typing import Any, cast
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, Request, UploadFile
 from fastapi.responses import JSONResponse, Response
 from monailabel.config import settings
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.endpoints.infer import ResultType, send_response
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelError, MONAILabelException
 from monailabel.interfaces.utils.app import app_instance
 
@@ -38,8 +41,12 @@ logger = logging.getLogger(__name__)
 
 _ROUTE_PREFIX = "progidiff_"
 _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+_SERIES_UID = re.compile(r"\d+(\.\d+)+")
 _UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha)$", re.IGNORECASE)
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
+
+_DOWNLOADS = threading.Lock()
+"""The host takes a DICOM folder that another thread is still filling for a whole series."""
 
 # The host's name for "there is no such strategy" is APP_INIT_ERROR.
 _REQUEST_ERRORS = (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
@@ -115,16 +122,29 @@ def find_image(app: MONAILabelApp, image_id: str) -> str:
 
     Raises:
         NotFoundError: if the datastore has no image of this id, or its file is gone.
+        BusyError: if a DICOMweb server does not answer.
     """
     datastore = app.datastore()
-    if not image_id or image_id not in datastore.list_images():
+    try:
+        known = bool(image_id) and (image_id in datastore.list_images() or _is_series(datastore, image_id))
+        with _DOWNLOADS:
+            path = datastore.get_image_uri(image_id) if known else ""
+    except (IndexError, KeyError):
+        known = False  # How the host's DICOMweb datastore says that the server has no such series.
+    except OSError as err:
+        raise BusyError(f"The datastore does not answer ({err}). See that the DICOMweb server or the studies folder is there; try again.") from err
+    if not known:
         raise NotFoundError(
             f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids; PUT /session/ takes other images."
         )
-    path = datastore.get_image_uri(image_id)
     if not path or not Path(path).exists():
         raise NotFoundError(f"The file of image '{image_id}' is gone from the studies folder. Put it back, or remove the image from the datastore.")
     return str(path)
+
+
+def _is_series(datastore: Datastore, image_id: str) -> bool:
+    """Whether the id may name a series that a DICOMweb server has and the host's list leaves out: new since it was asked, or not CT."""
+    return isinstance(datastore, DICOMWebDatastore) and len(image_id) <= 64 and _SERIES_UID.fullmatch(image_id) is not None
 
 
 def get_info(app: MONAILabelApp) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from progidiff.options import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOp
 from progidiff.prompts import STRUCTURES, Query, describe, parse_prompt
 from progidiff.results import VolumeProposals
 from progidiff.store import ProposalStore
-from progidiff.volume import Volume, load_volume, save_mask
+from progidiff.volume import Volume, load_volume, save_mask, strip_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ class ProposalInferTask(InferTask):
         return [AUTO, NONE, *map(str, self.engine.info().get("adapters") or [])]
 
     def _load_volume(self, path: str, modality: str | None, info: Mapping[str, Any]) -> Volume:
-        key = repr((path, modality, info.get("modality"), _fingerprint(Path(path))))
+        key = repr((path, modality, info.get("modality"), info.get("Modality"), _fingerprint(Path(path))))
         volume = self._volumes.get(key)
         if volume is None:
             volume = load_volume(path, modality, info)
@@ -344,7 +344,7 @@ def _fingerprint(path: Path) -> tuple[Any, ...]:
     """Changes when the file, or any file of the folder, changes."""
     if not path.exists():
         return ()
-    files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_name(path.name.split(".")[0] + ".json")]
+    files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_name(strip_suffix(path) + ".json")]
     return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists())
 
 

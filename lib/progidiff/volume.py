@@ -161,8 +161,8 @@ class _Raw:
 def load_volume(path: str | os.PathLike[str], modality: str | None = None, info: Mapping[str, Any] | None = None) -> Volume:
     """Read an image: NIfTI, NRRD, MetaImage, a folder with one DICOM series, or one file of such a series.
 
-    The modality is the `modality` argument if given, else the DICOM tag, else the entry "modality" of `info` or of the
-    file `<name>.json` next to the image, else a guess from the intensities.
+    The modality is the `modality` argument if given, else the DICOM tag (of the file, or "Modality" in `info`), else the entry
+    "modality" of `info` or of the file `<name>.json` next to the image, else a guess from the intensities.
 
     Args:
         path: File or folder.
@@ -541,10 +541,12 @@ def _check_modality(value: object, where: str) -> Modality | None:
 def _find_modality(option: Modality | None, raw: _Raw, path: Path, info: Mapping[str, Any] | None, array: np.ndarray) -> tuple[Modality, str]:
     if option is not None:
         return option, "option"
-    if raw.modality and raw.modality.upper() not in ("OT", "SC", "SEG"):
-        if raw.modality.upper() not in ("CT", "MR"):
-            raise ImageError(f"'{path.name}' is a {raw.modality} image, and only CT and MR are known here; give modality=CT or MR to try it anyway.")
-        return cast(Modality, raw.modality.upper()), "dicom"
+    # A datastore that converted the series to NIfTI (DICOMweb) hands on the tag, or "UNK".
+    tag = str(raw.modality or (info or {}).get("Modality") or "").strip().upper()
+    if tag and tag not in ("OT", "SC", "SEG", "UNK"):
+        if tag not in ("CT", "MR"):
+            raise ImageError(f"'{path.name}' is a {tag} image, and only CT and MR are known here; give modality=CT or MR to try it anyway.")
+        return cast(Modality, tag), "dicom"
     stated = info.get("modality") if info else None
     stated = _read_sidecar(path) if stated is None else stated
     found = _check_modality(stated, f"The modality that the datastore gives for '{path.name}'")

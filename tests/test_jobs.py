@@ -195,3 +195,19 @@ def test_many_threads_never_hold_the_device_together():
     for thread in threads:
         thread.join(10)
     assert (most, done) == (1, 24)
+
+
+def test_a_closed_queue_cancels_what_runs_and_waits_and_takes_no_more():
+    queue = DeviceQueue("cpu")
+    running, waiting = Worker(queue, "a"), None
+    job = only_job(queue, "a")
+    wait_until(lambda: job.state is JobState.RUNNING)
+    waiting = Worker(queue, "b")
+    only_job(queue, "b")
+    queue.close()
+    waiting.thread.join(10)
+    assert isinstance(waiting.error, CancelledError)
+    assert job.cancelled()
+    with pytest.raises(BusyError, match="is stopping"), queue.job("infer", "c"):
+        pass
+    running.finish()

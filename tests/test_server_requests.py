@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -366,13 +367,9 @@ SLOW = {"prompt": "all", "num_proposals": 16, "steps": 50}
 def test_info_answers_while_an_inference_runs_and_the_inference_can_be_cancelled(server: Server):
     running = Background(server, "long", {**SLOW, "seed": 101, "job_id": "slow-1"})
     wait_for_state(server, "slow-1", "running")
-    times = []
     for _ in range(20):
-        start = time.monotonic()
         assert server.get("/info/").status_code == 200
-        times.append(time.monotonic() - start)
-    assert server.get("/progidiff/jobs/slow-1").json()["state"] == "running"
-    assert sorted(times)[-2] < 1.0, times  # benchmarks/latency.py measures it; here only: it does not wait for the inference.
+    assert server.get("/progidiff/jobs/slow-1").json()["state"] == "running"  # None of them waited for the inference.
     cancelled = requests.delete(f"{server.url}/progidiff/jobs/slow-1", timeout=30)
     assert cancelled.status_code == 200
     response = running.answer()
@@ -440,3 +437,12 @@ def test_a_senseless_server_option_stops_the_start_with_its_reason(tmp_path: Pat
     app = copy_app(tmp_path)
     with pytest.raises(AssertionError, match="must be auto, cpu, mps, cuda"), run_server(studies, app, tmp_path / "log", "device", "toaster"):
         pass
+
+
+def test_ctrl_c_ends_the_server_although_an_inference_runs(server: Server, tiny_model: Path, tmp_path: Path):
+    with run_server(server.studies, copy_app(tmp_path), tmp_path / "log", "model_dir", str(tiny_model), "device", "cpu") as other:
+        running = Background(other, "long", {**SLOW, "seed": 401, "job_id": "last-1"})
+        wait_for_state(other, "last-1", "running")
+        other.process.send_signal(signal.SIGINT)
+        other.process.wait(60)  # The inference alone would take many minutes.
+        assert (running.answer().status_code, running.answer().json()["error"]) == (409, "CancelledError")

@@ -33,7 +33,7 @@ class ProGiDiffApp(MONAILabelApp):
         )
         # In the processes that the host starts for training and batches there is no web application to extend.
         if "monailabel.app" in sys.modules:
-            service.install(sys.modules["monailabel.app"].app)
+            service.install(sys.modules["monailabel.app"].app, self)
 
     def init_infers(self) -> dict[str, InferTask]:
         """The one task; its models load at the first request."""

@@ -143,6 +143,15 @@ class DeviceQueue:
         self._waiting: deque[Job] = deque()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._seconds_of_last_job = 5.0
+        self._closed = False
+
+    def close(self) -> None:
+        """For the end of the server: cancel every job, running or waiting, and take no more."""
+        with self._lock:
+            self._closed = True
+            unfinished = [job for job in self._jobs.values() if job.state in (JobState.QUEUED, JobState.RUNNING)]
+        for job in unfinished:
+            job.cancel()
 
     @contextmanager
     def job(self, kind: str, image: str, job_id: str | None = None) -> Iterator[Job]:
@@ -154,7 +163,7 @@ class DeviceQueue:
             job_id: A name chosen by the client, so that it can poll before the answer is there; made up if None.
 
         Raises:
-            BusyError: if the queue is full; `retry_after` is a guess from the last job's duration.
+            BusyError: if the queue is full (`retry_after` is a guess from the last job's duration) or closed.
             CancelledError: if it was cancelled while waiting.
             RequestError: if `job_id` is malformed or belongs to an unfinished job.
         """
@@ -193,6 +202,8 @@ class DeviceQueue:
         if job_id is not None and not _JOB_ID.fullmatch(job_id):
             raise RequestError("A job id has 1 to 64 letters, digits, '-' or '_'; leave job_id out to get one made up.")
         with self._lock:
+            if self._closed:
+                raise BusyError("The server is stopping and takes no more work; send the request again when it is back.", retry_after=30)
             if len(self._waiting) >= self.max_waiting:
                 retry_after = max(1, round(self._seconds_of_last_job))
                 raise BusyError(

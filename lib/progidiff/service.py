@@ -14,12 +14,14 @@ import json
 import logging
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, Request, UploadFile
@@ -34,6 +36,7 @@ from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoun
 from monailabel.interfaces.utils.app import app_instance
 
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, PromptError, RequestError
+from progidiff.jobs import DeviceQueue
 from progidiff.options import OPTION_NAMES
 from progidiff.tasks import ProposalInferTask
 
@@ -48,25 +51,35 @@ _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 _DOWNLOADS = threading.Lock()
 """The host takes a DICOM folder that another thread is still filling for a whole series."""
 
+_served_queues: list[DeviceQueue] = []
+
 # The host's name for "there is no such strategy" is APP_INIT_ERROR.
 _REQUEST_ERRORS = (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
 
 
-def install(app: FastAPI) -> None:
-    """Put our routes before the host's and our error answers in place. Safe to call again after a reload of the app."""
-    router = app.router
+def install(web: FastAPI, app: MONAILabelApp) -> None:
+    """Put our routes before the host's, our error answers in place, and end running jobs when the server is told to stop.
+
+    Safe to call again after a reload of the app.
+
+    Args:
+        web: The host's web application.
+        app: The app that it serves.
+    """
+    router = web.router
     router.routes[:] = [route for route in router.routes if not str(getattr(route, "name", "")).startswith(_ROUTE_PREFIX)]
     ours = _build_router().routes
     router.routes[:0] = ours
-    app.openapi_schema = None
-    app.exception_handlers.update(
+    web.openapi_schema = None
+    web.exception_handlers.update(
         {
             ProGiDiffError: _answer_error,
             MONAILabelException: _answer_host_error,
             json.JSONDecodeError: _answer_bad_json,
         }
     )
-    app.middleware_stack = None  # Built again with these handlers at the next request.
+    web.middleware_stack = None  # Built again with these handlers at the next request.
+    _end_jobs_on_signals([task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)])
 
 
 def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,6 +178,29 @@ def get_info(app: MONAILabelApp) -> dict[str, Any]:
             "train_stats": {},
             "datastore": {"total": 0, "completed": 0, "label_tags": {}, "error": f"The datastore does not answer: {err}"},
         }
+
+
+def _end_jobs_on_signals(queues: list[DeviceQueue]) -> None:
+    """On Ctrl-C or SIGTERM cancel all jobs before the web server, which waits for open requests, sees the signal."""
+    _served_queues[:] = queues
+    if threading.current_thread() is not threading.main_thread():
+        return  # A reload, served by a thread: the handlers are there since the start.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous = signal.getsignal(number)
+        if callable(previous) and not isinstance(previous, _EndJobs):
+            signal.signal(number, _EndJobs(previous))
+
+
+class _EndJobs:
+    """A signal handler in front of another one."""
+
+    def __init__(self, previous: Callable[[int, FrameType | None], Any]) -> None:
+        self._previous = previous
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        # In a thread: the interrupted code may hold the queue's lock.
+        threading.Thread(target=lambda: [queue.close() for queue in _served_queues], daemon=True).start()
+        self._previous(number, frame)
 
 
 def _build_router() -> APIRouter:

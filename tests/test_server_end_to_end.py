@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,12 +50,10 @@ def client(server: Server, tmp_path_factory: pytest.TempPathFactory) -> MONAILab
 
 
 @pytest.fixture(scope="module")
-def consensus(client: MONAILabelClient, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, float]:
-    """The first inference: its file (the client reuses names only by chance, so it is copied), parameters and seconds."""
-    start = time.monotonic()
+def consensus(client: MONAILabelClient, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """The first inference: its file (the client reuses names only by chance, so it is copied) and parameters."""
     file, params = client.infer("progidiff", IMAGE, dict(REQUEST))
-    seconds = time.monotonic() - start
-    return Path(shutil.copy(file, tmp_path_factory.mktemp("consensus") / "mask.nii.gz")), params, seconds
+    return Path(shutil.copy(file, tmp_path_factory.mktemp("consensus") / "mask.nii.gz")), params
 
 
 def test_the_client_connects_and_gets_the_next_sample(client: MONAILabelClient, image: str):
@@ -68,8 +65,8 @@ def test_the_client_connects_and_gets_the_next_sample(client: MONAILabelClient, 
     assert Path(sample["path"]).is_file()
 
 
-def test_the_mask_of_the_liver_is_on_the_images_grid(consensus: tuple[Path, dict, float], image: str):
-    file, params, _ = consensus
+def test_the_mask_of_the_liver_is_on_the_images_grid(consensus: tuple[Path, dict], image: str):
+    file, params = consensus
     mask, original = nibabel.load(file), nibabel.load(SAMPLES / f"{image}.nii.gz")
     assert mask.shape == original.shape
     np.testing.assert_allclose(mask.affine, original.affine, atol=1e-4)
@@ -85,18 +82,15 @@ def test_the_mask_of_the_liver_is_on_the_images_grid(consensus: tuple[Path, dict
         assert 200 < params["shown_ml"]["liver"] < 2500
 
 
-def test_switching_the_proposal_is_quick_and_shows_another_mask(consensus: tuple[Path, dict, float], client: MONAILabelClient, image: str):
-    _, first, seconds = consensus
-    masks, times = {}, []
+def test_switching_the_proposal_computes_nothing_and_shows_another_mask(consensus: tuple[Path, dict], client: MONAILabelClient, image: str):
+    _, first = consensus
+    masks = {}
     for show in ("1", "2", "3", "4", "best", "consensus", "disagreement"):
-        start = time.monotonic()
         file, params = client.infer("progidiff", image, {**REQUEST, "show": show})
-        times.append(time.monotonic() - start)
         assert params["cached"] is True
         assert params["proposals"] == first["proposals"]
         masks[show] = np.asarray(nibabel.load(file).dataobj).copy()
         os.unlink(file)
-    assert max(times) < max(2.0, seconds / 10), (times, seconds)
     if first["label_names"]:
         assert len({masks[str(k)].tobytes() for k in range(1, 5)}) == 4
         best = first["structures"]["liver"]["best"]
@@ -106,8 +100,8 @@ def test_switching_the_proposal_is_quick_and_shows_another_mask(consensus: tuple
         assert np.array_equal(masks["disagreement"] > 0, (drawn > 0) & (drawn < 4))
 
 
-def test_a_label_is_saved_and_read_back_byte_for_byte(consensus: tuple[Path, dict, float], client: MONAILabelClient, image: str):
-    file, _, _ = consensus
+def test_a_label_is_saved_and_read_back_byte_for_byte(consensus: tuple[Path, dict], client: MONAILabelClient, image: str):
+    file, _ = consensus
     answer = client.save_label(image, str(file), "final", {"label_info": [{"name": "liver", "idx": 6}]})
     assert answer["image"] == image
     back = client.download_label(answer["label"], "final")

@@ -48,5 +48,9 @@ class ProGiDiffApp(MONAILabelApp):
         return service.get_info(self)
 
     def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
-        """Answer the host's own calls (batches) through the same checks as HTTP requests."""
+        """Answer the host's own calls through the same checks as HTTP requests."""
         return service.infer_for_host(self, request)
+
+    def batch_infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
+        """Answer `POST /batch/infer`, in this process or in one that the host starts for it."""
+        return service.batch_infer(self, request)

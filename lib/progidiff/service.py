@@ -28,11 +28,14 @@ from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, Re
 from fastapi.responses import JSONResponse, Response
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.endpoints.batch_infer import run as start_batch
 from monailabel.endpoints.infer import ResultType, send_response
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelError, MONAILabelException
+from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
+from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.utils.app import app_instance
 
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, PromptError, RequestError
@@ -47,6 +50,7 @@ _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _SERIES_UID = re.compile(r"\d+(\.\d+)+")
 _UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha)$", re.IGNORECASE)
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
+_ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
 
 _DOWNLOADS = threading.Lock()
 """The host takes a DICOM folder that another thread is still filling for a whole series."""
@@ -98,9 +102,7 @@ def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
         ProGiDiffError: whatever the task finds wrong.
     """
     name = str(request.get("model", ""))
-    task = app._infers.get(name)
-    if task is None:
-        raise NotFoundError(f"There is no model '{name}'; this server has {', '.join(sorted(app._infers)) or 'none'}. GET /info/ lists them.")
+    task = _find_model(app, name)
     image_id = str(request.get("image", ""))
     path, info = request.get("path"), {}
     if path is None:
@@ -108,6 +110,13 @@ def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
         info = app.datastore().get_image_info(image_id)
     file, params = task({"model": name, "image": path, "image_id": image_id, "image_info": info, "params": request.get("params", {})})
     return {"file": file, "label": file, "tag": "original", "params": params}
+
+
+def _find_model(app: MONAILabelApp, name: str) -> InferTask:
+    task = app._infers.get(name)
+    if task is None:
+        raise NotFoundError(f"There is no model '{name}'; this server has {', '.join(sorted(app._infers)) or 'none'}. GET /info/ lists them.")
+    return task
 
 
 def infer_for_host(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,14 +129,39 @@ def infer_for_host(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, 
     Returns:
         As `infer`; "label" is the image id if the mask was saved.
     """
-    options = {name: value for name, value in request.items() if name in OPTION_NAMES}
-    result = infer(app, {"model": request.get("model"), "image": request.get("image"), "params": options})
+    result = infer(app, {"model": request.get("model"), "image": request.get("image"), "params": _pick_options(request)})
     if request.get("save_label"):
         tag = str(request.get("label_tag") or "original")
         info = {"model": request.get("model"), "params": result["params"]}
         result["label"] = app.datastore().save_label(str(request.get("image")), result["file"], tag, info)
         result["tag"] = tag
     return result
+
+
+def _pick_options(request: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in request.items() if name in OPTION_NAMES}
+
+
+def batch_infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
+    """The host's batch over the images of the datastore, one after the other, each mask saved as a label.
+
+    Args:
+        app: The app.
+        request: "model", "images" ("all", "labeled", "unlabeled" or ids), "max_batch_size", "label_tag", and options of the task.
+
+    Returns:
+        Image id -> what `infer_for_host` gives, or {"error": reason}: an image that fails does not end the batch.
+    """
+
+    def infer_one(request: Mapping[str, Any], datastore: Any) -> dict[str, Any]:
+        try:
+            return infer_for_host(app, request)
+        except ProGiDiffError as err:
+            logger.warning("Batch: '%s' is left out: %s", request.get("image"), err)
+            return {"error": str(err)}
+
+    # The host deals images to GPUs, in threads, and divides by their number. Here the device has a queue of its own.
+    return dict(app._batch_infer({**request, "multi_gpu": False, "max_workers": 1}, app.datastore(), infer_one))
 
 
 def find_image(app: MONAILabelApp, image_id: str) -> str:
@@ -199,7 +233,8 @@ class _EndJobs:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         # In a thread: the interrupted code may hold the queue's lock.
-        threading.Thread(target=lambda: [queue.close() for queue in _served_queues], daemon=True).start()
+        for queue in _served_queues:
+            threading.Thread(target=queue.close, daemon=True).start()
         self._previous(number, frame)
 
 
@@ -241,6 +276,19 @@ def _build_router() -> APIRouter:
                     "number; please report them."
                 ) from err
         return send_response(app.datastore(), result, output, background_tasks)
+
+    @router.post("/batch/infer/{model}", name=f"{_ROUTE_PREFIX}batch_infer", tags=["Infer"], summary="The same prompt on many images")
+    def run_batch(
+        model: str,
+        images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
+        params: dict[str, Any] | None = None,
+        run_sync: bool = False,
+        user: User = _ADMIN,
+    ) -> Any:
+        task = _find_model(app_instance(), model)
+        if isinstance(task, ProposalInferTask):  # A wrong option is told now, not in the log of a process.
+            task.read_request(_pick_options(params or {}))
+        return start_batch(model, images, params, run_sync)
 
     @router.get("/progidiff/jobs", name=f"{_ROUTE_PREFIX}jobs", tags=["ProGiDiff"], summary="Waiting, running and recent jobs, newest first")
     async def list_jobs(image: str | None = None, user: User = _USER) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from progidiff.engine import Engine
 from progidiff.errors import BusyError, ModelError, NotFoundError, RequestError, StoreError
 from progidiff.jobs import DeviceQueue, Job
 from progidiff.options import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions, ServerOptions
-from progidiff.prompts import STRUCTURES, Query, describe, parse_prompt
+from progidiff.prompts import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
 from progidiff.results import VolumeProposals
 from progidiff.store import ProposalStore
 from progidiff.volume import Volume, load_volume, save_mask, strip_suffix
@@ -100,12 +100,8 @@ class ProposalInferTask(InferTask):
         """
         started = time.monotonic()
         image_id = str(request.get("image_id", ""))
-        adapters = [AUTO, NONE, *(entry.name for entry in self.engine.adapters.entries())]  # unpublished versions may be asked for by number
-        options = InferOptions.from_params(request.get("params", {}), self.config(), self.options.max_proposals, adapters)
+        options, queries = self.read_request(request.get("params", {}))
         info = self.engine.info()
-        if info.get("error"):
-            raise ModelError(str(info["error"]))
-        queries = parse_prompt(options.prompt, self.structures, options.allow_free_text, str(info["model_version"]))
         volume = self._load_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         # Decided once per request, so that a version published meanwhile cannot mix with this one's name.
         adapter = self.engine.pick_adapter(options.adapter, volume.modality)
@@ -130,6 +126,20 @@ class ProposalInferTask(InferTask):
             "warnings": _find_warnings(volume, queries, info, adapter),
             "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
         }
+
+    def read_request(self, params: Mapping[str, Any]) -> tuple[InferOptions, tuple[Query, ...]]:
+        """Check what a request asks for, before any image is read.
+
+        Raises:
+            RequestError: if an option is wrong or the prompt names nothing known.
+            ModelError: if there are no weights to answer with.
+        """
+        adapters = [AUTO, NONE, *(entry.name for entry in self.engine.adapters.entries())]  # unpublished versions may be asked for by number
+        options = InferOptions.from_params(params, self.config(), self.options.max_proposals, adapters)
+        info = self.engine.info()
+        if info.get("error"):
+            raise ModelError(str(info["error"]))
+        return options, parse_prompt(options.prompt, self.structures, options.allow_free_text, str(info["model_version"]))
 
     def describe_proposals(self, image_id: str, key: str | None = None) -> dict[str, Any]:
         """What is kept of an image.
@@ -279,19 +289,6 @@ def compute_label_id(structure: str) -> int:
         6
     """
     return STRUCTURES.index(structure) + 1
-
-
-def compute_label_ids(queries: tuple[Query, ...]) -> dict[str, int]:
-    """Label ids of what a prompt asks for; free-text queries get ids after the known structures, in the prompt's order."""
-    ids: dict[str, int] = {}
-    free = len(STRUCTURES)
-    for query in queries:
-        if query.name in STRUCTURES:
-            ids[query.name] = compute_label_id(query.name)
-        else:
-            free += 1
-            ids[query.name] = free
-    return ids
 
 
 class _Recent(Generic[T]):

@@ -335,15 +335,17 @@ def test_the_prompts_are_listed_with_label_and_synonyms(server: Server):
 
 
 def test_a_batch_runs_on_any_device_saves_labels_and_survives_a_broken_image(server: Server):
-    options = {"prompt": "liver", "num_proposals": 2, "steps": 1, "label_tag": "batch", "device": "cuda", "multi_gpu": True, "max_batch_size": 3}
+    options = {"prompt": "liver", "num_proposals": 2, "steps": 1, "device": "cuda", "multi_gpu": True, "max_batch_size": 3}
     response = requests.post(f"{server.url}/batch/infer/progidiff", params={"run_sync": "true"}, json=options, timeout=600)
     assert response.status_code == 200, response.text
     results = response.json()
     assert list(results) == ["broken", "four_axes", "long"]
     assert "cannot be read" in results["broken"]["error"]
-    assert (results["long"]["label"], results["long"]["tag"]) == ("long", "batch")
-    label = server.get("/datastore/label", params={"label": "long", "tag": "batch"})
+    assert (results["long"]["label"], results["long"]["tag"]) == ("long", "original")
+    label = server.get("/datastore/label", params={"label": "long", "tag": "original"})
     assert read_mask(label.content).shape == (64, 64, 120)
+    answer = requests.post(f"{server.url}/batch/infer/progidiff", params={"run_sync": "true"}, json={**options, "label_tag": "../x"}, timeout=600)
+    assert "label_tag" in answer.json()["long"]["error"]
 
 
 def test_a_batch_of_nonsense_is_refused_before_it_starts(server: Server):

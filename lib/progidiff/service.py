@@ -48,6 +48,7 @@ logger = logging.getLogger(__name__)
 _ROUTE_PREFIX = "progidiff_"
 _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _SERIES_UID = re.compile(r"\d+(\.\d+)+")
+_TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha)$", re.IGNORECASE)
 _USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
 _ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
@@ -129,9 +130,12 @@ def infer_for_host(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, 
     Returns:
         As `infer`; "label" is the image id if the mask was saved.
     """
+    tag = request.get("label_tag") or "original"
+    tag = str(getattr(tag, "value", tag))  # The host's own tags are an enumeration.
+    if not _TAG.fullmatch(tag):
+        raise RequestError(f"Option label_tag is '{tag[:40]}'; it must be letters, digits, '.', '_' or '-', for example original.")
     result = infer(app, {"model": request.get("model"), "image": request.get("image"), "params": _pick_options(request)})
     if request.get("save_label"):
-        tag = str(request.get("label_tag") or "original")
         info = {"model": request.get("model"), "params": result["params"]}
         result["label"] = app.datastore().save_label(str(request.get("image")), result["file"], tag, info)
         result["tag"] = tag

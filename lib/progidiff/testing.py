@@ -8,7 +8,7 @@ import torch
 
 from progidiff.backbone import Backbone
 from progidiff.codec import MaskCodec
-from progidiff.model_files import ModelCard, compute_backbone_digest, save_conditioning
+from progidiff.model_files import ModelCard, compute_backbone_digest, drop_derived_settings, save_conditioning
 from progidiff.prompts import STRUCTURES
 from progidiff.training.architecture import BackboneWidths, create_backbone, create_branch
 
@@ -16,7 +16,7 @@ TOY_WIDTHS = BackboneWidths(codec_channels=8, codec_blocks=(1, 1, 1, 1), latent_
 
 
 def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0.5) -> Path:
-    """Write a complete model folder of toy width.
+    """Write a complete model folder of toy width, whose masks are blots.
 
     Args:
         folder: Where to write; must not exist.
@@ -35,6 +35,9 @@ def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0
     codec = MaskCodec(backbone.vae)
     with torch.no_grad():
         codec.fit_statistics([(torch.rand(4, 32, 64, generator=torch.Generator().manual_seed(seed)) > 0.5).float()])
+        _spread_answers(codec, seed)
+    backbone.vae.save_pretrained(folder / "backbone" / "vae")
+    drop_derived_settings(folder / "backbone" / "vae")
     card = ModelCard(
         name="tiny",
         version="1",
@@ -48,3 +51,13 @@ def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0
     )
     save_conditioning(folder, card, branch, {"note": "random weights"}, "# Random weights for tests\n", half=False)
     return folder
+
+
+def _spread_answers(codec: MaskCodec, seed: int) -> None:
+    """Spread what the random decoder answers around 0.5: as created, it lies close together on the side of "nothing here"."""
+    latents = torch.randn(16, codec.mean.shape[1], 4, 8, generator=torch.Generator().manual_seed(seed))
+    answers = codec.decode_signed(latents)
+    gain = 1 / float(answers.std())
+    last = codec.vae.decoder.layers[-1]
+    last.weight.mul_(gain)
+    last.bias.mul_(gain).add_(0.5 - gain * (float(answers.median()) + 1) / 2)

@@ -38,6 +38,23 @@ def test_several_prompts_are_one_that_names_them_all():
     assert read(prompt=["liver", "left kidney"]).prompt == "liver; left kidney"
 
 
+@pytest.mark.parametrize(("sent", "prompt"), [([6, 3], "liver; left kidney"), ("6, 3", "liver; left kidney"), (1, "spleen")])
+def test_label_ids_as_ohif_sends_them_are_a_prompt_and_win_over_the_text(sent: object, prompt: str):
+    assert read(label_prompt=sent, prompt="aorta").prompt == prompt
+    assert read(label_prompt=sent).ignored == ()
+
+
+def test_no_label_ids_leave_the_prompt_as_it_is():
+    for nothing in ([], "", None):
+        assert read(label_prompt=nothing).prompt == "liver"
+
+
+@pytest.mark.parametrize("sent", [[0], [14], ["liver"], "6,x", [[6]], {}])
+def test_label_ids_that_are_none_are_refused_with_their_range(sent: object):
+    with pytest.raises(RequestError, match="Option label_prompt is .* whole number from 1 to 13"):
+        read(label_prompt=sent)
+
+
 def test_parameters_of_other_clients_are_named_as_ignored():
     assert read(client_id="slicer", result_dtype="uint8").ignored == ("client_id", "result_dtype")
 

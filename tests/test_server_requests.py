@@ -319,6 +319,12 @@ def test_free_text_needs_permission_and_gets_a_label_and_a_warning(server: Serve
     assert set(answer["label_names"].values()) <= {6, 14}
 
 
+def test_the_class_prompts_of_ohif_are_answered_with_the_declared_label_ids(server: Server):
+    params, content, _ = read_answer(server.infer("plain", {"label_prompt": [6, 3], "num_proposals": 2, "steps": 1}))
+    assert list(params["structures"]) == ["liver", "left kidney"]
+    assert set(np.unique(np.asarray(read_mask(content).dataobj))) <= {0, 3, 6}
+
+
 def test_what_is_kept_of_an_image_can_be_asked(server: Server):
     answer = server.infer("plain", {"prompt": "liver", "num_proposals": 2, "steps": 1, "seed": 31}, output="json").json()
     kept = server.get("/progidiff/proposals/plain").json()

@@ -21,14 +21,14 @@ from progidiff.conditioning import SliceFeatures
 from progidiff.errors import CancelledError, ImageError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.grid import plan_working_grid
 from progidiff.model_files import ModelCard, load_card, load_pipeline
+from progidiff.options import MAX_PROPOSALS, MAX_STEPS
 from progidiff.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.prompts import Query
-from progidiff.results import MAX_PROPOSALS, VolumeProposals
+from progidiff.results import VolumeProposals
 from progidiff.volume import Volume, compute_body_threshold, compute_window
 
 logger = logging.getLogger(__name__)
 
-MAX_STEPS = 50
 SLICES_PER_BATCH = 16
 SAMPLES_PER_BATCH = 64
 """Latents denoised at once: pairs x proposals."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from progidiff.errors import RequestError
+from progidiff.prompts import STRUCTURES
 
 CONSENSUS = "consensus"
 BEST = "best"
@@ -23,6 +24,7 @@ AUTO = "auto"
 NONE = "none"
 """What the option adapter may be beside the names of adapters: chosen by modality, or the model itself."""
 
+MAX_PROPOSALS = 64
 MAX_STEPS = 50
 MAX_SEED = 2**32 - 1
 RESULT_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
@@ -46,6 +48,7 @@ _RESERVED = (
 _ALIASES = {"num_inference_steps": "steps", "k": "num_proposals"}
 OPTION_NAMES = (
     "prompt",
+    "label_prompt",
     "num_proposals",
     "show",
     "steps",
@@ -180,7 +183,7 @@ class ServerOptions:
             model_dir=model_dir,
             backbone=given.get("backbone"),
             device=None if device == "auto" else device,
-            max_proposals=read_int(given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, 64),
+            max_proposals=read_int(given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, MAX_PROPOSALS),
             max_waiting=read_int(given.get("max_waiting", cls.max_waiting), "--conf max_waiting", 0, 30),
             adapters=Path(given["adapters"]).expanduser() if "adapters" in given else None,
             store_gb=read_float(given.get("store_gb", cls.store_gb), "--conf store_gb", 0.01, 1e6),
@@ -199,7 +202,8 @@ class InferOptions:
     """What one request asks for.
 
     Attributes:
-        prompt: Free text naming structures.
+        prompt: Free text naming structures. OHIF's "Class Prompts" send their label ids as `label_prompt` instead, which wins:
+            OHIF sends along what was once typed into the options.
         num_proposals: K.
         show: "consensus", "best", "1".."K" or "disagreement".
         steps: Denoising steps; None for the model's default.
@@ -258,7 +262,7 @@ class InferOptions:
         adapter = _read_adapter(values.get("adapter", adapters[0]), adapters) if adapters else None
         modality = read_choice(values.get("modality", "auto"), "modality", ("auto", "CT", "MR"))
         return cls(
-            prompt=_read_prompt(values.get("prompt")),
+            prompt=_read_label_prompt(sent.get("label_prompt")) or _read_prompt(values.get("prompt")),
             num_proposals=num_proposals,
             show=_read_show(values.get("show", CONSENSUS), num_proposals),
             steps=None if steps is None else read_int(steps, "steps", 1, MAX_STEPS),
@@ -283,6 +287,14 @@ def _read_adapter(value: object, choices: Sequence[str]) -> str | None:
     name, at, version = value.strip().partition("@") if isinstance(value, str) and value not in choices else (value, "", "")
     choice = read_choice(name if at and name not in (AUTO, NONE) else value, "adapter", choices)
     return None if choice == AUTO else choice + at + version
+
+
+def _read_label_prompt(value: object) -> str:
+    """The structures of some label ids, as a prompt; "" if there are none."""
+    if value is None or value == "":
+        return ""
+    items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+    return "; ".join(STRUCTURES[read_int(item, "label_prompt", 1, len(STRUCTURES)) - 1] for item in items)
 
 
 def _read_prompt(value: object) -> str:

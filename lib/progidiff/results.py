@@ -26,13 +26,12 @@ import torch
 
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.grid import WorkingGrid
+from progidiff.options import MAX_PROPOSALS
 from progidiff.proposals import compute_disagreement_per_slice, compute_pairwise_dice
 from progidiff.volume import Volume
 
 FORMAT = 1
 """Version of the files that `VolumeProposals.to_files` writes."""
-
-MAX_PROPOSALS = 64
 
 _DRAWN = 128
 _THRESHOLD = 127.475

@@ -40,7 +40,7 @@ import progidiff
 from progidiff.errors import ImageError, PromptError, RequestError, StoreError
 from progidiff.prompts import Query, parse_prompt
 from progidiff.results import VolumeProposals
-from progidiff.volume import Volume, load_label, load_volume
+from progidiff.volume import MASK_SUFFIXES, Volume, load_label, load_volume, strip_suffix
 
 if TYPE_CHECKING:
     from progidiff.engine import Engine
@@ -62,8 +62,6 @@ RULES = {
     "false_positives": "slices: share of the slices without the structure on which it is drawn; cases: share of the cases without the structure",
     "disagreement": "1 - mean pairwise Dice of the proposals, mean over the slices on which any proposal draws the structure",
 }
-
-_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 Progress = Callable[[int, int, str, int, int], None]
 """Called with (cases done, cases in all, name of the case, slices done, slices in all)."""
@@ -116,21 +114,28 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
     """
     if not studies.is_dir():
         raise RequestError(f"There is no folder '{studies}'. Name a folder of images with labels/final and labels.json.")
-    images = {_stem(path.name): path for path in sorted(studies.iterdir()) if path.name.endswith(_SUFFIXES) and not path.name.startswith(".")}
+    images = _find_images(studies)
     final = studies / "labels" / "final"
-    labels = {_stem(path.name): path for path in sorted(final.iterdir()) if path.name.endswith(_SUFFIXES)} if final.is_dir() else {}
+    labels = _find_images(final) if final.is_dir() else {}
     cases = {name: Case(name, images[name], labels[name]) for name in images if name in labels}
     if not cases:
         raise RequestError(f"'{studies}' holds no image with a label of the same name in labels/final; there is nothing to compare with.")
     if names is None:
         return list(cases.values())
-    wanted = [_stem(name) for name in names]
+    wanted = [strip_suffix(name) for name in names]
     unknown = [name for name in wanted if name not in cases]
     if unknown:
         without = [name for name in unknown if name in images]
         reason = f"{', '.join(without)} has no label in labels/final" if without else f"there is no image {', '.join(unknown)}"
         raise RequestError(f"In '{studies}' {reason}. The labelled cases are {', '.join(cases)}.")
     return [case for name, case in cases.items() if name in wanted]
+
+
+def _find_images(folder: Path) -> dict[str, Path]:
+    """Name without suffix -> path, by name."""
+    return {
+        strip_suffix(path.name): path for path in sorted(folder.iterdir()) if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")
+    }
 
 
 def match_structures(
@@ -537,9 +542,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, float):
         return None if math.isnan(value) else round(value, 6)
     return value
-
-
-def _stem(name: str) -> str:
-    for suffix in _SUFFIXES:
-        name = name.removesuffix(suffix)
-    return name

@@ -9,7 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -20,29 +19,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from progidiff import evaluation
 from progidiff.conditioning import ConditioningConfig
-from progidiff.errors import ImageError, RequestError
+from progidiff.errors import ImageError
 from progidiff.grid import plan_working_grid
-from progidiff.volume import compute_body_threshold, compute_window, load_label, load_volume
+from progidiff.volume import compute_body_threshold, compute_window, load_label, load_volume, strip_suffix
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIX = re.compile(r"\.(nii\.gz|nii|nrrd|mha)$")
-
 
 @dataclass(frozen=True)
-class Case:
-    """One labelled volume of a local datastore.
+class Case(evaluation.Case):
+    """One labelled volume and what its labels mean.
 
     Attributes:
-        name: File name without suffix.
-        image, label: Paths.
         structures: label id -> structure name.
     """
 
-    name: str
-    image: Path
-    label: Path
     structures: dict[int, str]
 
 
@@ -51,35 +44,15 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
 
     Args:
         studies: Folder with images, ``labels/final/`` and ``labels.json`` (label id -> structure name).
-        names: Only these cases, with or without file suffix.
+        names: Only these cases, with or without file suffix, in this order.
 
     Raises:
         RequestError: if the folder, its labels.json or a named case is missing.
     """
-    table = studies / "labels.json"
-    if not table.is_file():
-        raise RequestError(
-            f'\'{studies}\' has no labels.json (label id -> structure name); write one beside the images, for example {{"1": "liver"}}.'
-        )
-    try:
-        structures = {int(k): str(v) for k, v in json.loads(table.read_text()).items()}
-    except (ValueError, AttributeError) as err:
-        raise RequestError(f'\'{table}\' must map label ids to structure names, for example {{"1": "liver"}}: {err}.') from err
-    found = {}
-    for image in sorted(studies.iterdir()):
-        if IMAGE_SUFFIX.search(image.name):
-            label = studies / "labels" / "final" / image.name
-            if label.is_file():
-                found[IMAGE_SUFFIX.sub("", image.name)] = Case(IMAGE_SUFFIX.sub("", image.name), image, label, structures)
-    if names is None:
-        if not found:
-            raise RequestError(f"'{studies}' holds no image with a label of the same file name in labels/final/; label some images first.")
-        return list(found.values())
-    wanted = [IMAGE_SUFFIX.sub("", n) for n in names]
-    unknown = [n for n in wanted if n not in found]
-    if unknown:
-        raise RequestError(f"No labelled case named {', '.join(unknown)} in '{studies}'; there are: {', '.join(found) or 'none'}.")
-    return [found[n] for n in wanted]
+    structures = evaluation.load_label_names(studies)
+    wanted = None if names is None else [strip_suffix(name) for name in names]
+    found = {c.name: Case(c.name, c.image, c.label, structures) for c in evaluation.list_cases(studies, wanted)}
+    return [found[name] for name in wanted or found]
 
 
 class SliceCache:

@@ -522,3 +522,61 @@ def test_a_card_comes_back_from_its_file(store: AdapterStore, tiny_model: Path, 
     values = json.loads((store.folder(card) / "adapter.json").read_text())
     assert AdapterCard.from_dict(values) == card
     assert values["lora"] == {"rank": 2, "alpha": 4, "target_modules": ["encoder", "query_head"], "norms": True}
+
+
+# --- the server's task ---
+
+
+@pytest.fixture
+def ask(model: Path, tmp_path: Path, phantom_writer: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
+    """One request to the infer task of the app, as the host makes it."""
+    from progidiff.options import ServerOptions
+    from progidiff.tasks import build_task
+
+    conf = {"model_dir": str(model), "store": str(tmp_path / "store"), "adapters": str(tmp_path / "elsewhere"), "device": "cpu"}
+    task = build_task(ServerOptions.from_conf(conf, str(tmp_path)), model, lambda: None)
+    image = phantom_writer(tmp_path / "phantom.nii.gz", shape=(40, 30, 4))
+
+    def send(**params: Any) -> dict[str, Any]:
+        request = {"prompt": "liver", "num_proposals": 1, "steps": 1, "modality": "MR", **params}
+        file, result = task({"image": str(image), "image_id": "phantom", "image_info": {}, "params": request})
+        Path(file).unlink()
+        return {**result, "choices": task.config()["adapter"]}
+
+    return send
+
+
+def test_a_kept_result_of_an_older_version_is_not_shown_as_new(ask: Callable[..., dict[str, Any]], model: Path, tmp_path: Path):
+    store = AdapterStore(tmp_path / "elsewhere")
+    assert (ask()["adapter"], ask()["cached"]) == ("", True)
+    assert ask()["choices"] == ["auto", "none"]
+    for seed in (1, 2):
+        version = add(store, model, tensors=trained_tensors(model, seed=seed)).version
+        assert (ask()["adapter"], ask()["cached"]) == ("" if version == 1 else "mr@1", True)
+        store.publish("mr", version)
+        first, second = ask(), ask()
+        assert (first["adapter"], first["cached"], second["cached"]) == (f"mr@{version}", False, True)
+    assert first["choices"] == ["auto", "none", "mr"]
+    store.rollback("mr")
+    assert (ask()["adapter"], ask()["cached"]) == ("mr@1", True)
+    assert (ask(adapter="none")["adapter"], ask(adapter="mr@2")["adapter"]) == ("", "mr@2")
+
+
+def test_warnings_are_about_the_version_that_answered(ask: Callable[..., dict[str, Any]], model: Path, tmp_path: Path):
+    assert any("tiny@1 was trained on CT" in w for w in ask()["warnings"])
+    store = AdapterStore(tmp_path / "elsewhere")
+    add(store, model, tensors=trained_tensors(model))
+    store.publish("mr", 1)
+    assert ask()["warnings"] == []
+    assert ask(prompt="aorta")["warnings"] == ["mr@1 was trained on liver, spleen, not on aorta."]
+
+
+@pytest.mark.parametrize("adapter", ["nobody", "nobody@1", "mr@9", "mr@", "../mr"])
+def test_a_request_for_an_adapter_that_is_not_there_is_answered_with_those_that_are(
+    ask: Callable[..., dict[str, Any]], model: Path, tmp_path: Path, tensors: dict[str, torch.Tensor], adapter: str
+):
+    store = AdapterStore(tmp_path / "elsewhere")
+    add(store, model, tensors=tensors)
+    store.publish("mr", 1)
+    with pytest.raises(RequestError, match="one of auto, none, mr|there are: 1|There are: mr"):
+        ask(adapter=adapter)

@@ -64,6 +64,14 @@ def test_predict_writes_what_the_manual_says(prediction):
     assert (out / "overlay.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_an_image_unlike_the_training_data_gives_a_warning_that_is_kept(image, tiny_model, tmp_path):
+    out = tmp_path / "out"
+    _, shown = run("predict", image, "--prompt", "liver", "-k", 2, "--modality", "MR", "--out", out, "--model", tiny_model, *FAST)
+    (warning,) = json.loads((out / "result.json").read_text())["warnings"]
+    assert warning == "The image is MR (option); tiny@1 was trained on CT images."
+    assert "was trained on CT images" in " ".join(shown.split())
+
+
 def test_every_result_is_on_the_grid_of_the_image(prediction):
     image, out = prediction
     original = nibabel.load(image)

@@ -237,6 +237,10 @@ def predict(
     engine = load_engine(model, backbone, device)
     queries = parse_prompts(prompt, engine.structures, allow_free_text, engine.model_version)
     volume = load_volume(image, modality)
+    chosen = engine.pick_adapter(adapter, volume.modality)
+    warnings = engine.find_warnings(volume, queries, chosen)
+    for warning in warnings:
+        console.print(warning, highlight=False, style="yellow")
     with show_progress("slices") as bar:
         task = bar.add_task(volume.name, total=None)
         proposals = engine.propose(
@@ -246,7 +250,7 @@ def predict(
             num_inference_steps=steps,
             seed=seed,
             guidance_scale=guidance_scale,
-            adapter=adapter,
+            adapter=chosen.full_name if chosen else "none",
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     ids = compute_label_ids(queries)
@@ -260,7 +264,8 @@ def predict(
         files.append(save_mask(proposals.label_map(volume, k, ids), volume, out / f"proposal_{k}.nii.gz"))
     title = f"{volume.name}: consensus of {proposals.num_proposals} proposals, seed {seed}, {proposals.model_version}"
     files.append(draw_overlay(volume, consensus, {value: name for name, value in ids.items()}, out / "overlay.png", title=title))
-    result = _describe_prediction(volume, image, prompt, queries, ids, proposals.summary(), consensus, [path.name for path in files])
+    summary = {**proposals.summary(), "warnings": warnings}
+    result = _describe_prediction(volume, image, prompt, queries, ids, summary, consensus, [path.name for path in files])
     _save_json(result, out / "result.json")
     for name in set(earlier) - {path.name for path in files} - {"result.json"}:
         (out / name).unlink(missing_ok=True)

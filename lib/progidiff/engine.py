@@ -144,6 +144,22 @@ class Engine:
         except NotFoundError as err:
             raise RequestError(f"{err} Leave the adapter option empty to have one picked, or send 'none' for the model itself.") from err
 
+    def find_warnings(self, volume: Volume, queries: Sequence[Query], adapter: AdapterCard | None = None) -> list[str]:
+        """What a user should know before trusting an answer, as sentences; empty if everything is as in training."""
+        name, modality, trained = self.card.full_name, self.card.modality, self.card.structures
+        if adapter is not None:
+            name, modality, trained = adapter.full_name, adapter.modality, adapter.structures
+        warnings = []
+        if volume.modality != modality:
+            warnings.append(f"The image is {volume.modality} ({volume.modality_source}); {name} was trained on {modality} images.")
+        unseen = [query.name for query in queries if query.known and query.name not in trained]
+        if unseen:
+            warnings.append(f"{name} was trained on {', '.join(trained)}, not on {', '.join(unseen)}.")
+        free = [query.name for query in queries if not query.known]
+        if free:
+            warnings.append(f"No training example vouches for {', '.join(free)}.")
+        return warnings
+
     def _load_adapted(self, card: AdapterCard) -> ProposalPipeline:
         """The networks of a version, merged into copies of the base's; the last few stay in memory."""
         base = self.load()
@@ -216,7 +232,7 @@ class Engine:
         batches = [wanted[i : i + SLICES_PER_BATCH] for i in range(0, len(wanted), SLICES_PER_BATCH)]
         window = compute_window(volume)
         remembered = self._recall(volume, wanted, adapter_name)
-        fresh: list[SliceFeatures] = []
+        fresh: list[SliceFeatures] | None = []
         done = 0
         for number, batch in enumerate(batches):
             if is_cancelled is not None and is_cancelled():
@@ -230,7 +246,10 @@ class Engine:
                 features = pipeline.encode_slices(inputs)
                 # What is remembered is what is used the first time too: the second prompt must not see rounder numbers.
                 features = features.to(torch.bfloat16 if pipeline.device.type == "cpu" else features.fine.dtype)
-                fresh.append(features)
+                if fresh is not None:
+                    fresh.append(features)
+                    if _count_bytes(fresh) > FEATURE_CACHE_BYTES:
+                        fresh = None  # Too large to remember; do not hold what will not be kept.
             features = features.to(next(pipeline.branch.parameters()).dtype)
             evidence = pipeline.predict_evidence(features, prompts)
             strongest = evidence.amax(dim=(2, 3)).cpu()
@@ -250,7 +269,7 @@ class Engine:
             done += len(batch)
             if progress is not None:
                 progress(done, len(wanted))
-        if remembered is None:
+        if remembered is None and fresh is not None:
             self._remember(volume, wanted, adapter_name, fresh)
         return VolumeProposals(
             structures=tuple(q.name for q in queries),
@@ -284,10 +303,8 @@ class Engine:
     def _remember(self, volume: Volume, wanted: np.ndarray, adapter: str, features: list[SliceFeatures]) -> None:
         key = (adapter, f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}")
         self._features[key] = features
-        while len(self._features) > 1 and sum(_count_bytes(f) for f in self._features.values()) > FEATURE_CACHE_BYTES:
+        while sum(_count_bytes(f) for f in self._features.values()) > FEATURE_CACHE_BYTES:
             self._features.popitem(last=False)
-        if sum(_count_bytes(f) for f in self._features.values()) > FEATURE_CACHE_BYTES:
-            self._features.clear()
 
 
 def check_options(num_proposals: int, num_inference_steps: int | None, seed: int, guidance_scale: float | None, num_queries: int) -> None:

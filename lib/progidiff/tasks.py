@@ -21,7 +21,6 @@ import torch
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from progidiff.adapters import AdapterCard
 from progidiff.engine import Engine
 from progidiff.errors import BusyError, ModelError, NotFoundError, RequestError, StoreError
 from progidiff.jobs import DeviceQueue, Job
@@ -101,7 +100,6 @@ class ProposalInferTask(InferTask):
         started = time.monotonic()
         image_id = str(request.get("image_id", ""))
         options, queries = self.read_request(request.get("params", {}))
-        info = self.engine.info()
         volume = self._load_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         # Decided once per request, so that a version published meanwhile cannot mix with this one's name.
         adapter = self.engine.pick_adapter(options.adapter, volume.modality)
@@ -123,7 +121,7 @@ class ProposalInferTask(InferTask):
             "job": job.id if job is not None else None,
             "saved_original": saved,
             "ignored": list(options.ignored),
-            "warnings": _find_warnings(volume, queries, info, adapter),
+            "warnings": self.engine.find_warnings(volume, queries, adapter),
             "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
         }
 
@@ -319,22 +317,6 @@ def _known_structures(engine: Engine) -> tuple[str, ...]:
     except ModelError as err:
         logger.warning("The server starts without a usable model: %s", err)
         return STRUCTURES
-
-
-def _find_warnings(volume: Volume, queries: tuple[Query, ...], info: Mapping[str, Any], adapter: AdapterCard | None) -> list[str]:
-    """What the user should know before trusting the answer."""
-    warnings = []
-    model, trained_on = (str(info["model_version"]), str(info.get("modality", ""))) if adapter is None else (adapter.full_name, adapter.modality)
-    if trained_on and volume.modality != trained_on:
-        warnings.append(f"This is a {volume.modality} image ({volume.modality_source}); {model} was trained on {trained_on} images.")
-    if adapter is not None:
-        unseen = [query.name for query in queries if query.known and query.name not in adapter.structures]
-        if unseen:
-            warnings.append(f"{model} was trained on {', '.join(adapter.structures)}, not on {', '.join(unseen)}.")
-    free = [query.name for query in queries if not query.known]
-    if free:
-        warnings.append(f"No training example vouches for {', '.join(free)}.")
-    return warnings
 
 
 def _fingerprint(path: Path) -> tuple[Any, ...]:

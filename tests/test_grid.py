@@ -234,3 +234,14 @@ def test_arrays_that_do_not_fit_the_grid_are_refused() -> None:
         grid.restore_slices(torch.zeros(1, 10, 10))
     with pytest.raises(ImageError, match="needs three axes"):
         plan_working_grid(np.zeros((2, 3, 4, 5)), (1.0, 1.0, 1.0), 0, 8, 8, (1.0, 2.0))
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (40.0, -55.0), (-900.0, 0.0)])
+def test_the_pixels_in_the_stack_are_those_that_are_not_filled(name: str, shift: tuple[float, float]) -> None:
+    shape, spacing, pixel = STACKS[name]
+    grid = make_grid(shape, spacing, pixel, shift)
+    full = grid.extract_slices(np.full(shape, 100, np.int16), [0], (0, 100), 0, 4.0)[0, 0].numpy()
+    # At the edge a pixel mixes 1 with the filling, -1: half of each at most, and a quarter of the image in a corner.
+    assert (full[grid.covered] > -0.55).all()
+    assert (full[~grid.covered] < 0.05).all()

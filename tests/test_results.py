@@ -164,6 +164,17 @@ def test_disagreement_per_slice_is_that_of_the_working_grid(proposals):
         assert proposals.disagreement[0, z] == pytest.approx(compute_disagreement(drawn))
 
 
+@pytest.mark.parametrize("center", [(3.0, 5.0), (58.0, 61.0), (500.0, 500.0)])
+def test_what_is_drawn_beyond_the_edge_of_the_image_has_no_volume(proposals, center):
+    volume = make_volume()
+    moved = replace(proposals, grid=replace(proposals.grid, center=center))
+    for index, name in enumerate(STRUCTURES):
+        shown = [float(moved.mask(volume, name, k + 1).sum()) * volume.voxel_ml for k in range(4)]
+        np.testing.assert_allclose(moved.volumes_ml[index], shown, rtol=0.25, atol=0.05)  # of other pixels
+    assert moved.present() == (() if center == (500.0, 500.0) else ("liver", "spleen"))
+    assert moved.disagreement.any() == (center != (500.0, 500.0))
+
+
 def test_mean_disagreement_counts_only_slices_with_the_structure(proposals):
     assert proposals.mean_disagreement[0] == pytest.approx(proposals.disagreement[0, 1:6].mean())
     assert proposals.mean_disagreement[2] == 0

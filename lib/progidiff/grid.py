@@ -10,6 +10,7 @@ slice z of the volume, so nothing is interpolated between slices.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,19 @@ class WorkingGrid:
         grid = torch.stack([grid_x, grid_y], -1)[None].expand(len(maps), -1, -1, -1)
         result[:, y0:y1, x0:x1] = F.grid_sample(maps[:, None], grid.to(maps.dtype), mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
         return result
+
+    @cached_property
+    def covered(self) -> np.ndarray:
+        """Which pixels of the working grid lie in the stack by their middle, bool of shape (height, width)."""
+        places = []
+        for count, center, size in zip((self.height, self.width), self.center, self._stack_mm, strict=True):
+            middle = center + (np.arange(count) + 0.5 - count / 2) * self.spacing
+            places.append((middle >= 0) & (middle <= size))
+        return places[0][:, None] & places[1][None, :]
+
+    @property
+    def _stack_mm(self) -> tuple[float, float]:
+        return self.shape[1] * self.stack_spacing[1], self.shape[2] * self.stack_spacing[2]
 
     def _resample_to_grid(self, pixels: torch.Tensor, fill: float = BACKGROUND) -> torch.Tensor:
         """(N, 1, Y, X) -> (N, 1, height, width), area-averaged when shrinking."""

@@ -6,8 +6,8 @@ a network. Resampling touches only the box around a structure and works slice by
 cache): a volume of 512 x 512 x 300 voxels needs its output and a few MB.
 
 On the input's grid, proposal k is where its resampled probability is at least 0.5; the agreement is the share of proposals
-that draw a voxel; the consensus is an agreement of at least 0.5. Disagreement, ranking and millilitres come from the working
-grid. z is the axial index from inferior to superior, whatever the order of the file.
+that draw a voxel; the consensus is an agreement of at least 0.5. Disagreement, ranking and millilitres come from the part of the
+working grid that lies in the image. z is the axial index from inferior to superior, whatever the order of the file.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class VolumeProposals:
         result = np.zeros((len(self.structures), self.grid.shape[0]), dtype=np.float32)
         for index, box in enumerate(self._boxes):
             if box is not None and self.num_proposals > 1:
-                drawn = torch.from_numpy(_inside(self.probabilities[index], box) >= _DRAWN)
+                drawn = torch.from_numpy(self._drawn(index, box))
                 result[index, box[0]] = compute_disagreement_per_slice(drawn).numpy()
         return result
 
@@ -106,7 +106,7 @@ class VolumeProposals:
         result = np.ones((len(self.structures), count, count), dtype=np.float32)
         for index, box in enumerate(self._boxes):
             if box is not None:
-                drawn = torch.from_numpy(_inside(self.probabilities[index], box) >= _DRAWN)
+                drawn = torch.from_numpy(self._drawn(index, box))
                 result[index] = compute_pairwise_dice(drawn).numpy()
         return result
 
@@ -126,7 +126,7 @@ class VolumeProposals:
         counts = np.zeros(self.probabilities.shape[:2])
         for index, box in enumerate(self._boxes):
             if box is not None:
-                counts[index] = (_inside(self.probabilities[index], box) >= _DRAWN).sum(axis=(1, 2, 3))
+                counts[index] = self._drawn(index, box).sum(axis=(1, 2, 3))
         return counts * voxel_ml
 
     def volume_ml(self, structure: str, shown: str | int = "consensus") -> float:
@@ -363,13 +363,17 @@ class VolumeProposals:
             boxes.append((_span(depth), _span(rows), _span(cols)))
         return tuple(boxes)
 
+    def _drawn(self, index: int, box: tuple[slice, slice, slice]) -> np.ndarray:
+        """The masks inside a box of the working grid, bool (K, z, h, w). What lies beyond the edge of the image is nobody's organ."""
+        return (_inside(self.probabilities[index], box) >= _DRAWN) & self.grid.covered[box[1], box[2]]
+
     @cached_property
     def _drawn_slices(self) -> np.ndarray:
         """bool (P, Z): any proposal draws the structure on the slice."""
         result = np.zeros((len(self.structures), self.grid.shape[0]), dtype=bool)
         for index, box in enumerate(self._boxes):
             if box is not None:
-                result[index, box[0]] = _inside(self.probabilities[index], box).max(axis=(0, 2, 3)) >= _DRAWN
+                result[index, box[0]] = self._drawn(index, box).any(axis=(0, 2, 3))
         return result
 
     def _consensus(self, index: int) -> np.ndarray:
@@ -377,7 +381,7 @@ class VolumeProposals:
         box = self._boxes[index]
         if box is None:
             return np.zeros((0, 0, 0), dtype=bool)
-        drawn = _inside(self.probabilities[index], box) >= _DRAWN
+        drawn = self._drawn(index, box)
         return drawn.sum(axis=0) * 2 >= len(drawn)
 
     @cached_property

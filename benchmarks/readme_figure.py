@@ -16,6 +16,8 @@ from progidiff.prompts import parse_prompt
 from progidiff.visuals import draw_proposals
 from progidiff.volume import load_volume
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
 
     volume = load_volume(options.image, options.modality)
-    engine = Engine(model_dir=options.model_dir, device=options.device)
+    engine = Engine(model_dir=options.model_dir or ROOT / "apps" / "progidiff" / "model", device=options.device)
     queries = []
     for prompt in options.prompt:
         queries += [query for query in parse_prompt(prompt, known=engine.structures) if query not in queries]

@@ -134,7 +134,7 @@ def adapt(
     alpha: Annotated[float | None, typer.Option(help="Scale of the updates is alpha / rank. Default: twice the rank.", show_default=False)] = None,
     targets: Annotated[str, typer.Option(help="What is adapted: some of encoder,query_head,injection,denoiser.")] = "encoder,query_head",
     norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Train gains and offsets of the encoder's group norms too.")] = True,
-    steps: Annotated[int, typer.Option(help="Largest number of steps; validation stops earlier.")] = 400,
+    steps: Annotated[int, typer.Option(help="Largest number of steps; validation stops earlier.")] = 200,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
     batch_size: Annotated[int, typer.Option(help="Slices per step.")] = 12,
     validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 25,

@@ -73,7 +73,7 @@ class AdaptConfig:
     """
 
     lora: LoraSettings = field(default_factory=LoraSettings)
-    steps: int = 400
+    steps: int = 200
     learning_rate: float = 2e-3
     batch_size: int = 12
     validate_every: int = 25

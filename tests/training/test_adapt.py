@@ -375,7 +375,7 @@ def test_settings_out_of_range_are_refused(studies: Path, model: Path, config: A
         ({"shots": 0}, "shots must be at least 1"),
         ({"shots": 9}, "9 volumes were asked for, but 2 are"),
         ({"held_out": ["one", "two", "three"]}, "All labelled volumes are held back"),
-        ({"cases": ["nobody"]}, "No labelled case named nobody"),
+        ({"cases": ["nobody"]}, "there is no image nobody"),
         ({"structures": ["spline"]}, "spleen"),
         ({"structures": ["kidneys"]}, "means 2 structures"),
     ],

@@ -111,7 +111,7 @@ def test_pretraining_never_replaces_a_backbone(studies: Path, folder: Path):
 def test_holding_out_everything_or_a_stranger_is_refused(studies: Path, folder: Path):
     with pytest.raises(RequestError, match="All labelled cases are held out"):
         train(studies, folder, held_out=["one", "two"])
-    with pytest.raises(RequestError, match="No labelled case named three"):
+    with pytest.raises(RequestError, match="there is no image three"):
         train(studies, folder, held_out=["three"])
 
 

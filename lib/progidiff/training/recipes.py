@@ -266,6 +266,7 @@ Prompt-conditioned diffusion proposals for {card.modality}, structures: {", ".jo
 
 * Trained on {len(run["training_cases"])} volumes: {", ".join(run["training_cases"])}.
 * Never trained on: {", ".join(run["held_out_cases"]) or "no case was held out"}.
+* Licence of these weights: that of the data they learned from. Write its name and terms here before you pass them on.
 * Made by `{run["command"]}` at commit {run["commit"][:12]} on {run["date"]}.
 
 Validation during training (every 6th slice of the held-out volumes, working resolution, consensus of 4 proposals, Dice):

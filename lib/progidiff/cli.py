@@ -262,7 +262,7 @@ def predict(
         files += [save_mask(proposals.agreement(volume, query.name), volume, out / f"agreement_{_slug(query.name)}.nii.gz") for query in queries]
     for k in range(1, proposals.num_proposals + 1):
         files.append(save_mask(proposals.label_map(volume, k, ids), volume, out / f"proposal_{k}.nii.gz"))
-    title = f"{volume.name}: consensus of {proposals.num_proposals} proposals, seed {seed}, {proposals.model_version}"
+    title = f"{volume.name}: consensus of {proposals.num_proposals} proposals, seed {seed}, {proposals.adapter or proposals.model_version}"
     files.append(draw_overlay(volume, consensus, {value: name for name, value in ids.items()}, out / "overlay.png", title=title))
     summary = {**proposals.summary(), "warnings": warnings}
     result = _describe_prediction(volume, image, prompt, queries, ids, summary, consensus, [path.name for path in files])

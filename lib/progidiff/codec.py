@@ -103,7 +103,7 @@ class MaskCodec(nn.Module):
         self.std.fill_(1.0)
         total, squares, count = torch.zeros_like(self.mean).double(), torch.zeros_like(self.mean).double(), 0
         for masks in batches:
-            latents = self.encode_masks(masks).double()
+            latents = self.encode_masks(masks.to(self.mean.device)).double()
             total += latents.sum(dim=(0, 2, 3), keepdim=True)
             squares += latents.square().sum(dim=(0, 2, 3), keepdim=True)
             count += latents.numel() // latents.shape[1]

@@ -65,10 +65,10 @@ def validate_evidence(branch: ConditioningBranch, cache: SliceCache, phrases: Ph
     for start in range(0, len(chosen), 16):
         batch = chosen[start : start + 16]
         images, labels = cache.read(batch)
-        with torch.autocast("cpu", torch.bfloat16):
-            features = branch.encode_slices(images)
+        with torch.autocast(pooled.device.type, torch.bfloat16):
+            features = branch.encode_slices(images.to(pooled.device))
             logits = branch.predict_evidence(features, pooled)
-        predicted = logits.float() > 0
+        predicted = logits.float().cpu() > 0
         target = one_hot(labels, count).bool()
         for n, i in enumerate(batch):
             v = cache.index[i][0]
@@ -104,9 +104,9 @@ def train_evidence(
         images, labels = training.read(chosen)
         images, labels = augment(images, labels, generator, strength)
         annotated = torch.from_numpy(np.stack([training.annotated[training.index[i][0]] for i in chosen])).float()
-        features = branch.encode_slices(images)
+        features = branch.encode_slices(images.to(backbone.device))
         logits = branch.predict_evidence(features, phrases.pooled[phrases.draw(generator)])
-        return compute_evidence_loss(logits, one_hot(labels, count), annotated)
+        return compute_evidence_loss(logits, one_hot(labels, count).to(backbone.device), annotated.to(backbone.device))
 
     modules = {"encoder": branch.encoder, "query_head": branch.query_head}
     check = None if validation is None else lambda: validate_evidence(branch, validation, phrases)

@@ -240,7 +240,8 @@ def _resume(
                 key: tensors[f"optimizer.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors
             }
             if state:
-                optimizer.state[parameter] = state
+                # The step counter stays on the CPU, where AdamW keeps it.
+                optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
     step = int(metadata["step"])
     logger.info("Resumed '%s' at step %d of %d", folder, step, config.steps)
     return step, json.loads(metadata["history"])

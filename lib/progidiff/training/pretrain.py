@@ -53,14 +53,15 @@ def draw_masks(
 def compute_codec_ceiling(vae: Any, cache: SliceCache, every: int = 1, per_structure: int = 400) -> dict[str, float]:
     """Encode-decode Dice of ground-truth masks at the working resolution, per structure (voxels pooled over all slices)."""
     codec = MaskCodec(vae)
+    device = codec.mean.device
     ceiling = {}
     for s, structure in enumerate(cache.structures):
         chosen = cache.by_structure[s][::every][:per_structure]
         overlap = total = 0.0
         for start in range(0, len(chosen), 32):
             _, labels = cache.read([int(i) for i in chosen[start : start + 32]])
-            masks = (labels == s + 1).float()
-            with torch.autocast("cpu", torch.bfloat16):
+            masks = (labels == s + 1).float().to(device)
+            with torch.autocast(device.type, torch.bfloat16):
                 decoded = codec.decode_signed(codec.encode_masks(masks)) > 0
             overlap += float((decoded & masks.bool()).sum())
             total += float(decoded.sum() + masks.sum())
@@ -106,14 +107,15 @@ def train_codec(
     """
     vae.requires_grad_(True).train()
     vae.encoder.requires_grad_(not refine)
+    device = next(vae.parameters()).device
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         images, labels = training.read(training.draw_balanced(slices, rng, random_share=0.0))
         images, labels = augment(images, labels, generator, 1.3)
         _, _, masks = draw_masks(training, images, labels, masks_per_slice, rng, smallest=refine)
-        masks = crop_around(masks, masks, crop, rng)
-        pictures = crop_around(images[:, images.shape[1] // 2], labels, crop, rng)[:, None].expand(-1, 3, -1, -1)
+        masks = crop_around(masks, masks, crop, rng).to(device)
+        pictures = crop_around(images[:, images.shape[1] // 2], labels, crop, rng)[:, None].expand(-1, 3, -1, -1).to(device)
         inputs = torch.cat([(masks * 2 - 1)[:, None].expand(-1, 3, -1, -1), pictures])
         latents = vae.encode(inputs).latents
         noisy = latents + 0.1 * latents.detach().float().std() * torch.randn_like(latents)
@@ -148,8 +150,9 @@ def compute_picture_scale(vae: Any, cache: SliceCache, count: int = 128) -> floa
     """1 / standard deviation of raw latents over slices: the `scaling_factor` of the Stable-Diffusion format."""
     rng = np.random.default_rng(0)
     images, _ = cache.read(cache.draw_balanced(count, rng))
+    pictures = images[:, images.shape[1] // 2][:, None].expand(-1, 3, -1, -1).to(next(vae.parameters()).device)
     with torch.no_grad():
-        latents = torch.cat([encode_pictures(vae, part[:, part.shape[1] // 2][:, None].expand(-1, 3, -1, -1)) for part in images.split(16)])
+        latents = torch.cat([encode_pictures(vae, part) for part in pictures.split(16)])
     return float(1 / latents.std())
 
 
@@ -185,14 +188,14 @@ def train_text_to_image(
         captions = ["" if rng.random() < text_dropout else c for c in captions]
         pictures = torch.cat([images[:, images.shape[1] // 2], masks * 2 - 1])[:, None].expand(-1, 3, -1, -1)
         with torch.no_grad():
-            clean = encode_pictures(backbone.vae, pictures) * scale
+            clean = encode_pictures(backbone.vae, pictures.to(backbone.device)) * scale
         tokens, mask, _ = backbone.encode_text(captions)
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator).to(backbone.device)
         timesteps = torch.randint(0, len(alphas), (len(clean),), generator=generator)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1).to(backbone.device)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
-        predicted = unet(noisy, timesteps, tokens, encoder_attention_mask=mask).sample
+        predicted = unet(noisy, timesteps.to(backbone.device), tokens, encoder_attention_mask=mask).sample
         loss = F.mse_loss(predicted.float(), target)
         return loss, {}
 

@@ -106,6 +106,7 @@ def train_proposals(
     else:
         modules = dict(trained)
     structures = len(training.structures)
+    device = pipeline.device
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
@@ -116,25 +117,31 @@ def train_proposals(
         texts = phrases.draw(generator)[picked]
         with torch.no_grad():
             branch.encoder.eval()
-            features = branch.encode_slices(images)
+            features = branch.encode_slices(images.to(device))
             logits = branch.predict_evidence(features, phrases.pooled[phrases.draw(generator)])[rows, picked].float()
-            clean = codec.encode_masks(masks).float()
-        evidence = wear_down_evidence(logits, generator, evidence_wear)
+            clean = codec.encode_masks(masks.to(device)).float()
+        # Random numbers are drawn on the CPU, so that a run does not depend on the device.
+        evidence = wear_down_evidence(logits.cpu(), generator, evidence_wear).to(device)
         down, middle = branch.compute_residuals(features[rows], evidence[:, None])
 
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
         # Half of the steps start from pure noise: with few inference steps that is where most of the work is done.
         timesteps = torch.randint(0, len(alphas), (len(clean),), generator=generator)
         timesteps = torch.where(torch.rand(len(clean), generator=generator) < 0.4, torch.full_like(timesteps, len(alphas) - 1), timesteps)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1)
+        alpha = alphas[timesteps].view(-1, 1, 1, 1).to(device)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
         tokens, mask = phrases.tokens[texts], None if phrases.mask is None else phrases.mask[texts]
         dropped = torch.rand(len(clean), generator=generator) < text_dropout
-        tokens, mask = drop_text(tokens, mask, dropped, phrases)
+        tokens, mask = drop_text(tokens, mask, dropped.to(device), phrases)
         predicted = unet(
-            noisy, timesteps, tokens, encoder_attention_mask=mask, down_block_additional_residuals=tuple(down), mid_block_additional_residual=middle
+            noisy,
+            timesteps.to(device),
+            tokens,
+            encoder_attention_mask=mask,
+            down_block_additional_residuals=tuple(down),
+            mid_block_additional_residual=middle,
         ).sample.float()
         implied = alpha.sqrt() * noisy - (1 - alpha).sqrt() * predicted
         diffusion = F.mse_loss(predicted, target)
@@ -164,7 +171,7 @@ def decode_crops(codec: MaskCodec, latents: Tensor, masks: Tensor, rng: np.rando
     """
     height, width = latents.shape[-2:]
     if not codec.is_local or height <= size or width <= size:
-        return codec.decode_soft(latents), masks
+        return codec.decode_soft(latents), masks.to(latents.device)
     stride = masks.shape[-1] // width
     parts, truths = [], []
     for latent, mask in zip(latents, masks, strict=True):
@@ -173,7 +180,7 @@ def decode_crops(codec: MaskCodec, latents: Tensor, masks: Tensor, rng: np.rando
         top, left = int(np.clip(y - rng.integers(size), 0, height - size)), int(np.clip(x - rng.integers(size), 0, width - size))
         parts.append(latent[:, top : top + size, left : left + size])
         truths.append(mask[top * stride : (top + size) * stride, left * stride : (left + size) * stride])
-    return codec.decode_soft(torch.stack(parts)), torch.stack(truths)
+    return codec.decode_soft(torch.stack(parts)), torch.stack(truths).to(latents.device)
 
 
 def drop_text(tokens: Tensor, mask: Tensor | None, dropped: Tensor, phrases: PhraseTable) -> tuple[Tensor, Tensor | None]:
@@ -227,7 +234,11 @@ def validate_proposals(
                     common = torch.einsum("khw,jhw->kj", masks.float(), masks.float())
                     dice = 2 * common / (size[:, None] + size[None]).clamp_min(1)
                     spread.append(1 - float((dice.sum() - dice.diag().sum()) / (num_proposals * (num_proposals - 1))))
-        masks_of = {"evidence": evidence >= 0.5, "consensus": drawn.float().mean(2) >= 0.5, **{f"p{k}": drawn[:, :, k] for k in range(num_proposals)}}
+        masks_of = {
+            "evidence": evidence.cpu() >= 0.5,
+            "consensus": drawn.float().mean(2) >= 0.5,
+            **{f"p{k}": drawn[:, :, k] for k in range(num_proposals)},
+        }
         for n, i in enumerate(batch):
             v = cache.index[i][0]
             for name, masks in masks_of.items():

@@ -107,7 +107,7 @@ def run_pretrain(
         raise RequestError(f"'{folder}' exists; pretraining starts from scratch, so give a model folder without a backbone.")
     if not scratch.exists():
         create_backbone(scratch, widths or BackboneWidths(), seed)
-    backbone = Backbone(scratch)
+    backbone = Backbone(scratch, dtype="fp32")
     grid = grid or GridSettings()
     branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, seed)
     data = prepare_datasets(studies, branch, structures, held_out, work)
@@ -184,7 +184,8 @@ def run_train(
     """
     folder = model_dir / "backbone"
     freeze = freeze_denoiser or backbone_source is not None
-    backbone = Backbone(backbone_source or folder)
+    # Weights are trained in fp32 under autocast; bf16 weights would lose small updates.
+    backbone = Backbone(backbone_source or folder, dtype="fp32")
     grid = grid or GridSettings()
     branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, seed).to(backbone.device)
     data = prepare_datasets(studies, branch, structures, held_out, work)

@@ -152,7 +152,7 @@ def test_a_store_killed_while_writing_shows_only_whole_results(tmp_path):
     script = (
         "import os, sys; sys.path.insert(0, sys.argv[2]); import test_results, test_store; import progidiff.store as module\n"
         "store = module.ProposalStore(sys.argv[1]); store.save(test_store.make_key(0), test_results.make_proposals(), 'image')\n"
-        "module._flush = lambda path: os._exit(9)\n"
+        "module.flush = lambda path: os._exit(9)\n"
         "store.save(test_store.make_key(1), test_results.make_proposals(), 'image')\n"
     )
     finished = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)], check=False)

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from progidiff.conditioning import ConditioningBranch
 from progidiff.errors import BusyError, ModelError, NotFoundError, RequestError, StoreError
+from progidiff.files import flush
 from progidiff.lora import LoraSettings, load_full, merge_lora
 from progidiff.model_files import compute_conditioning_digest, load_card
 
@@ -199,11 +200,11 @@ class AdapterStore:
                 for file in scratch.iterdir():
                     file.chmod(0o444)
                 scratch.chmod(0o755)
-                _flush(scratch)
+                flush(scratch)
                 # First the number, then the folder: a crash between them wastes a number instead of giving it twice.
                 self._log(name, "added", version)
                 os.replace(scratch, folder / str(version))
-                _flush(folder)
+                flush(folder)
             finally:
                 if scratch is not None:
                     shutil.rmtree(scratch, ignore_errors=True)
@@ -458,7 +459,7 @@ class AdapterStore:
             except BaseException:
                 Path(scratch).unlink(missing_ok=True)
                 raise
-            _flush(folder)
+            flush(folder)
 
     def _log(self, name: str, event: str, version: int | None, before: tuple[int | None, ...] = ()) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, "version": version, "before": list(before)}
@@ -552,17 +553,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    if os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ Shape letters: N slices, P prompts, C channels, H W pixels, h w latent pixels, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -54,7 +54,6 @@ class ConditioningConfig:
     channels: tuple[int, ...] = (16, 32, 64, 128, 256, 256)
     query_level: int = 2
     evidence_channels: int = 96
-    extra: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""

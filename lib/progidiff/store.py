@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from progidiff.errors import ImageError, StoreError
+from progidiff.files import flush
 from progidiff.prompts import Query
 from progidiff.results import FORMAT, VolumeProposals
 
@@ -129,10 +130,10 @@ class ProposalStore:
                 card = {"key": key, "image_id": image_id, "created": entry.created, "structures": list(entry.structures), "num_bytes": num_bytes}
                 (temporary / "entry.json").write_text(json.dumps(card), encoding="utf-8")
                 for file in temporary.iterdir():
-                    _flush(file)
-                _flush(temporary)
+                    flush(file)
+                flush(temporary)
                 self._put_in_place(temporary, self.root / key)
-                _flush(self.root)
+                flush(self.root)
             except OSError as err:
                 if temporary is not None:
                     shutil.rmtree(temporary, ignore_errors=True)
@@ -248,14 +249,3 @@ class ProposalStore:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     shutil.rmtree(path, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Make a file or folder durable."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

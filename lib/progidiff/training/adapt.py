@@ -35,14 +35,15 @@ from progidiff.backbone import Backbone
 from progidiff.errors import CancelledError, ImageError, ModelError, NotFoundError, PromptError, RequestError
 from progidiff.lora import LoraSettings, collect_tensors, inject_lora, load_tensors
 from progidiff.model_files import ModelCard, load_pipeline
-from progidiff.pipeline import EncodedPrompts, ProposalPipeline
+from progidiff.pipeline import ProposalPipeline
 from progidiff.prompts import parse_prompt
 from progidiff.training.data import Case, SliceCache, augment, list_cases
-from progidiff.training.evidence import PhraseTable, one_hot
+from progidiff.training.evidence import PhraseTable
 from progidiff.training.loop import LoopConfig, run_loop
 from progidiff.training.losses import compute_evidence_loss
 from progidiff.training.proposals import train_proposals
 from progidiff.training.recipes import describe_run
+from progidiff.training.scores import DiceTally, one_hot
 from progidiff.volume import load_label, load_volume
 
 logger = logging.getLogger(__name__)
@@ -527,41 +528,30 @@ def measure_dice(
     """
     pipeline.branch.eval()
     count = len(cache.structures)
-    rows = phrases.canonical()
-    prompts = EncodedPrompts(
-        phrases.tokens[rows], None if phrases.mask is None else phrases.mask[rows], phrases.pooled[rows], phrases.empty_tokens, phrases.empty_mask
-    )
+    prompts = phrases.pick_canonical()
     noise = pipeline.draw_noise(num_proposals, seed=0) if num_proposals else None
     kinds = ("evidence", "consensus") if num_proposals else ("evidence",)
-    overlap = {k: np.zeros((len(cache.images), count)) for k in kinds}
-    total = {k: np.zeros((len(cache.images), count)) for k in kinds}
-    truth = np.zeros((len(cache.images), count))
+    tally = DiceTally(cache)
     chosen = list(range(0, len(cache), max(1, -(-len(cache) // limit))))
     for start in range(0, len(chosen), 8):
         batch = chosen[start : start + 8]
         images, labels = cache.read(batch)
-        target = one_hot(labels, count).bool()
         features = pipeline.encode_slices(images)
         evidence = pipeline.predict_evidence(features, prompts)
         masks = {"evidence": (evidence >= 0.5).cpu()}
         if noise is not None:
-            masks["consensus"] = torch.zeros_like(target)
+            masks["consensus"] = torch.zeros(len(batch), count, *labels.shape[-2:], dtype=torch.bool)
             pairs = [(n, p) for n in range(len(batch)) for p in range(count) if float(evidence[n, p].max()) >= card.gate]
             for at in range(0, len(pairs), 16):
                 part = pairs[at : at + 16]
                 drawn = pipeline.propose(features, evidence, prompts, part, noise, card.num_inference_steps, card.guidance_scale) >= 0.5
                 for (n, p), proposals in zip(part, drawn, strict=True):
                     masks["consensus"][n, p] = proposals.float().mean(0) >= 0.5
-        for n, i in enumerate(batch):
-            v = cache.index[i][0]
-            truth[v] += target[n].sum((1, 2)).numpy()
-            for kind, mask in masks.items():
-                overlap[kind][v] += (mask[n] & target[n]).sum((1, 2)).numpy()
-                total[kind][v] += (mask[n].sum((1, 2)) + target[n].sum((1, 2))).numpy()
+        tally.add(batch, labels, masks)
     figures: dict[str, float] = {}
-    seen = (truth > 0).any(axis=0)
+    seen = (tally.truth > 0).any(axis=0)
     for kind in kinds:
-        dice = np.where(truth > 0, 2 * overlap[kind] / np.maximum(total[kind], 1), np.nan)
+        dice = tally.compute_dice(kind)
         per = {s: float(np.nanmean(dice[:, i])) for i, s in enumerate(cache.structures) if seen[i]}
         figures[kind] = float(np.mean(list(per.values()))) if per else 0.0
         figures.update({f"{kind} {s}": d for s, d in per.items()})

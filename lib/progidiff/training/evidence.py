@@ -11,10 +11,12 @@ from torch import Tensor
 
 from progidiff.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.conditioning import ConditioningBranch
+from progidiff.pipeline import EncodedPrompts
 from progidiff.prompts import training_phrases
 from progidiff.training.data import SliceCache, augment
 from progidiff.training.loop import LoopConfig, run_loop
 from progidiff.training.losses import compute_evidence_loss
+from progidiff.training.scores import DiceTally, one_hot
 
 
 class PhraseTable:
@@ -46,21 +48,19 @@ class PhraseTable:
         """The structures' own names. Returns indices (P,)."""
         return torch.tensor([rows[0] for rows in self.rows])
 
-
-def one_hot(labels: Tensor, count: int) -> Tensor:
-    """(N, H, W) label ids -> (N, count, H, W) floats, background left out."""
-    return (labels[:, None] == torch.arange(1, count + 1, device=labels.device)[None, :, None, None]).float()
+    def pick_canonical(self) -> EncodedPrompts:
+        """The structures' own names as the pipeline reads prompts."""
+        rows = self.canonical()
+        mask = None if self.mask is None else self.mask[rows]
+        return EncodedPrompts(self.tokens[rows], mask, self.pooled[rows], self.empty_tokens, self.empty_mask)
 
 
 @torch.no_grad()
 def validate_evidence(branch: ConditioningBranch, cache: SliceCache, phrases: PhraseTable, every: int = 2) -> dict[str, float]:
     """Dice of the thresholded evidence per structure, pooled over the slices of a volume and averaged over volumes."""
     branch.eval()
-    count = len(cache.structures)
-    overlap = np.zeros((len(cache.images), count))
-    total = np.zeros_like(overlap)
-    truth = np.zeros_like(overlap)
     pooled = phrases.pooled[phrases.canonical()]
+    tally = DiceTally(cache)
     chosen = list(range(0, len(cache), every))
     for start in range(0, len(chosen), 16):
         batch = chosen[start : start + 16]
@@ -68,15 +68,8 @@ def validate_evidence(branch: ConditioningBranch, cache: SliceCache, phrases: Ph
         with torch.autocast(pooled.device.type, torch.bfloat16):
             features = branch.encode_slices(images.to(pooled.device))
             logits = branch.predict_evidence(features, pooled)
-        predicted = logits.float().cpu() > 0
-        target = one_hot(labels, count).bool()
-        for n, i in enumerate(batch):
-            v = cache.index[i][0]
-            overlap[v] += (predicted[n] & target[n]).sum((1, 2)).numpy()
-            total[v] += (predicted[n].sum((1, 2)) + target[n].sum((1, 2))).numpy()
-            truth[v] += target[n].sum((1, 2)).numpy()
-    dice = np.where(truth > 0, 2 * overlap / np.maximum(total, 1), np.nan)
-    per = np.nanmean(dice, axis=0)
+        tally.add(batch, labels, {"evidence": logits.float().cpu() > 0})
+    per = np.nanmean(tally.compute_dice("evidence"), axis=0)
     return {"dice_all": float(np.nanmean(per)), **{s: float(d) for s, d in zip(cache.structures, per, strict=True)}}
 
 

@@ -16,11 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.codec import MaskCodec
-from progidiff.pipeline import EncodedPrompts, ProposalPipeline
+from progidiff.pipeline import ProposalPipeline
+from progidiff.proposals import compute_disagreement
 from progidiff.training.data import SliceCache, augment
-from progidiff.training.evidence import PhraseTable, one_hot
+from progidiff.training.evidence import PhraseTable
 from progidiff.training.loop import LoopConfig, run_loop
 from progidiff.training.losses import compute_mask_loss
+from progidiff.training.scores import DiceTally, one_hot
 
 
 def wear_down_evidence(logits: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
@@ -206,14 +208,9 @@ def validate_proposals(
     """Dice of evidence, single proposals, consensus and best of K on every n-th slice, pooled per volume, averaged over volumes."""
     branch, structures = pipeline.branch, len(cache.structures)
     branch.eval()
-    index = phrases.canonical()
-    prompts = EncodedPrompts(
-        phrases.tokens[index], None if phrases.mask is None else phrases.mask[index], phrases.pooled[index], phrases.empty_tokens, phrases.empty_mask
-    )
+    prompts = phrases.pick_canonical()
     noise = pipeline.draw_noise(num_proposals, seed=0)
-    names = ("evidence", "consensus", *(f"p{k}" for k in range(num_proposals)))
-    overlap = {n: np.zeros((len(cache.images), structures)) for n in names}
-    total = {n: np.zeros((len(cache.images), structures)) for n in names}
+    tally = DiceTally(cache)
     spread: list[float] = []
     chosen = list(range(0, len(cache), every))
     for start in range(0, len(chosen), 8):
@@ -221,7 +218,6 @@ def validate_proposals(
         images, labels = cache.read(batch)
         features = pipeline.encode_slices(images)
         evidence = pipeline.predict_evidence(features, prompts)
-        target = one_hot(labels, structures).bool()
         drawn = torch.zeros(len(batch), structures, num_proposals, *labels.shape[-2:], dtype=torch.bool)
         pairs = [(n, p) for n in range(len(batch)) for p in range(structures) if float(evidence[n, p].max()) >= gate]
         for at in range(0, len(pairs), 16):
@@ -229,29 +225,19 @@ def validate_proposals(
             result = pipeline.propose(features, evidence, prompts, part, noise, num_inference_steps) >= 0.5
             for (n, p), masks in zip(part, result, strict=True):
                 drawn[n, p] = masks
-                size = masks.sum((1, 2)).float()
-                if float(size.sum()) > 0:
-                    common = torch.einsum("khw,jhw->kj", masks.float(), masks.float())
-                    dice = 2 * common / (size[:, None] + size[None]).clamp_min(1)
-                    spread.append(1 - float((dice.sum() - dice.diag().sum()) / (num_proposals * (num_proposals - 1))))
-        masks_of = {
-            "evidence": evidence.cpu() >= 0.5,
-            "consensus": drawn.float().mean(2) >= 0.5,
-            **{f"p{k}": drawn[:, :, k] for k in range(num_proposals)},
-        }
-        for n, i in enumerate(batch):
-            v = cache.index[i][0]
-            for name, masks in masks_of.items():
-                overlap[name][v] += (masks[n] & target[n]).sum((1, 2)).numpy()
-                total[name][v] += (masks[n].sum((1, 2)) + target[n].sum((1, 2))).numpy()
-    truth = np.stack([p[::1].sum(0) for p in cache.pixels]) > 0
-    dice_of = {n: np.where(truth, 2 * overlap[n] / np.maximum(total[n], 1), np.nan) for n in names}
-    singles = np.stack([dice_of[f"p{k}"] for k in range(num_proposals)])
+                if num_proposals > 1 and masks.any():
+                    spread.append(compute_disagreement(masks))
+        masks_of = {f"proposal {k}": drawn[:, :, k] for k in range(num_proposals)}
+        tally.add(batch, labels, {"evidence": evidence.cpu() >= 0.5, "consensus": drawn.float().mean(2) >= 0.5, **masks_of})
+    # A structure that the volume has but none of the chosen slices shows counts as 0 for every kind alike: choose enough slices.
+    present = np.stack([p.sum(0) for p in cache.pixels]) > 0
+    evidence_dice, consensus = tally.compute_dice("evidence", present), tally.compute_dice("consensus", present)
+    singles = np.stack([tally.compute_dice(f"proposal {k}", present) for k in range(num_proposals)])
     figures = {
-        "evidence": float(np.nanmean(dice_of["evidence"])),
+        "evidence": float(np.nanmean(evidence_dice)),
         "single": float(np.nanmean(singles)),
-        "consensus": float(np.nanmean(dice_of["consensus"])),
+        "consensus": float(np.nanmean(consensus)),
         "best": float(np.nanmean(singles.max(0))),
         "disagreement": float(np.mean(spread)) if spread else 0.0,
     }
-    return {**figures, **{f"consensus {s}": float(d) for s, d in zip(cache.structures, np.nanmean(dice_of["consensus"], 0), strict=True)}}
+    return {**figures, **{f"consensus {s}": float(d) for s, d in zip(cache.structures, np.nanmean(consensus, 0), strict=True)}}

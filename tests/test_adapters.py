@@ -531,7 +531,7 @@ def test_a_card_comes_back_from_its_file(store: AdapterStore, tiny_model: Path, 
 def ask(model: Path, tmp_path: Path, phantom_writer: Callable[..., Path]) -> Callable[..., dict[str, Any]]:
     """One request to the infer task of the app, as the host makes it."""
     from progidiff.options import ServerOptions
-    from progidiff.tasks import build_task
+    from progidiff.server.infer_task import build_task
 
     conf = {"model_dir": str(model), "store": str(tmp_path / "store"), "adapters": str(tmp_path / "elsewhere"), "device": "cpu"}
     task = build_task(ServerOptions.from_conf(conf, str(tmp_path)), model, lambda: None)

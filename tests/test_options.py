@@ -68,9 +68,7 @@ def test_a_senseless_number_of_proposals_is_refused_with_its_range(value: object
         read(num_proposals=value)
 
 
-@pytest.mark.parametrize(
-    "name,value", [("steps", 0), ("steps", "fast"), ("steps", 101), ("seed", -1), ("seed", "x"), ("seed", 2**32), ("seed", 1.5)]
-)
+@pytest.mark.parametrize("name,value", [("steps", 0), ("steps", "fast"), ("steps", 101), ("seed", -1), ("seed", "x"), ("seed", 2**32), ("seed", 1.5)])
 def test_steps_and_seed_are_refused_out_of_range(name: str, value: object):
     with pytest.raises(RequestError, match=f"Option {name} is .* must be a whole number"):
         read(**{name: value})

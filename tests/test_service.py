@@ -12,7 +12,7 @@ import requests
 from monailabel.datastore.dicom import DICOMWebDatastore
 
 from progidiff.errors import BusyError, NotFoundError
-from progidiff.service import find_image
+from progidiff.server.service import find_image
 from progidiff.volume import load_volume
 from test_volume import make_affine, make_image, write_dicom
 

@@ -10,9 +10,10 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 
 import progidiff
-from progidiff import service
 from progidiff.options import ServerOptions
-from progidiff.tasks import build_task
+from progidiff.server import routes, service
+from progidiff.server.context import Context
+from progidiff.server.infer_task import build_task
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ class ProGiDiffApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.options = ServerOptions.from_conf(conf or {}, studies)
-        self.embedded_model = Path(app_dir) / "model"
+        model_dir = self.options.model_dir or Path(app_dir) / "model"
+        self.context = Context(self, self.options, model_dir, build_task(self.options, model_dir, self.datastore))
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -33,11 +35,11 @@ class ProGiDiffApp(MONAILabelApp):
         )
         # In the processes that the host starts for training and batches there is no web application to extend.
         if "monailabel.app" in sys.modules:
-            service.install(sys.modules["monailabel.app"].app, self)
+            service.install(sys.modules["monailabel.app"].app, self, routes.build_routers())
 
     def init_infers(self) -> dict[str, InferTask]:
         """The one task; its models load at the first request."""
-        return {"progidiff": build_task(self.options, self.embedded_model, self.datastore)}
+        return {"progidiff": self.context.infer}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """None: the host would run them, in a process of their own, at start and after every next sample."""

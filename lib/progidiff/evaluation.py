@@ -133,9 +133,7 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
 
 def _find_images(folder: Path) -> dict[str, Path]:
     """Name without suffix -> path, by name."""
-    return {
-        strip_suffix(path.name): path for path in sorted(folder.iterdir()) if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")
-    }
+    return {strip_suffix(path.name): path for path in sorted(folder.iterdir()) if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")}
 
 
 def match_structures(

@@ -18,7 +18,7 @@ import signal
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -41,11 +41,13 @@ from monailabel.interfaces.utils.app import app_instance
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, PromptError, RequestError
 from progidiff.jobs import DeviceQueue
 from progidiff.options import OPTION_NAMES
-from progidiff.tasks import ProposalInferTask
+from progidiff.server.infer_task import ProposalInferTask
 
 logger = logging.getLogger(__name__)
 
-_ROUTE_PREFIX = "progidiff_"
+_OURS = "is_progidiff"
+"""Attribute that marks our routes among the host's, to find them again at a reload."""
+
 _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _SERIES_UID = re.compile(r"\d+(\.\d+)+")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -62,7 +64,7 @@ _served_queues: list[DeviceQueue] = []
 _REQUEST_ERRORS = (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
 
 
-def install(web: FastAPI, app: MONAILabelApp) -> None:
+def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> None:
     """Put our routes before the host's, our error answers in place, and end running jobs when the server is told to stop.
 
     Safe to call again after a reload of the app.
@@ -70,10 +72,13 @@ def install(web: FastAPI, app: MONAILabelApp) -> None:
     Args:
         web: The host's web application.
         app: The app that it serves.
+        routers: Of `routes.build_routers`; what comes first answers first.
     """
     router = web.router
-    router.routes[:] = [route for route in router.routes if not str(getattr(route, "name", "")).startswith(_ROUTE_PREFIX)]
-    ours = _build_router().routes
+    router.routes[:] = [route for route in router.routes if not getattr(route, _OURS, False)]
+    ours = [route for part in routers for route in part.routes]
+    for route in ours:
+        setattr(route, _OURS, True)
     router.routes[:0] = ours
     web.openapi_schema = None
     web.exception_handlers.update(
@@ -242,10 +247,11 @@ class _EndJobs:
         self._previous(number, frame)
 
 
-def _build_router() -> APIRouter:
+def build_router() -> APIRouter:
+    """Inference, batches, jobs and kept proposals."""
     router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
 
-    @router.post("/infer/{model}", name=f"{_ROUTE_PREFIX}infer", tags=["Infer"], summary="Proposals for a prompt; see /progidiff/jobs for progress")
+    @router.post("/infer/{model}", tags=["Infer"], summary="Proposals for a prompt; see /progidiff/jobs for progress")
     def run_infer(
         background_tasks: BackgroundTasks,
         model: str,
@@ -281,7 +287,7 @@ def _build_router() -> APIRouter:
                 ) from err
         return send_response(app.datastore(), result, output, background_tasks)
 
-    @router.post("/batch/infer/{model}", name=f"{_ROUTE_PREFIX}batch_infer", tags=["Infer"], summary="The same prompt on many images")
+    @router.post("/batch/infer/{model}", tags=["Infer"], summary="The same prompt on many images")
     def run_batch(
         model: str,
         images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
@@ -294,26 +300,26 @@ def _build_router() -> APIRouter:
             task.read_request(_pick_options(params or {}))
         return start_batch(model, images, params, run_sync)
 
-    @router.get("/progidiff/jobs", name=f"{_ROUTE_PREFIX}jobs", tags=["ProGiDiff"], summary="Waiting, running and recent jobs, newest first")
+    @router.get("/progidiff/jobs", tags=["ProGiDiff"], summary="Waiting, running and recent jobs, newest first")
     async def list_jobs(image: str | None = None, user: User = _USER) -> list[dict[str, Any]]:
         return [job.info() for job in _task().queue.list(image)]
 
-    @router.get("/progidiff/jobs/{job_id}", name=f"{_ROUTE_PREFIX}job", tags=["ProGiDiff"], summary="State and progress of one job")
+    @router.get("/progidiff/jobs/{job_id}", tags=["ProGiDiff"], summary="State and progress of one job")
     async def get_job(job_id: str, user: User = _USER) -> dict[str, Any]:
         return _task().queue.get(job_id).info()
 
-    @router.delete("/progidiff/jobs/{job_id}", name=f"{_ROUTE_PREFIX}cancel", tags=["ProGiDiff"], summary="Cancel a job")
+    @router.delete("/progidiff/jobs/{job_id}", tags=["ProGiDiff"], summary="Cancel a job")
     async def cancel_job(job_id: str, user: User = _USER) -> dict[str, Any]:
         job = _task().queue.get(job_id)
         job.cancel()
         return job.info()
 
-    @router.get("/progidiff/proposals/{image}", name=f"{_ROUTE_PREFIX}proposals", tags=["ProGiDiff"], summary="Kept proposals of an image")
+    @router.get("/progidiff/proposals/{image}", tags=["ProGiDiff"], summary="Kept proposals of an image")
     def describe_proposals(image: str, proposals: str | None = None, user: User = _USER) -> dict[str, Any]:
         find_image(app_instance(), image)
         return _task().describe_proposals(image, proposals)
 
-    @router.get("/progidiff/prompts", name=f"{_ROUTE_PREFIX}prompts", tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
+    @router.get("/progidiff/prompts", tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
     async def list_prompts(user: User = _USER) -> list[dict[str, Any]]:
         return _task().list_prompts()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,6 +129,21 @@ def test_only_the_slices_asked_for_are_computed_and_they_are_the_same(engine: En
     chosen = [3, 17, 30]
     assert np.abs(whole[:, :, chosen].astype(int) - part[:, :, chosen]).max() <= 1
     assert not np.delete(part, chosen, axis=2).any()
+
+
+def test_slices_come_first_where_somebody_looks_and_are_the_same_in_any_order(engine: Engine, long_volume: Volume):
+    straight = engine.propose(long_volume, [LIVER], num_proposals=2)
+    come: list[int] = []
+    early: list[np.ndarray] = []
+
+    def look(part: VolumeProposals, slices: Sequence[int]) -> None:
+        early.append(part.slice_masks("liver", slices[0]))
+        come.append(slices[0])
+
+    result = engine.propose(long_volume, [LIVER], num_proposals=2, first=36, on_slices=look)
+    assert come == [32, 16, 0]
+    assert np.array_equal(result.probabilities, straight.probabilities)
+    assert all(np.array_equal(masks, result.slice_masks("liver", z)) for z, masks in zip(come, early, strict=True))
 
 
 @pytest.mark.parametrize("slices", [[], [-1], [8]])

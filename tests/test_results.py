@@ -86,6 +86,20 @@ def test_a_proposal_comes_back_on_the_grid_of_the_input(proposals, orientation):
         np.testing.assert_array_equal(volume.arrange(mask), plain[k])
 
 
+@pytest.mark.parametrize("orientation", ["LPS", "sagittal"])
+def test_the_masks_of_a_slice_are_those_of_the_volume(proposals, orientation):
+    volume = make_volume(orientation)
+    for name in STRUCTURES:
+        stacks = np.stack([volume.arrange(proposals.mask(volume, name, k + 1)) for k in range(4)])
+        for z in range(DEPTH):
+            assert np.array_equal(proposals.slice_masks(name, z), stacks[:, z] > 0)
+
+
+def test_a_slice_beyond_the_image_is_refused(proposals):
+    with pytest.raises(RequestError, match=f"no slice {DEPTH}.*0 to {DEPTH - 1}"):
+        proposals.slice_masks("liver", DEPTH)
+
+
 def test_restoring_only_the_box_is_restoring_everything(proposals):
     volume = make_volume()
     for index, name in enumerate(STRUCTURES):

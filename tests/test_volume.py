@@ -115,6 +115,17 @@ def test_a_stack_returns_to_file_order_exactly(codes: str) -> None:
     assert np.array_equal(volume.from_stack(stack), volume.array)
 
 
+@pytest.mark.parametrize("affine", GEOMETRIES.values(), ids=GEOMETRIES)
+def test_a_voxel_is_located_where_the_stack_has_it(affine: np.ndarray) -> None:
+    volume = Volume(np.arange(np.prod(SHAPE), dtype=np.int32).reshape(SHAPE), affine, "CT", "option", "numbers")
+    stack, _ = volume.to_stack()
+    for index in ((0, 0, 0), (10, 8, 6), (3, 7, 2)):
+        assert stack[volume.locate(index)] == volume.array[index]
+    assert stack.shape[0] == SHAPE[volume.axial_axis]
+    with pytest.raises(GeometryError, match="outside of 'numbers'"):
+        volume.locate((0, 9, 0))
+
+
 @pytest.mark.parametrize("codes", ALL_ORIENTATIONS)
 def test_a_stack_is_what_nibabel_calls_lps_transposed(codes: str) -> None:
     affine = make_affine(codes)

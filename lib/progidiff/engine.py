@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +188,9 @@ class Engine:
         guidance_scale: float | None = None,
         adapter: str | None = None,
         slices: Sequence[int] | None = None,
+        first: int | None = None,
         progress: Callable[[int, int], None] | None = None,
+        on_slices: Callable[[VolumeProposals, Sequence[int]], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
     ) -> VolumeProposals:
         """K proposals for every query on every slice of a volume.
@@ -202,7 +204,11 @@ class Engine:
             guidance_scale: 1 for none; None for the model's default.
             adapter: See `pick_adapter`.
             slices: Only these axial indices; None for all.
+            first: Somebody looks at this axial index: the slices around it are computed first, the others by their distance. The
+                proposals are the same in any order.
             progress: Called with (slices done, slices in all).
+            on_slices: Called after every batch with the proposals so far and the axial indices that are new in them. Their
+                `probabilities` are filled further by later batches; everything derived belongs to this moment.
             is_cancelled: Asked between batches.
 
         Raises:
@@ -232,9 +238,26 @@ class Engine:
         batches = [wanted[i : i + SLICES_PER_BATCH] for i in range(0, len(wanted), SLICES_PER_BATCH)]
         window = compute_window(volume)
         remembered = self._recall(volume, wanted, adapter_name)
-        fresh: list[SliceFeatures] | None = []
+        fresh: dict[int, SliceFeatures] | None = {}
         done = 0
-        for number, batch in enumerate(batches):
+
+        def collect() -> VolumeProposals:
+            return VolumeProposals(
+                structures=tuple(q.name for q in queries),
+                probabilities=result,
+                grid=grid,
+                seed=seed,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                model_version=card.full_name,
+                adapter=adapter_name,
+                modality=volume.modality,
+                modality_source=volume.modality_source,
+                seconds=time.monotonic() - started,
+            )
+
+        for number in _order_batches(batches, first):
+            batch = batches[number]
             if is_cancelled is not None and is_cancelled():
                 raise CancelledError(f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept.")
             if remembered is not None:
@@ -247,8 +270,8 @@ class Engine:
                 # What is remembered is what is used the first time too: the second prompt must not see rounder numbers.
                 features = features.to(torch.bfloat16 if pipeline.device.type == "cpu" else features.fine.dtype)
                 if fresh is not None:
-                    fresh.append(features)
-                    if _count_bytes(fresh) > FEATURE_CACHE_BYTES:
+                    fresh[number] = features
+                    if _count_bytes(fresh.values()) > FEATURE_CACHE_BYTES:
                         fresh = None  # Too large to remember; do not hold what will not be kept.
             features = features.to(next(pipeline.branch.parameters()).dtype)
             evidence = pipeline.predict_evidence(features, prompts)
@@ -269,21 +292,11 @@ class Engine:
             done += len(batch)
             if progress is not None:
                 progress(done, len(wanted))
+            if on_slices is not None:
+                on_slices(collect(), batch.tolist())
         if remembered is None and fresh is not None:
-            self._remember(volume, wanted, adapter_name, fresh)
-        return VolumeProposals(
-            structures=tuple(q.name for q in queries),
-            probabilities=result,
-            grid=grid,
-            seed=seed,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
-            model_version=card.full_name,
-            adapter=adapter_name,
-            modality=volume.modality,
-            modality_source=volume.modality_source,
-            seconds=time.monotonic() - started,
-        )
+            self._remember(volume, wanted, adapter_name, [fresh[number] for number in range(len(batches))])
+        return collect()
 
     def _encode_prompts(self, pipeline: ProposalPipeline, texts: tuple[str, ...]) -> EncodedPrompts:
         if texts not in self._prompts:
@@ -325,5 +338,12 @@ def check_options(num_proposals: int, num_inference_steps: int | None, seed: int
         raise RequestError(f"guidance_scale must lie in 0..20, got {guidance_scale}; 1 switches guidance off.")
 
 
-def _count_bytes(features: list[SliceFeatures]) -> int:
+def _order_batches(batches: Sequence[np.ndarray], first: int | None) -> list[int]:
+    """In which order to compute them: as they lie, or by their distance to an axial index."""
+    if first is None:
+        return list(range(len(batches)))
+    return sorted(range(len(batches)), key=lambda number: int(np.abs(batches[number] - first).min()))
+
+
+def _count_bytes(features: Iterable[SliceFeatures]) -> int:
     return sum(t.numel() * t.element_size() for f in features for t in (f.fine, f.coarse, *f.levels.values()))

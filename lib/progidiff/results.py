@@ -166,6 +166,33 @@ class VolumeProposals:
             stack[z, rows, cols] = _count(drawn) * 2 >= len(drawn)
         return volume.from_stack(stack)
 
+    def slice_masks(self, structure: str, z: int) -> np.ndarray:
+        """All proposals of one structure on one axial slice of the input.
+
+        Args:
+            structure: One of `structures`.
+            z: Axial index, from inferior to superior.
+
+        Returns:
+            bool of shape (K, Y, X), the same voxels as `mask` on that slice.
+
+        Raises:
+            RequestError: if there is no such structure or slice.
+        """
+        return self.slice_probabilities(structure, z) >= _THRESHOLD
+
+    def slice_probabilities(self, structure: str, z: int) -> np.ndarray:
+        """What `slice_masks` cuts at one half: float32 of shape (K, Y, X) on the scale 0..255."""
+        index = self._index(structure)
+        depth, height, width = self.grid.shape
+        if not 0 <= z < depth:
+            raise RequestError(f"There is no slice {z}; the image has the axial slices 0 to {depth - 1}.")
+        maps = np.zeros((self.num_proposals, height, width), dtype=np.float32)
+        if self._occupied[index, z]:
+            for _, (rows, cols), restored in self._restored(index, None, [z]):
+                maps[:, rows, cols] = restored
+        return maps
+
     def label_map(self, volume: Volume, shown: str | int = "consensus", label_ids: dict[str, int] | None = None) -> np.ndarray:
         """All structures on the input's grid, one per voxel.
 

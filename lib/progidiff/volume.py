@@ -110,6 +110,23 @@ class Volume:
         edges = self.spacing
         return self.arrange(self.array), (edges[order[2]], edges[order[1]], edges[order[0]])
 
+    @property
+    def stack_affine(self) -> np.ndarray:
+        """Index (x, y, z, 1) into the axial stack -> RAS mm, shape (4, 4); mind that the stack's axes are (z, y, x).
+
+        Example:
+            >>> ras = Volume(np.zeros((4, 5, 6), np.int16), np.diag([1.0, 2.0, 3.0, 1.0]), "CT", "option", "example")
+            >>> ras.stack_affine @ (0, 0, 0, 1)  # the stack begins at the right, front and bottom
+            array([3., 8., 0., 1.])
+        """
+        order, flipped = _orientation(self.affine)
+        affine = self.affine[:, [*order, 3]]
+        for axis, flip in enumerate(flipped):
+            if flip:
+                affine[:, 3] += affine[:, axis] * (self.array.shape[order[axis]] - 1)
+                affine[:, axis] *= -1
+        return affine
+
     def arrange(self, array: np.ndarray) -> np.ndarray:
         """Any array on this volume's grid as an axial stack (a view): (I, J, K) -> (Z, Y, X).
 
@@ -132,6 +149,29 @@ class Volume:
         self._check_shape(stack.shape, (shape[order[2]], shape[order[1]], shape[order[0]]), "as an axial stack")
         lps = stack.transpose(2, 1, 0)[tuple(slice(None, None, -1) if flip else slice(None) for flip in flipped)]
         return lps.transpose(np.argsort(order))
+
+    def locate(self, index: tuple[int, int, int]) -> tuple[int, int, int]:
+        """Where a voxel of the file lies in the axial stack: (i, j, k) -> (z, y, x).
+
+        Raises:
+            GeometryError: if it is outside of the volume.
+
+        Example:
+            >>> ras = Volume(np.zeros((4, 5, 6), np.int16), np.diag([1.0, 2.0, 3.0, 1.0]), "CT", "option", "example")
+            >>> ras.locate((0, 0, 5))
+            (5, 4, 3)
+        """
+        shape = self.array.shape
+        if not all(0 <= place < size for place, size in zip(index, shape, strict=True)):
+            raise GeometryError(f"The voxel {tuple(index)} is outside of '{self.name}', which has {_times(shape)} voxels counted from 0.")
+        order, flipped = _orientation(self.affine)
+        x, y, z = (shape[axis] - 1 - index[axis] if flip else index[axis] for axis, flip in zip(order, flipped, strict=True))
+        return z, y, x
+
+    @property
+    def axial_axis(self) -> int:
+        """Which axis of the file (0, 1 or 2) runs from slice to axial slice."""
+        return _orientation(self.affine)[0][2]
 
     def _check_shape(self, given: tuple[int, ...], wanted: tuple[int, ...], kind: str) -> None:
         if tuple(given) != tuple(wanted):

@@ -5,11 +5,16 @@
     ProGiDiffError            500
     +-- RequestError          422   an option is missing, of the wrong type or out of range
     |   +-- PromptError       422   the prompt names no known structure
+    |   +-- TooLargeError     413   more bytes, files or voxels than are taken
     +-- ImageError            422   an image or label cannot be read or used
     |   +-- GeometryError     422   two things that must share a grid or a shape do not
     +-- NotFoundError         404   no such image, result, job or version
+    +-- ClosedError           410   a route of the host that this server does not offer
+    +-- AccessError           403   this user, address or page may not do this
+    |   +-- LoginError        401   no login, or a wrong or expired one
     +-- CancelledError        409   the work was cancelled on request
     +-- BusyError             503   try again later (`retry_after` seconds)
+    |   +-- TooManyTriesError 429   too many failed logins
     +-- ModelError            503   weights are missing, incomplete or do not fit together
     |   +-- BackboneError     503   the Stable-Diffusion folder cannot be loaded
     +-- StoreError            507   a result could not be kept on disk
@@ -47,6 +52,12 @@ class PromptError(RequestError):
         self.suggestions = tuple(suggestions)
 
 
+class TooLargeError(RequestError):
+    """More bytes, files or voxels than this server takes."""
+
+    status = 413
+
+
 class ImageError(ProGiDiffError):
     """An image or label cannot be read or used."""
 
@@ -61,6 +72,24 @@ class NotFoundError(ProGiDiffError):
     """No such image, result, job or version."""
 
     status = 404
+
+
+class ClosedError(ProGiDiffError):
+    """A route of the host that this server does not offer, with the reason and what to use instead."""
+
+    status = 410
+
+
+class AccessError(ProGiDiffError):
+    """This user, address or page may not do this."""
+
+    status = 403
+
+
+class LoginError(AccessError):
+    """There is no login, or a wrong or expired one."""
+
+    status = 401
 
 
 class CancelledError(ProGiDiffError):
@@ -81,6 +110,12 @@ class BusyError(ProGiDiffError):
     def __init__(self, message: str, retry_after: int = 5) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class TooManyTriesError(BusyError):
+    """Too many failed logins, from one address or for one name."""
+
+    status = 429
 
 
 class ModelError(ProGiDiffError):

@@ -211,3 +211,56 @@ def test_a_closed_queue_cancels_what_runs_and_waits_and_takes_no_more():
     with pytest.raises(BusyError, match="is stopping"), queue.job("infer", "c"):
         pass
     running.finish()
+
+
+class BackgroundWorker(Worker):
+    """A thread that holds the device in the background until somebody wants it."""
+
+    def _run(self) -> None:
+        queue, image, _ = self.args
+        try:
+            with queue.background_job("score", image) as job:
+                if self.order is not None:
+                    self.order.append(image)
+                while not self.release.is_set():
+                    if job.cancelled():
+                        raise CancelledError("a request came")
+                    time.sleep(0.002)
+        except BaseException as err:
+            self.error = err
+
+
+def test_a_request_cancels_background_work_and_goes_next_whatever_the_limit():
+    queue, order = DeviceQueue("cpu", max_waiting=0), []
+    background = BackgroundWorker(queue, "pool", order)
+    wait_until(lambda: order == ["pool"])
+    assert queue.list() == []
+    request = Worker(queue, "user", order)
+    wait_until(lambda: order == ["pool", "user"])
+    background.thread.join(10)
+    assert isinstance(background.error, CancelledError)
+    with pytest.raises(BusyError, match="already wait"), queue.job("infer", "another"):
+        pass
+    request.finish()
+    assert request.error is None
+    assert queue.is_idle()
+
+
+def test_background_work_starts_only_while_the_device_is_idle_and_not_after_the_end():
+    queue = DeviceQueue("cpu")
+    request = Worker(queue, "user")
+    only_job(queue, "user")
+    with pytest.raises(BusyError, match="not idle"), queue.background_job("score", "pool"):
+        pass
+    request.finish()
+    with queue.background_job("score", "pool") as job:
+        assert job.state is JobState.RUNNING
+        assert not queue.is_idle()
+    assert queue.is_idle()
+    background = BackgroundWorker(queue, "pool")
+    wait_until(lambda: not queue.is_idle())
+    queue.close()
+    background.thread.join(10)
+    assert isinstance(background.error, CancelledError)
+    with pytest.raises(BusyError), queue.background_job("score", "pool"):
+        pass

@@ -192,6 +192,7 @@ class Engine:
         progress: Callable[[int, int], None] | None = None,
         on_slices: Callable[[VolumeProposals, Sequence[int]], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
+        remember: bool = True,
     ) -> VolumeProposals:
         """K proposals for every query on every slice of a volume.
 
@@ -210,6 +211,7 @@ class Engine:
             on_slices: Called after every batch with the proposals so far and the axial indices that are new in them. Their
                 `probabilities` are filled further by later batches; everything derived belongs to this moment.
             is_cancelled: Asked between batches.
+            remember: Keep the features of the slices in memory for the next prompt; work that nobody watches leaves that to others.
 
         Raises:
             RequestError: if an option is out of range.
@@ -238,7 +240,7 @@ class Engine:
         batches = [wanted[i : i + SLICES_PER_BATCH] for i in range(0, len(wanted), SLICES_PER_BATCH)]
         window = compute_window(volume)
         remembered = self._recall(volume, wanted, adapter_name)
-        fresh: dict[int, SliceFeatures] | None = {}
+        fresh: dict[int, SliceFeatures] | None = {} if remember else None
         done = 0
 
         def collect() -> VolumeProposals:

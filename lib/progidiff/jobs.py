@@ -5,6 +5,9 @@ of them at a time is between `DeviceQueue.job`'s enter and exit. The others wait
 the server takes the queue's lock for longer than a dictionary look-up, so other requests are never held up by an inference.
 
 A waiting request holds a thread, therefore the queue is short: beyond `max_waiting` it answers `BusyError` at once.
+
+Work that nobody waits for (`DeviceQueue.background_job`) gets the device only while it is idle, and is cancelled by the first request
+that comes; it takes no place in the queue and is not listed.
 """
 
 from __future__ import annotations
@@ -140,6 +143,7 @@ class DeviceQueue:
         self._keep = keep
         self._lock = threading.Lock()
         self._running: Job | None = None
+        self._background: Job | None = None
         self._waiting: deque[Job] = deque()
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._seconds_of_last_job = 5.0
@@ -150,6 +154,8 @@ class DeviceQueue:
         with self._lock:
             self._closed = True
             unfinished = [job for job in self._jobs.values() if job.state in (JobState.QUEUED, JobState.RUNNING)]
+            if self._background is not None:
+                unfinished.append(self._background)
         for job in unfinished:
             job.cancel()
 
@@ -181,6 +187,37 @@ class DeviceQueue:
             raise
         self._leave(job, JobState.DONE, "")
 
+    @contextmanager
+    def background_job(self, kind: str, image: str) -> Iterator[Job]:
+        """Hold the device for the `with` block if it is idle, until a request wants it: then the job is cancelled, and the worker,
+        who looks between two batches of slices, raises `CancelledError`.
+
+        Args:
+            kind: What the work is, e.g. ``"score"``.
+            image: The image id it is about.
+
+        Raises:
+            BusyError: if the device is not idle, or the queue is closed.
+        """
+        job = Job(self, uuid.uuid4().hex[:12], kind, image)
+        with self._lock:
+            if self._closed or self._running is not None:
+                raise BusyError(f"{self.device} is not idle; background work waits until it is.")
+            self._running = self._background = job
+            job._state = JobState.RUNNING
+            job._started = time.time()
+        try:
+            yield job
+        except BaseException as err:
+            self._leave(job, JobState.CANCELLED if isinstance(err, CancelledError) else JobState.FAILED, str(err) or type(err).__name__)
+            raise
+        self._leave(job, JobState.DONE, "")
+
+    def is_idle(self) -> bool:
+        """Whether nobody computes and nobody waits."""
+        with self._lock:
+            return self._running is None and not self._closed
+
     def get(self, job_id: str) -> Job:
         """The job of this id.
 
@@ -204,7 +241,9 @@ class DeviceQueue:
         with self._lock:
             if self._closed:
                 raise BusyError("The server is stopping and takes no more work; send the request again when it is back.", retry_after=30)
-            if len(self._waiting) >= self.max_waiting:
+            # The first request behind background work is next at once: it does not count as waiting.
+            places = self.max_waiting + (self._background is not None)
+            if len(self._waiting) >= places:
                 retry_after = max(1, round(self._seconds_of_last_job))
                 raise BusyError(
                     f"{len(self._waiting)} requests already wait for {self.device}, more would time out. Try again in about {retry_after} s, "
@@ -222,6 +261,8 @@ class DeviceQueue:
                 job._turn.set()
             else:
                 self._waiting.append(job)
+                if self._background is not None:
+                    self._background.cancel()
             self._forget_old()
         return job
 
@@ -231,7 +272,9 @@ class DeviceQueue:
             job._state = state
             job.reason = reason
             if job is self._running:
-                if job._started is not None and state is JobState.DONE:
+                if job is self._background:
+                    self._background = None
+                elif job._started is not None and state is JobState.DONE:
                     self._seconds_of_last_job = job._ended - job._started
                 self._running = self._waiting.popleft() if self._waiting else None
                 if self._running is not None:

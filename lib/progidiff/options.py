@@ -6,6 +6,8 @@ Everything is read tolerantly where the meaning is clear and refused with a cure
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -15,6 +17,7 @@ from typing import Any
 
 from progidiff.errors import RequestError
 from progidiff.prompts import STRUCTURES
+from progidiff.users import Role
 
 CONSENSUS = "consensus"
 BEST = "best"
@@ -27,8 +30,14 @@ NONE = "none"
 MAX_PROPOSALS = 64
 MAX_STEPS = 50
 MAX_SEED = 2**32 - 1
+MAX_SLICE = 2**20
 RESULT_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 
+_HOST_CONF = ("server_mode",)
+"""Names of `--conf` that MONAI Label's base class reads. Others that it knows belong to its bundles, which this app has none of."""
+
+_ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
+_HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
 _RESERVED = (
     "model",
@@ -58,6 +67,8 @@ OPTION_NAMES = (
     "modality",
     "allow_free_text",
     "save_original",
+    "save_proposals",
+    "first_slice",
     "result_extension",
     "job_id",
 )
@@ -151,6 +162,13 @@ class ServerOptions:
         max_waiting: Requests that may wait for the device, 0..30.
         adapters: Folder of adapters; None for `adapters` in the model folder.
         store_gb: Size that the store may grow to before the oldest proposals go, in GB.
+        token_file: Tokens that open the server to other hosts, see `progidiff.users.read_tokens`.
+        users_file: Users with hashed passwords, see `progidiff.users.UsersFile`.
+        allow_anonymous: What somebody without a login may do from another host; None for nothing. "true" means annotate.
+        session_hours: How long a login lasts, in hours, 0.1..720.
+        hosts: Names, without a port, that browsers may call this server by, beside localhost and addresses.
+        cors_origins: Pages of these origins ("https://viewer.example.org") may call this server from a browser; otherwise only its own.
+        max_upload_gb: Largest body of a request that brings an image or a label, in GB.
     """
 
     store: Path
@@ -161,16 +179,22 @@ class ServerOptions:
     max_waiting: int = 8
     store_gb: float = 10.0
     adapters: Path | None = None
+    token_file: Path | None = None
+    users_file: Path | None = None
+    allow_anonymous: Role | None = None
+    session_hours: float = 12.0
+    hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    max_upload_gb: float = 4.0
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
         """Read the strings of `--conf name value`.
 
-        Names that are not ours are left to MONAI Label.
-
         Raises:
-            RequestError: if a value makes no sense; the message names the option.
+            RequestError: if a name is neither ours nor MONAI Label's, or a value makes no sense; the message names the option.
         """
+        _check_names(conf, [field.name for field in dataclasses.fields(cls)])
         given = {name: str(value).strip() for name, value in conf.items() if str(value).strip()}
         device = given.get("device", "auto").lower()
         if device != "auto" and not _DEVICE.fullmatch(device):
@@ -187,7 +211,36 @@ class ServerOptions:
             max_waiting=read_int(given.get("max_waiting", cls.max_waiting), "--conf max_waiting", 0, 30),
             adapters=Path(given["adapters"]).expanduser() if "adapters" in given else None,
             store_gb=read_float(given.get("store_gb", cls.store_gb), "--conf store_gb", 0.01, 1e6),
+            token_file=Path(given["token_file"]).expanduser() if "token_file" in given else None,
+            users_file=Path(given["users_file"]).expanduser() if "users_file" in given else None,
+            allow_anonymous=_read_anonymous(given.get("allow_anonymous", "false")),
+            session_hours=read_float(given.get("session_hours", cls.session_hours), "--conf session_hours", 0.1, 720),
+            hosts=_read_list(given.get("hosts", ""), "hosts", _HOST, "names without port, for example labels.example.org"),
+            cors_origins=_read_list(given.get("cors_origins", ""), "cors_origins", _ORIGIN, "origins such as https://viewer.example.org:3000"),
+            max_upload_gb=read_float(given.get("max_upload_gb", cls.max_upload_gb), "--conf max_upload_gb", 0.001, 1000),
         )
+
+
+def _check_names(conf: Mapping[str, str], known: Sequence[str]) -> None:
+    for name in conf:
+        if name not in known and name not in _HOST_CONF:
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."
+            raise RequestError(f"--conf {name[:60]}: there is no such option. {meant}")
+
+
+def _read_anonymous(text: str) -> Role | None:
+    """`true` is enough to annotate; whoever wants strangers to delete labels has to write `administer`."""
+    choice = read_choice(text, "--conf allow_anonymous", ("false", "true", *Role))
+    return None if choice == "false" else Role.ANNOTATE if choice == "true" else Role(choice)
+
+
+def _read_list(text: str, name: str, pattern: re.Pattern[str], what: str) -> tuple[str, ...]:
+    entries = tuple(entry.strip().lower() for entry in text.split(",") if entry.strip())
+    for entry in entries:
+        if not pattern.fullmatch(entry):
+            raise RequestError(f"--conf {name} has '{entry[:80]}'; it must be a comma-separated list of {what}.")
+    return entries
 
 
 def default_store(studies: str) -> Path:
@@ -213,6 +266,8 @@ class InferOptions:
         modality: "CT", "MR", or None to find out.
         allow_free_text: Send an unknown prompt through the text encoder instead of refusing it.
         save_original: Also save the consensus as the image's label of tag `original`.
+        save_proposals: The same, and every proposal as tag `proposal_1` .. `proposal_K`.
+        first_slice: The axial index that somebody looks at, to be computed first; None for any order.
         result_extension: ".nii.gz", ".nii" or ".nrrd".
         job_id: The client's name for the job, None to have one made up.
         ignored: Names of parameters that mean nothing to this task.
@@ -228,6 +283,8 @@ class InferOptions:
     modality: str | None
     allow_free_text: bool
     save_original: bool
+    save_proposals: bool
+    first_slice: int | None
     result_extension: str
     job_id: str | None
     ignored: tuple[str, ...]
@@ -259,6 +316,7 @@ class InferOptions:
         steps = values.get("steps")
         guidance = values.get("guidance_scale")
         job_id = values.get("job_id")
+        first_slice = values.get("first_slice")
         adapter = _read_adapter(values.get("adapter", adapters[0]), adapters) if adapters else None
         modality = read_choice(values.get("modality", "auto"), "modality", ("auto", "CT", "MR"))
         return cls(
@@ -272,6 +330,8 @@ class InferOptions:
             modality=None if modality == "auto" else modality,
             allow_free_text=read_bool(values.get("allow_free_text", False), "allow_free_text"),
             save_original=read_bool(values.get("save_original", False), "save_original"),
+            save_proposals=read_bool(values.get("save_proposals", False), "save_proposals"),
+            first_slice=None if first_slice is None else read_int(first_slice, "first_slice", 0, MAX_SLICE),
             result_extension=read_choice(values.get("result_extension", RESULT_EXTENSIONS[0]), "result_extension", RESULT_EXTENSIONS),
             job_id=None if job_id is None else str(job_id),
             ignored=tuple(sorted(name for name in sent if name not in OPTION_NAMES)),

@@ -22,10 +22,9 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
-from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, Request, UploadFile
-from fastapi.responses import JSONResponse, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, UploadFile
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.endpoints.batch_infer import run as start_batch
@@ -33,14 +32,14 @@ from monailabel.endpoints.infer import ResultType, send_response
 from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
-from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelError, MONAILabelException
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.utils.app import app_instance
 
-from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, PromptError, RequestError
+from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.jobs import DeviceQueue
 from progidiff.options import OPTION_NAMES
+from progidiff.server import answers
 from progidiff.server.infer_task import ProposalInferTask
 
 logger = logging.getLogger(__name__)
@@ -60,9 +59,6 @@ _DOWNLOADS = threading.Lock()
 
 _served_queues: list[DeviceQueue] = []
 
-# The host's name for "there is no such strategy" is APP_INIT_ERROR.
-_REQUEST_ERRORS = (MONAILabelError.INVALID_INPUT, MONAILabelError.APP_INIT_ERROR)
-
 
 def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> None:
     """Put our routes before the host's, our error answers in place, and end running jobs when the server is told to stop.
@@ -81,13 +77,7 @@ def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> N
         setattr(route, _OURS, True)
     router.routes[:0] = ours
     web.openapi_schema = None
-    web.exception_handlers.update(
-        {
-            ProGiDiffError: _answer_error,
-            MONAILabelException: _answer_host_error,
-            json.JSONDecodeError: _answer_bad_json,
-        }
-    )
+    answers.install_handlers(web)
     web.middleware_stack = None  # Built again with these handlers at the next request.
     _end_jobs_on_signals([task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)])
 
@@ -362,29 +352,3 @@ def _find_session(app: MONAILabelApp, session_id: str) -> str:
     if session is None:
         raise NotFoundError(f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/.")
     return str(session.image)
-
-
-async def _answer_error(request: Request, err: Exception) -> Response:
-    error = cast(ProGiDiffError, err)
-    headers = {"Retry-After": str(error.retry_after)} if isinstance(error, BusyError) else None
-    suggestions = list(error.suggestions) if isinstance(error, PromptError) else []
-    logger.info("%s %s -> %d %s: %s", request.method, request.url.path, error.status, type(error).__name__, error)
-    return _answer(error.status, type(error).__name__, str(error), suggestions, headers)
-
-
-async def _answer_host_error(request: Request, err: Exception) -> Response:
-    error = cast(Any, err)  # A MONAILabelException: `error` is its kind, `msg` its text.
-    if isinstance(err, (ImageNotFoundException, LabelNotFoundException)):
-        status = 404
-    else:
-        status = 422 if error.error in _REQUEST_ERRORS else 500
-    logger.info("%s %s -> %d %s", request.method, request.url.path, status, error.msg)
-    return _answer(status, str(error.error.value), str(error.msg))
-
-
-async def _answer_bad_json(request: Request, err: Exception) -> Response:
-    return _answer(422, "RequestError", f"A form field of {request.url.path} is not JSON ({err}). Send an object, for example {{}}.")
-
-
-def _answer(status: int, error: str, detail: str, suggestions: list[str] | None = None, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": error, "detail": detail, "suggestions": suggestions or []}, status_code=status, headers=headers)

@@ -140,10 +140,19 @@ def test_masks_are_drawn_from_what_a_slice_shows():
 def test_pairs_hold_present_and_absent_structures():
     labels = torch.zeros(2, 4, 4, dtype=torch.long)
     labels[0, 0, 0], labels[0, 1, 1] = 1, 4
-    rows, structures = draw_pairs(labels, 5, 2, 1, np.random.default_rng(0))
+    rows, structures = draw_pairs(labels, torch.ones(2, 5), 2, 1, np.random.default_rng(0))
     assert rows.tolist() == [0, 0, 0, 1]
     assert set(structures[:2].tolist()) == {0, 3}
     assert int(structures[2]) in {1, 2, 4}
+
+
+def test_pairs_hold_nothing_that_the_label_does_not_speak_about():
+    labels = torch.zeros(1, 4, 4, dtype=torch.long)
+    labels[0, 0, 0], labels[0, 1, 1] = 1, 4
+    spoken = torch.tensor([[0.0, 1, 0, 1, 0]])
+    rows, structures = draw_pairs(labels, spoken, 3, 3, np.random.default_rng(0))
+    assert rows.tolist() == [0, 0]
+    assert structures.tolist() == [3, 1]
 
 
 def test_crops_meet_the_foreground():

@@ -731,7 +731,7 @@ def _train_evidence(
         images, labels = training.read(chosen)
         images, labels = augment(images, labels, generator, config.augmentation)
         images = simulate_bias_field(images, generator, config.bias_field or 0.0)
-        annotated = torch.from_numpy(np.stack([training.annotated[training.index[i][0]] for i in chosen])).float()
+        annotated = training.weigh(chosen)
         features = branch.encode_slices(images.to(device))
         logits = branch.predict_evidence(features, phrases.pooled[phrases.draw(generator)])
         return compute_evidence_loss(logits, one_hot(labels, count).to(device), annotated.to(device))

@@ -11,9 +11,10 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,9 +35,27 @@ class Case(evaluation.Case):
 
     Attributes:
         structures: label id -> structure name.
+        annotated: structure name -> axial slices on which somebody said where it is or that it is not there, None for all of
+            them; under "" the slices that count for every structure of the table. None: every structure on every slice.
+        info: What a datastore knows about the image, for its modality.
+        names_all: Whether a name of the table that the label does not show is absent; otherwise nothing is known about it.
     """
 
     structures: dict[int, str]
+    annotated: Mapping[str, frozenset[int] | None] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    names_all: bool = True
+
+    def is_annotated(self, structure: str, count: int) -> np.ndarray:
+        """On which of `count` axial slices the label speaks about a structure, bool (Z,)."""
+        in_table = structure in self.structures.values()
+        if self.annotated is None:
+            return np.full(count, in_table)
+        spoken = np.zeros(count, bool)
+        for name in {structure, *([""] if in_table else [])} & set(self.annotated):
+            slices = self.annotated[name]
+            spoken |= True if slices is None else np.isin(np.arange(count), sorted(slices))
+        return spoken
 
 
 def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
@@ -72,7 +91,9 @@ class SliceCache:
         self.labels: list[np.ndarray] = []
         self.names: list[str] = []
         self.digests: dict[str, str] = {}
-        steps, present = [], []
+        steps: list[int] = []
+        present: list[np.ndarray] = []
+        spoken: list[np.ndarray] = []
         folder.mkdir(parents=True, exist_ok=True)
         for case in cases:
             path, digest = self._prepare(case, folder)
@@ -80,15 +101,17 @@ class SliceCache:
             self.labels.append(np.load(path / "label.npy", mmap_mode="r"))
             meta = json.loads((path / "meta.json").read_text())
             steps.append(max(1, round(config.neighbour_mm / meta["dz"])))
-            present.append(np.array(meta["pixels"], dtype=np.int64))
+            spoken.append(np.stack([case.is_annotated(s, len(meta["pixels"])) for s in self.structures], axis=1))
+            # What nobody vouched for is neither drawn for nor counted.
+            present.append(np.array(meta["pixels"], dtype=np.int64) * spoken[-1])
             self.names.append(case.name)
             self.digests[case.name] = digest
         self.steps = steps
         # pixels[v][z, s]: how much of structure s slice z of volume v holds; what balanced drawing needs.
         self.pixels = present
-        known = [set(c.structures.values()) & set(self.structures) for c in cases]
-        self.annotated = [np.array([s in k for s in self.structures]) for k in known]
-        self.index = [(v, z) for v, p in enumerate(present) for z in range(len(p))]
+        # annotated[v][z, s]: whether the label of volume v speaks about structure s on slice z.
+        self.annotated = spoken
+        self.index = [(v, z) for v, p in enumerate(spoken) for z in range(len(p)) if p[z].any()]
         self.by_structure = [
             np.array([i for i, (v, z) in enumerate(self.index) if present[v][z, s] > 0], dtype=np.int64) for s in range(len(self.structures))
         ]
@@ -115,6 +138,10 @@ class SliceCache:
             labels[n] = self.labels[v][z]
         return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels).long()
 
+    def weigh(self, chosen: Sequence[int]) -> Tensor:
+        """1 where a label speaks about a structure of a slice, else 0: float32 (N, len(structures))."""
+        return torch.from_numpy(np.stack([self.annotated[v][z] for v, z in (self.index[i] for i in chosen)])).float()
+
     def draw_balanced(self, count: int, rng: np.random.Generator, random_share: float = 0.15) -> list[int]:
         """Draw slices so that small structures are seen as often as large ones.
 
@@ -136,13 +163,17 @@ class SliceCache:
         config = self.config
         digest = hashlib.sha256()
         for path in (case.image, case.label):
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(_hash_content(path))
         content = digest.hexdigest()
-        digest.update(repr((self.structures, sorted(case.structures.items()), config.height, config.width, config.spacing_range, 2)).encode())
+        digest.update(
+            repr(
+                (self.structures, sorted(case.structures.items()), sorted(case.info.items()), config.height, config.width, config.spacing_range, 2)
+            ).encode()
+        )
         target = folder / f"{case.name}-{digest.hexdigest()[:16]}"
         if (target / "meta.json").is_file():
             return target, content
-        volume = load_volume(case.image)
+        volume = load_volume(case.image, info=case.info)
         stack, spacing = volume.to_stack()
         grid = plan_working_grid(stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range)
         raw = load_label(case.label, volume)
@@ -171,6 +202,14 @@ class SliceCache:
             shutil.rmtree(scratch, ignore_errors=True)
             logger.info("Slices of %s were prepared elsewhere meanwhile", case.name)
         return target, content
+
+
+def _hash_content(path: Path) -> bytes:
+    """SHA-256 of a file, or of the files of a folder that holds one DICOM series."""
+    if path.is_dir():
+        return hashlib.sha256(b"".join(_hash_content(file) for file in sorted(path.iterdir()) if file.is_file())).digest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
 
 
 def augment(images: Tensor, labels: Tensor, generator: torch.Generator, strength: float = 1.0) -> tuple[Tensor, Tensor]:

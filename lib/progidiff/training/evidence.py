@@ -96,7 +96,7 @@ def train_evidence(
         chosen = training.draw_balanced(batch_size, rng)
         images, labels = training.read(chosen)
         images, labels = augment(images, labels, generator, strength)
-        annotated = torch.from_numpy(np.stack([training.annotated[training.index[i][0]] for i in chosen])).float()
+        annotated = training.weigh(chosen)
         features = branch.encode_slices(images.to(backbone.device))
         logits = branch.predict_evidence(features, phrases.pooled[phrases.draw(generator)])
         return compute_evidence_loss(logits, one_hot(labels, count).to(backbone.device), annotated.to(backbone.device))

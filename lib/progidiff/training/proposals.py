@@ -7,8 +7,9 @@ will ever be on new ones, and a denoiser that trusted it blindly would propose o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,16 +54,21 @@ def wear_down_evidence(logits: Tensor, generator: torch.Generator, strength: flo
     return torch.where(uniform(0, 1) < 0.05 * strength, torch.full_like(evidence, 0.5), evidence)
 
 
-def draw_pairs(labels: Tensor, count: int, present_per_slice: int, absent_per_slice: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def draw_pairs(labels: Tensor, spoken: Tensor, present_per_slice: int, absent_per_slice: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """(slice, structure) pairs: structures that are there, and some that are not.
+
+    Args:
+        labels: (N, H, W) label ids.
+        spoken: (N, P), 0 where the label does not say whether the structure is there: such pairs are not drawn.
 
     Returns:
         rows (M,) and structures (M,), indices from 0.
     """
     rows, structures = [], []
     for n in range(len(labels)):
-        there = {int(v) - 1 for v in torch.unique(labels[n]) if v > 0}
-        gone = [s for s in range(count) if s not in there]
+        known = {s for s in range(spoken.shape[1]) if spoken[n, s] > 0}
+        there = {int(v) - 1 for v in torch.unique(labels[n]) if v > 0} & known
+        gone = sorted(known - there)
         picked = list(rng.permutation(sorted(there))[:present_per_slice]) + list(rng.permutation(gone)[:absent_per_slice])
         rows += [n] * len(picked)
         structures += [int(s) for s in picked]
@@ -83,6 +89,8 @@ def train_proposals(
     evidence_wear: float = 1.0,
     freeze_denoiser: bool = False,
     trained: Mapping[str, torch.nn.Module] | None = None,
+    is_cancelled: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> list[dict[str, float]]:
     """Train denoiser and injection jointly; encoder, query head and codec stay as they are.
 
@@ -93,6 +101,7 @@ def train_proposals(
         evidence_wear: Strength of `wear_down_evidence`.
         freeze_denoiser: Train the injection only.
         trained: Train those parameters of these networks that require gradients, instead; how adapters are trained.
+        is_cancelled, report: See `run_loop`.
     """
     branch, unet, codec = pipeline.branch, pipeline.unet, pipeline.codec
     phrases = PhraseTable(pipeline.backbone, training.structures)
@@ -112,9 +121,10 @@ def train_proposals(
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        images, labels = training.read(training.draw_balanced(slices, rng))
+        chosen = training.draw_balanced(slices, rng)
+        images, labels = training.read(chosen)
         images, labels = augment(images, labels, generator)
-        rows, picked = draw_pairs(labels, structures, present_per_slice, absent_per_slice, rng)
+        rows, picked = draw_pairs(labels, training.weigh(chosen), present_per_slice, absent_per_slice, rng)
         masks = one_hot(labels, structures)[rows, picked]
         texts = phrases.draw(generator)[picked]
         with torch.no_grad():
@@ -157,7 +167,7 @@ def train_proposals(
         assert validation is not None
         return validate_proposals(pipeline, validation, phrases)
 
-    return run_loop(modules, compute_loss, config, folder, None if validation is None else validate)
+    return run_loop(modules, compute_loss, config, folder, None if validation is None else validate, is_cancelled, report)
 
 
 def decode_crops(codec: MaskCodec, latents: Tensor, masks: Tensor, rng: np.random.Generator, size: int = 8) -> tuple[Tensor, Tensor]:

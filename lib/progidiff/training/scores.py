@@ -36,7 +36,9 @@ class DiceTally:
             labels: (N, H, W) label ids.
             masks: kind -> (N, P, H, W) bool, on the CPU.
         """
-        target = one_hot(labels, self._shape[1]).bool()
+        # A structure that the label does not speak about on a slice is neither right nor wrong there.
+        spoken = self.cache.weigh(batch).bool()[:, :, None, None]
+        target = one_hot(labels, self._shape[1]).bool() & spoken
         for n, i in enumerate(batch):
             v = self.cache.index[i][0]
             self.truth[v] += target[n].sum((1, 2)).numpy()
@@ -44,7 +46,7 @@ class DiceTally:
                 overlap = self._overlap.setdefault(kind, np.zeros(self._shape))
                 total = self._total.setdefault(kind, np.zeros(self._shape))
                 overlap[v] += (mask[n] & target[n]).sum((1, 2)).numpy()
-                total[v] += (mask[n].sum((1, 2)) + target[n].sum((1, 2))).numpy()
+                total[v] += ((mask[n] & spoken[n]).sum((1, 2)) + target[n].sum((1, 2))).numpy()
 
     def compute_dice(self, kind: str, present: np.ndarray | None = None) -> np.ndarray:
         """Dice per volume and structure, (V, P); NaN where the structure is not there.

@@ -226,7 +226,7 @@ def test_frozen_parameters_are_neither_trained_nor_stored(tmp_path: Path):
 
 def test_no_temporary_file_is_left(tmp_path: Path):
     train(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "state.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["log.jsonl", "state.safetensors", "tensorboard"]
 
 
 def test_the_rate_warms_up_and_falls_to_its_final_share():

@@ -1,35 +1,50 @@
-"""One training loop for every recipe: forward -> backward -> clip -> step -> average.
+"""One training loop for every recipe: micro-batches -> backward -> sum over processes -> clip -> step -> average.
 
-The seed of step i is a function of (run seed, i) alone, so a run that was killed and resumed is the run that was not. A
-checkpoint is a pair of safetensors and JSON, written to a temporary name and renamed.
+The randomness of micro-batch m of step i is a function of (run seed, i, m) alone, so a run that was killed and resumed is the run
+that was not, and a step is the same whether one process computes all its micro-batches or several share them (micro-batch m goes
+to process m mod count). A checkpoint is one safetensors file, written to a temporary name and renamed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import math
 import os
+import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from progidiff.errors import CancelledError, ModelError, RequestError
+from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
+from progidiff.files import flush
+from progidiff.training.config import Range, flatten
+from progidiff.training.processes import Team, find_team
+from progidiff.training.run_log import RunLog
 
 logger = logging.getLogger(__name__)
 
+Precision = Literal["auto", "bf16", "fp16", "fp32"]
+
+ComputeLoss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass(frozen=True)
-class LoopConfig:
-    """How long and how fast.
+class Schedule:
+    """How long a stage is and how fast it learns.
 
     Attributes:
         steps: Optimizer steps.
@@ -37,37 +52,76 @@ class LoopConfig:
         weight_decay: AdamW's.
         clip: Largest gradient norm.
         ema_decay: Of the averaged weights, which are what is saved and validated.
-        seed: Run seed.
-        precision: "bf16" or "fp32" autocast.
         checkpoint_every: Steps between resumable checkpoints.
         validate_every: Steps between validations; 0 for never.
     """
 
-    steps: int
-    learning_rate: float = 1e-3
-    warmup: int = 100
-    final_share: float = 0.02
-    weight_decay: float = 1e-4
-    clip: float = 1.0
-    ema_decay: float = 0.999
+    steps: Annotated[int, Range(1, 10_000_000)] = 1000
+    learning_rate: Annotated[float, Range(1e-8, 1)] = 1e-3
+    warmup: Annotated[int, Range(0, 1_000_000)] = 100
+    final_share: Annotated[float, Range(0, 1)] = 0.02
+    weight_decay: Annotated[float, Range(0, 10)] = 1e-4
+    clip: Annotated[float, Range(1e-6, 1e6)] = 1.0
+    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
+    checkpoint_every: Annotated[int, Range(1, 1_000_000)] = 250
+    validate_every: Annotated[int, Range(0, 1_000_000)] = 0
+
+
+@dataclass(frozen=True)
+class LoopConfig(Schedule):
+    """A schedule and what all stages of a run share.
+
+    Attributes:
+        seed: Run seed.
+        precision: Of the networks under autocast: "bf16"; "fp16" with a loss that is scaled so that small gradients survive; "fp32";
+            or "auto", bf16 where the hardware is fast at it and fp32 elsewhere.
+        accumulate: Micro-batches per step and process; their gradients are averaged.
+        log_every: Steps between log entries.
+        tensorboard: Write curves and pictures beside the log.
+    """
+
     seed: int = 0
-    precision: str = "bf16"
-    checkpoint_every: int = 250
-    validate_every: int = 0
+    precision: Precision = "bf16"
+    accumulate: int = 1
+    log_every: int = 10
+    tensorboard: bool = True
+
+    @classmethod
+    def of(cls, schedule: Schedule, **shared: Any) -> LoopConfig:
+        """The schedule of a stage with what all stages share."""
+        return cls(**{f.name: getattr(schedule, f.name) for f in fields(Schedule)}, **shared)
 
 
-def derive_seed(run_seed: int, step: int, stream: str = "") -> int:
-    """A 63-bit seed for step i of a run; streams are independent of each other."""
-    digest = hashlib.sha256(f"{run_seed}:{step}:{stream}".encode()).digest()
+_NO_MATTER = ("checkpoint_every", "log_every", "tensorboard")
+"""Settings that may differ between a run and its resumption: they do not change a weight."""
+
+
+def derive_seed(run_seed: int, step: int, stream: str = "", micro: int = 0) -> int:
+    """A 63-bit seed for a micro-batch of step i of a run; streams are independent of each other."""
+    place = f"{run_seed}:{step}:{stream}" + (f":{micro}" if micro else "")
+    digest = hashlib.sha256(place.encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def compute_learning_rate(step: int, config: LoopConfig) -> float:
+def compute_learning_rate(step: int, config: Schedule) -> float:
     """Linear warm-up, then half a cosine."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
     return config.learning_rate * (config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+
+
+def pick_precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
+    """What "auto" means on a device: bf16 on CUDA and on CPUs with units for it, else fp32."""
+    if precision != "auto":
+        return precision
+    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def find_autocast_dtype(precision: Precision, device: torch.device) -> torch.dtype | None:
+    """What the networks compute in under a precision; None for their weights' own."""
+    return _AUTOCAST.get(pick_precision(precision, device))
 
 
 class AveragedWeights:
@@ -100,153 +154,252 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
 
 def run_loop(
     modules: Mapping[str, nn.Module],
-    compute_loss: Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]],
+    compute_loss: ComputeLoss,
     config: LoopConfig,
     folder: Path,
     validate: Callable[[], dict[str, float]] | None = None,
     is_cancelled: Callable[[], bool] | None = None,
     report: Callable[[dict[str, Any]], None] | None = None,
+    draw: Callable[[], dict[str, np.ndarray]] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train until `config.steps`, resuming from `folder` if it holds a checkpoint of the same configuration.
 
+    Started by ``accelerate launch``, every process calls this with the same arguments. Only the first one validates, reports and
+    writes; the others need to see the same `folder`.
+
     Args:
         modules: What is trained. On return they hold the averaged weights.
-        compute_loss: (step, generator) -> (loss, figures to log). All randomness must come from the generator or from torch's
-            global state, which is seeded before each call.
+        compute_loss: (step, generator) -> (loss, figures to log), once per micro-batch. All randomness must come from the generator
+            or from torch's global state, which is seeded before each call.
         config: Length, rate, precision.
-        folder: Checkpoints and ``log.jsonl``.
+        folder: Checkpoint, ``log.jsonl`` and TensorBoard's files.
         validate: Called with the averaged weights in place; its figures go into the log.
         is_cancelled: Asked before every step; a clean checkpoint is written before `CancelledError` is raised.
-        report: Receives every log entry, for a status that clients poll.
+        report: Receives every log entry, with "step", "total" and "eta_seconds", for a status that clients poll.
+        draw: Pictures, name -> (H, W, 3) uint8, asked for after every validation.
+        settings: What else the result depends on, as JSON values; a checkpoint made with others is refused.
 
     Returns:
-        The validation entries, oldest first.
+        The validation entries, oldest first; in the first process.
 
     Raises:
         RequestError: if `folder` holds a run with another configuration or of another network.
         ModelError: if loss or gradients are not finite, or the checkpoint is damaged.
+        StoreError: if a checkpoint cannot be written; the one before stays.
+        CancelledError: if `is_cancelled` said so.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = named_parameters(modules)
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99))
-    average = AveragedWeights(modules, config.ema_decay)
-    first, history = _resume(folder, config, parameters, average, optimizer)
-    device_type = next(iter(parameters.values())).device.type
-    bar = tqdm(range(first, config.steps), initial=first, total=config.steps, unit="step", dynamic_ncols=True, mininterval=5.0)
+    team = find_team()
+    run = _Run(modules, config, folder, team, settings or {})
+    first = run.step
+    log = RunLog(folder, first, config.tensorboard) if team.is_first else None
+    bar = tqdm(
+        range(first, config.steps), initial=first, total=config.steps, unit="step", dynamic_ncols=True, mininterval=5.0, disable=not team.is_first
+    )
     smoothed: dict[str, float] = {}
     started = time.monotonic()
-    for step in bar:
-        if is_cancelled is not None and is_cancelled():
-            _save_checkpoint(folder, config, step, parameters, average, optimizer, history)
-            raise CancelledError(f"Training stopped on request at step {step} of {config.steps}; start it again with the same folder to continue.")
-        for module in modules.values():
-            module.train()
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, step))
-        torch.manual_seed(derive_seed(config.seed, step, "global"))
-        rate = compute_learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device_type, torch.bfloat16, enabled=config.precision == "bf16"):
-            loss, figures = compute_loss(step, generator)
-        if not torch.isfinite(loss):
-            raise ModelError(
-                f"The loss became {float(loss)} at step {step}; lower the learning rate or use fp32. The last checkpoint is kept in '{folder}'."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(list(parameters.values()), config.clip)
-        if not torch.isfinite(norm):
-            # One step with such gradients would end up in every weight, and in the next checkpoint.
-            raise ModelError(
-                f"The gradients became {float(norm)} at step {step}; lower the learning rate or use fp32. The last checkpoint is kept in '{folder}'."
-            )
-        optimizer.step()
-        average.update(parameters, step)
-        for name, value in {"loss": float(loss.detach()), "norm": float(norm), **figures}.items():
-            smoothed[name] = 0.98 * smoothed.get(name, value) + 0.02 * value
-        bar.set_postfix({k: f"{v:.3f}" for k, v in smoothed.items()}, refresh=False)
-        done = step + 1
-        if done % 50 == 0 or done == config.steps:
-            entry = {"step": done, "rate": rate, "seconds": round(time.monotonic() - started, 1), **{k: round(v, 5) for k, v in smoothed.items()}}
-            _log(folder, entry)
-            if report is not None:
-                report(entry)
-        if validate is not None and config.validate_every and (done % config.validate_every == 0 or done == config.steps):
-            average.swap(parameters)
-            for module in modules.values():
-                module.eval()
-            figures = {"step": done, **validate()}
-            average.swap(parameters)
-            history.append(figures)
-            _log(folder, {"validation": figures})
-            tqdm.write(json.dumps({k: round(v, 4) for k, v in figures.items()}))
-        if done % config.checkpoint_every == 0 or done == config.steps:
-            _save_checkpoint(folder, config, done, parameters, average, optimizer, history)
-    average.swap(parameters)
-    for module in modules.values():
-        module.eval()
-    return history
-
-
-def _save_checkpoint(
-    folder: Path,
-    config: LoopConfig,
-    step: int,
-    parameters: Mapping[str, Tensor],
-    average: AveragedWeights,
-    optimizer: torch.optim.Optimizer,
-    history: list[dict[str, float]],
-) -> None:
-    tensors = {f"live.{n}": p.detach().contiguous() for n, p in parameters.items()}
-    tensors.update({f"average.{n}": t.contiguous() for n, t in average.shadow.items()})
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = value.detach().clone().contiguous()
-    scratch = folder / ".state.safetensors.tmp"
-    # One file holds weights, optimizer and position, so that a kill between two renames cannot mix two steps.
-    save_file(tensors, scratch, metadata={"step": str(step), "config": json.dumps(asdict(config)), "history": json.dumps(history)})
-    os.replace(scratch, folder / "state.safetensors")
-
-
-def _resume(
-    folder: Path, config: LoopConfig, parameters: Mapping[str, nn.Parameter], average: AveragedWeights, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[dict[str, float]]]:
-    from safetensors import safe_open
-
-    path = folder / "state.safetensors"
-    if not path.is_file():
-        return 0, []
     try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        tensors = load_file(path)
-        saved = json.loads(metadata["config"])
-    except Exception as err:  # safetensors raises its own untyped error for a truncated file
-        raise ModelError(f"'{path}' is damaged ({err}); remove it to start this run again.") from err
-    if saved != asdict(config):
-        changed = sorted(k for k in saved if saved[k] != asdict(config).get(k))
-        raise RequestError(
-            f"'{folder}' holds a run with other settings ({', '.join(changed)} differ); use another folder, or the same settings to resume."
+        for step in bar:
+            if team.agree(is_cancelled is not None and is_cancelled(), run.device):
+                run.save()
+                raise CancelledError(
+                    f"Training stopped on request at step {step} of {config.steps}; start it again with the same folder to continue."
+                )
+            figures = run.train_step(compute_loss)
+            if log is not None:
+                smoothed = {name: 0.98 * smoothed.get(name, value) + 0.02 * value for name, value in figures.items()}
+                bar.set_postfix({k: f"{v:.3f}" for k, v in smoothed.items()}, refresh=False)
+                if run.step % config.log_every == 0 or run.step == config.steps:
+                    seconds = time.monotonic() - started
+                    left = seconds / (run.step - first) * (config.steps - run.step)
+                    entry = {"step": run.step, "total": config.steps, "rate": compute_learning_rate(step, config), "seconds": round(seconds, 1)}
+                    entry |= {"eta_seconds": round(left, 1), **{k: round(v, 5) for k, v in smoothed.items()}}
+                    log.add(entry)
+                    if report is not None:
+                        report(entry)
+                if validate is not None and config.validate_every and (run.step % config.validate_every == 0 or run.step == config.steps):
+                    with run.averaged():
+                        found = {"step": run.step, **validate()}
+                        pictures = draw() if draw is not None and config.tensorboard else None
+                    run.history.append(found)
+                    log.add_validation(found, pictures)
+                    tqdm.write(json.dumps({k: round(v, 4) for k, v in found.items()}), file=sys.stderr)
+            if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+                run.save()
+    finally:
+        if log is not None:
+            log.close()
+        bar.close()
+    run.finish()
+    return run.history
+
+
+class _Run:
+    """Networks, optimizer and position of a run: what a checkpoint holds.
+
+    Attributes:
+        step: Steps done.
+        history: Validations so far.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], config: LoopConfig, folder: Path, team: Team, settings: Mapping[str, Any]) -> None:
+        self.modules, self.config, self.folder, self.team = modules, config, folder, team
+        self.parameters = named_parameters(modules)
+        if not self.parameters:
+            raise RequestError("Nothing would be trained: all parameters are frozen. Unfreeze a part, or leave this stage out.")
+        self.device = next(iter(self.parameters.values())).device
+        self.precision = pick_precision(config.precision, self.device)
+        # A step's weights follow from its micro-batches, whoever computes them.
+        self.micro_batches = config.accumulate * team.count
+        team.share_weights(self.parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
         )
-    stored = {n.removeprefix("live."): t for n, t in tensors.items() if n.startswith("live.")}
-    other = sorted(n for n in {*stored, *parameters} if n not in stored or n not in parameters or stored[n].shape != parameters[n].shape)
-    if other:
-        raise RequestError(f"'{folder}' holds a run of another network ({other[0]} does not fit); use another folder.")
-    with torch.no_grad():
+        self.average = AveragedWeights(modules, config.ema_decay)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._settings = json.loads(json.dumps(dict(settings)))
+        self._resume()
+        team.check_same(self.step, "checkpoint", self.device)
+
+    def train_step(self, compute_loss: ComputeLoss) -> dict[str, float]:
+        """One optimizer step. Returns the loss, its parts and the gradient norm, averaged over the micro-batches."""
+        config, step = self.config, self.step
+        for module in self.modules.values():
+            module.train()
+        for group in self.optimizer.param_groups:
+            group["lr"] = compute_learning_rate(step, config)
+        self.optimizer.zero_grad(set_to_none=True)
+        figures = self._accumulate(compute_loss)
+        kept = f"The last checkpoint is kept in '{self.folder}'."
+        if not math.isfinite(figures["loss"]):
+            raise ModelError(f"The loss became {figures['loss']} at step {step}; lower the learning rate or use fp32. {kept}")
+        self.team.sum_gradients(self.parameters.values())
+        self.scaler.unscale_(self.optimizer)
+        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip))
+        finite = math.isfinite(norm)
+        if not finite and (self.precision != "fp16" or self.scaler.get_scale() < 1):
+            # One step with such gradients would end up in every weight, and in the next checkpoint.
+            raise ModelError(f"The gradients became {norm} at step {step}; lower the learning rate or use fp32. {kept}")
+        # In fp16 gradients overflow now and then: the scaler leaves the step out and scales the next loss less.
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if finite:
+            self.average.update(self.parameters, step)
+        self.step += 1
+        return {"loss": figures.pop("loss"), **({"norm": norm} if finite else {}), **figures}
+
+    def _accumulate(self, compute_loss: ComputeLoss) -> dict[str, float]:
+        """Gradients of this process's micro-batches, and figures of everybody's."""
+        dtype = _AUTOCAST.get(self.precision)
+        means: dict[str, float] = {}
+        for micro in range(self.team.index, self.micro_batches, self.team.count):
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, self.step, micro=micro))
+            torch.manual_seed(derive_seed(self.config.seed, self.step, "global", micro))
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                loss, figures = compute_loss(self.step, generator)
+            self.scaler.scale(loss / self.micro_batches).backward()
+            for name, value in {"loss": float(loss.detach()), **figures}.items():
+                means[name] = means.get(name, 0.0) + value / self.micro_batches
+        return dict(zip(means, self.team.sum_numbers(list(means.values()), self.device), strict=True))
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place and the networks in evaluation mode, for a validation."""
+        self.average.swap(self.parameters)
+        for module in self.modules.values():
+            module.eval()
+        yield
+        self.average.swap(self.parameters)
+
+    def finish(self) -> None:
+        """Leave the averaged weights in the networks."""
+        self.average.swap(self.parameters)
+        for module in self.modules.values():
+            module.eval()
+
+    def save(self) -> None:
+        """Replace the checkpoint.
+
+        Raises:
+            StoreError: if it cannot be written; the one before stays.
+        """
+        if not self.team.is_first:
+            return
+        tensors = {f"live.{n}": p.detach().contiguous() for n, p in self.parameters.items()}
+        tensors.update({f"average.{n}": t.contiguous() for n, t in self.average.shadow.items()})
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                tensors[f"optimizer.{key}.{name}"] = value.detach().clone().contiguous()
+        # One file holds weights, optimizer and position, so that a kill between two renames cannot mix two steps.
+        metadata = {"step": str(self.step), "config": json.dumps(self._identity()), "history": json.dumps(self.history)}
+        metadata |= {"scaler": json.dumps(self.scaler.state_dict()), "settings": json.dumps(self._settings)}
+        scratch, target = self.folder / ".state.safetensors.tmp", self.folder / "state.safetensors"
+        try:
+            save_file(tensors, scratch, metadata=metadata)
+            flush(scratch)
+            os.replace(scratch, target)
+            flush(self.folder)
+        except Exception as err:  # safetensors raises its own untyped error for a full disk
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            before = "The checkpoint before it is untouched, and the" if target.is_file() else "The"
+            raise StoreError(
+                f"The checkpoint of step {self.step} cannot be written to '{self.folder}' ({err}). Free some disk space there. {before} same command "
+                "continues the training."
+            ) from err
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be the same in a run and its resumption."""
+        shared = {"precision": self.precision, "accumulate": self.micro_batches}
+        return {k: v for k, v in {**asdict(self.config), **shared}.items() if k not in _NO_MATTER}
+
+    def _resume(self) -> None:
+        path = self.folder / "state.safetensors"
+        if not path.is_file():
+            return
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata()
+            tensors = load_file(path)
+            # Checkpoints of before a setting existed were made with what is its default now.
+            saved = {**asdict(LoopConfig()), **json.loads(metadata["config"])}
+            settings = json.loads(metadata.get("settings", "null"))
+            step, history, scaler = int(metadata["step"]), json.loads(metadata["history"]), json.loads(metadata.get("scaler", "{}"))
+        except Exception as err:  # safetensors raises its own untyped error for a truncated file
+            raise ModelError(f"'{path}' is damaged ({err}); remove it to start this run again.") from err
+        changed = [k for k, v in self._identity().items() if saved.get(k) != v]
+        if settings is not None:
+            now, then = flatten(self._settings), flatten(settings)
+            changed += [k for k in {**now, **then} if now.get(k) != then.get(k)]
+        if changed:
+            raise RequestError(
+                f"'{self.folder}' holds a run with other settings ({', '.join(sorted(changed))} differ); use another folder, or the same settings to "
+                "resume."
+            )
+        self._restore(tensors)
+        if scaler:
+            self.scaler.load_state_dict(scaler)
+        self.step, self.history = step, history
+        logger.info("Resumed '%s' at step %d of %d", self.folder, step, self.config.steps)
+
+    @torch.no_grad()
+    def _restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put live weights, averaged weights and the optimizer's moments back."""
+        stored = {n.removeprefix("live."): t for n, t in tensors.items() if n.startswith("live.")}
+        parameters = self.parameters
+        other = sorted(n for n in {*stored, *parameters} if n not in stored or n not in parameters or stored[n].shape != parameters[n].shape)
+        if other:
+            raise RequestError(f"'{self.folder}' holds a run of another network ({other[0]} does not fit); use another folder.")
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"live.{name}"])
-            average.shadow[name].copy_(tensors[f"average.{name}"])
+            self.average.shadow[name].copy_(tensors[f"average.{name}"])
+            found = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            # The step counter stays on the CPU, where AdamW keeps it.
             state = {
-                key: tensors[f"optimizer.{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"optimizer.{key}.{name}" in tensors
+                key: value.clone() if key == "step" else value.to(parameter.device, copy=True) for key, value in found.items() if value is not None
             }
             if state:
-                # The step counter stays on the CPU, where AdamW keeps it.
-                optimizer.state[parameter] = {key: value if key == "step" else value.to(parameter.device) for key, value in state.items()}
-    step = int(metadata["step"])
-    logger.info("Resumed '%s' at step %d of %d", folder, step, config.steps)
-    return step, json.loads(metadata["history"])
-
-
-def _log(folder: Path, entry: Mapping[str, Any]) -> None:
-    with (folder / "log.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+                self.optimizer.state[parameter] = state

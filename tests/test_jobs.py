@@ -264,3 +264,18 @@ def test_background_work_starts_only_while_the_device_is_idle_and_not_after_the_
     assert isinstance(background.error, CancelledError)
     with pytest.raises(BusyError), queue.background_job("score", "pool"):
         pass
+
+
+def test_whoever_shares_the_device_hears_when_requests_want_it_and_when_they_have_had_it():
+    queue = DeviceQueue("cpu")
+    heard: list[bool] = []
+    queue.on_demand.append(heard.append)
+    with queue.background_job("score", "a"):
+        assert heard == []
+    first, second = Worker(queue, "a"), Worker(queue, "b")
+    wait_until(lambda: len(queue.list()) == 2)
+    assert heard == [True]
+    first.release.set()
+    second.release.set()
+    wait_until(lambda: all(job.state is JobState.DONE for job in queue.list()))
+    assert heard == [True, False]

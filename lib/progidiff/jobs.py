@@ -17,7 +17,7 @@ import threading
 import time
 import uuid
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from typing import Any
@@ -127,6 +127,10 @@ class DeviceQueue:
         max_waiting: Jobs that may wait besides the running one.
         keep: Finished jobs that stay pollable; the oldest are forgotten first.
 
+    Attributes:
+        on_demand: Called with True when the first request wants the device and with False when the last one has had it, so that
+            other processes on the device can pause; background work does not count. They must return at once and not raise.
+
     Example:
         >>> queue = DeviceQueue("cpu")
         >>> with queue.job("infer", "patient-1") as job:
@@ -148,6 +152,8 @@ class DeviceQueue:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._seconds_of_last_job = 5.0
         self._closed = False
+        self._demanded = False
+        self.on_demand: list[Callable[[bool], None]] = []
 
     def close(self) -> None:
         """For the end of the server: cancel every job, running or waiting, and take no more."""
@@ -264,6 +270,7 @@ class DeviceQueue:
                 if self._background is not None:
                     self._background.cancel()
             self._forget_old()
+            self._tell_demand()
         return job
 
     def _leave(self, job: Job, state: JobState, reason: str) -> None:
@@ -282,6 +289,15 @@ class DeviceQueue:
             elif job in self._waiting:
                 self._waiting.remove(job)
             self._forget_old()
+            self._tell_demand()
+
+    def _tell_demand(self) -> None:
+        """Call `on_demand` if the demand changed; under the lock, so that the calls come in the order of the changes."""
+        demanded = bool(self._waiting) or (self._running is not None and self._running is not self._background)
+        if demanded != self._demanded:
+            self._demanded = demanded
+            for listener in self.on_demand:
+                listener(demanded)
 
     def _position(self, job: Job) -> int:
         with self._lock:

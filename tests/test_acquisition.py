@@ -15,7 +15,6 @@ from progidiff.acquisition import (
     build_pool,
     compute_scores,
     compute_uncertainty,
-    compute_values,
     pick_slices,
     space_evenly,
     summarise_reasons,
@@ -72,9 +71,9 @@ def test_scores_of_another_shape_are_refused():
 
 def test_a_noisy_empty_slice_is_not_informative():
     pool = build_pool([make_scores()])
-    assert int(compute_values(pool, QUIET)[1].argmax()) in range(15, 21)
+    assert int(pool.values(QUIET)[1].argmax()) in range(15, 21)
     # The part switched off, the noise wins: that is what it is for.
-    assert int(compute_values(pool, replace(QUIET, foreground_weight=False))[1].argmax()) == 35
+    assert int(pool.values(replace(QUIET, foreground_weight=False))[1].argmax()) == 35
 
 
 def test_the_structure_that_is_worst_everywhere_does_not_take_all_choices():
@@ -203,3 +202,27 @@ def test_settings_and_names_out_of_range_are_refused():
 def test_slices_that_an_image_does_not_have_are_ignored():
     pool = build_pool([make_scores("a", depth=36), make_scores("b", depth=36)])
     assert len(pick_slices(pool, 99, "uniform_random", annotated={"a": [-1, 36, 500], "gone": [3]})) == 72
+
+
+def test_settings_are_read_from_text():
+    config = AcquisitionConfig.from_text("score=entropy, noise=off,rounds=3,min_distance_mm=0")
+    assert (config.score, config.noise, config.rounds, config.min_distance_mm) == ("entropy", False, 3, 0.0)
+    assert AcquisitionConfig.from_text("") == AcquisitionConfig()
+    for text, message in (
+        ("speed=1", "no setting"),
+        ("noise", "no setting"),
+        ("noise=loud", "on or off"),
+        ("rounds=x", "number"),
+        ("rounds=0", "rounds"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            AcquisitionConfig.from_text(text)
+
+
+def test_an_image_alone_is_worth_what_it_is_worth_in_the_pool():
+    pool = build_pool([make_scores(f"image{n}", seed=n) for n in range(3)])
+    part = pool.only("image1", QUIET)
+    np.testing.assert_array_equal(part.values(QUIET), pool.values(QUIET)[:, 40:80])
+    np.testing.assert_array_equal(part.gumbel(5, 2), pool.gumbel(5, 2)[:, 40:80])
+    assert len(pool.only("gone", QUIET)) == 0
+    assert pick_slices(pool, 3, within="gone") == []

@@ -21,7 +21,7 @@ import hashlib
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -153,6 +153,39 @@ class AcquisitionConfig:
             if not low <= getattr(self, name) <= high:
                 raise RequestError(f"Setting {name} must lie in {low:g}..{high:g}, got {getattr(self, name)}.")
 
+    @classmethod
+    def from_text(cls, text: str) -> AcquisitionConfig:
+        """Read ``name=value,name=value``, as a command line gives it; what is not named keeps its default.
+
+        Raises:
+            RequestError: if a name or a value makes no sense.
+
+        Example:
+            >>> AcquisitionConfig.from_text("noise=off, stratified_share=0").noise
+            False
+        """
+        known: dict[str, Any] = {name: getattr(cls, name) for name in cls.__dataclass_fields__}
+        values: dict[str, Any] = {}
+        for entry in filter(None, (part.strip() for part in text.split(","))):
+            name, equals, value = (part.strip() for part in entry.partition("="))
+            if not equals or name not in known:
+                raise RequestError(f"'{entry[:60]}' is no setting of the choice of slices; write name=value, with one of {', '.join(known)}.")
+            default = known[name]
+            if isinstance(default, bool):
+                if value.lower() not in ("on", "off", "true", "false"):
+                    raise RequestError(f"Setting {name} is '{value[:60]}'; it must be on or off.")
+                values[name] = value.lower() in ("on", "true")
+            elif isinstance(default, str):
+                values[name] = value
+            else:
+                try:
+                    values[name] = type(default)(value)
+                except ValueError as err:
+                    raise RequestError(f"Setting {name} is '{value[:60]}'; it must be a number.") from err
+        config = cls(**values)
+        config.check()
+        return config
+
     def beta(self, round_index: int) -> float:
         """The inverse strength of the noise in a round: geometric from `beta_first` to `beta_last`.
 
@@ -203,6 +236,7 @@ class Pool:
     entropy: np.ndarray
     foreground: np.ndarray
     _noise: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    _values: dict[tuple[str, bool], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -217,6 +251,31 @@ class Pool:
         if position == len(self.images) or self.images[position] != image:
             return slice(0, 0)
         return slice(int(self.starts[position]), int(self.starts[position + 1]))
+
+    def values(self, config: AcquisitionConfig) -> np.ndarray:
+        """What every slice is worth for every structure, float32 (P, N), 0..1, before noise."""
+        key = (config.score, config.foreground_weight)
+        if key not in self._values:
+            values = self.disagreement if config.score == "disagreement" else self.entropy
+            self._values[key] = values * weigh_by_foreground(self.foreground) if config.foreground_weight else values
+        return self._values[key]
+
+    def only(self, image: str, config: AcquisitionConfig) -> Pool:
+        """One image with the values that it has in this pool; an empty pool if it is not there."""
+        rows = self.rows(image)
+        known = rows.stop > rows.start
+        position = int(np.searchsorted(self.images, image)) if known else 0
+        part = Pool(
+            self.images[position : position + 1] if known else (),
+            self.structures,
+            np.array([0, rows.stop - rows.start] if known else [0]),
+            self.slice_mm[position : position + 1],
+            self.disagreement[:, rows],
+            self.entropy[:, rows],
+            self.foreground[:, rows],
+        )
+        part._values[config.score, config.foreground_weight] = self.values(config)[:, rows]
+        return part
 
     def gumbel(self, seed: int, round_index: int) -> np.ndarray:
         """Standard Gumbel noise (P + 1, N), the same for a slice whatever else is in the pool; the last row is for all structures together."""
@@ -279,12 +338,6 @@ def weigh_by_foreground(foreground: np.ndarray) -> np.ndarray:
     return weight
 
 
-def compute_values(pool: Pool, config: AcquisitionConfig) -> np.ndarray:
-    """What every slice is worth for every structure, float32 (P, N), 0..1, before noise."""
-    values = pool.disagreement if config.score == "disagreement" else pool.entropy
-    return values * weigh_by_foreground(pool.foreground) if config.foreground_weight else values
-
-
 STRATEGIES: Mapping[str, str] = {
     "proposal_disagreement": "Where the model's own proposals disagree, weighted by what they draw and spread over structures",
     "uniform_random": "Any slice, with equal chances",
@@ -331,7 +384,10 @@ def pick_slices(
         raise RequestError(f"There is no strategy '{strategy}'; there are {', '.join(STRATEGIES)}.")
     if strategy == "entropy":  # the plain rival: no weight, no noise, nothing spread
         config = replace(config, score="entropy", foreground_weight=False, stratified_share=0.0, min_distance_mm=0.0, noise=False)
-    draft = _Draft(pool, annotated or {}, within, excluded, one_per_image)
+    if within is not None:
+        pool = pool.only(within, config)
+        annotated = {within: annotated[within]} if annotated and within in annotated else None
+    draft = _Draft(pool, annotated or {}, excluded, one_per_image)
     rng = np.random.default_rng([seed, round_index, *strategy.encode()])
     if strategy in ("proposal_disagreement", "entropy"):
         return _pick_by_score(draft, count, config, round_index, seed, rng)
@@ -343,14 +399,11 @@ def pick_slices(
 class _Draft:
     """Which rows may still be chosen."""
 
-    def __init__(self, pool: Pool, annotated: Annotated, within: str | None, excluded: Collection[str], one_per_image: bool) -> None:
+    def __init__(self, pool: Pool, annotated: Annotated, excluded: Collection[str], one_per_image: bool) -> None:
         self.pool = pool
         self.one_per_image = one_per_image
         self.free = np.ones(len(pool), dtype=bool)
         self.done: list[int] = []
-        if within is not None:
-            self.free[:] = False
-            self.free[pool.rows(within)] = True
         for image in excluded:
             self.free[pool.rows(image)] = False
         for image, slices in annotated.items():
@@ -390,7 +443,7 @@ class _Draft:
 
 def _pick_by_score(draft: _Draft, count: int, config: AcquisitionConfig, round_index: int, seed: int, rng: np.random.Generator) -> list[Pick]:
     pool = draft.pool
-    values = compute_values(pool, config)
+    values = pool.values(config)
     total = values.mean(axis=0) if len(values) else np.zeros(len(pool), np.float32)
     with np.errstate(divide="ignore"):
         logs, log_total = np.log(values), np.log(total)
@@ -555,7 +608,7 @@ def summarise_reasons(picks: Sequence[Pick], limit: int = 3) -> str:
 
 def compute_uncertainty(scores: ImageScores, config: AcquisitionConfig | None = None) -> float:
     """One number for a whole image: the mean value of its three most uncertain slices; what a review is ordered by."""
-    values = compute_values(build_pool([scores]), config or AcquisitionConfig())
+    values = build_pool([scores]).values(config or AcquisitionConfig())
     if values.size == 0:
         return 0.0
     best = np.sort(values.max(axis=0))[-3:]

@@ -12,9 +12,10 @@ and a call returns only after that line is flushed: what was acknowledged is the
 checksum of itself and the checksum of the line before it, so damage and missing lines are found and named by `verify`; what
 can be read is used.
 
-Of each image and tag some saves are *in force*. A save of the whole volume replaces those before it, one that names slices
-adds to them, a delete ends them all, an undo goes back one step, and a restore goes back to the state right after an earlier
-save. Deleting or undoing removes nothing from this folder.
+Of each image and tag some saves are *in force*. A save of the whole volume replaces those before it that speak about nothing
+but its structures, one that names slices adds to them, a delete ends them all, an undo goes back one step, and a restore goes
+back to the state right after an earlier save. The file of the last save in force is the whole label as it is: who saves a few
+slices joins them with the label in force first. Deleting or undoing removes nothing from this folder.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Annotation:
         sha256: Of the file.
         file: The label version, relative to the store's root.
         num_slices: Axial slices of the volume; None if not known.
+        label_ids: (structure, id) of what the file may draw; empty if not known.
     """
 
     sequence: int
@@ -111,6 +113,7 @@ class Annotation:
     sha256: str
     file: str
     num_slices: int | None = None
+    label_ids: tuple[tuple[str, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -128,6 +131,7 @@ class Annotation:
                 "sequence": int(plain["sequence"]),
                 "slices": None if slices is None else tuple(int(z) for z in slices),
                 "structures": tuple(map(str, plain["structures"])),
+                "label_ids": tuple((str(name), int(value)) for name, value in plain.get("label_ids", ())),
                 "source": None if source is None else Source(**{name: source[name] for name in Source.__dataclass_fields__}),
             }
         )
@@ -168,10 +172,15 @@ class _Track:
     states: list[tuple[int, ...]] = field(default_factory=lambda: [()])
     timeline: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
 
-    def apply(self, event: Event) -> None:
-        if event.kind == "label" and event.label is not None:
-            before = self.states[-1] if event.label.slices is not None else ()
-            self.states.append((*before, event.sequence))
+    def apply(self, event: Event, labels: Mapping[int, Annotation]) -> None:
+        """Take the next event into account; `labels` are all saves so far."""
+        label = event.label
+        if label is not None:
+            kept = self.states[-1]
+            if label.slices is None:
+                about = set(label.structures)
+                kept = tuple(number for number in kept if about and not about.issuperset(labels[number].structures))
+            self.states.append((*kept, event.sequence))
         elif event.kind == "delete":
             self.states.append(())
         elif event.kind == "restore":
@@ -226,13 +235,14 @@ class AnnotationStore:
         edited: bool | None = None,
         seconds: float | None = None,
         num_slices: int | None = None,
+        label_ids: Mapping[str, int] | None = None,
     ) -> Annotation:
         """Keep a label version and say what it is; both are on disk when this returns.
 
         Args:
             image: Id in the datastore.
             label_file: The label, which is copied.
-            tag, user, client, structures, source, edited, seconds, num_slices: See `Annotation`.
+            tag, user, client, structures, source, edited, seconds, num_slices, label_ids: See `Annotation`.
             slices: Axial slices that this save annotates, in any order; None for the whole volume.
 
         Raises:
@@ -263,6 +273,7 @@ class AnnotationStore:
                 sha256=sha256,
                 file=file.relative_to(self.root).as_posix(),
                 num_slices=num_slices,
+                label_ids=tuple((label_ids or {}).items()),
             )
             try:
                 self._append(Event(sequence, label.time, "label", image, tag, label.user, label=label))
@@ -342,6 +353,12 @@ class AnnotationStore:
         with self._mutex:
             self._refresh()
             return [self._labels[number] for number in self._track(image, tag).states[-1]]
+
+    def counting(self) -> frozenset[int]:
+        """The sequences of all saves in force, of every image and tag."""
+        with self._mutex:
+            self._refresh()
+            return frozenset(number for track in self._tracks.values() for number in track.states[-1])
 
     def current(self, image: str, tag: str = FINAL) -> Annotation | None:
         """The newest save in force; None if there is none."""
@@ -554,7 +571,7 @@ class AnnotationStore:
             if line.event.label is not None:
                 self._labels[line.event.sequence] = line.event.label
             if line.event.kind != "skip":
-                self._tracks.setdefault((line.event.image, line.event.tag), _Track()).apply(line.event)
+                self._tracks.setdefault((line.event.image, line.event.tag), _Track()).apply(line.event, self._labels)
         self._offset += end
 
     def _read_log(self, offset: int) -> bytes:
@@ -569,12 +586,6 @@ class AnnotationStore:
 
     def _track(self, image: str, tag: str) -> _Track:
         return self._tracks.get((image, tag), _Track())
-
-    def counting(self) -> frozenset[int]:
-        """The sequences of all saves in force, of every image and tag."""
-        with self._mutex:
-            self._refresh()
-            return frozenset(number for track in self._tracks.values() for number in track.states[-1])
 
     def _expand(self, sequences: Iterable[int]) -> frozenset[int]:
         """The slices of some saves, with whole volumes spelled out."""

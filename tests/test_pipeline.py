@@ -18,9 +18,11 @@ from progidiff.model_files import load_pipeline
 from progidiff.pipeline import EncodedPrompts, ProposalPipeline, create_scheduler
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_model: Path) -> ProposalPipeline:
-    return load_pipeline(tiny_model, Backbone(tiny_model / "backbone", device="cpu", dtype="fp32"))[1]
+@pytest.fixture(scope="module", params=[(0.0, 0.0), (1.2, 1.0)], ids=["noise-alone", "spread"])
+def pipeline(tiny_model: Path, request: pytest.FixtureRequest) -> ProposalPipeline:
+    loaded = load_pipeline(tiny_model, Backbone(tiny_model / "backbone", device="cpu", dtype="fp32"))[1]
+    loaded.evidence_weight, loaded.evidence_spread = 2.0, request.param if any(request.param) else None
+    return loaded
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,8 @@ def features(pipeline: ProposalPipeline) -> SliceFeatures:
 def propose(pipeline: ProposalPipeline, features: SliceFeatures, prompts: EncodedPrompts, pairs: list[tuple[int, int]], **options: Any) -> Tensor:
     count, seed = options.pop("num_proposals", 2), options.pop("seed", 0)
     evidence = pipeline.predict_evidence(features, prompts)
-    return pipeline.propose(features, evidence, prompts, pairs, pipeline.draw_noise(count, seed), options.pop("num_inference_steps", 2), **options)
+    noise, offsets = pipeline.draw_noise(count, seed), pipeline.draw_offsets(count, seed)
+    return pipeline.propose(features, evidence, prompts, pairs, noise, options.pop("num_inference_steps", 2), offsets=offsets, **options)
 
 
 class ExactDenoiser(nn.Module):
@@ -140,9 +143,41 @@ def test_another_seed_and_another_proposal_draw_other_noise(pipeline, features, 
     assert not torch.equal(propose(pipeline, features, prompts, [(0, 0)], seed=0), propose(pipeline, features, prompts, [(0, 0)], seed=1))
 
 
+def test_offsets_belong_to_proposal_and_seed_and_are_stratified(pipeline):
+    offsets = pipeline.draw_offsets(8, 5)
+    if pipeline.evidence_spread is None:
+        assert offsets is None
+        return
+    assert offsets.shape == (8, 32, 64)
+    assert torch.equal(offsets[:3], pipeline.draw_offsets(3, 5))
+    assert not torch.equal(offsets, pipeline.draw_offsets(8, 6))
+    shifts = pipeline.draw_offsets(4, 5).mean((1, 2))
+    fields_off = ProposalPipeline(pipeline.backbone, pipeline.branch, pipeline.codec, evidence_spread=(0.0, 1.0)).draw_offsets(4, 5)
+    assert torch.equal(fields_off.std((1, 2)), torch.zeros(4))  # a shift alone is the same everywhere
+    assert (fields_off[:, 0, 0] > 0).sum() == 2  # four proposals: two generous, two cautious
+    assert shifts.std() > 0
+
+
+def test_a_generous_offset_draws_more_and_a_cautious_one_less(pipeline, features, prompts):
+    evidence = pipeline.predict_evidence(features, prompts)
+    noise = pipeline.draw_noise(1, 0).repeat(3, 1, 1, 1)
+    offsets = torch.tensor([-2.0, 0.0, 2.0]).view(3, 1, 1).expand(3, 32, 64)
+    cautious, plain, generous = pipeline.propose(features, evidence, prompts, [(0, 0)], noise, 2, offsets=offsets)[0]
+    assert cautious.sum() < plain.sum() < generous.sum()
+    # No offset is what an offset of nothing is.
+    torch.testing.assert_close(plain, pipeline.propose(features, evidence, prompts, [(0, 0)], noise[:1], 2)[0, 0], atol=1e-3, rtol=0)
+
+
+def test_other_networks_keep_the_settings(pipeline):
+    other = pipeline.with_networks(pipeline.branch, pipeline.unet)
+    assert (other.evidence_weight, other.evidence_spread) == (pipeline.evidence_weight, pipeline.evidence_spread)
+    assert other.scheduler.config == pipeline.scheduler.config
+
+
 def test_drawing_noise_leaves_the_global_random_state_alone(pipeline):
     before = torch.get_rng_state()
     pipeline.draw_noise(2, 0)
+    pipeline.draw_offsets(2, 0)
     assert torch.equal(before, torch.get_rng_state())
 
 

@@ -166,9 +166,7 @@ class Engine:
         if card.full_name not in self._adapted:
             tensors = self.adapters.load(card, compute_base_digest(self.model_dir))
             branch, unet = build_networks(card, tensors, base.branch, base.unet, self.adapters.folder(card) / "adapter.safetensors")
-            self._adapted[card.full_name] = ProposalPipeline(
-                base.backbone, branch, base.codec, self.card.scheduler, unet=unet, autocast=base.autocast_dtype
-            )
+            self._adapted[card.full_name] = base.with_networks(branch, unet)
             logger.info("Loaded adapter %s", card.full_name)
             while len(self._adapted) > ADAPTED_PIPELINES:
                 gone, _ = self._adapted.popitem(last=False)
@@ -235,7 +233,7 @@ class Engine:
         if len(wanted) == 0 or wanted[0] < 0 or wanted[-1] >= len(stack):
             raise RequestError(f"Slices must lie in 0..{len(stack) - 1}, the axial indices of '{volume.name}'.")
         prompts = self._encode_prompts(pipeline, tuple(q.text for q in queries))
-        noise = pipeline.draw_noise(num_proposals, seed)
+        noise, offsets = pipeline.draw_noise(num_proposals, seed), pipeline.draw_offsets(num_proposals, seed)
         result = np.zeros((len(queries), num_proposals, len(stack), config.height, config.width), np.uint8)
         batches = [wanted[i : i + SLICES_PER_BATCH] for i in range(0, len(wanted), SLICES_PER_BATCH)]
         window = compute_window(volume)
@@ -284,7 +282,7 @@ class Engine:
                 if is_cancelled is not None and is_cancelled():
                     raise CancelledError(f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept.")
                 part = pairs[start : start + at_once]
-                probabilities = pipeline.propose(features, evidence, prompts, part, noise, steps, guidance)
+                probabilities = pipeline.propose(features, evidence, prompts, part, noise, steps, guidance, offsets)
                 quantised = (probabilities * 255).round().to(torch.uint8).numpy()
                 for (n, p), masks in zip(part, quantised, strict=True):
                     # Proposals that draw nothing are stored as exact zeros: "absent" is then the same everywhere.

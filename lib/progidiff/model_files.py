@@ -48,7 +48,7 @@ class ModelCard:
         scheduler: Overrides of the backbone's scheduler.
         gate: Evidence under which a structure counts as absent from a slice and is not denoised.
         num_inference_steps, guidance_scale: Defaults for inference.
-        evidence_weight: See `progidiff.pipeline.fuse_evidence`.
+        evidence_weight, evidence_spread: See `progidiff.pipeline.fuse_evidence` and `ProposalPipeline.draw_offsets`.
         backbone_digest: Content of the backbone it was trained with, see `compute_backbone_digest`.
     """
 
@@ -64,6 +64,7 @@ class ModelCard:
     num_inference_steps: int = 2
     guidance_scale: float = 1.0
     evidence_weight: float = 0.0
+    evidence_spread: tuple[float, float] = (0.0, 0.0)
     backbone_digest: str = ""
 
     @property
@@ -84,6 +85,7 @@ class ModelCard:
         plain = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
         for key in ("structures", "codec_mean", "codec_std"):
             plain[key] = tuple(plain[key])
+        plain["evidence_spread"] = tuple(plain.get("evidence_spread", cls.evidence_spread))
         plain["conditioning"] = ConditioningConfig.from_dict(plain["conditioning"])
         return cls(**plain)
 
@@ -131,7 +133,15 @@ def load_pipeline(folder: Path, backbone: Backbone, autocast: torch.dtype | None
     branch.load_state_dict({k: v.float() for k, v in tensors.items()})
     branch.to(backbone.device).eval().requires_grad_(False)
     codec = MaskCodec(backbone.vae, card.codec_mean, card.codec_std)
-    return card, ProposalPipeline(backbone, branch, codec, card.scheduler, autocast=autocast, evidence_weight=card.evidence_weight)
+    return card, ProposalPipeline(
+        backbone,
+        branch,
+        codec,
+        card.scheduler,
+        autocast=autocast,
+        evidence_weight=card.evidence_weight,
+        evidence_spread=card.evidence_spread,
+    )
 
 
 def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], path: Path) -> None:

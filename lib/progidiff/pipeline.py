@@ -3,22 +3,29 @@
 1. encode    slices (N, C, H, W)            -> features, once per slice
 2. evidence  features, prompts (P)          -> (N, P, H, W) in [0, 1], a dot product per prompt
 3. gate      evidence                       -> M (slice, prompt) pairs that are not plainly absent
-4. residuals features, evidence of a pair   -> what is added to the denoiser's skips, once per pair
+4. residuals features, worn evidence        -> what is added to the denoiser's skips, per pair and proposal
 5. denoise   noise (K, c, h, w), T steps    -> latents (M, K, c, h, w)
 6. decode    latents                        -> probabilities (M, K, H, W)
-7. fuse      probabilities, evidence        -> probabilities (M, K, H, W)
+7. fuse      probabilities, worn evidence   -> probabilities (M, K, H, W)
+
+Two things make proposals differ: the noise that the denoiser starts from, and smooth offsets on the evidence ("worn" evidence,
+as in training, see `progidiff.training.proposals`). With few steps a denoiser's samples hug their mean, so that noise alone
+moves edges; the offsets make it commit to different readings of what the evidence leaves open.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from progidiff.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.codec import MaskCodec
@@ -55,6 +62,8 @@ class ProposalPipeline:
         unet: The denoiser, if it is not the backbone's own.
         autocast: Precision for the networks; None for the weights' own.
         evidence_weight: How much the evidence counts in the final mask beside the decoded proposal, see `fuse_evidence`.
+        evidence_spread: Standard deviations (field, shift), in logits, of the offsets that set proposals apart, see `draw_offsets`;
+            None for noise alone.
     """
 
     def __init__(
@@ -66,6 +75,7 @@ class ProposalPipeline:
         unet: Any | None = None,
         autocast: torch.dtype | None = None,
         evidence_weight: float = 0.0,
+        evidence_spread: tuple[float, float] | None = None,
     ) -> None:
         self.backbone = backbone
         self.branch = branch
@@ -74,6 +84,13 @@ class ProposalPipeline:
         self.scheduler = create_scheduler(backbone, scheduler_config)
         self.autocast_dtype = autocast
         self.evidence_weight = evidence_weight
+        self.evidence_spread = evidence_spread if evidence_spread and any(evidence_spread) else None
+
+    def with_networks(self, branch: ConditioningBranch, unet: Any) -> ProposalPipeline:
+        """The same pipeline with other networks, as an adapter makes them."""
+        other = copy.copy(self)
+        other.branch, other.unet = branch, unet
+        return other
 
     @property
     def device(self) -> torch.device:
@@ -111,11 +128,27 @@ class ProposalPipeline:
         """
         config = self.branch.config
         shape = (self.unet.config.in_channels, config.height // config.latent_stride, config.width // config.latent_stride)
-        noise = []
+        return torch.stack([torch.randn(shape, generator=_seed_generator(f"{seed}:{k}")) for k in range(num_proposals)])
+
+    def draw_offsets(self, num_proposals: int, seed: int) -> Tensor | None:
+        """What proposals 0..K-1 add to the evidence's logits, (K, H, W); None if `evidence_spread` is.
+
+        Offset k is a smooth random field plus a constant. The constants are stratified (a golden-ratio sequence through the normal
+        quantiles), so that already four proposals hold cautious and generous readings. Like the noise they depend on (seed, k)
+        alone and are the same on every slice and for every prompt.
+        """
+        if self.evidence_spread is None:
+            return None
+        field_spread, shift_spread = self.evidence_spread
+        config = self.branch.config
+        start = float(torch.rand((), generator=_seed_generator(f"{seed}:start")))
+        offsets = []
         for k in range(num_proposals):
-            digest = hashlib.sha256(f"{seed}:{k}".encode()).digest()
-            noise.append(torch.randn(shape, generator=torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)))
-        return torch.stack(noise)
+            field = draw_smooth_field(1, config.height, config.width, _seed_generator(f"{seed}:{k}:field"))[0]
+            position = (start + k * (math.sqrt(5) - 1) / 2) % 1
+            shift = torch.special.ndtri(torch.tensor(min(max(position, 0.02), 0.98)))
+            offsets.append(field_spread * field + shift_spread * shift)
+        return torch.stack(offsets)
 
     @torch.no_grad()
     def propose(
@@ -127,6 +160,7 @@ class ProposalPipeline:
         noise: Tensor,
         num_inference_steps: int,
         guidance_scale: float = 1.0,
+        offsets: Tensor | None = None,
     ) -> Tensor:
         """Denoise and decode K proposals for M (slice, prompt) pairs.
 
@@ -139,6 +173,7 @@ class ProposalPipeline:
             num_inference_steps: T, 1 to 8 are useful.
             guidance_scale: Strength of the text; 1 costs nothing, other values double the work. Only the text is dropped: the
                 image evidence always stays.
+            offsets: (K, H, W) from `draw_offsets`, or None.
 
         Returns:
             (M, K, H, W) in [0, 1], fp32 on the CPU. A mask is where it is at least 0.5.
@@ -148,10 +183,16 @@ class ProposalPipeline:
             return torch.zeros(0, count, *evidence.shape[-2:])
         rows = torch.tensor([n for n, _ in pairs], device=self.device)
         columns = torch.tensor([p for _, p in pairs], device=self.device)
+        worn = evidence[rows, columns].to(self.device)[:, None]
+        if offsets is not None:
+            worn = (torch.logit(worn, eps=1e-4) + offsets.to(self.device)).sigmoid()
         with self._autocast():
-            down, middle = self.branch.compute_residuals(features[rows], evidence[rows, columns][:, None].to(self.device))
-            down = [r.repeat_interleave(count, dim=0) for r in down]
-            middle = middle.repeat_interleave(count, dim=0)
+            if offsets is None:
+                down, middle = self.branch.compute_residuals(features[rows], worn)
+                down = [r.repeat_interleave(count, dim=0) for r in down]
+                middle = middle.repeat_interleave(count, dim=0)
+            else:
+                down, middle = self.branch.compute_residuals(features[rows.repeat_interleave(count)], worn.flatten(0, 1)[:, None])
             latents = noise.to(self.device).repeat(len(pairs), 1, 1, 1)
             tokens = prompts.tokens[columns].repeat_interleave(count, dim=0)
             mask = None if prompts.mask is None else prompts.mask[columns].repeat_interleave(count, dim=0)
@@ -169,7 +210,7 @@ class ProposalPipeline:
             probabilities = self.codec.decode_latents(step.pred_original_sample)
         probabilities = probabilities.view(len(pairs), count, *probabilities.shape[-2:]).float()
         if self.evidence_weight:
-            probabilities = fuse_evidence(probabilities, evidence[rows, columns].to(self.device)[:, None], self.evidence_weight)
+            probabilities = fuse_evidence(probabilities, worn, self.evidence_weight)
         return probabilities.cpu()
 
     def _predict(self, latents: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor | None, down: list[Tensor], middle: Tensor) -> Tensor:
@@ -182,6 +223,17 @@ class ProposalPipeline:
             down_block_additional_residuals=tuple(r.to(dtype) for r in down),
             mid_block_additional_residual=middle.to(dtype),
         ).sample.float()
+
+
+def draw_smooth_field(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Low-frequency random fields (count, H, W): errors as large as organs and as their parts, not as pixels."""
+    coarse = torch.randn(count, 1, 8, 10, generator=generator)
+    fine = torch.randn(count, 1, 16, 20, generator=generator)
+    return sum((F.interpolate(part, size=(height, width), mode="bicubic", align_corners=False)[:, 0] for part in (coarse, fine)), torch.zeros(()))
+
+
+def _seed_generator(text: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
 
 
 def fuse_evidence(probabilities: Tensor, evidence: Tensor, weight: float, sharpness: float = 6.0) -> Tensor:

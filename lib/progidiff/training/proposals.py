@@ -8,8 +8,9 @@ will ever be on new ones, and a denoiser that trusted it blindly would propose o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,12 +18,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.codec import MaskCodec
-from progidiff.pipeline import ProposalPipeline
+from progidiff.lora import INJECTION
+from progidiff.pipeline import ProposalPipeline, draw_smooth_field
 from progidiff.proposals import compute_disagreement
+from progidiff.training.config import Range
 from progidiff.training.data import SliceCache, augment
 from progidiff.training.evidence import PhraseTable
 from progidiff.training.loop import LoopConfig, run_loop
-from progidiff.training.losses import compute_mask_loss
+from progidiff.training.losses import ProposalLosses, compute_mask_loss
+from progidiff.training.pictures import draw_answers
 from progidiff.training.scores import DiceTally, one_hot
 
 
@@ -43,10 +47,7 @@ def wear_down_evidence(logits: Tensor, generator: torch.Generator, strength: flo
     def uniform(low: float, high: float) -> Tensor:
         return torch.rand(count, 1, 1, generator=generator) * (high - low) + low
 
-    coarse = torch.randn(count, 1, 8, 10, generator=generator)
-    fine = torch.randn(count, 1, 16, 20, generator=generator)
-    field = F.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)[:, 0]
-    field = field + F.interpolate(fine, size=(height, width), mode="bicubic", align_corners=False)[:, 0]
+    field = draw_smooth_field(count, height, width, generator)
     noisy = logits * torch.exp(uniform(-0.5, 0.2) * strength) + field * uniform(0.0, 2.0) * strength + uniform(-0.7, 0.7) * strength
     blurred = F.avg_pool2d(noisy[:, None], 5, stride=1, padding=2)[:, 0]
     noisy = torch.where(uniform(0, 1) < 0.25 * strength, blurred, noisy)
@@ -75,77 +76,104 @@ def draw_pairs(labels: Tensor, spoken: Tensor, present_per_slice: int, absent_pe
     return torch.tensor(rows), torch.tensor(structures)
 
 
-def train_proposals(
-    pipeline: ProposalPipeline,
-    training: SliceCache,
-    validation: SliceCache | None,
-    config: LoopConfig,
-    folder: Path,
-    slices: int = 6,
-    present_per_slice: int = 3,
-    absent_per_slice: int = 1,
-    text_dropout: float = 0.1,
-    decode_share: float = 0.5,
-    evidence_wear: float = 1.0,
-    freeze_denoiser: bool = False,
-    trained: Mapping[str, torch.nn.Module] | None = None,
-    is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
-) -> list[dict[str, float]]:
-    """Train denoiser and injection jointly; encoder, query head and codec stay as they are.
+@dataclass(frozen=True)
+class ProposalOptions:
+    """What a step of this recipe sees.
 
-    Loss: v-prediction MSE + L1 of the implied clean latent + Dice and cross-entropy of some decoded masks.
-
-    Args:
+    Attributes:
+        slices_per_step: Slices of a micro-batch, each encoded once.
+        present_per_slice, absent_per_slice: Structures asked for per slice: that are there, and that are not.
+        text_dropout: Share of the prompts replaced by the empty text, for classifier-free guidance.
+        noise_share: Share of the pairs that start from pure noise: with few inference steps that is where most of the work is done.
         decode_share: Share of the pairs whose mask is decoded for the mask loss.
         evidence_wear: Strength of `wear_down_evidence`.
-        freeze_denoiser: Train the injection only.
-        trained: Train those parameters of these networks that require gradients, instead; how adapters are trained.
-        is_cancelled, report: See `run_loop`.
+        augmentation: Strength of affine and intensity augmentation.
+        bias_field: Strength of simulated shading.
+        losses: Their weights.
     """
-    branch, unet, codec = pipeline.branch, pipeline.unet, pipeline.codec
-    phrases = PhraseTable(pipeline.backbone, training.structures)
-    alphas = pipeline.scheduler.alphas_cumprod
-    injection = torch.nn.ModuleDict(
-        {n: getattr(branch, n) for n in ("evidence_in", "image_in", "evidence_down", "mix", "zero")},
-    )
-    modules: dict[str, torch.nn.Module] = {"injection": injection} if freeze_denoiser else {"unet": unet, "injection": injection}
-    if trained is None:
-        for module in (branch.encoder, branch.query_head, codec):
-            module.requires_grad_(False)
-        unet.requires_grad_(not freeze_denoiser)
-    else:
-        modules = dict(trained)
-    structures = len(training.structures)
-    device = pipeline.device
 
-    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    slices_per_step: Annotated[int, Range(1, 1024)] = 6
+    present_per_slice: Annotated[int, Range(1, 64)] = 3
+    absent_per_slice: Annotated[int, Range(1, 64)] = 1
+    text_dropout: Annotated[float, Range(0, 1)] = 0.1
+    noise_share: Annotated[float, Range(0, 1)] = 0.4
+    decode_share: Annotated[float, Range(0, 1)] = 0.5
+    evidence_wear: Annotated[float, Range(0, 3)] = 1.0
+    augmentation: Annotated[float, Range(0, 3)] = 1.0
+    bias_field: Annotated[float, Range(0, 2)] = 0.0
+    losses: ProposalLosses = field(default_factory=ProposalLosses)
+
+
+@dataclass
+class ProposalBatch:
+    """N slices and M (slice, structure) pairs on the CPU.
+
+    Attributes:
+        images: (N, C, H, W).
+        rows, picked: (M,) slice and structure of every pair.
+        masks: (M, H, W) truth.
+        rng: Goes on where drawing the batch stopped.
+    """
+
+    images: Tensor
+    rows: Tensor
+    picked: Tensor
+    masks: Tensor
+    rng: np.random.Generator
+
+
+class ProposalObjective:
+    """Loss of denoiser and injection on a batch: v-prediction MSE, L1 of the implied clean latent, Dice and cross-entropy of some masks.
+
+    Args:
+        pipeline: The networks.
+        phrases: Of the structures of `training`.
+        training: Slices to draw from.
+        options: What a step sees.
+    """
+
+    def __init__(self, pipeline: ProposalPipeline, phrases: PhraseTable, training: SliceCache, options: ProposalOptions) -> None:
+        self.pipeline, self.phrases, self.training, self.options = pipeline, phrases, training, options
+
+    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Loss and figures of a fresh batch, for `run_loop`."""
+        return self.compute_loss(self.draw_batch(generator), generator)
+
+    def draw_batch(self, generator: torch.Generator) -> ProposalBatch:
+        """Draw, read and augment slices, and choose what is asked of them."""
+        options, training = self.options, self.training
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        chosen = training.draw_balanced(slices, rng)
-        images, labels = training.read(chosen)
-        images, labels = augment(images, labels, generator)
-        rows, picked = draw_pairs(labels, training.weigh(chosen), present_per_slice, absent_per_slice, rng)
-        masks = one_hot(labels, structures)[rows, picked]
+        chosen = training.draw_balanced(options.slices_per_step, rng)
+        images, labels = augment(*training.read(chosen), generator, options.augmentation, options.bias_field)
+        rows, picked = draw_pairs(labels, training.weigh(chosen), options.present_per_slice, options.absent_per_slice, rng)
+        return ProposalBatch(images, rows, picked, one_hot(labels, len(training.structures))[rows, picked], rng)
+
+    def compute_loss(self, batch: ProposalBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        """Run the networks on a batch."""
+        options, phrases = self.options, self.phrases
+        branch, unet, codec, device = self.pipeline.branch, self.pipeline.unet, self.pipeline.codec, self.pipeline.device
+        alphas = self.pipeline.scheduler.alphas_cumprod
+        rows, picked, masks = batch.rows, batch.picked, batch.masks
         texts = phrases.draw(generator)[picked]
         with torch.no_grad():
             branch.encoder.eval()
-            features = branch.encode_slices(images.to(device))
+            features = branch.encode_slices(batch.images.to(device))
             logits = branch.predict_evidence(features, phrases.pooled[phrases.draw(generator)])[rows, picked].float()
             clean = codec.encode_masks(masks.to(device)).float()
         # Random numbers are drawn on the CPU, so that a run does not depend on the device.
-        evidence = wear_down_evidence(logits.cpu(), generator, evidence_wear).to(device)
+        evidence = wear_down_evidence(logits.cpu(), generator, options.evidence_wear).to(device)
         down, middle = branch.compute_residuals(features[rows], evidence[:, None])
 
         noise = torch.randn(clean.shape, generator=generator).to(device)
-        # Half of the steps start from pure noise: with few inference steps that is where most of the work is done.
         timesteps = torch.randint(0, len(alphas), (len(clean),), generator=generator)
-        timesteps = torch.where(torch.rand(len(clean), generator=generator) < 0.4, torch.full_like(timesteps, len(alphas) - 1), timesteps)
+        from_noise = torch.rand(len(clean), generator=generator) < options.noise_share
+        timesteps = torch.where(from_noise, torch.full_like(timesteps, len(alphas) - 1), timesteps)
         alpha = alphas[timesteps].view(-1, 1, 1, 1).to(device)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
         tokens, mask = phrases.tokens[texts], None if phrases.mask is None else phrases.mask[texts]
-        dropped = torch.rand(len(clean), generator=generator) < text_dropout
+        dropped = torch.rand(len(clean), generator=generator) < options.text_dropout
         tokens, mask = drop_text(tokens, mask, dropped.to(device), phrases)
         predicted = unet(
             noisy,
@@ -158,16 +186,76 @@ def train_proposals(
         implied = alpha.sqrt() * noisy - (1 - alpha).sqrt() * predicted
         diffusion = F.mse_loss(predicted, target)
         latent = F.l1_loss(implied, clean)
-        decoded = torch.randperm(len(clean), generator=generator)[: max(1, round(decode_share * len(clean)))]
-        mask_loss = compute_mask_loss(*decode_crops(codec, implied[decoded], masks[decoded], rng))
-        loss = diffusion + 0.5 * latent + 0.3 * mask_loss
+        decoded = torch.randperm(len(clean), generator=generator)[: max(1, round(options.decode_share * len(clean)))]
+        crops = decode_crops(codec, implied[decoded], masks[decoded], batch.rng)
+        mask_loss = compute_mask_loss(*crops, options.losses.cross_entropy)
+        weights = options.losses
+        loss = weights.diffusion * diffusion + weights.latent * latent + weights.mask * mask_loss
         return loss, {"diffusion": float(diffusion.detach()), "latent": float(latent.detach()), "mask": float(mask_loss.detach())}
 
-    def validate() -> dict[str, float]:
-        assert validation is not None
-        return validate_proposals(pipeline, validation, phrases)
 
-    return run_loop(modules, compute_loss, config, folder, None if validation is None else validate, is_cancelled, report)
+def train_proposals(
+    pipeline: ProposalPipeline,
+    training: SliceCache,
+    validation: SliceCache | None,
+    config: LoopConfig,
+    folder: Path,
+    options: ProposalOptions | None = None,
+    freeze_denoiser: bool = False,
+    trained: Mapping[str, torch.nn.Module] | None = None,
+    is_cancelled: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> list[dict[str, float]]:
+    """Train denoiser and injection jointly; encoder, query head and codec stay as they are.
+
+    Args:
+        options: What a step sees.
+        freeze_denoiser: Train the injection only.
+        trained: Train those parameters of these networks that require gradients, instead; how adapters are trained.
+        is_cancelled, report, settings: See `run_loop`.
+
+    Returns:
+        The validation history; on return the networks hold the averaged weights.
+    """
+    branch, unet = pipeline.branch, pipeline.unet
+    phrases = PhraseTable(pipeline.backbone, training.structures)
+    if trained is None:
+        for module in (branch.encoder, branch.query_head, pipeline.codec):
+            module.requires_grad_(False)
+        unet.requires_grad_(not freeze_denoiser)
+        injection = torch.nn.ModuleDict({n: getattr(branch, n) for n in INJECTION})
+        trained = {"injection": injection.requires_grad_(True)} if freeze_denoiser else {"unet": unet, "injection": injection.requires_grad_(True)}
+    objective = ProposalObjective(pipeline, phrases, training, options or ProposalOptions())
+    if validation is None:
+        return run_loop(trained, objective, config, folder, None, is_cancelled, report, settings=settings)
+    held_out = validation
+    return run_loop(
+        trained,
+        objective,
+        config,
+        folder,
+        lambda: validate_proposals(pipeline, held_out, phrases),
+        is_cancelled,
+        report,
+        lambda: draw_answers(held_out, lambda images: _propose(pipeline, images, phrases)),
+        settings,
+    )
+
+
+def _propose(pipeline: ProposalPipeline, images: Tensor, phrases: PhraseTable, num_proposals: int = 4, gate: float = 0.2) -> list[Tensor]:
+    """Evidence, one proposal and the consensus of some slices, each (N, P, H, W) bool."""
+    prompts = phrases.pick_canonical()
+    features = pipeline.encode_slices(images)
+    evidence = pipeline.predict_evidence(features, prompts)
+    pairs = [(n, p) for n, p in np.ndindex(*evidence.shape[:2]) if float(evidence[n, p].max()) >= gate]
+    drawn = torch.zeros(*evidence.shape[:2], num_proposals, *evidence.shape[2:], dtype=torch.bool)
+    noise, offsets = pipeline.draw_noise(num_proposals, seed=0), pipeline.draw_offsets(num_proposals, seed=0)
+    for at in range(0, len(pairs), 16):
+        part = pairs[at : at + 16]
+        for (n, p), masks in zip(part, pipeline.propose(features, evidence, prompts, part, noise, 2, offsets=offsets) >= 0.5, strict=True):
+            drawn[n, p] = masks
+    return [evidence >= 0.5, drawn[:, :, 0], drawn.float().mean(2) >= 0.5]
 
 
 def decode_crops(codec: MaskCodec, latents: Tensor, masks: Tensor, rng: np.random.Generator, size: int = 8) -> tuple[Tensor, Tensor]:
@@ -219,7 +307,7 @@ def validate_proposals(
     branch, structures = pipeline.branch, len(cache.structures)
     branch.eval()
     prompts = phrases.pick_canonical()
-    noise = pipeline.draw_noise(num_proposals, seed=0)
+    noise, offsets = pipeline.draw_noise(num_proposals, seed=0), pipeline.draw_offsets(num_proposals, seed=0)
     tally = DiceTally(cache)
     spread: list[float] = []
     chosen = list(range(0, len(cache), every))
@@ -232,7 +320,7 @@ def validate_proposals(
         pairs = [(n, p) for n in range(len(batch)) for p in range(structures) if float(evidence[n, p].max()) >= gate]
         for at in range(0, len(pairs), 16):
             part = pairs[at : at + 16]
-            result = pipeline.propose(features, evidence, prompts, part, noise, num_inference_steps) >= 0.5
+            result = pipeline.propose(features, evidence, prompts, part, noise, num_inference_steps, offsets=offsets) >= 0.5
             for (n, p), masks in zip(part, result, strict=True):
                 drawn[n, p] = masks
                 if num_proposals > 1 and masks.any():

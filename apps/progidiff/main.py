@@ -14,6 +14,8 @@ from progidiff.options import ServerOptions
 from progidiff.server import routes, service
 from progidiff.server.context import Context
 from progidiff.server.infer_task import build_task
+from progidiff.server.served_images import ServedImages
+from progidiff.server.slice_task import SliceInferTask
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +26,13 @@ class ProGiDiffApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.options = ServerOptions.from_conf(conf or {}, studies)
         model_dir = self.options.model_dir or Path(app_dir) / "model"
-        self.context = Context(self, self.options, model_dir, build_task(self.options, model_dir, self.datastore))
+        self.context = Context(
+            self,
+            self.options,
+            model_dir,
+            build_task(self.options, model_dir, self.datastore),
+            served=ServedImages(self.options.store / "dicom", self.datastore),
+        )
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -38,8 +46,8 @@ class ProGiDiffApp(MONAILabelApp):
             service.install(sys.modules["monailabel.app"].app, self, routes.build_routers())
 
     def init_infers(self) -> dict[str, InferTask]:
-        """The one task; its models load at the first request."""
-        return {"progidiff": self.context.infer}
+        """Whole volumes, and single slices steered by clicks; the models load at the first request."""
+        return {"progidiff": self.context.infer, "progidiff_slice": SliceInferTask(self.context.infer)}
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """None: the host would run them, in a process of their own, at start and after every next sample."""

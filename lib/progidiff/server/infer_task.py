@@ -7,12 +7,11 @@ Proposals are kept in a `ProposalStore`, so showing another one touches no netwo
 from __future__ import annotations
 
 import logging
-import os
-import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -27,8 +26,10 @@ from progidiff.jobs import DeviceQueue, Job
 from progidiff.options import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions, ServerOptions
 from progidiff.prompts import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
 from progidiff.results import VolumeProposals
+from progidiff.server.files import write_temporary
+from progidiff.server.proposal_labels import save_as_labels
 from progidiff.store import ProposalStore
-from progidiff.volume import Volume, load_volume, save_mask, strip_suffix
+from progidiff.volume import Volume, load_volume, strip_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,21 @@ DISAGREEMENT_BANDS = ("up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
 T = TypeVar("T")
 
 _KEPT_VOLUMES = 2
+
+
+@dataclass(frozen=True)
+class UnfinishedProposals:
+    """What a running job has so far.
+
+    Attributes:
+        image: Id of the image.
+        proposals: Right on the slices that are ready, empty on the others.
+        slices: The axial indices that are ready.
+    """
+
+    image: str
+    proposals: VolumeProposals
+    slices: frozenset[int]
 
 
 class ProposalInferTask(InferTask):
@@ -57,6 +73,7 @@ class ProposalInferTask(InferTask):
         self.queue = DeviceQueue(options.device or "the device", max_waiting=options.max_waiting)
         self._datastore = datastore
         self._volumes: _Recent[Volume] = _Recent(_KEPT_VOLUMES)
+        self._unfinished: dict[str, UnfinishedProposals] = {}
         self.structures = _known_structures(engine)
         super().__init__(
             type=InferType.SEGMENTATION,
@@ -78,6 +95,7 @@ class ProposalInferTask(InferTask):
             "modality": ["auto", "CT", "MR"],
             "allow_free_text": False,
             "save_original": False,
+            "save_proposals": False,
         }
 
     def is_valid(self) -> bool:
@@ -100,13 +118,13 @@ class ProposalInferTask(InferTask):
         started = time.monotonic()
         image_id = str(request.get("image_id", ""))
         options, queries = self.read_request(request.get("params", {}))
-        volume = self._load_volume(str(request["image"]), options.modality, request.get("image_info") or {})
+        volume = self.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         # Decided once per request, so that a version published meanwhile cannot mix with this one's name.
         adapter = self.engine.pick_adapter(options.adapter, volume.modality)
         result, job, key = self._find_or_compute(volume, queries, options, image_id, adapter.full_name if adapter else "")
         file, shown = self._write_shown(result, volume, queries, options.show, options.result_extension)
         try:
-            saved = self._save_original(result, volume, queries, image_id) if options.save_original else None
+            saved = self._save_labels(result, volume, queries, image_id, key, options)
         except BaseException:
             file.unlink(missing_ok=True)
             raise
@@ -119,7 +137,8 @@ class ProposalInferTask(InferTask):
             "proposals": key,
             "cached": job is None,
             "job": job.id if job is not None else None,
-            "saved_original": saved,
+            "saved_original": image_id if saved else None,
+            "saved_tags": saved,
             "ignored": list(options.ignored),
             "warnings": self.engine.find_warnings(volume, queries, adapter),
             "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
@@ -173,7 +192,9 @@ class ProposalInferTask(InferTask):
     def _adapters(self) -> list[str]:
         return [AUTO, NONE, *map(str, self.engine.info().get("adapters") or [])]
 
-    def _load_volume(self, path: str, modality: str | None, info: Mapping[str, Any]) -> Volume:
+    def open_volume(self, path: str, modality: str | None = None, info: Mapping[str, Any] | None = None) -> Volume:
+        """`load_volume`, with the last few images kept open."""
+        info = info or {}
         key = repr((path, modality, info.get("modality"), info.get("Modality"), _fingerprint(Path(path))))
         volume = self._volumes.get(key)
         if volume is None:
@@ -212,7 +233,17 @@ class ProposalInferTask(InferTask):
             logger.warning("The proposals for '%s' are shown but not kept: %s", image_id, err)
         return result, job, key
 
+    def find_unfinished(self, job_id: str) -> UnfinishedProposals | None:
+        """What a running job has proposed so far; None before its first slices and after its end."""
+        return self._unfinished.get(job_id)
+
     def _compute(self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str, job: Job) -> VolumeProposals:
+        ready: set[int] = set()
+
+        def keep(proposals: VolumeProposals, slices: Sequence[int]) -> None:
+            ready.update(slices)
+            self._unfinished[job.id] = UnfinishedProposals(job.image, proposals, frozenset(ready))
+
         try:
             return self.engine.propose(
                 volume,
@@ -222,7 +253,9 @@ class ProposalInferTask(InferTask):
                 seed=options.seed,
                 guidance_scale=options.guidance_scale,
                 adapter=adapter or NONE,
+                first=options.first_slice,
                 progress=job.progress,
+                on_slices=keep,
                 is_cancelled=job.cancelled,
             )
         except torch.cuda.OutOfMemoryError as err:
@@ -234,6 +267,8 @@ class ProposalInferTask(InferTask):
             ) from err
         except MemoryError as err:
             raise BusyError("The server ran out of memory. Lower num_proposals or crop the image.", retry_after=30) from err
+        finally:
+            self._unfinished.pop(job.id, None)
 
     def _write_shown(
         self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], show: str, extension: str
@@ -248,22 +283,19 @@ class ProposalInferTask(InferTask):
             labels = result.label_map(volume, show, names)
         counts = np.bincount(labels.ravel(), minlength=256)
         present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
-        return _write_temporary(labels, volume, extension), {
+        return write_temporary(labels, volume, extension), {
             "label_names": {name: names[name] for name in present},
             "shown_ml": {name: round(float(counts[names[name]]) * volume.voxel_ml, 3) for name in present},
         }
 
-    def _save_original(self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], image_id: str) -> str:
+    def _save_labels(
+        self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], image_id: str, key: str, options: InferOptions
+    ) -> list[str]:
+        if not options.save_original and not options.save_proposals:
+            return []
         if not image_id:
             raise RequestError("save_original needs an image of the datastore, not a session or upload. Leave it off, or add the image first.")
-        names = compute_label_ids(queries)
-        labels = result.label_map(volume, CONSENSUS, names)
-        file = _write_temporary(labels, volume, ".nii.gz")
-        try:
-            info = {"label_info": [{"name": name, "idx": index} for name, index in names.items()], "model": "progidiff", "params": result.summary()}
-            return str(self._datastore().save_label(image_id, str(file), "original", info))
-        finally:
-            file.unlink(missing_ok=True)
+        return save_as_labels(self._datastore(), image_id, result, volume, compute_label_ids(queries), key, options.save_proposals)
 
 
 def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable[[], Datastore]) -> ProposalInferTask:
@@ -325,13 +357,3 @@ def _fingerprint(path: Path) -> tuple[Any, ...]:
         return ()
     files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_name(strip_suffix(path) + ".json")]
     return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists())
-
-
-def _write_temporary(labels: np.ndarray, volume: Volume, extension: str) -> Path:
-    handle, name = tempfile.mkstemp(prefix="progidiff-", suffix=extension)
-    os.close(handle)
-    try:
-        return save_mask(labels, volume, name)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -1,0 +1,80 @@
+"""Kept proposals as labels of the datastore, for clients that know only labels.
+
+The consensus becomes the label of tag `original`, which 3D Slicer loads with Next Sample, and proposal k the label of tag
+`proposal_<k>`, which Slicer's Reviewer module lists as a version. Neither tag says that a person has seen the image: only
+`final` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from monailabel.interfaces.datastore import Datastore
+
+from progidiff.options import CONSENSUS
+from progidiff.results import VolumeProposals
+from progidiff.server.files import write_temporary
+from progidiff.volume import Volume
+
+ORIGINAL = "original"
+PROPOSAL_TAG = "proposal_{}"
+
+_PROPOSAL = re.compile(r"proposal_(\d+)")
+
+
+def save_as_labels(
+    datastore: Datastore, image_id: str, result: VolumeProposals, volume: Volume, label_ids: Mapping[str, int], key: str, with_proposals: bool
+) -> list[str]:
+    """Write the consensus, and if asked every proposal, as labels of an image.
+
+    Args:
+        datastore: Where the image is.
+        image_id: Its id.
+        result: The proposals.
+        volume: The image, opened.
+        label_ids: Structure -> label id.
+        key: Of the result in the proposal store; kept beside the labels.
+        with_proposals: Write the tags `proposal_1` .. `proposal_K` too. Those of an earlier result with more proposals go.
+
+    Returns:
+        The tags written.
+    """
+    shown = {ORIGINAL: CONSENSUS}
+    if with_proposals:
+        shown |= {PROPOSAL_TAG.format(k + 1): str(k + 1) for k in range(result.num_proposals)}
+        _remove_proposals_beyond(datastore, image_id, result.num_proposals)
+    for tag, show in shown.items():
+        _save_label(datastore, image_id, result, volume, dict(label_ids), key, tag, show)
+    return list(shown)
+
+
+def _remove_proposals_beyond(datastore: Datastore, image_id: str, count: int) -> None:
+    matches = [_PROPOSAL.fullmatch(str(tag)) for tag in datastore.get_labels_by_image_id(image_id)]
+    surplus = [match.group() for match in matches if match and int(match.group(1)) > count]
+    for tag in surplus:
+        datastore.remove_label(image_id, tag)
+    if surplus:
+        datastore.refresh()  # The host's folder watcher does not look at tags that are younger than the server.
+
+
+def _save_label(
+    datastore: Datastore, image_id: str, result: VolumeProposals, volume: Volume, label_ids: dict[str, int], key: str, tag: str, show: str
+) -> None:
+    labels = result.label_map(volume, show, label_ids)
+    present = set(np.unique(labels).tolist())
+    # Slicer names the segments of a label map by position, in this order: only what is drawn, ascending.
+    names = {name: value for name, value in sorted(label_ids.items(), key=lambda item: item[1]) if value in present}
+    info: dict[str, Any] = {
+        "label_info": [{"name": name, "idx": value} for name, value in names.items()],
+        "model": "progidiff",
+        "params": {**result.summary(), "label_names": names, "show": show, "proposals": key},
+    }
+    file = write_temporary(labels, volume, ".nii.gz")
+    try:
+        datastore.save_label(image_id, str(file), tag, info)
+    finally:
+        Path(file).unlink(missing_ok=True)

@@ -18,7 +18,8 @@ import torch
 from progidiff.engine import Engine
 from progidiff.evaluation import evaluate
 from progidiff.model_files import load_card
-from progidiff.training.adapt import AdaptConfig, prepare_data, run_adapt
+from progidiff.training.adapt import AdaptConfig, run_adapt
+from progidiff.training.selection import prepare_data
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -135,9 +135,7 @@ def load_tensors(tensors: Mapping[str, Tensor], branch: nn.Module, unet: nn.Modu
     """
     wanted = named_adapter_parameters(branch, unet, settings)
     check_tensors(tensors, wanted, path)
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ModelError(f"'{path}' holds numbers that are not finite ({broken[0]} and {len(broken) - 1} more); use another version.")
+    _check_finite(tensors, path)
     for name, parameter in wanted.items():
         parameter.copy_(tensors[name].to(parameter.dtype))
 
@@ -166,30 +164,46 @@ def merge_lora(
     return adapted, denoiser
 
 
-@torch.no_grad()
 def load_full(
     tensors: Mapping[str, Tensor], branch: ConditioningBranch, unet: nn.Module | None, path: Path
 ) -> tuple[ConditioningBranch, nn.Module | None]:
     """Copies of the networks with all weights replaced, for a version of kind "full".
 
     Raises:
-        ModelError: if any tensor is missing, left over or of another shape.
+        ModelError: if any tensor is missing, left over, of another shape or not finite.
     """
     adapted = copy.deepcopy(branch)
     denoiser = copy.deepcopy(unet) if unet is not None and any(name.startswith("unet.") for name in tensors) else None
-    wanted = {f"branch.{n}": t for n, t in adapted.state_dict().items()}
-    if denoiser is not None:
-        wanted.update({f"unet.{n}": t for n, t in denoiser.state_dict().items()})
+    copy_full(tensors, adapted, denoiser, path)
+    return adapted, denoiser
+
+
+@torch.no_grad()
+def copy_full(tensors: Mapping[str, Tensor], branch: nn.Module, unet: nn.Module | None, path: Path) -> None:
+    """Replace all weights of the networks, in place.
+
+    Raises:
+        ModelError: if any tensor is missing, left over, of another shape or not finite; nothing is changed then.
+    """
+    wanted = {f"branch.{n}": t for n, t in branch.state_dict().items()}
+    if unet is not None:
+        wanted.update({f"unet.{n}": t for n, t in unet.state_dict().items()})
     check_tensors(tensors, wanted, path)
+    _check_finite(tensors, path)
     for name, tensor in wanted.items():
         tensor.copy_(tensors[name].to(tensor.dtype))
-    return adapted, denoiser
 
 
 def collect_full(branch: nn.Module, unet: nn.Module | None = None, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
     """All tensors of the branch (and of the denoiser), for a version of kind "full"."""
     networks = {"branch": branch} if unet is None else {"branch": branch, "unet": unet}
     return {f"{p}.{n}": t.detach().to("cpu", dtype).contiguous().clone() for p, m in networks.items() for n, t in m.state_dict().items()}
+
+
+def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ModelError(f"'{path}' holds numbers that are not finite ({broken[0]} and {len(broken) - 1} more); use another version.")
 
 
 def _merge(network: nn.Module) -> None:

@@ -26,13 +26,10 @@ from progidiff.training.adapt import (
     AdaptConfig,
     AdaptResult,
     judge,
-    pick_evenly,
-    prepare_data,
-    restrict_cache,
     run_adapt,
     simulate_bias_field,
-    split_slices,
 )
+from progidiff.training.selection import pick_evenly, prepare_data, restrict_cache, split_slices
 from progidiff.volume import load_volume
 
 QUICK = AdaptConfig(lora=LoraSettings(4, 8), steps=40, validate_every=10, batch_size=6, learning_rate=1e-2, num_proposals=2)
@@ -306,7 +303,7 @@ def test_a_held_back_share_can_be_split_from_any_cache(studies: Path, tiny_model
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda a: np.where(a == 2, 9, a), ImageError, "holds ids 9, which labels.json does not name"),
+        (lambda a: np.where(a == 2, 9, a), ImageError, "holds ids 9, which neither the label.s record .label_info. nor labels.json names"),
         (lambda a: a * 0, ImageError, "is empty; label a structure, or remove"),
         (lambda a: a.astype(np.float32) + 0.5 * (a > 0), ImageError, "whole numbers|integer"),
         (lambda a: a[:, :, :-1], GeometryError, "grid|shape"),
@@ -337,7 +334,7 @@ def test_images_without_content_are_refused(studies: Path, model: Path, value: f
 
 def test_a_structure_that_the_model_does_not_know_is_refused_with_the_nearest_name(studies: Path, model: Path):
     write_table(studies, {1: "lver", 2: "left kidney"})
-    with pytest.raises(RequestError, match="gives id 1 the name 'lver'.*did you mean 'liver'.*Rename it there"):
+    with pytest.raises(RequestError, match="is named 'lver'.*did you mean 'liver'.*Rename it in labels.json"):
         adapt(studies, model)
 
 

@@ -17,10 +17,14 @@ from typing import Any
 from progidiff import evaluation
 from progidiff.annotations import AnnotationStore
 from progidiff.errors import PromptError, RequestError
+from progidiff.options import default_store
 from progidiff.prompts import STRUCTURES, parse_prompt
 from progidiff.training.data import Case
 
 logger = logging.getLogger(__name__)
+
+ANNOTATIONS = "annotations"
+"""Folder of the `AnnotationStore` in a server's state folder."""
 
 EVERYTHING = ""
 """Key of `Case.annotated` for slices that count for every structure of the table."""
@@ -61,6 +65,21 @@ def list_local_labels(studies: Path) -> list[AcceptedLabel]:
         label = (record.get("labels") or {}).get("final") or {}
         found.append(AcceptedLabel(case.name, case.image, case.label, label.get("info") or {}, (record.get("image") or {}).get("info") or {}))
     return found
+
+
+def find_local_cases(studies: Path, annotations: AnnotationStore | None = None) -> list[Case]:
+    """The training cases of a local datastore's folder.
+
+    Args:
+        annotations: Who labelled which slices; None for the store that a server keeps in this folder, if it has one.
+
+    Raises:
+        RequestError: if nothing is labelled, or labels.json is damaged.
+    """
+    if annotations is None:
+        kept = default_store(str(studies)) / ANNOTATIONS
+        annotations = AnnotationStore(kept, studies / "labels" / "final") if kept.is_dir() else None
+    return build_cases(list_local_labels(studies), load_folder_names(studies), annotations)
 
 
 def build_cases(labels: Iterable[AcceptedLabel], folder_names: Mapping[int, str] | None, annotations: AnnotationStore | None) -> list[Case]:

@@ -34,7 +34,7 @@ FORMAT = 1
 """Version of the files that `VolumeProposals.to_files` writes."""
 
 _DRAWN = 128
-_THRESHOLD = 127.475
+THRESHOLD = 127.475
 """0.5 on the scale 0..255, a little lower: resampled 8-bit values that tie at exactly 127.5 must not depend on rounding."""
 
 
@@ -162,7 +162,7 @@ class VolumeProposals:
         stack = np.zeros(self.grid.shape, dtype=np.uint8)
         shown_index = None if shown == "consensus" else self._proposal(index, shown)
         for z, (rows, cols), maps in self._restored(index, None if shown_index is None else [shown_index]):
-            drawn = maps >= _THRESHOLD
+            drawn = maps >= THRESHOLD
             stack[z, rows, cols] = _count(drawn) * 2 >= len(drawn)
         return volume.from_stack(stack)
 
@@ -179,7 +179,7 @@ class VolumeProposals:
         Raises:
             RequestError: if there is no such structure or slice.
         """
-        return self.slice_probabilities(structure, z) >= _THRESHOLD
+        return self.slice_probabilities(structure, z) >= THRESHOLD
 
     def slice_probabilities(self, structure: str, z: int) -> np.ndarray:
         """What `slice_masks` cuts at one half: float32 of shape (K, Y, X) on the scale 0..255."""
@@ -231,7 +231,7 @@ class VolumeProposals:
             best[:] = 0
             for index in present:
                 for _, (rows, cols), maps in self._restored(index, None, [z]):
-                    drawn = maps >= _THRESHOLD
+                    drawn = maps >= THRESHOLD
                     count = _count(drawn)
                     eligible = count * 2 >= len(drawn) if shown == "consensus" else drawn[self._proposal(index, shown)]
                     # Agreement in whole proposals plus the mean probability below 1: one number that sorts by both.
@@ -255,7 +255,7 @@ class VolumeProposals:
         stack = np.zeros(self.grid.shape, dtype=np.float32)
         for index in range(len(self.structures)) if structure is None else [self._index(structure)]:
             for z, (rows, cols), maps in self._restored(index):
-                share = _count(maps >= _THRESHOLD).astype(np.float32) / self.num_proposals
+                share = _count(maps >= THRESHOLD).astype(np.float32) / self.num_proposals
                 stack[z, rows, cols] = np.maximum(stack[z, rows, cols], share)
         return volume.from_stack(stack)
 
@@ -273,7 +273,7 @@ class VolumeProposals:
         stack = np.zeros(self.grid.shape, dtype=np.uint8)
         for index in range(len(self.structures)) if structure is None else [self._index(structure)]:
             for z, (rows, cols), maps in self._restored(index):
-                share = _count(maps >= _THRESHOLD).astype(np.float32) / self.num_proposals
+                share = _count(maps >= THRESHOLD).astype(np.float32) / self.num_proposals
                 percent = np.rint(400 * share * (1 - share)).astype(np.uint8)
                 stack[z, rows, cols] = np.maximum(stack[z, rows, cols], percent)
         return volume.from_stack(stack)

@@ -6,7 +6,7 @@ an *axial stack* (Z, Y, X): z towards Superior, y towards Posterior, x towards t
 input's grid voxel by voxel. An oblique volume takes the nearest of the 48 orientations and is not rotated.
 
 Affines map voxel indices to RAS millimetres, as in NIfTI. NRRD, MetaImage and DICOM speak LPS; the sign change happens
-here, at reading and writing, and nowhere else.
+here, at reading and writing, and in `dicomweb.geometry`, and nowhere else.
 """
 
 from __future__ import annotations
@@ -229,6 +229,44 @@ def load_volume(path: str | os.PathLike[str], modality: str | None = None, info:
         raise ImageError(f"All voxels of '{path.name}' have the value {array.flat[0]}; there is nothing to see in it. Check the export.")
     found, source = _find_modality(option, raw, path, info, array)
     return Volume(array=array, affine=affine, modality=found, modality_source=source, name=strip_suffix(path))
+
+
+def read_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], np.ndarray]:
+    """Shape and affine of a NIfTI, NRRD or MetaImage file from its header alone, as `load_volume` gives them.
+
+    Returns:
+        (I, J, K), and voxel index (i, j, k, 1) -> RAS mm, shape (4, 4), float64.
+
+    Raises:
+        NotFoundError: if there is no such path.
+        ImageError: if it is no three-dimensional image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise NotFoundError(f"There is no image at '{path}'. Check the path.")
+    try:
+        if _suffix(path) in NIFTI_SUFFIXES:
+            image = nibabel.load(path)
+            shape, affine = tuple(image.shape), np.asarray(image.affine, dtype=np.float64)
+        else:
+            import SimpleITK as sitk
+
+            reader = sitk.ImageFileReader()
+            reader.SetFileName(str(path))
+            reader.ReadImageInformation()
+            shape = tuple(reader.GetSize())
+            direction = np.asarray(reader.GetDirection()).reshape(len(shape), len(shape))
+            count = min(len(shape), 3)
+            affine = np.eye(4)
+            affine[:count, :count] = (direction * np.asarray(reader.GetSpacing()))[:count, :count]
+            affine[:count, 3] = reader.GetOrigin()[:count]
+            affine = _LPS_TO_RAS @ affine
+    except _READ_ERRORS as err:
+        reason = " ".join(str(err).split())[-300:] or type(err).__name__
+        raise ImageError(f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or of another format; export it again.") from err
+    if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
+        raise ImageError(f"'{path.name}' has {_times(shape)} voxels; a single volume of slices is needed.")
+    return (int(shape[0]), int(shape[1]), int(shape[2])), _check_affine(affine, path)
 
 
 def load_label(path: str | os.PathLike[str], like: Volume | None = None) -> np.ndarray:
@@ -581,28 +619,45 @@ def _check_modality(value: object, where: str) -> Modality | None:
 def _find_modality(option: Modality | None, raw: _Raw, path: Path, info: Mapping[str, Any] | None, array: np.ndarray) -> tuple[Modality, str]:
     if option is not None:
         return option, "option"
+    return find_stated_modality(path, info, raw.modality) or (guess_modality(array), "guessed")
+
+
+def find_stated_modality(path: Path, info: Mapping[str, Any] | None = None, tag: str | None = None) -> tuple[Modality, str] | None:
+    """The modality that is written down somewhere, and where: "dicom" or "sidecar"; see `load_volume`.
+
+    Args:
+        path: The image.
+        info: What a datastore knows about it.
+        tag: DICOM's modality, if the format has one.
+
+    Returns:
+        None if nobody says; `guess_modality` then looks at the intensities.
+
+    Raises:
+        ImageError: if it is another modality than CT or MR.
+        RequestError: if what the datastore or sidecar says is no modality.
+    """
     # A datastore that converted the series to NIfTI (DICOMweb) hands on the tag, or "UNK".
-    tag = str(raw.modality or (info or {}).get("Modality") or "").strip().upper()
+    tag = str(tag or (info or {}).get("Modality") or "").strip().upper()
     if tag and tag not in ("OT", "SC", "SEG", "UNK"):
         if tag not in ("CT", "MR"):
             raise ImageError(f"'{path.name}' is a {tag} image, and only CT and MR are known here; give modality=CT or MR to try it anyway.")
         return cast(Modality, tag), "dicom"
     stated = info.get("modality") if info else None
-    stated = _read_sidecar(path) if stated is None else stated
+    stated = read_sidecar(path).get("modality") if stated is None else stated
     found = _check_modality(stated, f"The modality that the datastore gives for '{path.name}'")
-    if found is not None:
-        return found, "sidecar"
-    return guess_modality(array), "guessed"
+    return None if found is None else (found, "sidecar")
 
 
-def _read_sidecar(path: Path) -> object:
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """What the file `<name>.json` next to an image says; empty if there is none or it is no JSON object."""
     sidecar = path.with_name(strip_suffix(path) + ".json")
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else None
     except (OSError, ValueError) as err:
         logger.warning("Ignored %s, which is no readable JSON: %s", sidecar.name, err)
-        return None
-    return content.get("modality") if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _suffix(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -14,14 +14,24 @@ from progidiff.errors import RequestError
 if TYPE_CHECKING:
     from progidiff.adapters import AdapterStore
 
-StudiesOption = Annotated[Path, typer.Option(help="Folder of images with labels/final and labels.json (label id -> structure).", show_default=False)]
-ModelFolderOption = Annotated[Path, typer.Option("--model", help="Model folder to write into.", show_default=False)]
-WorkOption = Annotated[Path, typer.Option("--work", help="Checkpoints and cached slices. The same command continues a run that was stopped.")]
+StudiesOption = Annotated[
+    Path | None, typer.Option(help="Folder of images with labels/final and labels.json (label id -> structure). Required.", show_default=False)
+]
+ModelFolderOption = Annotated[Path | None, typer.Option("--model", help="Model folder to write into. Required.", show_default=False)]
+WorkOption = Annotated[Path, typer.Option("--work", help="Checkpoints, curves and cached slices. The same command continues a run that was stopped.")]
 HoldOutOption = Annotated[
     list[str] | None,
     typer.Option("--hold-out", help="A case that training never sees, for validation; may be repeated. Split by patient.", show_default=False),
 ]
-SeedOption = Annotated[int, typer.Option(help="Run seed; the seed of step i is a function of it and i.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", help="YAML file with settings; those it leaves out keep their defaults.", show_default=False)
+]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="A setting, name=value, for example evidence.steps=500; may be repeated.", show_default=False)
+]
+ShowConfigOption = Annotated[bool, typer.Option("--show-config", help="Print all settings as a commented YAML file, train nothing.")]
+SeedOption = Annotated[int | None, typer.Option(help="Run seed; the seed of step i is a function of it and i.", show_default=False)]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.", show_default=False)]
 BaseOption = Annotated[
     Path | None, typer.Option("--model", help="Folder of the model. Default: apps/progidiff/model of this checkout.", show_default=False)
@@ -29,6 +39,8 @@ BaseOption = Annotated[
 AdaptersOption = Annotated[
     Path | None, typer.Option("--adapters", help="Folder of adapters. Default: adapters/ in the model folder.", show_default=False)
 ]
+
+T = TypeVar("T")
 
 KEPT_EXIT_CODE = 3
 """`progidiff adapt` ends with it if the new version was kept but not published."""
@@ -48,74 +60,120 @@ def register(app: Any) -> None:
 
 
 def pretrain(
-    studies: StudiesOption,
-    model: ModelFolderOption,
+    studies: StudiesOption = None,
+    model: ModelFolderOption = None,
     work: WorkOption = Path("runs/pretrain"),
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    show_config: ShowConfigOption = False,
     hold_out: HoldOutOption = None,
-    codec_steps: Annotated[int, typer.Option(help="Steps of the mask codec (30 crops of masks and 10 of slices each).")] = 1300,
-    refine_steps: Annotated[int, typer.Option(help="Further steps of its decoder on the smallest structures.")] = 400,
-    denoiser_steps: Annotated[int, typer.Option(help="Steps of the text-to-image denoiser (12 slices and about 11 masks each).")] = 500,
-    seed: SeedOption = 0,
+    codec_steps: Annotated[int | None, typer.Option(help="Same as --set codec.steps=N.", show_default=False)] = None,
+    refine_steps: Annotated[int | None, typer.Option(help="Same as --set refine.steps=N.", show_default=False)] = None,
+    denoiser_steps: Annotated[int | None, typer.Option(help="Same as --set denoiser.steps=N.", show_default=False)] = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Train an embedded backbone from scratch: the mask codec, then a text-to-image model of slices and their masks.
 
     Prints the codec's ceiling: encode-decode Dice of the held-out masks per structure.
     """
+    from progidiff.training.config import load_config
+    from progidiff.training.config_recipes import PretrainConfig
+
+    flags = {"codec.steps": codec_steps, "refine.steps": refine_steps, "denoiser.steps": denoiser_steps, "seed": seed}
+    settings = load_config(PretrainConfig, config, changes or [], flags)
+    if show_config:
+        _print_config(settings, "pretrain")
+        return
     from progidiff.training.recipes import run_pretrain
 
     _use_threads(threads)
-    result = run_pretrain(studies, model, work, hold_out or [], codec_steps, refine_steps, denoiser_steps, seed=seed)
-    typer.echo(json.dumps(result, indent=1))
+    result = run_pretrain(_require(studies, "--studies"), _require(model, "--model"), work, settings, held_out=hold_out or [], device=device)
+    if _is_first():
+        typer.echo(json.dumps(result, indent=1))
 
 
 def train(
-    studies: StudiesOption,
-    model: ModelFolderOption,
+    studies: StudiesOption = None,
+    model: ModelFolderOption = None,
     work: WorkOption = Path("runs/train"),
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    show_config: ShowConfigOption = False,
+    continue_from: Annotated[
+        Path | None,
+        typer.Option(
+            help="A model folder to start from, instead of random weights; it stays as it is. Give the result a new --version.", show_default=False
+        ),
+    ] = None,
     hold_out: HoldOutOption = None,
-    name: Annotated[str, typer.Option(help="Name of the model.")] = "ct-base",
-    version: Annotated[str, typer.Option(help="Version of the model; shown as name@version.")] = "1",
-    evidence_steps: Annotated[int, typer.Option(help="Steps of the image encoder and the text-query head (16 slices each).")] = 3000,
-    proposal_steps: Annotated[int, typer.Option(help="Steps of the denoiser (6 slices, about 20 slice-structure pairs each).")] = 1000,
-    modality: Annotated[str, typer.Option(help="CT or MR: what the images are.")] = "CT",
+    name: Annotated[str | None, typer.Option(help="Name of the model.", show_default=False)] = None,
+    version: Annotated[str | None, typer.Option(help="Version of the model; shown as name@version.", show_default=False)] = None,
+    evidence_steps: Annotated[int | None, typer.Option(help="Same as --set evidence.steps=N.", show_default=False)] = None,
+    proposal_steps: Annotated[int | None, typer.Option(help="Same as --set proposals.steps=N.", show_default=False)] = None,
+    modality: Annotated[str | None, typer.Option(help="CT or MR: what the images are.", show_default=False)] = None,
     backbone: Annotated[
         str | None,
         typer.Option(
             help="A Stable-Diffusion folder or hub id that stays frozen. Default: the model folder's own, trained jointly.", show_default=False
         ),
     ] = None,
-    freeze_denoiser: Annotated[bool, typer.Option("--freeze-denoiser", help="Train the conditioning only.")] = False,
-    seed: SeedOption = 0,
+    freeze_denoiser: Annotated[
+        bool | None, typer.Option("--freeze-denoiser/--train-denoiser", help="Train the conditioning only, or the denoiser too.", show_default=False)
+    ] = None,
+    seed: SeedOption = None,
+    device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Train the conditioning on labelled volumes: first encoder and query head, then the denoiser's proposals."""
+    """Train the conditioning on labelled volumes: first encoder and query head, then the denoiser's proposals.
+
+    Several GPUs or machines: accelerate launch --multi_gpu --num_processes N -m progidiff.cli train ... (N processes on CPUs too).
+    Every process computes its own micro-batches: halve accumulate when you double the processes, to get the same run.
+    """
+    from progidiff.training.config import load_config
+    from progidiff.training.config_recipes import TrainConfig
+
+    flags = {
+        "name": name,
+        "version": version,
+        "evidence.steps": evidence_steps,
+        "proposals.steps": proposal_steps,
+        "modality": modality,
+        "freeze_denoiser": freeze_denoiser,
+        "seed": seed,
+    }
+    settings = load_config(TrainConfig, config, changes or [], flags)
+    if show_config:
+        _print_config(settings, "train")
+        return
     from progidiff.training.recipes import run_train
 
     _use_threads(threads)
+    folder = _require(model, "--model")
     card = run_train(
-        studies,
-        model,
+        _require(studies, "--studies"),
+        folder,
         work,
-        name=name,
-        version=version,
+        settings,
         held_out=hold_out or [],
-        evidence_steps=evidence_steps,
-        proposal_steps=proposal_steps,
-        modality=modality,
         backbone_source=backbone,
-        freeze_denoiser=freeze_denoiser,
-        seed=seed,
+        continue_from=continue_from,
+        device=device,
     )
-    typer.echo(f"{card.full_name} is in {model}")
+    if _is_first():
+        typer.echo(f"{card.full_name} is in {folder}")
 
 
 def adapt(
-    studies: StudiesOption,
-    name: Annotated[str, typer.Option(help="Name of the adapter, for example mr.", show_default=False)],
+    studies: StudiesOption = None,
+    name: Annotated[str | None, typer.Option(help="Name of the adapter, for example mr. Required.", show_default=False)] = None,
     model: BaseOption = None,
     adapters: AdaptersOption = None,
     work: WorkOption = Path("runs/adapt"),
+    config: ConfigOption = None,
+    changes: SetOption = None,
+    show_config: ShowConfigOption = False,
     case: Annotated[list[str] | None, typer.Option("--case", help="Train on this case; may be repeated. Default: all.", show_default=False)] = None,
     hold_out: Annotated[
         list[str] | None,
@@ -130,26 +188,38 @@ def adapt(
     structures: Annotated[
         list[str] | None, typer.Option("--structures", help="Train only these; may be repeated. Default: all labelled ones.", show_default=False)
     ] = None,
-    rank: Annotated[int, typer.Option(help="Of the updates: more can learn more, and overfit more.")] = 8,
+    rank: Annotated[int | None, typer.Option(help="Of the updates: more can learn more, and overfit more. Default: 8.", show_default=False)] = None,
     alpha: Annotated[float | None, typer.Option(help="Scale of the updates is alpha / rank. Default: twice the rank.", show_default=False)] = None,
-    targets: Annotated[str, typer.Option(help="What is adapted: some of encoder,query_head,injection,denoiser.")] = "encoder,query_head",
-    norms: Annotated[bool, typer.Option("--norms/--no-norms", help="Train gains and offsets of the encoder's group norms too.")] = True,
-    steps: Annotated[int, typer.Option(help="Largest number of steps; validation stops earlier.")] = 200,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
-    batch_size: Annotated[int, typer.Option(help="Slices per step.")] = 12,
-    validate_every: Annotated[int, typer.Option(help="Steps between validations.")] = 25,
-    patience: Annotated[int, typer.Option(help="Validations without a gain after which training stops.")] = 4,
-    augmentation: Annotated[float, typer.Option(help="Strength of augmentation, 0 to 3.")] = 1.0,
+    targets: Annotated[
+        str | None,
+        typer.Option(help="What is adapted: some of encoder,query_head,injection,denoiser. Default: encoder,query_head.", show_default=False),
+    ] = None,
+    norms: Annotated[
+        bool | None,
+        typer.Option("--norms/--no-norms", help="Train gains and offsets of the encoder's group norms too. Default: yes.", show_default=False),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Largest number of steps; validation stops earlier. Default: 200.", show_default=False)] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 0.002.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Slices per step. Default: 12.", show_default=False)] = None,
+    validate_every: Annotated[int | None, typer.Option(help="Steps between validations. Default: 25.", show_default=False)] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Validations without a gain after which training stops. Default: 4.", show_default=False)
+    ] = None,
+    augmentation: Annotated[float | None, typer.Option(help="Strength of augmentation, 0 to 3. Default: 1.", show_default=False)] = None,
     bias_field: Annotated[
         float | None, typer.Option(help="Strength of simulated shading, 0 to 2. Default: 0.3 for MR, 0 for CT.", show_default=False)
     ] = None,
     proposal_steps: Annotated[
-        int, typer.Option(help="Then train the proposals for so many steps; needs a target injection or denoiser. Kept only if it pays.")
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Then train the proposals for so many steps; needs a target injection or denoiser. Kept only if it pays. Default: 0.",
+            show_default=False,
+        ),
+    ] = None,
     publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Serve the new version if it is better.")] = True,
     backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the backbone. Default: the model's own.", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)] = None,
-    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    seed: SeedOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Adapt the model to another modality or site with a few labelled volumes; one is enough.
@@ -159,29 +229,38 @@ def adapt(
     the model itself on the held-back slices. Exit code 0: published. 3: kept but not published. 2: an error, nothing written.
     The same command continues a run that was stopped or killed.
     """
-    from progidiff.lora import LoraSettings
     from progidiff.training.adapt import AdaptConfig, run_adapt
+    from progidiff.training.config import load_config
+    from progidiff.training.processes import find_team
 
+    flags = {
+        "lora.rank": rank,
+        "lora.alpha": alpha if alpha is not None or rank is None else 2.0 * rank,
+        "lora.target_modules": None if targets is None else [part.strip() for part in targets.split(",") if part.strip()],
+        "lora.norms": norms,
+        "steps": steps,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "validate_every": validate_every,
+        "patience": patience,
+        "augmentation": augmentation,
+        "bias_field": bias_field,
+        "proposal_steps": proposal_steps,
+        "seed": seed,
+    }
+    settings = load_config(AdaptConfig, config, changes or [], flags)
+    if show_config:
+        _print_config(settings, "adapt")
+        return
+    if find_team().count > 1:
+        raise RequestError("An adapter is a matter of minutes and is trained by one process; start this command without accelerate launch.")
     _use_threads(threads)
-    chosen = tuple(part.strip() for part in targets.split(",") if part.strip())
-    config = AdaptConfig(
-        lora=LoraSettings(rank, 2.0 * rank if alpha is None else alpha, chosen, norms),
-        steps=steps,
-        learning_rate=learning_rate,
-        batch_size=batch_size,
-        validate_every=validate_every,
-        patience=patience,
-        augmentation=augmentation,
-        bias_field=bias_field,
-        proposal_steps=proposal_steps,
-        seed=seed,
-    )
     result = run_adapt(
-        studies,
+        _require(studies, "--studies"),
         _model_folder(model),
-        name,
+        _require(name, "--name"),
         work,
-        config,
+        settings,
         adapters=adapters,
         cases=case or [],
         held_out=hold_out or [],
@@ -259,6 +338,26 @@ def _store(model: Path | None, adapters: Path | None) -> AdapterStore:
     from progidiff.adapters import AdapterStore
 
     return AdapterStore(adapters or _model_folder(model) / "adapters")
+
+
+def _print_config(settings: Any, recipe: str) -> None:
+    from progidiff.training.config import render_config
+
+    typer.echo(render_config(settings, recipe), nl=False)
+
+
+def _require(value: T | None, option: str) -> T:
+    """The value of an option that only --show-config can do without."""
+    if value is None:
+        raise RequestError(f"Option {option} is missing; `--help` says what it is for.")
+    return value
+
+
+def _is_first() -> bool:
+    """Whether this process speaks for all that ``accelerate launch`` started."""
+    from progidiff.training.processes import find_team
+
+    return find_team().is_first
 
 
 def _use_threads(threads: int | None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,21 @@ from progidiff.errors import RequestError
 from progidiff.model_files import compute_backbone_digest
 from progidiff.prompts import Query
 from progidiff.testing import TOY_WIDTHS
+from progidiff.training.config_recipes import CodecStage, EvidenceStage, GridSettings, PretrainConfig, ProposalStage, TextToImageStage, TrainConfig
 from progidiff.training.evidence import PhraseTable, one_hot
 from progidiff.training.pretrain import crop_around, describe_slice, draw_masks
 from progidiff.training.proposals import draw_pairs, drop_text, wear_down_evidence
-from progidiff.training.recipes import GridSettings, run_pretrain, run_train
+from progidiff.training.recipes import run_pretrain, run_train
 from progidiff.volume import load_volume
 
 STRUCTURES = ("liver", "aorta")
 GRID = GridSettings(64, 64, (2.0, 6.0))
+PRETRAIN = PretrainConfig(
+    structures=STRUCTURES, grid=GRID, widths=TOY_WIDTHS, codec=CodecStage(steps=2), refine=CodecStage(steps=2), denoiser=TextToImageStage(steps=2)
+)
+TRAIN = TrainConfig(
+    structures=STRUCTURES, grid=GRID, evidence=EvidenceStage(steps=2, validate_every=2), proposals=ProposalStage(steps=2, validate_every=2)
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +48,11 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pretrained(studies: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("pretrained")
-    options: dict[str, Any] = {"held_out": ["two"], "codec_steps": 2, "refine_steps": 2, "denoiser_steps": 2, "structures": STRUCTURES}
-    return folder, run_pretrain(studies, folder / "model", folder / "work", grid=GRID, widths=TOY_WIDTHS, **options)
+    return folder, run_pretrain(studies, folder / "model", folder / "work", PRETRAIN, held_out=["two"])
 
 
-def train(studies: Path, folder: Path, **options: Any) -> Any:
-    settings: dict[str, Any] = {"held_out": ["two"], "evidence_steps": 2, "proposal_steps": 2, "structures": STRUCTURES, "grid": GRID}
-    return run_train(studies, folder / "model", folder / "work", **{**settings, **options})
+def train(studies: Path, folder: Path, config: TrainConfig = TRAIN, **options: Any) -> Any:
+    return run_train(studies, folder / "model", folder / "work", config, **{"held_out": ["two"], **options})
 
 
 @pytest.fixture
@@ -58,7 +64,7 @@ def folder(pretrained: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
 
 def test_pretraining_and_training_give_a_model_that_proposes(studies: Path, pretrained: tuple[Path, dict[str, Any]], folder: Path):
     assert set(pretrained[1]["ceiling"]) == set(STRUCTURES)
-    card = train(studies, folder, name="toy", version="7")
+    card = train(studies, folder, replace(TRAIN, name="toy", version="7"))
     assert card.full_name == "toy@7"
     assert card.structures == STRUCTURES
     assert card.backbone_digest == compute_backbone_digest(folder / "model" / "backbone")
@@ -105,13 +111,13 @@ def test_a_pretrained_backbone_holds_no_traces_of_its_making(pretrained: tuple[P
 
 def test_pretraining_never_replaces_a_backbone(studies: Path, folder: Path):
     with pytest.raises(RequestError, match="exists; pretraining starts from scratch"):
-        run_pretrain(studies, folder / "model", folder / "work", structures=STRUCTURES, grid=GRID, widths=TOY_WIDTHS)
+        run_pretrain(studies, folder / "model", folder / "work", PRETRAIN)
 
 
 def test_holding_out_everything_or_a_stranger_is_refused(studies: Path, folder: Path):
     with pytest.raises(RequestError, match="All labelled cases are held out"):
         train(studies, folder, held_out=["one", "two"])
-    with pytest.raises(RequestError, match="there is no image three"):
+    with pytest.raises(RequestError, match="three cannot be held out: the labelled cases are one, two"):
         train(studies, folder, held_out=["three"])
 
 

@@ -1,6 +1,6 @@
-"""Slices for training: resampled once to the working grid, kept as uint8 files, read through memory maps.
+"""Slices for training: resampled once to the working grid, kept as uint8 files, read when they are drawn.
 
-Memory does not grow with the number of volumes: a batch touches only the slices it draws.
+Memory does not grow with the number of volumes, but for a few bytes per slice that say what it shows.
 """
 
 from __future__ import annotations
@@ -74,6 +74,25 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
     return [found[name] for name in wanted or found]
 
 
+class SliceFile:
+    """A uint8 array (Z, H, W) on disk, in NumPy's format.
+
+    It is mapped for the moment of a read only: pages of a lasting map stay resident once they were touched, and after an epoch
+    that is the whole pool.
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        self.shape: tuple[int, ...] = mapped.shape
+        self._path, self._offset = path, mapped.offset
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, slices: Any) -> np.ndarray:
+        return np.array(np.memmap(self._path, np.uint8, "r", self._offset, self.shape)[slices])
+
+
 class SliceCache:
     """Working-grid slices of some cases, with labels renumbered to 1..len(structures) by name.
 
@@ -87,8 +106,8 @@ class SliceCache:
     def __init__(self, cases: Sequence[Case], structures: Sequence[str], config: ConditioningConfig, folder: Path) -> None:
         self.structures = tuple(structures)
         self.config = config
-        self.images: list[np.ndarray] = []
-        self.labels: list[np.ndarray] = []
+        self.images: list[SliceFile] = []
+        self.labels: list[SliceFile] = []
         self.names: list[str] = []
         self.digests: dict[str, str] = {}
         steps: list[int] = []
@@ -97,8 +116,8 @@ class SliceCache:
         folder.mkdir(parents=True, exist_ok=True)
         for case in cases:
             path, digest = self._prepare(case, folder)
-            self.images.append(np.load(path / "image.npy", mmap_mode="r"))
-            self.labels.append(np.load(path / "label.npy", mmap_mode="r"))
+            self.images.append(SliceFile(path / "image.npy"))
+            self.labels.append(SliceFile(path / "label.npy"))
             meta = json.loads((path / "meta.json").read_text())
             steps.append(max(1, round(config.neighbour_mm / meta["dz"])))
             spoken.append(np.stack([case.is_annotated(s, len(meta["pixels"])) for s in self.structures], axis=1))
@@ -212,14 +231,15 @@ def _hash_content(path: Path) -> bytes:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def augment(images: Tensor, labels: Tensor, generator: torch.Generator, strength: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Random affine, intensity, blur and noise. Never mirrors: left and right are part of the question.
+def augment(images: Tensor, labels: Tensor, generator: torch.Generator, strength: float = 1.0, bias_field: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Random affine, intensity, blur, noise and shading. Never mirrors: left and right are part of the question.
 
     Args:
         images: (N, C, H, W) in [-1, 1].
         labels: (N, H, W) label ids.
         generator: Source of randomness; the same state gives the same augmentation.
         strength: 0 changes nothing, 1 is the default recipe.
+        bias_field: See `simulate_bias_field`.
 
     Returns:
         Images and labels of the same shapes.
@@ -254,4 +274,21 @@ def augment(images: Tensor, labels: Tensor, generator: torch.Generator, strength
     blurred = torch.nn.functional.avg_pool2d(unit, 3, stride=1, padding=1)
     unit = torch.where((uniform(0, 1) < 0.15 * strength)[:, None, None, None], blurred, unit)
     noise = torch.randn(unit.shape, generator=generator) * (uniform(0, 0.05) * strength)[:, None, None, None]
-    return ((unit + noise).clamp(0, 1) * 2 - 1), moved
+    return simulate_bias_field((unit + noise).clamp(0, 1) * 2 - 1, generator, bias_field), moved
+
+
+def simulate_bias_field(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Smooth multiplicative shading, as receive coils and field inhomogeneity cause in MR.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1]; the channels of a sample share one field.
+        generator: Source of randomness.
+        strength: Standard deviation of the field's logarithm at its strongest; 0 changes nothing.
+    """
+    if strength == 0:
+        return images
+    n, _, height, width = images.shape
+    coarse = torch.randn(n, 1, 3, 4, generator=generator)
+    field = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
+    amount = torch.rand(n, 1, 1, 1, generator=generator) * strength
+    return (((images + 1) / 2 * torch.exp(field * amount)).clamp(0, 1)) * 2 - 1

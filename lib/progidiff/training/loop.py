@@ -56,7 +56,7 @@ class Schedule:
         validate_every: Steps between validations; 0 for never.
     """
 
-    steps: Annotated[int, Range(1, 10_000_000)] = 1000
+    steps: Annotated[int, Range(0, 10_000_000)] = 1000
     learning_rate: Annotated[float, Range(1e-8, 1)] = 1e-3
     warmup: Annotated[int, Range(0, 1_000_000)] = 100
     final_share: Annotated[float, Range(0, 1)] = 0.02
@@ -68,8 +68,8 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class LoopConfig(Schedule):
-    """A schedule and what all stages of a run share.
+class RunConfig:
+    """What all stages of a run share.
 
     Attributes:
         seed: Run seed.
@@ -80,16 +80,22 @@ class LoopConfig(Schedule):
         tensorboard: Write curves and pictures beside the log.
     """
 
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**62)] = 0
     precision: Precision = "bf16"
-    accumulate: int = 1
-    log_every: int = 10
+    accumulate: Annotated[int, Range(1, 1024)] = 1
+    log_every: Annotated[int, Range(1, 1_000_000)] = 10
     tensorboard: bool = True
 
+
+@dataclass(frozen=True)
+class LoopConfig(RunConfig, Schedule):
+    """One stage of a run."""
+
     @classmethod
-    def of(cls, schedule: Schedule, **shared: Any) -> LoopConfig:
+    def of(cls, schedule: Schedule, run: RunConfig) -> LoopConfig:
         """The schedule of a stage with what all stages share."""
-        return cls(**{f.name: getattr(schedule, f.name) for f in fields(Schedule)}, **shared)
+        parts = ((schedule, Schedule), (run, RunConfig))
+        return cls(**{f.name: getattr(part, f.name) for part, kind in parts for f in fields(kind)})
 
 
 _NO_MATTER = ("checkpoint_every", "log_every", "tensorboard")

@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -17,9 +19,51 @@ from torch.nn import functional as F
 
 from progidiff.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.codec import MaskCodec, encode_pictures
+from progidiff.training.config import Range
 from progidiff.training.data import SliceCache, augment
 from progidiff.training.loop import LoopConfig, run_loop
-from progidiff.training.losses import compute_dice_loss
+from progidiff.training.losses import CodecLosses, compute_dice_loss
+
+
+@dataclass(frozen=True)
+class CodecOptions:
+    """What a step of the mask codec sees.
+
+    Attributes:
+        slices_per_step: Slices of a micro-batch, each a crop.
+        masks_per_slice: Masks of each slice, each a crop.
+        crop: Pixels of a crop's side.
+        latent_noise: Noise on the latents before decoding, in their standard deviations: the decoder learns to forgive what a
+            denoiser leaves over.
+        augmentation: Strength of affine and intensity augmentation.
+        bias_field: Strength of simulated shading.
+        losses: Their weights.
+    """
+
+    slices_per_step: Annotated[int, Range(1, 1024)] = 10
+    masks_per_slice: Annotated[int, Range(1, 64)] = 3
+    crop: Annotated[int, Range(8, 1024)] = 64
+    latent_noise: Annotated[float, Range(0, 10)] = 0.1
+    augmentation: Annotated[float, Range(0, 3)] = 1.3
+    bias_field: Annotated[float, Range(0, 2)] = 0.0
+    losses: CodecLosses = field(default_factory=CodecLosses)
+
+
+@dataclass(frozen=True)
+class TextToImageOptions:
+    """What a step of the text-to-image denoiser sees.
+
+    Attributes:
+        slices_per_step: Slices of a micro-batch; a mask of each comes on top.
+        text_dropout: Share of the captions replaced by the empty text.
+        augmentation: Strength of affine and intensity augmentation.
+        bias_field: Strength of simulated shading.
+    """
+
+    slices_per_step: Annotated[int, Range(1, 1024)] = 12
+    text_dropout: Annotated[float, Range(0, 1)] = 0.1
+    augmentation: Annotated[float, Range(0, 3)] = 1.0
+    bias_field: Annotated[float, Range(0, 2)] = 0.0
 
 
 def draw_masks(
@@ -94,31 +138,39 @@ def train_codec(
     validation: SliceCache | None,
     config: LoopConfig,
     folder: Path,
-    slices: int = 10,
-    masks_per_slice: int = 3,
-    crop: int = 64,
+    options: CodecOptions | None = None,
     refine: bool = False,
-) -> Any:
+    settings: Mapping[str, Any] | None = None,
+    is_cancelled: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> list[dict[str, float]]:
     """Train the autoencoder on crops of masks (Dice + cross-entropy + L1) and of slices (L1 + gradients).
 
     With `refine` the encoder stays as it is, so that latents keep their meaning, and the decoder sees the smallest structures most.
 
-    A little noise is added to the latents before decoding, so that the decoder forgives what a denoiser leaves over.
+    Args:
+        options: What a step sees.
+        is_cancelled, report, settings: See `run_loop`.
+
+    Returns:
+        The validation history.
     """
+    options = options or CodecOptions()
+    crop, weights = options.crop, options.losses
     vae.requires_grad_(True).train()
     vae.encoder.requires_grad_(not refine)
     device = next(vae.parameters()).device
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        images, labels = training.read(training.draw_balanced(slices, rng, random_share=0.0))
-        images, labels = augment(images, labels, generator, 1.3)
-        _, _, masks = draw_masks(training, images, labels, masks_per_slice, rng, smallest=refine)
+        images, labels = training.read(training.draw_balanced(options.slices_per_step, rng, random_share=0.0))
+        images, labels = augment(images, labels, generator, options.augmentation, options.bias_field)
+        _, _, masks = draw_masks(training, images, labels, options.masks_per_slice, rng, smallest=refine)
         masks = crop_around(masks, masks, crop, rng).to(device)
         pictures = crop_around(images[:, images.shape[1] // 2], labels, crop, rng)[:, None].expand(-1, 3, -1, -1).to(device)
         inputs = torch.cat([(masks * 2 - 1)[:, None].expand(-1, 3, -1, -1), pictures])
         latents = vae.encode(inputs).latents
-        noisy = latents + 0.1 * latents.detach().float().std() * torch.randn_like(latents)
+        noisy = latents + options.latent_noise * latents.detach().float().std() * torch.randn_like(latents)
         decoded = vae.decode(noisy).sample.float()
         logits = 8 * decoded[: len(masks)].mean(dim=1)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, masks)
@@ -128,9 +180,8 @@ def train_codec(
         picture = (
             F.l1_loss(drawn, pictures) + F.l1_loss(drawn.diff(dim=-1), pictures.diff(dim=-1)) + F.l1_loss(drawn.diff(dim=-2), pictures.diff(dim=-2))
         )
-        # The decoder squashes latents beyond 3; keep them well inside.
         size = latents.float().square().mean()
-        loss = dice + 10 * cross_entropy + signed + 0.5 * picture + 0.01 * size
+        loss = weights.dice * dice + weights.cross_entropy * cross_entropy + weights.mask * signed + weights.picture * picture + weights.size * size
         return loss, {
             "dice": float(dice.detach()),
             "ce": float(cross_entropy.detach()),
@@ -143,7 +194,8 @@ def train_codec(
         ceiling = compute_codec_ceiling(vae, validation, every=3)
         return {"lowest": min(ceiling.values()), **ceiling}
 
-    return run_loop({"vae": vae}, compute_loss, config, folder, None if validation is None else validate)
+    check = None if validation is None else validate
+    return run_loop({"vae": vae}, compute_loss, config, folder, check, is_cancelled, report, settings=settings)
 
 
 def compute_picture_scale(vae: Any, cache: SliceCache, count: int = 128) -> float:
@@ -165,11 +217,27 @@ def describe_slice(structures: list[str], modality: str) -> str:
 
 
 def train_text_to_image(
-    backbone: Backbone, unet: Any, training: SliceCache, modality: str, config: LoopConfig, folder: Path, slices: int = 12, text_dropout: float = 0.1
-) -> Any:
-    """Train the denoiser as a text-to-image model: half slices, half masks, v-prediction."""
+    backbone: Backbone,
+    unet: Any,
+    training: SliceCache,
+    modality: str,
+    config: LoopConfig,
+    folder: Path,
+    options: TextToImageOptions | None = None,
+    settings: Mapping[str, Any] | None = None,
+    is_cancelled: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> None:
+    """Train the denoiser as a text-to-image model: half slices, half masks, v-prediction.
+
+    Args:
+        options: What a step sees.
+        is_cancelled, report, settings: See `run_loop`.
+    """
     from diffusers import DDIMScheduler
 
+    options = options or TextToImageOptions()
+    slices = options.slices_per_step
     scheduler = DDIMScheduler.from_config(backbone.scheduler_config)
     scale = float(backbone.vae.config.scaling_factor)
     unet.requires_grad_(True).train()
@@ -178,14 +246,14 @@ def train_text_to_image(
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         images, labels = training.read(training.draw_balanced(slices, rng))
-        images, labels = augment(images, labels, generator)
+        images, labels = augment(images, labels, generator, options.augmentation, options.bias_field)
         _, picked, masks = draw_masks(training, images, labels, 1, rng)
         captions = []
         for n in range(slices):
             present = [training.structures[int(v) - 1] for v in torch.unique(labels[n]) if v > 0]
             captions.append(describe_slice(list(rng.permutation(present)[: rng.integers(1, 5)]) if present else [], modality))
         captions += [PROMPT_TEMPLATE.format(training.structures[int(s)]) for s in picked]
-        captions = ["" if rng.random() < text_dropout else c for c in captions]
+        captions = ["" if rng.random() < options.text_dropout else c for c in captions]
         pictures = torch.cat([images[:, images.shape[1] // 2], masks * 2 - 1])[:, None].expand(-1, 3, -1, -1)
         with torch.no_grad():
             clean = encode_pictures(backbone.vae, pictures.to(backbone.device)) * scale
@@ -199,4 +267,4 @@ def train_text_to_image(
         loss = F.mse_loss(predicted.float(), target)
         return loss, {}
 
-    return run_loop({"unet": unet}, compute_loss, config, folder)
+    run_loop({"unet": unet}, compute_loss, config, folder, None, is_cancelled, report, settings=settings)

@@ -5,14 +5,19 @@ Every stage keeps its checkpoints in the work folder and resumes there; a stage 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import json
 import logging
+import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,28 +26,30 @@ import torch
 
 from progidiff.backbone import Backbone
 from progidiff.codec import MaskCodec
-from progidiff.conditioning import ConditioningBranch
+from progidiff.conditioning import ConditioningConfig
 from progidiff.errors import RequestError
-from progidiff.model_files import ModelCard, compute_backbone_digest, load_card, save_backbone_part, save_conditioning
+from progidiff.model_files import (
+    ModelCard,
+    compute_backbone_digest,
+    compute_conditioning_digest,
+    load_card,
+    load_pipeline,
+    save_backbone_part,
+    save_conditioning,
+)
 from progidiff.pipeline import ProposalPipeline
-from progidiff.prompts import STRUCTURES
-from progidiff.training.architecture import BackboneWidths, create_backbone, create_branch
-from progidiff.training.data import SliceCache, list_cases
+from progidiff.training.architecture import create_backbone, create_branch
+from progidiff.training.config import check_config, to_values
+from progidiff.training.config_recipes import PretrainConfig, TrainConfig
+from progidiff.training.data import Case, SliceCache, list_cases
 from progidiff.training.evidence import train_evidence
-from progidiff.training.loop import LoopConfig
+from progidiff.training.loop import LoopConfig, RunConfig, Schedule, find_autocast_dtype
 from progidiff.training.pretrain import compute_codec_ceiling, compute_picture_scale, draw_masks, train_codec, train_text_to_image
+from progidiff.training.processes import find_team
 from progidiff.training.proposals import train_proposals
+from progidiff.volume import strip_suffix
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class GridSettings:
-    """The working grid of a new model."""
-
-    height: int = 128
-    width: int = 160
-    spacing_range: tuple[float, float] = (1.8, 3.2)
 
 
 @dataclass
@@ -55,39 +62,41 @@ class Datasets:
     held_out: list[str]
 
 
-def prepare_datasets(studies: Path, branch: ConditioningBranch, structures: Sequence[str], held_out: Sequence[str], work: Path) -> Datasets:
-    """Split the labelled cases of a datastore by patient and cache their slices.
+def prepare_datasets(
+    cases: Sequence[Case], conditioning: ConditioningConfig, structures: Sequence[str], held_out: Sequence[str], work: Path
+) -> Datasets:
+    """Split labelled cases by patient and cache their slices.
 
     Raises:
         RequestError: if a held-out case does not exist or nothing is left to train on.
     """
-    cases = list_cases(studies)
-    kept_back = {c.name for c in list_cases(studies, held_out)} if held_out else set()
-    training = [c for c in cases if c.name not in kept_back]
+    names = {strip_suffix(name) for name in held_out}
+    strange = sorted(names - {c.name for c in cases})
+    if strange:
+        raise RequestError(f"{', '.join(strange)} cannot be held out: the labelled cases are {', '.join(c.name for c in cases)}.")
+    training = [c for c in cases if c.name not in names]
     if not training:
         raise RequestError("All labelled cases are held out; leave at least one for training.")
-    validation = [c for c in cases if c.name in kept_back]
-    return Datasets(
-        SliceCache(training, structures, branch.config, work / "cache"),
-        SliceCache(validation, structures, branch.config, work / "cache") if validation else None,
-        [c.name for c in training],
-        sorted(kept_back),
-    )
+    validation = [c for c in cases if c.name in names]
+    with find_team().first_alone():
+        return Datasets(
+            SliceCache(training, structures, conditioning, work / "cache"),
+            SliceCache(validation, structures, conditioning, work / "cache") if validation else None,
+            [c.name for c in training],
+            sorted(names),
+        )
 
 
 def run_pretrain(
     studies: Path,
     model_dir: Path,
     work: Path,
+    config: PretrainConfig | None = None,
+    *,
     held_out: Sequence[str] = (),
-    codec_steps: int = 1300,
-    refine_steps: int = 400,
-    denoiser_steps: int = 500,
-    structures: Sequence[str] = STRUCTURES,
-    grid: GridSettings | None = None,
-    widths: BackboneWidths | None = None,
-    modality: str = "CT",
-    seed: int = 0,
+    device: str | None = None,
+    is_cancelled: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Train an embedded backbone from scratch: the mask codec, then the text-to-image denoiser.
 
@@ -95,153 +104,242 @@ def run_pretrain(
         studies: Local datastore with labels.
         model_dir: Gets ``backbone/``; must not have one.
         work: Checkpoints and cached slices.
+        config: Settings.
         held_out: Case names that training never sees.
-        codec_steps, refine_steps, denoiser_steps: Length of the stages; refining trains the decoder on the smallest structures.
+        device: "cpu", "cuda"; None to pick.
+        is_cancelled: Asked before every step; a clean checkpoint is written first.
+        report: Receives log entries with "stage".
 
     Returns:
         The codec's ceiling per structure, and what was run.
     """
+    config = config or PretrainConfig()
+    check_config(config)
+    team = find_team()
     folder = model_dir / "backbone"
     scratch = work / "backbone"
-    if folder.exists():
-        raise RequestError(f"'{folder}' exists; pretraining starts from scratch, so give a model folder without a backbone.")
-    if not scratch.exists():
-        create_backbone(scratch, widths or BackboneWidths(), seed)
-    backbone = Backbone(scratch, dtype="fp32")
-    grid = grid or GridSettings()
-    branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, seed)
-    data = prepare_datasets(studies, branch, structures, held_out, work)
+    with team.first_alone():
+        if folder.exists():
+            raise RequestError(f"'{folder}' exists; pretraining starts from scratch, so give a model folder without a backbone.")
+        if not scratch.exists():
+            create_backbone(scratch, config.widths, config.seed)
+    backbone = Backbone(scratch, team.device or device, dtype="fp32")
+    grid = config.grid
+    branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, config.seed)
+    data = prepare_datasets(list_cases(studies), branch.config, config.structures, held_out, work)
+    hooks = _Hooks(config, data, {"grid": to_values(grid), "widths": to_values(config.widths)}, is_cancelled, report)
 
     vae = backbone.vae
-    train_codec(
-        vae,
-        data.training,
-        data.validation,
-        LoopConfig(codec_steps, 1.5e-3, ema_decay=0.998, validate_every=500, checkpoint_every=100, seed=seed),
-        work / "codec",
-    )
-    if refine_steps:
-        train_codec(
-            vae,
-            data.training,
-            data.validation,
-            LoopConfig(refine_steps, 6e-4, ema_decay=0.99, validate_every=200, checkpoint_every=100, seed=seed),
-            work / "codec_refined",
-            refine=True,
-        )
+    train_codec(vae, data.training, data.validation, LoopConfig.of(config.codec, config), work / "codec", config.codec, **hooks.of("codec"))
+    if config.refine.steps:
+        loop = LoopConfig.of(config.refine, config)
+        train_codec(vae, data.training, data.validation, loop, work / "codec_refined", config.refine, refine=True, **hooks.of("refine"))
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=compute_picture_scale(vae, data.training))
-    ceiling = compute_codec_ceiling(vae, data.validation or data.training)
-    unet = backbone.unet
+    unet, loop = backbone.unet, LoopConfig.of(config.denoiser, config)
     train_text_to_image(
-        backbone, unet, data.training, modality, LoopConfig(denoiser_steps, 8e-4, ema_decay=0.998, checkpoint_every=100, seed=seed), work / "denoiser"
+        backbone, unet, data.training, config.modality, loop, work / "denoiser", config.denoiser, **hooks.of("denoiser", modality=config.modality)
     )
-    for part, model in (("vae", vae), ("unet", unet)):
-        save_backbone_part(scratch, part, model)
-    for random_weights in scratch.glob(".*.previous"):
-        shutil.rmtree(random_weights)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch.rename(folder)
-    return {
-        "ceiling": ceiling,
-        "codec_steps": codec_steps,
-        "refine_steps": refine_steps,
-        "denoiser_steps": denoiser_steps,
-        "cases": data.training_cases,
-        "held_out": data.held_out,
-    }
+    ceiling: dict[str, float] = {}
+    with team.first_alone():
+        if team.is_first:
+            ceiling = compute_codec_ceiling(vae, data.validation or data.training)
+            for part, model in (("vae", vae), ("unet", unet)):
+                save_backbone_part(scratch, part, model)
+            for random_weights in scratch.glob(".*.previous"):
+                shutil.rmtree(random_weights)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch.rename(folder)
+    return {"ceiling": ceiling, "config": to_values(config), "cases": data.training_cases, "held_out": data.held_out}
 
 
 def run_train(
     studies: Path,
     model_dir: Path,
     work: Path,
-    name: str = "ct-base",
-    version: str = "1",
+    config: TrainConfig | None = None,
+    *,
+    cases: Sequence[Case] | None = None,
     held_out: Sequence[str] = (),
-    evidence_steps: int = 3000,
-    proposal_steps: int = 1000,
-    structures: Sequence[str] = STRUCTURES,
-    grid: GridSettings | None = None,
-    modality: str = "CT",
-    learning_rate: float = 5e-4,
-    evidence_wear: float = 1.0,
-    freeze_denoiser: bool = False,
     backbone_source: str | None = None,
-    seed: int = 0,
+    continue_from: Path | None = None,
+    device: str | None = None,
     extra_notes: str = "",
+    is_cancelled: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
 ) -> ModelCard:
     """Train the conditioning on a backbone: first encoder and query head, then the denoiser's proposals.
 
+    The same call continues a run that was stopped or killed, at its last checkpoint in `work`.
+
     Args:
-        model_dir: Has ``backbone/`` unless `backbone_source` names another; gets ``conditioning/``.
-        freeze_denoiser: Leave the backbone's denoiser as it is, as ProGiDiff does with Stable Diffusion. Otherwise it is trained jointly and
-            written back into ``backbone/unet``, which only makes sense for an embedded backbone.
-        backbone_source: Folder or hub id of a backbone that stays where it is; implies `freeze_denoiser`.
+        studies: Local datastore with labels.
+        model_dir: Gets ``conditioning/``. Has ``backbone/``, gets that of `continue_from`, or none if `backbone_source` names another.
+        work: Checkpoints and cached slices.
+        config: Settings.
+        cases: Labelled volumes, if they are not simply all of `studies`.
+        held_out: Case names that training never sees; validation is on them.
+        backbone_source: Folder or hub id of a backbone that stays where it is; its denoiser is frozen, as ProGiDiff does with
+            Stable Diffusion. Otherwise the denoiser is trained jointly, unless the settings freeze it, and written back into
+            ``backbone/unet``, which only makes sense for an embedded backbone.
+        continue_from: Model folder whose weights training starts from, instead of random ones; it stays as it is.
+        device: "cpu", "cuda"; None to pick.
+        extra_notes: For the card.
+        is_cancelled: Asked before every step; a clean checkpoint is written first.
+        report: Receives log entries with "stage".
 
     Returns:
         The card of the model that was written.
-    """
-    folder = model_dir / "backbone"
-    freeze = freeze_denoiser or backbone_source is not None
-    # Weights are trained in fp32 under autocast; bf16 weights would lose small updates.
-    backbone = Backbone(backbone_source or folder, dtype="fp32")
-    grid = grid or GridSettings()
-    branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, seed).to(backbone.device)
-    data = prepare_datasets(studies, branch, structures, held_out, work)
 
-    evidence_history = train_evidence(
-        branch,
-        backbone,
-        data.training,
-        data.validation,
-        LoopConfig(evidence_steps, 2e-3, validate_every=500, checkpoint_every=250, seed=seed),
-        work / "evidence",
-    )
-    codec = MaskCodec(backbone.vae)
-    codec.fit_statistics(_sample_masks(data.training, 12))
-    pipeline = ProposalPipeline(backbone, branch, codec, autocast=torch.bfloat16 if backbone.device.type == "cpu" else None)
-    proposal_history = train_proposals(
-        pipeline,
-        data.training,
-        data.validation,
-        LoopConfig(proposal_steps, learning_rate, validate_every=250, checkpoint_every=50, ema_decay=0.998, seed=seed),
-        work / "proposals",
-        evidence_wear=evidence_wear,
-        freeze_denoiser=freeze,
-    )
-    if not freeze:
-        save_backbone_part(folder, "unet", backbone.unet)
-    card = ModelCard(
-        name=name,
-        version=version,
-        modality=modality,
-        structures=tuple(structures),
-        conditioning=branch.config,
-        codec_mean=tuple(codec.mean.flatten().tolist()),
-        codec_std=tuple(codec.std.flatten().tolist()),
-        backbone_digest=compute_backbone_digest(backbone.folder),
-    )
-    run = {
-        **describe_run(),
-        "command": " ".join(sys.argv),
-        "recipe": {
-            "evidence_steps": evidence_steps,
-            "proposal_steps": proposal_steps,
-            "learning_rate": learning_rate,
-            "evidence_wear": evidence_wear,
-            "seed": seed,
-        },
-        "frozen_denoiser": freeze,
-        "grid": asdict(grid),
-        "training_cases": data.training_cases,
-        "held_out_cases": data.held_out,
-        "data_sha256": data.training.digests,
-        "validation": {"evidence": evidence_history, "proposals": proposal_history},
-        "notes": extra_notes,
-    }
-    save_conditioning(model_dir, card, branch, run, write_model_card(card, run))
+    Raises:
+        RequestError: if settings, cases or folders make no sense together.
+        StoreError: if a checkpoint cannot be written; the one before stays.
+        CancelledError: if `is_cancelled` said so.
+    """
+    config = config or TrainConfig()
+    check_config(config)
+    freeze = config.freeze_denoiser if config.freeze_denoiser is not None else backbone_source is not None
+    if backbone_source is not None and not freeze:
+        raise RequestError(
+            f"'{backbone_source}' stays as it is, so its denoiser cannot be trained: set freeze_denoiser=true, or copy it to '{model_dir}/backbone' "
+            "and leave --backbone out."
+        )
+    team = find_team()
+    start = None if continue_from is None else _check_start(continue_from, model_dir, config)
+    source = backbone_source or (continue_from or model_dir) / "backbone"
+    # Weights are trained in fp32 under autocast; bf16 weights would lose small updates.
+    backbone = Backbone(source, team.device or device, dtype="fp32")
+    autocast = find_autocast_dtype(config.precision, backbone.device)
+    if start is None:
+        if "evidence" not in config.stages:
+            raise RequestError("Proposals are trained on top of evidence: add the stage evidence, or name a model that has it with --continue-from.")
+        grid = config.grid
+        branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, config.seed).to(backbone.device)
+        pipeline, structures = None, config.structures
+    else:
+        assert continue_from is not None
+        start, pipeline = load_pipeline(continue_from, backbone, autocast)
+        branch, structures = pipeline.branch, start.structures
+    data = prepare_datasets(list_cases(studies) if cases is None else cases, branch.config, structures, held_out, work)
+    origin = {"backbone": compute_backbone_digest(backbone.folder)} if start is None else {"continued": _identify(continue_from)}
+    hooks = _Hooks(config, data, {"grid": branch.config.to_dict(), **origin}, is_cancelled, report)
+
+    history: dict[str, Any] = {}
+    if "evidence" in config.stages:
+        loop = LoopConfig.of(config.evidence, config)
+        history["evidence"] = train_evidence(
+            branch, backbone, data.training, data.validation, loop, work / "evidence", config.evidence, **hooks.of("evidence")
+        )
+    if pipeline is None:
+        codec = MaskCodec(backbone.vae)
+        codec.fit_statistics(_sample_masks(data.training, 12))
+        pipeline = ProposalPipeline(backbone, branch, codec, autocast=autocast)
+    if "proposals" in config.stages:
+        loop = LoopConfig.of(config.proposals, config)
+        before = {"evidence": to_values(config.evidence)} if "evidence" in config.stages else {}
+        stage = hooks.of("proposals", frozen=freeze, **before)
+        history["proposals"] = train_proposals(pipeline, data.training, data.validation, loop, work / "proposals", config.proposals, freeze, **stage)
+    elif "evidence" in config.stages and start is None:
+        logger.warning("The proposals are not trained yet; continue with --continue-from %s --set stages=[proposals]", model_dir)
+    with team.first_alone():
+        if team.is_first:
+            run = {
+                **describe_run(),
+                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "config": to_values(config),
+                "continued_from": None if start is None else start.full_name,
+                "frozen_denoiser": freeze,
+                "training_cases": data.training_cases,
+                "held_out_cases": data.held_out,
+                "data_sha256": data.training.digests,
+                "validation": history,
+                "notes": extra_notes,
+            }
+            written = _describe_model(config, start, pipeline)
+            _write_model(model_dir, written, pipeline, run, embedded=backbone_source is None, trained="proposals" in config.stages and not freeze)
     return load_card(model_dir)
+
+
+def _check_start(continue_from: Path, model_dir: Path, config: TrainConfig) -> ModelCard:
+    """The card of the model that is continued.
+
+    Raises:
+        RequestError: if it would be overwritten, or its name be given to other weights.
+    """
+    start = load_card(continue_from)
+    if continue_from.resolve() == model_dir.resolve():
+        raise RequestError(f"'{model_dir}' would be continued and overwritten at once; name another folder with --model.")
+    if (config.name, config.version) == (start.name, start.version):
+        raise RequestError(f"'{start.full_name}' is what is continued; give the new weights another name, for example --version {start.version}.1.")
+    return start
+
+
+def _identify(model_dir: Path | None) -> str:
+    """Content of a model: conditioning and backbone."""
+    assert model_dir is not None
+    return f"{compute_conditioning_digest(model_dir)[:16]} {load_card(model_dir).backbone_digest[:16]}"
+
+
+def _describe_model(config: TrainConfig, start: ModelCard | None, pipeline: ProposalPipeline) -> ModelCard:
+    """The card of the new weights; one that was continued hands down how it is used."""
+    if start is not None:
+        return replace(start, name=config.name, version=config.version)
+    return ModelCard(
+        name=config.name,
+        version=config.version,
+        modality=config.modality,
+        structures=config.structures,
+        conditioning=pipeline.branch.config,
+        codec_mean=tuple(pipeline.codec.mean.flatten().tolist()),
+        codec_std=tuple(pipeline.codec.std.flatten().tolist()),
+    )
+
+
+def _write_model(model_dir: Path, card: ModelCard, pipeline: ProposalPipeline, run: dict[str, Any], *, embedded: bool, trained: bool) -> None:
+    """Write ``backbone/`` where it is part of the model, then ``conditioning/``.
+
+    Args:
+        embedded: The backbone belongs to the model; it is copied there if it came from another.
+        trained: Its denoiser was trained and is written too.
+    """
+    source, folder = pipeline.backbone.folder, model_dir / "backbone"
+    if embedded and source.resolve() != folder.resolve() and not folder.exists():
+        model_dir.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=".backbone.", dir=model_dir))
+        shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+        os.chmod(scratch, 0o755)
+        os.replace(scratch, folder)
+    if trained:
+        save_backbone_part(folder, "unet", pipeline.unet)
+    card = replace(card, backbone_digest=compute_backbone_digest(folder if embedded else source))
+    save_conditioning(model_dir, card, pipeline.branch, run, write_model_card(card, run))
+
+
+class _Hooks:
+    """What every stage hands to `run_loop`: how to stop it, whom to tell, and what its result depends on."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Datasets,
+        origin: Mapping[str, Any],
+        is_cancelled: Callable[[], bool] | None,
+        report: Callable[[dict[str, Any]], None] | None,
+    ) -> None:
+        self._config, self._origin, self._is_cancelled, self._report = config, origin, is_cancelled, report
+        # Slices too: an image may be known for more of them than when the run began.
+        drawn = hashlib.sha256(json.dumps([data.training.structures, data.training.index]).encode()).hexdigest()
+        self._data = {"data": data.training.digests, "slices": drawn[:16]}
+
+    def of(self, stage: str, **more: Any) -> dict[str, Any]:
+        """Keyword arguments of a stage."""
+        options = {k: v for k, v in to_values(getattr(self._config, stage)).items() if k not in {f.name for f in fields(Schedule)}}
+        report = self._report
+        return {
+            "settings": {**self._data, **self._origin, **options, **more},
+            "is_cancelled": self._is_cancelled,
+            "report": None if report is None else lambda entry: report({"stage": stage, **entry}),
+        }
 
 
 def describe_run() -> dict[str, Any]:
@@ -258,7 +356,7 @@ def describe_run() -> dict[str, Any]:
 
 def write_model_card(card: ModelCard, run: dict[str, Any]) -> str:
     """A model card in Markdown from what is known; people add limits and pictures."""
-    history = run["validation"]["proposals"]
+    history = run["validation"].get("proposals")
     last = history[-1] if history else {}
     rows = "\n".join(f"| {k.removeprefix('consensus ')} | {v:.3f} |" for k, v in last.items() if k.startswith("consensus "))
     return f"""# {card.full_name}

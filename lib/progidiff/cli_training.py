@@ -104,7 +104,7 @@ def train(
     continue_from: Annotated[
         Path | None,
         typer.Option(
-            help="A model folder to start from, instead of random weights; it stays as it is. Give the result a new --version.", show_default=False
+            help="A model folder to start from instead of random weights; it stays as it is. The result needs a new --version.", show_default=False
         ),
     ] = None,
     hold_out: HoldOutOption = None,
@@ -167,7 +167,7 @@ def train(
 
 def adapt(
     studies: StudiesOption = None,
-    name: Annotated[str | None, typer.Option(help="Name of the adapter, for example mr. Required.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the adapter. Default: the modality of the images, mr or ct.", show_default=False)] = None,
     model: BaseOption = None,
     adapters: AdaptersOption = None,
     work: WorkOption = Path("runs/adapt"),
@@ -196,7 +196,7 @@ def adapt(
     ] = None,
     norms: Annotated[
         bool | None,
-        typer.Option("--norms/--no-norms", help="Train gains and offsets of the encoder's group norms too. Default: yes.", show_default=False),
+        typer.Option("--norms/--no-norms", help="Train the encoder's group norms too. Default: yes.", show_default=False),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Largest number of steps; validation stops earlier. Default: 200.", show_default=False)] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate. Default: 0.002.", show_default=False)] = None,
@@ -258,7 +258,7 @@ def adapt(
     result = run_adapt(
         _require(studies, "--studies"),
         _model_folder(model),
-        _require(name, "--name"),
+        name,
         work,
         settings,
         adapters=adapters,

@@ -11,7 +11,6 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-import torch
 from labelled_phantoms import write_case, write_table
 from typer.testing import CliRunner
 
@@ -27,7 +26,6 @@ from progidiff.training.adapt import (
     AdaptResult,
     judge,
     run_adapt,
-    simulate_bias_field,
 )
 from progidiff.training.selection import pick_evenly, prepare_data, restrict_cache, split_slices
 from progidiff.volume import load_volume
@@ -383,18 +381,6 @@ def test_data_that_make_no_sense_are_refused(studies: Path, model: Path, options
 
 
 # --- parts ---
-
-
-def test_shading_is_smooth_positive_and_the_same_for_all_channels():
-    images = torch.zeros(4, 3, 32, 64)
-    shaded = simulate_bias_field(images, torch.Generator().manual_seed(0), 0.3)
-    assert torch.equal(simulate_bias_field(images, torch.Generator().manual_seed(0), 0.0), images)
-    assert torch.equal(shaded[:, 0], shaded[:, 2])
-    assert float(shaded.std()) > 0.01
-    assert float(shaded.min()) > -1
-    assert float((shaded[..., 1:] - shaded[..., :-1]).abs().max()) < 0.1
-    air = torch.full((4, 3, 32, 64), -1.0)
-    assert torch.equal(simulate_bias_field(air, torch.Generator().manual_seed(0), 0.3), air)
 
 
 @pytest.mark.parametrize(("adapted_dice", "accepted"), [(0.9, True), (0.8, False), (0.6, False), (0.4, False)])

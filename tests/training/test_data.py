@@ -13,7 +13,7 @@ from labelled_phantoms import AFFINE, write_case, write_table
 
 from progidiff.conditioning import ConditioningConfig
 from progidiff.errors import GeometryError, ImageError, RequestError
-from progidiff.training.data import SliceCache, augment, list_cases
+from progidiff.training.data import SliceCache, augment, list_cases, simulate_bias_field
 
 CONFIG = ConditioningConfig(height=32, width=64, spacing_range=(4.0, 12.0), text_features=8, slot_channels=(4,), slot_strides=(8,))
 
@@ -236,3 +236,15 @@ def test_image_and_label_move_together():
     bright = moved_images[:, 0] > moved_images[:, 0].amax(dim=(1, 2), keepdim=True) - 0.7
     overlap = 2 * (bright & (moved_labels > 0)).sum() / (bright.sum() + (moved_labels > 0).sum())
     assert float(overlap) > 0.8
+
+
+def test_shading_is_smooth_positive_and_the_same_for_all_channels():
+    images = torch.zeros(4, 3, 32, 64)
+    shaded = simulate_bias_field(images, torch.Generator().manual_seed(0), 0.3)
+    assert torch.equal(simulate_bias_field(images, torch.Generator().manual_seed(0), 0.0), images)
+    assert torch.equal(shaded[:, 0], shaded[:, 2])
+    assert float(shaded.std()) > 0.01
+    assert float(shaded.min()) > -1
+    assert float((shaded[..., 1:] - shaded[..., :-1]).abs().max()) < 0.1
+    air = torch.full((4, 3, 32, 64), -1.0)
+    assert torch.equal(simulate_bias_field(air, torch.Generator().manual_seed(0), 0.3), air)

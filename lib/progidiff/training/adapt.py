@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from progidiff.adapters import AdapterCard, AdapterStore, build_networks, check_name, compute_base_digest
 from progidiff.backbone import Backbone
@@ -41,7 +40,7 @@ from progidiff.model_files import ModelCard, load_pipeline
 from progidiff.pipeline import ProposalPipeline
 from progidiff.training.data import Case, SliceCache, augment
 from progidiff.training.evidence import PhraseTable
-from progidiff.training.loop import LoopConfig, find_autocast_dtype, run_loop
+from progidiff.training.loop import LoopConfig, Precision, find_autocast_dtype, run_loop
 from progidiff.training.losses import compute_evidence_loss
 from progidiff.training.proposals import train_proposals
 from progidiff.training.recipes import describe_run
@@ -50,6 +49,9 @@ from progidiff.training.selection import AdaptData, find_cases, keep_modality, p
 from progidiff.volume import load_volume
 
 logger = logging.getLogger(__name__)
+
+CACHE = "cache"
+"""Folder of the cached slices among the checkpoints."""
 
 MAX_VALIDATION_SLICES = 96
 
@@ -74,6 +76,8 @@ class AdaptConfig:
         proposal_rate: Its learning rate.
         num_proposals: K of the consensus that the gate compares.
         seed: Run seed.
+        precision, accumulate: See `progidiff.training.loop.RunConfig`.
+        ema_decay: Of the averaged weights.
     """
 
     kind: Kind = "lora"
@@ -89,6 +93,9 @@ class AdaptConfig:
     proposal_rate: float = 1e-3
     num_proposals: int = 4
     seed: int = 0
+    precision: Precision = "auto"
+    accumulate: int = 1
+    ema_decay: float = 0.98
 
     def check(self) -> None:
         """Refuse settings out of range.
@@ -102,7 +109,7 @@ class AdaptConfig:
         ranges: dict[str, tuple[float, float]] = {
             "steps": (1, 100_000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 256), "validate_every": (1, 10_000), "patience": (1, 1000),
             "augmentation": (0, 3), "bias_field": (0, 2), "proposal_steps": (0, 100_000), "proposal_rate": (1e-7, 1.0), "num_proposals": (1, 16),
-            "seed": (0, 2**62),
+            "seed": (0, 2**62), "accumulate": (1, 1024), "ema_decay": (0, 0.999999),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -136,12 +143,14 @@ class AdaptResult:
         published: Whether it is served now.
         message: The verdict in a sentence.
         figures: Held-back Dice of "base", "current" (if one was served) and "adapted".
+        folder: Checkpoints of the run, which nothing needs any more.
     """
 
     card: AdapterCard
     published: bool
     message: str
     figures: dict[str, dict[str, float]]
+    folder: Path
 
 
 def run_adapt(
@@ -219,7 +228,7 @@ def run_adapt(
     data = prepare_data(
         labelled,
         card,
-        work / "cache",
+        work / CACHE,
         cases,
         held_out,
         shots,
@@ -241,7 +250,7 @@ def run_adapt(
     tell({"stage": "prepare", "name": name, "modality": data.modality, **_describe_data(data)})
     earlier = _find_finished(store, name, fingerprint)
     if earlier is not None:
-        return _finish(store, earlier, store.run(earlier), publish, repeated=True)
+        return _finish(store, earlier, store.run(earlier), publish, folder, repeated=True)
 
     run = _Run(base, data, PhraseTable(backbone, data.training.structures), card, config, folder, is_cancelled or (lambda: False), tell)
     tensors, settings, choice = run.train()
@@ -286,7 +295,7 @@ def run_adapt(
         readme=lambda new: write_adapter_card(new, record, data),
         lora=settings,
     )
-    return _finish(store, written, record, publish)
+    return _finish(store, written, record, publish, folder)
 
 
 def _check_modality_of_name(store: AdapterStore, name: str, modality: str) -> None:
@@ -325,12 +334,12 @@ def _find_finished(store: AdapterStore, name: str, fingerprint: str) -> AdapterC
     return None
 
 
-def _finish(store: AdapterStore, card: AdapterCard, run: Mapping[str, Any], publish: bool, repeated: bool = False) -> AdaptResult:
+def _finish(store: AdapterStore, card: AdapterCard, run: Mapping[str, Any], publish: bool, folder: Path, repeated: bool = False) -> AdaptResult:
     """Publish a version if the gate accepted it; once, so that a rollback is not undone by repeating the command."""
     name, verdict = card.full_name, run["verdict"]
     before = "This very training was done before. " if repeated else ""
     if not run["accepted"]:
-        return AdaptResult(card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"])
+        return AdaptResult(card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder)
     once = any(e["event"] == "published" and e["version"] == card.version for e in store.history(card.name))
     if publish and not once:
         store.publish(card.name, card.version)
@@ -339,22 +348,7 @@ def _finish(store: AdapterStore, card: AdapterCard, run: Mapping[str, Any], publ
         message = f"{before}{name} is published: {verdict}"
     else:
         message = f"{before}{name} is kept and not published, as asked; `progidiff adapters use {name}` publishes it. {verdict}"
-    return AdaptResult(card, served, message, run["validation"])
-
-
-def simulate_bias_field(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
-    """Smooth multiplicative shading, as receive coils and field inhomogeneity cause in MR.
-
-    Args:
-        images: (N, C, H, W) in [-1, 1]; the channels of a sample share one field.
-        strength: Standard deviation of the field's logarithm at its strongest; 0 changes nothing.
-    """
-    if strength == 0:
-        return images
-    n, _, height, width = images.shape
-    field = F.interpolate(torch.randn(n, 1, 3, 4, generator=generator), size=(height, width), mode="bicubic", align_corners=True)
-    amount = torch.rand(n, 1, 1, 1, generator=generator) * strength
-    return (((images + 1) / 2 * torch.exp(field * amount)).clamp(0, 1)) * 2 - 1
+    return AdaptResult(card, served, message, run["validation"], folder)
 
 
 @torch.no_grad()
@@ -629,8 +623,7 @@ class _Run:
             rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
             chosen = training.draw_balanced(config.batch_size, rng)
             images, labels = training.read(chosen)
-            images, labels = augment(images, labels, generator, config.augmentation)
-            images = simulate_bias_field(images, generator, config.bias_field or 0.0)
+            images, labels = augment(images, labels, generator, config.augmentation, config.bias_field or 0.0)
             features = branch.encode_slices(images.to(device))
             logits = branch.predict_evidence(features, self.phrases.pooled[self.phrases.draw(generator)])
             return compute_evidence_loss(logits, one_hot(labels, count).to(device), training.weigh(chosen).to(device))
@@ -696,9 +689,10 @@ class _Run:
             steps=steps,
             learning_rate=rate,
             warmup=max(1, min(20, steps // 5)),
-            ema_decay=0.98,
+            ema_decay=self.config.ema_decay,
             seed=self.config.seed,
-            precision="auto",
+            precision=self.config.precision,
+            accumulate=self.config.accumulate,
             checkpoint_every=min(50, self.config.validate_every),
             validate_every=self.config.validate_every,
         )

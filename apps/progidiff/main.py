@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.scoring import ScoringMethod
+from monailabel.interfaces.tasks.strategy import Strategy
 
 import progidiff
 from progidiff.options import ServerOptions
-from progidiff.server import routes, service
+from progidiff.server import host_routes, loop, remote_labels, routes, service
+from progidiff.server.auth import Authenticator
 from progidiff.server.context import Context
+from progidiff.server.datastore import is_folder, open_annotations, open_local
 from progidiff.server.infer_task import build_task
 from progidiff.server.served_images import ServedImages
 from progidiff.server.slice_task import SliceInferTask
+from progidiff.server.strategies import build_strategies
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,10 @@ class ProGiDiffApp(MONAILabelApp):
             model_dir,
             build_task(self.options, model_dir, self.datastore),
             served=ServedImages(self.options.store / "dicom", self.datastore),
+            annotations=open_annotations(self.options.store, studies),
+            auth=Authenticator.from_options(self.options),
         )
+        loop.build(self.context)
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -44,10 +52,23 @@ class ProGiDiffApp(MONAILabelApp):
         # In the processes that the host starts for training and batches there is no web application to extend.
         if "monailabel.app" in sys.modules:
             service.install(sys.modules["monailabel.app"].app, self, routes.build_routers())
+            loop.start(self.context, studies)
+
+    def init_datastore(self) -> Datastore:
+        """Images and labels: our own class for a folder, the host's behind an address."""
+        if not is_folder(self.studies):
+            self.context.labels = remote_labels.build(self.context)
+            return super().init_datastore()
+        self.context.labels = open_local(self.studies, self.context.annotations, self.context.infer.store, self.options.store)
+        return self.context.labels
 
     def init_infers(self) -> dict[str, InferTask]:
         """Whole volumes, and single slices steered by clicks; the models load at the first request."""
         return {"progidiff": self.context.infer, "progidiff_slice": SliceInferTask(self.context.infer)}
+
+    def init_strategies(self) -> dict[str, Strategy]:
+        """What comes next: ours, and the plain ones to compare it with."""
+        return build_strategies(lambda: self.context.selection, self.options.next_strategy)
 
     def init_scoring_methods(self) -> dict[str, ScoringMethod]:
         """None: the host would run them, in a process of their own, at start and after every next sample."""
@@ -60,6 +81,10 @@ class ProGiDiffApp(MONAILabelApp):
     def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Answer the host's own calls through the same checks as HTTP requests."""
         return service.infer_for_host(self, request)
+
+    def cleanup_sessions(self) -> None:
+        """Remove uploads that have expired; the host calls this every five minutes."""
+        host_routes.remove_expired_sessions(self)
 
     def batch_infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Answer `POST /batch/infer`, in this process or in one that the host starts for it."""

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.utils.app import app_instance
 
+from progidiff.annotations import Annotation, AnnotationStore
 from progidiff.options import ServerOptions
+from progidiff.server.auth import Authenticator
+from progidiff.server.datastore import SafeLocalDatastore
 from progidiff.server.infer_task import ProposalInferTask
+from progidiff.server.remote_labels import RemoteLabels
+from progidiff.server.served_images import ServedImages
+
+if TYPE_CHECKING:  # they ask the context themselves
+    from progidiff.server.scoring import PoolScorer
+    from progidiff.server.selection import Selection
 
 
 @dataclass
@@ -22,12 +32,26 @@ class Context:
         options: From `--conf`.
         model_dir: The base model's folder.
         infer: The task with engine, proposal store and device queue.
+        served: The images of a local folder as DICOM series.
+        annotations: The history of labels.
+        labels: Saves, deletes and undoes labels; set when the datastore is opened.
+        on_saved: Asked after every new label of tag `final`; what they return goes into the answer. One that raises is logged.
+        scorer: Scores the pool in the background.
+        selection: Chooses what is annotated next.
+        auth: Finds out who sends a request.
     """
 
     app: MONAILabelApp
     options: ServerOptions
     model_dir: Path
     infer: ProposalInferTask
+    served: ServedImages
+    auth: Authenticator
+    annotations: AnnotationStore
+    labels: SafeLocalDatastore | RemoteLabels = field(init=False)
+    on_saved: list[Callable[[Annotation], dict[str, Any]]] = field(default_factory=list)
+    scorer: PoolScorer = field(init=False)
+    selection: Selection = field(init=False)
 
 
 def get_context() -> Context:

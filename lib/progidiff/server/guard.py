@@ -163,7 +163,7 @@ class Guard:
             return
         if self._auth.required and not self._hosts:
             return  # A page under a foreign name has neither cookie nor token of this server.
-        raise AccessError(f"The request is for '{host[:80]}', which is no name of this server. If it is one, start it with --conf hosts {host[:80]}.")
+        raise AccessError(f"The request is for '{host[:40]}', no known name of this server. If it is one, start it with --conf hosts {host[:40]}.")
 
     def _check_origin(self, method: str, headers: Headers) -> None:
         """Refuse what a page of another origin makes a browser send; programs send neither header."""
@@ -177,7 +177,7 @@ class Guard:
         elif origin.lower() in self._origins or _is_same(origin, headers.get("host", "")):
             return
         raise AccessError(
-            f"The request comes from a page of another origin ({origin[:80]}). If that page is yours, start the server with --conf cors_origins ORIGIN."
+            f"The request comes from a page of another origin ({origin[:80]}). If it is yours, start the server with --conf cors_origins ORIGIN."
         )
 
     async def _run(self, scope: Scope, body: _Body, answer: _Answer, rule: Rule) -> None:

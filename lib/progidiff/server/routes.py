@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from progidiff.server import service
+from progidiff.server import auth_routes, dicomweb_routes, host_routes, label_routes, selection_routes, service
 
-_BUILDERS = (service.build_router,)
+_BUILDERS = (
+    auth_routes.build_router,
+    service.build_router,
+    dicomweb_routes.build_router,
+    label_routes.build_router,
+    selection_routes.build_router,
+    host_routes.build_router,  # Stays last: it closes addresses of the host that nobody above answers.
+)
 
 
 def build_routers() -> list[APIRouter]:

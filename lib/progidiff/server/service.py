@@ -22,14 +22,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
-from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, File, Form, UploadFile
+from fastapi import APIRouter, BackgroundTasks, FastAPI, File, Form, UploadFile
 from monailabel.config import settings
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.endpoints.batch_infer import run as start_batch
 from monailabel.endpoints.infer import ResultType, send_response
-from monailabel.endpoints.user.auth import RBAC, User
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
@@ -38,8 +37,10 @@ from monailabel.interfaces.utils.app import app_instance
 
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.jobs import DeviceQueue
-from progidiff.options import OPTION_NAMES
-from progidiff.server import answers
+from progidiff.options import OPTION_NAMES, read_choice, read_int
+from progidiff.server import answers, guard
+from progidiff.server.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.context import get_context
 from progidiff.server.infer_task import ProposalInferTask
 
 logger = logging.getLogger(__name__)
@@ -51,8 +52,6 @@ _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _SERIES_UID = re.compile(r"\d+(\.\d+)+")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha)$", re.IGNORECASE)
-_USER = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_USER))
-_ADMIN = Depends(RBAC(settings.MONAI_LABEL_AUTH_ROLE_ADMIN))
 
 _DOWNLOADS = threading.Lock()
 """The host takes a DICOM folder that another thread is still filling for a whole series."""
@@ -78,6 +77,8 @@ def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> N
     router.routes[:0] = ours
     web.openapi_schema = None
     answers.install_handlers(web)
+    context = cast(Any, app).context
+    guard.install(web, context.auth, context.options)
     web.middleware_stack = None  # Built again with these handlers at the next request.
     _end_jobs_on_signals([task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)])
 
@@ -125,10 +126,7 @@ def infer_for_host(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, 
     Returns:
         As `infer`; "label" is the image id if the mask was saved.
     """
-    tag = request.get("label_tag") or "original"
-    tag = str(getattr(tag, "value", tag))  # The host's own tags are an enumeration.
-    if not _TAG.fullmatch(tag):
-        raise RequestError(f"Option label_tag is '{tag[:40]}'; it must be letters, digits, '.', '_' or '-', for example original.")
+    tag = _check_tag(request.get("label_tag") or "original")
     result = infer(app, {"model": request.get("model"), "image": request.get("image"), "params": _pick_options(request)})
     if request.get("save_label"):
         info = {"model": request.get("model"), "params": result["params"]}
@@ -251,7 +249,7 @@ def build_router() -> APIRouter:
         file: UploadFile | None = File(None),
         label: UploadFile | None = File(None),
         output: ResultType | None = None,
-        user: User = _USER,
+        user: User = CAN_ANNOTATE,
     ) -> Any:
         app = app_instance()
         request: dict[str, Any] = {"model": model, "image": image, "params": _read_params(params)}
@@ -264,8 +262,13 @@ def build_router() -> APIRouter:
                 request |= {"image": "", "path": _find_session(app, session_id)}
             elif not image:
                 raise RequestError("The request names no image. Add ?image=<id of the datastore>, ?session_id=<id>, or upload a file.")
+            series = get_context().served.find_named(request["image"])
+            if series is not None:
+                request["image"] = series.identity.image
             try:
                 result = infer(app, request)
+                if series is not None:
+                    get_context().served.to_series_grid(Path(result["file"]), series)
             except ProGiDiffError:
                 raise
             except Exception as err:
@@ -283,37 +286,63 @@ def build_router() -> APIRouter:
         images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
         params: dict[str, Any] | None = None,
         run_sync: bool = False,
-        user: User = _ADMIN,
+        user: User = CAN_ADMINISTER,
     ) -> Any:
         task = _find_model(app_instance(), model)
+        options = _read_batch(params or {})
         if isinstance(task, ProposalInferTask):  # A wrong option is told now, not in the log of a process.
-            task.read_request(_pick_options(params or {}))
-        return start_batch(model, images, params, run_sync)
+            task.read_request(_pick_options(options))
+        return start_batch(model, images, options, run_sync)
 
     @router.get("/progidiff/jobs", tags=["ProGiDiff"], summary="Waiting, running and recent jobs, newest first")
-    async def list_jobs(image: str | None = None, user: User = _USER) -> list[dict[str, Any]]:
+    async def list_jobs(image: str | None = None, user: User = CAN_READ) -> list[dict[str, Any]]:
         return [job.info() for job in _task().queue.list(image)]
 
     @router.get("/progidiff/jobs/{job_id}", tags=["ProGiDiff"], summary="State and progress of one job")
-    async def get_job(job_id: str, user: User = _USER) -> dict[str, Any]:
+    async def get_job(job_id: str, user: User = CAN_READ) -> dict[str, Any]:
         return _task().queue.get(job_id).info()
 
     @router.delete("/progidiff/jobs/{job_id}", tags=["ProGiDiff"], summary="Cancel a job")
-    async def cancel_job(job_id: str, user: User = _USER) -> dict[str, Any]:
+    async def cancel_job(job_id: str, user: User = CAN_ANNOTATE) -> dict[str, Any]:
         job = _task().queue.get(job_id)
         job.cancel()
         return job.info()
 
     @router.get("/progidiff/proposals/{image}", tags=["ProGiDiff"], summary="Kept proposals of an image")
-    def describe_proposals(image: str, proposals: str | None = None, user: User = _USER) -> dict[str, Any]:
+    def describe_proposals(image: str, proposals: str | None = None, user: User = CAN_READ) -> dict[str, Any]:
         find_image(app_instance(), image)
         return _task().describe_proposals(image, proposals)
 
     @router.get("/progidiff/prompts", tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
-    async def list_prompts(user: User = _USER) -> list[dict[str, Any]]:
+    async def list_prompts(user: User = CAN_READ) -> list[dict[str, Any]]:
         return _task().list_prompts()
 
     return router
+
+
+def _read_batch(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch's parameters goes on to its process: options of the task, and which images; the host would take any name from it."""
+    options = _pick_options(params)
+    if params.get("max_batch_size"):
+        options["max_batch_size"] = read_int(params["max_batch_size"], "max_batch_size", 0, 10**6)
+    if params.get("label_tag"):
+        options["label_tag"] = _check_tag(params["label_tag"])
+    images = params.get("images")
+    if isinstance(images, list):
+        app = app_instance()
+        for image in images:
+            find_image(app, str(image))
+        options["images"] = [str(image) for image in images]
+    elif images:
+        options["images"] = read_choice(images, "images", [str(kind.value) for kind in BatchInferImageType])
+    return options
+
+
+def _check_tag(tag: object) -> str:
+    text = str(getattr(tag, "value", tag))  # The host's own tags are an enumeration.
+    if not _TAG.fullmatch(text):
+        raise RequestError(f"Option label_tag is '{text[:40]}'; it must be letters, digits, '.', '_' or '-', for example original.")
+    return text
 
 
 def _task() -> ProposalInferTask:

@@ -24,7 +24,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
-from progidiff import cli_training
+from progidiff import cli_training, cli_users
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
 
@@ -475,6 +475,7 @@ def _save_json(values: dict[str, Any], path: Path) -> None:
 
 
 cli_training.register(app)
+cli_users.register(app)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def check_config(config: Any, prefix: str = "") -> None:
         value = getattr(config, name)
         if is_dataclass(value):
             check_config(value, f"{prefix}{name}.")
-        for bounds in (a for a in (get_args(hint)[1:] if get_origin(hint) is Annotated else ()) if isinstance(a, Range)):
+        for bounds in _find_ranges(hint):
             if value is not None and not bounds.low <= value <= bounds.high:
                 raise RequestError(f"Setting {prefix}{name} must lie in {bounds.low:g}..{bounds.high:g}, got {value}.")
     if hasattr(config, "check"):
@@ -167,6 +167,13 @@ def _find_type(kind: Any, name: str) -> Any:
     for part in name.split("."):
         hint = _unwrap(get_type_hints(hint)[part])
     return hint
+
+
+def _find_ranges(hint: Any) -> list[Range]:
+    """The bounds of a type, or of its alternatives."""
+    if get_origin(hint) is Annotated:
+        return [a for a in get_args(hint)[1:] if isinstance(a, Range)]
+    return [r for alternative in get_args(hint) for r in _find_ranges(alternative)] if get_origin(hint) in (Union, types.UnionType) else []
 
 
 def _unwrap(hint: Any) -> Any:

@@ -10,6 +10,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.tasks.scoring import ScoringMethod
 from monailabel.interfaces.tasks.strategy import Strategy
+from monailabel.interfaces.tasks.train import TrainTask
 
 import progidiff
 from progidiff.options import ServerOptions
@@ -21,6 +22,8 @@ from progidiff.server.infer_task import build_task
 from progidiff.server.served_images import ServedImages
 from progidiff.server.slice_task import SliceInferTask
 from progidiff.server.strategies import build_strategies
+from progidiff.server.train_task import build_trainers
+from progidiff.server.training import build_runner
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class ProGiDiffApp(MONAILabelApp):
             annotations=open_annotations(self.options.store, studies),
             auth=Authenticator.from_options(self.options),
         )
+        self.context.training = build_runner(self.context)
         loop.build(self.context)
         super().__init__(
             app_dir=app_dir,
@@ -65,6 +69,10 @@ class ProGiDiffApp(MONAILabelApp):
     def init_infers(self) -> dict[str, InferTask]:
         """Whole volumes, and single slices steered by clicks; the models load at the first request."""
         return {"progidiff": self.context.infer, "progidiff_slice": SliceInferTask(self.context.infer)}
+
+    def init_trainers(self) -> dict[str, TrainTask]:
+        """All accepted labels, or a low-rank adapter; both run in a process of their own."""
+        return build_trainers(lambda: self.context.training)
 
     def init_strategies(self) -> dict[str, Strategy]:
         """What comes next: ours, and the plain ones to compare it with."""

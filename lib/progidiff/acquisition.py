@@ -311,7 +311,8 @@ def build_pool(scores: Sequence[ImageScores]) -> Pool:
             rows = slice(None)
         for name, table in tables.items():
             table[rows, start : start + entry.num_slices] = getattr(entry, name)
-    return Pool(images, structures, starts, np.array([entry.slice_mm for entry in ordered], dtype=np.float64), **tables)
+    slice_mm = np.array([entry.slice_mm for entry in ordered], dtype=np.float64)
+    return Pool(images, structures, starts, slice_mm, tables["disagreement"], tables["entropy"], tables["foreground"])
 
 
 def weigh_by_foreground(foreground: np.ndarray) -> np.ndarray:

@@ -169,6 +169,14 @@ class ServerOptions:
         hosts: Names, without a port, that browsers may call this server by, beside localhost and addresses.
         cors_origins: Pages of these origins ("https://viewer.example.org") may call this server from a browser; otherwise only its own.
         max_upload_gb: Largest body of a request that brings an image or a label, in GB.
+        score_pool: Whether images are scored in the background: "on", "off", or "auto": if they lie in a folder (behind a DICOMweb
+            address all of them would have to be fetched).
+        score_prompt: The structures to score, as a request names them.
+        reserve_minutes: How long an image stays with the client that got it as next sample, 0.1..1440.
+        next_strategy: What the strategy `random` stands for, see `progidiff.acquisition.STRATEGIES`.
+        acquisition: Settings of the choice of slices, "name=value,name=value", see `progidiff.acquisition.AcquisitionConfig`.
+        retrain_after: Newly annotated slices after which a training starts by itself; 0 for never.
+        retrain_task: The trainer that starts then.
     """
 
     store: Path
@@ -186,6 +194,13 @@ class ServerOptions:
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
     max_upload_gb: float = 4.0
+    score_pool: str = "auto"
+    score_prompt: str = "all"
+    reserve_minutes: float = 30.0
+    next_strategy: str = "proposal_disagreement"
+    acquisition: str = ""
+    retrain_after: int = 0
+    retrain_task: str = "progidiff_adapt"
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
@@ -218,6 +233,13 @@ class ServerOptions:
             hosts=_read_list(given.get("hosts", ""), "hosts", _HOST, "names without port, for example labels.example.org"),
             cors_origins=_read_list(given.get("cors_origins", ""), "cors_origins", _ORIGIN, "origins such as https://viewer.example.org:3000"),
             max_upload_gb=read_float(given.get("max_upload_gb", cls.max_upload_gb), "--conf max_upload_gb", 0.001, 1000),
+            score_pool=read_choice(given.get("score_pool", cls.score_pool), "--conf score_pool", ("auto", "on", "off")),
+            score_prompt=given.get("score_prompt", cls.score_prompt),
+            reserve_minutes=read_float(given.get("reserve_minutes", cls.reserve_minutes), "--conf reserve_minutes", 0.1, 1440),
+            next_strategy=given.get("next_strategy", cls.next_strategy),
+            acquisition=given.get("acquisition", cls.acquisition),
+            retrain_after=read_int(given.get("retrain_after", cls.retrain_after), "--conf retrain_after", 0, 1_000_000),
+            retrain_task=given.get("retrain_task", cls.retrain_task),
         )
 
 

@@ -1,0 +1,63 @@
+"""The loop of annotating and training, put together: scores -> what is next -> saved labels -> training -> new scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from progidiff.acquisition import STRATEGIES, AcquisitionConfig
+from progidiff.annotations import Annotation
+from progidiff.errors import RequestError
+from progidiff.reservations import Reservations
+from progidiff.server.context import Context
+from progidiff.server.datastore import is_folder
+from progidiff.server.scoring import PoolScorer
+from progidiff.server.selection import Selection
+from progidiff.slice_scores import SliceScoreStore
+
+_running: list[PoolScorer] = []
+
+
+def build(context: Context) -> None:
+    """Fill `context.scorer` and `context.selection`; nothing runs yet.
+
+    Raises:
+        RequestError: if the server's options name no strategy or setting.
+    """
+    options = context.options
+    if options.next_strategy not in STRATEGIES:
+        raise RequestError(f"--conf next_strategy {options.next_strategy[:60]}: there is no such strategy; there are {', '.join(STRATEGIES)}.")
+    config = AcquisitionConfig.from_text(options.acquisition)
+    scores = SliceScoreStore(options.store / "scores")
+
+    def find_labelled() -> set[str]:
+        return {image for image, slices in context.annotations.annotated_images().items() if slices is None}
+
+    context.scorer = PoolScorer(context.app, context.infer, scores, options.score_prompt, find_labelled)
+    context.selection = Selection(
+        context.app,
+        context.infer,
+        scores,
+        context.annotations,
+        Reservations(options.store / "reservations.json", options.reserve_minutes),
+        context.scorer.wanted_version,
+        context.scorer.failures,
+        context.scorer.fingerprint,
+        config,
+        options.next_strategy,
+        options.reserve_minutes,
+    )
+    context.on_saved.append(lambda annotation: _release(context, annotation))
+
+
+def start(context: Context, studies: str) -> None:
+    """Begin to score in the background, if the server's options say so; the scorer of an app that was reloaded ends."""
+    for scorer in _running:
+        scorer.stop()
+    _running[:] = [context.scorer]
+    if context.options.score_pool == "on" or (context.options.score_pool == "auto" and is_folder(studies)):
+        context.scorer.start()
+
+
+def _release(context: Context, annotation: Annotation) -> dict[str, Any]:
+    context.selection.release(annotation.image)
+    return {}

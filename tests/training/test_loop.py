@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from progidiff.errors import CancelledError, ModelError, RequestError
+from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
 from progidiff.training.loop import AveragedWeights, LoopConfig, compute_learning_rate, derive_seed, run_loop
 
 CONFIG = LoopConfig(steps=12, learning_rate=0.05, warmup=3, precision="fp32", checkpoint_every=4, ema_decay=0.9, seed=7)
@@ -42,9 +47,19 @@ def train(folder: Path, config: LoopConfig = CONFIG, **options: object) -> nn.Mo
     return module
 
 
-def read_step(folder: Path) -> int:
+def read_metadata(folder: Path) -> dict[str, str]:
     with safe_open(folder / "state.safetensors", "pt") as file:
-        return int(file.metadata()["step"])
+        return file.metadata()
+
+
+def read_step(folder: Path) -> int:
+    return int(read_metadata(folder)["step"])
+
+
+def read_board(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(folder / "tensorboard")).Reload()
 
 
 def assert_equal(first: nn.Module, second: nn.Module) -> None:
@@ -242,3 +257,214 @@ def test_every_step_and_stream_has_its_own_seed():
     seeds = [derive_seed(r, s, n) for r in range(3) for s in range(50) for n in ("", "global")]
     assert len(set(seeds)) == 300
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_the_first_micro_batch_of_a_step_has_the_seed_it_had_when_there_was_one():
+    assert derive_seed(7, 3) == 4105813266559527971
+    assert derive_seed(7, 3, "global") == derive_seed(7, 3, "global", 0)
+    assert len({derive_seed(7, 3, stream, micro) for stream in ("", "global") for micro in range(50)}) == 100
+
+
+def test_gradients_of_micro_batches_are_averaged(tmp_path: Path):
+    accumulated = train(tmp_path / "a", replace(CONFIG, accumulate=3))
+    module = build_module()
+    loss = build_loss(module)
+
+    def compute_all(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        total = torch.zeros(())
+        for micro in range(3):
+            torch.manual_seed(derive_seed(CONFIG.seed, step, "global", micro))
+            total = total + loss(step, torch.Generator().manual_seed(derive_seed(CONFIG.seed, step, micro=micro)))[0] / 3
+        return total, {}
+
+    run_loop({"net": module}, compute_all, CONFIG, tmp_path / "b")
+    for name, tensor in accumulated.state_dict().items():
+        torch.testing.assert_close(tensor, module.state_dict()[name], rtol=1e-5, atol=1e-6)
+    entry = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])
+    assert entry["loss"] == pytest.approx(json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])["loss"], rel=1e-4)
+
+
+def test_the_networks_run_in_the_precision_that_was_asked_for(tmp_path: Path):
+    seen = {}
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
+        module = build_module()
+
+        def compute_loss(step: int, generator: torch.Generator, module: nn.Module = module, precision: str = precision) -> Any:
+            answer = module(torch.randn(16, 4, generator=generator))
+            seen[precision] = answer.dtype
+            return answer.float().square().mean(), {}
+
+        run_loop({"net": module}, compute_loss, replace(CONFIG, precision=precision), tmp_path / precision)  # type: ignore[arg-type]
+        assert seen[precision] == dtype
+        assert all(p.dtype == torch.float32 for p in module.parameters())
+
+
+def test_a_run_in_fp16_learns_what_one_in_fp32_does(tmp_path: Path):
+    errors = {}
+    for precision in ("fp16", "fp32"):
+        told: list[dict[str, Any]] = []
+        train(tmp_path / precision, replace(CONFIG, steps=80, precision=precision, log_every=1), report=told.append)
+        errors[precision] = [entry["error"] for entry in told]
+    assert errors["fp16"][-1] < 0.5 * errors["fp16"][0]
+    assert errors["fp16"][-1] == pytest.approx(errors["fp32"][-1], rel=0.1)
+
+
+def test_gradients_that_overflow_in_fp16_leave_a_step_out_and_scale_the_next_less(tmp_path: Path):
+    config = replace(CONFIG, precision="fp16")
+    train(tmp_path / "usual", config)
+    module = build_module()
+    loss = build_loss(module)
+    live: list[Tensor] = []
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        live.append(module[0].weight.detach().clone())
+        error, figures = loss(step, generator)
+        return (error * 1e35 if step == 6 else error), figures
+
+    run_loop({"net": module}, compute_loss, config, tmp_path / "overflowing")
+    assert torch.equal(live[7], live[6])
+    assert not torch.equal(live[8], live[7])
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    scales = [json.loads(read_metadata(tmp_path / name)["scaler"])["scale"] for name in ("usual", "overflowing")]
+    assert scales[1] == scales[0] / 2
+
+
+def test_gradients_that_overflow_at_every_scale_end_a_run_in_fp16(tmp_path: Path):
+    module = build_module()
+    loss = build_loss(module)
+    config = replace(CONFIG, precision="fp16", steps=40)
+    with pytest.raises(ModelError, match=r"The gradients became (inf|nan) at step 16; lower the learning rate or use fp32"):
+        run_loop({"net": module}, lambda step, generator: (loss(step, generator)[0] + (0 * module[0].weight.sum()).sqrt(), {}), config, tmp_path)
+
+
+def test_a_resumed_run_in_fp16_ends_as_if_it_had_not_stopped(tmp_path: Path):
+    config = replace(CONFIG, precision="fp16")
+    asked = iter(range(100))
+    with pytest.raises(CancelledError, match="step 5 of 12"):
+        train(tmp_path / "stopped", config, is_cancelled=lambda: next(asked) >= 5)
+    assert_equal(train(tmp_path / "stopped", config), train(tmp_path / "whole", config))
+
+
+def test_every_entry_says_how_far_the_run_is_and_how_long_it_will_take(tmp_path: Path):
+    told: list[dict[str, Any]] = []
+    train(tmp_path, replace(CONFIG, log_every=4), report=told.append)
+    assert [(e["step"], e["total"]) for e in told] == [(4, 12), (8, 12), (12, 12)]
+    assert told[-1]["eta_seconds"] == 0
+    assert all(0 <= e["eta_seconds"] < 60 for e in told)
+
+
+def test_curves_and_pictures_are_written_for_tensorboard(tmp_path: Path):
+    module = build_module()
+    config = replace(CONFIG, validate_every=6, log_every=4)
+    picture = np.zeros((6, 9, 3), np.uint8)
+    run_loop(
+        {"net": module}, build_loss(module), config, tmp_path, lambda: {"consensus": 0.25}, draw=lambda: {"slices/one 3": picture}
+    )  # fmt: skip
+    board = read_board(tmp_path)
+    assert [e.step for e in board.Scalars("training/loss")] == [4, 8, 12]
+    assert board.Scalars("training/rate")[-1].value == pytest.approx(compute_learning_rate(11, config))
+    assert [(e.step, e.value) for e in board.Scalars("validation/consensus")] == [(6, 0.25), (12, 0.25)]
+    shown = board.Images("slices/one 3")
+    assert [(e.step, e.height, e.width) for e in shown] == [(6, 6, 9), (12, 6, 9)]
+
+
+def test_curves_of_a_killed_run_go_on_where_it_resumed(tmp_path: Path):
+    module = build_module()
+    loss = build_loss(module)
+
+    def killed(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        if step == 7:
+            raise KeyboardInterrupt
+        return loss(step, generator)
+
+    config = replace(CONFIG, log_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run_loop({"net": module}, killed, config, tmp_path)
+    train(tmp_path, config)
+    assert [e.step for e in read_board(tmp_path).Scalars("training/loss")] == list(range(1, 13))
+
+
+def test_without_tensorboard_no_picture_is_drawn(tmp_path: Path):
+    module = build_module()
+    config = replace(CONFIG, validate_every=6, tensorboard=False)
+    run_loop({"net": module}, build_loss(module), config, tmp_path, lambda: {}, draw=lambda: pytest.fail("nobody would see it"))
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """Writing beyond `size` bytes of a file fails, as it does on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_from_it(tmp_path: Path):
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 3000), nn.ReLU(), nn.Linear(3000, 1))
+
+    module = build()
+    loss = build_loss(module)
+    with contextlib.ExitStack() as stack:
+
+        def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+            if step == 5:
+                stack.enter_context(file_size_limit(100_000))
+            return loss(step, generator)
+
+        with pytest.raises(StoreError, match=r"checkpoint of step 8 cannot be written .* Free some disk space there\. The checkpoint before"):
+            run_loop({"net": module}, compute_loss, CONFIG, tmp_path / "full")
+    assert read_step(tmp_path / "full") == 4
+    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["state.safetensors", "tensorboard"]
+    resumed, whole = build(), build()
+    run_loop({"net": resumed}, build_loss(resumed), CONFIG, tmp_path / "full")
+    run_loop({"net": whole}, build_loss(whole), CONFIG, tmp_path / "whole")
+    assert_equal(resumed, whole)
+
+
+def test_a_log_that_cannot_be_written_is_an_error_with_a_cure(tmp_path: Path):
+    (tmp_path / "log.jsonl").mkdir()
+    with pytest.raises(StoreError, match=r"log\.jsonl' cannot be written .*continues at its last checkpoint"):
+        train(tmp_path)
+
+
+def test_curves_that_cannot_be_written_do_not_end_a_run(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    (tmp_path / "tensorboard").write_text("a file where the folder should be")
+    assert_equal(train(tmp_path), train(tmp_path.parent / "whole"))
+    assert "the training goes on without them" in caplog.text
+
+
+def test_a_checkpoint_of_before_a_setting_existed_is_resumed(tmp_path: Path):
+    asked = iter(range(100))
+    with pytest.raises(CancelledError, match="step 5"):
+        train(tmp_path / "old", is_cancelled=lambda: next(asked) >= 5)
+    path = tmp_path / "old" / "state.safetensors"
+    metadata, tensors = read_metadata(tmp_path / "old"), load_file(path)
+    config = {k: v for k, v in json.loads(metadata["config"]).items() if k != "accumulate"}
+    save_file(tensors, path, {"step": metadata["step"], "history": metadata["history"], "config": json.dumps({**config, "checkpoint_every": 4})})
+    assert_equal(train(tmp_path / "old"), train(tmp_path / "whole"))
+
+
+def test_what_changes_no_weight_may_differ_when_a_run_is_resumed(tmp_path: Path):
+    asked = iter(range(100))
+    with pytest.raises(CancelledError, match="step 5"):
+        train(tmp_path / "a", is_cancelled=lambda: next(asked) >= 5)
+    changed = replace(CONFIG, checkpoint_every=1, log_every=1, tensorboard=False)
+    assert_equal(train(tmp_path / "a", changed), train(tmp_path / "b"))
+
+
+def test_a_run_that_depends_on_something_else_is_refused_by_name(tmp_path: Path):
+    train(tmp_path, settings={"losses": {"dice": 1.0, "mask": 0.3}, "data": {"one": "abc"}})
+    with pytest.raises(RequestError, match=r"other settings \(data.two, losses.mask differ\)"):
+        train(tmp_path, settings={"losses": {"dice": 1.0, "mask": 0.4}, "data": {"one": "abc", "two": "def"}})
+    train(tmp_path, settings={"losses": {"mask": 0.3, "dice": 1.0}, "data": {"one": "abc"}})
+
+
+def test_a_run_that_would_train_nothing_is_refused(tmp_path: Path):
+    module = build_module().requires_grad_(False)
+    with pytest.raises(RequestError, match="Nothing would be trained"):
+        run_loop({"net": module}, build_loss(module), CONFIG, tmp_path)

@@ -285,13 +285,14 @@ class _Run:
         self.team.sum_gradients(self.parameters.values())
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip))
-        finite = math.isfinite(norm)
-        if not finite and (self.precision != "fp16" or self.scaler.get_scale() < 1):
-            # One step with such gradients would end up in every weight, and in the next checkpoint.
-            raise ModelError(f"The gradients became {norm} at step {step}; lower the learning rate or use fp32. {kept}")
-        # In fp16 gradients overflow now and then: the scaler leaves the step out and scales the next loss less.
-        self.scaler.step(self.optimizer)
+        finite, scale = math.isfinite(norm), self.scaler.get_scale()
+        if finite:
+            self.scaler.step(self.optimizer)
         self.scaler.update()
+        # In fp16 gradients overflow now and then: the step is left out and the next loss scaled less. Everywhere else one step with such
+        # gradients would end up in every weight, and in the next checkpoint.
+        if not finite and not 1 <= self.scaler.get_scale() < scale:
+            raise ModelError(f"The gradients became {norm} at step {step}; lower the learning rate or use fp32. {kept}")
         if finite:
             self.average.update(self.parameters, step)
         self.step += 1

@@ -33,7 +33,7 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._draw(lambda: SummaryWriter(str(folder / BOARD), purge_step=first or None, flush_secs=30), keep=True)
+            self._draw(lambda: SummaryWriter(str(folder / BOARD), purge_step=first + 1 if first else None, flush_secs=30), keep=True)
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Note the figures of a training step; ``step`` must be among them."""

@@ -173,6 +173,7 @@ class ServerOptions:
             address all of them would have to be fetched).
         score_prompt: The structures to score, as a request names them.
         reserve_minutes: How long an image stays with the client that got it as next sample, 0.1..1440.
+        training_nice: How far trainings step back from requests on the processor, 0 (not at all) to 19.
         next_strategy: What the strategy `random` stands for, see `progidiff.acquisition.STRATEGIES`.
         acquisition: Settings of the choice of slices, "name=value,name=value", see `progidiff.acquisition.AcquisitionConfig`.
         retrain_after: Newly annotated slices after which a training starts by itself; 0 for never.
@@ -198,6 +199,7 @@ class ServerOptions:
     score_prompt: str = "all"
     reserve_minutes: float = 30.0
     next_strategy: str = "proposal_disagreement"
+    training_nice: int = 5
     acquisition: str = ""
     retrain_after: int = 0
     retrain_task: str = "progidiff_adapt"
@@ -237,6 +239,7 @@ class ServerOptions:
             score_prompt=given.get("score_prompt", cls.score_prompt),
             reserve_minutes=read_float(given.get("reserve_minutes", cls.reserve_minutes), "--conf reserve_minutes", 0.1, 1440),
             next_strategy=given.get("next_strategy", cls.next_strategy),
+            training_nice=read_int(given.get("training_nice", cls.training_nice), "--conf training_nice", 0, 19),
             acquisition=given.get("acquisition", cls.acquisition),
             retrain_after=read_int(given.get("retrain_after", cls.retrain_after), "--conf retrain_after", 0, 1_000_000),
             retrain_task=given.get("retrain_task", cls.retrain_task),

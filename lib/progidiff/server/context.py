@@ -19,8 +19,10 @@ from progidiff.server.remote_labels import RemoteLabels
 from progidiff.server.served_images import ServedImages
 
 if TYPE_CHECKING:  # they ask the context themselves
+    from progidiff.server.retraining import Retraining
     from progidiff.server.scoring import PoolScorer
     from progidiff.server.selection import Selection
+    from progidiff.training_runs import TrainingRunner
 
 
 @dataclass
@@ -38,7 +40,10 @@ class Context:
         on_saved: Asked after every new label of tag `final`; what they return goes into the answer. One that raises is logged.
         scorer: Scores the pool in the background.
         selection: Chooses what is annotated next.
+        retraining: Starts trainings after so many annotated slices.
         auth: Finds out who sends a request.
+        training: Starts and watches trainings.
+        on_published: Called with ``name@version`` after another version is served, "" for the model itself; one that raises is logged.
     """
 
     app: MONAILabelApp
@@ -52,6 +57,9 @@ class Context:
     on_saved: list[Callable[[Annotation], dict[str, Any]]] = field(default_factory=list)
     scorer: PoolScorer = field(init=False)
     selection: Selection = field(init=False)
+    retraining: Retraining = field(init=False)
+    training: TrainingRunner = field(init=False)
+    on_published: list[Callable[[str], None]] = field(default_factory=list)
 
 
 def get_context() -> Context:

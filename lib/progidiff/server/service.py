@@ -36,7 +36,6 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask
 from monailabel.interfaces.utils.app import app_instance
 
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError
-from progidiff.jobs import DeviceQueue
 from progidiff.options import OPTION_NAMES, read_choice, read_int
 from progidiff.server import answers, guard
 from progidiff.server.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
@@ -56,7 +55,7 @@ _UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha)$", re.IGNORECASE)
 _DOWNLOADS = threading.Lock()
 """The host takes a DICOM folder that another thread is still filling for a whole series."""
 
-_served_queues: list[DeviceQueue] = []
+_closers: list[Callable[[], None]] = []
 
 
 def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> None:
@@ -80,7 +79,8 @@ def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> N
     context = cast(Any, app).context
     guard.install(web, context.auth, context.options)
     web.middleware_stack = None  # Built again with these handlers at the next request.
-    _end_jobs_on_signals([task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)])
+    queues = [task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)]
+    _end_jobs_on_signals([queue.close for queue in queues] + [context.training.close])
 
 
 def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,9 +211,9 @@ def get_info(app: MONAILabelApp) -> dict[str, Any]:
         }
 
 
-def _end_jobs_on_signals(queues: list[DeviceQueue]) -> None:
-    """On Ctrl-C or SIGTERM cancel all jobs before the web server, which waits for open requests, sees the signal."""
-    _served_queues[:] = queues
+def _end_jobs_on_signals(closers: list[Callable[[], None]]) -> None:
+    """On Ctrl-C or SIGTERM cancel all jobs and the training before the web server, which waits for open requests, sees the signal."""
+    _closers[:] = closers
     if threading.current_thread() is not threading.main_thread():
         return  # A reload, served by a thread: the handlers are there since the start.
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -230,8 +230,8 @@ class _EndJobs:
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         # In a thread: the interrupted code may hold the queue's lock.
-        for queue in _served_queues:
-            threading.Thread(target=queue.close, daemon=True).start()
+        for close in _closers:
+            threading.Thread(target=close, daemon=True).start()
         self._previous(number, frame)
 
 

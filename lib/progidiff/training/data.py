@@ -191,6 +191,7 @@ class SliceCache:
         )
         target = folder / f"{case.name}-{digest.hexdigest()[:16]}"
         if (target / "meta.json").is_file():
+            os.utime(target / "meta.json")  # Says when it was used last.
             return target, content
         volume = load_volume(case.image, info=case.info)
         stack, spacing = volume.to_stack()

@@ -1,0 +1,170 @@
+"""The server's trainings: gathers labels from the datastore for a run, and describes runs and versions for clients."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from progidiff.adapters import AdapterCard, AdapterStore, compute_base_digest
+from progidiff.annotations import FINAL
+from progidiff.errors import ModelError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.server.context import Context
+from progidiff.server.datastore import is_folder
+from progidiff.server.service import find_image
+from progidiff.training.labels import AcceptedLabel, build_cases, load_folder_names, to_json
+from progidiff.training_options import TrainingOptions
+from progidiff.training_runs import ACTIVE, TrainingRunner
+
+logger = logging.getLogger(__name__)
+
+HOST_STATES = {**dict.fromkeys(ACTIVE, "RUNNING"), "done": "DONE", "failed": "ERROR", "interrupted": "ERROR", "stopped": "STOPPED"}
+"""What the host's clients call the state of a run: they look for RUNNING and show the other words."""
+
+_HOST_TIME = "%Y-%m-%d %H:%M:%S"
+
+
+def build_runner(context: Context) -> TrainingRunner:
+    """The runner of this server; starts nothing. It gives way to requests that want the device."""
+
+    def check() -> None:
+        if not _list_labelled(context):
+            raise RequestError("No image has an accepted label yet. Save a label with tag final (Submit Label in 3D Slicer), then train.")
+
+    runner = TrainingRunner(
+        context.options.store / "training",
+        lambda options: collect(context, options),
+        check,
+        context.on_published,
+        nice=context.options.training_nice,
+    )
+    context.infer.queue.on_demand.append(runner.set_demand)
+    return runner
+
+
+def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
+    """What a run needs to know: the accepted labels as they are now, and the model.
+
+    Images that are gone or cannot be fetched are left out with a line in the log.
+
+    Raises:
+        RequestError: if nothing is left to train on, or labels.json is damaged.
+    """
+    datastore = context.app.datastore()
+    labels = []
+    for image in _list_labelled(context):
+        try:
+            path = Path(find_image(context.app, image))
+        except ProGiDiffError as err:
+            logger.warning("'%s' is left out of the training: %s", image, err)
+            continue
+        label_id = datastore.get_label_by_image_id(image, FINAL) or image
+        label = Path(datastore.get_label_uri(label_id, FINAL))
+        labels.append(AcceptedLabel(image, path, label, datastore.get_label_info(label_id, FINAL), datastore.get_image_info(image)))
+    studies = context.app.studies
+    cases = build_cases(labels, load_folder_names(Path(studies)) if is_folder(studies) else None, context.annotations)
+    if not cases:
+        raise RequestError("No slice of any image is annotated, or the images are gone. Save a label with tag final, then train.")
+    engine = context.infer.engine
+    return {
+        "cases": to_json(cases),
+        "model_dir": str(engine.model_dir),
+        "adapters": str(engine.adapters.root),
+        "backbone": context.options.backbone,
+        "device": context.options.device,
+    }
+
+
+def describe_for_host(status: dict[str, Any]) -> dict[str, Any]:
+    """A run as the host describes a task, with ours beside it: viewers read id, status, start_ts, end_ts, result and the last of details."""
+    told = status["message"] or status["state"]
+    task = {
+        "id": status["id"],
+        "status": HOST_STATES[status["state"]],
+        "request": {"model": status["trainer"], **status["params"]},
+        "start_ts": datetime.fromtimestamp(status["started"]).strftime(_HOST_TIME),
+        "details": [told],
+        "result": told,
+    }
+    if status["ended"] is not None:
+        task["end_ts"] = datetime.fromtimestamp(status["ended"]).strftime(_HOST_TIME)
+    return {**{k: v for k, v in status.items() if k not in ("id", "log")}, **task}
+
+
+def describe_stats(status: dict[str, Any]) -> dict[str, Any]:
+    """A run as an entry of the host's ``train_stats``: a step counts as an epoch, and ``total_time`` is empty while it lasts."""
+    running = status["state"] in ACTIVE
+    ours = ("trainer", "state", "stage", "step", "total", "eta_seconds", "message", "reason", "published", "version")
+    total_time = "" if running else str(timedelta(seconds=round((status.get("ended") or 0) - status.get("started", 0))))
+    return {
+        "epoch": status.get("step", 0),
+        "total_epochs": max(1, status.get("total", 0)),
+        "best_metric": float(status.get("best_metric", 0.0)),
+        "start_ts": int(status.get("started", 0)),
+        "total_time": total_time,
+        **{name: status[name] for name in ours if name in status},
+    }
+
+
+def list_versions(store: AdapterStore, model_dir: Path) -> list[dict[str, Any]]:
+    """All adapters with their versions; one that is damaged is named and does not end the list.
+
+    Returns:
+        Per adapter: name, modality, current (number or None), published (seconds since 1970), problem, history and versions, newest
+        first: version, kind, created, structures, fits (whether it belongs to the loaded base), accepted, verdict, parent, cases,
+        dice {"base", "current", "adapted"}, problem.
+    """
+    base = compute_base_digest(model_dir)
+    return [
+        {
+            "name": entry.name,
+            "current": entry.current,
+            "published": entry.published,
+            "problem": entry.problem,
+            "history": store.history(entry.name),
+            "versions": [_describe_version(store, entry.name, version, base) for version in reversed(entry.versions)],
+        }
+        for entry in store.entries()
+    ]
+
+
+def use_version(store: AdapterStore, model_dir: Path, name: str, version: int) -> AdapterCard:
+    """Serve a version.
+
+    Raises:
+        NotFoundError: if there is no such version.
+        ModelError: if it is damaged or belongs to another base; the served one stays.
+    """
+    card = store.card(name, version)
+    store.load(card, compute_base_digest(model_dir))
+    return store.publish(name, version)
+
+
+def _describe_version(store: AdapterStore, name: str, version: int, base: str) -> dict[str, Any]:
+    try:
+        card = store.card(name, version)
+        run = store.run(card)
+    except (ModelError, NotFoundError) as err:
+        return {"version": version, "problem": str(err)}
+    return {
+        "version": version,
+        "kind": card.kind,
+        "modality": card.modality,
+        "structures": list(card.structures),
+        "created": card.created,
+        "base": card.base_name,
+        "fits": card.base == base,
+        "accepted": run.get("accepted"),
+        "verdict": run.get("verdict", ""),
+        "parent": run.get("parent"),
+        "training_cases": run.get("training_cases", []),
+        "held_out_cases": run.get("held_out_cases", []),
+        "dice": run.get("validation", {}),
+        "problem": "",
+    }
+
+
+def _list_labelled(context: Context) -> list[str]:
+    """Images that the datastore has an accepted label of."""
+    return sorted(str(image) for image in context.app.datastore().get_labeled_images())

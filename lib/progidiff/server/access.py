@@ -67,6 +67,7 @@ RULES: tuple[Rule, ...] = (
     Rule("GET", "/openapi.json", READ, "Description of all routes"),
     Rule("GET", "/docs", READ, f"{CLOSED} (its page loads scripts from another site)"),
     Rule("GET", "/static/{path:path}", READ, "Files of the host's wheel (OHIF)"),
+    Rule("GET", "/ohif/app-config.js", READ, "How OHIF reaches this server"),
     Rule("GET", "/ohif/{path:path}", READ, "OHIF"),
     # What this app adds
     Rule("GET", "/progidiff/jobs", READ, "Query: image; waiting, running and recent jobs"),
@@ -160,7 +161,7 @@ RULES: tuple[Rule, ...] = (
     Rule("POST", "/proxy/dicom/stow/{path:path}", ANNOTATE, "studies[/{uid}]: stores DICOM instances (multipart/related)", UPLOAD, LONG),
     Rule("POST", "/proxy/dicom/wado/{path:path}", ANNOTATE, "The same (OHIF stores through its wado root)", UPLOAD, LONG),
     Rule("POST", "/proxy/dicom/qido/{path:path}", ANNOTATE, "The same", UPLOAD, LONG),
-    Rule("POST", "/proxy/dicom/{path:path}", ANNOTATE, "The same", UPLOAD, LONG),
+    Rule("POST", "/proxy/dicom/{path:path}", ANNOTATE, f"{CLOSED} (no address to store at)", UPLOAD, LONG),
 )
 
 UNKNOWN = Rule("*", "*", ADMINISTER, "Whatever is not in this table")

@@ -13,6 +13,7 @@
     +-- AccessError           403   this user, address or page may not do this
     |   +-- LoginError        401   no login, or a wrong or expired one
     +-- CancelledError        409   the work was cancelled on request
+    +-- ConflictError         409   somebody else changed the same thing meanwhile
     +-- BusyError             503   try again later (`retry_after` seconds)
     |   +-- TooManyTriesError 429   too many failed logins
     +-- ModelError            503   weights are missing, incomplete or do not fit together
@@ -94,6 +95,12 @@ class LoginError(AccessError):
 
 class CancelledError(ProGiDiffError):
     """The work was cancelled on request; nothing of it was kept."""
+
+    status = 409
+
+
+class ConflictError(ProGiDiffError):
+    """Somebody else changed the same thing meanwhile."""
 
     status = 409
 

@@ -1,6 +1,7 @@
 # make serve        everything from a fresh clone to a server on http://127.0.0.1:8000 (PORT=9000 changes the port)
 # make setup        virtual environment in .venv, packages, sample images; quick when nothing changed
 # make test         the tests; make test-slow adds those that take minutes or gigabytes
+# make test-browser the tests in a real browser; needs chromium, nodejs and npm (Debian's), skips with a reason without them
 # make check        ruff, mypy, import-linter
 #
 # PYTHON=...        the interpreter for .venv (3.11 or 3.12)
@@ -21,7 +22,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup serve test test-slow check
+.PHONY: setup serve test test-slow test-browser check
 
 setup: $(STAMP)
 	@$(BIN)/python sample_datastore/prepare.py
@@ -44,7 +45,11 @@ test: setup
 	$(BIN)/python -m pytest
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest -m "not browser"
+
+test-browser: setup
+	@command -v npm > /dev/null && npm ci --prefix tests/browser --no-audit --no-fund --silent || echo "Without npm the browser tests are skipped."
+	$(BIN)/python -m pytest -m browser -rs tests/browser
 
 check: setup
 	$(BIN)/ruff check .

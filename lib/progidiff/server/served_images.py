@@ -12,8 +12,9 @@ from monailabel.interfaces.datastore import Datastore
 
 from progidiff.dicomweb.catalogue import Catalogue, Entry
 from progidiff.dicomweb.frames import FrameStore, Series
+from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.errors import NotFoundError
-from progidiff.volume import Volume, load_label, load_volume, save_array
+from progidiff.volume import Volume, load_label, load_volume, save_array, save_mask
 
 _UID = re.compile(r"\d+(\.\d+)+")
 
@@ -89,15 +90,26 @@ class ServedImages:
         """
         return self._frames.open(entry.identity, lambda: self.load(entry))
 
-    def to_served_order(self, mask_file: Path, entry: Entry) -> None:
-        """Rewrite a mask on the grid of the image's file to that of the series, in place.
+    def to_series_grid(self, mask_file: Path, entry: Entry) -> None:
+        """Rewrite a mask on the grid of the image's file to that of its series, in place.
 
         OHIF takes the voxels of a mask as they come and ignores its header.
         """
-        series = self.open(entry)
         volume = self.load(entry)
-        array, affine = series.grid.file_order(volume.arrange(load_label(mask_file, volume)))
+        array, affine = ServedGrid.of(volume).file_order(volume.arrange(load_label(mask_file, volume)))
         save_array(array, affine, mask_file)
+
+    def to_image_grid(self, mask_file: Path, entry: Entry) -> None:
+        """The inverse of `to_series_grid`, for masks that a client made on the slices of the series.
+
+        Raises:
+            GeometryError: if the mask is not on the grid of the series.
+        """
+        volume = self.load(entry)
+        grid = ServedGrid.of(volume)
+        array, affine = grid.file_order(volume.arrange(volume.array))
+        labels = load_label(mask_file, Volume(array, affine, volume.modality, volume.modality_source, volume.name))
+        save_mask(volume.from_stack(labels.transpose(2, 1, 0)), volume, mask_file)
 
     def _path(self, image: str) -> Path | None:
         path = Path(str(self._datastore().get_image_uri(image) or ""))

@@ -1,0 +1,192 @@
+// The viewer, as the panel needs it: everything that touches OHIF or Cornerstone is in this file, and nothing here is sure to be there.
+// Slices are counted as the server counts them, ascending along their normal, whatever the order that the viewer loads them in.
+
+const SEGMENTATION = 'progidiff';
+const LABELMAP = 'Labelmap';
+const SERVICES = ['viewportGridService', 'displaySetService', 'segmentationService', 'cornerstoneViewportService'];
+
+/** Whether the viewer offers what the panel uses; names what is missing. */
+export function findMissing() {
+  const missing = SERVICES.filter((name) => !window.services?.[name]);
+  if (typeof window.services?.segmentationService?.createLabelmapForDisplaySet !== 'function') missing.push('createLabelmapForDisplaySet');
+  if (!window.cornerstone?.cache || !window.cornerstone?.metaData) missing.push('cornerstone');
+  if (!window.cornerstoneTools?.segmentation) missing.push('cornerstoneTools');
+  return missing;
+}
+
+/** The export of a segmentation to the data source: the stock command forgets to name it, and fails silently. */
+export function mendExport() {
+  const { commandsManager, extensionManager } = window;
+  if (typeof commandsManager?.runCommand !== 'function' || typeof extensionManager?.getActiveDataSource !== 'function') return;
+  const run = commandsManager.runCommand.bind(commandsManager);
+  commandsManager.runCommand = (name, options = {}, ...rest) => {
+    if (name === 'storeSegmentation' && options && !options.dataSource) {
+      options = { ...options, dataSource: extensionManager.getActiveDataSource()[0] };
+    }
+    return run(name, options, ...rest);
+  };
+}
+
+const dot = (a, b) => a[0] * b[0] + a[1] * b[1] + a[2] * b[2];
+const cross = (a, b) => [a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]];
+const scale = (a, factor) => a.map((value) => value * factor);
+
+/** The image series in the active viewport, or null. */
+export function findActive() {
+  const { viewportGridService, displaySetService } = window.services;
+  const { viewports, activeViewportId } = viewportGridService.getState();
+  const viewport = viewports?.get?.(activeViewportId);
+  for (const uid of viewport?.displaySetInstanceUIDs || []) {
+    const displaySet = displaySetService.getDisplaySetByUID(uid);
+    if (displaySet && ['CT', 'MR'].includes(displaySet.Modality) && displaySet.instances?.length > 1) {
+      return new Series(displaySet);
+    }
+  }
+  return null;
+}
+
+export class Series {
+  constructor(displaySet) {
+    const instance = displaySet.instances[0];
+    const orientation = Array.from(instance.ImageOrientationPatient, Number);
+    const [row, column] = [orientation.slice(0, 3), orientation.slice(3)];
+    const normal = cross(row, column);
+    const places = displaySet.instances.map((entry) => Array.from(entry.ImagePositionPatient, Number));
+    places.sort((a, b) => dot(a, normal) - dot(b, normal));
+    const last = places.length - 1;
+    const spacing = Array.from(instance.PixelSpacing, Number);
+    this.displaySet = displaySet;
+    this.uid = displaySet.SeriesInstanceUID;
+    this.study = displaySet.StudyInstanceUID;
+    this.normal = normal;
+    this.heights = places.map((place) => dot(place, normal));
+    this.grid = {
+      shape: [places.length, Number(instance.Rows), Number(instance.Columns)],
+      origin: places[0],
+      directions: [scale(row, spacing[1]), scale(column, spacing[0]), places[last].map((value, axis) => (value - places[0][axis]) / last)],
+    };
+    this.origin = places[0];
+  }
+
+  /** The index of the slice at a place, or -1. */
+  findSlice(place) {
+    const height = dot(Array.from(place), this.normal);
+    const nearest = this.heights.reduce((best, value, z) => (Math.abs(value - height) < Math.abs(this.heights[best] - height) ? z : best), 0);
+    return Math.abs(this.heights[nearest] - height) < Math.abs(dot(this.grid.directions[2], this.normal)) / 2 ? nearest : -1;
+  }
+
+  /** The slice that is shown in the active viewport, or -1 if that shows another plane. */
+  currentSlice() {
+    const viewport = getViewport();
+    const id = viewport?.getCurrentImageId?.();
+    const place = id && window.cornerstone.metaData.get('imagePlaneModule', id)?.imagePositionPatient;
+    return place ? this.findSlice(place) : -1;
+  }
+
+  /** Show a slice. */
+  jumpTo(z) {
+    const viewport = getViewport();
+    if (!viewport) return;
+    const ids = viewport.getImageIds?.() || [];
+    const wanted = ids.findIndex((id) => {
+      const place = window.cornerstone.metaData.get('imagePlaneModule', id)?.imagePositionPatient;
+      return place && this.findSlice(place) === z;
+    });
+    if (typeof viewport.setImageIdIndex === 'function' && wanted >= 0) {
+      viewport.setImageIdIndex(wanted);
+    } else if (typeof viewport.jumpToWorld === 'function') {
+      const { shape, origin, directions } = this.grid;
+      const middle = [(shape[2] - 1) / 2, (shape[1] - 1) / 2, z];
+      viewport.jumpToWorld(origin.map((value, axis) => value + directions.reduce((sum, step, i) => sum + step[axis] * middle[i], 0)));
+    }
+    viewport.render?.();
+  }
+
+  get bytes() {
+    return this.grid.shape.reduce((product, size) => product * size, 1);
+  }
+
+  /** The labelmap of the panel, made if need be. `segments`: [{index, label, color: [r, g, b]}]. */
+  async openLabelmap(segments) {
+    const { segmentationService, viewportGridService } = window.services;
+    const viewportId = viewportGridService.getState().activeViewportId;
+    const id = `${SEGMENTATION}-${this.uid}`;
+    if (!segmentationService.getSegmentation(id)) {
+      const named = Object.fromEntries(segments.map(({ index, label }, i) => [index, { segmentIndex: index, label, active: i === 0, locked: false }]));
+      await segmentationService.createLabelmapForDisplaySet(this.displaySet, { segmentationId: id, label: 'ProGiDiff', segments: named });
+    }
+    const shown = segmentationService.getSegmentationRepresentations?.(viewportId, { segmentationId: id, type: LABELMAP }) || [];
+    if (!shown.length) await segmentationService.addSegmentationRepresentation(viewportId, { segmentationId: id, type: LABELMAP });
+    for (const { index, color } of segments) {
+      try {
+        window.cornerstoneTools.segmentation.config.color.setSegmentIndexColor(viewportId, id, index, [...color, 255]);
+      } catch {
+        // A colour of the viewer's own then.
+      }
+    }
+    return new Labelmap(this, id);
+  }
+}
+
+function getViewport() {
+  const { viewportGridService, cornerstoneViewportService } = window.services;
+  return cornerstoneViewportService.getCornerstoneViewport(viewportGridService.getState().activeViewportId);
+}
+
+class Labelmap {
+  constructor(series, id) {
+    this.series = series;
+    this.id = id;
+  }
+
+  /** Slice -> its voxels, as they are shown. */
+  _slices() {
+    const { cache, metaData } = window.cornerstone;
+    const data = window.cornerstoneTools.segmentation.state.getSegmentation(this.id)?.representationData?.[LABELMAP];
+    const ids = data?.imageIds?.length ? data.imageIds : cache.getVolume(data?.volumeId)?.imageIds || [];
+    const slices = new Map();
+    for (const id of ids) {
+      const place = metaData.get('imagePlaneModule', id)?.imagePositionPatient;
+      const voxels = cache.getImage(id)?.voxelManager?.getScalarData();
+      const z = place ? this.series.findSlice(place) : -1;
+      if (z >= 0 && voxels) slices.set(z, voxels);
+    }
+    if (slices.size !== this.series.grid.shape[0]) {
+      throw new Error(`The viewer gives ${slices.size} of the ${this.series.grid.shape[0]} slices of the mask. Reload the page.`);
+    }
+    return slices;
+  }
+
+  /** Show a mask of `server.getMask`, in place of what is shown. */
+  write({ box: [z0, z1, y0, y1, x0, x1], voxels }) {
+    const [, , columns] = this.series.grid.shape;
+    const width = x1 - x0;
+    for (const [z, target] of this._slices()) {
+      target.fill(0);
+      for (let y = y0; z >= z0 && z < z1 && y < y1; y++) {
+        const from = ((z - z0) * (y1 - y0) + (y - y0)) * width;
+        target.set(voxels.subarray(from, from + width), y * columns + x0);
+      }
+    }
+    this.refresh();
+  }
+
+  /** A copy of one slice. */
+  readSlice(z) {
+    return this._slices().get(z).slice();
+  }
+
+  /** A copy of everything, slice by slice. */
+  read() {
+    const [depth, rows, columns] = this.series.grid.shape;
+    const all = new Uint8Array(depth * rows * columns);
+    for (const [z, voxels] of this._slices()) all.set(voxels, z * rows * columns);
+    return all;
+  }
+
+  refresh() {
+    const { triggerSegmentationEvents } = window.cornerstoneTools.segmentation;
+    triggerSegmentationEvents.triggerSegmentationDataModified(this.id);
+    getViewport()?.render?.();
+  }
+}

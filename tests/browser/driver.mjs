@@ -1,0 +1,30 @@
+// Starts the system's Chromium without a screen, and hands results to pytest as one line of JSON.
+
+import { chromium } from 'playwright-core';
+
+const ARGUMENTS = ['--no-sandbox', '--use-gl=angle', '--use-angle=swiftshader', '--enable-unsafe-swiftshader', '--ignore-gpu-blocklist'];
+
+/**
+ * Run a script in a fresh page; `node script.mjs '<JSON>'` with at least {url, chromium, shots (folder), width, height}.
+ * @param {(page: import('playwright-core').Page, given: object, tools: object) => Promise<object>} script
+ */
+export async function drive(script) {
+  const given = JSON.parse(process.argv[2]);
+  const browser = await chromium.launch({ executablePath: given.chromium, args: ARGUMENTS });
+  const page = await browser.newPage({ viewport: { width: given.width ?? 1280, height: given.height ?? 800 } });
+  const problems = [];
+  page.on('pageerror', (error) => problems.push(String(error)));
+  page.on('console', (message) => { if (message.type() === 'error') problems.push(message.text()); });
+  page.setDefaultTimeout(given.timeout ?? 120000);
+  const shoot = (name) => page.screenshot({ path: `${given.shots}/${name}.png` });
+  try {
+    const result = await script(page, given, { shoot, browser });
+    process.stdout.write(`\nRESULT ${JSON.stringify({ ...result, problems })}\n`);
+  } catch (error) {
+    await shoot('failed').catch(() => undefined);
+    process.stderr.write(`${error.stack}\nThe page said:\n${problems.slice(-20).join('\n')}\n`);
+    process.exitCode = 1;
+  } finally {
+    await browser.close();
+  }
+}

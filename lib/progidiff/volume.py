@@ -262,7 +262,7 @@ def read_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], np.nd
             affine[:count, 3] = reader.GetOrigin()[:count]
             affine = _LPS_TO_RAS @ affine
     except _READ_ERRORS as err:
-        reason = " ".join(str(err).split())[-300:] or type(err).__name__
+        reason = _explain(err, path)
         raise ImageError(f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or of another format; export it again.") from err
     if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
         raise ImageError(f"'{path.name}' has {_times(shape)} voxels; a single volume of slices is needed.")
@@ -420,7 +420,7 @@ def _read(path: Path) -> _Raw:
                 "with one DICOM series."
             )
     except _READ_ERRORS as err:
-        reason = " ".join(str(err).split())[-300:] or type(err).__name__
+        reason = _explain(err, path)
         raise ImageError(f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or of another format; export it again.") from err
     return _Raw(_squeeze(raw.array, path), np.asarray(raw.affine, dtype=np.float64), raw.modality)
 
@@ -743,3 +743,11 @@ def compute_window(volume: Volume) -> tuple[float, float]:
     body = values[values > compute_body_threshold(volume)]
     low, high = (float(v) for v in np.percentile(body if body.size >= 64 else values, (1, 99)))
     return (low, high) if high > low else (float(volume.array.min()), float(volume.array.max()))
+
+
+def _explain(err: Exception, path: Path) -> str:
+    """What a reader says, without the folder: whoever sent an image need not learn where it lies on the server."""
+    text = " ".join(str(err).split())
+    for folder in {str(path.parent), str(path.resolve().parent)} - {".", os.sep}:
+        text = text.replace(folder + os.sep, "")
+    return text[-300:] or type(err).__name__

@@ -360,7 +360,12 @@ def install(web: FastAPI, auth: Authenticator, options: ServerOptions) -> None:
     """Put the guard before the routes, and the configured origins in the place of the host's CORS, which lets every page in.
 
     Safe to call again.
+
+    Raises:
+        RequestError: if the host's own login is switched on, whose check of tokens fails for valid ones and would shut everybody out.
     """
+    if settings.MONAI_LABEL_AUTH_ENABLE:
+        raise RequestError("MONAI_LABEL_AUTH_ENABLE is set, and MONAI Label 0.8.5 refuses valid tokens. Unset it and use --conf users_file FILE.")
     replaced: tuple[Any, ...] = (CORSMiddleware, Guard)
     kept = [entry for entry in web.user_middleware if entry.cls not in replaced]
     ours = [Middleware(Guard, auth=auth, options=options)]

@@ -110,6 +110,7 @@ class TrainingRunner:
         on_published: Called with ``name@version`` when another version is served, with "" for the model itself.
         stop_seconds: See `STOP_SECONDS`.
         nice: How far the process steps back on the processor, 0 to 19.
+        module: What the process runs.
     """
 
     def __init__(
@@ -120,12 +121,14 @@ class TrainingRunner:
         on_published: Sequence[Callable[[str], None]] = (),
         stop_seconds: float = STOP_SECONDS,
         nice: int = 0,
+        module: str = "progidiff.training_child",
     ) -> None:
         self.root = Path(root)
         self._collect = collect
         self._check = check
         self._on_published = on_published
         self._stop_seconds = stop_seconds
+        self._arguments = [sys.executable, "-m", module]
         self._nice = nice
         self._lock = threading.Lock()
         self._pipe_lock = threading.Lock()
@@ -278,7 +281,7 @@ class TrainingRunner:
         oom_kills = _count_oom_kills()
         with (active.folder / LOG).open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "progidiff.training_child", str(active.folder), str(os.getpid()), str(self._nice)],
+                [*self._arguments, str(active.folder), str(os.getpid()), str(self._nice)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

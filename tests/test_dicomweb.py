@@ -176,7 +176,7 @@ def test_the_catalogue_reads_an_image_once_and_again_when_it_changed(folder: Pat
     assert (entry.identity.modality, entry.identity.study_date, entry.identity.description) == ("CT", "20240229", "a spine")
     assert (entry.num_slices, entry.refused) == (10, "")
     with monkeypatch.context() as patch:
-        patch.setattr("progidiff.dicomweb.catalogue._describe", lambda *_: pytest.fail("read again"))
+        patch.setattr("progidiff.dicomweb.catalogue.describe_file", lambda *_: pytest.fail("read again"))
         assert Catalogue(folder / "state").describe("case", folder / "case.nii.gz") == entry
     volume = make_volume(AXIAL, (12, 10, 8))
     save_array(volume.array, volume.affine, folder / "case.nii.gz")

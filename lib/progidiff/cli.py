@@ -24,7 +24,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
-from progidiff import cli_training, cli_users
+from progidiff import cli_audit, cli_loop, cli_training, cli_users
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
 
@@ -386,6 +386,24 @@ def prompts(
     typer.echo(f"\n{len(known)} structures of {source}. 'all' means all of them, 'kidneys' both; 'all except the liver' leaves one out.")
 
 
+@app.command("export-dicom")
+def export_dicom(
+    image: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MetaImage file.", show_default=False)],
+    folder: Annotated[Path, typer.Argument(help="New folder for the DICOM files, one per axial slice.", show_default=False)],
+    modality: ModalityOption = None,
+) -> None:
+    """Write an image as a DICOM series, on the same grid and with the UIDs that the server gives it."""
+    from progidiff.dicomweb.catalogue import describe_file
+    from progidiff.dicomweb.export import export_series
+    from progidiff.dicomweb.frames import Series
+    from progidiff.volume import load_volume, strip_suffix
+
+    volume = load_volume(image, modality)
+    entry = describe_file(strip_suffix(image), image, {"modality": volume.modality})
+    files = export_series(Series.of(entry.identity, volume), folder)
+    typer.echo(f"{len(files)} slices of series {entry.identity.series_uid} in {folder}")
+
+
 def _describe_prediction(
     volume: Any,
     image: Path,
@@ -475,7 +493,9 @@ def _save_json(values: dict[str, Any], path: Path) -> None:
 
 
 cli_training.register(app)
+cli_loop.register(app)
 cli_users.register(app)
+cli_audit.register(app)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ class Catalogue:
             mark = _mark(path)
             known = self._known.get(image) or self._load(image)
             if known is None or known[0] != mark:
-                known = (mark, _describe(image, path, info))
+                known = (mark, describe_file(image, path, info))
                 self._save(image, *known)
             self._known[image] = known
             return known[1]
@@ -112,7 +112,8 @@ def _mark(path: Path) -> list[int]:
     return mark
 
 
-def _describe(image: str, path: Path, info: Mapping[str, Any] | None) -> Entry:
+def describe_file(image: str, path: Path, info: Mapping[str, Any] | None = None) -> Entry:
+    """The entry of an image; see `Catalogue.describe`, which keeps it."""
     digest = ""
     modality: Modality = "CT"
     try:

@@ -15,6 +15,11 @@ SHEAR_TOLERANCE = 0.02
 _RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
+def compute_lps_affine(volume: Volume) -> np.ndarray:
+    """Index (x, y, z, 1) into the axial stack -> LPS mm, shape (4, 4)."""
+    return _RAS_TO_LPS @ volume.stack_affine
+
+
 @dataclass(frozen=True, eq=False)
 class ServedGrid:
     """A stack of parallel rectangular slices.
@@ -35,7 +40,7 @@ class ServedGrid:
             GeometryError: if the axes of the volume are not at right angles, which DICOM slices cannot say.
         """
         stack, _ = volume.to_stack()
-        grid = cls((stack.shape[0], stack.shape[1], stack.shape[2]), _RAS_TO_LPS @ volume.stack_affine)
+        grid = cls((stack.shape[0], stack.shape[1], stack.shape[2]), compute_lps_affine(volume))
         grid._check_angles(volume.name)
         return grid
 

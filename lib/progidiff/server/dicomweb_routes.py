@@ -11,6 +11,8 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode
 
@@ -18,16 +20,25 @@ import requests
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from monailabel.config import settings
+from pydicom.dataelem import DataElement
+from pydicom.dataset import Dataset
+from starlette.concurrency import run_in_threadpool
 
+from progidiff.annotations import FINAL
 from progidiff.dicomweb import headers
 from progidiff.dicomweb.catalogue import Entry
 from progidiff.dicomweb.frames import Series
-from progidiff.dicomweb.multipart import Envelope
+from progidiff.dicomweb.multipart import Envelope, read_parts
 from progidiff.dicomweb.query import Query
-from progidiff.errors import BusyError, NotFoundError, RequestError
-from progidiff.server.auth import CAN_READ, User
-from progidiff.server.context import get_context
+from progidiff.dicomweb.segmentation import find_referenced_series, read_dataset, read_segmentation
+from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.options import DISAGREEMENT
+from progidiff.server.auth import CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.context import Context, get_context
+from progidiff.server.label_routes import save
 from progidiff.server.served_images import ServedImages
+from progidiff.server.service import find_image
+from progidiff.volume import Volume, save_mask
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +46,7 @@ DICOM_JSON = "application/dicom+json"
 
 _EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 _THUMBNAIL_PIXELS = 256
+_CANNOT_UNDERSTAND = 0xC000
 _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 """A UID names these bytes and no others."""
 
@@ -60,6 +72,13 @@ def build_router() -> APIRouter:
         if served.is_remote:
             return _forward(path.partition("/")[0], resource, request)
         return _answer(served, resource, request)
+
+    @router.post("/proxy/dicom/{service}/studies", tags=["DICOMweb"], summary="Store DICOM segmentations as labels of their images")
+    @router.post("/proxy/dicom/{service}/studies/{study}", include_in_schema=False)
+    async def store(request: Request, service: str, study: str = "", user: User = CAN_ANNOTATE) -> Response:
+        _strip_service(f"{service}/")
+        parts = read_parts(request.headers.get("content-type", ""), await request.body())
+        return await run_in_threadpool(_store, get_context(), parts, study, user)
 
     return router
 
@@ -161,6 +180,75 @@ def _write_file(series: Series, index: int) -> bytes:
     target = io.BytesIO()
     series.dataset(index).save_as(target, write_like_original=False)
     return target.getvalue()
+
+
+def _store(context: Context, parts: list[bytes], study: str, user: User) -> Response:
+    """Save every part as a label of its image; what cannot be saved is named with its reason, and an error if that is all.
+
+    Raises:
+        ProGiDiffError: of the first part, if none could be saved.
+    """
+    answer = Dataset()
+    errors: list[ProGiDiffError] = []
+    for part in parts:
+        dataset: Dataset | None = None
+        try:
+            dataset = read_dataset(part)
+            _save_segmentation(context, dataset, study, user)
+            answer.setdefault("ReferencedSOPSequence", DataElement(0x00081199, "SQ", [])).value.append(_refer(dataset))
+        except ProGiDiffError as err:
+            logger.info("A DICOM instance is not stored: %s", err)
+            errors.append(err)
+            failed = _refer(dataset or Dataset())
+            failed.FailureReason = _CANNOT_UNDERSTAND
+            failed.ErrorComment = str(err)[:64]
+            answer.setdefault("FailedSOPSequence", DataElement(0x00081198, "SQ", [])).value.append(failed)
+    if not parts:
+        raise RequestError("The request holds no DICOM instance. Send at least one part of type application/dicom.")
+    if len(errors) == len(parts):
+        raise errors[0]
+    return JSONResponse(headers.to_json(answer), status_code=202 if errors else 200, media_type=DICOM_JSON)
+
+
+def _save_segmentation(context: Context, dataset: Dataset, study: str, user: User) -> None:
+    if study and dataset.get("StudyInstanceUID") != study:
+        raise RequestError(f"The segmentation is of study {dataset.get('StudyInstanceUID')}, and was sent to study {study}. Store it in its own.")
+    series = find_referenced_series(dataset)
+    try:
+        image, volume = open_named(context, series)
+    except NotFoundError as err:
+        raise NotFoundError(f"The segmentation is of series {series[:64]}, which is no image here. Open the image from this server.") from err
+    segmentation = read_segmentation(dataset, volume)
+    bands = [name for name in segmentation.names.values() if name.lower().startswith(DISAGREEMENT)]
+    if bands:
+        raise RequestError(f"Segment '{bands[0]}' shows where proposals differ and is no structure. Show a proposal, then store it.")
+    with TemporaryDirectory(prefix="progidiff-seg-") as folder:
+        file = save_mask(segmentation.labels, volume, Path(folder) / "label.nii.gz")
+        params = {
+            "label_info": [{"name": name, "idx": label} for label, name in segmentation.names.items()],
+            "structures": list(segmentation.names.values()),
+            "client_id": "DICOM SEG",
+        }
+        save(context, image, file, FINAL, params, user.name)
+
+
+def open_named(context: Context, image: str) -> tuple[str, Volume]:
+    """The id of an image that a client names by id or by SeriesInstanceUID, and the image.
+
+    Raises:
+        NotFoundError: if there is none.
+    """
+    entry = context.served.find_named(image)
+    image_id = entry.identity.image if entry is not None else image
+    path = find_image(context.app, image_id)
+    return image_id, context.infer.open_volume(path, None, context.app.datastore().get_image_info(image_id))
+
+
+def _refer(dataset: Dataset) -> Dataset:
+    reference = Dataset()
+    reference.ReferencedSOPClassUID = dataset.get("SOPClassUID", "")
+    reference.ReferencedSOPInstanceUID = dataset.get("SOPInstanceUID", "")
+    return reference
 
 
 def _open(served: ServedImages, match: re.Match[str]) -> Series:

@@ -24,8 +24,8 @@ from progidiff.prompts import STRUCTURES, Query, compute_label_ids
 from progidiff.results import VolumeProposals
 from progidiff.server.auth import CAN_READ, User
 from progidiff.server.context import Context, get_context
+from progidiff.server.dicomweb_routes import open_named
 from progidiff.server.infer_task import DISAGREEMENT_BANDS
-from progidiff.server.service import find_image
 from progidiff.volume import Volume
 
 HEAT_LABELS = tuple(range(201, 201 + len(DISAGREEMENT_BANDS)))
@@ -77,7 +77,7 @@ def build_router() -> APIRouter:
     @router.get("/progidiff/ohif/images/{image}", tags=["OHIF"], summary="How an image is called in OHIF, and which of its slices are axial")
     def describe_image(image: str, user: User = CAN_READ) -> dict[str, Any]:
         context = get_context()
-        image_id, volume = _open(context, image)
+        image_id, volume = open_named(context, image)
         study, series = _find_uids(context, image_id)
         return {"image": image_id, "study": study, "series": series, "axial_slices": _list_axial(context, volume)}
 
@@ -85,7 +85,7 @@ def build_router() -> APIRouter:
     def get_mask(image: str, proposals: str = "", job: str = "", show: str = "consensus", user: User = CAN_READ) -> Response:
         """uint8, slice by slice and row by row, gzip; the header X-Box says where: z0,z1,y0,y1,x0,x1, half open, of Z,Y,X in X-Shape."""
         context = get_context()
-        image_id, volume = _open(context, image)
+        image_id, volume = open_named(context, image)
         result = _find_result(context, image_id, proposals, job)
         labels = _order(context, volume, _draw(result, volume, show))
         box = _find_box(labels)
@@ -102,14 +102,6 @@ def build_router() -> APIRouter:
         )
 
     return router
-
-
-def _open(context: Context, image: str) -> tuple[str, Volume]:
-    """The id of an image that is named by id or SeriesInstanceUID, and the image."""
-    entry = context.served.find_named(image)
-    image_id = entry.identity.image if entry is not None else image
-    path = find_image(context.app, image_id)
-    return image_id, context.infer.open_volume(path, None, context.app.datastore().get_image_info(image_id))
 
 
 def _find_uids(context: Context, image_id: str) -> tuple[str, str]:

@@ -10,10 +10,10 @@ const DISAGREEMENT = 'disagreement';
 const EDITED = 'edited';
 const MERGED = 'merged';
 const HEAT = [
-  { index: 201, label: 'differ a little', color: [255, 237, 160] },
-  { index: 202, label: 'differ', color: [254, 178, 76] },
-  { index: 203, label: 'differ much', color: [240, 59, 32] },
-  { index: 204, label: 'differ most', color: [189, 0, 38] },
+  { index: 201, label: 'disagreement up to 25 %', color: [255, 237, 160] },
+  { index: 202, label: 'disagreement 25 to 50 %', color: [254, 178, 76] },
+  { index: 203, label: 'disagreement 50 to 75 %', color: [240, 59, 32] },
+  { index: 204, label: 'disagreement over 75 %', color: [189, 0, 38] },
 ];
 const COLORS = [
   [228, 26, 28], [77, 175, 74], [55, 126, 184], [152, 78, 163], [255, 127, 0], [166, 86, 40], [247, 129, 191],

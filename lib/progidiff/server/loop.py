@@ -10,6 +10,7 @@ from progidiff.errors import RequestError
 from progidiff.reservations import Reservations
 from progidiff.server.context import Context
 from progidiff.server.datastore import is_folder
+from progidiff.server.retraining import Retraining
 from progidiff.server.scoring import PoolScorer
 from progidiff.server.selection import Selection
 from progidiff.slice_scores import SliceScoreStore
@@ -18,7 +19,7 @@ _running: list[PoolScorer] = []
 
 
 def build(context: Context) -> None:
-    """Fill `context.scorer` and `context.selection`; nothing runs yet.
+    """Fill `context.scorer`, `context.selection` and `context.retraining`; nothing runs yet.
 
     Raises:
         RequestError: if the server's options name no strategy or setting.
@@ -32,7 +33,7 @@ def build(context: Context) -> None:
     def find_labelled() -> set[str]:
         return {image for image, slices in context.annotations.annotated_images().items() if slices is None}
 
-    context.scorer = PoolScorer(context.app, context.infer, scores, options.score_prompt, find_labelled)
+    context.scorer = PoolScorer(context.app, context.infer, scores, options.score_prompt, find_labelled, lambda: context.training.is_running())
     context.selection = Selection(
         context.app,
         context.infer,
@@ -46,16 +47,19 @@ def build(context: Context) -> None:
         options.next_strategy,
         options.reserve_minutes,
     )
-    context.on_saved.append(lambda annotation: _release(context, annotation))
+    context.retraining = Retraining(context)
+    context.on_saved += [lambda annotation: _release(context, annotation), context.retraining.on_saved]
+    context.on_published.append(context.retraining.on_published)
 
 
 def start(context: Context, studies: str) -> None:
-    """Begin to score in the background, if the server's options say so; the scorer of an app that was reloaded ends."""
+    """Begin to score in the background and continue an interrupted training, if the options say so. The scorer of a reloaded app ends."""
     for scorer in _running:
         scorer.stop()
     _running[:] = [context.scorer]
     if context.options.score_pool == "on" or (context.options.score_pool == "auto" and is_folder(studies)):
         context.scorer.start()
+    context.retraining.resume()
 
 
 def _release(context: Context, annotation: Annotation) -> dict[str, Any]:

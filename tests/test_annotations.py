@@ -265,3 +265,25 @@ def test_the_audit_says_who_saved_what_from_which_proposal(store: AnnotationStor
     assert values[0]["user"] == "=cmd()"
     with pytest.raises(RequestError, match="csv or jsonl"):
         format_audit([], "xlsx")
+
+
+def test_the_command_line_writes_the_audit_and_finds_damage(tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from progidiff.cli import app
+
+    store = AnnotationStore(tmp_path / "studies/.progidiff/annotations")
+    run = CliRunner()
+    missing = run.invoke(app, ["audit", "verify", "--studies", str(tmp_path / "studies")])
+    assert missing.exit_code == 2
+    assert "no label was saved yet" in missing.output
+    saved = store.record("x", write(tmp_path), user="ada")
+    out = tmp_path / "audit.csv"
+    result = run.invoke(app, ["audit", "export", "--studies", str(tmp_path / "studies"), "--out", str(out)])
+    assert (result.exit_code, out.read_text().count("ada")) == (0, 1)
+    assert run.invoke(app, ["audit", "export", "--studies", str(tmp_path / "studies"), "--out", str(tmp_path / "audit.pdf")]).exit_code == 2
+    good = run.invoke(app, ["audit", "verify", "--studies", str(tmp_path / "studies")])
+    assert (good.exit_code, "as they were written" in good.output) == (0, True)
+    store.label_file(saved).write_bytes(b"other")
+    bad = run.invoke(app, ["audit", "verify", "--studies", str(tmp_path / "studies")])
+    assert (bad.exit_code, "is not what was saved" in bad.output) == (1, True)

@@ -301,6 +301,11 @@ def _is_plain(name: str) -> bool:
 
 
 def _find_label(label: str, tag: str) -> Path:
+    """The file of a label. Of a datastore that is no folder the history has it; the host would ask for a series of this name."""
+    context = get_context()
+    current = None if isinstance(context.labels, SafeLocalDatastore) else context.annotations.current(label, check_tag(tag))
+    if current is not None:
+        return _find_file(str(context.annotations.label_file(current)))
     _check_label_name(label, tag)
     return _find_file(get_context().app.datastore().get_label_uri(label, tag))
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 
 from progidiff.annotations import FINAL, Annotation, AnnotationStore
@@ -75,21 +76,26 @@ class RemoteLabels:
             return SavedLabel(label_id, label, False, ready.warnings)
 
     def remove_label(self, label_id: str, label_tag: str, user: str = "", reason: str = "") -> None:
-        """Take a label out of force, and out of what the host keeps of it; a series that was sent stays where it is."""
+        """Take a label out of force, and out of what the host keeps of it; a series that was sent stays where it is.
+
+        Raises:
+            NotFoundError: if there is no such label.
+        """
         tag = check_tag(label_tag)
+        if tag not in self._datastore().get_labels_by_image_id(label_id) and self.annotations.current(label_id, tag) is None:
+            raise NotFoundError(f"Image '{label_id[:100]}' has no label with tag '{tag}'. GET /datastore/?output=all lists what there is.")
         with self._lock:
             if self.annotations.current(label_id, tag) is not None:
                 self.annotations.delete(label_id, user, tag, reason)
-            self._datastore().remove_label(label_id, tag)
+            self._forget(label_id, tag)
 
     def undo(self, image_id: str, user: str = "") -> Annotation | None:
         """Go back one step and send what is in force then; see `AnnotationStore.undo`."""
         with self._lock:
-            saves = self.annotations.in_force(image_id)
             label = self.annotations.undo(image_id, user)
             if label is None:
-                self._datastore().remove_label(image_id, FINAL)
-            elif label not in saves or label is not saves[-1]:
+                self._forget(image_id, FINAL)
+            else:
                 self._send(image_id, FINAL, label, {}, user)
             return label
 
@@ -99,6 +105,17 @@ class RemoteLabels:
             label = self.annotations.restore(image_id, sequence, user)
             self._send(image_id, label.tag, label, {}, user)
             return label
+
+    def _forget(self, image_id: str, tag: str) -> None:
+        """Take a label out of the host's copy. Its own way would look for a series of the label's name on the DICOMweb server first."""
+        datastore = self._datastore()
+        if not isinstance(datastore, LocalDatastore):
+            datastore.remove_label(image_id, tag)
+            return
+        path = LocalDatastore.get_label_uri(datastore, image_id, tag)
+        if path:
+            Path(path).unlink(missing_ok=True)
+            datastore.refresh()
 
     def _send(self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any], user: str) -> str:
         info = {**params, "label_info": [{"name": name, "idx": value} for name, value in label.label_ids], "annotation": label.sequence}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -213,6 +214,89 @@ def test_a_damaged_checkpoint_is_refused_with_its_cure(studies: Path, model: Pat
     state.unlink()
     (best,) = (model.parent / "work").glob("mr-*/evidence/best.safetensors")
     best.write_bytes(b"")
+    assert adapt(studies, model).card.version == 1
+
+
+# --- kind full, names, modalities, and what is compared with ---
+
+
+def test_a_version_of_kind_full_is_trained_published_and_served(studies: Path, model: Path):
+    config = replace(QUICK, kind="full", learning_rate=3e-3)
+    result = run_adapt(studies, model, None, model.parent / "work", config)
+    assert result.card.full_name == "mr@1"  # Without a name it is the modality's.
+    assert (result.card.kind, result.card.lora) == ("full", None)
+    assert result.figures["adapted"]["evidence"] > 0.5 > result.figures["base"]["evidence"]
+    store = AdapterStore(model / "adapters")
+    assert store.run(result.card)["config"]["kind"] == "full"
+    assert "All weights of the conditioning branch (encoder, query_head trained)" in (store.folder(result.card) / "README.md").read_text()
+    volume = load_volume(studies / "one.nii.gz")
+    store.publish("mr", 1)
+    assert Engine(model, device="cpu").propose(volume, [Query("liver", "liver")], num_proposals=1).adapter == "mr@1"
+
+
+def test_kind_full_trains_the_injection_on_request(studies: Path, model: Path):
+    lora = LoraSettings(2, 4, ("encoder", "query_head", "injection"))
+    result = adapt(studies, model, replace(BARELY, kind="full", lora=lora, proposal_steps=2))
+    choice = AdapterStore(model / "adapters").run(result.card)["choice"]
+    assert ("injection" in choice["targets"]) == (choice["consensus_with_proposals"] > choice["consensus_without_proposals"])
+    with pytest.raises(RequestError, match="kind full holds the conditioning branch, not the denoiser"):
+        adapt(studies, model, replace(BARELY, kind="full", lora=LoraSettings(target_modules=("denoiser",)), proposal_steps=2))
+
+
+def test_one_volume_or_a_few_slices_are_enough_and_the_client_is_told(tmp_path: Path, model: Path):
+    studies = write_study(tmp_path / "single", ("only",))
+    result = adapt(studies, model, shots=1)
+    assert "Only one volume is labelled" in result.message
+    result = adapt(write_study(tmp_path / "three"), model, slices=3)
+    run = AdapterStore(model / "adapters").run(result.card)
+    assert sum(len(z) for z in run["training_slices"].values()) == 3
+
+
+def test_a_version_is_compared_with_what_images_of_its_modality_get_now(adapted: tuple[Path, AdaptResult], tmp_path: Path):
+    folder = Path(shutil.copytree(adapted[0], tmp_path / "copy"))
+    result = run_adapt(folder / "studies", folder / "model", "other-site", folder / "work", BARELY)
+    assert "other-site@1 is kept but not published" in result.message
+    assert "mr@1 has" in result.message
+
+
+def test_held_back_volumes_stay_held_back_as_labels_grow(tmp_path: Path, tiny_model: Path):
+    studies = write_study(tmp_path / "studies", ("a", "b"))
+    parent = {"held_out_cases": prepare(studies, tiny_model).held_out, "training_cases": prepare(studies, tiny_model).training.names}
+    for more in (("a", "b", "c"), ("a", "b", "c", "d")):
+        write_study(studies, more)
+        assert prepare(studies, tiny_model, parent=parent).held_out == parent["held_out_cases"]
+    # A version that trained on a volume would look better on it than it is.
+    lonely = {"held_out_cases": [], "training_cases": ["a", "b", "c"]}
+    assert prepare(studies, tiny_model, parent=lonely).held_out == ["d"]
+
+
+def test_one_modality_can_be_picked_out_of_several(studies: Path, model: Path):
+    (studies / "two.json").write_text('{"modality": "CT"}')
+    data = prepare(studies, model, modality="MR")
+    assert (data.modality, data.unused) == ("MR", ["two"])
+    os.utime(studies / "labels" / "final" / "two.nii.gz")
+    assert prepare(studies, model, modality="newest").modality == "CT"
+    (studies / "two.json").write_text('{"modality": "MR"}')
+    with pytest.raises(RequestError, match="No labelled image is CT.*Leave the option modality out"):
+        prepare(studies, model, modality="CT")
+
+
+def test_a_name_stands_for_one_modality(adapted: tuple[Path, AdaptResult], tmp_path: Path):
+    folder = Path(shutil.copytree(adapted[0], tmp_path / "copy"))
+    studies = write_study(tmp_path / "ct", modality="CT")
+    with pytest.raises(RequestError, match=r"Adapter 'mr' is for MR images \(mr@1\), but the labelled images are CT; choose another name"):
+        run_adapt(studies, folder / "model", "mr", folder / "work", BARELY)
+
+
+def test_a_full_disk_during_training_is_told_and_the_run_continues_later(studies: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("progidiff.training.adapt.save_file", refuse)
+    with pytest.raises(StoreError, match="weights of step 2 cannot be written.*No space left.*continues from the last checkpoint"):
+        adapt(studies, model)
+    monkeypatch.undo()
+    assert not list((model.parent / "work").glob("mr-*/evidence/best.safetensors"))
     assert adapt(studies, model).card.version == 1
 
 

@@ -115,7 +115,7 @@ def run_server(studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 
         url = f"http://127.0.0.1:{port}"
         while True:
             with contextlib.suppress(requests.ConnectionError, requests.Timeout):
-                if requests.get(f"{url}/info/", timeout=5).status_code == 200:
+                if requests.get(f"{url}/info/", timeout=5).status_code in (200, 401):  # 401: it asks for a login
                     break
             if process.poll() is not None or time.monotonic() - started > wait_s:
                 raise AssertionError(f"The server did not start:\n{log.read_text(errors='replace')[-4000:]}")

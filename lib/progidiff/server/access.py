@@ -23,6 +23,7 @@ QUICK, LONG = 60, 3600
 
 _SMALL = 64 << 10
 _JSON = 1 << 20
+_STOW = 512 << 20  # Read into memory as a whole.
 
 READ, ANNOTATE, ADMINISTER = Role.READ, Role.ANNOTATE, Role.ADMINISTER
 OPEN = None
@@ -158,10 +159,12 @@ RULES: tuple[Rule, ...] = (
     Rule("GET", "/proxy/dicom/wado/{path:path}", READ, "DICOMweb retrieval below the configured root"),
     Rule("GET", "/proxy/dicom/stow/{path:path}", READ, "The same (OHIF uses one root for both)"),
     Rule("GET", "/proxy/dicom/{path:path}", READ, "The same"),
-    Rule("POST", "/proxy/dicom/stow/{path:path}", ANNOTATE, "studies[/{uid}]: stores DICOM instances (multipart/related)", UPLOAD, LONG),
-    Rule("POST", "/proxy/dicom/wado/{path:path}", ANNOTATE, "The same (OHIF stores through its wado root)", UPLOAD, LONG),
-    Rule("POST", "/proxy/dicom/qido/{path:path}", ANNOTATE, "The same", UPLOAD, LONG),
-    Rule("POST", "/proxy/dicom/{path:path}", ANNOTATE, f"{CLOSED} (no address to store at)", UPLOAD, LONG),
+    Rule("POST", "/proxy/dicom/{service}/studies", ANNOTATE, "multipart/related: DICOM SEGs, saved as labels of their images", _STOW, LONG),
+    Rule("POST", "/proxy/dicom/{service}/studies/{study}", ANNOTATE, "The same", _STOW, LONG),
+    Rule("POST", "/proxy/dicom/stow/{path:path}", ANNOTATE, f"{CLOSED} (no address to store at)"),
+    Rule("POST", "/proxy/dicom/wado/{path:path}", ANNOTATE, f"{CLOSED} (the same)"),
+    Rule("POST", "/proxy/dicom/qido/{path:path}", ANNOTATE, f"{CLOSED} (the same)"),
+    Rule("POST", "/proxy/dicom/{path:path}", ANNOTATE, f"{CLOSED} (the same)"),
 )
 
 UNKNOWN = Rule("*", "*", ADMINISTER, "Whatever is not in this table")

@@ -1,4 +1,4 @@
-"""What to annotate next, over HTTP: the host's next sample with slices and reasons, the queue, and how far scoring is."""
+"""What to annotate next, over HTTP: the host's next sample with slices and reasons, the queue, how far scoring is, and the report."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from monailabel.config import settings
 
 from progidiff.errors import RequestError
-from progidiff.options import read_int
+from progidiff.options import read_choice, read_int
+from progidiff.report import BATCH, build_report, format_html
 from progidiff.server.auth import CAN_ANNOTATE, CAN_READ, User
 from progidiff.server.context import get_context
 from progidiff.server.selection import MAX_QUEUE, SLICES_PER_IMAGE
@@ -54,5 +56,13 @@ def build_router() -> APIRouter:
     @router.get("/progidiff/scoring", tags=["ProGiDiff"], summary="How far the background scoring of the pool is")
     def describe_scoring(user: User = CAN_READ) -> dict[str, Any]:
         return get_context().scorer.progress()
+
+    @router.get("/progidiff/report", tags=["ProGiDiff"], summary="What annotating has brought, as JSON, or as a page with format=html")
+    def describe_progress(format: str = "json", limit: int = 20, user: User = CAN_READ) -> Response:
+        context = get_context()
+        kind = read_choice(format, "format", ("json", "html"))
+        queue = context.selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
+        report = build_report(context.annotations, context.infer.engine.adapters, queue, context.options.retrain_after or BATCH)
+        return HTMLResponse(format_html(report)) if kind == "html" else JSONResponse(report)
 
     return router

@@ -87,12 +87,12 @@ class Pick:
         """
         if self.rule == "nothing":
             return np.zeros(masks.shape[1:], dtype=bool)
-        if self.rule == BEST:
+        if self.rule == "best":
             return masks[best]
         if self.rule == "proposal":
             return masks[self.members[0] - 1]
         chosen = masks[[member - 1 for member in self.members]] if self.members else masks
-        how = "majority" if self.rule == CONSENSUS else self.rule
+        how = "majority" if self.rule == "consensus" else self.rule
         return merge_masks(torch.from_numpy(chosen), how, self.threshold).numpy()
 
 
@@ -175,7 +175,7 @@ def compose_label(result: VolumeProposals, volume: Volume, plan: Plan, label_ids
             maps = result.slice_probabilities(name, z)
             masks = maps >= THRESHOLD
             if masks.any():
-                support = masks.sum(axis=0) + maps.mean(axis=0) / 256
+                support = masks.sum(axis=0, dtype=np.uint8) + maps.mean(axis=0) / 256  # float32, as there: ties must break the same way
                 wins = picks[name].draw(masks, best[name]) & (support > score)
                 score[wins] = support[wins]
                 stack[z][wins] = label_ids[name]

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Body, Request
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 from monailabel.config import settings
 
@@ -89,9 +89,11 @@ def _add_data_routes(router: APIRouter) -> None:
         pixels = stack[z] if (slope, intercept) == (1.0, 0.0) else np.rint((stack[z].astype(np.float64) - intercept) / slope)
         return _send_bytes(request, np.ascontiguousarray(pixels, dtype="<i2").tobytes())
 
-    @router.get("/progidiff/review/{image}/masks/{z}", tags=["Review"], summary="All proposals on one axial slice, packed")
+    @router.get("/progidiff/review/{image}/masks/{z}", tags=["Review"], summary="All proposals on one axial slice; 204 if a job is not there yet")
     def get_masks(request: Request, image: str, z: int, proposals: str = "", job: str = "", user: User = CAN_READ) -> Response:
         result = _find_unfinished(get_context(), image, job, z) if job else _find_result(get_context(), image, proposals)
+        if result is None:
+            return Response(status_code=204)
         _check_slice(z, result.grid.shape)
         return _send_bytes(request, pack_masks(result, z))
 
@@ -108,7 +110,7 @@ def _add_data_routes(router: APIRouter) -> None:
 
 def _add_submit_route(router: APIRouter) -> None:
     @router.post("/progidiff/review/{image}", tags=["Review"], summary="Save what was decided about an image")
-    def submit(image: str, decisions: dict[str, Any] = Body(...), user: User = CAN_ANNOTATE) -> dict[str, Any]:
+    def submit(image: str, decisions: dict[str, Any], user: User = CAN_ANNOTATE) -> dict[str, Any]:
         """Body: proposals (key), volume and slices (see `merging.Plan`), base (the newest save the page knows), seconds."""
         context = get_context()
         volume = _open_volume(context, image)
@@ -204,17 +206,14 @@ def _find_result(context: Context, image: str, key: str) -> VolumeProposals:
     store = context.infer.store
     result = store.load(key) if any(entry.key == key for entry in store.list(image)) else None
     if result is None:
-        raise NotFoundError(
-            f"The proposals {key[:12]} of image '{image}' are no longer kept. Send the prompt again with the same seed to get them back."
-        )
+        raise NotFoundError(f"The proposals {key[:12]} of image '{image}' are no longer kept. Send the same prompt again to get them back.")
     return result
 
 
-def _find_unfinished(context: Context, image: str, job: str, z: int) -> VolumeProposals:
+def _find_unfinished(context: Context, image: str, job: str, z: int) -> VolumeProposals | None:
+    """What a running job has for a slice; None before that, and after its end."""
     unfinished = context.infer.find_unfinished(job)
-    if unfinished is None or unfinished.image != image or z not in unfinished.slices:
-        raise NotFoundError(f"Job '{job[:64]}' has no proposals for slice {z} yet, or has ended. Ask again in a moment.")
-    return unfinished.proposals
+    return unfinished.proposals if unfinished is not None and unfinished.image == image and z in unfinished.slices else None
 
 
 def _check_slice(z: int, shape: tuple[int, ...]) -> None:
@@ -259,9 +258,9 @@ def _is_in_force(context: Context, image: str, plan: Plan, volume: Volume, label
     kept = _load_current(context, image, volume)
     if current is None or kept is None:
         return False
-    mine, theirs = volume.arrange(label), volume.arrange(kept)
+    mine, theirs, theirs_ids = volume.arrange(label), volume.arrange(kept), dict(current.label_ids)
     chosen = slice(None) if plan.decided_slices is None else list(plan.decided_slices)
-    return all(np.array_equal(mine[chosen] == ids[name], theirs[chosen] == current.label_ids.get(name, -1)) for name in plan.structures)
+    return all(np.array_equal(mine[chosen] == ids[name], theirs[chosen] == theirs_ids.get(name, -1)) for name in plan.structures)
 
 
 def _send_bytes(request: Request, content: bytes) -> Response:

@@ -65,7 +65,6 @@ export const submitDecisions = (image, decisions) => postJson(`progidiff/review/
 export const undoSave = (image) => postJson(`progidiff/annotations/${name(image)}/undo`);
 export const skipImage = (image, reason) => postJson(`progidiff/annotations/${name(image)}/skip?${new URLSearchParams({ reason })}`);
 export const listPrompts = () => getJson("progidiff/prompts");
-export const getInfo = () => getJson("info/");
 export const getJob = (id) => getJson(`progidiff/jobs/${name(id)}`);
 export const cancelJob = (id) => postJson(`progidiff/jobs/${name(id)}`, undefined, "DELETE");
 

@@ -72,7 +72,9 @@ export function maskLayer(mask, box, color, fill = 0.22, width = 1.75) {
 /** @returns {Layer} how many proposals draw each pixel */
 export function agreementLayer(masks, box) {
   const count = countDrawn(masks);
-  const colors = Array.from({ length: masks.length + 1 }, (_, k) => [...heatColor((k - 1) / Math.max(1, masks.length - 1)), 190]);
+  // Where all agree there is nothing to look for: the anatomy shows through.
+  const alpha = (k) => (k === masks.length ? 80 : 215);
+  const colors = Array.from({ length: masks.length + 1 }, (_, k) => [...heatColor((k - 1) / Math.max(1, masks.length - 1)), alpha(k)]);
   return { box, pixels: renderPixels(box, (i) => (count[i] ? colors[count[i]] : null)), outlines: [] };
 }
 

@@ -6,6 +6,9 @@
 
 export const MERGE_RULES = ["union", "intersection", "majority", "threshold"];
 
+/** How many structures the server packed. */
+export const countStructures = (buffer) => new DataView(buffer).getUint16(0, true);
+
 /** What the server packed (see review_routes.py): masks of every structure, in the order asked. */
 export function unpackMasks(buffer) {
   const view = new DataView(buffer);

@@ -8,6 +8,7 @@ export class Queue {
   #entries = [];
   #current = null;
   #isDecided = () => false;
+  #disputed = [];
   #onOpen;
   #onSlice;
 
@@ -27,8 +28,10 @@ export class Queue {
     this.render();
   }
 
-  setCurrent(image, isDecided) {
+  /** `disputed`: slices to list where the server's queue names none. */
+  setCurrent(image, isDecided, disputed) {
     this.#current = image;
+    this.#disputed = disputed;
     this.#isDecided = isDecided;
     this.render();
   }
@@ -63,15 +66,15 @@ export class Queue {
       element("span", { className: "case-name" }, entry.image, state && element("span", { className: `tag ${state[0]}` }, state[1])),
       element("span", { className: "case-why" }, [entry.modality, entry.reason].filter(Boolean).join(" · ") || "not scored yet"),
     );
-    const slices = isCurrent && entry.slices?.length ? element("div", { className: "slices" }, ...entry.slices.map((slice) => this.#renderSlice(slice))) : null;
-    return element("li", {}, button, slices);
+    const slices = isCurrent ? (entry.slices?.length ? entry.slices : this.#disputed) : [];
+    return element("li", {}, button, slices.length ? element("div", { className: "slices" }, ...slices.map((slice) => this.#renderSlice(slice))) : null);
   }
 
   #renderSlice(slice) {
     const why = [slice.reason, (slice.structures ?? []).join(", ")].filter(Boolean).join(": ");
     return element(
       "button",
-      { className: this.#isDecided(slice.index) ? "decided" : "", title: why, on: { click: () => this.#onSlice(slice.index) } },
+      { className: `small${this.#isDecided(slice.index) ? " decided" : ""}`, title: why, on: { click: () => this.#onSlice(slice.index) } },
       `z ${slice.index}`,
     );
   }

@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { clearNotice, element, find, notice, toast } from "./dom.js";
 import * as draw from "./draw.js";
 import { KEYS, presetsFor } from "./keys.js";
-import { MERGE_RULES, computeDice, countPixels, describePick, drawPick } from "./masks.js";
+import { MERGE_RULES, computeDice, countPixels, countStructures, describePick, drawPick } from "./masks.js";
 import { ModelPanel } from "./model.js";
 import { Queue } from "./queue.js";
 import { ImageSession } from "./session.js";
@@ -81,11 +81,12 @@ async function openImage(image) {
     state.z = Math.floor(session.depth / 2);
     history.replaceState(null, "", `#${new URLSearchParams({ image })}`);
     tabs.open(image);
+    render();
     requestDraw(); // The picture does not wait for the proposals.
     await openResult(loadWork(image));
     if (ticket !== state.opening) return;
-    queue.setCurrent(image, isSliceDone);
-    goTo(findDisputed() ?? state.z);
+    if (!session.result) queue.setCurrent(image, isSliceDone, []);
+    goToDisputed();
     find("view").focus({ preventScroll: true });
   } catch (error) {
     if (ticket !== state.opening) return;
@@ -127,9 +128,17 @@ async function useResult(key, work = null) {
     state.structure = structures.find((name) => summary.structures[name].present) ?? structures[0];
   }
   Object.assign(shown, { masks: null, masksOf: null });
-  queue.setCurrent(session.image, isSliceDone);
+  queue.setCurrent(session.image, isSliceDone, listDisputed());
   requestDraw();
   render();
+}
+
+/** The slices on which the shown proposals differ most, as the queue lists them. */
+function listDisputed() {
+  const { session } = state;
+  const values = session.disagreement([...state.included]);
+  const order = [...values.keys()].filter((z) => values[z] > 0).sort((a, b) => values[b] - values[a]);
+  return order.slice(0, 8).map((index) => ({ index, score: values[index], reason: `disagreement ${values[index].toFixed(2)}`, structures: [] }));
 }
 
 function discardWork() {
@@ -178,7 +187,7 @@ async function runPrompt(event) {
     const absent = Object.entries(answer.structures).filter(([, numbers]) => !numbers.present);
     if (absent.length === Object.keys(answer.structures).length) toast(`Nothing found for “${prompt}” in this image.`);
     if (answer.warnings.length) notice(answer.warnings.join(" "), "", [["Understood", clearNotice]]);
-    if (!isDrawnHere()) goTo(findDisputed() ?? state.z);
+    if (!isDrawnHere()) goToDisputed();
   } catch (error) {
     waiting.delete("first-proposal");
     if (session === state.session && session.result?.job === job.id) {
@@ -189,8 +198,10 @@ async function runPrompt(event) {
     else report(error);
   } finally {
     clearTimeout(job.timer);
-    if (state.job === job) state.job = null;
-    find("job").hidden = true;
+    if (state.job === job) {
+      state.job = null;
+      hideJob();
+    }
     render();
     requestDraw();
   }
@@ -212,33 +223,34 @@ async function watchJob(job) {
 
 async function showUnfinished(job) {
   const { session, z } = state;
-  try {
-    const masks = await api.getMasks(session.image, z, { job: job.id });
-    if (state.job !== job || state.session !== session || state.z !== z) return;
-    if (session.result?.job !== job.id) {
-      const count = new DataView(masks).getUint16(0, true);
-      const names = Array.from({ length: count }, (_, index) => `structure ${index + 1}`);
-      session.useJob(job.id, names, job.count);
-      state.work = new Work(session.image, "");
-      state.structure = names[0];
-      state.included = new Set(names);
-      Object.assign(shown, { masks: null, masksOf: null });
-      render();
-    }
-    requestDraw();
-  } catch (error) {
-    if (error.kind !== "gone") throw error;
+  const packed = await api.getMasks(session.image, z, { job: job.id });
+  if (!packed.byteLength || state.job !== job || state.session !== session) return;
+  if (session.result?.job !== job.id) {
+    const names = Array.from({ length: countStructures(packed) }, (_, index) => `structure ${index + 1}`);
+    session.useJob(job.id, names, job.count);
+    state.work = new Work(session.image, "");
+    state.structure = names[0];
+    state.included = new Set(names);
+    Object.assign(shown, { masks: null, masksOf: null });
+    render();
   }
+  requestDraw();
 }
 
 function cancelWatch() {
   if (state.job) clearTimeout(state.job.timer);
   state.job = null;
+  hideJob();
+}
+
+function hideJob() {
   find("job").hidden = true;
+  find("prompt-form").classList.remove("busy");
 }
 
 function renderJob(info) {
   find("job").hidden = false;
+  find("prompt-form").classList.add("busy");
   find("job-progress").value = info.percent ?? 0;
   const words = { queued: info.position ? `waiting, position ${info.position}` : "waiting", running: `${info.slices_done ?? 0} of ${info.slices_total || "?"} slices` };
   find("job-text").textContent = words[info.state] ?? info.state;
@@ -275,6 +287,18 @@ function findDisputed(without = null) {
     if (z !== without && values[z] > 0 && !isSliceDone(z) && (best === null || values[z] > values[best])) best = z;
   }
   return best;
+}
+
+/** Go to the most disputed slice that is left, and to the structure in dispute there; false if none is left. */
+function goToDisputed(without = null) {
+  const z = findDisputed(without);
+  if (z === null) return false;
+  const { session } = state;
+  const values = [...state.included].map((name) => [session.disagreement([name])[z], name]);
+  [[, state.structure]] = values.sort(([a], [b]) => b - a);
+  goTo(z);
+  renderPanel();
+  return true;
 }
 
 const isSliceDone = (z) => Boolean(state.work?.isDecided(z) || state.session?.isSaved(z));
@@ -481,10 +505,8 @@ function acceptSlice() {
   const { z } = state;
   state.work.acceptSlice(z, chosenStructures());
   toast(`Slice ${z} accepted`, "good", 2);
-  const next = findDisputed(z);
   afterDecision();
-  if (next === null) toast("No undecided slice with disagreement is left. Accept the volume, or submit.", "", 4);
-  else goTo(next);
+  if (!goToDisputed(z)) toast("No undecided slice with disagreement is left. Accept the volume, or submit.", "", 4);
 }
 
 function acceptVolume() {
@@ -785,7 +807,8 @@ function renderStrip() {
   const strip = find("strip");
   const result = session.result;
   if (!result || !state.work) {
-    strip.replaceChildren();
+    strip.replaceChildren(element("p", { className: "muted" }, session ? "Proposals appear here, side by side." : ""));
+    delete strip.dataset.of;
     return;
   }
   const wanted = ["consensus", ...Array.from({ length: result.numProposals }, (_, k) => k + 1), "agreement", "difference", "nothing"];
@@ -806,7 +829,7 @@ function buildThumb(kind) {
     "button",
     { className: "thumb", role: "option", "aria-selected": "false", on: { click: () => chooseThumb(kind) } },
     element("canvas"),
-    element("span", { className: "thumb-name" }, isProposal ? `Proposal ${kind}` : names[kind], key && element("kbd", {}, key)),
+    element("span", { className: "thumb-name" }, isProposal ? `Prop. ${kind}` : names[kind], key && element("kbd", {}, key)),
     element("span", { className: "thumb-note" }, "\u00a0"),
   );
   thumb.dataset.kind = kind;
@@ -829,10 +852,11 @@ function paintThumb(thumb, found) {
   thumb.setAttribute("aria-selected", String(isMode ? state.mode === kind : isPicked && state.mode === "pick"));
   const canvas = thumb.querySelector("canvas");
   const frame = found?.box
-    ? draw.frameAround(found.box, session.height, session.width, session.spacing, 106 / 88)
+    ? draw.frameAround(found.box, session.height, session.width, session.spacing, 84 / 72)
     : draw.wholeSlice(session.height, session.width);
   draw.drawSlice(canvas, shown.grey, frame, session.spacing, found?.box ? thumbLayers(kind, found) : []);
   thumb.querySelector(".thumb-note").textContent = thumbNote(kind, found);
+  thumb.title = number && found?.best === number - 1 ? "The most typical proposal: the others agree with it most" : "";
 }
 
 function thumbLayers(kind, found) {
@@ -851,9 +875,9 @@ function thumbNote(kind, found) {
   const number = Number(kind);
   const [dy, dx] = session.spacing;
   const area = (mask) => `${((countPixels(mask) * dy * dx) / 100).toFixed(1)} cm²`;
-  if (number) return `${area(found.box ? found.masks[number - 1] : [])}${numbers?.best === number ? " · typical" : ""}`;
+  if (number) return `${area(found.box ? found.masks[number - 1] : [])}${numbers?.best === number ? " ★" : ""}`;
   if (kind === "consensus") return found.box ? area(drawPick(found.masks, { rule: "consensus", members: [] }, found.best)) : "0.0 cm²";
-  if (kind === "agreement") return "share that draws";
+  if (kind === "agreement") return "share";
   if (kind === "difference") return `to ${describePick(comparedPick(found), session.result.numProposals)}`;
   return "not here";
 }
@@ -945,9 +969,7 @@ const actions = {
   first: () => goTo(0),
   last: () => goTo(state.session?.depth ?? 0),
   disputed: () => {
-    const z = findDisputed(state.z);
-    if (z === null) toast("No other undecided slice with disagreement.");
-    else goTo(z);
+    if (!goToDisputed(state.z)) toast("No other undecided slice with disagreement.");
   },
   proposal: (number) => number <= (state.session?.result?.numProposals ?? 0) && pick("proposal", [number]),
   compare: (number) => {

@@ -111,7 +111,11 @@ export class ImageSession {
   /** Masks of every structure on a slice; rejects with kind "gone" while a job has not come to it. */
   masks(z) {
     const { key, job } = this.result;
-    const load = async () => unpackMasks(await api.getMasks(this.image, z, job ? { job } : { proposals: key }));
+    const load = async () => {
+      const packed = await api.getMasks(this.image, z, job ? { job } : { proposals: key });
+      if (!packed.byteLength) throw new api.ApiError("The job has not come to this slice yet.", "gone");
+      return unpackMasks(packed);
+    };
     const measure = (structures) => structures.reduce((sum, { masks }) => sum + masks.reduce((part, mask) => part + mask.length, 0), 1000);
     return this.#masks.get(`${job}${key}:${z}`, load, measure);
   }

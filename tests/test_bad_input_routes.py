@@ -22,6 +22,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 
 from conftest import Server, copy_app, run_server, write_phantom
+from test_volume import make_affine, make_image, write_dicom
 
 SHAPE = (32, 28, 5)
 LARGEST_UPLOAD = 4_000_000
@@ -406,6 +407,25 @@ def test_an_address_that_means_two_places_is_refused_as_it_stands(server: Server
 @pytest.mark.parametrize("query", [{"image": "nobody"}, {"image": "../plain"}, {"image": "plain", "check_sum": "NONE:abc"}, {}])
 def test_asking_for_an_image_without_its_body_is_refused_too(server: Server, query: dict[str, str]):
     assert requests.head(f"{server.url}/datastore/image", params=query, timeout=30).status_code in (404, 422)
+
+
+def test_an_archive_of_a_series_becomes_a_session_whose_answers_name_no_folder(server: Server, tmp_path: Path):
+    series = write_dicom(tmp_path / "series", make_image(), make_affine("LPS"))
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for file in series.iterdir():
+            archive.write(file, f"series/{file.name}")
+    files = [("files", ("series.zip", packed.getvalue()))]
+    answer = requests.put(f"{server.url}/session/", params={"uncompress": "true"}, files=files, timeout=60)
+    assert answer.status_code == 200, answer.text
+    assert str(server.log.parent) not in answer.text
+    session = answer.json()["session_id"]
+    request = {"prompt": "liver", "num_proposals": 2, "steps": 1}
+    assert server.infer("", request, output="json", session_id=session).status_code == 200
+    assert server.get(f"/session/{session}").json()["name"] == session
+    assert server.get(f"/session/{session}", params={"image": "true"}).status_code == 422  # A folder.
+    assert requests.delete(f"{server.url}/session/{session}", timeout=30).status_code == 200
+    assert server.get(f"/session/{session}").status_code == 404
 
 
 def test_there_are_enough_cases_and_every_address_that_takes_something_has_one():

@@ -57,13 +57,23 @@ def build_answer(err: ProGiDiffError) -> Response:
     return _answer(err.status, type(err).__name__, str(err), suggestions, headers)
 
 
+def one_line(text: str) -> str:
+    """Text of a request as it may stand in the log, where it must not look like a line of its own.
+
+    Example:
+        >>> one_line("a\\nb")
+        'a\\\\nb'
+    """
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 def _answer(status: int, error: str, detail: str, suggestions: Sequence[str] = (), headers: dict[str, str] | None = None) -> Response:
     return JSONResponse({"error": error, "detail": detail, "suggestions": list(suggestions)}, status_code=status, headers=headers)
 
 
 async def _answer_error(request: Request, err: Exception) -> Response:
     error = cast(ProGiDiffError, err)
-    logger.info("%s %s -> %d %s: %s", request.method, request.url.path, error.status, type(error).__name__, error)
+    logger.info("%s %s -> %d %s: %s", request.method, one_line(request.url.path), error.status, type(error).__name__, one_line(str(error)))
     return build_answer(error)
 
 
@@ -73,7 +83,7 @@ async def _answer_host_error(request: Request, err: Exception) -> Response:
         status, cure = 404, " GET /datastore/?output=all lists images and labels."
     else:
         status, cure = (422, " GET /info/ lists what this server offers.") if error.error in _REQUEST_ERRORS else (500, "")
-    logger.info("%s %s -> %d %s", request.method, request.url.path, status, error.msg)
+    logger.info("%s %s -> %d %s", request.method, one_line(request.url.path), status, one_line(str(error.msg)))
     return _answer(status, str(error.error.value), f"{str(error.msg).rstrip('.')}.{cure}")
 
 
@@ -104,7 +114,7 @@ async def _answer_status(request: Request, err: Exception) -> Response:
 
 async def _answer_incident(request: Request, err: Exception) -> Response:
     incident = uuid.uuid4().hex[:8]
-    logger.error("Incident %s in %s %s", incident, request.method, request.url.path, exc_info=err)
+    logger.error("Incident %s in %s %s", incident, request.method, one_line(request.url.path), exc_info=err)
     return _answer(
         500,
         "ProGiDiffError",

@@ -29,6 +29,7 @@ from fastapi import Depends, Request
 
 from progidiff.errors import AccessError, LoginError, RequestError, TooManyTriesError
 from progidiff.options import ServerOptions
+from progidiff.server.answers import one_line
 from progidiff.users import Role, Token, UsersFile, find_token, read_token, read_tokens, write_private
 
 logger = logging.getLogger(__name__)
@@ -212,7 +213,7 @@ class Authenticator:
                 role = self.users.check(name, password)
         except LoginError:
             self.attempts.fail(*keys)
-            logger.warning("Failed login of '%s' from %s", name[:64].encode("unicode_escape").decode(), address)
+            logger.warning("Failed login of '%s' from %s", one_line(name[:64]), address)
             raise
         return User(name, role), self._start_session(name, _stamp(self.users.read()[name].password.encode()))
 

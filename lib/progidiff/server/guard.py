@@ -31,7 +31,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from progidiff.errors import AccessError, BusyError, LoginError, ProGiDiffError, RequestError, TooLargeError
 from progidiff.options import ServerOptions
 from progidiff.server.access import OPEN, UPLOAD, Rule, find_rule
-from progidiff.server.answers import build_answer
+from progidiff.server.answers import build_answer, one_line
 from progidiff.server.auth import LOCAL_USER, Authenticator, User, check_role, set_user
 from progidiff.users import Role
 
@@ -127,7 +127,7 @@ class Guard:
             if rule.params:
                 _check_params(await body.read_all())
         except ProGiDiffError as err:
-            logger.info("%s %s -> %d %s: %s", scope["method"], path[:200], err.status, type(err).__name__, err)
+            logger.info("%s %s -> %d %s: %s", scope["method"], one_line(path[:200]), err.status, type(err).__name__, one_line(str(err)))
             if scope["method"] not in _SAFE_METHODS:
                 await body.drain(headers)
             await answer.refuse(err, scope)

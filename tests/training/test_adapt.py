@@ -234,6 +234,17 @@ def test_a_version_of_kind_full_is_trained_published_and_served(studies: Path, m
     assert Engine(model, device="cpu").propose(volume, [Query("liver", "liver")], num_proposals=1).adapter == "mr@1"
 
 
+def test_structures_that_nobody_labelled_keep_the_answers_of_the_base(tmp_path: Path, model: Path):
+    studies = write_study(tmp_path / "ct", modality="CT")
+    write_table(studies, {1: "liver", 2: "spleen"})
+    config = replace(QUICK, kind="full", learning_rate=3e-3, steps=30)
+    kept, lost = (adapt(studies, model, replace(config, keep=keep), publish=False) for keep in (3.0, 0.0))
+    assert kept.figures["adapted"]["kept"] > lost.figures["adapted"]["kept"]
+    assert kept.figures["adapted"]["evidence"] > kept.figures["base"]["evidence"]
+    assert "For the structures without labels it agrees with tiny@1 to" in kept.message
+    assert "kept" not in kept.figures["base"]
+
+
 def test_kind_full_trains_the_injection_on_request(studies: Path, model: Path):
     lora = LoraSettings(2, 4, ("encoder", "query_head", "injection"))
     result = adapt(studies, model, replace(BARELY, kind="full", lora=lora, proposal_steps=2))

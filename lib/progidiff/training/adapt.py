@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from progidiff.adapters import AdapterCard, AdapterStore, build_networks, check_name, compute_base_digest
 from progidiff.backbone import Backbone
@@ -49,6 +50,9 @@ from progidiff.training.selection import AdaptData, find_cases, keep_modality, p
 from progidiff.volume import load_volume
 
 logger = logging.getLogger(__name__)
+
+KEPT_PER_STEP = 4
+"""Structures that nobody labelled, of which a training step holds the answers to the base's."""
 
 CACHE = "cache"
 """Folder of the cached slices among the checkpoints."""
@@ -78,6 +82,8 @@ class AdaptConfig:
         seed: Run seed.
         precision, accumulate: See `progidiff.training.loop.RunConfig`.
         ema_decay: Of the averaged weights.
+        keep: Weight of the loss that holds the answers for structures that nobody labelled to the base's, on images of the base's
+            modality; 0 switches it off. On another modality the base's answers are not worth keeping.
     """
 
     kind: Kind = "lora"
@@ -96,6 +102,7 @@ class AdaptConfig:
     precision: Precision = "auto"
     accumulate: int = 1
     ema_decay: float = 0.98
+    keep: float = 1.0
 
     def check(self) -> None:
         """Refuse settings out of range.
@@ -109,7 +116,7 @@ class AdaptConfig:
         ranges: dict[str, tuple[float, float]] = {
             "steps": (1, 100_000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 256), "validate_every": (1, 10_000), "patience": (1, 1000),
             "augmentation": (0, 3), "bias_field": (0, 2), "proposal_steps": (0, 100_000), "proposal_rate": (1e-7, 1.0), "num_proposals": (1, 16),
-            "seed": (0, 2**62), "accumulate": (1, 1024), "ema_decay": (0, 0.999999),
+            "keep": (0, 100), "seed": (0, 2**62), "accumulate": (1, 1024), "ema_decay": (0, 0.999999),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -264,6 +271,8 @@ def run_adapt(
     tell({"stage": "version", **{k: v["consensus"] for k, v in figures.items()}})
 
     accepted, verdict = judge(figures, None if served is None else served.full_name, card.full_name)
+    if "kept" in figures["adapted"]:
+        verdict += f" For the structures without labels it agrees with {card.full_name} to {figures['adapted']['kept']:.3f} (Dice)."
     if data.same_patient:
         verdict += " Only one volume is labelled: some of its slices were held back, so the figures flatter."
     record = {
@@ -403,6 +412,33 @@ def measure_dice(
         figures[kind] = float(np.mean(list(per.values()))) if per else 0.0
         figures.update({f"{kind} {s}": d for s, d in per.items()})
     return figures
+
+
+@torch.no_grad()
+def measure_agreement(
+    base: ProposalPipeline, adapted: ProposalPipeline, cache: SliceCache, structures: Sequence[str], between: Callable[[], object] = lambda: None
+) -> float | None:
+    """How far the evidence for structures without labels is still the base's, on the slices of a cache.
+
+    Args:
+        structures: Names that the base was trained on.
+        between: Called between batches; may raise to end it.
+
+    Returns:
+        Dice between the two, pooled over the slices, averaged over the structures that the base sees; None if it sees none.
+    """
+    prompts = base.encode_prompts(structures)
+    overlap, total, seen = (torch.zeros(len(structures)) for _ in range(3))
+    chosen = list(range(0, len(cache), max(1, -(-len(cache) // MAX_VALIDATION_SLICES))))
+    for start in range(0, len(chosen), 8):
+        between()
+        images = cache.read(chosen[start : start + 8])[0]
+        one, two = (p.predict_evidence(p.encode_slices(images), prompts).cpu() >= 0.5 for p in (base, adapted))
+        overlap += (one & two).sum((0, 2, 3))
+        total += one.sum((0, 2, 3)) + two.sum((0, 2, 3))
+        seen += one.sum((0, 2, 3))
+    there = seen > 0
+    return float((2 * overlap[there] / total[there]).mean()) if there.any() else None
 
 
 def judge(figures: Mapping[str, Mapping[str, float]], current: str | None, base: str) -> tuple[bool, str]:
@@ -568,8 +604,13 @@ class _Run:
     is_cancelled: Callable[[], bool]
     tell: Callable[[dict[str, Any]], None]
 
+    @property
+    def unlabelled(self) -> tuple[str, ...]:
+        """Structures that the base can do and that are not trained; none on images of another modality."""
+        return tuple(s for s in self.card.structures if s not in self.data.training.structures) if self.data.modality == self.card.modality else ()
+
     def measure(self, pipeline: ProposalPipeline) -> dict[str, float]:
-        """Dice of evidence and consensus on the held-back slices.
+        """Dice of evidence and consensus on the held-back slices, and "kept", see `measure_agreement`.
 
         Raises:
             CancelledError: if somebody asks to stop meanwhile.
@@ -579,7 +620,11 @@ class _Run:
             if self.is_cancelled():
                 raise CancelledError("Training stopped on request while its result was measured; start it again to continue there.")
 
-        return measure_dice(pipeline, self.data.validation, self.phrases, self.card, self.config.num_proposals, between=check)
+        figures = measure_dice(pipeline, self.data.validation, self.phrases, self.card, self.config.num_proposals, between=check)
+        if self.unlabelled and pipeline is not self.base:
+            kept = measure_agreement(self.base, pipeline, self.data.validation, self.unlabelled, check)
+            figures.update({} if kept is None else {"kept": kept})
+        return figures
 
     def train(self) -> tuple[dict[str, Tensor], LoraSettings | None, dict[str, Any]]:
         """Stages 2 and 3. Returns the tensors, the settings that they follow, and how they were chosen."""
@@ -615,6 +660,7 @@ class _Run:
         count = len(training.structures)
         folder = self.folder / "evidence"
         best = _BestWeights(folder, config.patience)
+        others = self.base.encode_prompts(self.unlabelled).pooled if self.unlabelled and config.keep else None
         position = 0
 
         def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -626,7 +672,15 @@ class _Run:
             images, labels = augment(images, labels, generator, config.augmentation, config.bias_field or 0.0)
             features = branch.encode_slices(images.to(device))
             logits = branch.predict_evidence(features, self.phrases.pooled[self.phrases.draw(generator)])
-            return compute_evidence_loss(logits, one_hot(labels, count).to(device), training.weigh(chosen).to(device))
+            loss, figures = compute_evidence_loss(logits, one_hot(labels, count).to(device), training.weigh(chosen).to(device))
+            if others is None:
+                return loss, figures
+            some = others[torch.from_numpy(rng.permutation(len(others))[:KEPT_PER_STEP])]
+            with torch.no_grad():
+                before = self.base.branch.predict_evidence(self.base.branch.encode_slices(images.to(device)), some).float().sigmoid()
+            kept = F.binary_cross_entropy_with_logits(branch.predict_evidence(features, some).float(), before)
+            # The factor is that of the cross-entropy beside it in `compute_evidence_loss`.
+            return loss + 10 * config.keep * kept, {**figures, "kept": float(kept.detach())}
 
         def validate() -> dict[str, float]:
             # A stop request waits for the end of a validation: ending it here would lose the steps since the last checkpoint.

@@ -237,6 +237,7 @@ class Pool:
     foreground: np.ndarray
     _noise: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
     _values: dict[tuple[str, bool], np.ndarray] = field(default_factory=dict, repr=False)
+    _logs: dict[tuple[AcquisitionConfig, int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -259,6 +260,20 @@ class Pool:
             values = self.disagreement if config.score == "disagreement" else self.entropy
             self._values[key] = values * weigh_by_foreground(self.foreground) if config.foreground_weight else values
         return self._values[key]
+
+    def noisy_logs(self, config: AcquisitionConfig, round_index: int, seed: int) -> np.ndarray:
+        """What slices are compared by, float32 (P + 1, N): the logarithm of their values with noise; the last row is for all structures."""
+        key = (config, round_index, seed)
+        if key not in self._logs:
+            values = self.values(config)
+            total = values.mean(axis=0, keepdims=True) if len(values) else np.zeros((1, len(self)), np.float32)
+            with np.errstate(divide="ignore"):
+                logs = np.log(np.concatenate([values, total]))
+            if config.noise:
+                logs += self.gumbel(seed, round_index) / np.float32(config.beta(round_index))
+            self._logs.clear()  # as with the noise
+            self._logs[key] = logs
+        return self._logs[key]
 
     def only(self, image: str, config: AcquisitionConfig) -> Pool:
         """One image with the values that it has in this pool; an empty pool if it is not there."""
@@ -445,12 +460,7 @@ class _Draft:
 def _pick_by_score(draft: _Draft, count: int, config: AcquisitionConfig, round_index: int, seed: int, rng: np.random.Generator) -> list[Pick]:
     pool = draft.pool
     values = pool.values(config)
-    total = values.mean(axis=0) if len(values) else np.zeros(len(pool), np.float32)
-    with np.errstate(divide="ignore"):
-        logs, log_total = np.log(values), np.log(total)
-    if config.noise:
-        noise = pool.gumbel(seed, round_index) / np.float32(config.beta(round_index))
-        logs, log_total = logs + noise[:-1], log_total + noise[-1]
+    logs = pool.noisy_logs(config, round_index, seed)
     draft.keep_distance(config.min_distance_mm)
     # How often every structure has had its turn: slices that are annotated and show it count.
     turns = (pool.foreground[:, draft.done] > 0).sum(axis=1).astype(np.int64)
@@ -468,7 +478,7 @@ def _pick_by_score(draft: _Draft, count: int, config: AcquisitionConfig, round_i
                         turns[structure] += 1
                         break
             if row is None:
-                row = _best(log_total, allowed)
+                row = _best(logs[-1], allowed)
             if row is not None:
                 break
         else:  # nothing is predicted on any slice that is left

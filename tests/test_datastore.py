@@ -117,6 +117,8 @@ def test_ids_that_slicer_numbers_by_position_become_the_ids_of_the_folder(store:
     store.save_annotated("one", write_label(studies, "c", {6: 1}), "final", {"slices": [6]})
     final = read_final(studies)
     assert [int(final[5, 5, k]) for k in (2, 3, 6)] == [1, 14, 1]  # The old ids moved along with labels.json.
+    saved = store.save_annotated("one", write_label(studies, "d", {}), "final", {"structures": ["spleen"], "slices": [0]})
+    assert dict(saved.annotation.label_ids) == {"liver": 1, "tumour 1": 14, "spleen": 2}
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha"])

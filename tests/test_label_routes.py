@@ -81,7 +81,7 @@ def test_the_stock_client_saves_downloads_and_removes_a_label(server: Server, tm
 def test_the_stock_client_adds_an_image_and_asks_for_it(server: Server, tmp_path: Path):
     client = MONAILabelClient(server.url, str(tmp_path))
     path = write_phantom(tmp_path / "added.nii.gz", shape=SHAPE, seed=77)
-    assert client.upload_image(str(path))["image"] == "added"
+    assert client.upload_image(str(path), "added")["image"] == "added"
     assert server.get("/datastore/image", params={"image": "added"}).content == path.read_bytes()
     assert server.get("/datastore/image/info", params={"image": "added"}).json()["name"] == "added.nii.gz"
     import hashlib
@@ -111,11 +111,9 @@ def test_slice_by_slice_saves_add_up(server: Server):
 
 
 def test_a_label_made_from_a_proposal_says_which_and_whether_it_was_edited(server: Server):
-    response = server.infer("proposals", {"prompt": "liver", "num_proposals": 2, "steps": 1, "seed": 3}, output="json")
-    key = response.json()["proposals"]
-    mask = server.infer(
-        "proposals", {"prompt": "liver", "num_proposals": 2, "steps": 1, "seed": 3, "result_extension": ".nii"}, output="image"
-    ).content
+    request = {"prompt": "liver", "num_proposals": 2, "steps": 1, "seed": 3, "result_extension": ".nii"}
+    key = server.infer("proposals", request, output="json").json()["proposals"]
+    mask = server.infer("proposals", request, output="image").content
     answer = put_label(server, "proposals", mask, {"proposals": key, "shown": "consensus"}).json()
     assert (answer["annotation"]["edited"], answer["annotation"]["slices"]) == (False, None)
     image = nibabel.Nifti1Image.from_bytes(mask)
@@ -149,9 +147,8 @@ def test_the_history_goes_back_and_gives_every_version(server: Server):
     assert requests.get(f"{base}/999/label", timeout=30).status_code == 404
     assert requests.post(f"{base}/999/restore", timeout=30).status_code == 404
     assert requests.post(f"{server.url}/progidiff/annotations/nobody/undo", timeout=30).status_code == 404
-    events = [
-        json.loads(line) for line in server.get("/progidiff/annotations/export", params={"format": "jsonl", "image": "history"}).text.splitlines()
-    ]
+    text = server.get("/progidiff/annotations/export", params={"format": "jsonl", "image": "history"}).text
+    events = [json.loads(line) for line in text.splitlines()]
     assert [event["event"] for event in events] == ["label", "label", "undo", "restore", "skip"]
     assert server.get("/progidiff/annotations/export", params={"format": "xlsx"}).status_code == 422
 

@@ -113,12 +113,14 @@ class CheckedLabel:
         file: Where it lies.
         array: Ids as kept labels use them, shape (I, J, K) in file order.
         label_ids: Structure -> id, of everything that the file draws or its table names.
+        kept_ids: Structure -> id as kept labels use them, whether drawn or not.
         is_as_sent: Whether the file itself can be kept; False if ids were translated or the format is not kept.
     """
 
     file: Path
     array: np.ndarray
     label_ids: dict[str, int]
+    kept_ids: Mapping[str, int]
     is_as_sent: bool
 
 
@@ -186,6 +188,19 @@ def load_label_ids(folder: Path) -> dict[str, int]:
     return names
 
 
+def combine_ids(folder_ids: Mapping[str, int], previous: Previous | None) -> dict[str, int]:
+    """The ids of a folder, and those of the label in force for structures that the folder does not name.
+
+    Example:
+        >>> combine_ids({"liver": 1}, Previous(Path("x"), {"liver": 6, "tumour": 14, "cyst": 1}, None))
+        {'liver': 1, 'tumour': 14, 'cyst': 15}
+    """
+    ids = dict(folder_ids)
+    others = {} if previous is None else {name: value for name, value in previous.label_ids.items() if name not in ids}
+    ids |= {name: value for name, value in others.items() if value not in folder_ids.values()}
+    return {**ids, **_assign_ids(others, ids)}
+
+
 def fixed_ids() -> dict[str, int]:
     """Structure -> the id that every answer of this program uses.
 
@@ -221,7 +236,7 @@ def check_label(file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapp
         file: As sent.
         volume: Its image.
         options: What was sent along.
-        kept_ids: Structure -> id as kept labels use them (`load_label_ids`, and what the label in force adds).
+        kept_ids: Structure -> id as kept labels use them, see `combine_ids`.
 
     Raises:
         ImageError: if it cannot be read, holds anything but whole numbers, or ids that nothing names.
@@ -247,7 +262,7 @@ def check_label(file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapp
     table = {value: ids[meaning[value]] for value in present}
     is_as_sent = all(value == number for value, number in table.items())
     array = array if is_as_sent else translate(array, table)
-    return CheckedLabel(file, array, ids, is_as_sent and file.name.lower().endswith(KEPT_SUFFIXES))
+    return CheckedLabel(file, array, ids, kept_ids, is_as_sent and file.name.lower().endswith(KEPT_SUFFIXES))
 
 
 def prepare_label(
@@ -273,9 +288,8 @@ def prepare_label(
     source, result = _find_source(options, image, proposals, warnings)
     ids = dict(checked.label_ids)
     if options.structures is not None:
-        missing = [name for name in options.structures if name not in ids]
-        ids |= _assign_ids(missing, {**(previous.label_ids if previous else {}), **fixed_ids(), **ids})
-    differing = _find_differing(checked.array, volume, options, result, ids)
+        ids = _assign_ids([*ids, *options.structures], {**checked.kept_ids, **ids})
+    differing = _find_differing(checked.array, volume, options, result, {**checked.kept_ids, **ids})
     slices = options.slices
     if slices is None and differing:
         slices = differing
@@ -290,9 +304,9 @@ def prepare_label(
         chosen = None if options.structures is None else [ids[name] for name in options.structures]
         # Slices that were only found by comparing came with a whole label: the rest of it counts where nobody annotated before.
         replaced = slices if options.slices is not None or slices is None else _add_untouched(slices, previous, num_slices)
-        array = _join(array, previous, volume, replaced, chosen, ids)
+        array = _join(array, previous, volume, replaced, chosen, checked.kept_ids)
         if previous is not None:
-            ids = {**{name: value for name, value in previous.label_ids.items() if name not in ids}, **ids}
+            ids = {**{name: checked.kept_ids[name] for name in previous.label_ids}, **ids}
     if checked.is_as_sent and (array is checked.array or np.array_equal(array, checked.array)):
         file = checked.file
     else:
@@ -314,10 +328,10 @@ def translate(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
 
 
 def _join(
-    new: np.ndarray, previous: Previous | None, volume: Volume, slices: Iterable[int] | None, chosen: list[int] | None, ids: Mapping[str, int]
+    new: np.ndarray, previous: Previous | None, volume: Volume, slices: Iterable[int] | None, chosen: list[int] | None, kept_ids: Mapping[str, int]
 ) -> np.ndarray:
     """`new` on the slices (None: all) and for the ids (None: all), and the label in force elsewhere."""
-    before = np.zeros_like(new) if previous is None else _load_previous(previous, volume, ids)
+    before = np.zeros_like(new) if previous is None else _load_previous(previous, volume, kept_ids)
     result = before.astype(np.promote_types(before.dtype, new.dtype))
     target, source = volume.arrange(result), volume.arrange(new)
     for z in range(len(target)) if slices is None else slices:
@@ -330,7 +344,8 @@ def _join(
     return result
 
 
-def _load_previous(previous: Previous, volume: Volume, ids: Mapping[str, int]) -> np.ndarray:
+def _load_previous(previous: Previous, volume: Volume, kept_ids: Mapping[str, int]) -> np.ndarray:
+    """The label in force, in the ids that kept labels use now: labels.json may have changed since."""
     try:
         array = load_label(previous.file, like=volume)
     except ImageError as err:
@@ -338,7 +353,7 @@ def _load_previous(previous: Previous, volume: Volume, ids: Mapping[str, int]) -
             f"The label in force cannot be joined with this one ({err}) Save a label of the whole volume, without slices and structures, or delete "
             "the old one first."
         ) from err
-    table = {value: ids[name] for name, value in previous.label_ids.items() if name in ids and ids[name] != value}
+    table = {value: kept_ids[name] for name, value in previous.label_ids.items() if kept_ids[name] != value}
     return translate(array, table) if table else array
 
 
@@ -371,8 +386,7 @@ def _find_differing(
     """Axial slices where a label is not what was served; None if that is not known."""
     if result is None or options.shown == MERGED:
         return None
-    served_ids = {**_assign_ids(result.structures, {**fixed_ids(), **ids})}
-    served = result.label_map(volume, options.shown, served_ids)
+    served = result.label_map(volume, options.shown, _assign_ids(result.structures, ids))
     if options.structures is not None:
         chosen = [ids[name] for name in options.structures]
         array, served = (np.where(np.isin(part, chosen), part, 0) for part in (array, served))

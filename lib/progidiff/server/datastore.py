@@ -40,7 +40,7 @@ from pydantic import ValidationError
 from progidiff.annotations import FINAL, LABEL_SUFFIXES, Annotation, AnnotationStore, hash_file
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError, StoreError
 from progidiff.files import flush
-from progidiff.label_checks import Previous, ReadyLabel, SaveOptions, check_label, count_slices, load_label_ids, prepare_label
+from progidiff.label_checks import Previous, ReadyLabel, SaveOptions, check_label, combine_ids, count_slices, load_label_ids, prepare_label
 from progidiff.store import ProposalStore
 from progidiff.volume import Volume, load_volume
 
@@ -313,7 +313,7 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _prepare(self, file: Path, volume: Volume, options: SaveOptions, image_id: str, tag: str, scratch: Path) -> ReadyLabel:
         previous = find_previous(self.annotations, image_id, tag)
-        kept_ids = {**(previous.label_ids if previous else {}), **load_label_ids(Path(self._datastore_path))}
+        kept_ids = combine_ids(load_label_ids(Path(self._datastore_path)), previous)
         checked = check_label(file, volume, options, kept_ids)
         return prepare_label(checked, volume, options, image_id, previous, self._proposals, scratch)
 

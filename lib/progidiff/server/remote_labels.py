@@ -19,7 +19,7 @@ from monailabel.interfaces.datastore import Datastore
 
 from progidiff.annotations import FINAL, Annotation, AnnotationStore
 from progidiff.errors import NotFoundError
-from progidiff.label_checks import SaveOptions, check_label, count_slices, load_label_ids, prepare_label
+from progidiff.label_checks import SaveOptions, check_label, combine_ids, count_slices, load_label_ids, prepare_label
 from progidiff.server.datastore import SavedLabel, check_tag, find_previous, is_repeat, record_ready
 from progidiff.store import ProposalStore
 from progidiff.volume import load_volume
@@ -65,7 +65,7 @@ class RemoteLabels:
         options = SaveOptions.from_params(params, count_slices(volume))
         with self._lock, tempfile.TemporaryDirectory(prefix="progidiff-label-") as scratch:
             previous = find_previous(self.annotations, image_id, tag)
-            kept_ids = {**(previous.label_ids if previous else {}), **load_label_ids(self._state)}
+            kept_ids = combine_ids(load_label_ids(self._state), previous)
             checked = check_label(Path(label_file), volume, options, kept_ids)
             ready = prepare_label(checked, volume, options, image_id, previous, self._proposals, Path(scratch))
             saves = self.annotations.in_force(image_id, tag)

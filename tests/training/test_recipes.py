@@ -12,17 +12,22 @@ import numpy as np
 import pytest
 import torch
 from labelled_phantoms import write_case, write_table
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from progidiff.backbone import Backbone
 from progidiff.engine import Engine
-from progidiff.errors import RequestError
-from progidiff.model_files import compute_backbone_digest
+from progidiff.errors import ModelError, RequestError
+from progidiff.lora import INJECTION
+from progidiff.model_files import compute_backbone_digest, load_card, load_pipeline
 from progidiff.prompts import Query
 from progidiff.testing import TOY_WIDTHS
 from progidiff.training.config_recipes import CodecStage, EvidenceStage, GridSettings, PretrainConfig, ProposalStage, TextToImageStage, TrainConfig
+from progidiff.training.data import SliceCache, list_cases
 from progidiff.training.evidence import PhraseTable, one_hot
+from progidiff.training.losses import ProposalLosses
 from progidiff.training.pretrain import crop_around, describe_slice, draw_masks
-from progidiff.training.proposals import draw_pairs, drop_text, wear_down_evidence
+from progidiff.training.proposals import ProposalObjective, ProposalOptions, draw_pairs, drop_text, wear_down_evidence
 from progidiff.training.recipes import run_pretrain, run_train
 from progidiff.volume import load_volume
 
@@ -79,6 +84,12 @@ def test_pretraining_and_training_give_a_model_that_proposes(studies: Path, pret
     assert run["held_out_cases"] == ["two"]
     assert set(run["data_sha256"]) == {"one"}
     assert {"single", "consensus", "best"} <= set(run["validation"]["proposals"][-1])
+    board = EventAccumulator(str(folder / "work" / "proposals" / "tensorboard")).Reload()
+    assert {"training/loss", "training/mask", "validation/consensus"} <= set(board.Tags()["scalars"])
+    shown = board.Tags()["images"]
+    assert len(shown) == 4
+    # Truth, evidence, one proposal, consensus.
+    assert {(board.Images(name)[0].height, board.Images(name)[0].width) for name in shown} == {(64, 4 * 64)}
     text = (folder / "model" / "conditioning" / "README.md").read_text()
     assert "toy@7" in text
     assert "Never trained on: two" in text
@@ -92,6 +103,86 @@ def test_a_frozen_denoiser_stays_as_it_is_and_its_branch_is_trained(studies: Pat
     assert not (tmp_path / "model" / "backbone").exists()
     pipeline = Engine(tmp_path / "model", backbone=source, device="cpu").load()
     assert any(conv.weight.abs().max() > 0 for conv in pipeline.branch.zero)
+
+
+def test_a_model_is_continued_into_another_folder_and_stays_as_it_is(studies: Path, tiny_model: Path, tmp_path: Path):
+    before = {path: path.stat().st_mtime_ns for path in tiny_model.rglob("*")}
+    told: list[dict[str, Any]] = []
+    config = replace(TRAIN, name="tiny", version="2", precision="fp32")
+    card = train(studies, tmp_path, config, continue_from=tiny_model, report=told.append)
+    assert {path: path.stat().st_mtime_ns for path in tiny_model.rglob("*")} == before
+    start = load_card(tiny_model)
+    assert card == replace(start, version="2", backbone_digest=card.backbone_digest)
+    assert card.backbone_digest != start.backbone_digest
+    backbone, other = tmp_path / "model" / "backbone", tiny_model / "backbone"
+    assert all((backbone / "vae" / p.name).read_bytes() == p.read_bytes() for p in (other / "vae").iterdir())
+    # A step at the start of the warm-up moves the weights a little, it does not throw them away.
+    first, second = (load_file(f / "conditioning" / "branch.safetensors") for f in (tiny_model, tmp_path / "model"))
+    assert first.keys() == second.keys()
+    assert 0 < max(float((first[n].float() - second[n].float()).abs().max()) for n in first) < 0.02
+    assert [(e["stage"], e["step"]) for e in told] == [("evidence", 2), ("proposals", 2)]
+    run = json.loads((tmp_path / "model" / "conditioning" / "run.json").read_text())
+    assert run["continued_from"] == "tiny@1"
+    assert run["config"]["version"] == "2"
+    Engine(tmp_path / "model", device="cpu").load()
+
+    # The same call is done; other weights losses, or another start, are another run.
+    again = train(studies, tmp_path, config, continue_from=tiny_model)
+    assert again == card
+    changed = replace(config, proposals=replace(config.proposals, losses=ProposalLosses(mask=0.5)))
+    with pytest.raises(RequestError, match=r"other settings \(losses.mask differ\)"):
+        train(studies, tmp_path, changed, continue_from=tiny_model)
+
+
+def test_only_the_stages_that_were_chosen_are_trained(studies: Path, tiny_model: Path, tmp_path: Path):
+    start = load_file(tiny_model / "conditioning" / "branch.safetensors")
+    for stage, trained in (("evidence", ("encoder.", "query_head.")), ("proposals", INJECTION)):
+        folder = tmp_path / stage
+        config = replace(TRAIN, version="2", stages=(stage,), freeze_denoiser=True)
+        card = train(studies, folder, config, continue_from=tiny_model, held_out=[])
+        changed = {n for n, t in load_file(folder / "model" / "conditioning" / "branch.safetensors").items() if not torch.equal(t, start[n].half())}
+        assert changed
+        assert all(name.startswith(trained) for name in changed), stage
+        assert card.backbone_digest == load_card(tiny_model).backbone_digest
+        assert not (folder / "work" / ("proposals" if stage == "evidence" else "evidence")).exists()
+
+
+def test_what_makes_no_sense_together_is_refused_before_anything_is_read(studies: Path, tiny_model: Path, tmp_path: Path):
+    with pytest.raises(RequestError, match="Proposals are trained on top of evidence"):
+        train(studies, tmp_path, replace(TRAIN, stages=("proposals",)), backbone_source=str(tiny_model / "backbone"))
+    with pytest.raises(RequestError, match=r"its denoiser cannot be trained: set freeze_denoiser=true, or copy it"):
+        train(studies, tmp_path, replace(TRAIN, freeze_denoiser=False), backbone_source=str(tiny_model / "backbone"))
+    with pytest.raises(RequestError, match=r"'tiny@1' is what is continued; give the new weights another name, for example --version 1\.1"):
+        train(studies, tmp_path, replace(TRAIN, name="tiny"), continue_from=tiny_model)
+    with pytest.raises(RequestError, match="would be continued and overwritten at once"):
+        run_train(studies, tiny_model, tmp_path, TRAIN, continue_from=tiny_model)
+    with pytest.raises(ModelError, match="holds no trained conditioning"):
+        train(studies, tmp_path, continue_from=tmp_path)
+    with pytest.raises(RequestError, match="evidence.slices_per_step must lie in 1..1024, got 0"):
+        train(studies, tmp_path, replace(TRAIN, evidence=EvidenceStage(slices_per_step=0)))
+    assert not (tmp_path / "model").exists()
+
+
+def test_every_batch_asks_for_something_present_and_something_absent(tiny_model: Path, tmp_path: Path):
+    # The gallbladder has a name in the table and is nowhere: it is absent. Of structures without a name nothing is known.
+    write_table(tmp_path, {6: "liver", 8: "aorta", 4: "gallbladder"})
+    write_case(tmp_path, "one", {6: np.s_[6:16, 6:20, 1:9], 8: np.s_[24:28, 10:16, 1:9]}, slices=10)
+    backbone = Backbone(tiny_model / "backbone", device="cpu", dtype="fp32")
+    card, pipeline = load_pipeline(tiny_model, backbone)
+    cache = SliceCache(list_cases(tmp_path), card.structures, card.conditioning, tmp_path / "cache")
+    objective = ProposalObjective(pipeline, PhraseTable(backbone, card.structures), cache, ProposalOptions(slices_per_step=4))
+    asked = set()
+    for seed in range(30):
+        batch = objective.draw_batch(torch.Generator().manual_seed(seed))
+        shown = batch.masks.flatten(1).any(1)
+        assert shown.any()
+        assert not shown.all()
+        asked |= {card.structures[int(s)] for s in batch.picked}
+    assert asked == {"liver", "aorta", "gallbladder"}
+    loss, figures = objective.compute_loss(batch, torch.Generator().manual_seed(0))
+    weights = ProposalLosses()
+    parts = weights.diffusion * figures["diffusion"] + weights.latent * figures["latent"] + weights.mask * figures["mask"]
+    assert float(loss.detach()) == pytest.approx(parts, rel=1e-4)
 
 
 def test_a_stage_that_is_finished_is_loaded_and_gives_the_same_model(studies: Path, pretrained: tuple[Path, dict[str, Any]], tmp_path: Path):

@@ -163,22 +163,16 @@ def find_own_address() -> str:
         return str(probe.getsockname()[0])
 
 
-@pytest.mark.parametrize(
-    ("conf", "reason"),
-    [
-        (("token_file", "{open}"), "chmod o-rwx"),
-        (("users_file", "{missing}"), "cannot be read"),
-        (("tokenfile", "x"), "Did you mean token_file"),
-    ],
-)
-def test_a_start_with_secrets_that_do_not_fit_is_refused(conf: tuple[str, str], reason: str, tmp_path: Path, tiny_model: Path):
+def test_a_start_with_secrets_that_everybody_can_read_is_refused(tmp_path: Path):
     tokens = tmp_path / "tokens"
     tokens.write_text(READER)
     tokens.chmod(0o644)
     studies = tmp_path / "studies"
     studies.mkdir()
-    values = [text.format(open=tokens, missing=tmp_path / "missing") for text in conf]
-    with pytest.raises(AssertionError, match=reason), run_server(studies, copy_app(tmp_path), tmp_path / "log", *values):
+    with (
+        pytest.raises(AssertionError, match="chmod o-rwx"),
+        run_server(studies, copy_app(tmp_path), tmp_path / "log", "token_file", str(tokens)),
+    ):
         pass
 
 

@@ -178,6 +178,7 @@ class ServerOptions:
         acquisition: Settings of the choice of slices, "name=value,name=value", see `progidiff.acquisition.AcquisitionConfig`.
         retrain_after: Newly annotated slices after which a training starts by itself; 0 for never.
         retrain_task: The trainer that starts then.
+        retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_options.TrainingOptions`.
     """
 
     store: Path
@@ -203,6 +204,7 @@ class ServerOptions:
     acquisition: str = ""
     retrain_after: int = 0
     retrain_task: str = "progidiff_adapt"
+    retrain_params: str = ""
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
@@ -243,6 +245,7 @@ class ServerOptions:
             acquisition=given.get("acquisition", cls.acquisition),
             retrain_after=read_int(given.get("retrain_after", cls.retrain_after), "--conf retrain_after", 0, 1_000_000),
             retrain_task=given.get("retrain_task", cls.retrain_task),
+            retrain_params=given.get("retrain_params", cls.retrain_params),
         )
 
 

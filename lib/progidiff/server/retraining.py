@@ -10,7 +10,7 @@ from progidiff.annotations import Annotation
 from progidiff.errors import BusyError, ProGiDiffError, RequestError
 from progidiff.retrain import Mark, MarkFile, describe_countdown
 from progidiff.server.context import Context
-from progidiff.training_options import TRAINERS
+from progidiff.training_options import TRAINERS, TrainingOptions
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ class Retraining:
         context: With the label history and the runner.
 
     Raises:
-        RequestError: if `--conf retrain_task` names no trainer.
+        RequestError: if `--conf retrain_task` names no trainer, or `retrain_params` something that it does not have.
     """
 
     def __init__(self, context: Context) -> None:
@@ -36,6 +36,10 @@ class Retraining:
         self._lock = threading.Lock()
         if self._task not in TRAINERS:
             raise RequestError(f"--conf retrain_task {self._task[:60]}: there is no such trainer; there are {', '.join(TRAINERS)}.")
+        self._params = read_params(context.options.retrain_params)
+        _, ignored = TrainingOptions.from_params(self._task, self._params)  # a wrong one is told at the start, not after the first labels
+        if ignored:
+            raise RequestError(f"--conf retrain_params: trainer {self._task} has no {', '.join(ignored)}.")
 
     def count(self) -> int:
         """Newly annotated slices since the last training."""
@@ -57,7 +61,7 @@ class Retraining:
             if slices < self._after:
                 return {"retrain": {**told, "message": describe_countdown(slices, self._after)}}
             try:
-                run = self._context.training.start(self._task, {}, USER)
+                run = self._context.training.start(self._task, self._params, USER)
             except BusyError as err:
                 message = f"{slices} new slices are enough for a training, which starts with a save after the one under way. {err}"
                 return {"retrain": {**told, "message": message}}
@@ -80,7 +84,7 @@ class Retraining:
         if not self._after or not mark.automatic or last.get("id") != mark.run or last["state"] != "interrupted":
             return
         try:
-            run = self._context.training.start(self._task, {}, USER)
+            run = self._context.training.start(self._task, self._params, USER)
             self._set(Mark(mark.sequence, str(run["id"]), automatic=True))
             logger.info("The training that ended with the server goes on as %s", run["id"])
         except ProGiDiffError as err:
@@ -97,3 +101,22 @@ class Retraining:
             self._mark.save(mark)
         except OSError as err:
             logger.warning("What was trained on is not written down (%s); after a restart these labels count as new.", err)
+
+
+def read_params(text: str) -> dict[str, str]:
+    """``name=value,name=value`` as a mapping.
+
+    Raises:
+        RequestError: if an entry has no value.
+
+    Example:
+        >>> read_params("steps=100, name=site")
+        {'steps': '100', 'name': 'site'}
+    """
+    values = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = entry.partition("=")
+        if not equals or not name.strip():
+            raise RequestError(f"--conf retrain_params has '{entry[:60]}'; write name=value,name=value, for example steps=100.")
+        values[name.strip()] = value.strip()
+    return values

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import requests
 
 from conftest import Server, copy_app, run_server, write_phantom
 from progidiff.clicks import choose_by_clicks
@@ -107,7 +108,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     write_phantom(studies / "plain.nii.gz")
     write_phantom(studies / "oblique.nii.gz", shape=(40, 44, 6), seed=1, affine=OBLIQUE)
     write_phantom(studies / "sagittal.nii.gz", shape=(10, 40, 30), seed=2, affine=SAGITTAL)
-    with run_server(studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu") as running:
+    with run_server(studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu", "score_pool", "off") as running:
         yield running
 
 
@@ -209,3 +210,17 @@ def test_proposals_become_labels_for_the_reviewer_module_and_the_image_stays_unl
     assert fewer["saved_tags"] == ["original", "proposal_1", "proposal_2"]
     left = server.get("/datastore/?output=all").json()["objects"]["plain"]["labels"]
     assert "proposal_3" not in left  # Nothing of an older result stays beside.
+
+
+def test_next_sample_has_the_consensus_ready_as_tag_original(server: Server):
+    request = {"prompt": "liver and spleen", "num_proposals": 2, "steps": 1, "seed": 21}
+    _, consensus, _ = read_answer(server.infer("oblique", request))
+    answer = requests.post(f"{server.url}/activelearning/random", json={"client_id": "slicer"}, timeout=120).json()
+    while answer.get("id") not in (None, "oblique"):  # Each image is given once, to one client each.
+        answer = requests.post(f"{server.url}/activelearning/random", json={"client_id": f"not {answer['id']}"}, timeout=120).json()
+    assert answer["id"] == "oblique"
+    labels = server.get("/datastore/?output=all").json()["objects"]["oblique"]["labels"]
+    original = read_mask(server.get("/datastore/label", params={"label": "oblique", "tag": "original"}).content)
+    assert np.array_equal(original.dataobj, read_mask(consensus).dataobj)
+    assert list(labels["original"]["info"]["params"]["label_names"].values()) == sorted(set(np.unique(original.dataobj)) - {0})
+    assert "final" not in labels

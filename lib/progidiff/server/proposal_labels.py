@@ -8,7 +8,7 @@ The consensus becomes the label of tag `original`, which 3D Slicer loads with Ne
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 
 from progidiff.options import CONSENSUS
+from progidiff.prompts import STRUCTURES, Query, compute_label_ids
 from progidiff.results import VolumeProposals
 from progidiff.server.files import write_temporary
+from progidiff.store import ProposalStore
 from progidiff.volume import Volume
 
 ORIGINAL = "original"
@@ -50,6 +52,35 @@ def save_as_labels(
     for tag, show in shown.items():
         _save_label(datastore, image_id, result, volume, dict(label_ids), key, tag, show)
     return list(shown)
+
+
+def refresh_original(datastore: Datastore, image_id: str, store: ProposalStore, open_volume: Callable[[], Volume]) -> bool:
+    """Make the consensus of the newest kept proposals the label `original` of an image, unless it is that already.
+
+    Called when somebody gets the image: 3D Slicer then shows it with its proposals, and no network has to run.
+
+    Args:
+        datastore: Where the image is.
+        image_id: Its id.
+        store: Where proposals are kept.
+        open_volume: Opens the image; asked only if there is something to write.
+
+    Returns:
+        Whether a label was written.
+    """
+    entry = store.latest(image_id)
+    if entry is None:
+        return False
+    if ORIGINAL in datastore.get_labels_by_image_id(image_id):
+        params = datastore.get_label_info(image_id, ORIGINAL).get("params", {})
+        if params.get("proposals") == entry.key:
+            return False
+    result = store.load(entry.key)
+    if result is None:
+        return False
+    label_ids = compute_label_ids(Query(name, name, name in STRUCTURES) for name in result.structures)
+    save_as_labels(datastore, image_id, result, open_volume(), label_ids, entry.key, with_proposals=False)
+    return True
 
 
 def _remove_proposals_beyond(datastore: Datastore, image_id: str, count: int) -> None:

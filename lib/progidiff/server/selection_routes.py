@@ -10,11 +10,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from monailabel.config import settings
 
-from progidiff.errors import RequestError
+from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.options import read_choice, read_int
 from progidiff.report import BATCH, build_report, format_html
+from progidiff.server import service
 from progidiff.server.auth import CAN_ANNOTATE, CAN_READ, User
-from progidiff.server.context import get_context
+from progidiff.server.context import Context, get_context
+from progidiff.server.proposal_labels import refresh_original
 from progidiff.server.selection import MAX_QUEUE, SLICES_PER_IMAGE
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def build_router() -> APIRouter:
             return chosen
         image = str(chosen.pop("image"))
         logger.info("Next sample for %s: %s", client, image)
+        _prepare_original(context, image)
         info = context.app.datastore().get_image_info(image)
         given = {"strategy": {strategy: {"ts": int(time.time()), "client_id": client}}}
         # Ours come last: what a client once stored with an image must not pass for the server's answer.
@@ -66,3 +69,13 @@ def build_router() -> APIRouter:
         return HTMLResponse(format_html(report)) if kind == "html" else JSONResponse(report)
 
     return router
+
+
+def _prepare_original(context: Context, image: str) -> None:
+    """Have the consensus ready as the label that 3D Slicer loads with the image; without it, the image is given all the same."""
+    try:
+        path = service.find_image(context.app, image)
+        datastore = context.app.datastore()
+        refresh_original(datastore, image, context.infer.store, lambda: context.infer.open_volume(path, None, datastore.get_image_info(image)))
+    except (ProGiDiffError, OSError):
+        logger.exception("The consensus of '%s' could not be saved as the label original", image)

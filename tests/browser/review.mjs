@@ -1,0 +1,161 @@
+// The review page: queue, prompt, pick, merge, undo, reload, submit, undo of a save, a lost server, an expired login, a second tab.
+// Wants {image, prompt, count}. Returns what was accepted where, for the test to compare with the files on disk.
+
+import { drive } from './driver.mjs';
+
+const pixels = (page) => page.locator('#facts').evaluate((node) => Number(node.dataset.pixels));
+const slice = (page) => page.locator('#corner-slice b').evaluate((node) => Number(node.textContent.slice(2)));
+const picked = (page) => page.locator('#picked').textContent();
+const measures = (page, name) =>
+  page.evaluate((wanted) => performance.getEntriesByName(wanted).map(({ duration }) => Math.round(duration * 10) / 10), name);
+const ready = (page) => page.waitForFunction(() => document.querySelector('.thumb[data-kind="1"] .thumb-note')?.textContent.includes('cm²'));
+const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+
+async function press(page, key) {
+  await page.keyboard.press(key);
+  await settle(page);
+}
+
+/** Accept the slice that is shown; the page goes to the next one. */
+async function accept(page) {
+  await ready(page);
+  const accepted = { z: await slice(page), pixels: await pixels(page), pick: await picked(page) };
+  await page.keyboard.press('Enter');
+  await page.waitForFunction((z) => Number(document.querySelector('#corner-slice b').textContent.slice(2)) !== z, accepted.z);
+  await ready(page);
+  return accepted;
+}
+
+async function submit(page) {
+  await page.keyboard.press('Control+Enter');
+  await page.locator('.toast', { hasText: 'Saved:' }).last().waitFor();
+  await page.waitForFunction(() => document.querySelector('#decided').textContent === 'Nothing accepted yet.');
+}
+
+drive(async (page, given, { shoot }) => {
+  // What an injected script would need; the policy has to stop it.
+  const foreign = [];
+  page.on('request', (request) => { if (!request.url().startsWith(given.url)) foreign.push(request.url()); });
+
+  await page.goto(`${given.url}/progidiff/`);
+  await page.locator('.case', { hasText: given.image }).click();
+  await page.waitForFunction(() => performance.getEntriesByName('first-pixels').length);
+
+  // A misspelt prompt is answered with suggestions, and the right one with proposals that stream in.
+  await page.getByLabel('Find').fill('livr');
+  await page.getByRole('button', { name: 'Propose' }).click();
+  await page.locator('#prompt-error button', { hasText: given.prompt }).first().waitFor();
+  await page.getByRole('spinbutton', { name: 'proposals' }).fill(String(given.count));
+  await page.getByLabel('Find').fill(given.prompt);
+  await page.getByRole('button', { name: 'Propose' }).click();
+  await page.locator('#job').waitFor({ state: 'visible' });
+  await page.locator('#job').waitFor({ state: 'hidden', timeout: 300000 });
+  await ready(page);
+  await page.locator('#view').focus();
+
+  // Every proposal, the consensus and the maps, by keys.
+  const counts = {};
+  for (const key of [...Array.from({ length: given.count }, (_, k) => String(k + 1)), 'c']) {
+    await press(page, key);
+    counts[key] = await pixels(page);
+  }
+  const counted = { z: await slice(page), counts };
+  await press(page, 'h');
+  await shoot('agreement');
+  await press(page, 'd');
+  await shoot('difference');
+  await press(page, 'd');
+
+  // Pick, merge, mark as absent, take that back.
+  await press(page, '2');
+  const first = await accept(page);
+  await press(page, 'u');
+  await shoot('merge');
+  const second = await accept(page);
+  await press(page, '0');
+  const third = await accept(page);
+  await press(page, 'z');
+  const decided = await page.locator('#decided').textContent();
+
+  // A closed tab loses nothing.
+  await page.reload();
+  await page.locator('#notice-text', { hasText: 'were not sent' }).waitFor();
+  await page.getByRole('button', { name: 'Keep' }).click();
+  const restored = await page.locator('#decided').textContent();
+  await page.locator('#view').focus();
+  await submit(page);
+  await press(page, 'l');
+  await shoot('saved');
+
+  // The whole volume, and back.
+  await press(page, 'v');
+  await press(page, 'c');
+  await press(page, 'Shift+Enter');
+  await submit(page);
+  await page.getByRole('button', { name: 'Undo last save' }).click();
+  await page.locator('.toast', { hasText: 'is in force again' }).waitFor();
+  const undone = await (await page.request.get(`${given.url}/progidiff/annotations?image=${given.image}`)).json();
+
+  // The server goes away between deciding and sending.
+  await ready(page);
+  await press(page, 'v');
+  await press(page, 'g');
+  await ready(page);
+  await press(page, 'i');
+  await page.locator('#members button', { hasText: '2' }).click();
+  await page.locator('#view').focus();
+  const fourth = await accept(page);
+  await page.context().setOffline(true);
+  await page.keyboard.press('Control+Enter');
+  await page.locator('#notice-text', { hasText: 'does not answer' }).waitFor();
+  const kept = await page.locator('#decided').textContent();
+  await shoot('offline');
+  await page.context().setOffline(false);
+  await page.locator('#notice-text', { hasText: 'is back' }).waitFor();
+
+  // The login has expired when it is.
+  await page.route('**/progidiff/review/*', (route) =>
+    route.request().method() === 'POST' ? route.fulfill({ status: 401, json: { error: 'LoginError', detail: 'Log in.' } }) : route.continue(),
+  );
+  await page.getByRole('button', { name: 'Submit now' }).click();
+  await page.locator('#notice-text', { hasText: 'login has expired' }).waitFor();
+  await page.unroute('**/progidiff/review/*');
+  await page.locator('#view').focus();
+  await submit(page);
+
+  // A second tab on the same image may look.
+  const other = await page.context().newPage();
+  await other.goto(`${given.url}/progidiff/#image=${given.image}`);
+  await other.locator('#notice-text', { hasText: 'another tab' }).waitFor();
+  const isReadOnly = await other.locator('#accept-slice').isDisabled();
+  await other.getByRole('button', { name: 'Use it here' }).click();
+  await page.locator('#notice-text', { hasText: 'another tab' }).waitFor();
+  const isTaken = await page.locator('#accept-slice').isDisabled();
+  await other.close();
+
+  // An inline script does not run here.
+  await page.evaluate(() => {
+    const script = document.createElement('script');
+    script.textContent = 'window.injected = true';
+    document.body.append(script);
+  });
+  const isInjected = await page.evaluate(() => Boolean(window.injected));
+
+  await page.setViewportSize({ width: 390, height: 844 });
+  await page.goto(`${given.url}/progidiff/#image=${given.image}`);
+  await page.reload();
+  await ready(page);
+  await shoot('phone');
+  const overflow = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
+
+  await page.setViewportSize({ width: 1400, height: 860 });
+  await page.reload();
+  await ready(page);
+  const opened = await measures(page, 'first-pixels');
+  for (let step = 0; step < 5; step += 1) await press(page, 'ArrowUp');
+  for (const key of ['1', '2', 'c', '1', 'u']) await press(page, key);
+  return {
+    counted, first, second, third, fourth, decided, restored, kept, undone, isReadOnly, isTaken, isInjected, foreign, overflow,
+    firstPixels: opened, slices: await measures(page, 'slice-switch'), switches: await measures(page, 'proposal-switch'),
+  };
+});

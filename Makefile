@@ -2,6 +2,7 @@
 # make setup        virtual environment in .venv, packages, sample images; quick when nothing changed
 # make test         the tests; make test-slow adds those that take minutes or gigabytes
 # make test-browser the tests in a real browser; needs chromium, nodejs and npm (Debian's), skips with a reason without them
+# make pacs         Orthanc (Debian's) on 127.0.0.1:8042 with the sample images in it; then make serve STUDIES=http://127.0.0.1:8042/dicom-web
 # make check        ruff, mypy, import-linter
 #
 # PYTHON=...        the interpreter for .venv (3.11 or 3.12)
@@ -22,7 +23,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup serve test test-slow test-browser check
+.PHONY: setup serve test test-slow test-browser pacs check
 
 setup: $(STAMP)
 	@$(BIN)/python sample_datastore/prepare.py
@@ -50,6 +51,9 @@ test-slow: setup
 test-browser: setup
 	@command -v npm > /dev/null && npm ci --prefix tests/browser --no-audit --no-fund --silent || echo "Without npm the browser tests are skipped."
 	$(BIN)/python -m pytest -m browser -rs tests/browser
+
+pacs: setup
+	@$(BIN)/python pacs/run.py
 
 check: setup
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import progidiff
 from progidiff.options import ServerOptions
-from progidiff.server import host_routes, loop, remote_labels, routes, service
+from progidiff.server import host_routes, loop, pacs_datastore, remote_labels, routes, service
 from progidiff.server.auth import Authenticator
 from progidiff.server.context import Context
 from progidiff.server.datastore import is_folder, open_annotations, open_local
@@ -59,10 +59,10 @@ class ProGiDiffApp(MONAILabelApp):
             loop.start(self.context, studies)
 
     def init_datastore(self) -> Datastore:
-        """Images and labels: our own class for a folder, the host's behind an address."""
+        """Images and labels, in a folder or behind an address."""
         if not is_folder(self.studies):
             self.context.labels = remote_labels.build(self.context)
-            return super().init_datastore()
+            return pacs_datastore.open_remote(self)
         self.context.labels = open_local(self.studies, self.context.annotations, self.context.infer.store, self.options.store)
         return self.context.labels
 

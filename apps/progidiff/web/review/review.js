@@ -1,58 +1,28 @@
-// The review page: what is shown follows from one state object, and every key and button changes that state.
+// The review page: every key and button changes the state, and what is shown follows from it.
 
 import * as api from "./api.js";
 import { clearNotice, element, find, notice, toast } from "./dom.js";
-import * as draw from "./draw.js";
+import { onBack, report } from "./failures.js";
 import { KEYS, presetsFor } from "./keys.js";
-import { MERGE_RULES, computeDice, countPixels, countStructures, describePick, drawPick } from "./masks.js";
+import { MERGE_RULES, countStructures } from "./masks.js";
 import { ModelPanel } from "./model.js";
+import { onDecide, render, renderPanel } from "./panel.js";
+import { listenToView } from "./pointer.js";
 import { Queue } from "./queue.js";
 import { ImageSession } from "./session.js";
+import { paint, requestDraw, showEmpty } from "./stage.js";
+import { chosenStructures, currentPick, findDisputed, isDrawnHere, isSliceDone, listDisputed, look, shown, startWaiting, state, stopWaiting } from "./state.js";
+import { onChoose } from "./strip.js";
 import { TabGuard, Work, forgetWork, loadWork } from "./work.js";
 
 const POLL_MS = 300;
+
 const IDLE_SECONDS = 60;
-const RETRY_MS = 4000;
-const MAX_KEY = 9;
-const OTHER_COLORS = ["#e0aaff", "#80ed99", "#ff8fa3", "#a0c4ff", "#ffd6a5", "#caffbf"];
-
-const state = {
-  /** @type {ImageSession|null} */
-  session: null,
-  /** @type {Work|null} */
-  work: null,
-  z: 0,
-  structure: "",
-  included: new Set(),
-  mode: "pick",
-  compared: null,
-  scope: "slice",
-  window: [0, 1],
-  preset: "",
-  zoom: 1,
-  center: null,
-  isHidden: false,
-  isSavedShown: false,
-  isReadOnly: false,
-  opening: 0,
-  job: null,
-  lastActive: Date.now(),
-};
-
-// What is drawn right now: pixels and masks of slice `z`, and the grey picture made of them.
-const shown = { z: -1, pixels: null, masks: null, masksOf: null, label: null, grey: null, greyOf: "", place: null };
-
-/** Times that somebody waits for: from the key or click to the picture. Read by anybody with `performance.getEntriesByType`. */
-const waiting = new Map();
-const startWaiting = (name) => waiting.set(name, performance.now());
-function stopWaiting(name) {
-  if (!waiting.has(name)) return;
-  performance.measure(name, { start: waiting.get(name), end: performance.now() });
-  waiting.delete(name);
-}
 
 const queue = new Queue(openImage, (z) => goTo(z));
+
 const model = new ModelPanel();
+
 const tabs = new TabGuard((image) => {
   if (image !== state.session?.image) return;
   state.isReadOnly = true;
@@ -133,14 +103,6 @@ async function useResult(key, work = null) {
   render();
 }
 
-/** The slices on which the shown proposals differ most, as the queue lists them. */
-function listDisputed() {
-  const { session } = state;
-  const values = session.disagreement([...state.included]);
-  const order = [...values.keys()].filter((z) => values[z] > 0).sort((a, b) => values[b] - values[a]);
-  return order.slice(0, 8).map((index) => ({ index, score: values[index], reason: `disagreement ${values[index].toFixed(2)}`, structures: [] }));
-}
-
 function discardWork() {
   forgetWork(state.session.image);
   clearNotice();
@@ -189,7 +151,7 @@ async function runPrompt(event) {
     if (answer.warnings.length) notice(answer.warnings.join(" "), "", [["Understood", clearNotice]]);
     if (!isDrawnHere()) goToDisputed();
   } catch (error) {
-    waiting.delete("first-proposal");
+    stopWaiting("first-proposal", false);
     if (session === state.session && session.result?.job === job.id) {
       session.dropResult();
       await openResult(null).catch(report);
@@ -268,25 +230,13 @@ function hidePromptError() {
   find("prompt-error").hidden = true;
 }
 
-// Looking
+// Going from slice to slice
 
 function goTo(z) {
   const { session } = state;
   if (!session) return;
   state.z = Math.min(session.depth - 1, Math.max(0, z));
   requestDraw();
-}
-
-/** The undecided slice with the highest disagreement, other than this one; null if none is left. */
-function findDisputed(without = null) {
-  const { session } = state;
-  if (!session?.result?.summary) return null;
-  const values = session.disagreement([...state.included]);
-  let best = null;
-  for (let z = 0; z < values.length; z += 1) {
-    if (z !== without && values[z] > 0 && !isSliceDone(z) && (best === null || values[z] > values[best])) best = z;
-  }
-  return best;
 }
 
 /** Go to the most disputed slice that is left, and to the structure in dispute there; false if none is left. */
@@ -299,163 +249,6 @@ function goToDisputed(without = null) {
   goTo(z);
   renderPanel();
   return true;
-}
-
-const isSliceDone = (z) => Boolean(state.work?.isDecided(z) || state.session?.isSaved(z));
-
-function isDrawnHere() {
-  const values = state.session.disagreement([...state.included]);
-  return values[state.z] > 0;
-}
-
-/** The masks and the pick of a structure on the shown slice; null while they are not there. */
-function look(structure) {
-  const { session, work } = state;
-  if (!shown.masks || shown.z !== state.z || !work) return null;
-  const index = session.result.structures.indexOf(structure);
-  const entry = shown.masks[index];
-  if (!entry) return null;
-  const best = (session.result.summary?.structures[structure].best ?? 1) - 1;
-  const pick = work.pickOn(structure, state.z);
-  return { ...entry, best, pick, mask: entry.box ? drawPick(entry.masks, pick, best) : new Uint8Array(0) };
-}
-
-function colorOf(structure) {
-  const { session } = state;
-  return session.info.colors[structure] ?? OTHER_COLORS[session.result.structures.indexOf(structure) % OTHER_COLORS.length];
-}
-
-let isDrawWanted = false;
-function requestDraw() {
-  if (isDrawWanted) return;
-  isDrawWanted = true;
-  requestAnimationFrame(async () => {
-    isDrawWanted = false;
-    await loadShown();
-    paint();
-  });
-}
-
-/** Fetch what slice z needs; the picture comes first, the masks when they are there. */
-async function loadShown() {
-  const { session, z } = state;
-  if (!session) return;
-  try {
-    if (shown.z !== z) {
-      const pixels = await session.slice(z);
-      if (state.session !== session || state.z !== z) return;
-      Object.assign(shown, { z, pixels, masks: null, masksOf: null, label: null, grey: null });
-    }
-    const source = session.result && `${session.result.key}${session.result.job}`;
-    if (source && shown.masksOf !== source) {
-      session
-        .masks(z)
-        .then((masks) => {
-          if (state.session !== session || shown.z !== z || `${session.result?.key}${session.result?.job}` !== source) return;
-          Object.assign(shown, { masks, masksOf: source });
-          paint();
-          stopWaiting("first-proposal");
-        })
-        .catch((error) => error.kind !== "gone" && report(error));
-    }
-    if (state.isSavedShown && !shown.label && session.info.label) {
-      const label = await session.label(z);
-      if (shown.z === z) shown.label = label;
-    }
-    session.prefetch(z);
-  } catch (error) {
-    report(error);
-  }
-}
-
-function paint() {
-  const { session } = state;
-  if (!session || !shown.pixels) return;
-  find("empty").hidden = true;
-  const key = `${shown.z}:${state.window}`;
-  if (!shown.grey || shown.greyOf !== key) {
-    shown.grey = draw.renderGrey(shown.pixels, session.height, session.width, session.info.scale, state.window);
-    shown.greyOf = key;
-  }
-  const view = find("view");
-  const layers = state.isHidden ? [] : buildLayers();
-  shown.place = draw.drawSlice(view, shown.grey, pickFrame(view), session.spacing, layers);
-  stopWaiting("first-pixels");
-  stopWaiting("proposal-switch");
-  stopWaiting("slice-switch");
-  paintDepth();
-  renderCorners();
-  renderStrip();
-  renderFacts();
-}
-
-function paintDepth() {
-  const { session, work } = state;
-  draw.drawDepth(
-    find("depth"),
-    session.depth,
-    state.z,
-    session.disagreement(state.structure ? [state.structure] : []),
-    (z) => Boolean(work?.isDecided(z)),
-    (z) => session.isSaved(z),
-  );
-  Object.assign(find("scroll"), { max: session.depth - 1, value: state.z });
-}
-
-function pickFrame(view) {
-  const { session, zoom } = state;
-  if (zoom === 1) return draw.wholeSlice(session.height, session.width);
-  const [dy, dx] = session.spacing;
-  const [y, x] = state.center ?? [session.height / 2, session.width / 2];
-  const aspect = view.clientWidth / Math.max(1, view.clientHeight);
-  const mmHigh = Math.max(session.height * dy, (session.width * dx) / aspect) / zoom;
-  const width = (mmHigh * aspect) / dx;
-  const height = mmHigh / dy;
-  return { x: x - width / 2, y: y - height / 2, width, height };
-}
-
-function buildLayers() {
-  const { session } = state;
-  const layers = [];
-  if (state.isSavedShown && shown.label) layers.push(...savedLayers());
-  if (!session.result || !state.work) return layers;
-  const active = look(state.structure);
-  if (state.mode === "agreement" && active?.box) return [...layers, draw.agreementLayer(active.masks, active.box)];
-  if (state.mode === "difference" && active?.box) {
-    return [...layers, draw.differenceLayer(active.mask, drawPick(active.masks, comparedPick(active), active.best), active.box)];
-  }
-  for (const name of session.result.structures) {
-    const found = look(name);
-    if (!found?.box || (!state.included.has(name) && name !== state.structure)) continue;
-    const isActive = name === state.structure;
-    layers.push(draw.maskLayer(found.mask, found.box, colorOf(name), isActive ? 0.24 : 0.1, isActive ? 2 : 1.25));
-  }
-  return layers;
-}
-
-/** The label in force, structure by structure. */
-function savedLayers() {
-  const { session } = state;
-  const box = { y0: 0, y1: session.height, x0: 0, x1: session.width };
-  return Object.values(session.info.label_ids).flatMap((value) => {
-    const mask = shown.label.map((id) => (id === value ? 1 : 0));
-    if (!mask.includes(1)) return [];
-    const layer = draw.maskLayer(mask, box, "#6ea8ff", 0, 1.5);
-    layer.outlines[0].dash = [6, 4];
-    return [layer];
-  });
-}
-
-/** What the shown pick is compared with: the proposal that was asked for, else the consensus, else the first other one. */
-function comparedPick(active) {
-  if (state.compared) return state.compared;
-  if (active.pick.rule !== "consensus") return { rule: "consensus", members: [], threshold: 0.5 };
-  return { rule: "proposal", members: [1], threshold: 0.5 };
-}
-
-function showEmpty(text) {
-  find("empty").hidden = false;
-  find("empty-text").textContent = text;
 }
 
 // Deciding
@@ -498,8 +291,6 @@ function toggleMember(number) {
   pick(rule, members, threshold);
 }
 
-const currentPick = () => state.work?.pickOn(state.structure, state.z) ?? { rule: "consensus", members: [], threshold: 0.5 };
-
 function acceptSlice() {
   if (!canDecide() || !shown.masks || shown.z !== state.z) return;
   const { z } = state;
@@ -515,8 +306,6 @@ function acceptVolume() {
   toast(`Volume accepted: ${chosenStructures().join(", ")}`, "good", 3);
   afterDecision();
 }
-
-const chosenStructures = () => state.session.result.structures.filter((name) => state.included.has(name));
 
 async function undo() {
   if (!state.work || state.isReadOnly) return;
@@ -608,232 +397,18 @@ async function skip() {
   }
 }
 
+/** The server is back after it was gone. */
+async function offerAgain() {
+  if (state.work?.hasDecisions) notice("The server is back. Your decisions are still here.", "", [["Submit now", submit], ["Later", clearNotice]]);
+  await queue.load();
+  requestDraw();
+}
+
 async function openNext() {
   await queue.load();
   const image = queue.next();
   if (image) await openImage(image);
   else toast("No other image is waiting.");
-}
-
-// Failures that a person has to know about
-
-function report(error) {
-  if (error.name === "AbortError") return;
-  if (!error.kind) console.error(error);
-  const pending = state.work?.hasDecisions ? " Your decisions are kept in this browser." : "";
-  if (error.kind === "offline") {
-    notice(error.message, "bad", [["Try now", retry]]);
-    scheduleRetry();
-  } else if (error.kind === "login") {
-    notice(`Your login has expired.${pending} Log in, then go on here.`, "bad", [["Log in", () => window.open(api.loginAddress(), "_blank", "noopener")]]);
-  } else {
-    notice(error.message + (error.kind === "forbidden" ? pending : ""), "bad", [["Close", clearNotice]]);
-  }
-}
-
-let retryTimer = 0;
-function scheduleRetry() {
-  clearTimeout(retryTimer);
-  retryTimer = setTimeout(retry, RETRY_MS);
-}
-
-async function retry() {
-  clearTimeout(retryTimer);
-  try {
-    await api.getJson("progidiff/jobs");
-  } catch (error) {
-    if (error.kind === "offline") scheduleRetry();
-    else report(error);
-    return;
-  }
-  if (state.work?.hasDecisions) notice("The server is back. Your decisions are still here.", "", [["Submit now", submit], ["Later", clearNotice]]);
-  else clearNotice();
-  await queue.load();
-  requestDraw();
-}
-
-// Drawing the page around the picture
-
-function render() {
-  const { session } = state;
-  find("where").replaceChildren(...(session ? [element("strong", {}, session.image), ` · ${session.info.modality} · ${session.depth} slices`] : ["Choose an image"]));
-  for (const id of ["prompt-run", "skip"]) find(id).disabled = !session || Boolean(state.job) || state.isReadOnly;
-  renderPanel();
-}
-
-function renderPanel() {
-  const { session, work } = state;
-  const result = session?.result;
-  const isReady = Boolean(result && work && !state.isReadOnly);
-  find("structures").replaceChildren(...(result ? result.structures.map(renderChip) : []));
-  find("scope-slice").setAttribute("aria-pressed", String(state.scope === "slice"));
-  find("scope-volume").setAttribute("aria-pressed", String(state.scope === "volume"));
-  renderMerging(isReady);
-  for (const id of ["accept-slice", "accept-volume"]) find(id).disabled = !isReady || !result.key;
-  find("undo").disabled = !work?.history.length || state.isReadOnly;
-  renderDecided();
-}
-
-function renderChip(name) {
-  const { session } = state;
-  const isIncluded = state.included.has(name);
-  const dot = element("i");
-  dot.style.background = isIncluded ? colorOf(name) : "#46525e";
-  const isAbsent = session.result.summary && !session.result.summary.structures[name].present;
-  const words = `${name}${isAbsent ? " (not found)" : ""}${isIncluded ? "" : " (left out)"}`;
-  return element("button", { "aria-pressed": String(name === state.structure), on: { click: () => selectStructure(name) } }, dot, words);
-}
-
-function renderMerging(isReady) {
-  const current = currentPick();
-  const count = state.session?.result?.numProposals ?? 0;
-  const isMerged = MERGE_RULES.includes(current.rule);
-  const members = isMerged && current.members.length ? current.members : Array.from({ length: count }, (_, k) => k + 1);
-  find("members").replaceChildren(
-    ...Array.from({ length: count }, (_, k) =>
-      element("button", { "aria-pressed": String(isMerged && members.includes(k + 1)), disabled: !isReady, title: `Proposal ${k + 1} takes part`, on: { click: () => toggleMember(k + 1) } }, String(k + 1)),
-    ),
-  );
-  const rules = [["union", "Union", "U"], ["intersection", "Intersection", "I"], ["majority", "Majority", "J"], ["threshold", "At least …", "T"]];
-  find("rules").replaceChildren(
-    ...rules.map(([rule, label, key]) =>
-      element("button", { "aria-pressed": String(current.rule === rule), "aria-keyshortcuts": key, disabled: !isReady || count < 2, on: { click: () => merge(rule) } }, label, element("kbd", {}, key)),
-    ),
-  );
-  const isThreshold = current.rule === "threshold";
-  find("threshold-row").hidden = !isThreshold;
-  if (isThreshold) {
-    const needed = Math.max(1, Math.ceil(current.threshold * members.length - 1e-6));
-    Object.assign(find("threshold"), { max: members.length, value: needed });
-    find("threshold-text").textContent = `${needed} of ${members.length}`;
-  }
-  find("picked").textContent = count ? describePick(current, count) : "nothing yet";
-}
-
-function renderDecided() {
-  const { session, work } = state;
-  const slices = work?.decidedSlices ?? [];
-  const parts = [];
-  if (work?.isVolumeAccepted) parts.push(`the whole volume (${Object.keys(work.state.volume).join(", ")})`);
-  if (slices.length) parts.push(`${slices.length === 1 ? "slice" : "slices"} ${formatSlices(slices)}`);
-  find("decided").textContent = parts.length ? `Accepted, not sent: ${parts.join(", with picks of their own on ")}` : "Nothing accepted yet.";
-  find("submit").disabled = !work?.hasDecisions || state.isReadOnly;
-  const label = session?.info.label;
-  const extent = session?.info.annotated_slices;
-  find("saved").textContent = label
-    ? `Saved: ${extent === null ? "whole volume" : `${extent.length} slices`} · save ${label.sequence}${label.user ? ` by ${label.user}` : ""}, ${new Date(label.time).toLocaleString()}`
-    : session
-      ? "No saved label yet."
-      : "";
-  find("undo-save").hidden = !label || Boolean(work?.hasDecisions) || state.isReadOnly;
-}
-
-/** 3, 4, 5, 9 as "3–5, 9". */
-function formatSlices(slices) {
-  const parts = [];
-  for (const z of [...slices].sort((a, b) => a - b)) {
-    const last = parts.at(-1);
-    if (last && last[1] === z - 1) last[1] = z;
-    else parts.push([z, z]);
-  }
-  return parts.map(([from, to]) => (from === to ? String(from) : `${from}–${to}`)).join(", ");
-}
-
-function renderCorners() {
-  const { session, work, z } = state;
-  const value = session.disagreement(state.structure ? [state.structure] : [])[z];
-  find("corner-slice").replaceChildren(
-    element("b", {}, `z ${z}`),
-    ` of ${session.depth - 1}${session.result?.summary ? `\ndisagreement ${(value ?? 0).toFixed(2)}` : ""}${session.result?.job ? "\nproposals are being made" : ""}`,
-  );
-  const [low, high] = state.window;
-  const digits = high - low < 10 ? 2 : 0;
-  find("corner-window").textContent = `${state.preset}\nW ${(high - low).toFixed(digits)}  L ${((high + low) / 2).toFixed(digits)}${state.zoom === 1 ? "" : `\n× ${state.zoom.toFixed(1)}`}`;
-  find("corner-mark").replaceChildren(
-    ...(work?.isDecided(z) ? [element("span", { className: "mark-decided" }, "✓ accepted, not sent\n")] : []),
-    ...(session.isSaved(z) && session.info.label ? [element("span", { className: "mark-saved" }, "● saved")] : []),
-  );
-  find("corner-mode").replaceChildren(...renderLegend());
-}
-
-function renderLegend() {
-  if (state.isHidden) return ["overlay hidden"];
-  const found = state.session.result && look(state.structure);
-  if (!found) return [];
-  const swatch = (color) => {
-    const box = element("i");
-    box.style.background = color;
-    return box;
-  };
-  const count = state.session.result.numProposals;
-  if (state.mode === "agreement") {
-    const steps = Array.from({ length: count }, (_, k) => element("span", {}, swatch(`rgb(${draw.heatColor(k / Math.max(1, count - 1)).join(" ")})`), String(k + 1)));
-    return [element("span", { className: "legend" }, `drawn by … of ${count} (not a probability)`, ...steps)];
-  }
-  if (state.mode === "difference") {
-    const other = comparedPick(found);
-    const dice = found.box ? computeDice(found.mask, drawPick(found.masks, other, found.best)) : 1;
-    return [
-      element(
-        "span",
-        { className: "legend" },
-        element("span", {}, swatch("rgb(255 171 64)"), `only ${describePick(found.pick, count)}`),
-        element("span", {}, swatch("rgb(64 196 255)"), `only ${describePick(other, count)}`),
-        `Dice ${dice.toFixed(3)}`,
-      ),
-    ];
-  }
-  return [`${state.structure}: ${describePick(found.pick, count)}`];
-}
-
-function renderFacts() {
-  const { session } = state;
-  const found = session.result && look(state.structure);
-  if (!found) {
-    find("facts").textContent = session.result ? "" : "Type what to find and press Propose.";
-    return;
-  }
-  const [dy, dx] = session.spacing;
-  const area = (countPixels(found.mask) * dy * dx) / 100;
-  const numbers = session.result.summary?.structures[state.structure];
-  const volume = numbers ? `\nvolume ${numbers.consensus_ml.toFixed(0)} ml by consensus, ${Math.min(...numbers.proposals_ml).toFixed(0)} to ${Math.max(...numbers.proposals_ml).toFixed(0)} ml by proposal` : "";
-  find("facts").textContent = `this slice ${area.toFixed(1)} cm²${volume}`;
-  find("facts").dataset.pixels = String(countPixels(found.mask));
-}
-
-/** Thumbnails: consensus, every proposal, agreement, difference, absent. */
-function renderStrip() {
-  const { session } = state;
-  const strip = find("strip");
-  const result = session.result;
-  if (!result || !state.work) {
-    strip.replaceChildren(element("p", { className: "muted" }, session ? "Proposals appear here, side by side." : ""));
-    delete strip.dataset.of;
-    return;
-  }
-  const wanted = ["consensus", ...Array.from({ length: result.numProposals }, (_, k) => k + 1), "agreement", "difference", "nothing"];
-  if (strip.dataset.of !== wanted.join()) {
-    strip.dataset.of = wanted.join();
-    strip.replaceChildren(...wanted.map(buildThumb));
-  }
-  const found = look(state.structure);
-  for (const thumb of strip.children) paintThumb(thumb, found);
-}
-
-function buildThumb(kind) {
-  const isProposal = typeof kind === "number";
-  const names = { consensus: "Consensus", agreement: "Agreement", difference: "Difference", nothing: "Absent" };
-  const keys = { consensus: "C", agreement: "H", difference: "D", nothing: "0" };
-  const key = isProposal ? (kind <= MAX_KEY ? String(kind) : "") : keys[kind];
-  const thumb = element(
-    "button",
-    { className: "thumb", role: "option", "aria-selected": "false", on: { click: () => chooseThumb(kind) } },
-    element("canvas"),
-    element("span", { className: "thumb-name" }, isProposal ? `Prop. ${kind}` : names[kind], key && element("kbd", {}, key)),
-    element("span", { className: "thumb-note" }, "\u00a0"),
-  );
-  thumb.dataset.kind = kind;
-  return thumb;
 }
 
 function chooseThumb(kind) {
@@ -842,45 +417,7 @@ function chooseThumb(kind) {
   else pick("proposal", [Number(kind)]);
 }
 
-function paintThumb(thumb, found) {
-  const { session } = state;
-  const { kind } = thumb.dataset;
-  const number = Number(kind);
-  const isMode = kind === "agreement" || kind === "difference";
-  const current = currentPick();
-  const isPicked = number ? current.rule === "proposal" && current.members[0] === number : current.rule === kind;
-  thumb.setAttribute("aria-selected", String(isMode ? state.mode === kind : isPicked && state.mode === "pick"));
-  const canvas = thumb.querySelector("canvas");
-  const frame = found?.box
-    ? draw.frameAround(found.box, session.height, session.width, session.spacing, 84 / 72)
-    : draw.wholeSlice(session.height, session.width);
-  draw.drawSlice(canvas, shown.grey, frame, session.spacing, found?.box ? thumbLayers(kind, found) : []);
-  thumb.querySelector(".thumb-note").textContent = thumbNote(kind, found);
-  thumb.title = number && found?.best === number - 1 ? "The most typical proposal: the others agree with it most" : "";
-}
-
-function thumbLayers(kind, found) {
-  const color = colorOf(state.structure);
-  if (kind === "agreement") return [draw.agreementLayer(found.masks, found.box)];
-  if (kind === "difference") return [draw.differenceLayer(found.mask, drawPick(found.masks, comparedPick(found), found.best), found.box)];
-  if (kind === "nothing") return [];
-  const rule = Number(kind) ? { rule: "proposal", members: [Number(kind)] } : { rule: "consensus", members: [] };
-  return [draw.maskLayer(drawPick(found.masks, rule, found.best), found.box, color, 0.18, 1.5)];
-}
-
-function thumbNote(kind, found) {
-  const { session } = state;
-  if (!found) return "…";
-  const numbers = session.result.summary?.structures[state.structure];
-  const number = Number(kind);
-  const [dy, dx] = session.spacing;
-  const area = (mask) => `${((countPixels(mask) * dy * dx) / 100).toFixed(1)} cm²`;
-  if (number) return `${area(found.box ? found.masks[number - 1] : [])}${numbers?.best === number ? " ★" : ""}`;
-  if (kind === "consensus") return found.box ? area(drawPick(found.masks, { rule: "consensus", members: [] }, found.best)) : "0.0 cm²";
-  if (kind === "agreement") return "share";
-  if (kind === "difference") return `to ${describePick(comparedPick(found), session.result.numProposals)}`;
-  return "not here";
-}
+// How it is looked at
 
 function setMode(mode) {
   startWaiting("proposal-switch");
@@ -961,6 +498,8 @@ function setScope(scope) {
   renderPanel();
 }
 
+// Keys and buttons
+
 const actions = {
   up: () => scrollBy(1),
   down: () => scrollBy(-1),
@@ -1014,8 +553,6 @@ function scrollBy(step) {
   goTo(state.z + step);
 }
 
-// Listening
-
 function onKey(event) {
   state.lastActive = Date.now();
   const isTyping = event.target instanceof HTMLInputElement && event.target.type !== "range";
@@ -1050,81 +587,13 @@ function matches(wanted, event) {
   return isSame && event.ctrlKey === parts.includes("Ctrl") && isShiftRight;
 }
 
-function listenToView() {
-  const view = find("view");
-  let drag = null;
-  view.addEventListener("pointerdown", (event) => {
-    view.focus({ preventScroll: true });
-    view.setPointerCapture(event.pointerId);
-    drag = { x: event.clientX, y: event.clientY, z: state.z, window: state.window, center: state.center, isTouch: event.pointerType === "touch", button: event.button };
-  });
-  view.addEventListener("pointermove", (event) => {
-    if (!drag || !state.session) return;
-    state.lastActive = Date.now();
-    const [dx, dy] = [event.clientX - drag.x, event.clientY - drag.y];
-    if (drag.isTouch) {
-      goTo(drag.z + Math.round(-dy / 9));
-    } else if ((drag.button === 1 || event.shiftKey) && shown.place && state.zoom > 1) {
-      const ratio = window.devicePixelRatio || 1;
-      const [y, x] = drag.center ?? [state.session.height / 2, state.session.width / 2];
-      state.center = [y - (dy * ratio) / shown.place.scaleY, x - (dx * ratio) / shown.place.scaleX];
-      paint();
-    } else if (Math.abs(dx) + Math.abs(dy) > 2) {
-      const [low, high] = drag.window;
-      const span = Math.max(1e-6, (high - low) * Math.exp(dx / 300));
-      const middle = (high + low) / 2 + (dy / 500) * (high - low);
-      Object.assign(state, { window: [middle - span / 2, middle + span / 2], preset: "custom" });
-      paint();
-    }
-  });
-  for (const name of ["pointerup", "pointercancel"]) view.addEventListener(name, () => (drag = null));
-  let wheel = 0;
-  view.addEventListener(
-    "wheel",
-    (event) => {
-      event.preventDefault();
-      state.lastActive = Date.now();
-      if (event.ctrlKey) {
-        zoomAt(event);
-        return;
-      }
-      wheel += Math.sign(event.deltaY) * Math.min(1, Math.abs(event.deltaY) / 40);
-      const steps = Math.trunc(wheel);
-      wheel -= steps;
-      if (steps) scrollBy(-steps);
-    },
-    { passive: false },
-  );
-  const depth = find("depth");
-  const jump = (event) => {
-    if (!state.session || (event.type === "pointermove" && !event.buttons)) return;
-    const box = depth.getBoundingClientRect();
-    goTo(Math.floor((1 - (event.clientY - box.top) / box.height) * state.session.depth));
-  };
-  depth.addEventListener("pointerdown", (event) => (depth.setPointerCapture(event.pointerId), jump(event)));
-  depth.addEventListener("pointermove", jump);
-  find("scroll").addEventListener("input", (event) => goTo(Number(event.target.value)));
-  new ResizeObserver(() => state.session && paint()).observe(find("view"));
-}
-
-/** Zoom so that the pixel under the pointer stays there. */
-function zoomAt(event) {
-  if (!shown.place) return;
-  const view = find("view").getBoundingClientRect();
-  const ratio = window.devicePixelRatio || 1;
-  const factor = Math.exp(-event.deltaY / 300);
-  const x = ((event.clientX - view.left) * ratio - shown.place.left) / shown.place.scaleX;
-  const y = ((event.clientY - view.top) * ratio - shown.place.top) / shown.place.scaleY;
-  const [cy, cx] = state.center ?? [state.session.height / 2, state.session.width / 2];
-  const zoom = Math.min(12, Math.max(1, state.zoom * factor));
-  const moved = 1 - state.zoom / zoom;
-  setZoom(zoom, [cy + (y - cy) * moved, cx + (x - cx) * moved]);
-}
-
 function listen() {
   document.addEventListener("keydown", onKey);
   document.addEventListener("pointerdown", () => (state.lastActive = Date.now()));
-  listenToView();
+  listenToView({ goTo, scrollBy, setZoom });
+  onChoose(chooseThumb);
+  onDecide({ selectStructure, toggleMember, merge });
+  onBack(offerAgain);
   find("prompt-form").addEventListener("submit", runPrompt);
   find("job-cancel").addEventListener("click", () => state.job && api.cancelJob(state.job.id).catch(report));
   const buttons = { "accept-slice": acceptSlice, "accept-volume": acceptVolume, skip, undo, submit, "undo-save": undoSave, "help-open": actions.help };

@@ -152,6 +152,19 @@ def test_one_training_at_a_time(build: Callable[..., TrainingRunner], tmp_path: 
         runner.start("progidiff_adapt")
 
 
+def test_a_training_that_ends_with_its_server_is_one_to_be_continued(build: Callable[..., TrainingRunner], tmp_path: Path):
+    program = """
+progress()
+sys.stdin.readline()
+print(json.dumps({"state": "stopped", "message": "Stopped on request."}))
+"""
+    runner = build(program)
+    runner.start("progidiff")
+    runner.close()
+    assert runner.wait(60)
+    assert TrainingRunner(tmp_path / "training", lambda _: {}).status()["state"] == "interrupted"
+
+
 def test_what_prevents_a_start_is_told(build: Callable[..., TrainingRunner], tmp_path: Path):
     def refuse(_: Any = None) -> Any:
         raise RequestError("Nothing is labelled.")

@@ -256,10 +256,12 @@ class TrainingRunner:
             outcome = Outcome("failed", reason=f"The training could not be started ({type(err).__name__}: {err}). The server's log has the details.")
         values = {**outcome.to_dict(), "ended": time.time()}
         self._outcomes[active.folder.name] = values
-        try:
-            write_json(active.folder / OUTCOME, values)
-        except OSError as err:
-            logger.warning("The outcome of training %s is not written down: %s", active.folder.name, err)
+        # Stopped because the server ends: nobody asked for that, so it stays a run to be continued.
+        if not (self._closed and outcome.state == "stopped"):
+            try:
+                write_json(active.folder / OUTCOME, values)
+            except OSError as err:
+                logger.warning("The outcome of training %s is not written down: %s", active.folder.name, err)
         logger.info("Training %s: %s. %s%s", active.folder.name, outcome.state, outcome.message, outcome.reason)
         with self._lock:
             self._active = None

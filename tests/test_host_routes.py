@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from monailabel.utils.sessions import Sessions
 
-from progidiff.server.host_routes import _make_plain, remove_expired_sessions
+from progidiff.server.host_routes import _make_plain, _unwrap, remove_expired_sessions
 
 
 @pytest.fixture
@@ -68,9 +68,28 @@ def test_without_sessions_there_is_nothing_to_do(tmp_path: Path):
         ("", "image"),
         (None, "image"),
         (".bashrc", "bashrc"),
+        ("meta.info", "image"),
         ("a\0b\n.nii", "a_b_.nii"),
         ("x" * 300 + ".nii.gz", "x" * 93 + ".nii.gz"),
     ],
 )
 def test_names_of_uploads_are_plain_and_keep_their_suffix(sent: str | None, kept: str):
     assert _make_plain(sent, "image") == kept
+
+
+@pytest.mark.parametrize(
+    ("members", "name", "content"),
+    [
+        (["a.dcm", "b.dcm"], "image", ["a.dcm", "b.dcm"]),
+        (["study/series/a.dcm", "study/series/b.dcm"], "unpacked", ["a.dcm", "b.dcm"]),
+        (["scan 1.nii.gz"], "scan_1.nii.gz", None),
+        (["folder/meta.info"], "file", None),
+    ],
+)
+def test_the_folders_around_the_image_in_an_archive_are_left_out(members: list[str], name: str, content: list[str] | None, tmp_path: Path):
+    for member in members:
+        (tmp_path / "image" / member).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "image" / member).write_bytes(b"x")
+    inner = _unwrap(tmp_path / "image")
+    assert inner.name == name
+    assert (sorted(path.name for path in inner.iterdir()) if inner.is_dir() else None) == content

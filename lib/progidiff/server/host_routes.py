@@ -54,6 +54,8 @@ CLOSED: tuple[tuple[str, str, str], ...] = (
 _MAX_LOG_LINES = 10_000
 _GPU_SECONDS = 10
 _PLAIN_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+_META = "meta.info"
+"""The host's description of a session, beside the image in its folder."""
 _ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
@@ -151,7 +153,7 @@ def _receive(files: list[UploadFile], folder: Path, uncompress: bool) -> Path:
         archive = folder / "archive"
         _write(files[0], archive)
         extract_archive(archive, received, Limits(size=int(get_context().options.max_upload_gb * 1e9) * 2))
-        return received
+        return _unwrap(received)
     if len(files) == 1:
         name = (files[0].filename or "").lower()
         if name.endswith(SUFFIXES):
@@ -162,10 +164,21 @@ def _receive(files: list[UploadFile], folder: Path, uncompress: bool) -> Path:
     return received
 
 
+def _unwrap(folder: Path) -> Path:
+    """The file or the folder of several files that an archive was made of, which mostly lies in a folder or two of its own."""
+    inner = folder
+    while inner.is_dir() and len(entries := list(inner.iterdir())) == 1:
+        inner = entries[0]
+    if inner == folder:
+        return folder
+    return inner.rename(folder.with_name("unpacked") if inner.is_dir() else folder.parent / _make_plain(inner.name, "file"))
+
+
 def _make_plain(name: str | None, default: str) -> str:
     """The last part of a file name with letters, digits, '.', '_' and '-' only, at most 100 of them; no leading dot."""
     plain = _PLAIN_NAME.sub("_", Path((name or "").replace("\\", "/")).name).lstrip(".")
-    return plain[-100:].lstrip(".") or default
+    plain = plain[-100:].lstrip(".")
+    return default if plain in ("", _META) else plain
 
 
 def _write(file: UploadFile, path: Path) -> Path:
@@ -191,7 +204,7 @@ def remove_expired_sessions(app: MONAILabelApp) -> int:
     removed = 0
     for folder in root.iterdir():
         try:
-            info = sessions.get_session(folder.name, update_ts=False, fetch_cache=False) if (folder / "meta.info").is_file() else None
+            info = sessions.get_session(folder.name, update_ts=False, fetch_cache=False) if (folder / _META).is_file() else None
             last, expiry = (info.last_access_ts, info.expiry) if info is not None else (folder.stat().st_mtime, sessions.expiry)
             if last + expiry < time.time():
                 sessions.remove_session(folder.name)

@@ -133,6 +133,16 @@ def test_a_structure_that_a_save_names_and_does_not_draw_is_absent(tmp_path: Pat
     assert data.training.annotated[data.training.names.index("c")][:, spleen].all()
 
 
+def test_the_history_of_a_label_knows_best_what_its_ids_mean(tmp_path: Path):
+    studies = write_study(tmp_path / "studies", (1, 2))
+    write_table(studies, {1: "spleen", 2: "aorta", 3: "liver"})
+    store = AnnotationStore(tmp_path / "annotations", studies / "labels" / "final")
+    store.record("a", studies / "labels" / "final" / "a.nii.gz", label_ids={"left kidney": 1, "right kidney": 2})
+    cases = {c.name: c for c in find_local_cases(studies, store)}
+    assert cases["a"].structures == {1: "left kidney", 2: "right kidney", 3: "liver"}
+    assert cases["b"].structures[1] == "spleen"
+
+
 def test_a_deleted_label_and_an_unannotated_image_are_left_out(tmp_path: Path):
     studies = write_study(tmp_path / "studies", (LIVER, SPLEEN))
     store = AnnotationStore(tmp_path / "annotations", studies / "labels" / "final")

@@ -52,6 +52,7 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
         RequestError: if nothing is left to train on, or labels.json is damaged.
     """
     datastore = context.app.datastore()
+    local = is_folder(context.app.studies)
     labels = []
     for image in _list_labelled(context):
         try:
@@ -59,11 +60,15 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
         except ProGiDiffError as err:
             logger.warning("'%s' is left out of the training: %s", image, err)
             continue
-        label_id = datastore.get_label_by_image_id(image, FINAL) or image
-        label = Path(datastore.get_label_uri(label_id, FINAL))
-        labels.append(AcceptedLabel(image, path, label, datastore.get_label_info(label_id, FINAL), datastore.get_image_info(image)))
-    studies = context.app.studies
-    cases = build_cases(labels, load_folder_names(Path(studies)) if is_folder(studies) else None, context.annotations)
+        current = context.annotations.current(image)
+        if local or current is None:
+            label, info = Path(datastore.get_label_uri(image, FINAL)), datastore.get_label_info(image, FINAL)
+        else:
+            # What a DICOMweb server gives back has lost its empty slices; the history has the label as it was saved.
+            label, info = context.annotations.label_file(current), {}
+        labels.append(AcceptedLabel(image, path, label, info, datastore.get_image_info(image)))
+    table = Path(context.app.studies) if local else context.options.store
+    cases = build_cases(labels, load_folder_names(table), context.annotations)
     if not cases:
         raise RequestError("No slice of any image is annotated, or the images are gone. Save a label with tag final, then train.")
     engine = context.infer.engine
@@ -166,5 +171,7 @@ def _describe_version(store: AdapterStore, name: str, version: int, base: str) -
 
 
 def _list_labelled(context: Context) -> list[str]:
-    """Images that the datastore has an accepted label of."""
+    """Images with an accepted label; behind a DICOMweb address those that were labelled through this server."""
+    if not is_folder(context.app.studies):
+        return sorted(context.annotations.annotated_images())
     return sorted(str(image) for image in context.app.datastore().get_labeled_images())

@@ -1,7 +1,7 @@
 """From a datastore's accepted labels to training cases: what every id means, and which slices somebody vouches for.
 
-The meaning of an id comes from, in this order: the label's own record (`label_info`, as viewers send it), the folder's
-labels.json, and only if there is neither, the fixed ids that our own server hands out. An id that none of them names is
+The meaning of an id comes from, in this order: the label's history, the label's record in the datastore (`label_info`, as viewers
+send it), the folder's labels.json, and only if there is none of these, the fixed ids that our own server hands out. An id that none of them names is
 refused when the label is read, never guessed.
 """
 
@@ -95,7 +95,9 @@ def build_cases(labels: Iterable[AcceptedLabel], folder_names: Mapping[int, str]
     """
     cases = []
     for label in labels:
-        names = {**(folder_names or {}), **read_label_names(label.label_info)}
+        current = None if annotations is None else annotations.current(label.name)
+        recorded = {} if current is None else {value: name for name, value in current.label_ids}
+        names = {**(folder_names or {}), **(recorded or read_label_names(label.label_info))}
         fixed = not names
         if fixed:
             names = dict(enumerate(STRUCTURES, start=1))

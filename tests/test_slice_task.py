@@ -224,3 +224,11 @@ def test_next_sample_has_the_consensus_ready_as_tag_original(server: Server):
     assert np.array_equal(original.dataobj, read_mask(consensus).dataobj)
     assert list(labels["original"]["info"]["params"]["label_names"].values()) == sorted(set(np.unique(original.dataobj)) - {0})
     assert "final" not in labels
+
+
+def test_clicks_in_another_order_of_voxels_are_refused(server: Server):
+    """OHIF names the image by its series and counts the voxels of DICOM slices."""
+    study = server.get("/proxy/dicom/qido/series").json()[0]
+    series = study["0020000E"]["Value"][0]
+    response = server.infer(series, {"label": "liver", "foreground": [[30, 20, 4]], "slice": 4}, model="progidiff_slice")
+    assert (response.status_code, "3D Slicer" in response.json()["detail"]) == (422, True), response.text

@@ -124,8 +124,10 @@ drive(async (page, given, { shoot }) => {
   await submit(page);
 
   // A second tab on the same image may look.
-  const other = await page.context().newPage();
-  await other.goto(`${given.url}/progidiff/#image=${given.image}`);
+  const [other] = await Promise.all([
+    page.waitForEvent('popup'),
+    page.evaluate((address) => void window.open(address), `${given.url}/progidiff/#image=${given.image}`),
+  ]);
   await other.locator('#notice-text', { hasText: 'another tab' }).waitFor();
   const isReadOnly = await other.locator('#accept-slice').isDisabled();
   await other.getByRole('button', { name: 'Use it here' }).click();

@@ -41,6 +41,7 @@ from progidiff.server import answers, guard
 from progidiff.server.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
 from progidiff.server.context import get_context
 from progidiff.server.infer_task import ProposalInferTask
+from progidiff.server.slice_task import SliceInferTask
 
 logger = logging.getLogger(__name__)
 
@@ -264,6 +265,11 @@ def build_router() -> APIRouter:
                 raise RequestError("The request names no image. Add ?image=<id of the datastore>, ?session_id=<id>, or upload a file.")
             series = get_context().served.find_named(request["image"])
             if series is not None:
+                if isinstance(app._infers.get(model), SliceInferTask):
+                    raise RequestError(
+                        "Clicks in OHIF count the voxels of its DICOM slices, which lie in another order than the file's. Click in 3D Slicer, or use "
+                        "the panel's prompt here."
+                    )
                 request["image"] = series.identity.image
             try:
                 result = infer(app, request)

@@ -139,7 +139,7 @@ export function drawSlice(canvas, grey, frame, spacing, layers) {
 export const wholeSlice = (height, width) => ({ x: 0, y: 0, width, height });
 
 /** A frame around a box with a margin, as wide and high in mm as the canvas asks for. */
-export function frameAround(box, height, width, spacing, aspect, margin = 0.3) {
+export function frameAround(box, height, width, spacing, aspect, margin = 0.12) {
   const [dy, dx] = spacing;
   let mmWide = (box.x1 - box.x0) * dx * (1 + 2 * margin);
   let mmHigh = (box.y1 - box.y0) * dy * (1 + 2 * margin);

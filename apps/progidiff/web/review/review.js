@@ -16,13 +16,10 @@ import { onChoose } from "./strip.js";
 import { TabGuard, Work, forgetWork, loadWork } from "./work.js";
 
 const POLL_MS = 300;
-
 const IDLE_SECONDS = 60;
 
 const queue = new Queue(openImage, (z) => goTo(z));
-
 const model = new ModelPanel();
-
 const tabs = new TabGuard((image) => {
   if (image !== state.session?.image) return;
   state.isReadOnly = true;
@@ -307,11 +304,12 @@ function acceptVolume() {
   afterDecision();
 }
 
-async function undo() {
+function undo() {
   if (!state.work || state.isReadOnly) return;
-  const what = state.work.undo();
-  if (what) {
-    toast(`Undone: ${what}`, "", 2);
+  const undone = state.work.undo();
+  if (undone) {
+    toast(`Undone: ${undone.what}`, "", 2);
+    if (undone.z !== null) goTo(undone.z);
     afterDecision();
   } else if (state.session?.info.label) {
     toast("Nothing unsent to undo. “Undo last save” goes back further.");

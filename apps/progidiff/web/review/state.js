@@ -27,6 +27,7 @@ export const state = {
   lastActive: Date.now(),
 };
 
+/** What is drawn right now: pixels and masks of slice `z`, and the grey picture made of them. */
 export const shown = { z: -1, pixels: null, masks: null, masksOf: null, label: null, grey: null, greyOf: "", place: null };
 
 /** Times that somebody waits for: from the key or click to the picture. Read by anybody with `performance.getEntriesByType`. */

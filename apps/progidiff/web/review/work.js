@@ -25,11 +25,14 @@ export class Work {
   }
 
   setPick(structure, pick, z = null) {
-    this.#remember(z === null ? `pick for ${structure}` : `pick for ${structure} on slice ${z}`);
+    this.#remember(z === null ? `pick for ${structure}` : `pick for ${structure} on slice ${z}`, z);
     if (z === null) {
       this.state.picks[structure] = pick;
       // A pick for the volume is meant for every slice.
-      for (const picks of Object.values(this.state.slicePicks)) delete picks[structure];
+      for (const [place, picks] of Object.entries(this.state.slicePicks)) {
+        delete picks[structure];
+        if (isEmpty(picks)) delete this.state.slicePicks[place];
+      }
     } else {
       (this.state.slicePicks[z] ??= {})[structure] = pick;
     }
@@ -38,7 +41,7 @@ export class Work {
   }
 
   acceptSlice(z, structures) {
-    this.#remember(`slice ${z} accepted`);
+    this.#remember(`slice ${z} accepted`, z);
     this.state.slices[z] = Object.fromEntries(structures.map((structure) => [structure, copy(this.pickOn(structure, z))]));
     this.#save();
   }
@@ -69,13 +72,13 @@ export class Work {
     return this.isVolumeAccepted || !isEmpty(this.state.slices);
   }
 
-  /** What was undone, in words; null if there was nothing. */
+  /** What was undone: in words, and the slice it was about (null for the volume); null if there was nothing. */
   undo() {
     const last = this.history.pop();
     if (!last) return null;
     this.state = last.state;
     this.#save();
-    return last.what;
+    return last;
   }
 
   addSeconds(seconds) {
@@ -89,8 +92,8 @@ export class Work {
     return { proposals: this.proposals, volume, slices, base, seconds: Math.round(this.seconds * 10) / 10 };
   }
 
-  #remember(what) {
-    this.history.push({ what, state: copy(this.state) });
+  #remember(what, z = null) {
+    this.history.push({ what, z, state: copy(this.state) });
     if (this.history.length > MAX_HISTORY) this.history.shift();
   }
 

@@ -116,7 +116,7 @@ class PacsDatastore(DICOMWebDatastore):
                 info["SeriesInstanceUID"] = self._send(series, plain, _describe_segments(labels, info.get("label_info") or []))
                 with self._recent_lock:
                     self._recent.clear()
-            return str(LocalDatastore.save_label(self, image_id, file, label_tag, info, label_id))
+            return str(LocalDatastore.save_label(self, image_id, file, label_tag, info))
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """The file of a label: as saved here, else the server's segmentation on the grid of its image."""

@@ -22,14 +22,14 @@ from progidiff.prompts import STRUCTURES
 
 IMAGES = ("a", "b", "c", "d")
 LIVER = STRUCTURES.index("liver") + 1
-SECONDS = 240.0
+SECONDS = 600.0
 
 
 @contextmanager
-def serve(folder: Path, model: Path, steps: int = 4) -> Iterator[Server]:
+def serve(folder: Path, model: Path) -> Iterator[Server]:
     """The same server on the same folders, again and again."""
     conf = ("model_dir", str(model), "device", "cpu", "score_pool", "on", "score_prompt", "liver", "adapters", str(folder / "adapters"))
-    conf += ("retrain_after", "8", "retrain_params", f"steps={steps},validate_every=2,batch_size=2,name=ct", "acquisition", "noise=off")
+    conf += ("retrain_after", "8", "retrain_params", "steps=6,validate_every=2,batch_size=2,name=ct", "acquisition", "noise=off")
     if not (folder / "app").is_dir():
         copy_app(folder)
     with run_server(folder / "studies", folder / "app", folder / "server.log", *conf) as running:
@@ -101,14 +101,14 @@ def wait_for_training(server: Server) -> dict[str, Any]:
 
 
 def test_the_whole_loop_goes_round_and_a_kill_at_any_stage_loses_nothing(folder: Path, tiny_model: Path):
-    with serve(folder, tiny_model, steps=60) as server:
+    with serve(folder, tiny_model) as server:
         wait_for_scores(server)
         first = ask(server, "anna")
         assert first["scores_from"] == "tiny@1"
         saved = accept(server, first)
         assert saved["retrain"]["message"] == "4 of 8 slices until the next training."
         server.process.kill()  # after a save
-    with serve(folder, tiny_model, steps=60) as server:
+    with serve(folder, tiny_model) as server:
         progress = server.get("/progidiff/scoring").json()
         assert progress["scored"] == len(IMAGES)  # nothing is scored again
         second = ask(server, "anna")
@@ -118,7 +118,7 @@ def test_the_whole_loop_goes_round_and_a_kill_at_any_stage_loses_nothing(folder:
         assert "8 new slices: a training has started" in started["retrain"]["message"]
         server.process.kill()  # while it trains, or before it began to
         server.process.wait(10)
-    with serve(folder, tiny_model, steps=60) as server:
+    with serve(folder, tiny_model) as server:
         adapter = wait_for_training(server)  # it went on by itself
         if adapter["current"] is None:  # the gate may refuse what a toy learns; a person may still use it
             used = requests.post(f"{server.url}/progidiff/versions/ct/{adapter['versions'][0]['version']}/use", timeout=30)

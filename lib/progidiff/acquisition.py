@@ -264,7 +264,8 @@ class Pool:
     def noisy_logs(self, config: AcquisitionConfig, round_index: int, seed: int) -> np.ndarray:
         """What slices are compared by, float32 (P + 1, N): the logarithm of their values with noise; the last row is for all structures."""
         key = (config, round_index, seed)
-        if key not in self._logs:
+        logs = self._logs.get(key)
+        if logs is None:
             values = self.values(config)
             total = values.mean(axis=0, keepdims=True) if len(values) else np.zeros((1, len(self)), np.float32)
             with np.errstate(divide="ignore"):
@@ -273,7 +274,7 @@ class Pool:
                 logs += self.gumbel(seed, round_index) / np.float32(config.beta(round_index))
             self._logs.clear()  # as with the noise
             self._logs[key] = logs
-        return self._logs[key]
+        return logs
 
     def only(self, image: str, config: AcquisitionConfig) -> Pool:
         """One image with the values that it has in this pool; an empty pool if it is not there."""
@@ -295,14 +296,16 @@ class Pool:
     def gumbel(self, seed: int, round_index: int) -> np.ndarray:
         """Standard Gumbel noise (P + 1, N), the same for a slice whatever else is in the pool; the last row is for all structures together."""
         key = (seed, round_index)
-        if key not in self._noise:
+        noise = self._noise.get(key)
+        if noise is None:
             parts = []
             for image, count in zip(self.images, np.diff(self.starts), strict=True):
                 digest = hashlib.blake2b(f"{seed}:{round_index}:{image}".encode(), digest_size=8).digest()
                 parts.append(np.random.default_rng(int.from_bytes(digest)).gumbel(size=(int(count), len(self.structures) + 1)).astype(np.float32))
+            noise = np.ascontiguousarray(np.concatenate(parts).T) if parts else np.zeros((len(self.structures) + 1, 0), np.float32)
             self._noise.clear()  # one round is asked for again and again, an older one never
-            self._noise[key] = np.ascontiguousarray(np.concatenate(parts).T) if parts else np.zeros((len(self.structures) + 1, 0), np.float32)
-        return self._noise[key]
+            self._noise[key] = noise
+        return noise
 
 
 def build_pool(scores: Sequence[ImageScores]) -> Pool:

@@ -105,6 +105,7 @@ class Selection:
         self._minutes = reserve_minutes
         self._lock = threading.RLock()
         self._broken: dict[str, tuple[str, str]] = {}
+        self._finished: dict[str, int] = {}
         self._pool: tuple[tuple[ScoredImage, ...], Pool] = ((), build_pool([]))
 
     def next(self, client: str, strategy: str = "random", count: int = SLICES_PER_IMAGE, user: str = "") -> dict[str, Any]:
@@ -126,23 +127,30 @@ class Selection:
         """
         name = self._check_strategy(strategy)
         with self._lock:
-            survey = self._survey()
             mine = set(self.reservations.held_by(client))
-            others = {image for image, owner in self.reservations.all().items() if owner != client}
-            skipped = self._find_skipped(user) & survey.open
-            # What the client just had or skipped comes again only when there is nothing else.
-            for excluded in (others | mine | skipped, others | mine, others):
-                for image in self._order(survey, name, excluded):
-                    answer = self._try(survey, image, name, count)
-                    if answer is not None and self.reservations.reserve(image, client):
-                        for other in mine - {image}:
-                            self.reservations.release(other)
-                        return answer
-            if not survey.images:
-                return {"message": NO_IMAGES, "review": []}
-            if others & survey.open:
-                return {"message": ALL_RESERVED.format(minutes=self._minutes), "review": []}
-            return {"message": self._explain_end(survey), "review": self.review(5)}
+        while True:
+            with self._lock:
+                survey = self._survey()
+                image = self._reserve_next(survey, name, client, mine, user)
+            if image is None:
+                return self._explain_end(survey, client)
+            # Outside the lock: an image behind a DICOMweb server may have to be fetched, and others need not wait for that.
+            answer = self._describe_opened(survey, image, name, count)
+            if answer is not None:
+                for other in mine - {image}:
+                    self.reservations.release(other)
+                return answer
+            self.reservations.release(image)
+
+    def _reserve_next(self, survey: _Survey, strategy: str, client: str, mine: set[str], user: str) -> str | None:
+        """The best image that nobody else has, reserved; what the client just had or skipped only when there is nothing else."""
+        others = {image for image, owner in self.reservations.all().items() if owner != client}
+        skipped = self._find_skipped(user) & survey.open
+        for excluded in (others | mine | skipped, others | mine, others):
+            for image in self._order(survey, strategy, excluded):
+                if self.reservations.reserve(image, client):
+                    return image
+        return None
 
     def queue(self, limit: int = 50) -> list[dict[str, Any]]:
         """What would be given next, best first, by the default strategy.
@@ -212,10 +220,13 @@ class Selection:
             self._pool = (ordered, build_pool([entry.scores for entry in ordered]))
         return _Survey(images, annotated, entries, self._pool[1], frozenset(image for image in images if self._has_work(image, annotated, entries)))
 
-    @staticmethod
-    def _has_work(image: str, annotated: Mapping[str, frozenset[int] | None], entries: Mapping[str, ScoredImage]) -> bool:
+    def _has_work(self, image: str, annotated: Mapping[str, frozenset[int] | None], entries: Mapping[str, ScoredImage]) -> bool:
         slices = annotated.get(image, frozenset())
-        return slices is not None and (image not in entries or len(slices) < entries[image].scores.num_slices)
+        if slices is None:
+            return False
+        if image in entries:
+            return len(slices) < entries[image].scores.num_slices
+        return len(slices) != self._finished.get(image)  # how many slices it has is found out when it is opened
 
     def _order(self, survey: _Survey, strategy: str, excluded: Collection[str], limit: int = 1) -> Iterator[str]:
         """The images that may be given, best first: `limit` of them by one look at the pool, then the others."""
@@ -249,16 +260,21 @@ class Selection:
 
         yield from sorted(rest, key=rank)
 
-    def _try(self, survey: _Survey, image: str, strategy: str, count: int) -> dict[str, Any] | None:
-        """The answer for an image, None if its file is gone or cannot be read."""
+    def _describe_opened(self, survey: _Survey, image: str, strategy: str, count: int) -> dict[str, Any] | None:
+        """The answer for an image, None if its file is gone or cannot be read; it is then passed over until it changes."""
         try:
             path = find_image(self._app, image)
             answer = self._describe(survey, image, strategy, count, opened=True)
         except (NotFoundError, ImageError) as err:
             logger.warning("'%s' is passed over: %s", image, err)
-            self._broken[image] = (self._fingerprint(image), str(err))
+            with self._lock:
+                self._broken[image] = (self._fingerprint(image), str(err))
             return None
-        return None if answer is None else {**answer, "path": path}
+        if answer is None:
+            with self._lock:
+                self._finished[image] = len(survey.annotated.get(image) or ())
+            return None
+        return {**answer, "path": path}
 
     def _describe(self, survey: _Survey, image: str, strategy: str, count: int, opened: bool) -> dict[str, Any] | None:
         done = survey.annotated.get(image) or frozenset()
@@ -309,12 +325,20 @@ class Selection:
                 skipped.pop(event.image, None)
         return set(skipped)
 
-    def _explain_end(self, survey: _Survey) -> str:
-        reasons = self._find_unreadable()
+    def _explain_end(self, survey: _Survey, client: str) -> dict[str, Any]:
+        """Why there is nothing to give, and what to do instead."""
+        if not survey.images:
+            return {"message": NO_IMAGES, "review": []}
+        with self._lock:
+            reasons = self._find_unreadable()
+            taken = [image for image, owner in self.reservations.all().items() if owner != client and image in survey.open - reasons.keys()]
+        if taken:
+            return {"message": ALL_RESERVED.format(minutes=self._minutes), "review": []}
         broken = sorted(survey.open & reasons.keys())
-        if not broken:
-            return ALL_LABELLED
-        return f"Every image that can be read is labelled. {len(broken)} cannot be read, for example '{broken[0]}': {reasons[broken[0]]}"
+        message = ALL_LABELLED
+        if broken:
+            message = f"Every image that can be read is labelled. {len(broken)} cannot be read, for example '{broken[0]}': {reasons[broken[0]]}"
+        return {"message": message, "review": self.review(5)}
 
     def _find_unreadable(self) -> dict[str, str]:
         """Images that cannot be read, and why, as long as their files are what they were."""

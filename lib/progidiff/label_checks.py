@@ -27,7 +27,7 @@ from progidiff.options import BEST, CONSENSUS, read_bool, read_choice, read_floa
 from progidiff.prompts import STRUCTURES, parse_prompt
 from progidiff.results import VolumeProposals
 from progidiff.store import ProposalStore
-from progidiff.volume import Volume, load_label, read_grid, save_mask
+from progidiff.volume import Volume, load_label, load_volume, read_grid, save_mask, strip_suffix
 
 MERGED = "merged"
 """What `shown` says of a mask that a person put together from several proposals."""
@@ -169,6 +169,18 @@ def count_slices(volume: Volume) -> int:
     return int(volume.to_stack()[0].shape[0])
 
 
+def open_grid(image: Path) -> Volume:
+    """An image without its voxels: all that a label is compared with, read from the header.
+
+    Raises:
+        NotFoundError, ImageError: as `volume.read_grid`; for a DICOM folder, which has no header, as `volume.load_volume`.
+    """
+    if image.is_dir():
+        return load_volume(image)
+    shape, affine = read_grid(image)
+    return Volume(np.broadcast_to(np.uint8(0), shape), affine, "CT", "option", strip_suffix(image))
+
+
 def load_label_ids(folder: Path) -> dict[str, int]:
     """Structure -> id as labels of a folder use them: its labels.json, or the fixed ids.
 
@@ -248,7 +260,7 @@ def check_label(file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapp
         array = load_label(file, like=volume)
     except OverflowError as err:
         raise ImageError(f"'{file.name}' holds infinite values, so it is no label map; save it with whole numbers.") from err
-    present = [int(value) for value in np.unique(array) if value]
+    present = _find_present(array)
     meaning = _find_meaning(options, kept_ids)
     strange = [value for value in present if value not in meaning]
     if strange:
@@ -400,6 +412,13 @@ def _find_structures(checked: CheckedLabel, options: SaveOptions, result: Volume
         return options.structures
     asked = () if result is None else result.structures
     return tuple(dict.fromkeys([*checked.label_ids, *asked, *(() if replaced is None else replaced.structures)]))
+
+
+def _find_present(array: np.ndarray) -> list[int]:
+    """The ids in a label map, ascending, without 0; several times faster than sorting all voxels where ids are small."""
+    if array.dtype == np.uint8:
+        return [int(value) for value in np.flatnonzero(np.bincount(array.ravel(), minlength=256)) if value]
+    return [int(value) for value in np.unique(array) if value]
 
 
 def _find_meaning(options: SaveOptions, kept_ids: Mapping[str, int]) -> dict[int, str]:

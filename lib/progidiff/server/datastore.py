@@ -40,7 +40,7 @@ from pydantic import ValidationError
 from progidiff.annotations import FINAL, LABEL_SUFFIXES, Annotation, AnnotationStore, hash_file
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError, StoreError
 from progidiff.files import flush
-from progidiff.label_checks import Previous, ReadyLabel, SaveOptions, check_label, combine_ids, count_slices, load_label_ids, prepare_label
+from progidiff.label_checks import Previous, ReadyLabel, SaveOptions, check_label, combine_ids, count_slices, load_label_ids, open_grid, prepare_label
 from progidiff.store import ProposalStore
 from progidiff.volume import Volume, load_volume
 
@@ -298,7 +298,7 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _load_image(self, image_id: str) -> Volume:
         self._check_known(image_id)
-        return load_volume(self.get_image_uri(image_id), info=self.get_image_info(image_id))
+        return open_grid(Path(self.get_image_uri(image_id)))
 
     def _check_known(self, image_id: str) -> None:
         record = self._object(image_id)

@@ -19,10 +19,9 @@ from monailabel.interfaces.datastore import Datastore
 
 from progidiff.annotations import FINAL, Annotation, AnnotationStore
 from progidiff.errors import NotFoundError
-from progidiff.label_checks import SaveOptions, check_label, combine_ids, count_slices, load_label_ids, prepare_label
+from progidiff.label_checks import SaveOptions, check_label, combine_ids, count_slices, load_label_ids, open_grid, prepare_label
 from progidiff.server.datastore import SavedLabel, check_tag, find_previous, is_repeat, record_ready
 from progidiff.store import ProposalStore
-from progidiff.volume import load_volume
 
 if TYPE_CHECKING:
     from progidiff.server.context import Context
@@ -61,7 +60,7 @@ class RemoteLabels:
     ) -> SavedLabel:
         """As `SafeLocalDatastore.save_annotated`."""
         check_tag(tag)
-        volume = load_volume(self._find_image(image_id), info=self._datastore().get_image_info(image_id))
+        volume = open_grid(Path(self._find_image(image_id)))
         options = SaveOptions.from_params(params, count_slices(volume))
         with self._lock, tempfile.TemporaryDirectory(prefix="progidiff-label-") as scratch:
             previous = find_previous(self.annotations, image_id, tag)

@@ -123,6 +123,8 @@ def test_a_model_is_continued_into_another_folder_and_stays_as_it_is(studies: Pa
     assert [(e["stage"], e["step"]) for e in told] == [("evidence", 2), ("proposals", 2)]
     run = json.loads((tmp_path / "model" / "conditioning" / "run.json").read_text())
     assert run["continued_from"] == "tiny@1"
+    # Of structures that no validation volume shows there is nothing to say.
+    assert set(run["validation"]["evidence"][-1]) == {"step", "dice_all", "liver", "aorta"}
     assert run["config"]["version"] == "2"
     Engine(tmp_path / "model", device="cpu").load()
 

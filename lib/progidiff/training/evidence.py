@@ -20,7 +20,7 @@ from progidiff.training.data import SliceCache, augment
 from progidiff.training.loop import LoopConfig, find_autocast_dtype, run_loop
 from progidiff.training.losses import EvidenceLosses, compute_evidence_loss
 from progidiff.training.pictures import draw_answers
-from progidiff.training.scores import DiceTally, one_hot
+from progidiff.training.scores import DiceTally, average_volumes, one_hot
 
 
 class PhraseTable:
@@ -132,8 +132,8 @@ def validate_evidence(
         batch = chosen[start : start + 16]
         images, labels = cache.read(batch)
         tally.add(batch, labels, {"evidence": _find_masks(branch, images, phrases, autocast)})
-    per = np.nanmean(tally.compute_dice("evidence"), axis=0)
-    return {"dice_all": float(np.nanmean(per)), **{s: float(d) for s, d in zip(cache.structures, per, strict=True)}}
+    per = average_volumes(tally.compute_dice("evidence"), cache.structures)
+    return {"dice_all": float(np.mean(list(per.values()))) if per else 0.0, **per}
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from progidiff.training.evidence import PhraseTable
 from progidiff.training.loop import LoopConfig, run_loop
 from progidiff.training.losses import ProposalLosses, compute_mask_loss
 from progidiff.training.pictures import draw_answers
-from progidiff.training.scores import DiceTally, one_hot
+from progidiff.training.scores import DiceTally, average_volumes, one_hot
 
 
 def wear_down_evidence(logits: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
@@ -338,4 +338,4 @@ def validate_proposals(
         "best": float(np.nanmean(singles.max(0))),
         "disagreement": float(np.mean(spread)) if spread else 0.0,
     }
-    return {**figures, **{f"consensus {s}": float(d) for s, d in zip(cache.structures, np.nanmean(consensus, 0), strict=True)}}
+    return {**figures, **{f"consensus {s}": d for s, d in average_volumes(consensus, cache.structures).items()}}

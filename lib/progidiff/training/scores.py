@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -57,3 +59,13 @@ class DiceTally:
         """
         there = self.truth > 0 if present is None else present
         return np.where(there, 2 * self._overlap[kind] / np.maximum(self._total[kind], 1), np.nan)
+
+
+def average_volumes(dice: np.ndarray, structures: Sequence[str]) -> dict[str, float]:
+    """Mean over volumes per structure, of those that any volume shows.
+
+    Args:
+        dice: (V, P), NaN where a structure is not there.
+        structures: P names.
+    """
+    return {s: float(np.nanmean(dice[:, p])) for p, s in enumerate(structures) if not np.isnan(dice[:, p]).all()}

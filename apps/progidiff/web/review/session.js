@@ -61,6 +61,7 @@ export class ImageSession {
   #slices = new ByteCache(SLICE_BYTES);
   #masks = new ByteCache(MASK_BYTES);
   #labels = new ByteCache(SLICE_BYTES / 4);
+  #ahead = 0;
 
   constructor(info) {
     this.info = info;
@@ -125,13 +126,14 @@ export class ImageSession {
     return this.#labels.get(z, async () => new Uint8Array(await api.getLabel(this.image, z)), (ids) => ids.byteLength);
   }
 
-  /** Fetch what is likely to be looked at next; failures do not matter yet. */
-  prefetch(z) {
+  /** Fetch what is likely to be looked at next, one slice at a time: what is looked at now must not wait behind it. */
+  async prefetch(z) {
+    const ticket = (this.#ahead += 1);
     for (let step = 1; step <= AHEAD; step += 1) {
       for (const near of [z + step, z - step]) {
-        if (near < 0 || near >= this.depth) continue;
-        this.slice(near).catch(() => {});
-        if (this.result?.key) this.masks(near).catch(() => {});
+        if (near < 0 || near >= this.depth || ticket !== this.#ahead) continue;
+        // Failures do not matter yet: whoever goes there asks again and is told.
+        await Promise.allSettled([this.slice(near), this.result?.key ? this.masks(near) : null]);
       }
     }
   }

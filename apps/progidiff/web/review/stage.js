@@ -23,6 +23,7 @@ async function loadShown() {
   const { session, z } = state;
   if (!session) return;
   try {
+    if (session.result) session.masks(z).catch(() => {}); // Asked for beside the picture, and reported below.
     if (shown.z !== z) {
       const pixels = await session.slice(z);
       if (state.session !== session || state.z !== z) return;
@@ -37,14 +38,16 @@ async function loadShown() {
           Object.assign(shown, { masks, masksOf: source });
           paint();
           stopWaiting("first-proposal");
+          session.prefetch(z);
         })
         .catch((error) => error.kind !== "gone" && report(error));
+    } else {
+      session.prefetch(z);
     }
     if (state.isSavedShown && !shown.label && session.info.label) {
       const label = await session.label(z);
       if (shown.z === z) shown.label = label;
     }
-    session.prefetch(z);
   } catch (error) {
     report(error);
   }
@@ -62,9 +65,9 @@ export function paint() {
   const view = find("view");
   const layers = state.isHidden ? [] : buildLayers();
   shown.place = draw.drawSlice(view, shown.grey, pickFrame(view), session.spacing, layers);
-  stopWaiting("first-pixels");
-  stopWaiting("proposal-switch");
-  stopWaiting("slice-switch");
+  if (shown.z === state.z) {
+    for (const name of ["first-pixels", "proposal-switch", "slice-switch"]) stopWaiting(name);
+  }
   paintDepth();
   renderCorners();
   renderStrip();
@@ -144,10 +147,18 @@ function renderCorners() {
   const digits = high - low < 10 ? 2 : 0;
   find("corner-window").textContent = `${state.preset}\nW ${(high - low).toFixed(digits)}  L ${((high + low) / 2).toFixed(digits)}${state.zoom === 1 ? "" : `\n× ${state.zoom.toFixed(1)}`}`;
   find("corner-mark").replaceChildren(
-    ...(work?.isDecided(z) ? [element("span", { className: "mark-decided" }, "✓ accepted, not sent\n")] : []),
+    ...(work?.isDecided(z) ? [element("span", { className: "mark-decided" }, `✓ ${describeAccepted(work, z)}, not sent\n`)] : []),
     ...(session.isSaved(z) && session.info.label ? [element("span", { className: "mark-saved" }, "● saved")] : []),
   );
   find("corner-mode").replaceChildren(...renderLegend());
+}
+
+/** What was accepted here, where that is not what is shown. */
+function describeAccepted(work, z) {
+  const accepted = work.acceptedPick(state.structure, z);
+  const count = state.session.result.numProposals;
+  const words = accepted && describePick(accepted, count);
+  return words && words !== describePick(work.pickOn(state.structure, z), count) ? `accepted as ${words}` : "accepted";
 }
 
 function renderLegend() {

@@ -56,6 +56,11 @@ export class Work {
     this.#save();
   }
 
+  /** The pick that was accepted for a structure on a slice; null if none was. */
+  acceptedPick(structure, z) {
+    return this.state.slices[z]?.[structure] ?? this.state.volume[structure] ?? null;
+  }
+
   isDecided(z) {
     return z in this.state.slices || !isEmpty(this.state.volume);
   }

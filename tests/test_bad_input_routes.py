@@ -316,6 +316,7 @@ OTHERS = [
     body("POST /progidiff/review/plain", "json", "{"),
     get("/progidiff/queue", "limit", 422, limit="many"),
     get("/proxy/dicom/instances", "DICOMweb"),
+    get("/proxy/dicom/stow/instances/..1", "DICOMweb"),
     get("/proxy/dicom/qido/tools/execute-script", "DICOMweb"),
     get("/proxy/dicom/wado/studies/1.2.3/archive", "DICOMweb"),
     get("/proxy/dicom/wado/studies/1.2.3/metadata", "1.2.3|no "),
@@ -446,29 +447,32 @@ NOT_GENERATED = {
 """Operations that generated requests leave out, with the reason."""
 
 
+def send_generated(operation: Any) -> list[str]:
+    """Requests to one operation; what was wrong with their answers. At least one is sent."""
+    wrong: list[str] = []
+    statuses: list[int] = []
+
+    @given(case=operation.as_strategy())
+    @settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    def send(case: schemathesis.Case) -> None:
+        response = case.call(timeout=60)
+        statuses.append(response.status_code)
+        if response.status_code >= 500 and not (response.status_code == 503 and "Retry-After" in response.headers):
+            wrong.append(f"{operation.method} {operation.path} {case.query} -> {response.status_code}: {response.text[:300]}")
+
+    send()
+    assert statuses
+    return wrong
+
+
 def test_generated_requests_never_meet_an_unexpected_error(server: Server):
     """Requests from the OpenAPI description, fitting and not fitting, to every operation in it."""
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    sent: dict[str, int] = {}
-    failures: list[str] = []
-    for found in described.get_all_operations():
-        operation = found.ok()
-        address = f"{operation.method.upper()} {operation.path}"
-        if address in NOT_GENERATED:
-            continue
-
-        @given(case=operation.as_strategy())
-        @settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-        def send(case: schemathesis.Case, address: str = address) -> None:
-            response = case.call(timeout=60)
-            sent[address] = sent.get(address, 0) + 1
-            if response.status_code >= 500 and not (response.status_code == 503 and "Retry-After" in response.headers):
-                failures.append(f"{address} {case.query} -> {response.status_code}: {response.text[:300]}")
-
-        send()
-    assert not failures, "\n".join(failures[:10])
-    assert len(sent) > 40
-    assert min(sent.values()) >= 1
+    operations = [found.ok() for found in described.get_all_operations()]
+    chosen = [operation for operation in operations if f"{operation.method.upper()} {operation.path}" not in NOT_GENERATED]
+    assert len(chosen) > 40
+    wrong = [line for operation in chosen for line in send_generated(operation)]
+    assert not wrong, "\n".join(wrong[:10])
 
 
 def test_nothing_of_a_refused_request_stays_in_the_temporary_folder(server: Server):

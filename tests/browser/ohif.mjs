@@ -78,5 +78,15 @@ drive(async (page, given, { shoot }) => {
   await panel.getByRole('button', { name: 'Accept volume' }).click();
   await panel.getByText(/saved already/).waitFor();
   await shoot('saved');
-  return { counts, shows, slice, listed, firstPixels, first: await measure(page, 'first'), proposals: await measure(page, 'proposals'), switches: await measure(page, 'switch') };
+
+  // OHIF's own export, as its menu calls it: without naming the data source. It reaches the server as a DICOM SEG.
+  const stored = page.waitForResponse((response) => response.request().method() === 'POST' && response.url().includes('/proxy/dicom/wado/studies'));
+  await page.evaluate(() => {
+    const { segmentationId } = window.cornerstoneTools.segmentation.state.getSegmentations().find((entry) => entry.segmentationId.startsWith('progidiff-'));
+    window.commandsManager.runCommand('storeSegmentation', { segmentationId });
+  });
+  await page.getByRole('button', { name: 'Save', exact: true }).click();
+  const exported = await stored;
+  await shoot('exported');
+  return { counts, shows, slice, exported: { status: exported.status(), text: await exported.text() }, listed, firstPixels, first: await measure(page, 'first'), proposals: await measure(page, 'proposals'), switches: await measure(page, 'switch') };
 });

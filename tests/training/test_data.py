@@ -126,9 +126,9 @@ def test_reading_gives_the_slice_between_its_neighbours(studies: Path):
 def test_prepared_slices_stay_on_disk_and_are_reused(studies: Path):
     first = open_cache(studies)
     assert not any(isinstance(value, np.ndarray) for file in (*first.images, *first.labels) for value in vars(file).values())
-    files = {p: p.stat().st_mtime_ns for p in (studies.parent / "cache").rglob("*") if p.is_file()}
+    files = {p: p.stat().st_mtime_ns for p in (studies.parent / "cache").rglob("*.npy")}
     second = open_cache(studies)
-    assert {p: p.stat().st_mtime_ns for p in (studies.parent / "cache").rglob("*") if p.is_file()} == files
+    assert {p: p.stat().st_mtime_ns for p in (studies.parent / "cache").rglob("*.npy")} == files
     assert second.digests == first.digests
     assert torch.equal(first.read([5])[0], second.read([5])[0])
 

@@ -33,7 +33,7 @@ async function submit(page) {
 }
 
 drive(async (page, given, { shoot }) => {
-  // What an injected script would need; the policy has to stop it.
+  // Nothing may come from anywhere else.
   const foreign = [];
   page.on('request', (request) => { if (!request.url().startsWith(given.url)) foreign.push(request.url()); });
 
@@ -51,6 +51,7 @@ drive(async (page, given, { shoot }) => {
   await page.locator('#job').waitFor({ state: 'visible' });
   await page.locator('#job').waitFor({ state: 'hidden', timeout: 300000 });
   await ready(page);
+  const firstProposal = await measures(page, 'first-proposal');
   await page.locator('#view').focus();
 
   // Every proposal, the consensus and the maps, by keys.
@@ -158,6 +159,6 @@ drive(async (page, given, { shoot }) => {
   for (const key of ['1', '2', 'c', '1', 'u']) await press(page, key);
   return {
     counted, first, second, third, fourth, decided, restored, kept, undone, isReadOnly, isTaken, isInjected, foreign, overflow,
-    firstPixels: opened, slices: await measures(page, 'slice-switch'), switches: await measures(page, 'proposal-switch'),
+    firstPixels: opened, firstProposal, slices: await measures(page, 'slice-switch'), switches: await measures(page, 'proposal-switch'),
   };
 });

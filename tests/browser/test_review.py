@@ -54,7 +54,7 @@ def read_version(server: Server, saved: dict[str, Any], volume: Volume) -> np.nd
 def test_the_whole_round_on_the_review_page(server: Server, tmp_path: Path):
     shots = tmp_path / "shots"
     seen = drive("review.mjs", server.url, shots, image="abdomen", prompt="liver", count=COUNT, width=1400, height=860)
-    times = {name: seen[name] for name in ("firstPixels", "slices", "switches")}
+    times = {name: seen[name] for name in ("firstPixels", "firstProposal", "slices", "switches")}
     print(json.dumps(times), shots)
     assert max(seen["switches"]) < SWITCH_MS
     assert seen["foreign"] == []

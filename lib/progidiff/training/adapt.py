@@ -384,7 +384,6 @@ def measure_dice(
     count = len(cache.structures)
     prompts = phrases.pick_canonical()
     noise, offsets = (pipeline.draw_noise(num_proposals, seed=0), pipeline.draw_offsets(num_proposals, seed=0)) if num_proposals else (None, None)
-    offsets = pipeline.draw_offsets(num_proposals, seed=0) if num_proposals else None
     kinds = ("evidence", "consensus") if num_proposals else ("evidence",)
     tally = DiceTally(cache)
     chosen = list(range(0, len(cache), max(1, -(-len(cache) // limit))))

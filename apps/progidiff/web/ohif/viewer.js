@@ -3,6 +3,7 @@
 
 const SEGMENTATION = 'progidiff';
 const LABELMAP = 'Labelmap';
+const EXPORTS = ['storeSegmentation', 'generateSegmentation', 'downloadSegmentation'];
 const SERVICES = ['viewportGridService', 'displaySetService', 'segmentationService', 'cornerstoneViewportService'];
 
 /** Whether the viewer offers what the panel uses; names what is missing. */
@@ -14,16 +15,43 @@ export function findMissing() {
   return missing;
 }
 
-/** The export of a segmentation to the data source: the stock command forgets to name it, and fails silently. */
+/**
+ * The viewer's own export of a segmentation, mended: the stock command forgets to name the data source, and fails silently; and it gives
+ * the masks to the slices in the order of the viewer, while the writer takes slices from the far end of their normal. If these
+ * differ, the exported mask is upside down.
+ */
 export function mendExport() {
   const { commandsManager, extensionManager } = window;
   if (typeof commandsManager?.runCommand !== 'function' || typeof extensionManager?.getActiveDataSource !== 'function') return;
   const run = commandsManager.runCommand.bind(commandsManager);
   commandsManager.runCommand = (name, options = {}, ...rest) => {
-    if (name === 'storeSegmentation' && options && !options.dataSource) {
-      options = { ...options, dataSource: extensionManager.getActiveDataSource()[0] };
+    if (!EXPORTS.includes(name) || !options?.segmentationId) return run(name, options, ...rest);
+    const given = name === 'storeSegmentation' && !options.dataSource ? { ...options, dataSource: extensionManager.getActiveDataSource()[0] } : options;
+    const restore = orderForExport(options.segmentationId);
+    try {
+      const result = run(name, given, ...rest);
+      if (typeof result?.finally === 'function') return result.finally(restore);
+      restore();
+      return result;
+    } catch (error) {
+      restore();
+      throw error;
     }
-    return run(name, options, ...rest);
+  };
+}
+
+function orderForExport(segmentationId) {
+  const { metaData } = window.cornerstone;
+  const data = window.cornerstoneTools.segmentation.state.getSegmentation(segmentationId)?.representationData?.[LABELMAP];
+  const ids = data?.imageIds;
+  const planes = new Map((ids || []).map((id) => [id, metaData.get('imagePlaneModule', id)]));
+  if (!ids?.length || [...planes.values()].some((plane) => !plane?.imagePositionPatient || !plane.imageOrientationPatient)) return () => undefined;
+  const orientation = Array.from(planes.get(ids[0]).imageOrientationPatient, Number);
+  const normal = cross(orientation.slice(0, 3), orientation.slice(3));
+  const height = (id) => dot(Array.from(planes.get(id).imagePositionPatient, Number), normal);
+  data.imageIds = [...ids].sort((a, b) => height(b) - height(a));
+  return () => {
+    data.imageIds = ids;
   };
 }
 

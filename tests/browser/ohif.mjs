@@ -1,5 +1,5 @@
 // OHIF: open a study from the list, prompt, step through the proposals, accept a slice and submit, submit a whole proposal.
-// Wants {image, prompt, count, accept: show to submit as a whole}.
+// Wants {image: patient id, called: what the panel calls the image, prompt, count, accept: show to submit as a whole}.
 
 import { drive } from './driver.mjs';
 
@@ -42,7 +42,7 @@ drive(async (page, given, { shoot }) => {
     return viewport?.getCurrentImageId?.() && window.cornerstone.cache.getImage(viewport.getCurrentImageId());
   });
   const firstPixels = Date.now() - opened;
-  await panel.getByText(given.image).waitFor();
+  await panel.getByText(given.called).waitFor();
 
   await panel.getByLabel('Prompt').fill(given.prompt);
   await panel.getByLabel('Number of proposals').fill(String(given.count));

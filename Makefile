@@ -1,6 +1,7 @@
 # make serve        everything from a fresh clone to a server on http://127.0.0.1:8000 (PORT=9000 changes the port)
 # make setup        virtual environment in .venv, packages, sample images; quick when nothing changed
 # make test         the tests; make test-slow adds those that take minutes or gigabytes
+# make test-faults  hundreds of kills with SIGKILL, of server, training, scoring and stores; FAULT_SEED=... repeats a run
 # make test-browser the tests in a real browser; needs chromium, nodejs and npm (Debian's), skips with a reason without them
 # make pacs         Orthanc (Debian's) on 127.0.0.1:8042 with the sample images in it; then make serve STUDIES=http://127.0.0.1:8042/dicom-web
 # make check        ruff, mypy, import-linter
@@ -23,7 +24,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup serve test test-slow test-browser pacs check
+.PHONY: setup serve test test-slow test-faults test-browser pacs check
 
 setup: $(STAMP)
 	@$(BIN)/python sample_datastore/prepare.py
@@ -47,6 +48,13 @@ test: setup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "not browser"
+
+FAULT_SEED          ?= $(shell date +%s)
+FAULT_ROUNDS        ?= 400
+FAULT_SERVER_ROUNDS ?= 24
+
+test-faults: setup
+	FAULT_SEED=$(FAULT_SEED) FAULT_ROUNDS=$(FAULT_ROUNDS) FAULT_SERVER_ROUNDS=$(FAULT_SERVER_ROUNDS) $(BIN)/python -m pytest -s tests/faults
 
 test-browser: setup
 	@command -v npm > /dev/null && npm ci --prefix tests/browser --no-audit --no-fund --silent || echo "Without npm the browser tests are skipped."

@@ -226,6 +226,30 @@ def test_a_disk_that_fills_up_in_mid_line_leaves_the_log_as_it_was(store: Annota
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start as copies")
+def test_the_file_of_a_save_that_was_cut_off_is_set_aside_and_nothing_else_is(store: AnnotationStore, tmp_path: Path):
+    assert store.set_aside_unfinished() is None
+    first = store.record("x", write(tmp_path))
+    folder = store.label_file(first).parent
+    (folder / "2.nii.gz").write_bytes(b"never acknowledged")
+    assert "no event speaks of" in store.verify()[0]
+    aside = AnnotationStore(store.root).set_aside_unfinished()
+    assert aside is not None
+    assert aside.read_bytes() == b"never acknowledged"
+    assert store.verify() == []
+    assert store.set_aside_unfinished() is None
+
+    # A label that the log spoke of once is not taken for one that nobody was told about.
+    for _ in range(3):
+        store.record("x", write(tmp_path))
+    log = store.root / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    for damaged in (lines[:2], [*lines[:2], b"{}\n", lines[3]], [*lines[:2], lines[3]]):
+        log.write_bytes(b"".join(damaged))
+        again = AnnotationStore(store.root)
+        assert again.set_aside_unfinished() is None
+        assert sorted(path.name for path in folder.iterdir()) == ["1.nii.gz", "2.nii.gz", "3.nii.gz", "4.nii.gz"]
+
+
 def test_processes_that_write_at_once_lose_nothing(store: AnnotationStore, tmp_path: Path):
     label = write(tmp_path)
     children = []

@@ -5,7 +5,7 @@
     <root>/
       log.jsonl                        one JSON object per line and event; only ever appended to
       labels/<image>/<sequence>.<ext>  every label that was saved, byte for byte; written once, never changed, never removed
-      torn/                            what a crash left of a line that was never acknowledged
+      torn/                            what a crash left of a save that was never acknowledged: part of its line, or its file
 
 Order is by sequence number, never by clock. A label's file is on disk (flushed, renamed) before the line that speaks of it,
 and a call returns only after that line is flushed: what was acknowledged is there after a power cut. Every line carries a
@@ -431,6 +431,35 @@ class AnnotationStore:
                 if path.is_file() and path.relative_to(self.root).as_posix() not in known
             ]
             return problems
+
+    def set_aside_unfinished(self) -> Path | None:
+        """Put away the label version of a save that was cut off before its line was written: nobody was told that it was saved.
+
+        There can be one, numbered right after the last event; it goes into `torn`. Files with other numbers, more than one, or any
+        beside a log with damaged lines, mean that lines were lost: they stay, and `verify` names them.
+
+        Returns:
+            Where it is now; None if there was none.
+        """
+        if not (self.root / "labels").is_dir():
+            return None
+        with self._locked():
+            lines = self._lines()
+            known = {label.file for label in self._labels.values()}
+            files = [path for path in (self.root / "labels").glob("*/*") if path.relative_to(self.root).as_posix() not in known]
+            number = _NUMBER.match(files[0].name) if len(files) == 1 else None
+            if number is None or lines != len(self._events) or int(number.group(1)) != self._next_sequence(lines, None):
+                return None
+            target = self.root / "torn" / f"{files[0].parent.name}-{time.time_ns()}-{files[0].name}"
+            try:
+                target.parent.mkdir(exist_ok=True)
+                os.replace(files[0], target)
+                flush(target.parent)
+                flush(files[0].parent)
+            except OSError as err:
+                raise StoreError(f"'{files[0]}' could not be moved to '{target}' ({err}). Check who may write there.") from err
+            logger.warning("Set aside '%s' as '%s': its save was cut off and never acknowledged", files[0], target.name)
+            return target
 
     def _check_file(self, label: Annotation) -> builtins.list[str]:
         try:

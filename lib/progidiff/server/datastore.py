@@ -423,6 +423,7 @@ class SafeLocalDatastore(LocalDatastore):
                 self._update_datastore_file()
             if not self._is_settled:
                 self._is_settled = True
+                self.annotations.set_aside_unfinished()
                 self._finish_last_save(listed)
                 self._remove_leftovers()
             if self._serves:

@@ -134,4 +134,5 @@ def build(context: Context) -> RemoteLabels:
     from progidiff.server import service  # It knows the context, which knows this module.
 
     app, store = context.app, context.options.store
+    context.annotations.set_aside_unfinished()
     return RemoteLabels(app.datastore, lambda image_id: service.find_image(app, image_id), store, context.annotations, context.infer.store)

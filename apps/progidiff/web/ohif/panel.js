@@ -22,6 +22,7 @@ const COLORS = [
 const MOST_DISPUTED = 6;
 const WATCH_MS = 700;
 const POLL_MS = 400;
+const TRAINING_MS = 3000;
 const GIVE_UP_MS = 60000;
 const KEPT_MASK_BYTES = 512e6;
 const TOO_LARGE_BYTES = 1.5e9;
@@ -77,6 +78,7 @@ class Panel {
     this.progress = make('progress', { max: 100, value: 0, hidden: true });
     this.message = make('output', { className: 'progidiff-message' });
     this.version = make('span', { className: 'progidiff-version', title: 'Model and adapter that the proposals come from' });
+    this.training = make('span', { className: 'progidiff-version' });
     this.strip = make('div', { className: 'progidiff-strip' });
     this.strip.setAttribute('role', 'toolbar');
     this.disputed = make('div', { className: 'progidiff-strip' });
@@ -88,7 +90,7 @@ class Panel {
     const form = make(
       'form',
       { className: 'progidiff-row', onsubmit: (event) => { event.preventDefault(); this._runOrCancel(); } },
-      make('strong', { textContent: 'ProGiDiff' }), this.prompt, this.count, this.run, this.progress, this.message, this.version,
+      make('strong', { textContent: 'ProGiDiff' }), this.prompt, this.count, this.run, this.progress, this.message, this.training, this.version,
     );
     const row = make(
       'div', { className: 'progidiff-row' },
@@ -389,16 +391,22 @@ class Panel {
 
   async _train() {
     await server.startTraining();
-    const started = performance.now();
+    this.say('Training has started; go on labelling.');
+    this._followTraining().catch((error) => { this.training.textContent = error.message; });
+  }
+
+  /** Where the training stands, beside the version, without holding up the labelling. */
+  async _followTraining() {
     for (;;) {
-      await sleep(2000);
       const state = await server.getTraining();
-      if (!state || state.status !== 'RUNNING') {
-        this.say(state?.status === 'DONE' ? 'Training is done.' : `Training ended: ${state?.status || 'unknown'}.`, state?.status === 'DONE' ? 'done' : 'warning');
+      if (!state.running) {
+        this.training.textContent = '';
+        this.say(state.message || `Training: ${state.state}`, state.state === 'done' ? 'done' : 'warning');
         return;
       }
-      this.say('Training runs; go on labelling.');
-      if (performance.now() - started > GIVE_UP_MS) return;
+      this.training.textContent = state.total ? `training ${state.step} of ${state.total}` : 'training';
+      this.training.title = state.message || '';
+      await sleep(TRAINING_MS);
     }
   }
 

@@ -72,12 +72,5 @@ export const pickNext = (client) => sendJson('/activelearning/proposal_disagreem
 
 export const startTraining = () => sendJson('/train/progidiff_adapt', 'POST', {});
 
-/** The last training as the host tells it: {status: 'RUNNING' | 'DONE' | ..., ...}, or null if there was none. */
-export async function getTraining() {
-  try {
-    return await askJson('/train/');
-  } catch (error) {
-    if (error.status === 404) return null;
-    throw error;
-  }
-}
+/** The training under way or the last one: {running, state, step, total, message, published, version}. */
+export const getTraining = () => askJson('/progidiff/training?limit=0');

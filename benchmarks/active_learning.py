@@ -83,6 +83,7 @@ class Setup:
         batch_size: Slices per step.
         learning_rate: Peak; it falls to zero as a cosine.
         num_proposals: K of scores and consensus.
+        score_steps: Denoising steps of the proposals that slices are scored by; 0 for the model's. The test always has the model's.
         pool_mm: Only slices at least so far apart can be chosen: neighbours at 3 mm are the same picture, and cost time.
         test_slices: At most about so many, evenly spaced.
         bias_field: Simulated shading while training; see `augment`.
@@ -97,6 +98,7 @@ class Setup:
     batch_size: int = 8
     learning_rate: float = 2e-3
     num_proposals: int = 4
+    score_steps: int = 0
     pool_mm: float = 9.0
     test_slices: int = 48
     bias_field: float = 0.0
@@ -215,6 +217,7 @@ def score_pool(world: World, pipeline: ProposalPipeline, kind: str) -> list[Imag
     """
     setup, card = world.setup, world.card
     count = len(setup.structures)
+    steps = setup.score_steps or card.num_inference_steps
     prompts = world.phrases.pick_canonical()
     noise, offsets = pipeline.draw_noise(setup.num_proposals, 0), pipeline.draw_offsets(setup.num_proposals, 0)
     position = {entry: i for i, entry in enumerate(world.pool.index)}
@@ -236,7 +239,7 @@ def score_pool(world: World, pipeline: ProposalPipeline, kind: str) -> list[Imag
                 pairs = [(n, p) for n in range(len(part)) for p in range(count) if float(evidence[n, p].max()) >= card.gate]
                 for at in range(0, len(pairs), 16):
                     some = pairs[at : at + 16]
-                    masks = pipeline.propose(features, evidence, prompts, some, noise, card.num_inference_steps, card.guidance_scale, offsets)
+                    masks = pipeline.propose(features, evidence, prompts, some, noise, steps, card.guidance_scale, offsets)
                     for (n, p), probabilities in zip(some, (masks * 255).round().to(torch.uint8).numpy(), strict=True):
                         drawn[p, :, start + n] = probabilities * (probabilities >= 128).any(axis=(1, 2), keepdims=True)
         found.append(compute_scores(name, setup.structures, drawn, spacing))
@@ -442,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--pool-volumes", type=int)
     parser.add_argument("--test-slices", type=int)
+    parser.add_argument("--score-steps", type=int, help="fewer steps where slices are scored, to save most of the time")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a size for tests: 1 round, 2 steps, 1 pool volume")
     parser.add_argument("--summarise", type=Path, nargs="*", help="only tables (and --picture) from these JSON files")
@@ -459,7 +463,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup = SETUPS[options.task]
         if options.smoke:
             setup = replace(setup, pool_volumes=1, query=4, rounds=1, steps=2, batch_size=2, num_proposals=2, test_slices=4)
-        sizes = {name: getattr(options, name) for name in ("rounds", "query", "steps", "pool_volumes", "test_slices")}
+        sizes = {name: getattr(options, name) for name in ("rounds", "query", "steps", "pool_volumes", "test_slices", "score_steps")}
         setup = replace(setup, **{name: value for name, value in sizes.items() if value is not None})
         curves = {}
         for seed in options.seeds:

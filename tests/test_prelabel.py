@@ -140,7 +140,7 @@ def test_a_ray_cluster_of_two_workers_labels_the_folder(studies: Path, tiny_mode
     (studies / "broken.nii.gz").write_bytes(b"this is no image")
     command = [sys.executable, "-m", "progidiff.cli", "prelabel", "--studies", str(studies), *OPTIONS, "--model", str(tiny_model)]
     command += ["--device", "cpu", "--ray", "--workers", "2"]
-    environment = {**os.environ, "RAY_TMPDIR": "/tmp", "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
     assert done.returncode == 1, done.stderr[-3000:]
     report = json.loads((studies / ".progidiff" / "prelabel.json").read_text())

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from progidiff.engine import Engine
-from progidiff.errors import CancelledError, ImageError, ModelError, RequestError
+from progidiff.engine import Engine, is_out_of_memory
+from progidiff.errors import CancelledError, ImageError, MemoryFullError, ModelError, RequestError
 from progidiff.prompts import STRUCTURES, Query
 from progidiff.results import VolumeProposals
 from progidiff.testing import build_tiny_model
@@ -252,3 +253,104 @@ def test_info_of_a_folder_without_weights_gives_the_reason_instead_of_raising(tm
 def test_a_folder_without_weights_is_refused_on_use_with_the_cure(tmp_path: Path, volume: Volume):
     with pytest.raises(ModelError, match=r"Missing: vae/config\.json|train one with `progidiff train`|does not exist"):
         Engine(tmp_path, device="cpu").propose(volume, [LIVER])
+
+
+class SmallDevice:
+    """A device whose memory holds so many slices while they are encoded, and so many latents while they are denoised."""
+
+    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, slices: int, latents: int, error: Exception | None = None) -> None:
+        pipeline = engine.load()
+        encode, propose = pipeline.encode_slices, pipeline.propose
+        self.refused: list[tuple[int, int]] = []
+        self.slices, self.latents = slices, latents
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nsecond line")
+
+        def encode_or_fail(inputs: torch.Tensor) -> Any:
+            self.check(len(inputs), 0)
+            return encode(inputs)
+
+        def propose_or_fail(features: Any, evidence: Any, prompts: Any, pairs: Any, noise: Any, *rest: Any) -> Any:
+            self.check(0, len(pairs) * len(noise))
+            return propose(features, evidence, prompts, pairs, noise, *rest)
+
+        monkeypatch.setattr(pipeline, "encode_slices", encode_or_fail)
+        monkeypatch.setattr(pipeline, "propose", propose_or_fail)
+
+    def check(self, slices: int, latents: int) -> None:
+        if slices > self.slices or latents > self.latents:
+            self.refused.append((slices, latents))
+            raise self.error
+
+
+@pytest.mark.parametrize(("slices", "latents"), [(16, 20), (5, 64), (1, 64), (16, 1), (1, 1)])
+def test_a_device_with_little_memory_gets_smaller_batches_and_gives_the_same_answer(
+    engine: Engine, tiny_model: Path, long_volume: Volume, monkeypatch: pytest.MonkeyPatch, slices: int, latents: int
+):
+    device = SmallDevice(engine, monkeypatch, slices, latents)
+    told: list[tuple[int, int]] = []
+    seen: list[int] = []
+    options: dict[str, Any] = {"num_proposals": 3, "num_inference_steps": 1, "seed": 3}
+    result = engine.propose(
+        long_volume, [LIVER, SPLEEN], **options, progress=lambda *now: told.append(now), on_slices=lambda _, batch: seen.extend(batch)
+    )
+    assert_same(result, Engine(tiny_model, device="cpu", dtype="fp32").propose(long_volume, [LIVER, SPLEEN], **options), tolerance=1)
+    assert sorted(seen) == list(range(37))
+    assert told[-1] == (37, 37)
+    assert 1 <= len(device.refused) <= 8
+
+    # What did not fit once may fit later: the next request begins with whole batches, and remembers its features again.
+    device.slices = device.latents = 10**6
+    device.refused.clear()
+    engine.propose(long_volume, [LIVER], **options)
+    calls = count_calls(engine.load().branch.encoder)
+    engine.propose(long_volume, [SPLEEN], **options)
+    assert device.refused == []
+    assert calls == []
+
+
+def test_what_is_remembered_makes_room_first(engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch):
+    engine.propose(volume, [LIVER], num_proposals=2, num_inference_steps=1)
+    assert engine._features
+    device = SmallDevice(engine, monkeypatch, 16, 4)
+    engine.propose(volume, [SPLEEN], num_proposals=2, num_inference_steps=1)
+    assert device.refused
+    assert not engine._features
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("MPS backend out of memory (1 GB)")])
+def test_a_device_without_memory_for_one_slice_refuses_with_when_to_come_back(
+    engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
+    device = SmallDevice(engine, monkeypatch, 0, 0, error)
+    with pytest.raises(MemoryFullError, match=r"not enough memory on cpu for one proposal of one slice.*--conf cpu_fallback true") as refusal:
+        engine.propose(volume, [LIVER], num_proposals=2)
+    assert (refusal.value.status, refusal.value.retry_after) == (503, 30)
+    assert device.refused[-1] == (1, 0)
+    device.slices = device.latents = 64
+    assert engine.propose(volume, [LIVER], num_proposals=1, num_inference_steps=1).probabilities.any()
+
+
+def test_other_errors_are_no_reason_to_try_again(engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch):
+    device = SmallDevice(engine, monkeypatch, 0, 0, RuntimeError("shapes cannot be multiplied"))
+    with pytest.raises(RuntimeError, match="shapes cannot"):
+        engine.propose(volume, [LIVER])
+    assert len(device.refused) == 1
+    assert not is_out_of_memory(ValueError("out of memory"))
+
+
+@pytest.mark.parametrize("full", ["while loading", "while computing"])
+def test_the_processor_answers_for_a_full_device_if_that_is_allowed(
+    tiny_model: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, full: str
+):
+    options: dict[str, Any] = {"num_proposals": 2, "num_inference_steps": 1, "adapter": "none"}
+    expected = Engine(tiny_model, device="cpu").propose(volume, [LIVER], **options)
+    engine = Engine(tiny_model, device="cpu", cpu_fallback=True)
+    device = SmallDevice(engine, monkeypatch, 0, 0)
+    monkeypatch.setattr("progidiff.engine.pick_device", lambda name: torch.device("cuda:3"))
+    if full == "while loading":
+        monkeypatch.setattr(engine, "load", lambda: device.check(1, 1))
+    assert_same(engine.propose(volume, [LIVER], **options), expected)
+    assert "does not fit into the memory of cuda:3 (CUDA out of memory. Tried to allocate 2 GiB)" in caplog.text
+    before = len(device.refused)
+    engine.propose(volume, [LIVER], **options)
+    assert len(device.refused) > before  # The device is asked first, every time.

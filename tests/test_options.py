@@ -122,6 +122,8 @@ def test_server_options_are_read_from_their_text(tmp_path: Path):
     options = ServerOptions.from_conf({**conf, "store": str(tmp_path / "kept")}, "/studies")
     assert (options.device, options.model_dir, options.backbone) == ("cuda:1", tmp_path, "some/hub-id")
     assert (options.max_proposals, options.store, options.store_gb) == (8, tmp_path / "kept", 0.5)
+    assert options.cpu_fallback is False
+    assert ServerOptions.from_conf({"cpu_fallback": "true"}, "/studies").cpu_fallback is True
 
 
 @pytest.mark.parametrize(
@@ -132,6 +134,7 @@ def test_server_options_are_read_from_their_text(tmp_path: Path):
         ("max_proposals", "many", "--conf max_proposals is 'many'"),
         ("max_waiting", "31", "from 0 to 30"),
         ("store_gb", "nan", "must be a number"),
+        ("cpu_fallback", "perhaps", "must be true or false"),
     ],
 )
 def test_a_senseless_server_option_is_refused_at_start(name: str, value: str, message: str, tmp_path: Path):

@@ -1,13 +1,16 @@
 """From a volume and prompts to proposals on the working grid; slices are streamed, features are remembered.
 
 Not thread-safe: callers take turns (see `progidiff.jobs`). Networks are loaded on first use; `Engine.info` never loads.
+
+When the device's memory does not suffice, everything that is only remembered goes, and slices and proposals are computed in batches of
+half the size, down to one proposal of one slice; then the processor answers, if that is allowed; then the request is refused.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,9 @@ import numpy as np
 import torch
 
 from progidiff.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
-from progidiff.backbone import Backbone
+from progidiff.backbone import Backbone, pick_device
 from progidiff.conditioning import SliceFeatures
-from progidiff.errors import CancelledError, ImageError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.errors import CancelledError, ImageError, MemoryFullError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.grid import plan_working_grid
 from progidiff.model_files import ModelCard, load_card, load_pipeline
 from progidiff.options import MAX_PROPOSALS, MAX_STEPS
@@ -48,6 +51,7 @@ class Engine:
         device: "cpu", "cuda", "cuda:1"; None picks CUDA if there is one.
         dtype: "fp32", "bf16", "fp16"; None picks by device.
         adapters: Folder of adapters; None for ``adapters/`` in the model folder.
+        cpu_fallback: Whether the processor answers what does not fit into the device's memory.
     """
 
     def __init__(
@@ -57,12 +61,15 @@ class Engine:
         device: str | None = None,
         dtype: str | None = None,
         adapters: str | Path | None = None,
+        cpu_fallback: bool = False,
     ) -> None:
         self.model_dir = Path(model_dir)
         self.adapters = AdapterStore(adapters or self.model_dir / "adapters")
         self._backbone_source = str(backbone) if backbone else str(self.model_dir / "backbone")
         self._device = device
         self._dtype = dtype
+        self._cpu_fallback = cpu_fallback
+        self._on_cpu: Engine | None = None
         self._card: ModelCard | None = None
         self._pipeline: ProposalPipeline | None = None
         self._prompts: dict[tuple[str, ...], EncodedPrompts] = {}
@@ -216,7 +223,59 @@ class Engine:
             CancelledError: if `is_cancelled` said so.
             ModelError: if the model cannot be loaded.
             ImageError: if the volume cannot be segmented.
+            MemoryFullError: if the device has not even memory for one proposal of one slice.
         """
+        asked: dict[str, Any] = {
+            "num_proposals": num_proposals,
+            "num_inference_steps": num_inference_steps,
+            "seed": seed,
+            "guidance_scale": guidance_scale,
+            "adapter": adapter,
+            "slices": slices,
+            "first": first,
+            "progress": progress,
+            "on_slices": on_slices,
+            "is_cancelled": is_cancelled,
+            "remember": remember,
+        }
+        try:
+            return self._propose(volume, queries, **asked)
+        except Exception as err:
+            if not is_out_of_memory(err):
+                raise
+            reason = str(err).splitlines()[0][:200] if str(err) else type(err).__name__
+        # After the except clause: its error holds what was computed so far.
+        self._free_memory()
+        device = pick_device(self._device)
+        if not self._cpu_fallback or device.type == "cpu":
+            raise MemoryFullError(
+                f"There is not enough memory on {device} for one proposal of one slice of '{volume.name}' ({reason}). Wait until other work has left "
+                "it, ask for fewer structures, crop the image, or start the server with --conf cpu_fallback true or --conf device cpu.",
+                retry_after=30,
+            )
+        logger.warning("'%s' does not fit into the memory of %s (%s); the processor computes it, slowly", volume.name, device, reason)
+        if self._on_cpu is None:
+            self._on_cpu = Engine(self.model_dir, self._backbone_source, "cpu", adapters=self.adapters.root)
+        return self._on_cpu.propose(volume, queries, **asked)
+
+    def _propose(
+        self,
+        volume: Volume,
+        queries: Sequence[Query],
+        *,
+        num_proposals: int,
+        num_inference_steps: int | None,
+        seed: int,
+        guidance_scale: float | None,
+        adapter: str | None,
+        slices: Sequence[int] | None,
+        first: int | None,
+        progress: Callable[[int, int], None] | None,
+        on_slices: Callable[[VolumeProposals, Sequence[int]], None] | None,
+        is_cancelled: Callable[[], bool] | None,
+        remember: bool,
+    ) -> VolumeProposals:
+        """`propose` on this device, in smaller and smaller batches; raises what torch raises if the smallest do not fit."""
         started = time.monotonic()
         check_options(num_proposals, num_inference_steps, seed, guidance_scale, len(queries))
         chosen = self.pick_adapter(adapter, volume.modality)
@@ -256,39 +315,66 @@ class Engine:
                 seconds=time.monotonic() - started,
             )
 
-        for number in _order_batches(batches, first):
-            batch = batches[number]
+        def check_cancelled() -> None:
             if is_cancelled is not None and is_cancelled():
                 raise CancelledError(f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept.")
-            if remembered is not None:
-                features = remembered[number]
-            else:
+
+        def compute(batch: np.ndarray, features: SliceFeatures | None, samples: int) -> SliceFeatures:
+            """Fill `result` on some slices, `samples` latents at once; the features, for the next prompt."""
+            check_cancelled()
+            if features is None:
                 inputs = grid.extract_slices(stack, batch, window, config.num_neighbours, config.neighbour_mm)
                 if not torch.isfinite(inputs).all():
                     raise ImageError(f"'{volume.name}' holds values that are not finite; replace NaN and infinity before segmenting.")
                 features = pipeline.encode_slices(inputs)
                 # What is remembered is what is used the first time too: the second prompt must not see rounder numbers.
                 features = features.to(torch.bfloat16 if pipeline.device.type == "cpu" else features.fine.dtype)
-                if fresh is not None:
-                    fresh[number] = features
-                    if _count_bytes(fresh.values()) > FEATURE_CACHE_BYTES:
-                        fresh = None  # Too large to remember; do not hold what will not be kept.
-            features = features.to(next(pipeline.branch.parameters()).dtype)
-            evidence = pipeline.predict_evidence(features, prompts)
+            used = features.to(next(pipeline.branch.parameters()).dtype)
+            evidence = pipeline.predict_evidence(used, prompts)
             strongest = evidence.amax(dim=(2, 3)).cpu()
             pairs = [(n, p) for p in range(len(queries)) for n in range(len(batch)) if float(strongest[n, p]) >= card.gate]
-            at_once = max(1, SAMPLES_PER_BATCH // num_proposals)
+            at_once = max(1, samples // num_proposals)
             for start in range(0, len(pairs), at_once):
-                if is_cancelled is not None and is_cancelled():
-                    raise CancelledError(f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept.")
+                check_cancelled()
                 part = pairs[start : start + at_once]
-                probabilities = pipeline.propose(features, evidence, prompts, part, noise, steps, guidance, offsets)
+                drawn = []
+                for k in range(0, num_proposals, samples):
+                    worn = None if offsets is None else offsets[k : k + samples]
+                    drawn.append(pipeline.propose(used, evidence, prompts, part, noise[k : k + samples], steps, guidance, worn))
+                probabilities = torch.cat(drawn, dim=1)
                 quantised = (probabilities * 255).round().to(torch.uint8).numpy()
                 for (n, p), masks in zip(part, quantised, strict=True):
                     # Proposals that draw nothing are stored as exact zeros: "absent" is then the same everywhere.
                     result[p, :, batch[n]] = masks * (masks >= 128).any(axis=(1, 2), keepdims=True)
                 if progress is not None:
                     progress(done + int(len(batch) * (start + len(part)) / max(1, len(pairs))), len(wanted))
+            return features
+
+        todo = deque((number, batches[number]) for number in _order_batches(batches, first))
+        size, samples = SLICES_PER_BATCH, SAMPLES_PER_BATCH
+        while todo:
+            number, batch = todo.popleft()
+            if len(batch) > size:
+                todo.extendleft(reversed([(number, batch[i : i + size]) for i in range(0, len(batch), size)]))
+                continue
+            is_full = False
+            try:
+                features = compute(batch, None if remembered is None else remembered[number], samples)
+            except Exception as err:
+                if not is_out_of_memory(err) or (len(batch) == 1 and samples == 1):
+                    raise
+                is_full = True
+            if is_full:  # After the except clause: its error holds what was computed so far.
+                size, samples = max(1, len(batch) // 2), max(1, min(samples, len(batch) * len(queries) * num_proposals) // 2)
+                logger.warning("Not enough memory on %s: going on with %d slices and %d samples at once", pipeline.device, size, samples)
+                remembered = fresh = None
+                self._free_memory()
+                todo.appendleft((number, batch))
+                continue
+            if fresh is not None and remembered is None:
+                fresh[number] = features
+                if _count_bytes(fresh.values()) > FEATURE_CACHE_BYTES:
+                    fresh = None  # Too large to remember; do not hold what will not be kept.
             done += len(batch)
             if progress is not None:
                 progress(done, len(wanted))
@@ -297,6 +383,14 @@ class Engine:
         if remembered is None and fresh is not None:
             self._remember(volume, wanted, adapter_name, [fresh[number] for number in range(len(batches))])
         return collect()
+
+    def _free_memory(self) -> None:
+        """Let go of everything that can be made again."""
+        self._features.clear()
+        self._adapted.clear()
+        self._prompts.clear()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def _encode_prompts(self, pipeline: ProposalPipeline, texts: tuple[str, ...]) -> EncodedPrompts:
         if texts not in self._prompts:
@@ -336,6 +430,13 @@ def check_options(num_proposals: int, num_inference_steps: int | None, seed: int
         raise RequestError(f"seed must lie in 0..2**63 - 1, got {seed}.")
     if guidance_scale is not None and not 0.0 <= guidance_scale <= 20.0:
         raise RequestError(f"guidance_scale must lie in 0..20, got {guidance_scale}; 1 switches guidance off.")
+
+
+def is_out_of_memory(err: BaseException) -> bool:
+    """Whether an error of torch or numpy means that memory did not suffice; not every device has a class for it."""
+    text = str(err).lower()
+    signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+    return isinstance(err, (torch.OutOfMemoryError, MemoryError)) or (isinstance(err, RuntimeError) and any(sign in text for sign in signs))
 
 
 def _order_batches(batches: Sequence[np.ndarray], first: int | None) -> list[int]:

@@ -16,6 +16,7 @@
     +-- ConflictError         409   somebody else changed the same thing meanwhile
     +-- BusyError             503   try again later (`retry_after` seconds)
     |   +-- TooManyTriesError 429   too many failed logins
+    |   +-- MemoryFullError   503   the device has not even memory for one slice
     +-- ModelError            503   weights are missing, incomplete or do not fit together
     |   +-- BackboneError     503   the Stable-Diffusion folder cannot be loaded
     +-- StoreError            507   a result could not be kept on disk
@@ -123,6 +124,10 @@ class TooManyTriesError(BusyError):
     """Too many failed logins, from one address or for one name."""
 
     status = 429
+
+
+class MemoryFullError(BusyError):
+    """The device has not even memory for one proposal of one slice; others may be using it."""
 
 
 class ModelError(ProGiDiffError):

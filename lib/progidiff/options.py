@@ -158,6 +158,7 @@ class ServerOptions:
         model_dir: Folder of backbone and conditioning weights; None for the embedded ones.
         backbone: A Stable-Diffusion folder or hub id to use instead of the backbone in `model_dir`; None for that one.
         device: "cpu", "cuda", "cuda:<n>" or "mps"; None to take the best there is.
+        cpu_fallback: Whether a request that does not fit into the device's memory, one slice at a time, is answered by the processor.
         max_proposals: Largest K of a request, 1..64.
         max_waiting: Requests that may wait for the device, 0..30.
         adapters: Folder of adapters; None for `adapters` in the model folder.
@@ -185,6 +186,7 @@ class ServerOptions:
     model_dir: Path | None = None
     backbone: str | None = None
     device: str | None = None
+    cpu_fallback: bool = False
     max_proposals: int = 16
     max_waiting: int = 8
     store_gb: float = 10.0
@@ -226,6 +228,7 @@ class ServerOptions:
             model_dir=model_dir,
             backbone=given.get("backbone"),
             device=None if device == "auto" else device,
+            cpu_fallback=read_bool(given.get("cpu_fallback", cls.cpu_fallback), "--conf cpu_fallback"),
             max_proposals=read_int(given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, MAX_PROPOSALS),
             max_waiting=read_int(given.get("max_waiting", cls.max_waiting), "--conf max_waiting", 0, 30),
             adapters=Path(given["adapters"]).expanduser() if "adapters" in given else None,

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import numpy as np
-import torch
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from progidiff.engine import Engine
-from progidiff.errors import BusyError, ModelError, NotFoundError, RequestError, StoreError
+from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
 from progidiff.jobs import DeviceQueue, Job
 from progidiff.options import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions, ServerOptions
 from progidiff.prompts import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
@@ -258,15 +257,6 @@ class ProposalInferTask(InferTask):
                 on_slices=keep,
                 is_cancelled=job.cancelled,
             )
-        except torch.cuda.OutOfMemoryError as err:
-            torch.cuda.empty_cache()
-            raise BusyError(
-                f"The device ran out of memory on {options.num_proposals} proposals of {len(queries)} structures. Lower num_proposals, ask for fewer "
-                "structures at a time, or start the server with --conf device cpu.",
-                retry_after=30,
-            ) from err
-        except MemoryError as err:
-            raise BusyError("The server ran out of memory. Lower num_proposals or crop the image.", retry_after=30) from err
         finally:
             self._unfinished.pop(job.id, None)
 
@@ -306,7 +296,13 @@ def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable
         embedded_model: The model folder used when `options.model_dir` is None.
         datastore: Gives the app's datastore.
     """
-    engine = Engine(model_dir=options.model_dir or embedded_model, backbone=options.backbone, device=options.device, adapters=options.adapters)
+    engine = Engine(
+        model_dir=options.model_dir or embedded_model,
+        backbone=options.backbone,
+        device=options.device,
+        adapters=options.adapters,
+        cpu_fallback=options.cpu_fallback,
+    )
     store = ProposalStore(options.store, max_bytes=int(options.store_gb * 1e9))
     return ProposalInferTask(engine, store, options, datastore)
 

@@ -26,7 +26,7 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.acquisition import compute_scores
-from progidiff.errors import BusyError, CancelledError, ModelError, NotFoundError, ProGiDiffError, StoreError
+from progidiff.errors import BusyError, CancelledError, MemoryFullError, ModelError, NotFoundError, ProGiDiffError, StoreError
 from progidiff.options import NONE
 from progidiff.prompts import Query, parse_prompt
 from progidiff.results import VolumeProposals
@@ -222,6 +222,8 @@ class PoolScorer:
                         is_cancelled=lambda: job.cancelled() or self._stop.is_set(),
                         remember=False,
                     )
+            except MemoryFullError:
+                raise  # Nobody asked for the device: it will not be better in two seconds.
             except (BusyError, CancelledError):
                 return None
             finally:

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from progidiff.server import auth_routes, dicomweb_routes, host_routes, label_routes, ohif_routes, review_routes, selection_routes, service, training_routes
+from progidiff.server import (
+    auth_routes,
+    dicomweb_routes,
+    host_routes,
+    label_routes,
+    ohif_routes,
+    review_routes,
+    selection_routes,
+    service,
+    training_routes,
+)
 
 _BUILDERS = (
     auth_routes.build_router,

@@ -459,6 +459,20 @@ def test_of_several_adapters_for_a_modality_the_one_published_last_is_chosen(sto
     assert store.pick_for("CT", base) is None
 
 
+def test_the_adapter_published_last_is_chosen_also_when_the_clock_was_set_back(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor], monkeypatch: pytest.MonkeyPatch
+):
+    base = compute_base_digest(tiny_model)
+    for name, now in (("one", 5000.0), ("two", 1000.0)):
+        add(store, tiny_model, name, tensors)
+        monkeypatch.setattr("progidiff.adapters.time.time", lambda now=now: now)
+        store.publish(name, 1)
+        assert store.pick_for("MR", base) == store.card(name, 1)
+    (store.root / "one" / "CURRENT").write_text("damaged")
+    add(store, tiny_model, "three", tensors)
+    assert store.publish("three", 1).name == "three"
+
+
 def test_an_unpublished_version_can_be_asked_for_by_number(model: Path, volume: Volume):
     engine = Engine(model, device="cpu", dtype="fp32")
     add(engine.adapters, model, tensors=trained_tensors(model))

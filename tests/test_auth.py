@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,28 @@ def test_a_session_ends_by_logout_expiry_a_new_password_removal_and_another_key(
     _, session = auth.log_in("", SECRET, "10.0.0.1")
     assert Authenticator(auth.tokens, users, None, tmp_path / "elsewhere").read_session(session) is None
     assert Authenticator((), users, None, tmp_path / "state").read_session(session) is None
+
+
+def test_a_clock_that_was_wrong_for_a_while_neither_revives_a_session_nor_makes_one_last(
+    auth: Authenticator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    now = time.time()
+    _, ended = auth.log_in("anna", PASSWORD, "10.0.0.1")
+    _, kept = auth.log_in("anna", PASSWORD, "10.0.0.1")
+    auth.end_session(ended)
+    monkeypatch.setattr("progidiff.server.auth.time.time", lambda: now + 30 * 86_400)
+    _, from_the_future = auth.log_in("anna", PASSWORD, "10.0.0.1")
+    assert auth.read_session(kept) is None
+    assert auth.read_session(from_the_future) is not None
+    auth.end_session(kept)
+    monkeypatch.setattr("progidiff.server.auth.time.time", lambda: now - 300)
+    assert auth.read_session(ended) is None
+    assert auth.read_session(kept) is None
+    assert auth.read_session(from_the_future) is None
+    monkeypatch.setattr("progidiff.server.auth.time.time", lambda: now)
+    _, session = auth.log_in("anna", PASSWORD, "10.0.0.1")
+    monkeypatch.setattr("progidiff.server.auth.time.time", lambda: now - 300)
+    assert auth.read_session(session) is not None
 
 
 def test_a_session_that_somebody_changed_is_worth_nothing(auth: Authenticator):

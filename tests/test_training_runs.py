@@ -19,6 +19,7 @@ from filelock import FileLock
 
 from progidiff import training_child
 from progidiff.errors import BusyError, CancelledError, ImageError, RequestError, StoreError
+from progidiff.server.training import describe_stats
 from progidiff.training_child import Control, Progress, explain, tidy_up
 from progidiff.training_options import TRAINERS, TrainingOptions, get_defaults
 from progidiff.training_runs import LOCK, Outcome, TrainingRunner, read_json, write_json
@@ -176,6 +177,24 @@ def test_what_prevents_a_start_is_told(build: Callable[..., TrainingRunner], tmp
     (tmp_path / "blocked").write_text("a file where a folder should be")
     with pytest.raises(StoreError, match="cannot be written down.*nothing was started"):
         TrainingRunner(tmp_path / "blocked", refuse).start("progidiff")
+
+
+def test_the_last_run_is_the_last_one_started_whatever_the_clock_says(build: Callable[..., TrainingRunner], tmp_path: Path):
+    ids = [f"{date}T000000-ffffff" for date in ("20260101", "20990101")]  # The clock was ahead.
+    for run_id in ids:
+        (tmp_path / "training" / "runs" / run_id).mkdir(parents=True)
+    runner = build('print(json.dumps({"state": "done", "message": "Hello."}))')
+    seen = []
+    for _ in range(3):
+        started = runner.start("progidiff_adapt")
+        assert runner.wait(60)
+        seen.append(started["id"])
+        assert runner.status()["id"] == started["id"]
+        assert runner.status()["message"] == "Hello."
+    assert seen == sorted(seen)
+
+    # Set back while a training runs: nothing lasts a negative time.
+    assert describe_stats({**runner.status(), "started": 2000.0, "ended": 1000.0})["total_time"] == "0:00:00"
 
 
 def test_a_run_without_an_outcome_was_interrupted_unless_somebody_works_on_it(tmp_path: Path):

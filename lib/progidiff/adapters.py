@@ -230,7 +230,7 @@ class AdapterStore:
                 logger.warning("%s It is replaced.", err)
                 pointer = _Pointer(None, (), 0.0)
             if pointer.version != version:
-                self._move(name, _Pointer(version, (*pointer.before, pointer.version), time.time()), "published")
+                self._move(name, _Pointer(version, (*pointer.before, pointer.version), self._publication_time()), "published")
         return card
 
     def rollback(self, name: str) -> int | None:
@@ -252,7 +252,7 @@ class AdapterStore:
             *before, version = pointer.before
             if version is not None:
                 self._read(self.card(name, version))
-            self._move(name, _Pointer(version, tuple(before), time.time()), "rolled back")
+            self._move(name, _Pointer(version, tuple(before), self._publication_time()), "rolled back")
         return version
 
     def current(self, name: str) -> int | None:
@@ -460,6 +460,14 @@ class AdapterStore:
                 Path(scratch).unlink(missing_ok=True)
                 raise
             flush(folder)
+
+    def _publication_time(self) -> float:
+        """Now, but after every publication so far: `pick_for` goes by it, and clocks are set back."""
+        latest = 0.0
+        for name in self._names():
+            with contextlib.suppress(ModelError):  # Damaged: it is not picked.
+                latest = max(latest, self._pointer(name).time)
+        return max(time.time(), latest + 1e-3)
 
     def _log(self, name: str, event: str, version: int | None, before: tuple[int | None, ...] = ()) -> None:
         line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, "version": version, "before": list(before)}

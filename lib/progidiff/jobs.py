@@ -113,8 +113,8 @@ class Job:
             "slices_done": self._slices_done,
             "slices_total": total,
             "created": round(self._created, 3),
-            "waited_s": round((started or ended or now) - self._created, 3),
-            "running_s": round((ended or now) - started, 3) if started else 0.0,
+            "waited_s": max(0.0, round((started or ended or now) - self._created, 3)),
+            "running_s": max(0.0, round((ended or now) - started, 3)) if started else 0.0,
             "reason": self.reason,
         }
 

@@ -27,7 +27,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,6 +51,8 @@ STOP_SECONDS = 30.0
 """Time for a clean checkpoint before the process is ended."""
 
 _KILL_SECONDS = 5.0
+_STAMP = "%Y%m%dT%H%M%S"
+_STAMP_LENGTH = 15
 _RUN_ID = re.compile(r"\d{8}T\d{6}-[0-9a-f]{6}")
 _AGAIN = "What was trained until the last checkpoint is kept; start it again with the same options to continue there."
 
@@ -158,7 +160,7 @@ class TrainingRunner:
         self._check()
         with self._lock:
             self._check_free()
-            run_id = f"{datetime.now(UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:6]}"
+            run_id = self._make_run_id()
             shown = {k: params[k] for k in params if k not in ("model", "client_id")}
             request = {"id": run_id, "trainer": trainer, "params": shown, "ignored": list(ignored), "user": user, "started": time.time()}
             request["options"] = options.to_dict()
@@ -385,6 +387,13 @@ class TrainingRunner:
             return sorted(name for name in os.listdir(self.root / "runs") if _RUN_ID.fullmatch(name))
         except OSError:
             return []
+
+    def _make_run_id(self) -> str:
+        """A name that sorts behind those of all runs before, whatever the clock says: the last one is the one that is asked about."""
+        now = datetime.now(UTC)
+        for last in self._run_ids()[-1:]:
+            now = max(now, datetime.strptime(last[:_STAMP_LENGTH], _STAMP).replace(tzinfo=UTC) + timedelta(seconds=1))
+        return f"{now:{_STAMP}}-{uuid.uuid4().hex[:6]}"
 
     def _is_locked(self) -> bool:
         """Whether some process trains on this store."""

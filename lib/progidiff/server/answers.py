@@ -5,6 +5,7 @@ Every error answer is ``{"error": kind, "detail": what happened, why, and what t
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import uuid
@@ -41,6 +42,7 @@ def install_handlers(web: FastAPI) -> None:
         json.JSONDecodeError: _answer_bad_json,
         RequestValidationError: _answer_invalid,
         HTTPException: _answer_status,
+        OSError: _answer_disk_error,
         Exception: _answer_incident,
     }
     web.exception_handlers.update(handlers)
@@ -110,6 +112,14 @@ async def _answer_status(request: Request, err: Exception) -> Response:
         reason = f"There is no {request.method} {request.url.path[:200]} here"
     cure = _CURES.get(error.status_code, "GET /openapi.json says what this address takes.")
     return _answer(error.status_code, "HTTPError", f"{reason.rstrip('.')}. {cure}", headers=dict(error.headers or {}))
+
+
+async def _answer_disk_error(request: Request, err: Exception) -> Response:
+    """A full disk is no bug; parts that change state say more themselves."""
+    if cast(OSError, err).errno not in (errno.ENOSPC, errno.EDQUOT):
+        return await _answer_incident(request, err)
+    logger.error("%s %s: %s", request.method, one_line(request.url.path), err)
+    return _answer(507, "StoreError", f"The server's disk is full ({err.args[-1]}). Free some space there and send the request again.")
 
 
 async def _answer_incident(request: Request, err: Exception) -> Response:

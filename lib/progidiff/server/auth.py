@@ -112,6 +112,13 @@ class Attempts:
         return failures
 
 
+_CLOCK_SECONDS = 600.0
+"""By so much a clock may be set back without ending the sessions that began meanwhile."""
+
+_ENDED_SECONDS = 90 * 86_400.0
+"""How long ended sessions are remembered beyond their time: a clock that is ahead for a while must not revive them."""
+
+
 class Authenticator:
     """Finds out who sends a request. Safe to use from several threads.
 
@@ -225,7 +232,9 @@ class Authenticator:
     def read_session(self, text: str) -> User | None:
         """The user of a session's text; None if it is not ours, has expired or was ended."""
         content = self._open_session(text)
-        if content is None or content["e"] <= time.time() or content["i"] in self._read_ended():
+        now = time.time()
+        # One that lasts longer than a term began while the clock was ahead.
+        if content is None or not now < content["e"] <= now + self.session_seconds + _CLOCK_SECONDS or content["i"] in self._read_ended():
             return None
         name, stamp = content["n"], content["s"]
         for token in self.tokens:
@@ -243,7 +252,7 @@ class Authenticator:
             return
         with self._lock:
             ended = {**self._load_ended(), content["i"]: content["e"]}
-            self._ended = {key: expiry for key, expiry in ended.items() if expiry > time.time()}
+            self._ended = {key: expiry for key, expiry in ended.items() if expiry > time.time() - _ENDED_SECONDS}
             write_private(self._state / "ended.json", json.dumps(self._ended).encode())
 
     def _open_session(self, text: str) -> dict[str, Any] | None:

@@ -101,7 +101,7 @@ def describe_stats(status: dict[str, Any]) -> dict[str, Any]:
     """A run as an entry of the host's ``train_stats``: a step counts as an epoch, and ``total_time`` is empty while it lasts."""
     running = status["state"] in ACTIVE
     ours = ("trainer", "state", "stage", "step", "total", "eta_seconds", "message", "reason", "published", "version")
-    total_time = "" if running else str(timedelta(seconds=round((status.get("ended") or 0) - status.get("started", 0))))
+    total_time = "" if running else str(timedelta(seconds=max(0, round((status.get("ended") or 0) - status.get("started", 0)))))
     return {
         "epoch": status.get("step", 0),
         "total_epochs": max(1, status.get("total", 0)),

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,9 @@ needs_browser = [pytest.mark.browser, pytest.mark.skipif(bool(find_lack()), reas
 """The marks of a module of browser tests: `pytestmark = needs_browser`."""
 
 
-def drive(script: str, url: str, shots: Path, timeout_s: float = 400, **given: Any) -> dict[str, Any]:
+def drive(
+    script: str, url: str, shots: Path, timeout_s: float = 400, actions: Mapping[str, Callable[[], None]] | None = None, **given: Any
+) -> dict[str, Any]:
     """Run one script of this folder.
 
     Args:
@@ -43,6 +47,7 @@ def drive(script: str, url: str, shots: Path, timeout_s: float = 400, **given: A
         url: Of the server.
         shots: Folder for screenshots.
         timeout_s: After which it is ended.
+        actions: What the script may ask for by name while it runs; it goes on when that is done.
         given: What else the script wants.
 
     Returns:
@@ -50,8 +55,25 @@ def drive(script: str, url: str, shots: Path, timeout_s: float = 400, **given: A
     """
     shots.mkdir(parents=True, exist_ok=True)
     task = json.dumps({"url": url, "chromium": find_chromium(), "shots": str(shots), **given})
-    done = subprocess.run(["node", str(HERE / script), task], capture_output=True, text=True, timeout=timeout_s, check=False)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if done.returncode or not lines:
-        raise AssertionError(f"{script} failed:\n{done.stderr[-6000:]}\nScreenshots: {shots}")
-    return dict(json.loads(lines[-1].removeprefix("RESULT ")))
+    result: dict[str, Any] = {}
+    with (shots / "errors.txt").open("w") as errors:
+        process = subprocess.Popen(["node", str(HERE / script), task], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        timer = threading.Timer(timeout_s, process.kill)
+        timer.start()
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            for line in process.stdout:
+                kind, _, text = line.strip().partition(" ")
+                if kind == "DO":
+                    (actions or {})[text]()
+                    process.stdin.write("done\n")
+                    process.stdin.flush()
+                elif kind == "RESULT":
+                    result = json.loads(text)
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+    if not result:
+        raise AssertionError(f"{script} failed:\n{(shots / 'errors.txt').read_text()[-6000:]}\nScreenshots: {shots}")
+    return result

@@ -4,6 +4,18 @@ import { chromium } from 'playwright-core';
 
 const ARGUMENTS = ['--no-sandbox', '--use-gl=angle', '--use-angle=swiftshader', '--enable-unsafe-swiftshader', '--ignore-gpu-blocklist'];
 
+/** Ask the test to do something by name; resolves when it is done. */
+function act(name) {
+  return new Promise((resolve) => {
+    process.stdin.once('data', () => {
+      process.stdin.pause();
+      resolve();
+    });
+    process.stdin.resume();
+    process.stdout.write(`\nDO ${name}\n`);
+  });
+}
+
 /**
  * Run a script in a fresh page; `node script.mjs '<JSON>'` with at least {url, chromium, shots (folder), width, height}.
  * @param {(page: import('playwright-core').Page, given: object, tools: object) => Promise<object>} script
@@ -11,14 +23,15 @@ const ARGUMENTS = ['--no-sandbox', '--use-gl=angle', '--use-angle=swiftshader', 
 export async function drive(script) {
   const given = JSON.parse(process.argv[2]);
   const browser = await chromium.launch({ executablePath: given.chromium, args: ARGUMENTS });
-  const page = await browser.newPage({ viewport: { width: given.width ?? 1280, height: given.height ?? 800 } });
+  const context = await browser.newContext({ viewport: { width: given.width ?? 1280, height: given.height ?? 800 } });
+  const page = await context.newPage();
   const problems = [];
   page.on('pageerror', (error) => problems.push(String(error)));
   page.on('console', (message) => { if (message.type() === 'error') problems.push(message.text()); });
   page.setDefaultTimeout(given.timeout ?? 120000);
   const shoot = (name) => page.screenshot({ path: `${given.shots}/${name}.png` });
   try {
-    const result = await script(page, given, { shoot, browser });
+    const result = await script(page, given, { shoot, browser, act });
     process.stdout.write(`\nRESULT ${JSON.stringify({ ...result, problems })}\n`);
   } catch (error) {
     await shoot('failed').catch(() => undefined);

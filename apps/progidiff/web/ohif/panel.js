@@ -28,10 +28,11 @@ const KEPT_MASK_BYTES = 512e6;
 const TOO_LARGE_BYTES = 1.5e9;
 const NEXT = 'progidiff.next';
 const CLIENT = 'progidiff.client';
+const NOT_AXIAL = 'The slices of this series run along another axis: show it in an axial view (MPR) and scroll there.';
+const NOTHING = { box: [0, 0, 0, 0, 0, 0], voxels: new Uint8Array() };
 
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, '0')).join('');
-const equal = (a, b) => a.length === b.length && a.every((value, i) => value === b[i]);
 
 /** An element: make('button', {className, onclick, ...}, ...children). */
 function make(tag, properties = {}, ...children) {
@@ -61,10 +62,16 @@ class Panel {
   _forget() {
     this.result = null;
     this.labelmap = null;
-    this.masks = new Map();
-    this.shown = '';
+    this._forgetMasks();
     this.accepted = new Map();
     this.started = 0;
+  }
+
+  _forgetMasks() {
+    // New ones each time: what still arrives for the result before goes into the old ones.
+    this.masks = new Map();
+    this.fetching = new Map();
+    this.shown = '';
   }
 
   _build() {
@@ -135,8 +142,8 @@ class Panel {
     const next = JSON.parse(sessionStorage.getItem(NEXT) || 'null');
     if (next?.series === series.uid) {
       sessionStorage.removeItem(NEXT);
-      this._drawDisputed(next.slices.map(({ index, score }) => [index, score]));
-      this.say(next.reason || `Next sample: ${image}`);
+      this._drawDisputed(next.slices.map(({ index, score }) => [index, score]), 'Slices to look at');
+      this.say([`Next sample: ${image}.`, next.reason].filter(Boolean).join(' '));
     } else {
       this.say(image);
     }
@@ -184,6 +191,7 @@ class Panel {
     const current = this.axial?.[series.currentSlice()];
     const params = { prompt: this.prompt.value, num_proposals: this.count.value, job_id: job, client_id: clientId() };
     if (current !== undefined) params.first_slice = current;
+    if (this._keepEdits()) this.shown = EDITED;
     this.running = job;
     this.started = performance.now();
     this.say('Waiting for the server');
@@ -196,8 +204,7 @@ class Panel {
       await watching;
       if (this.series !== series) return;
       this.result = result;
-      this.masks.clear();
-      this.shown = '';
+      this._forgetMasks();
       this.labelmap = await series.openLabelmap(this._segments());
       await this._show(CONSENSUS);
       performance.measure('progidiff:proposals', { start: this.started });
@@ -207,6 +214,11 @@ class Panel {
       const warning = (result.warnings || []).join(' ');
       this.say(warning || describe(result), warning ? 'warning' : '');
       this.version.textContent = [result.model_version, result.adapter].filter(Boolean).join(' + ');
+    } catch (error) {
+      // The slices that were ready are no proposal: back to what was shown before.
+      await watching.catch(() => undefined);
+      if (this.series === series) this.labelmap?.write(this.masks.get(this.shown) ?? NOTHING);
+      throw error;
     } finally {
       this.running = null;
       await watching.catch(() => undefined);
@@ -256,12 +268,23 @@ class Panel {
     return this.result ? [CONSENSUS, ...Array.from({ length: this.result.num_proposals }, (_, k) => String(k + 1)), DISAGREEMENT] : [];
   }
 
+  /** A mask from the server; asked for once, whoever wants it. */
   async _mask(show) {
-    if (!this.masks.has(show)) {
-      const masks = this.masks;
-      masks.set(show, await server.getMask(this.series.uid, { proposals: this.result.proposals, show }));
+    const { masks, fetching, result } = this;
+    if (masks.has(show)) return masks.get(show);
+    if (!fetching.has(show)) {
+      const load = async () => {
+        try {
+          masks.set(show, await server.getMask(this.series.uid, { proposals: result.proposals, show }));
+          this._markReady();
+          return masks.get(show);
+        } finally {
+          fetching.delete(show);
+        }
+      };
+      fetching.set(show, load());
     }
-    return this.masks.get(show);
+    return fetching.get(show);
   }
 
   async _show(show) {
@@ -270,31 +293,22 @@ class Panel {
     this._keepEdits();
     this.labelmap.write(mask);
     this.shown = show;
-    performance.measure('progidiff:switch', { start });
+    // The viewer draws in the next frame; it is on the screen when the one after that begins.
+    requestAnimationFrame(() => requestAnimationFrame(() => performance.measure('progidiff:switch', { start, detail: show })));
     this._draw();
   }
 
-  /** What the person drew on a proposal stays, as an entry of its own in the strip. */
+  /** What the person drew on a proposal stays, as an entry of its own in the strip. Whether there is any. */
   _keepEdits() {
-    if (!this.labelmap || !this.masks.has(this.shown) || this.shown === DISAGREEMENT || !this._isEdited()) return;
+    if (!this.labelmap || !this.masks.has(this.shown) || this.shown === DISAGREEMENT || !this._isEdited()) return false;
     const { shape, base = this.shown } = this.masks.get(this.shown);
     this.masks.set(EDITED, { box: [0, shape[0], 0, shape[1], 0, shape[2]], shape, voxels: this.labelmap.read(), base });
+    return true;
   }
 
   /** Whether the mask on a slice (or on all) is no longer the proposal that it was. */
   _isEdited(slice = -1) {
-    const { box: [z0, z1, y0, y1, x0, x1], shape: [depth, rows, columns], voxels } = this.masks.get(this.shown);
-    const width = x1 - x0;
-    for (let z = slice < 0 ? 0 : slice; z < (slice < 0 ? depth : slice + 1); z++) {
-      const now = this.labelmap.readSlice(z);
-      const then = new Uint8Array(rows * columns);
-      for (let y = y0; z >= z0 && z < z1 && y < y1; y++) {
-        const from = ((z - z0) * (y1 - y0) + (y - y0)) * width;
-        then.set(voxels.subarray(from, from + width), y * columns + x0);
-      }
-      if (!equal(now, then)) return true;
-    }
-    return this.shown === EDITED;
+    return this.shown === EDITED || this.labelmap.differsFrom(this.masks.get(this.shown), slice);
   }
 
   /** [[slice, disagreement], ...], the most disputed first. */
@@ -313,15 +327,17 @@ class Panel {
     this.series.jumpTo(worst < 0 ? Math.floor((z0 + z1) / 2) : worst);
   }
 
-  _drawDisputed(slices) {
+  /** Axial slices to go to. A series along another axis shows none of them as it is, so there they are named only. */
+  _drawDisputed(slices, heading = 'Most disputed slices') {
     const buttons = slices.map(([z, value]) => {
       const index = this.axial ? this.axial.indexOf(z) : -1;
-      const title = index < 0 ? 'This series is not axial; the slice is shown by its place' : `Disagreement ${Number(value).toFixed(2)}`;
-      const button = make('button', { textContent: `${z + 1}`, title, onclick: () => this.series?.jumpTo(index < 0 ? z : index) });
+      const title = index < 0 ? NOT_AXIAL : `Disagreement ${Number(value).toFixed(2)}`;
+      const button = make('button', { textContent: `${z + 1}`, title, disabled: index < 0, onclick: () => this.series?.jumpTo(index) });
       button.style.setProperty('--heat', Math.min(1, value));
       return button;
     });
-    this.disputed.replaceChildren(...(buttons.length ? [make('span', { textContent: 'Most disputed slices' }), ...buttons] : []));
+    const where = this.axial ? {} : { textContent: `${heading} (axial)`, title: NOT_AXIAL };
+    this.disputed.replaceChildren(...(buttons.length ? [make('span', { textContent: heading, ...where }), ...buttons] : []));
   }
 
   _acceptSlice() {
@@ -379,7 +395,7 @@ class Panel {
       return;
     }
     const { study, series } = await server.describeImage(next.id);
-    sessionStorage.setItem(NEXT, JSON.stringify({ series, slices: next.slices || [], reason: next.reason || `Next sample: ${next.id}` }));
+    sessionStorage.setItem(NEXT, JSON.stringify({ series, slices: next.slices || [], reason: next.reason || '' }));
     if (series === this.series?.uid) {
       await this._arrive(this.series);
       return;
@@ -431,6 +447,12 @@ class Panel {
         return button;
       }),
     );
+    this._markReady();
+  }
+
+  /** Which proposals are here already, so that showing them waits for nothing. */
+  _markReady() {
+    for (const button of this.strip.children) button.dataset.ready = String(this.masks.has(button.dataset.show));
   }
 }
 

@@ -93,7 +93,17 @@ export class Series {
       origin: places[0],
       directions: [scale(row, spacing[1]), scale(column, spacing[0]), places[last].map((value, axis) => (value - places[0][axis]) / last)],
     };
-    this.origin = places[0];
+    this.slices = new Map();
+  }
+
+  /** The index of a slice of the viewer, or -1. Looked up once: the viewer takes a moment for it, and there may be hundreds. */
+  sliceOf(imageId) {
+    if (!this.slices.has(imageId)) {
+      const place = window.cornerstone.metaData.get('imagePlaneModule', imageId)?.imagePositionPatient;
+      if (!place) return -1;
+      this.slices.set(imageId, this.findSlice(place));
+    }
+    return this.slices.get(imageId);
   }
 
   /** The index of the slice at a place, or -1. */
@@ -107,8 +117,7 @@ export class Series {
   currentSlice() {
     const viewport = getViewport();
     const id = viewport?.getCurrentImageId?.();
-    const place = id && window.cornerstone.metaData.get('imagePlaneModule', id)?.imagePositionPatient;
-    return place ? this.findSlice(place) : -1;
+    return id ? this.sliceOf(id) : -1;
   }
 
   /** Show a slice. */
@@ -116,10 +125,7 @@ export class Series {
     const viewport = getViewport();
     if (!viewport) return;
     const ids = viewport.getImageIds?.() || [];
-    const wanted = ids.findIndex((id) => {
-      const place = window.cornerstone.metaData.get('imagePlaneModule', id)?.imagePositionPatient;
-      return place && this.findSlice(place) === z;
-    });
+    const wanted = ids.findIndex((id) => this.sliceOf(id) === z);
     if (typeof viewport.setImageIdIndex === 'function' && wanted >= 0) {
       viewport.setImageIdIndex(wanted);
     } else if (typeof viewport.jumpToWorld === 'function') {
@@ -169,14 +175,13 @@ class Labelmap {
 
   /** Slice -> its voxels, as they are shown. */
   _slices() {
-    const { cache, metaData } = window.cornerstone;
+    const { cache } = window.cornerstone;
     const data = window.cornerstoneTools.segmentation.state.getSegmentation(this.id)?.representationData?.[LABELMAP];
     const ids = data?.imageIds?.length ? data.imageIds : cache.getVolume(data?.volumeId)?.imageIds || [];
     const slices = new Map();
     for (const id of ids) {
-      const place = metaData.get('imagePlaneModule', id)?.imagePositionPatient;
       const voxels = cache.getImage(id)?.voxelManager?.getScalarData();
-      const z = place ? this.series.findSlice(place) : -1;
+      const z = this.series.sliceOf(id);
       if (z >= 0 && voxels) slices.set(z, voxels);
     }
     if (slices.size !== this.series.grid.shape[0]) {
@@ -186,17 +191,32 @@ class Labelmap {
   }
 
   /** Show a mask of `server.getMask`, in place of what is shown. */
-  write({ box: [z0, z1, y0, y1, x0, x1], voxels }) {
-    const [, , columns] = this.series.grid.shape;
-    const width = x1 - x0;
-    for (const [z, target] of this._slices()) {
-      target.fill(0);
-      for (let y = y0; z >= z0 && z < z1 && y < y1; y++) {
-        const from = ((z - z0) * (y1 - y0) + (y - y0)) * width;
-        target.set(voxels.subarray(from, from + width), y * columns + x0);
-      }
-    }
+  write(mask) {
+    for (const [z, voxels] of this._slices()) this._draw(mask, z, voxels);
     this.refresh();
+  }
+
+  /** Whether anything else than a mask of `server.getMask` is shown: on a slice, or on any. */
+  differsFrom(mask, slice = -1) {
+    const [, rows, columns] = this.series.grid.shape;
+    const expected = new Uint8Array(rows * columns);
+    for (const [z, voxels] of this._slices()) {
+      if (slice >= 0 && z !== slice) continue;
+      this._draw(mask, z, expected);
+      for (let i = 0; i < expected.length; i++) if (voxels[i] !== expected[i]) return true;
+    }
+    return false;
+  }
+
+  /** A slice of a mask into `target`. */
+  _draw({ box: [z0, z1, y0, y1, x0, x1], voxels }, z, target) {
+    const columns = this.series.grid.shape[2];
+    const width = x1 - x0;
+    target.fill(0);
+    for (let y = y0; z >= z0 && z < z1 && y < y1; y++) {
+      const from = ((z - z0) * (y1 - y0) + (y - y0)) * width;
+      target.set(voxels.subarray(from, from + width), y * columns + x0);
+    }
   }
 
   /** A copy of one slice. */

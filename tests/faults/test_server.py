@@ -216,7 +216,7 @@ def carry_out(bench: Bench, kind: str, name: str) -> str:
         savers[0].save(image)
     for saver in savers:
         saver.start()
-    stage, delay = chosen.choice(STAGES), chosen.uniform(0, 1)
+    stage, delay, killed = chosen.choice(STAGES), chosen.uniform(0, 1), "server"
     if kind == "scoring":
         stage, delay = "scoring", delay / 2
         wait_for(lambda: bench.get("/progidiff/scoring")["state"] in ("scoring", "done"))
@@ -226,6 +226,7 @@ def carry_out(bench: Bench, kind: str, name: str) -> str:
     time.sleep(delay)
     if kind == "training":
         child = bench.find_child()
+        killed = "training" if child is not None else "training, which had ended already,"
         with contextlib.suppress(psutil.NoSuchProcess):
             if child is not None:
                 child.kill()
@@ -237,7 +238,7 @@ def carry_out(bench: Bench, kind: str, name: str) -> str:
         bench.acknowledged += saver.acknowledged
         assert saver.refused == [], f"FAULT_SEED={SEED}"
     saved = sum(len(saver.acknowledged) for saver in savers)
-    return f"{'training' if kind == 'training' else 'server'} killed {delay:.2f} s into {stage}, {saved} saves acknowledged"
+    return f"{killed} killed {delay:.2f} s into {stage}, {saved} saves acknowledged"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs SIGKILL and the kernel's parent-death signal")

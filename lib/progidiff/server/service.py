@@ -37,7 +37,7 @@ from monailabel.interfaces.utils.app import app_instance
 
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.options import OPTION_NAMES, read_choice, read_int
-from progidiff.server import answers, guard
+from progidiff.server import answers, guard, memory
 from progidiff.server.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
 from progidiff.server.context import get_context
 from progidiff.server.infer_task import ProposalInferTask
@@ -76,6 +76,7 @@ def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> N
         setattr(route, _OURS, True)
     router.routes[:0] = ours
     web.openapi_schema = None
+    memory.use_one_arena()
     answers.install_handlers(web)
     context = cast(Any, app).context
     guard.install(web, context.auth, context.options)

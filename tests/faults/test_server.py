@@ -216,9 +216,9 @@ def carry_out(bench: Bench, kind: str, name: str) -> str:
         savers[0].save(image)
     for saver in savers:
         saver.start()
-    stage, delay, killed = chosen.choice(STAGES), chosen.uniform(0, 1), "server"
+    stage, delay, killed = chosen.choice(STAGES), chosen.uniform(0, 1) ** 3, "server"  # The last stages are short.
     if kind == "scoring":
-        stage, delay = "scoring", delay / 2
+        stage, delay = "scoring", chosen.uniform(0, 0.5)
         wait_for(lambda: bench.get("/progidiff/scoring")["state"] in ("scoring", "done"))
     else:
         bench.start_training()

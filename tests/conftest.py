@@ -96,9 +96,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def run_server(studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 300.0) -> Iterator[Server]:
-    """`monailabel start_server` in a process of its own, on a free port of the loop-back interface; killed at the end."""
-    port = free_port()
+def run_server(studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 300.0, port: int | None = None) -> Iterator[Server]:
+    """`monailabel start_server` in a process of its own, on the loop-back interface, by default on a free port; killed at the end."""
+    port = port or free_port()
     temporary = log.parent / "tmp"
     temporary.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(studies)]

@@ -271,3 +271,16 @@ def test_a_label_sent_by_series_is_saved_on_the_grid_of_the_image(server: Server
         timeout=60,
     )
     assert answer.status_code == 422, answer.text
+
+
+def test_names_survive_a_restart(tmp_path: Path, tiny_model: Path):
+    studies, found = tmp_path / "studies", []
+    studies.mkdir()
+    write_phantom(studies / "axial.nii.gz")
+    for number in range(2):
+        conf = ("model_dir", str(tiny_model), "device", "cpu")
+        with run_server(studies, copy_app(tmp_path / str(number)), tmp_path / f"{number}.log", *conf) as running:
+            client = DICOMwebClient(running.url + WADO)
+            study, series = find_series(client, "axial")
+            found.append((study, series, [entry["00080018"]["Value"] for entry in client.retrieve_series_metadata(study, series)]))
+    assert found[0] == found[1]

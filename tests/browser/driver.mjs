@@ -7,11 +7,7 @@ const ARGUMENTS = ['--no-sandbox', '--use-gl=angle', '--use-angle=swiftshader', 
 /** Ask the test to do something by name; resolves when it is done. */
 function act(name) {
   return new Promise((resolve) => {
-    process.stdin.once('data', () => {
-      process.stdin.pause();
-      resolve();
-    });
-    process.stdin.resume();
+    process.stdin.once('data', resolve);
     process.stdout.write(`\nDO ${name}\n`);
   });
 }
@@ -39,5 +35,6 @@ export async function drive(script) {
     process.exitCode = 1;
   } finally {
     await browser.close();
+    process.stdin.destroy(); // else it would be waited for
   }
 }

@@ -367,7 +367,9 @@ class Panel {
 
   async _submitVolume() {
     const edited = this._isEdited();
-    await this._save(this.labelmap.read(), { shown: this.masks.get(this.shown).base || this.shown, edited });
+    // Of a changed proposal the server takes the changed slices as annotated, unless it is told that all were accepted.
+    const slices = edited && this.axial ? { slices: this.axial } : {};
+    await this._save(this.labelmap.read(), { shown: this.masks.get(this.shown).base || this.shown, edited, ...slices });
     this.accepted.clear();
   }
 
@@ -383,7 +385,7 @@ class Panel {
       client_id: clientId(),
     });
     const { sequence, repeated, warnings = [] } = answer.annotation || {};
-    const what = params.slices ? `${params.slices.length} slices` : 'the volume';
+    const what = params.slices && params.slices.length < this.series.grid.shape[0] ? `${params.slices.length} slices` : 'the volume';
     this.say(repeated ? 'This was saved already; nothing changed.' : [`Saved ${what} of ${this.image} as label ${sequence}.`, ...warnings].join(' '), 'done');
   }
 

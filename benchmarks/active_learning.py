@@ -295,7 +295,7 @@ def run_seed(world: World, strategies: Sequence[str], folder: Path, tell: Callab
     for strategy in strategies:
         file = folder / f"{hashlib.sha256(strategy.encode()).hexdigest()[:12]}.json"
         if file.is_file():
-            curves[strategy] = json.loads(file.read_text())
+            curves[strategy] = json.loads(file.read_text(encoding="utf-8"))
             continue
         annotated: dict[str, set[int]] = world.start
         if first is None:
@@ -322,7 +322,7 @@ def run_seed(world: World, strategies: Sequence[str], folder: Path, tell: Callab
             tell(f"seed {world.seed}, {strategy}, round {round_index + 1}: {curve[-1]['slices']} slices, Dice {curve[-1]['dice']:.3f}, {seconds}")
         folder.mkdir(parents=True, exist_ok=True)
         scratch = file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(curve))
+        scratch.write_text(json.dumps(curve), encoding="utf-8")
         scratch.replace(file)
         curves[strategy] = curve
     return curves
@@ -452,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
 
     if options.summarise:
-        results = [json.loads(path.read_text()) for path in options.summarise]
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in options.summarise]
     else:
         if options.task is None or options.studies is None:
             parser.error("--task and --studies are needed, or --summarise")
@@ -475,7 +475,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result = {"command": shlex.join(sys.argv), "model": world.card.full_name, "setup": asdict(setup), "curves": curves}
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({**result, "summary": summarise([result])}, indent=1) + "\n")
+            options.out.write_text(json.dumps({**result, "summary": summarise([result])}, indent=1) + "\n", encoding="utf-8")
         results = [result]
     print(format_table(summarise(results)))
     if options.picture:

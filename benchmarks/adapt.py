@@ -84,7 +84,7 @@ def main() -> None:
             "hd95": {name: report["summary"]["mean"]["consensus"]["hd95"] for name, report in reports.items()},
             "validation": trained.figures,
         }
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,9 @@ def main() -> None:
         print(f"| {structure} | {dice:.3f} |")
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"model": card.full_name, "cases": [c.name for c in cases], "dice": ceiling}, indent=1) + "\n")
+        options.out.write_text(
+            json.dumps({"model": card.full_name, "cases": [c.name for c in cases], "dice": ceiling}, indent=1) + "\n", encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":

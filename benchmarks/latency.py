@@ -74,7 +74,7 @@ def run_server(studies: Path, conf: list[str], log: Path) -> Iterator[tuple[str,
                 if requests.get(f"{url}/info/", timeout=5).ok:
                     break
             if process.poll() is not None:
-                sys.exit(f"The server did not start; its log is {log}:\n{log.read_text(errors='replace')[-3000:]}")
+                sys.exit(f"The server did not start; its log is {log}:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
             time.sleep(0.05)
         yield url, process.pid, time.monotonic() - started
     finally:

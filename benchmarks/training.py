@@ -66,7 +66,7 @@ def write_pool(folder: Path, count: int, distinct: int = 4, shape: tuple[int, in
             link = place / f"case{n:03d}.nii.gz"
             if not link.exists():
                 link.symlink_to(sources / f"{kind}{n % distinct}.nii.gz")
-    (folder / "labels.json").write_text(json.dumps(dict(enumerate(ORGANS, start=1))))
+    (folder / "labels.json").write_text(json.dumps(dict(enumerate(ORGANS, start=1))), encoding="utf-8")
     return folder
 
 
@@ -228,7 +228,7 @@ def main() -> None:
         SliceCache(list_cases(pool), tuple(ORGANS), card.conditioning, pool / "cache")
         command = [sys.executable, __file__, "--model", str(options.model), "--pool", str(pool), "--batches", str(options.batches)]
         memory = [
-            json.loads(subprocess.run([*command, "--memory-of", str(count)], capture_output=True, text=True, check=True).stdout)
+            json.loads(subprocess.run([*command, "--memory-of", str(count)], capture_output=True, text=True, encoding="utf-8", check=True).stdout)
             for count in options.pools
         ]
         steps = measure_recipes(options.model, pool, options.blocks, options.steps, options.slices)
@@ -250,7 +250,7 @@ def main() -> None:
     print(json.dumps(result, indent=1))
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        options.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def bearer(text: str) -> dict[str, str]:
 
 
 def write(path: Path, text: str, mode: int = 0o600) -> Path:
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     path.chmod(mode)
     return path
 

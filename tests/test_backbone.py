@@ -385,7 +385,7 @@ def test_stable_diffusion_1_5_at_its_true_width_denoises_a_64_x_64_latent_on_the
     folder = write_stable_diffusion(tmp_path / "sd15", torch.bfloat16)
     written = time.monotonic() - started
     # In a process of its own, so that the peak is that of loading and denoising, not that of making weights up.
-    result = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, check=False, timeout=1800)
+    result = subprocess.run([sys.executable, "-c", MEASURE, str(folder)], capture_output=True, text=True, encoding="utf-8", check=False, timeout=1800)
     assert result.returncode == 0, result.stderr[-3000:]
     figures = {"write_seconds": written, **json.loads(result.stdout.splitlines()[-1])}
     for name, value in figures.items():

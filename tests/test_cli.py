@@ -244,7 +244,7 @@ def test_every_command_explains_itself(command):
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
     script = "import sys; import progidiff.cli; print(sorted({'torch', 'diffusers', 'monai', 'monailabel', 'matplotlib'} & set(sys.modules)))"
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=os.environ)
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, encoding="utf-8", check=True, env=os.environ)
     assert finished.stdout.strip() == "[]"
 
 

@@ -38,9 +38,9 @@ def fresh_branch(model: Path, seed: int) -> ConditioningBranch:
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     change(values)
-    path.write_text(json.dumps(values))
+    path.write_text(json.dumps(values), encoding="utf-8")
 
 
 def test_a_branch_comes_back_bit_exact_when_stored_in_fp32(model: Path):

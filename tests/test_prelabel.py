@@ -127,7 +127,9 @@ def test_two_processes_of_accelerate_label_the_folder_together(studies: Path, ti
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), "--module", "progidiff.cli"]
     command += ["prelabel", "--studies", str(studies), *OPTIONS, "--model", str(tiny_model), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads((studies / ".progidiff" / f"prelabel.{index}-of-2.json").read_text()) for index in range(2)]
     assert [sorted(report["images"]) for report in reports] == [["a", "c"], ["b"]]
@@ -141,7 +143,7 @@ def test_a_ray_cluster_of_two_workers_labels_the_folder(studies: Path, tiny_mode
     command = [sys.executable, "-m", "progidiff.cli", "prelabel", "--studies", str(studies), *OPTIONS, "--model", str(tiny_model)]
     command += ["--device", "cpu", "--ray", "--workers", "2"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600, env=environment, check=False)
     assert done.returncode == 1, done.stderr[-3000:]
     report = json.loads((studies / ".progidiff" / "prelabel.json").read_text())
     assert report["counts"] == {"made": 3, "there": 0, "kept": 0, "failed": 1}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import threading
 import time
@@ -436,10 +437,16 @@ def test_progress_counts_slices(server: Server):
     assert running.answer().status_code == 200
 
 
+def copy_studies(server: Server, folder: Path) -> Path:
+    """The folder as a server finds it that comes after this one; two on one folder are refused."""
+    return Path(shutil.copytree(server.studies, folder / "studies"))
+
+
 def test_kept_proposals_survive_a_restart(server: Server, tiny_model: Path, tmp_path: Path):
     request = {"prompt": "liver", "num_proposals": 2, "steps": 1, "seed": 41}
     before, mask, _ = read_answer(server.infer("plain", request))
-    with run_server(server.studies, copy_app(tmp_path), tmp_path / "again.log", "model_dir", str(tiny_model), "device", "cpu") as again:
+    studies = copy_studies(server, tmp_path)
+    with run_server(studies, copy_app(tmp_path), tmp_path / "again.log", "model_dir", str(tiny_model), "device", "cpu") as again:
         after, same, _ = read_answer(again.infer("plain", request))
     assert after["cached"] is True
     assert after["structures"] == before["structures"]
@@ -467,7 +474,8 @@ def test_a_senseless_server_option_stops_the_start_with_its_reason(tmp_path: Pat
 
 
 def test_ctrl_c_ends_the_server_although_an_inference_runs(server: Server, tiny_model: Path, tmp_path: Path):
-    with run_server(server.studies, copy_app(tmp_path), tmp_path / "log", "model_dir", str(tiny_model), "device", "cpu") as other:
+    studies = copy_studies(server, tmp_path)
+    with run_server(studies, copy_app(tmp_path), tmp_path / "log", "model_dir", str(tiny_model), "device", "cpu") as other:
         running = Background(other, "long", {**SLOW, "seed": 401, "job_id": "last-1"})
         wait_for_state(other, "last-1", "running")
         other.process.send_signal(signal.SIGINT)

@@ -286,7 +286,7 @@ class AdapterStore:
         key = (path, stat.st_mtime_ns, stat.st_size)
         if key not in self._cards:
             try:
-                card = AdapterCard.from_dict(json.loads(path.read_text()))
+                card = AdapterCard.from_dict(json.loads(path.read_text(encoding="utf-8")))
             except (OSError, ValueError, KeyError, TypeError) as err:
                 raise ModelError(f"'{path}' cannot be read ({type(err).__name__}: {err}). {_cure(name)}") from err
             if (card.name, card.version) != (name, version):
@@ -355,7 +355,7 @@ class AdapterStore:
     def history(self, name: str) -> list[dict[str, Any]]:
         """What happened, oldest first: "time" (ISO, UTC), "event", "version", "before". Lines that cannot be read are left out."""
         try:
-            lines = (self.root / name / "history.jsonl").read_text().splitlines()
+            lines = (self.root / name / "history.jsonl").read_text(encoding="utf-8").splitlines()
         except OSError:
             return []
         events = []
@@ -373,7 +373,7 @@ class AdapterStore:
         """
         path = self.folder(card) / "run.json"
         try:
-            return dict(json.loads(path.read_text()))
+            return dict(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as err:
             raise ModelError(f"'{path}' cannot be read ({err}). {_cure(card.name)}") from err
 
@@ -435,7 +435,7 @@ class AdapterStore:
     def _pointer(self, name: str) -> _Pointer:
         path = self.root / name / "CURRENT"
         try:
-            values = json.loads(path.read_text())
+            values = json.loads(path.read_text(encoding="utf-8"))
             before = tuple(None if v is None else int(v) for v in values["before"])
             version = values["version"]
             return _Pointer(None if version is None else int(version), before, float(values["time"]))

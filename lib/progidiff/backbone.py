@@ -258,7 +258,7 @@ def export_backbone(folder: str | Path, target: str | Path) -> Path:
         path = scratch / "text_encoder" / "config.json"
         config = _read_json(path)
         if not str(config.get("model_type", "")).startswith("clip"):
-            path.write_text(json.dumps({**config, "use_attention_mask": True}, indent=2) + "\n")
+            path.write_text(json.dumps({**config, "use_attention_mask": True}, indent=2) + "\n", encoding="utf-8")
         os.chmod(scratch, 0o755)
         os.replace(scratch, target)
     finally:
@@ -318,7 +318,7 @@ def _class_name(folder: Path, default: str) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         raise BackboneError(f"'{path}' cannot be read as JSON: {err}") from err
     if not isinstance(values, dict):

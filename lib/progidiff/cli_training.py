@@ -307,7 +307,7 @@ def show_adapter(
     if as_json:
         typer.echo(json.dumps({"adapter": card.to_dict(), "run": store.run(card), "history": store.history(card.name)}, indent=1))
     else:
-        typer.echo((store.folder(card) / "README.md").read_text())
+        typer.echo((store.folder(card) / "README.md").read_text(encoding="utf-8"))
 
 
 def use_adapter(

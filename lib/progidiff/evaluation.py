@@ -505,6 +505,7 @@ def describe_versions() -> dict[str, str]:
             cwd=Path(progidiff.__file__).parent,
             capture_output=True,
             text=True,
+            encoding="utf-8",
             timeout=10,
             check=True,
         )

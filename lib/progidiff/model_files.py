@@ -98,7 +98,7 @@ def load_card(folder: Path) -> ModelCard:
     """
     path = folder / "conditioning" / "config.json"
     try:
-        return ModelCard.from_dict(json.loads(path.read_text()))
+        return ModelCard.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as err:
         raise ModelError(
             f"'{folder}' holds no trained conditioning ('{path.name}' is missing in conditioning/); train one with `progidiff train`."
@@ -175,9 +175,9 @@ def save_conditioning(folder: Path, card: ModelCard, branch: ConditioningBranch,
     scratch = Path(tempfile.mkdtemp(prefix=".conditioning.", dir=folder))
     dtype = torch.float16 if half else torch.float32
     save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in branch.state_dict().items()}, scratch / "branch.safetensors")
-    (scratch / "config.json").write_text(json.dumps(card.to_dict(), indent=1) + "\n")
-    (scratch / "run.json").write_text(json.dumps(run, indent=1) + "\n")
-    (scratch / "README.md").write_text(readme)
+    (scratch / "config.json").write_text(json.dumps(card.to_dict(), indent=1) + "\n", encoding="utf-8")
+    (scratch / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+    (scratch / "README.md").write_text(readme, encoding="utf-8")
     os.chmod(scratch, 0o755)
     target = folder / "conditioning"
     replace_folder(scratch, target)
@@ -198,11 +198,11 @@ def save_backbone_part(folder: Path, part: str, model: Any, shard: str = "15MB")
 def drop_derived_settings(folder: Path) -> None:
     """Remove from config.json the path a model was loaded from, and what `AutoencoderTiny` writes but warns about when it reads it back."""
     path = folder / "config.json"
-    values = json.loads(path.read_text())
+    values = json.loads(path.read_text(encoding="utf-8"))
     values.pop("_name_or_path", None)
     if values.get("_class_name") == "AutoencoderTiny":
         values.pop("block_out_channels", None)
-    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def replace_folder(scratch: Path, target: Path) -> None:

@@ -227,7 +227,7 @@ class Prelabeller:
 
     def _read_note(self, image: str) -> dict[str, Any] | None:
         try:
-            values = json.loads(self._note_file(image).read_text())
+            values = json.loads(self._note_file(image).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
         return values if isinstance(values, dict) and {"key", "sha256", "stamp", "digest", "modality"} <= values.keys() else None
@@ -236,7 +236,7 @@ class Prelabeller:
         self._notes.mkdir(parents=True, exist_ok=True)
         file = self._note_file(image)
         scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
         flush(scratch)
         os.replace(scratch, file)
 

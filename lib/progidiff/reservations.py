@@ -78,7 +78,7 @@ class Reservations:
 
     def _load(self) -> dict[str, tuple[str, float]]:
         try:
-            return {str(image): (str(client), float(until)) for image, (client, until) in json.loads(self._file.read_text()).items()}
+            return {str(image): (str(client), float(until)) for image, (client, until) in json.loads(self._file.read_text(encoding="utf-8")).items()}
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as err:
@@ -90,7 +90,7 @@ class Reservations:
         scratch = self._file.with_name(f".{self._file.name}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(self._held))
+            scratch.write_text(json.dumps(self._held), encoding="utf-8")
             flush(scratch)
             os.replace(scratch, self._file)
         except OSError as err:

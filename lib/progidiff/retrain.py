@@ -57,7 +57,7 @@ class MarkFile:
     def load(self) -> Mark:
         """The mark; of a file that cannot be read, the first one: labels are then trained on once too often, never too seldom."""
         try:
-            values = json.loads(self._path.read_text())
+            values = json.loads(self._path.read_text(encoding="utf-8"))
             return Mark(int(values["sequence"]), str(values["run"]), bool(values["automatic"]))
         except FileNotFoundError:
             return Mark()
@@ -73,7 +73,7 @@ class MarkFile:
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self._path.with_name(f".{self._path.name}.tmp")
-        scratch.write_text(json.dumps({"sequence": mark.sequence, "run": mark.run, "automatic": mark.automatic}))
+        scratch.write_text(json.dumps({"sequence": mark.sequence, "run": mark.run, "automatic": mark.automatic}), encoding="utf-8")
         flush(scratch)
         os.replace(scratch, self._path)
         flush(self._path.parent)

@@ -287,7 +287,7 @@ def _be_modest(nice: int) -> None:
     with contextlib.suppress(OSError, AttributeError):
         os.nice(nice)
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE))
+        Path("/proc/self/oom_score_adj").write_text(str(_OOM_SCORE), encoding="utf-8")
 
 
 def _best(progress: Progress) -> float:

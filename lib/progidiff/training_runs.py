@@ -290,6 +290,7 @@ class TrainingRunner:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                encoding="utf-8",
                 env=_make_environment(),
                 start_new_session=True,  # Ctrl-C is for the server, which then asks for a clean stop.
             )
@@ -414,7 +415,7 @@ class TrainingRunner:
 def read_json(path: Path) -> dict[str, Any] | None:
     """A JSON object, None if there is none."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None
@@ -423,7 +424,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace a file by rename."""
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(values, indent=1) + "\n")
+    scratch.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     flush(scratch)
     os.replace(scratch, path)
 
@@ -454,7 +455,7 @@ def _count_oom_kills() -> int:
     total = 0
     for path, word in (("/proc/vmstat", "oom_kill"), ("/sys/fs/cgroup/memory.events", "oom_kill")):
         with contextlib.suppress(OSError, ValueError):
-            for line in Path(path).read_text().splitlines():
+            for line in Path(path).read_text(encoding="utf-8").splitlines():
                 name, _, number = line.partition(" ")
                 total += int(number) if name == word else 0
     return total

@@ -83,7 +83,9 @@ def launch(count: int, *command: str) -> str:
         launcher = ["-m", "accelerate.commands.launch", *options, "--main_process_port", str(free_port())]
     else:
         launcher = []
-    done = subprocess.run([sys.executable, *launcher, *command], capture_output=True, text=True, env=environment(), timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, *launcher, *command], capture_output=True, text=True, encoding="utf-8", env=environment(), timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -183,7 +185,7 @@ def kill_at(command: list[str], log: Path, step: int) -> None:
     try:
         started = time.monotonic()
         while True:
-            lines = log.read_text().splitlines() if log.is_file() else []
+            lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
             if any(f'"step": {step},' in line for line in lines):
                 break
             assert process.poll() is None, "The training ended before it could be killed."

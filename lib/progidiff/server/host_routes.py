@@ -105,7 +105,7 @@ def build_router() -> APIRouter:
     @router.get("/logs/gpu", tags=["Others"], summary="What nvidia-smi says")
     def get_gpus(user: User = CAN_ADMINISTER) -> Response:
         try:
-            found = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=_GPU_SECONDS, check=True)
+            found = subprocess.run(["nvidia-smi"], capture_output=True, text=True, encoding="utf-8", timeout=_GPU_SECONDS, check=True)
         except (OSError, subprocess.SubprocessError) as err:
             raise NotFoundError(
                 f"nvidia-smi gives no answer ({type(err).__name__}). The machine has no NVIDIA GPU, or its driver is not there."

@@ -762,7 +762,7 @@ def _fingerprint(config: AdaptConfig, base: str, data: AdaptData) -> str:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return values if isinstance(values, dict) else None
@@ -770,5 +770,5 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def _write_json(path: Path, values: Any) -> None:
     scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(values, indent=1) + "\n")
+    scratch.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     os.replace(scratch, path)

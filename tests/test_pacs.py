@@ -134,6 +134,20 @@ def test_the_image_is_the_one_that_was_put_in(server: Server, pacs: tuple[Path, 
     assert described["axial_slices"] == list(range(source.to_stack()[0].shape[0]))
 
 
+def test_a_label_that_draws_nothing_is_refused_and_counts_for_nothing(
+    server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]], tmp_path: Path
+):
+    _, uid = series["sagittal"]
+    (tmp_path / "mask.nii.gz").write_bytes(server.infer(uid, {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="image").content)
+    image = load_volume(tmp_path / "mask.nii.gz", "MR")
+    file = save_mask(np.zeros(image.array.shape, np.uint8), image, tmp_path / "label.nii.gz")
+    form = {"params": (None, json.dumps({"structures": ["liver"], "slices": [1]})), "label": ("label.nii.gz", file.read_bytes())}
+    answer = requests.put(f"{server.url}/datastore/label", params={"image": uid, "tag": "final"}, files=form, timeout=120)
+    assert (answer.status_code, answer.json()["error"]) == (422, "RequestError"), answer.text
+    assert "skip" in answer.json()["detail"]
+    assert server.get("/info/").json()["datastore"]["completed"] == 0
+
+
 def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_proposal_labels_nothing(
     server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]], tmp_path: Path
 ):

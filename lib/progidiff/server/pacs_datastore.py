@@ -30,7 +30,7 @@ from pydicom.dataset import Dataset
 
 from progidiff.annotations import FINAL
 from progidiff.dicomweb.segmentation import read_segmentation
-from progidiff.errors import ImageError, NotFoundError, StoreError
+from progidiff.errors import ImageError, NotFoundError, RequestError, StoreError
 from progidiff.prompts import STRUCTURES
 from progidiff.volume import load_label, load_volume, save_mask
 
@@ -100,6 +100,7 @@ class PacsDatastore(DICOMWebDatastore):
         """Keep a label here; one of tag `final` also goes to the server, as a DICOM SEG.
 
         Raises:
+            RequestError: if the label draws nothing.
             StoreError: if the DICOM SEG cannot be made, or the server does not take it.
         """
         image = self.get_image_uri(image_id)
@@ -183,7 +184,10 @@ class PacsDatastore(DICOMWebDatastore):
 
     def _send(self, series: Path, label: Path, segments: list[dict[str, Any]]) -> str:
         if not segments:
-            raise StoreError("A label without any voxel cannot be a DICOM SEG, so the DICOMweb server does not take it. Skip the image instead.")
+            raise RequestError(
+                "A label without any voxel cannot be a DICOM SEG, so the DICOMweb server does not take it. Accept a slice that shows a structure "
+                "first, or skip the image (POST /progidiff/annotations/<image>/skip)."
+            )
         file = nifti_to_dicom_seg(str(series), str(label), segments)
         try:
             if not file or not Path(file).is_file() or not Path(file).stat().st_size:

@@ -174,6 +174,9 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
         ("spleen", "SEMIAUTOMATIC"),
     }
     assert dataset.NumberOfFrames < 12  # empty frames are left out
+    saved = server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"][-1]
+    for segment in dataset.SegmentSequence:
+        assert segment.SegmentDescription.startswith(f"{segment.SegmentLabel}. Save {saved['sequence']} of {saved['time']}")
     assert server.get("/info/").json()["datastore"]["completed"] == 1  # saving a label has the lists read anew
 
     # What another server makes of the PACS alone, with nothing kept.
@@ -217,5 +220,5 @@ def test_a_segmentation_stored_through_the_server_is_a_label(server: Server, pac
         timeout=120,
     )
     assert answer.status_code == 200, answer.text
-    (saved,) = server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"]
+    saved = server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"][-1]
     assert saved["structures"] == ["liver"]

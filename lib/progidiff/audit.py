@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from progidiff.annotations import AnnotationStore
+from progidiff.annotations import Annotation, AnnotationStore
 from progidiff.errors import RequestError
 
 AUDIT_COLUMNS = (
@@ -36,6 +36,26 @@ AUDIT_COLUMNS = (
     "target",
 )
 """Of `list_audit`, in order."""
+
+
+def describe_origin(label: Annotation) -> str:
+    """Where a saved label comes from, in a sentence that is stored with copies of it elsewhere.
+
+    Example:
+        >>> from progidiff.annotations import Source
+        >>> source = Source("3f2a9c", "2", "ct-base@2", "mr@1", 7)
+        >>> label = Annotation(4, "2026-01-02T03:04:05Z", "scan", "final", "anna", "", None, ("liver",), source, True, None, "", "")
+        >>> describe_origin(label)
+        'Save 4 of 2026-01-02T03:04:05Z by anna: proposal 2 of 3f2a9c, ct-base@2 with mr@1, seed 7; edited.'
+    """
+    who = f" by {label.user}" if label.user else ""
+    if label.source is None:
+        return f"Save {label.sequence} of {label.time}{who}: no proposal is named."
+    source = label.source
+    shown = f"proposal {source.shown}" if source.shown.isdigit() else source.shown
+    model = f"{source.model} with {source.adapter}" if source.adapter else source.model
+    edited = {True: "; edited", False: "; unchanged", None: ""}[label.edited]
+    return f"Save {label.sequence} of {label.time}{who}: {shown} of {source.proposals}, {model}, seed {source.seed}{edited}."
 
 
 def list_audit(store: AnnotationStore, image: str | None = None) -> list[dict[str, Any]]:

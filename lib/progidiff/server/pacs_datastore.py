@@ -114,7 +114,8 @@ class PacsDatastore(DICOMWebDatastore):
                 labels = load_label(file, like=volume)
                 series = Path(self._datastore.image_path()) / image_id
                 plain = save_mask(labels, volume, Path(folder) / "label.nii.gz")
-                info["SeriesInstanceUID"] = self._send(series, plain, _describe_segments(labels, info.get("label_info") or []))
+                segments = _describe_segments(labels, info.get("label_info") or [], str(info.get("provenance", "")))
+                info["SeriesInstanceUID"] = self._send(series, plain, segments)
                 with self._recent_lock:
                     self._recent.clear()
             return str(LocalDatastore.save_label(self, image_id, file, label_tag, info))
@@ -242,8 +243,11 @@ def _find_image(segmentation: Dataset) -> str:
     return str(references[0].get("SeriesInstanceUID", "")) if len(references) else ""
 
 
-def _describe_segments(labels: np.ndarray, names: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What dcmqi is told about the labels that are present, ascending, as the host goes through them."""
+def _describe_segments(labels: np.ndarray, names: list[dict[str, Any]], provenance: str) -> list[dict[str, Any]]:
+    """What dcmqi is told about the labels that are present, ascending, as the host goes through them.
+
+    Segment Description (0062,0006) says who saved them and from which proposal; it holds at most 1024 characters.
+    """
     by_id = {int(entry["idx"]): str(entry["name"]) for entry in names if "idx" in entry and "name" in entry}
     segments = []
     for value in map(int, np.flatnonzero(np.bincount(labels.ravel()))):
@@ -254,7 +258,7 @@ def _describe_segments(labels: np.ndarray, names: list[dict[str, Any]]) -> list[
         attribute = {
             "labelID": value,
             "SegmentLabel": name,
-            "SegmentDescription": name,
+            "SegmentDescription": f"{name}. {provenance}".strip()[:1024],
             "SegmentAlgorithmType": "SEMIAUTOMATIC",
             "SegmentAlgorithmName": "ProGiDiff Label",
             "SegmentedPropertyCategoryCodeSequence": _CATEGORY,

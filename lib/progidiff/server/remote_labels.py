@@ -18,6 +18,7 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 
 from progidiff.annotations import FINAL, Annotation, AnnotationStore
+from progidiff.audit import describe_origin
 from progidiff.errors import NotFoundError
 from progidiff.label_checks import SaveOptions, check_label, combine_ids, count_slices, load_label_ids, open_grid, prepare_label
 from progidiff.server.datastore import SavedLabel, check_tag, find_previous, is_repeat, record_ready
@@ -118,6 +119,7 @@ class RemoteLabels:
 
     def _send(self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any], user: str) -> str:
         info = {**params, "label_info": [{"name": name, "idx": value} for name, value in label.label_ids], "annotation": label.sequence}
+        info["provenance"] = describe_origin(label)
         try:
             return str(self._datastore().save_label(image_id, str(self.annotations.label_file(label)), tag, info))
         except Exception:

@@ -174,7 +174,7 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
         ("spleen", "SEMIAUTOMATIC"),
     }
     assert dataset.NumberOfFrames < 12  # empty frames are left out
-    saved = server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"][-1]
+    saved = max(server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"], key=lambda entry: entry["sequence"])
     for segment in dataset.SegmentSequence:
         assert segment.SegmentDescription.startswith(f"{segment.SegmentLabel}. Save {saved['sequence']} of {saved['time']}")
     assert server.get("/info/").json()["datastore"]["completed"] == 1  # saving a label has the lists read anew
@@ -220,5 +220,5 @@ def test_a_segmentation_stored_through_the_server_is_a_label(server: Server, pac
         timeout=120,
     )
     assert answer.status_code == 200, answer.text
-    saved = server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"][-1]
+    saved = max(server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"], key=lambda entry: entry["sequence"])
     assert saved["structures"] == ["liver"]

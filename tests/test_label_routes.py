@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -218,7 +219,11 @@ def test_what_cannot_count_is_refused_with_a_cure_and_changes_nothing(server: Se
 
 
 def test_no_upload_is_left_behind(server: Server):
-    assert not [path for path in server.temporary.iterdir() if path.name.startswith(("progidiff-upload-", "progidiff-label-", "progidiff-dataset-"))]
+    kinds = ("progidiff-upload-", "progidiff-label-", "progidiff-dataset-")
+    deadline = time.monotonic() + 20
+    while left := [path for path in server.temporary.iterdir() if path.name.startswith(kinds)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
 
 
 def test_a_removed_image_can_be_fetched_back_from_the_trash(server: Server):
@@ -239,7 +244,10 @@ def test_the_archive_holds_labelled_images_and_leaves_no_file(server: Server):
         kinds = sorted(name.split("/")[0] for name in archive.namelist())
     assert kinds == ["image", "label", "metadata.json"]
     assert server.get("/datastore/dataset", params={"limit_cases": 0}).status_code == 422
-    assert not list(server.temporary.glob("progidiff-dataset-*"))
+    deadline = time.monotonic() + 20  # It goes after the answer has been sent.
+    while list(server.temporary.glob("progidiff-dataset-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_the_list_of_annotations_is_bounded(server: Server):

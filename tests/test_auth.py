@@ -286,7 +286,7 @@ def test_server_options_that_would_open_or_do_nothing_are_refused(conf: dict[str
 
 
 def test_the_name_that_the_host_reads_itself_is_let_through(tmp_path: Path):
-    options(tmp_path, server_mode="true")
+    assert options(tmp_path, server_mode="true") == options(tmp_path)
 
 
 def test_the_command_line_writes_what_the_server_reads(tmp_path: Path):

@@ -24,5 +24,9 @@ def test_threads_share_a_heap_unless_the_environment_says_otherwise(
 
 
 def test_a_c_library_without_such_a_setting_is_no_problem(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
+    opened: list[object] = []
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: opened.append(name) or object())
+    monkeypatch.setattr(memory.sys, "platform", "linux")
+    monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     memory.use_one_arena()
+    assert len(opened) == 1  # It was asked, and its silence taken.

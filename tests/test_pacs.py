@@ -200,8 +200,10 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
 
 
 def test_a_drawn_segmentation_in_the_pacs_labels_its_image(server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]]):
+    assert server.get("/info/").json()["datastore"]["completed"] == 1
     store_segmentation(pacs, series["axial"], "MANUAL", "2.25.92")
-    wait_for(lambda: server.get("/info/").json()["datastore"]["completed"] == 2)
+    wait_for(lambda: server.get("/info/").json()["datastore"]["completed"] != 1)
+    assert server.get("/info/").json()["datastore"]["completed"] == 2
 
 
 def test_a_segmentation_stored_through_the_server_is_a_label(server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]]):

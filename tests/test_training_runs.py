@@ -304,6 +304,7 @@ def test_progress_tells_stage_step_dice_and_the_time_left(tmp_path: Path):
 
 def test_progress_that_cannot_be_written_ends_nothing(tmp_path: Path):
     Progress(tmp_path / "gone" / "progress.json", Control(io.StringIO())).write()
+    assert not (tmp_path / "gone").exists()
 
 
 @pytest.mark.parametrize(

@@ -15,3 +15,15 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file by rename: whoever reads it finds the old text or the new one, never a part. One writer at a time.
+
+    Raises:
+        OSError: if the disk refuses; the old text stays.
+    """
+    scratch = path.with_name(f".{path.name}.tmp")
+    scratch.write_text(text, encoding="utf-8")
+    flush(scratch)
+    os.replace(scratch, path)

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from progidiff.files import flush
+from progidiff.files import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +86,8 @@ class Reservations:
 
     def _save(self) -> None:
         """A reservation that cannot be written still holds until the server stops."""
-        scratch = self._file.with_name(f".{self._file.name}.tmp")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            scratch.write_text(json.dumps(self._held), encoding="utf-8")
-            flush(scratch)
-            os.replace(scratch, self._file)
+            replace_text(self._file, json.dumps(self._held))
         except OSError as err:
             logger.warning("Reservations are not kept on disk: %s", err)

@@ -9,13 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from progidiff.files import flush
+from progidiff.files import flush, replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -72,10 +71,7 @@ class MarkFile:
             OSError: if the disk refuses; the old one stays.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self._path.with_name(f".{self._path.name}.tmp")
-        scratch.write_text(json.dumps({"sequence": mark.sequence, "run": mark.run, "automatic": mark.automatic}), encoding="utf-8")
-        flush(scratch)
-        os.replace(scratch, self._path)
+        replace_text(self._path, json.dumps({"sequence": mark.sequence, "run": mark.run, "automatic": mark.automatic}))
         flush(self._path.parent)
 
 

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from progidiff.errors import BusyError, ProGiDiffError, StoreError
-from progidiff.files import flush
+from progidiff.files import replace_text
 from progidiff.training_options import TrainingOptions
 
 logger = logging.getLogger(__name__)
@@ -423,10 +423,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Replace a file by rename."""
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    flush(scratch)
-    os.replace(scratch, path)
+    replace_text(path, json.dumps(values, indent=1) + "\n")
 
 
 def _read_outcome(pipe: IO[str] | None) -> Outcome | None:

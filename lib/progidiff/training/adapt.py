@@ -35,7 +35,7 @@ from progidiff.adapters import AdapterCard, AdapterStore, build_networks, check_
 from progidiff.backbone import Backbone
 from progidiff.conditioning import ConditioningBranch
 from progidiff.errors import CancelledError, ModelError, NotFoundError, RequestError, StoreError
-from progidiff.files import flush
+from progidiff.files import flush, replace_text
 from progidiff.lora import INJECTION, LoraSettings, collect_full, collect_tensors, copy_full, inject_lora, load_tensors
 from progidiff.model_files import ModelCard, load_pipeline
 from progidiff.pipeline import ProposalPipeline
@@ -769,6 +769,4 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    replace_text(path, json.dumps(values, indent=1) + "\n")

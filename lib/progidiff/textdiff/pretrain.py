@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -171,7 +171,7 @@ def run_pretrain(
         {"unet": unet}, compute_loss, LoopConfig.of(config.schedule, config), work, is_cancelled=is_cancelled, report=keep,
         settings={"crops": asdict(crops), "widths": asdict(widths), "pictures": [p.name for p in pictures]},
     )  # fmt: skip
-    _write(unet, scheduler, target)
+    write_denoiser(unet, scheduler, target)
     figures = {"loss": last.get("loss"), "error_low": last.get("error_low")}
     return {**figures, "steps": config.schedule.steps, "pictures": len(images), "parameters": sum(p.numel() for p in unet.parameters())}
 
@@ -223,15 +223,17 @@ def draw_timesteps(count: int, options: CropOptions, generator: torch.Generator)
     return torch.where(low, drawn * options.low_timesteps, drawn * 1000).long()
 
 
-def _write(unet: Any, scheduler: Any, target: Path) -> None:
-    """The folder, in half precision, by one rename."""
+def write_denoiser(unet: Any, scheduler: Any, target: Path, half: bool = True, extra: Mapping[str, str] | None = None) -> None:
+    """Write the folder, in half precision if `half`, by one rename; `extra` are texts by file name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        unet.half().save_pretrained(scratch / "unet", max_shard_size=SHARD_SIZE)
+        (unet.half() if half else unet).save_pretrained(scratch / "unet", max_shard_size=SHARD_SIZE)
         scheduler.save_pretrained(scratch / "scheduler")
         index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
         (scratch / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        for name, text in (extra or {}).items():
+            (scratch / name).write_text(text, encoding="utf-8")
         scratch.chmod(0o755)
         os.replace(scratch, target)
     except BaseException:

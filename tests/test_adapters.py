@@ -352,7 +352,7 @@ def test_a_full_disk_leaves_nothing_behind_and_no_number_twice(
     def refuse(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("progidiff.adapters._write", refuse)
+    monkeypatch.setattr("progidiff.versions.write_file", refuse)
     with pytest.raises(StoreError, match="No space left.*Free some disk space"):
         add(store, tiny_model, tensors=tensors)
     monkeypatch.undo()
@@ -465,7 +465,7 @@ def test_the_adapter_published_last_is_chosen_also_when_the_clock_was_set_back(
     base = compute_base_digest(tiny_model)
     for name, now in (("one", 5000.0), ("two", 1000.0)):
         add(store, tiny_model, name, tensors)
-        monkeypatch.setattr("progidiff.adapters.time.time", lambda now=now: now)
+        monkeypatch.setattr("progidiff.versions.time.time", lambda now=now: now)
         store.publish(name, 1)
         assert store.pick_for("MR", base) == store.card(name, 1)
     (store.root / "one" / "CURRENT").write_text("damaged")

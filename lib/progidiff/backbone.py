@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -294,21 +294,33 @@ def _follow_package(folder: Path) -> Path:
     pointer = folder / "package.json"
     if not pointer.is_file():
         return folder
-    entry = _read_json(pointer)
-    package = entry.get("package")
-    if not isinstance(package, str) or not isinstance(entry.get("path"), str):
-        raise BackboneError(f'\'{pointer}\' must name a Python package and a path in it: {{"package": ..., "path": ...}}.')
+    return find_in_package(_read_json(pointer), folder)
+
+
+def find_in_package(entry: Mapping[str, Any], what: object) -> Path:
+    """The folder inside an installed Python package that ``{"package": ..., "path": ...}`` names.
+
+    Args:
+        entry: What a package.json holds; "pip" may say how to install it.
+        what: For messages: what takes its files from there.
+
+    Raises:
+        BackboneError: if the entry is incomplete, or the package or the folder in it is not there.
+    """
+    package, path = entry.get("package"), entry.get("path")
+    if not isinstance(package, str) or not isinstance(path, str):
+        raise BackboneError(f'\'{what}/package.json\' must name a Python package and a path in it: {{"package": ..., "path": ...}}.')
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # the parent of a dotted name is not there
         spec = None
     if spec is None or spec.origin is None:
         raise BackboneError(
-            f"'{folder}' takes its files from the Python package '{package}', which is not installed; run `pip install {entry.get('pip', package)}`."
+            f"'{what}' takes its files from the Python package '{package}', which is not installed; run `pip install {entry.get('pip', package)}`."
         )
-    target = Path(spec.origin).parent / entry["path"]
+    target = Path(spec.origin).parent / path
     if not target.is_dir():
-        raise BackboneError(f"The Python package '{package}' has no folder '{entry['path']}'; run `pip install {entry.get('pip', package)}`.")
+        raise BackboneError(f"The Python package '{package}' has no folder '{path}'; run `pip install {entry.get('pip', package)}`.")
     return target
 
 

@@ -194,7 +194,7 @@ def test_a_full_disk_publishes_nothing_and_the_training_is_kept(studies: Path, m
     def refuse(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("progidiff.adapters._write", refuse)
+    monkeypatch.setattr("progidiff.versions.write_file", refuse)
     with pytest.raises(StoreError, match="No space left"):
         adapt(studies, model)
     monkeypatch.undo()

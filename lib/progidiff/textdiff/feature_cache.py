@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from progidiff.errors import StoreError
 from progidiff.textdiff.features import FeatureExtractor
+from progidiff.textdiff.pictures import pad
+
+logger = logging.getLogger(__name__)
+
+HALF_MAX = 60000.0
+"""Features are clipped to it: fp16 ends at 65504."""
 
 
 class FeatureCache:
@@ -14,7 +29,8 @@ class FeatureCache:
 
     Args:
         folder: Made when needed; None keeps nothing.
-        limit_gb: Beyond it the entries that were not used for longest are removed.
+        limit_gb: Beyond it the entries that were not used for longest are removed. Those just asked for stay readable: on POSIX a
+            removed file lives on while it is mapped.
     """
 
     def __init__(self, folder: Path | None, limit_gb: float = 20.0) -> None:
@@ -26,10 +42,73 @@ class FeatureCache:
 
         Args:
             extractor: What computes them where they are not there.
-            picture: (3, H, W) floats in -1..1; it is padded to the extractor's stride by mirroring.
+            picture: (3, H, W) floats in -1..1; padded to a multiple of the largest stride, see `pictures.pad`.
             draw: Which noise.
 
         Returns:
-            (C_b, ceil(H / s_b), ceil(W / s_b)) fp16 each, coarse first; memory-mapped where they come from the disk.
+            (C_b, H' / s_b, W' / s_b) fp16 each, coarse first, H' and W' the padded size; memory-mapped where they come from the disk.
+
+        Raises:
+            StoreError: if the disk refuses.
         """
-        raise NotImplementedError
+        padded = pad(picture, max(extractor.strides)).contiguous()
+        if self.folder is None:
+            return _compute(extractor, padded, draw)
+        state = hashlib.sha256(f"{extractor.key} {draw} {tuple(padded.shape)} ".encode())
+        state.update(padded.to(torch.float32).cpu().numpy().tobytes())
+        path = self.folder / f"{state.hexdigest()[:40]}.safetensors"
+        found = _read(path)
+        if found is not None:
+            with contextlib.suppress(OSError):  # removed meanwhile, or a read-only folder: the age is only for tidying up
+                os.utime(path)
+            return found
+        features = _compute(extractor, padded, draw)
+        self._write(path, features)
+        return _read(path) or features
+
+    def _write(self, path: Path, features: list[Tensor]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, scratch = tempfile.mkstemp(prefix=".features-", dir=path.parent)
+            os.close(handle)
+            try:
+                save_file({f"{i:02d}": f.contiguous() for i, f in enumerate(features)}, scratch)
+                os.replace(scratch, path)
+            except BaseException:
+                Path(scratch).unlink(missing_ok=True)
+                raise
+            self._tidy(keep=path)
+        except (OSError, SafetensorError) as err:
+            raise StoreError(f"Features could not be kept in '{path.parent}' ({err}). Free some disk space there, or name another folder.") from err
+
+    def _tidy(self, keep: Path) -> None:
+        """Remove the entries that were not used for longest, until the rest fits."""
+        entries = []
+        for path in keep.parent.glob("*.safetensors"):
+            with contextlib.suppress(OSError):
+                stat = path.stat()
+                entries.append((stat.st_mtime, stat.st_size, path))
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.limit_gb * 1e9:
+                break
+            if path != keep:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    total -= size
+
+
+def _compute(extractor: FeatureExtractor, padded: Tensor, draw: int) -> list[Tensor]:
+    return [f[0].clamp(-HALF_MAX, HALF_MAX).half().cpu() for f in extractor(padded[None], draw)]
+
+
+def _read(path: Path) -> list[Tensor] | None:
+    """What is in a file; None if it is not there or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return [file.get_tensor(name) for name in sorted(file.keys())]
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as err:
+        logger.warning("'%s' is damaged (%s) and is computed again", path, err)
+        return None

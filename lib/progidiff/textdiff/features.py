@@ -7,20 +7,35 @@ what a pixel's features are does not depend on the size of the picture it lies i
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
-from progidiff.errors import RequestError
-from progidiff.training.config import Range
+from progidiff.backbone import Backbone, pick_device
+from progidiff.errors import GeometryError, ModelError, RequestError
+from progidiff.textdiff.weights import compute_digest, find_folder, read_json
+from progidiff.training.config import Range, check_config, to_values
+from progidiff.training.loop import derive_seed, find_autocast_dtype
 
 logger = logging.getLogger(__name__)
 
 NOISE_SIDE = 256
 """Side of the noise that is repeated over space, in pixels of the denoiser's input."""
+
+REVISION = 1
+"""Of how features are computed; part of their key."""
+
+PATTERNS = ("*.json", "*.safetensors", *(f"{part}/*.{kind}" for part in ("unet", "vae", "text_encoder") for kind in ("json", "safetensors")))
+PATTERNS += ("scheduler/*", "tokenizer/*")
+"""Files of a hub's repository that are fetched."""
 
 
 @dataclass(frozen=True)
@@ -88,24 +103,192 @@ class DiffusionFeatures:
         folder: Where the weights lie.
         source: Folder or hub id as it was given.
         channels, strides, options, key: See `FeatureExtractor`.
-        digest: Of the weights and configurations alone.
+        digest: Of the weights alone.
+        device: Where it computes.
     """
 
     def __init__(
-        self, unet: nn.Module, scheduler: Any, options: FeatureOptions, *, vae: Any = None, context: Tensor | None = None, digest: str
+        self, folder: Path, source: str, unet: nn.Module, scheduler: Any, options: FeatureOptions, digest: str, latent: _Latent | None
     ) -> None:
-        raise NotImplementedError
+        config: Any = unet.config
+        levels = len(config.block_out_channels)
+        if max(options.blocks) >= levels:
+            raise RequestError(f"features.blocks asks for block {max(options.blocks)}; the decoder of '{source}' has blocks 0 to {levels - 1}.")
+        steps = int(scheduler.config.num_train_timesteps)
+        if max(options.timesteps) >= steps:
+            raise RequestError(f"features.timesteps asks for {max(options.timesteps)}; '{source}' was trained with timesteps 0 to {steps - 1}.")
+        self.folder, self.source, self.options, self.digest = folder, source, options, digest
+        self.device = next(unet.parameters()).device
+        self._unet, self._scheduler, self._latent = unet, scheduler, latent
+        base = latent.stride if latent else 1
+        self._multiple = base * 2 ** (levels - 1)
+        widths = list(reversed(config.block_out_channels))
+        self.channels = tuple(widths[b] * len(options.timesteps) for b in options.blocks)
+        self.strides = tuple(base * 2 ** (levels - 1 - b) for b in options.blocks)
+        if options.picture and self.strides[-1] == 1:
+            self.channels = (*self.channels[:-1], self.channels[-1] + 3)
+        elif options.picture:
+            self.channels, self.strides = (*self.channels, 3), (*self.strides, 1)
+        self._dtype = find_autocast_dtype("auto", self.device)
+        # Resolution and number of draws decide what is asked for, not what an answer is.
+        asked = {k: v for k, v in to_values(options).items() if k not in ("scale", "size", "draws")}
+        identity = [REVISION, digest, asked, str(self._dtype), self.device.type]
+        self.key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self._noises: dict[int, Tensor] = {}
 
     @classmethod
     def load(cls, source: str | Path, options: FeatureOptions | None = None, device: str | None = None) -> DiffusionFeatures:
         """Load a diffusers folder or hub id.
 
+        Read are folders with ``unet/`` and ``scheduler/`` (and for latent diffusion ``vae/``, ``text_encoder/``, ``tokenizer/``), and
+        those of a `UNet2DModel` alone. Weights are read from safetensors only.
+
         Raises:
             ModelError: if it is no denoiser this can read, or a file is missing or damaged.
             RequestError: if a block or timestep of the options does not exist in it.
         """
-        raise NotImplementedError
+        import diffusers
 
+        options = options or FeatureOptions()
+        check_config(options, "features.")
+        place = pick_device(device)
+        folder = find_folder(source, "denoiser", PATTERNS)
+        part = folder / "unet" if (folder / "unet").is_dir() else folder
+        config = read_json(part / "config.json")
+        kind = config.get("_class_name")
+        if kind not in ("UNet2DModel", "UNet2DConditionModel"):
+            raise ModelError(
+                f"'{source}' holds a {kind or 'model without a name'}; features come from a diffusers UNet2DModel or UNet2DConditionModel. "
+                "`progidiff textdiff convert` makes one of a guided-diffusion checkpoint."
+            )
+        if config.get("class_embed_type") or config.get("num_class_embeds"):
+            raise ModelError(f"The denoiser '{source}' wants a class label with each picture; give one that was trained without classes.")
+        files = sorted(part.glob("*.safetensors"))
+        if not files:
+            pickled = " There is a .bin: convert it with `save_pretrained(..., safe_serialization=True)`." if any(part.glob("*.bin")) else ""
+            raise ModelError(f"'{part}' holds no *.safetensors, and nothing else is loaded.{pickled}")
+        try:
+            unet = getattr(diffusers, kind).from_pretrained(part, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
+        except Exception as err:  # diffusers and safetensors raise their own untyped errors for damaged files
+            raise ModelError(f"The denoiser in '{part}' cannot be loaded ({err}); restore it from where it came.") from err
+        unet = unet.to(place).eval().requires_grad_(False)
+        scheduler = _load_scheduler(folder, source)
+        latent = _Latent.load(folder, str(place)) if kind == "UNet2DConditionModel" else None
+        if latent:
+            files += sorted((folder / "vae").glob("*.safetensors"))
+        channels = config.get("in_channels")
+        if channels != (latent.channels if latent else 3):
+            raise ModelError(f"The denoiser '{source}' takes {channels} channels; one of {latent.channels if latent else '3 (RGB)'} is needed.")
+        # fp16 weights under other names are the same weights: contents and settings count.
+        digest = compute_digest([*files, part / "config.json"])
+        return cls(folder, str(source), unet, scheduler, options, digest, latent)
+
+    @torch.no_grad()
     def __call__(self, pictures: Tensor, draw: int = 0) -> list[Tensor]:
-        """See `FeatureExtractor`; computed without gradients."""
-        raise NotImplementedError
+        """See `FeatureExtractor`.
+
+        Raises:
+            GeometryError: if a side is no multiple of what the network halves; `pictures.pad` helps.
+        """
+        height, width = pictures.shape[2:]
+        if height % self._multiple or width % self._multiple:
+            raise GeometryError(f"Pictures of {height} x {width} do not divide by {self._multiple}; pad them first.")
+        pictures = pictures.to(self.device, torch.float32)
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
+            clean = self._latent.encode(pictures) if self._latent else pictures
+            noise = self._tile_noise(draw, clean)
+            found: list[list[Tensor]] = [[] for _ in self.options.blocks]
+            with _watch(self._unet, self.options.blocks) as seen:
+                for time in self.pick_timesteps(draw):
+                    times = torch.full((len(clean),), time, dtype=torch.long, device=self.device)
+                    noised = self._scheduler.add_noise(clean, noise, times)
+                    if self._latent:
+                        self._unet(noised, times, encoder_hidden_states=self._latent.context.expand(len(clean), -1, -1))
+                    else:
+                        self._unet(noised, times)
+                    for block, maps in zip(self.options.blocks, found, strict=True):
+                        maps.append(seen.pop(block).float())
+        features = [torch.cat(maps, dim=1) for maps in found]
+        if self.options.picture and self.strides[-1] == 1 and len(features) == len(self.strides):
+            features[-1] = torch.cat([features[-1], pictures], dim=1)
+        elif self.options.picture:
+            features.append(pictures)
+        return features
+
+    def pick_timesteps(self, draw: int) -> list[int]:
+        """The timesteps of a draw: those of the options, shifted a little from the second draw on if `jitter` says so."""
+        options, last = self.options, int(self._scheduler.config.num_train_timesteps) - 1
+        if draw == 0 or not options.jitter:
+            return list(options.timesteps)
+        generator = torch.Generator().manual_seed(derive_seed(options.seed, draw, "timesteps"))
+        shifts = 1 + options.jitter * (2 * torch.rand(len(options.timesteps), generator=generator) - 1)
+        return [min(last, max(0, round(t * float(s)))) for t, s in zip(options.timesteps, shifts, strict=True)]
+
+    def _tile_noise(self, draw: int, like: Tensor) -> Tensor:
+        """The noise of a draw over the size of `like`, the same for every picture of a batch."""
+        if draw not in self._noises:
+            generator = torch.Generator().manual_seed(derive_seed(self.options.seed, draw, "noise"))
+            self._noises[draw] = torch.randn((like.shape[1], NOISE_SIDE, NOISE_SIDE), generator=generator).to(self.device)
+        height, width = like.shape[2:]
+        repeats = (1, -(-height // NOISE_SIDE), -(-width // NOISE_SIDE))
+        return self._noises[draw].repeat(repeats)[None, :, :height, :width].expand_as(like).to(like.dtype)
+
+
+class _Latent:
+    """Autoencoder and empty prompt of a latent diffusion model."""
+
+    def __init__(self, vae: Any, context: Tensor, stride: int) -> None:
+        self._vae, self.context, self.stride = vae, context, stride
+        self.channels = int(vae.config.latent_channels)
+
+    @classmethod
+    def load(cls, folder: Path, device: str) -> _Latent:
+        backbone = Backbone(folder, device, dtype="fp32")
+        tokens, mask, _ = backbone.encode_text([""])
+        return cls(backbone.vae, tokens if mask is None else tokens[:, mask[0]], backbone.latent_stride)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """(N, 3, H, W) in -1..1 -> (N, C, H / stride, W / stride), scaled as the denoiser knows them."""
+        # Stable Diffusion's autoencoders overflow in half precision.
+        with torch.autocast(pictures.device.type, enabled=False):
+            encoded = self._vae.encode(pictures)
+        latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+        shift = getattr(self._vae.config, "shift_factor", None) or 0.0
+        return (latents - shift) * self._vae.config.scaling_factor
+
+
+@contextlib.contextmanager
+def _watch(unet: Any, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+    """Decoder blocks' activations, before the upsampler of those that have one: smaller, and nothing is lost."""
+    seen: dict[int, Tensor] = {}
+    handles = []
+    for number in blocks:
+        block = unet.up_blocks[number]
+        if getattr(block, "upsamplers", None):
+
+            def keep_input(_: nn.Module, arguments: Any, number: int = number) -> None:
+                seen[number] = arguments[0]
+
+            handles.append(block.upsamplers[0].register_forward_pre_hook(keep_input))
+        else:
+
+            def keep_output(_: nn.Module, __: Any, output: Any, number: int = number) -> None:
+                seen[number] = output[0] if isinstance(output, tuple) else output
+
+            handles.append(block.register_forward_hook(keep_output))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _load_scheduler(folder: Path, source: str | Path) -> Any:
+    """The noise that the denoiser knows; only its betas are used."""
+    from diffusers import DDPMScheduler
+
+    path = next((p for p in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json") if p.is_file()), None)
+    if path is None:
+        raise ModelError(f"'{source}' has no scheduler/scheduler_config.json, so how it was noised is unknown; add the one it was trained with.")
+    config = {k: v for k, v in read_json(path).items() if not k.startswith("_")}
+    return DDPMScheduler.from_config(config)

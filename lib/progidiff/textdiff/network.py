@@ -1,14 +1,26 @@
-"""What is trained: a cross-attention block that all scales share, and a pixel classifier; 1 to 3 M parameters."""
+"""What is trained: a cross-attention block that all scales share, and a pixel classifier; about one million parameters.
+
+After TextDiff (arXiv 2407.05323), with three differences: image tokens attend at a pooled resolution (a report sentence says nothing
+of single pixels), positions are those in the whole picture, also of a crop or tile, and the classifier merges the scales from coarse to
+fine instead of upsampling all of them to full size first, which costs a tenth.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from progidiff.errors import GeometryError
 from progidiff.training.config import Range
+
+GROUPS = 8
+"""Of the group normalisations."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +32,7 @@ class HeadConfig:
         classes: Foreground classes; background is one more.
         text_features: D of the sentence's tokens; 0 for a head without the text branch.
         width: Features of a token in the attention block.
+        base: Features of the classifier at the finest scale; coarser ones have twice and four times as many.
         heads: Of the attention.
         attend_stride: Finest stride at which image tokens attend; finer scales are pooled to it.
         dropout: Of whole feature channels, in training.
@@ -30,18 +43,25 @@ class HeadConfig:
     classes: int = 1
     text_features: int = 384
     width: Annotated[int, Range(8, 2048)] = 128
+    base: Annotated[int, Range(8, 1024)] = 32
     heads: Annotated[int, Range(1, 64)] = 4
     attend_stride: Annotated[int, Range(1, 64)] = 8
     dropout: Annotated[float, Range(0, 0.9)] = 0.1
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Features of the classifier per scale, coarse first."""
+        return tuple(self.base * min(4, s // self.strides[-1]) for s in self.strides)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for card.json."""
-        raise NotImplementedError
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadConfig:
         """The inverse of `to_dict`."""
-        raise NotImplementedError
+        plain = {f.name: values[f.name] for f in fields(cls)}
+        return cls(**{**plain, "channels": tuple(plain["channels"]), "strides": tuple(plain["strides"])})
 
 
 class TextDiffHead(nn.Module):
@@ -50,10 +70,19 @@ class TextDiffHead(nn.Module):
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
         self.config = config
+        for i, channels in enumerate(config.channels):
+            self.register_buffer(f"mean_{i}", torch.zeros(channels))
+            self.register_buffer(f"std_{i}", torch.ones(channels))
+        self.enter = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(config.channels, config.widths, strict=True))
+        self.text = _TextBranch(config) if config.text_features else None
+        self.merge = nn.ModuleList(_Merge(coarse, fine) for coarse, fine in zip((0, *config.widths[:-1]), config.widths, strict=True))
+        self.classify = nn.Conv2d(config.widths[-1], 1 + config.classes, 1)
 
     def set_statistics(self, mean: Sequence[Tensor], std: Sequence[Tensor]) -> None:
         """Keep what features are standardised with: (C_b,) per scale, of the training pictures."""
-        raise NotImplementedError
+        for i, (m, s) in enumerate(zip(mean, std, strict=True)):
+            getattr(self, f"mean_{i}").copy_(m)
+            getattr(self, f"std_{i}").copy_(s.clamp_min(1e-4))
 
     def forward(
         self, features: Sequence[Tensor], tokens: Tensor | None = None, mask: Tensor | None = None, boxes: Tensor | None = None, attend: bool = True
@@ -63,12 +92,124 @@ class TextDiffHead(nn.Module):
         Args:
             features: (N, C_b, H / s_b, W / s_b) each, coarse first.
             tokens: (N, L, D) of the sentences; None for images without one, which get a learned token instead.
-            mask: (N, L) bool, True for real tokens; a row without any is an image without a sentence.
+            mask: (N, L) bool, True for real tokens; None if all are; a row without any is an image without a sentence.
             boxes: (N, 4) top, left, bottom, right of the crop as shares of its picture, so that "upper right" means the
                 picture's; None: the crop is the picture.
             attend: False leaves the text's contribution out (the control "no-text").
 
         Returns:
-            (N, 1 + classes, H, W) logits at the working resolution, background first.
+            (N, 1 + classes, H, W) logits at the finest scale of the features, background first.
+
+        Raises:
+            GeometryError: if the features do not fit the head.
         """
-        raise NotImplementedError
+        if tuple(f.shape[1] for f in features) != self.config.channels:
+            raise GeometryError(f"This head takes features of {self.config.channels} channels, got {tuple(f.shape[1] for f in features)}.")
+        scales = []
+        for i, (found, enter) in enumerate(zip(features, self.enter, strict=True)):
+            standard = (found.float() - getattr(self, f"mean_{i}")[:, None, None]) / getattr(self, f"std_{i}")[:, None, None]
+            scales.append(enter(F.dropout2d(standard, self.config.dropout, self.training)))
+        if self.text is not None:
+            scales = self.text(scales, tokens, mask, boxes, attend)
+        merged = None
+        for scale, merge in zip(scales, self.merge, strict=True):
+            merged = merge(merged, scale)
+        return self.classify(merged).float()
+
+
+class _Merge(nn.Module):
+    """One step of the classifier: what coarser scales found, upsampled, with the features of this one."""
+
+    def __init__(self, coarse: int, fine: int) -> None:
+        super().__init__()
+        self.narrow = nn.Conv2d(coarse, fine, 1) if coarse else None
+        self.first = nn.Sequential(
+            nn.GroupNorm(GROUPS, fine * (2 if coarse else 1)), nn.SiLU(), nn.Conv2d(fine * (2 if coarse else 1), fine, 3, padding=1)
+        )
+        self.second = nn.Sequential(nn.GroupNorm(GROUPS, fine), nn.SiLU(), nn.Conv2d(fine, fine, 3, padding=1), nn.GroupNorm(GROUPS, fine), nn.SiLU())
+
+    def forward(self, coarse: Tensor | None, fine: Tensor) -> Tensor:
+        """(N, C, h, w) or None, (N, F, H, W) -> (N, F, H, W)."""
+        joined = fine
+        if self.narrow is not None and coarse is not None:
+            # Narrowing commutes with upsampling and is cheaper before it.
+            joined = torch.cat([F.interpolate(self.narrow(coarse), size=fine.shape[2:], mode="bilinear", align_corners=False), fine], dim=1)
+        return self.second(self.first(joined))
+
+
+class _TextBranch(nn.Module):
+    """The block that all scales share: image tokens ask the sentence; what they learn is added back, at first nothing."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.enter = nn.ModuleList(nn.Conv2d(w, width, 1) for w in config.widths)
+        self.read = nn.Sequential(nn.LayerNorm(config.text_features), nn.Linear(config.text_features, width))
+        self.place = nn.Linear(_PLACE_FEATURES, width)
+        self.no_sentence = nn.Parameter(torch.randn(width) * 0.02)
+        self.ask, self.listen = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, config.heads, batch_first=True)
+        self.digest = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.leave = nn.ModuleList(nn.Conv2d(width, w, 1) for w in config.widths)
+        for parameter in self.leave.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, scales: Sequence[Tensor], tokens: Tensor | None, mask: Tensor | None, boxes: Tensor | None, attend: bool) -> list[Tensor]:
+        count = len(scales[0])
+        if boxes is None:
+            boxes = torch.tensor([0.0, 0.0, 1.0, 1.0], device=scales[0].device).expand(count, 4)
+        words, silent = self._gather(tokens, mask, count)
+        coarsest = max(self.config.strides)
+        finest = min(self.config.attend_stride, coarsest)
+        told = []
+        for scale, stride, enter, leave in zip(scales, self.config.strides, self.enter, self.leave, strict=True):
+            # Entering commutes with pooling and is cheaper after it.
+            pooled = F.avg_pool2d(scale, finest // stride) if stride < finest else scale
+            size = pooled.shape[2:]
+            image = enter(pooled).flatten(2).transpose(1, 2)  # (N, h w, width)
+            image = image + self.place(encode_places(boxes, int(size[0]), int(size[1])).to(image.dtype))
+            if attend:
+                asked = self.ask(image)
+                image = image + self.attention(asked, words, words, key_padding_mask=silent, need_weights=False)[0]
+            image = image + self.digest(image)
+            back = leave(image.transpose(1, 2).unflatten(2, tuple(size)))
+            told.append(scale + (F.interpolate(back, size=scale.shape[2:], mode="bilinear", align_corners=False) if stride < finest else back))
+        return told
+
+    def _gather(self, tokens: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
+        """Words (N, 1 + L, width) with the token for "no sentence" in front, and what must not be listened to (N, 1 + L)."""
+        nothing = self.no_sentence.expand(count, 1, -1)
+        if tokens is None:
+            return self.listen(nothing), torch.zeros(count, 1, dtype=torch.bool, device=nothing.device)
+        if mask is None:
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        words = torch.cat([nothing, self.read(tokens)], dim=1)
+        spoken = mask.any(dim=1, keepdim=True)
+        return self.listen(words), torch.cat([spoken, ~mask], dim=1)
+
+
+_FREQUENCIES = 3
+"""Few: a sentence speaks of quarters and halves of a picture, and finer places would only help to learn pictures by heart."""
+_PLACE_FEATURES = 2 + 4 * _FREQUENCIES
+
+
+def encode_places(boxes: Tensor, height: int, width: int) -> Tensor:
+    """Where in its picture each cell of a crop lies.
+
+    Args:
+        boxes: (N, 4) top, left, bottom, right, as shares of the picture.
+        height, width: Cells of the crop.
+
+    Returns:
+        (N, height * width, features): the cell's centre in -1..1, its sines and cosines.
+    """
+
+    def centres(start: Tensor, stop: Tensor, cells: int) -> Tensor:
+        steps = (torch.arange(cells, device=boxes.device) + 0.5) / cells
+        return (start[:, None] + (stop - start)[:, None] * steps) * 2 - 1
+
+    rows, columns = centres(boxes[:, 0], boxes[:, 2], height), centres(boxes[:, 1], boxes[:, 3], width)
+    grid = torch.stack([rows[:, :, None].expand(-1, -1, width), columns[:, None].expand(-1, height, -1)], dim=-1).flatten(1, 2)
+    waves = grid[..., None] * (math.pi / 2 * 2.0 ** torch.arange(_FREQUENCIES, device=boxes.device))
+    return torch.cat([grid, waves.sin().flatten(-2), waves.cos().flatten(-2)], dim=-1)

@@ -4,7 +4,7 @@ What is defined for pictures that are not plain 8-bit RGB (each is said in `Pict
 
 * an alpha channel is blended over white, the background of bright-field slides and of paper;
 * 16-bit, 32-bit and floating-point values are scaled to 0..255 by the picture's own smallest and largest value;
-* grayscale is repeated to three channels; of a file with several pages the first one is read;
+* grayscale is repeated to three channels (`Picture.gray` says so); of a file with several pages the first one is read;
 * a camera's orientation tag is followed.
 """
 
@@ -41,11 +41,13 @@ class Picture:
         pixels: (3, H, W) uint8.
         notes: What was done to get there, one sentence each; empty for plain RGB.
         name: For messages.
+        gray: It came with one channel.
     """
 
     pixels: Tensor
     notes: tuple[str, ...] = ()
     name: str = ""
+    gray: bool = False
 
     @property
     def size(self) -> tuple[int, int]:
@@ -115,16 +117,17 @@ def to_picture(array: np.ndarray, name: str = "the picture") -> Picture:
     if array.dtype == np.bool_:
         array = array.astype(np.uint8) * 255
     if array.dtype != np.uint8:
+        kind = array.dtype.name
         array, low, high = _scale_range(array, name)
-        notes.append(f"Values {low:g} to {high:g} ({array.dtype.name} was made of another type) were scaled to 0..255 by the picture's own range.")
+        notes.append(f"The picture is {kind}; its values from {low:g} to {high:g} were scaled to 0..255.")
     if alpha is not None:
         transparent = float((alpha < 1).mean())
         array = np.round(array * alpha + 255 * (1 - alpha)).astype(np.uint8)
         notes.append(f"The alpha channel was blended over white ({transparent:.0%} of the pixels were not opaque).")
-    if array.shape[2] == 1:
+    gray = array.shape[2] == 1
+    if gray:
         array = np.repeat(array, 3, axis=2)
-        notes.append("The picture is gray; its values were repeated in red, green and blue.")
-    return Picture(torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))), tuple(notes), name)
+    return Picture(torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))), tuple(notes), name, gray)
 
 
 def read_label(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -188,6 +191,17 @@ def resize(tensor: Tensor, size: tuple[int, int]) -> Tensor:
     if tuple(tensor.shape[2:]) == tuple(size):
         return tensor
     return F.interpolate(tensor, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def pad(picture: Tensor, multiple: int) -> Tensor:
+    """(..., H, W) floats, mirrored at the bottom and right edges until both sides are multiples; a side too short to mirror repeats its last row."""
+    height, width = picture.shape[-2:]
+    down, right = -height % multiple, -width % multiple
+    if not down and not right:
+        return picture
+    mode = "reflect" if down < height and right < width else "replicate"
+    flat = picture.reshape(-1, 1, height, width)
+    return F.pad(flat, (0, right, 0, down), mode=mode).reshape(*picture.shape[:-2], height + down, width + right)
 
 
 def list_tiles(height: int, width: int, largest: int, overlap: int) -> list[Tile]:

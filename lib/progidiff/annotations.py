@@ -47,7 +47,7 @@ FORMAT = 1
 FINAL = "final"
 """The tag whose labels count as annotated."""
 
-LABEL_SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha")
+LABEL_SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".png", ".tif", ".tiff")
 
 Kind = Literal["label", "delete", "undo", "restore", "skip"]
 

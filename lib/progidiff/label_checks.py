@@ -24,6 +24,7 @@ import numpy as np
 from progidiff.annotations import LABEL_SUFFIXES, Source
 from progidiff.errors import GeometryError, ImageError, PromptError, RequestError
 from progidiff.options import BEST, CONSENSUS, read_bool, read_choice, read_float, read_int
+from progidiff.picture_grid import is_picture
 from progidiff.prompts import STRUCTURES, parse_prompt
 from progidiff.results import VolumeProposals
 from progidiff.store import ProposalStore
@@ -38,8 +39,8 @@ MAX_LABEL_ID = 255
 UNKNOWN_SEED = -1
 """Of a `Source` whose proposals are no longer kept."""
 
-KEPT_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
-"""Labels in these formats are kept byte for byte; others are rewritten as .nii.gz, because the host does not list them."""
+KEPT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".png")
+"""Labels in these formats are kept byte for byte; others are rewritten as .nii.gz or .png, because the host does not list them."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _MAX_NAMES = 255
@@ -181,8 +182,11 @@ def open_grid(image: Path) -> Volume:
     return Volume(np.broadcast_to(np.uint8(0), shape), affine, "CT", "option", strip_suffix(image))
 
 
-def load_label_ids(folder: Path) -> dict[str, int]:
-    """Structure -> id as labels of a folder use them: its labels.json, or the fixed ids.
+def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Structure -> id as labels of a folder use them: its labels.json, or the ids that answers use.
+
+    Args:
+        served_ids: Those of answers about a picture; None for the fixed ids.
 
     Raises:
         RequestError: if labels.json is something else.
@@ -192,7 +196,7 @@ def load_label_ids(folder: Path) -> dict[str, int]:
         values = json.loads(path.read_text(encoding="utf-8"))
         names = {canonical_name(str(name)): int(value) for value, name in values.items()}
     except FileNotFoundError:
-        return fixed_ids()
+        return fixed_ids() if served_ids is None else dict(served_ids)
     except (OSError, ValueError, AttributeError) as err:
         raise RequestError(f"'{path}' does not map label ids to structures ({err}), so no label can be saved. Make it look like {_EXAMPLE}.") from err
     if any(not 1 <= value <= MAX_LABEL_ID for value in names.values()):
@@ -241,7 +245,9 @@ def canonical_name(name: str) -> str:
     return queries[0].name if len(queries) == 1 and queries[0].known else name
 
 
-def check_label(file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapping[str, int]) -> CheckedLabel:
+def check_label(
+    file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None = None
+) -> CheckedLabel:
     """Open a label and refuse what cannot count.
 
     Args:
@@ -249,6 +255,7 @@ def check_label(file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapp
         volume: Its image.
         options: What was sent along.
         kept_ids: Structure -> id as kept labels use them, see `combine_ids`.
+        served_ids: Structure -> id as answers use them; None for the fixed ids.
 
     Raises:
         ImageError: if it cannot be read, holds anything but whole numbers, or ids that nothing names.
@@ -261,7 +268,7 @@ def check_label(file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapp
     except OverflowError as err:
         raise ImageError(f"'{file.name}' holds infinite values, so it is no label map; save it with whole numbers.") from err
     present = _find_present(array)
-    meaning = _find_meaning(options, kept_ids)
+    meaning = _find_meaning(options, kept_ids, served_ids)
     strange = [value for value in present if value not in meaning]
     if strange:
         known = ", ".join(f"{value} {name}" for value, name in sorted(meaning.items()))
@@ -322,7 +329,7 @@ def prepare_label(
     if checked.is_as_sent and (array is checked.array or np.array_equal(array, checked.array)):
         file = checked.file
     else:
-        file = save_mask(array, volume, scratch / "label.nii.gz")
+        file = save_mask(array, volume, scratch / ("label.png" if is_picture(checked.file) else "label.nii.gz"))
     return ReadyLabel(file, slices, structures, source, edited, options.seconds, options.client, num_slices, ids, tuple(warnings))
 
 
@@ -421,9 +428,9 @@ def _find_present(array: np.ndarray) -> list[int]:
     return [int(value) for value in np.unique(array) if value]
 
 
-def _find_meaning(options: SaveOptions, kept_ids: Mapping[str, int]) -> dict[int, str]:
+def _find_meaning(options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None) -> dict[int, str]:
     """Id in the file -> structure."""
-    base = fixed_ids() if options.proposals else kept_ids
+    base = kept_ids if not options.proposals else fixed_ids() if served_ids is None else served_ids
     meaning = {value: name for name, value in base.items()}
     if options.label_names is None:
         return meaning

@@ -30,6 +30,7 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError, StoreError
+from progidiff.picture_grid import PICTURE_AFFINE, PICTURE_SUFFIXES, is_picture, read_picture_grid, read_picture_label, write_picture_label
 
 logger = logging.getLogger(__name__)
 
@@ -216,6 +217,8 @@ def load_volume(path: str | os.PathLike[str], modality: str | None = None, info:
     """
     path = Path(path)
     option = _check_modality(modality, "Option modality")
+    if is_picture(path):
+        raise ImageError(f"'{path.name}' is a picture, and structures are found in CT and MR volumes. Ask the model textdiff for it.")
     raw = _read(path)
     array = _check_voxels(raw.array, path)
     affine = _check_affine(raw.affine, path)
@@ -232,7 +235,7 @@ def load_volume(path: str | os.PathLike[str], modality: str | None = None, info:
 
 
 def read_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and affine of a NIfTI, NRRD or MetaImage file from its header alone, as `load_volume` gives them.
+    """Shape and affine of a NIfTI, NRRD or MetaImage file from its header alone, as `load_volume` gives them; of a picture see `picture_grid`.
 
     Returns:
         (I, J, K), and voxel index (i, j, k, 1) -> RAS mm, shape (4, 4), float64.
@@ -244,6 +247,8 @@ def read_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], np.nd
     path = Path(path)
     if not path.exists():
         raise NotFoundError(f"There is no image at '{path}'. Check the path.")
+    if is_picture(path):
+        return read_picture_grid(path)
     try:
         if _suffix(path) in NIFTI_SUFFIXES:
             image = nibabel.load(path)
@@ -273,7 +278,7 @@ def load_label(path: str | os.PathLike[str], like: Volume | None = None) -> np.n
     """Read a label map.
 
     Args:
-        path: NIfTI, NRRD or MetaImage file.
+        path: NIfTI, NRRD or MetaImage file, or the label of a picture as PNG or TIFF.
         like: The image that it must share the grid with.
 
     Returns:
@@ -332,7 +337,7 @@ def save_mask(mask: np.ndarray, like: Volume, path: str | os.PathLike[str]) -> P
     Args:
         mask: Shape (I, J, K) in file order; booleans are written as uint8, floats as float32, integers as they are.
         like: The image.
-        path: Ends in .nii.gz, .nii, .nrrd or .mha.
+        path: Ends in .nii.gz, .nii, .nrrd or .mha; for a picture also .png.
 
     Returns:
         The path written.
@@ -357,7 +362,7 @@ def save_array(array: np.ndarray, affine: np.ndarray, path: str | os.PathLike[st
     """Write an array in file order (I, J, K) with its affine (voxel index -> RAS mm); see `save_mask`."""
     path = Path(path)
     suffix = _suffix(path)
-    if suffix not in MASK_SUFFIXES:
+    if suffix not in (*MASK_SUFFIXES, ".png"):
         raise RequestError(f"Cannot write '{path.name}': its suffix must be one of {', '.join(MASK_SUFFIXES)}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,6 +371,8 @@ def save_array(array: np.ndarray, affine: np.ndarray, path: str | os.PathLike[st
             temporary = folder / f"array{suffix}"
             if suffix in NIFTI_SUFFIXES:
                 _write_nifti(array, affine, temporary)
+            elif suffix == ".png":
+                write_picture_label(array, temporary)
             else:
                 _write_itk(array, affine, temporary)
             with temporary.open("rb") as file:
@@ -405,6 +412,8 @@ def _read(path: Path) -> _Raw:
     if not path.exists():
         raise NotFoundError(f"There is no image at '{path}'. Check the path.")
     suffix = _suffix(path)
+    if is_picture(path):
+        return _Raw(read_picture_label(path), PICTURE_AFFINE.copy())
     try:
         if path.is_dir():
             raw = _read_dicom_folder(path)
@@ -674,7 +683,7 @@ def strip_suffix(path: str | os.PathLike[str]) -> str:
     """
     path = Path(path)
     suffix = _suffix(path)
-    known = suffix in (*NIFTI_SUFFIXES, *ITK_SUFFIXES, *DICOM_SUFFIXES) and not path.is_dir()
+    known = suffix in (*NIFTI_SUFFIXES, *ITK_SUFFIXES, *DICOM_SUFFIXES, *PICTURE_SUFFIXES) and not path.is_dir()
     return path.name[: -len(suffix)] if known else path.name
 
 

@@ -27,7 +27,7 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,17 @@ from progidiff.annotations import FINAL, LABEL_SUFFIXES, Annotation, AnnotationS
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError, StoreError
 from progidiff.files import flush
 from progidiff.label_checks import Previous, ReadyLabel, SaveOptions, check_label, combine_ids, count_slices, load_label_ids, open_grid, prepare_label
+from progidiff.picture_grid import PICTURE_SUFFIXES, check_picture, is_picture
 from progidiff.store import ProposalStore
 from progidiff.volume import Volume, load_volume
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", *PICTURE_SUFFIXES)
 """What can be added by upload: formats that the host lists again after a restart."""
+
+_MADE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".png")
+"""Of labels that this program makes itself."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -89,6 +93,7 @@ class SafeLocalDatastore(LocalDatastore):
         extensions: Patterns of image and label files.
         auto_reload: Watch the folder.
         read_only: Do not look for new files at start.
+        picture_ids: Structure -> label id, as answers about pictures use them; see `label_checks.check_label`.
 
     Raises:
         BusyError: if another server runs on this folder.
@@ -106,8 +111,10 @@ class SafeLocalDatastore(LocalDatastore):
         extensions: tuple[str, ...] | list[str] = ("*.nii.gz", "*.nii", "*.nrrd"),
         auto_reload: bool = False,
         read_only: bool = False,
+        picture_ids: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.annotations = annotations
+        self._picture_ids = picture_ids
         self._proposals = proposals
         self._state = state
         self._serves = serves
@@ -166,9 +173,9 @@ class SafeLocalDatastore(LocalDatastore):
         if tag == FINAL:
             return self.save_annotated(image_id, label_filename, tag, label_info or {}, client="server").label_id
         check_tag(tag)
-        suffix = next((suffix for suffix in IMAGE_SUFFIXES if str(label_filename).endswith(suffix)), None)
+        suffix = next((suffix for suffix in _MADE_SUFFIXES if str(label_filename).endswith(suffix)), None)
         if suffix is None:
-            raise RequestError(f"A label named '{Path(label_filename).name[-40:]}' cannot be kept here. Write {', '.join(IMAGE_SUFFIXES)}.")
+            raise RequestError(f"A label named '{Path(label_filename).name[-40:]}' cannot be kept here. Write {', '.join(_MADE_SUFFIXES)}.")
         with self._guard():
             self._check_known(image_id)
             self._adopt_foreign(image_id, tag)
@@ -236,7 +243,10 @@ class SafeLocalDatastore(LocalDatastore):
         if suffix is None:
             raise RequestError(f"An image named '{Path(image_filename).name[-40:]}' cannot be added. Send {', '.join(IMAGE_SUFFIXES)}.")
         check_id(image_id)
-        load_volume(image_filename, info=image_info)
+        if is_picture(image_filename):
+            check_picture(image_filename)
+        else:
+            load_volume(image_filename, info=image_info)
         with self._guard():
             old = self._datastore.objects.get(image_id)
             target = Path(self._datastore.image_path()) / (image_id + (suffix if old is None else old.image.ext))
@@ -313,8 +323,9 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _prepare(self, file: Path, volume: Volume, options: SaveOptions, image_id: str, tag: str, scratch: Path) -> ReadyLabel:
         previous = find_previous(self.annotations, image_id, tag)
-        kept_ids = combine_ids(load_label_ids(Path(self._datastore_path)), previous)
-        checked = check_label(file, volume, options, kept_ids)
+        served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
+        kept_ids = combine_ids(load_label_ids(Path(self._datastore_path), served_ids), previous)
+        checked = check_label(file, volume, options, kept_ids, served_ids)
         return prepare_label(checked, volume, options, image_id, previous, self._proposals, scratch)
 
     def _put_in_force(self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any]) -> None:
@@ -613,17 +624,23 @@ def open_annotations(state: Path, studies: str) -> AnnotationStore:
     return AnnotationStore(state / "annotations", Path(studies) / "labels" / FINAL if is_folder(studies) else None)
 
 
-def open_local(studies: str, annotations: AnnotationStore, proposals: ProposalStore, state: Path) -> SafeLocalDatastore:
+def open_local(
+    studies: str, annotations: AnnotationStore, proposals: ProposalStore, state: Path, picture_ids: Callable[[], Mapping[str, int]] = dict
+) -> SafeLocalDatastore:
     """The datastore of a folder, as MONAI Label is configured; in the server's own process it claims the folder."""
+    patterns = list(settings.MONAI_LABEL_DATASTORE_FILE_EXT)
+    # The host lists one spelling of each; the other is as common.
+    patterns += [long for short, long in (("*.jpg", "*.jpeg"), ("*.tif", "*.tiff")) if short in patterns and long not in patterns]
     return SafeLocalDatastore(
         studies,
         state,
         annotations,
         proposals,
         serves="monailabel.app" in sys.modules,
-        extensions=settings.MONAI_LABEL_DATASTORE_FILE_EXT,
+        extensions=patterns,
         auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
         read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
+        picture_ids=picture_ids,
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 
 from progidiff.options import CONSENSUS
+from progidiff.picture_grid import PICTURE
 from progidiff.prompts import STRUCTURES, Query, compute_label_ids
 from progidiff.results import VolumeProposals
 from progidiff.server.files import write_temporary
@@ -78,7 +79,10 @@ def refresh_original(datastore: Datastore, image_id: str, store: ProposalStore, 
     result = store.load(entry.key)
     if result is None:
         return False
-    label_ids = compute_label_ids(Query(name, name, name in STRUCTURES) for name in result.structures)
+    if result.modality == PICTURE:
+        label_ids = {name: number for number, name in enumerate(result.structures, start=1)}
+    else:
+        label_ids = compute_label_ids(Query(name, name, name in STRUCTURES) for name in result.structures)
     save_as_labels(datastore, image_id, result, open_volume(), label_ids, entry.key, with_proposals=False)
     return True
 
@@ -101,10 +105,10 @@ def _save_label(
     names = {name: value for name, value in sorted(label_ids.items(), key=lambda item: item[1]) if value in present}
     info: dict[str, Any] = {
         "label_info": [{"name": name, "idx": value} for name, value in names.items()],
-        "model": "progidiff",
+        "model": "textdiff" if result.modality == PICTURE else "progidiff",
         "params": {**result.summary(), "label_names": names, "show": show, "proposals": key},
     }
-    file = write_temporary(labels, volume, ".nii.gz")
+    file = write_temporary(labels, volume, ".png" if result.modality == PICTURE else ".nii.gz")
     try:
         datastore.save_label(image_id, str(file), tag, info)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,13 +12,16 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 from monailabel.config import settings
 
 from progidiff.errors import ProGiDiffError, RequestError
+from progidiff.label_checks import open_grid
 from progidiff.options import read_choice, read_int
+from progidiff.picture_grid import is_picture
 from progidiff.report import BATCH, build_report, format_html
 from progidiff.server import service
 from progidiff.server.auth import CAN_ANNOTATE, CAN_READ, User
 from progidiff.server.context import Context, get_context
 from progidiff.server.proposal_labels import refresh_original
 from progidiff.server.selection import MAX_QUEUE, SLICES_PER_IMAGE
+from progidiff.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +80,10 @@ def _prepare_original(context: Context, image: str) -> None:
     try:
         path = service.find_image(context.app, image)
         datastore = context.app.datastore()
-        refresh_original(datastore, image, context.infer.store, lambda: context.infer.open_volume(path, None, datastore.get_image_info(image)))
+
+        def open_image() -> Volume:
+            return open_grid(Path(path)) if is_picture(path) else context.infer.open_volume(path, None, datastore.get_image_info(image))
+
+        refresh_original(datastore, image, context.infer.store, open_image)
     except (ProGiDiffError, OSError):
         logger.exception("The consensus of '%s' could not be saved as the label original", image)

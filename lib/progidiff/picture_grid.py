@@ -1,0 +1,151 @@
+"""A picture (PNG, JPEG, TIFF) as a volume of one axial slice: its grid, its label maps, and the way back to a file.
+
+Labels, their history and the choice of what comes next are written for volumes. A picture of W x H pixels is one of shape (W, H, 1) to
+them, 1 mm wide pixels, row y towards Posterior and column x towards the patient's Left: then slice 0 of the axial stack is the
+picture as everybody draws it, and a NIfTI or NRRD that 3D Slicer saves for a picture lies on the same grid. Pixels are read by
+`progidiff.textdiff.pictures`; here are only sizes and label maps.
+
+The size is that of the picture as it is shown: a turn that a camera notes in EXIF is followed. Of a file with several pages the first counts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from progidiff.errors import ImageError, NotFoundError
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
+"""Pictures that are served."""
+
+LABEL_SUFFIXES = (".png", ".tif", ".tiff")
+"""Formats that keep a label map as it is; JPEG does not."""
+
+PICTURE = "picture"
+"""What stands where a volume has its modality, "CT" or "MR"."""
+
+PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""Pixel (x, y, 0, 1) -> RAS mm."""
+
+_MASK_VALUE = 255
+_ORIENTATION_TAG, _FIRST_TURNED = 0x0112, 5
+_READ_ERRORS = (OSError, EOFError, ValueError, TypeError, SyntaxError, IndexError, KeyError, OverflowError, MemoryError)
+
+
+def is_picture(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a picture by its name.
+
+    Example:
+        >>> is_picture("tissue_01.PNG"), is_picture("ct.nii.gz")
+        (True, False)
+    """
+    return Path(path).name.lower().endswith(PICTURE_SUFFIXES)
+
+
+def read_picture_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], np.ndarray]:
+    """The size of a picture from its header, as `volume.read_grid` gives it.
+
+    Returns:
+        (W, H, 1), and `PICTURE_AFFINE`.
+
+    Raises:
+        NotFoundError: if there is no such file.
+        ImageError: if it is no picture.
+    """
+    with _opened(Path(path)) as image:
+        width, height = image.size
+        # Asked for a note that is not in the header, the library reads all pixels of a PNG.
+        has_exif = image.format != "PNG" or "exif" in image.info
+        if has_exif and image.getexif().get(_ORIENTATION_TAG, 1) >= _FIRST_TURNED:
+            width, height = height, width
+    return (int(width), int(height), 1), PICTURE_AFFINE.copy()
+
+
+def check_picture(path: str | os.PathLike[str]) -> None:
+    """Read all of a picture.
+
+    Raises:
+        NotFoundError, ImageError: as `read_picture_grid`, and if it is cut off.
+    """
+    read_picture_grid(path)
+    with _opened(Path(path)) as image:
+        image.load()
+
+
+def read_picture_label(path: str | os.PathLike[str]) -> np.ndarray:
+    """A label map that was saved as a picture.
+
+    The grey values, or the indices of a palette, are the label ids. Where 0 and 255 are the only values, 255 is read as 1: so
+    painting programs write the mask of one structure. An alpha channel is dropped.
+
+    Returns:
+        Unsigned integers of shape (W, H, 1).
+
+    Raises:
+        NotFoundError: if there is no such file.
+        ImageError: if it cannot be read, is a JPEG (which changes values), or is in colour.
+    """
+    path = Path(path)
+    if not path.name.lower().endswith(LABEL_SUFFIXES):
+        raise ImageError(f"'{path.name}' cannot hold a label map: the format changes values. Save it as PNG.")
+    with _opened(path) as image:
+        mode = image.mode
+        array = np.asarray(image)
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8)
+    if array.ndim == 3 and mode in ("LA", "PA"):
+        array = array[..., 0]
+    elif array.ndim == 3:
+        if not (array[..., 0] == array[..., 1]).all() or not (array[..., 0] == array[..., 2]).all():
+            raise ImageError(
+                f"'{path.name}' is in colour, so its values are no label ids. Save the label map as a grey PNG whose values are the ids."
+            )
+        array = array[..., 0]
+    if array.ndim != 2 or not (np.issubdtype(array.dtype, np.integer) or np.array_equal(array, np.rint(array))):
+        raise ImageError(f"'{path.name}' holds fractions or several layers, so it is no label map; save it as a grey PNG with whole numbers.")
+    if array.min() < 0:
+        raise ImageError(f"'{path.name}' holds negative values; label ids are whole numbers from 0.")
+    high = int(array.max())
+    if high == _MASK_VALUE and not np.any((array != 0) & (array != _MASK_VALUE)):
+        array = array == _MASK_VALUE
+    return np.ascontiguousarray(array.T[:, :, None].astype(np.min_scalar_type(high), copy=False))
+
+
+def write_picture_label(array: np.ndarray, path: str | os.PathLike[str]) -> None:
+    """Write a label map as a grey PNG, 8 bits if its ids fit, else 16.
+
+    Args:
+        array: Whole numbers from 0, shape (W, H, 1).
+        path: Ends in .png; overwritten.
+
+    Raises:
+        ImageError: if the map has several slices, or values that a PNG does not take.
+    """
+    from PIL import Image
+
+    if array.ndim != 3 or array.shape[2] != 1:
+        raise ImageError(f"A label map of {array.shape[-1]} slices does not fit into a PNG; write it as .nii.gz.")
+    if np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
+        raise ImageError("A PNG takes whole numbers from 0 to 65535; write this map as .nii.gz.")
+    Image.fromarray(np.ascontiguousarray(array[:, :, 0].T).astype(np.uint8 if array.max() <= _MASK_VALUE else np.uint16)).save(path, format="PNG")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    from PIL import Image
+
+    if not path.is_file():
+        raise NotFoundError(f"There is no image at '{path}'. Check the path.")
+    try:
+        with Image.open(path) as image:
+            yield image
+    except ImageError:
+        raise
+    except (*_READ_ERRORS, Image.DecompressionBombError) as err:
+        reason = " ".join(str(err).replace(str(path.parent) + os.sep, "").split())[-200:] or type(err).__name__
+        raise ImageError(f"'{path.name}' cannot be read as a picture ({reason}). It may be cut off or of another format; export it again.") from err

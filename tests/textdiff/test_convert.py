@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from progidiff.errors import ModelError, RequestError
-from progidiff.textdiff.convert import GuidedDiffusionOptions, convert_checkpoint, parse_flags
+from progidiff.textdiff.convert import (
+    GuidedDiffusionOptions,
+    Layout,
+    check_options,
+    convert_checkpoint,
+    make_config,
+    parse_flags,
+    read_layout,
+    rename_tensors,
+)
 
 
 class Residual(nn.Module):
@@ -394,3 +403,26 @@ def test_flags_are_read_as_guided_diffusion_reads_them():
 def test_flags_that_cannot_be_read_are_named(text: str, complaint: str):
     with pytest.raises(RequestError, match=complaint):
         parse_flags(text)
+
+
+def test_the_published_256_pixel_model_fits_name_by_name_and_shape_by_shape():
+    """552 million parameters as the paper counts them; without memory for any of them."""
+    from diffusers import UNet2DModel
+
+    options = parse_flags(
+        "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 --image_size 256 --learn_sigma True --noise_schedule linear "
+        "--num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True"
+    )
+    attention = (False, False, False, True, True, True)
+    with torch.device("meta"):
+        network = GuidedUNet(
+            channels=256, mult=(1, 1, 2, 2, 4, 4), layers=2, attention=attention, updown=True, scale_shift=True, head_channels=64, outside=6
+        )
+        tensors = network.state_dict()
+        layout = read_layout(tensors)
+        check_options(options, layout)
+        wanted = UNet2DModel(**make_config(options, layout, 64)).state_dict()
+    assert layout == Layout((256, 256, 512, 512, 1024, 1024), 2, attention, True, True, 6)
+    renamed = rename_tensors(tensors, layout, 64, new_order=False)
+    assert {name: tensor.shape for name, tensor in renamed.items()} == {name: tensor.shape for name, tensor in wanted.items()}
+    assert 552e6 < sum(tensor.numel() for tensor in renamed.values()) < 553e6

@@ -7,8 +7,16 @@
 Volumes are split by patient. Every seed has one start set, the same for all strategies, as large as a query and with a slice of every
 structure. Then five rounds: a strategy chooses slices from the pool by what the present model proposes, their true labels are added,
 and a new model is trained from the same initial weights with the same fixed number of steps, and measured on the same slices of the
-test volumes. Reported: Dice against slices, the area under that curve, final Dice per structure, slices and contour length (mm of the
-outlines that somebody would have drawn), and a paired test over the seeds.
+test volumes. Reported: Dice against slices, the area under that curve, final Dice per structure, slices and contour length (pixels of the
+working grid, 1.8 to 3.2 mm, along the outlines that somebody would have drawn), and a paired test over tasks and seeds.
+
+What makes a round cost seconds instead of minutes, and what that means for the figures:
+
+* Low-rank updates are folded into the weights before every step instead of running beside them: the same function at half the cost.
+* Only so many slices of the pool (`Setup.candidates`), drawn anew in every round and the same for all strategies, are looked at.
+  What nobody looked at has no score; strategies that choose by chance may still draw it. Proposals for scores take one step.
+* Curves are Dice of the evidence, which is what is trained here, on many test slices. Dice of the consensus, which a person is
+  served, is measured for the first and the last model of a curve, and the evidence on the same slices beside it.
 
 Task `mr`: the CT model, which has seen no MR, is adapted to MR slices by low-rank updates of its evidence path.
 Task `ct`: CT structures from few slices. The text-query head is reset, so that no structure is known, and learned together with low-rank
@@ -16,13 +24,16 @@ updates of the image encoder. The encoder keeps its weights, and those were trai
 the figures are therefore higher than for structures that nobody ever labelled. Test volumes were held out of that training. All
 strategies have the same head start; their differences are what is measured, not their heights.
 
-A run that is stopped goes on where it was: every (seed, strategy) is kept in the work folder when it is done.
+A run that is stopped goes on where it was: every round is kept in the work folder when it is done. `--out` is written again after
+every strategy, with everything that the work folder holds for these sizes, whichever call made it; `--collect` does only that.
+Strategies or seeds can so be split over several calls. Tables compare two strategies where both are complete.
 """
 
 import argparse
 import copy
 import hashlib
 import json
+import os
 import shlex
 import sys
 import time
@@ -34,9 +45,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from progidiff.acquisition import AcquisitionConfig, ImageScores, build_pool, compute_scores, pick_slices
 from progidiff.backbone import Backbone
+from progidiff.conditioning import ConditioningBranch
 from progidiff.lora import LoraSettings, inject_lora
 from progidiff.model_files import ModelCard, load_pipeline
 from progidiff.pipeline import ProposalPipeline
@@ -65,6 +80,9 @@ STRATEGIES: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Name in the tables -> strategy and settings of `progidiff.acquisition`."""
 
+FORMAT = 2
+"""Of the work folder; raised when a change of this script changes the figures."""
+
 CT_TEST = ("img0024", "img0033", "img0039")
 """Held out of the training of the shipped CT model."""
 
@@ -84,8 +102,10 @@ class Setup:
         learning_rate: Peak; it falls to zero as a cosine.
         num_proposals: K of scores and consensus.
         score_steps: Denoising steps of the proposals that slices are scored by; 0 for the model's. The test always has the model's.
+        candidates: Slices of the pool that are looked at in a round, drawn at random; 0 for all.
         pool_mm: Only slices at least so far apart can be chosen: neighbours at 3 mm are the same picture, and cost time.
-        test_slices: At most about so many, evenly spaced.
+        test_slices: The evidence is measured on at most about so many, evenly spaced.
+        consensus_slices: The same for the consensus.
         bias_field: Simulated shading while training; see `augment`.
     """
 
@@ -94,13 +114,15 @@ class Setup:
     pool_volumes: int
     query: int
     rounds: int = 5
-    steps: int = 60
-    batch_size: int = 8
+    steps: int = 40
+    batch_size: int = 6
     learning_rate: float = 2e-3
     num_proposals: int = 4
-    score_steps: int = 0
-    pool_mm: float = 9.0
-    test_slices: int = 48
+    score_steps: int = 1
+    candidates: int = 64
+    pool_mm: float = 7.5
+    test_slices: int = 120
+    consensus_slices: int = 32
     bias_field: float = 0.0
 
 
@@ -133,9 +155,17 @@ class World:
         self.pool = SliceCache([cases[name] for name in self.pool_names], setup.structures, self.card.conditioning, cache)
         self.test = SliceCache([cases[name] for name in self.test_names], setup.structures, self.card.conditioning, cache)
         self.phrases = PhraseTable(backbone, setup.structures)
+        self.position = {entry: i for i, entry in enumerate(self.pool.index)}
         self.slice_mm = [find_slice_mm(cases[name].image) for name in self.pool_names]
         self.candidates = {name: self._thin(v) for v, name in enumerate(self.pool.names)}
         self.start = self._pick_start()
+
+    def draw_candidates(self, annotated: Mapping[str, set[int]], round_index: int) -> set[tuple[int, int]]:
+        """The (volume, slice) pairs that are looked at in a round: of the same order for all strategies, the first that are free."""
+        everything = [(v, z) for v, name in enumerate(self.pool.names) for z in self.candidates[name]]
+        order = np.random.default_rng([self.seed, round_index, 1]).permutation(len(everything))
+        free = [everything[i] for i in order if everything[i][1] not in annotated[self.pool.names[everything[i][0]]]]
+        return set(free[: self.setup.candidates or None])
 
     def _thin(self, volume: int) -> list[int]:
         """The slices of a volume that may be chosen."""
@@ -175,52 +205,78 @@ def forget_structures(pipeline: ProposalPipeline, seed: int) -> None:
         pipeline.branch.query_head = type(old)(pipeline.branch.config.text_features, old.fine, old.coarse).to(next(old.parameters()))
 
 
+class EvidencePath(nn.Module):
+    """Slices and texts in, evidence logits out, as one module whose weights can be replaced for a call."""
+
+    def __init__(self, branch: ConditioningBranch) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, slices: Tensor, pooled: Tensor) -> Tensor:
+        """(N, C, H, W), (P, T) -> (N, P, H, W)."""
+        return self.branch.predict_evidence(self.branch.encode_slices(slices), pooled)
+
+
+def fold_weights(branch: nn.Module) -> dict[str, Tensor]:
+    """Weights of the branch that low-rank updates or training change, updates added, by their names without peft; gradients flow through."""
+    found: dict[str, Tensor] = {name: p for name, p in branch.named_parameters() if p.requires_grad and ".lora_" not in name}
+    for name, module in branch.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            found[f"{name}.weight"] = module.get_base_layer().weight + module.get_delta_weight(module.active_adapters[0])
+    return found
+
+
 def train(world: World, annotated: Mapping[str, set[int]], round_index: int) -> ProposalPipeline:
-    """From the initial weights, a fixed number of steps on the annotated slices."""
+    """From the initial weights, a fixed number of steps on the annotated slices; the same arguments give the same model."""
     setup, base = world.setup, world.base
-    branch = copy.deepcopy(base.branch)
+    updates = copy.deepcopy(base.branch)
     targets = ("encoder",) if setup.task == "ct" else ("encoder", "query_head")
-    inject_lora(branch, None, LoraSettings(8, 16.0, targets, True), world.seed)
+    inject_lora(updates, None, LoraSettings(8, 16.0, targets, True), world.seed)
     if setup.task == "ct":
-        branch.query_head.requires_grad_(True)
-    position = {entry: i for i, entry in enumerate(world.pool.index)}
+        updates.query_head.requires_grad_(True)
+    parameters = [p for p in updates.parameters() if p.requires_grad]
+    path = EvidencePath(copy.deepcopy(base.branch).requires_grad_(False)).train()
     names = {name: v for v, name in enumerate(world.pool.names)}
-    training = restrict_cache(world.pool, [position[names[name], z] for name, slices in annotated.items() for z in slices])
-    parameters = [p for p in branch.parameters() if p.requires_grad]
+    training = restrict_cache(world.pool, [world.position[names[name], z] for name, slices in annotated.items() for z in sorted(slices)])
     optimiser = torch.optim.AdamW(parameters, lr=setup.learning_rate, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, setup.learning_rate, total_steps=setup.steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(world.seed * 1000 + round_index)
     rng = np.random.default_rng([world.seed, round_index])
-    branch.train()
-    for _ in range(setup.steps):
-        chosen = training.draw_balanced(setup.batch_size, rng)
-        images, labels = augment(*training.read(chosen), generator, bias_field=setup.bias_field)
-        with torch.autocast("cpu", torch.bfloat16, enabled=base.autocast_dtype is not None):
-            logits = branch.predict_evidence(branch.encode_slices(images), world.phrases.pooled[world.phrases.draw(generator)])
-        loss, _ = compute_evidence_loss(logits, one_hot(labels, len(setup.structures)), training.weigh(chosen))
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        schedule.step()
-    branch.eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(world.seed * 1000 + round_index)  # dropout
+        for _ in range(setup.steps):
+            chosen = training.draw_balanced(setup.batch_size, rng)
+            images, labels = augment(*training.read(chosen), generator, bias_field=setup.bias_field)
+            weights = {f"branch.{name}": weight for name, weight in fold_weights(updates).items()}
+            with torch.autocast("cpu", torch.bfloat16, enabled=base.autocast_dtype is not None):
+                logits = functional_call(path, weights, (images, world.phrases.pooled[world.phrases.draw(generator)]))
+            loss, _ = compute_evidence_loss(logits, one_hot(labels, len(setup.structures)), training.weigh(chosen))
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            schedule.step()
+    with torch.no_grad():
+        for name, weight in fold_weights(updates).items():
+            path.branch.get_parameter(name).copy_(weight)
     pipeline = copy.copy(base)
-    pipeline.branch = branch
+    pipeline.branch = path.branch.eval()
     return pipeline
 
 
 @torch.no_grad()
-def score_pool(world: World, pipeline: ProposalPipeline, kind: str) -> list[ImageScores]:
-    """What a strategy may look at: nothing, where the evidence is, or proposals.
+def score_pool(world: World, pipeline: ProposalPipeline | None, kind: str, annotated: Mapping[str, set[int]], round_index: int) -> list[ImageScores]:
+    """What a strategy may look at: nothing, where the evidence is, or proposals, on the candidates of a round.
 
-    The images of the pool are thinned: slice i of the scores is `world.candidates[name][i]`.
+    The images of the pool are thinned: slice i of the scores is `world.candidates[name][i]`. Slices that are annotated hold what
+    was annotated, on which all proposals agree; slices that nobody looked at hold nothing.
+
+    Args:
+        pipeline: May be None for kind "nothing".
     """
     setup, card = world.setup, world.card
     count = len(setup.structures)
-    steps = setup.score_steps or card.num_inference_steps
-    prompts = world.phrases.pick_canonical()
-    noise, offsets = pipeline.draw_noise(setup.num_proposals, 0), pipeline.draw_offsets(setup.num_proposals, 0)
-    position = {entry: i for i, entry in enumerate(world.pool.index)}
+    looked_at = set() if kind == "nothing" else world.draw_candidates(annotated, round_index)
     found = []
     for v, name in enumerate(world.pool.names):
         slices = world.candidates[name]
@@ -228,22 +284,38 @@ def score_pool(world: World, pipeline: ProposalPipeline, kind: str) -> list[Imag
         shape = (count, setup.num_proposals, len(slices), card.conditioning.height, card.conditioning.width)
         drawn = np.zeros(shape, np.uint8)
         if kind != "nothing":
-            for start in range(0, len(slices), 8):
-                part = slices[start : start + 8]
-                images, _ = world.pool.read([position[v, z] for z in part])
-                features = pipeline.encode_slices(images)
-                evidence = pipeline.predict_evidence(features, prompts)
-                if kind == "evidence":
-                    drawn[:, :, start : start + len(part)] = (evidence >= 0.5).cpu().numpy().transpose(1, 0, 2, 3)[:, None] * np.uint8(255)
-                    continue
-                pairs = [(n, p) for n in range(len(part)) for p in range(count) if float(evidence[n, p].max()) >= card.gate]
-                for at in range(0, len(pairs), 16):
-                    some = pairs[at : at + 16]
-                    masks = pipeline.propose(features, evidence, prompts, some, noise, steps, card.guidance_scale, offsets)
-                    for (n, p), probabilities in zip(some, (masks * 255).round().to(torch.uint8).numpy(), strict=True):
-                        drawn[p, :, start + n] = probabilities * (probabilities >= 128).any(axis=(1, 2), keepdims=True)
+            for z in annotated[name]:
+                truth = np.asarray(world.pool.labels[v][z])[None] == np.arange(1, count + 1)[:, None, None]
+                drawn[:, :, slices.index(z)] = truth[:, None] * np.uint8(255)
+        chosen = [i for i, z in enumerate(slices) if (v, z) in looked_at]
+        if pipeline is not None:
+            for start in range(0, len(chosen), 8):
+                part = chosen[start : start + 8]
+                images, _ = world.pool.read([world.position[v, slices[i]] for i in part])
+                drawn[:, :, part] = draw_slices(world, pipeline, kind, images)
         found.append(compute_scores(name, setup.structures, drawn, spacing))
     return found
+
+
+def draw_slices(world: World, pipeline: ProposalPipeline, kind: str, images: Tensor) -> np.ndarray:
+    """What the model makes of N slices, uint8 (P, K, N, H, W): proposals, or K times the thresholded evidence."""
+    setup, card = world.setup, world.card
+    prompts = world.phrases.pick_canonical()
+    features = pipeline.encode_slices(images)
+    evidence = pipeline.predict_evidence(features, prompts)
+    if kind == "evidence":
+        found = (evidence >= 0.5).cpu().numpy().transpose(1, 0, 2, 3)[:, None] * np.uint8(255)
+        return np.repeat(found, setup.num_proposals, axis=1)
+    noise, offsets = pipeline.draw_noise(setup.num_proposals, 0), pipeline.draw_offsets(setup.num_proposals, 0)
+    drawn = np.zeros((evidence.shape[1], setup.num_proposals, *evidence.shape[:1], *evidence.shape[2:]), np.uint8)
+    pairs = [(n, p) for n in range(evidence.shape[0]) for p in range(evidence.shape[1]) if float(evidence[n, p].max()) >= card.gate]
+    for at in range(0, len(pairs), 16):
+        some = pairs[at : at + 16]
+        steps = setup.score_steps or card.num_inference_steps
+        masks = pipeline.propose(features, evidence, prompts, some, noise, steps, card.guidance_scale, offsets)
+        for (n, p), probabilities in zip(some, (masks * 255).round().to(torch.uint8).numpy(), strict=True):
+            drawn[p, :, n] = probabilities * (probabilities >= 128).any(axis=(1, 2), keepdims=True)
+    return drawn
 
 
 def choose(world: World, scores: list[ImageScores], annotated: Mapping[str, set[int]], strategy: str, round_index: int) -> dict[str, set[int]]:
@@ -270,16 +342,24 @@ def measure_contour(world: World, annotated: Mapping[str, set[int]]) -> float:
     return float(edges)
 
 
-def evaluate(world: World, pipeline: ProposalPipeline, annotated: Mapping[str, set[int]]) -> dict[str, Any]:
+def evaluate(world: World, pipeline: ProposalPipeline, annotated: Mapping[str, set[int]], consensus: bool) -> dict[str, Any]:
     """One point of a curve."""
-    figures = measure_dice(pipeline, world.test, world.phrases, world.card, world.setup.num_proposals, world.setup.test_slices)
-    return {
+    setup = world.setup
+    figures = measure_dice(pipeline, world.test, world.phrases, world.card, 0, setup.test_slices)
+    point = {
         "slices": sum(map(len, annotated.values())),
         "contour": measure_contour(world, annotated),
-        "dice": figures["consensus"],
-        "evidence": figures["evidence"],
-        "structures": {name: figures[f"consensus {name}"] for name in world.setup.structures if f"consensus {name}" in figures},
+        "dice": figures["evidence"],
+        "structures": {name: figures[f"evidence {name}"] for name in setup.structures if f"evidence {name}" in figures},
     }
+    if consensus:
+        served = measure_dice(pipeline, world.test, world.phrases, world.card, setup.num_proposals, setup.consensus_slices)
+        point["consensus"] = {
+            "dice": served["consensus"],
+            "evidence_there": served["evidence"],
+            "structures": {name: served[f"consensus {name}"] for name in setup.structures if f"consensus {name}" in served},
+        }
+    return point
 
 
 def look(strategy: str) -> str:
@@ -287,44 +367,90 @@ def look(strategy: str) -> str:
     return {OURS: "proposals", "entropy": "proposals", "foreground_random": "evidence"}.get(STRATEGIES[strategy][0], "nothing")
 
 
-def run_seed(world: World, strategies: Sequence[str], folder: Path, tell: Callable[[str], None]) -> dict[str, list[dict[str, Any]]]:
-    """The curves of all strategies for one seed; what is on disk is not computed again."""
-    first: tuple[ProposalPipeline, dict[str, Any]] | None = None
+class Record:
+    """A file that holds a curve as far as it is, with the slices behind every point; written after every point."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"points": [], "annotated": []}
+        self.points: list[dict[str, Any]] = content["points"]
+        self.annotated: list[dict[str, set[int]]] = [{name: set(slices) for name, slices in entry.items()} for entry in content["annotated"]]
+
+    def add(self, name: str, point: dict[str, Any], annotated: Mapping[str, set[int]]) -> None:
+        """Append a point and keep it."""
+        self.points.append(point)
+        self.annotated.append({image: set(slices) for image, slices in annotated.items()})
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        slices = [{image: sorted(entry[image]) for image in entry} for entry in self.annotated]
+        write_text(self.file, json.dumps({"name": name, "points": self.points, "annotated": slices}))
+
+
+def write_text(file: Path, text: str) -> None:
+    """All of it or nothing."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(file)
+
+
+def run_seed(world: World, strategies: Sequence[str], folder: Path, tell: Callable[[str], None], done: Callable[[], None]) -> None:
+    """Complete the curves of some strategies for one seed; what is on disk is not computed again.
+
+    Args:
+        tell: Receives a line per round.
+        done: Called after every strategy.
+    """
+    start = Record(folder / "start.json")
+    models: dict[str, ProposalPipeline] = {}
     first_scores: dict[str, list[ImageScores]] = {}
-    curves: dict[str, list[dict[str, Any]]] = {}
+
+    def train_first() -> ProposalPipeline:
+        if "first" not in models:
+            models["first"] = train(world, world.start, 0)
+        return models["first"]
+
+    if not start.points:
+        start.add("start", evaluate(world, train_first(), world.start, consensus=True), world.start)
     for strategy in strategies:
-        file = folder / f"{hashlib.sha256(strategy.encode()).hexdigest()[:12]}.json"
-        if file.is_file():
-            curves[strategy] = json.loads(file.read_text(encoding="utf-8"))
-            continue
-        annotated: dict[str, set[int]] = world.start
-        if first is None:
-            pipeline = train(world, annotated, 0)
-            first = (pipeline, evaluate(world, pipeline, annotated))
-        pipeline, point = first
-        curve = [point]
+        record = Record(folder / f"{hashlib.sha256(strategy.encode()).hexdigest()[:12]}.json")
+        kind = look(strategy)
+        pipeline: ProposalPipeline | None = None
         for round_index in range(world.setup.rounds):
-            started = time.monotonic()
-            kind = look(strategy)
+            if len(record.points) > round_index:
+                continue
+            started = time.process_time()
+            annotated = record.annotated[-1] if record.annotated else world.start
+            if kind != "nothing" and pipeline is None:  # the first round, or the run was stopped here
+                pipeline = train(world, annotated, round_index) if record.points else train_first()
             if round_index == 0:
                 if kind not in first_scores:
-                    first_scores[kind] = score_pool(world, pipeline, kind)
+                    first_scores[kind] = score_pool(world, pipeline, kind, annotated, 0)
                 scores = first_scores[kind]
             else:
-                scores = score_pool(world, pipeline, kind)
-            scored = time.monotonic()
+                scores = score_pool(world, pipeline, kind, annotated, round_index)
+            scored = time.process_time()
             annotated = choose(world, scores, annotated, strategy, round_index)
             pipeline = train(world, annotated, round_index + 1)
-            trained = time.monotonic()
-            curve.append(evaluate(world, pipeline, annotated))
-            seconds = {"score": scored - started, "train": trained - scored, "evaluate": time.monotonic() - trained}
-            curve[-1]["seconds"] = {name: round(value, 1) for name, value in seconds.items()}
-            tell(f"seed {world.seed}, {strategy}, round {round_index + 1}: {curve[-1]['slices']} slices, Dice {curve[-1]['dice']:.3f}, {seconds}")
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = file.with_suffix(".tmp")
-        scratch.write_text(json.dumps(curve), encoding="utf-8")
-        scratch.replace(file)
-        curves[strategy] = curve
+            trained = time.process_time()
+            point = evaluate(world, pipeline, annotated, consensus=round_index + 1 == world.setup.rounds)
+            seconds = {"score": scored - started, "train": trained - scored, "evaluate": time.process_time() - trained}
+            point["processor_seconds"] = {name: round(value, 1) for name, value in seconds.items()}
+            record.add(strategy, point, annotated)
+            tell(
+                f"{world.setup.task}, seed {world.seed}, {strategy}, round {round_index + 1}: {point['slices']} slices, "
+                f"Dice {point['dice']:.3f}, {point['processor_seconds']} s of processor time"
+            )
+        done()
+
+
+def collect(setup: Setup, folder: Path) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Seed -> strategy -> complete curve, of everything in a work folder."""
+    curves: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for place in sorted(folder.glob("seed*"), key=lambda path: int(path.name[4:])):
+        start = Record(place / "start.json")
+        for strategy in STRATEGIES:
+            record = Record(place / f"{hashlib.sha256(strategy.encode()).hexdigest()[:12]}.json")
+            if start.points and len(record.points) == setup.rounds:
+                curves.setdefault(place.name[4:], {})[strategy] = [*start.points, *record.points]
     return curves
 
 
@@ -346,65 +472,80 @@ def find_slices_for(curve: Sequence[Mapping[str, Any]], dice: float) -> float | 
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds and tasks, and `ours` against every other strategy, paired over (task, seed)."""
+    """Means over seeds and tasks, and `ours` against every other strategy, paired over the (task, seed) that both have."""
     from scipy.stats import ttest_rel, wilcoxon
 
     runs = [(result["setup"]["task"], seed, curves) for result in results for seed, curves in result["curves"].items()]
-    strategies = [name for name in STRATEGIES if all(name in curves for _, _, curves in runs)]
     rows: dict[str, Any] = {}
-    for name in strategies:
-        areas = [compute_area(curves[name]) for _, _, curves in runs]
+    for name in STRATEGIES:
+        own = [(task, curves) for task, _, curves in runs if name in curves]
+        if not own:
+            continue
+        ends = [curves[name][-1] for _, curves in own]
         row: dict[str, Any] = {
-            "area": float(np.mean(areas)),
-            "final_dice": float(np.mean([curves[name][-1]["dice"] for _, _, curves in runs])),
-            "slices": float(np.mean([curves[name][-1]["slices"] for _, _, curves in runs])),
-            "contour": float(np.mean([curves[name][-1]["contour"] for _, _, curves in runs])),
+            "runs": len(own),
+            "area": float(np.mean([compute_area(curves[name]) for _, curves in own])),
+            "final_dice": float(np.mean([end["dice"] for end in ends])),
+            "slices": float(np.mean([end["slices"] for end in ends])),
+            "contour": float(np.mean([end["contour"] for end in ends])),
             "structures": {},
         }
-        for task in dict.fromkeys(task for task, _, _ in runs):
-            of_task = [curves[name] for t, _, curves in runs if t == task]
+        served = [end["consensus"]["dice"] for end in ends if "consensus" in end]
+        if served:
+            row["final_consensus"] = float(np.mean(served))
+        for task in dict.fromkeys(task for task, _ in own):
+            of_task = [curves[name] for t, curves in own if t == task]
             row[f"area {task}"] = float(np.mean([compute_area(curve) for curve in of_task]))
             finals = [curve[-1]["structures"] for curve in of_task]
             row["structures"][task] = {s: float(np.mean([f[s] for f in finals if s in f])) for s in dict.fromkeys(s for f in finals for s in f)}
-        if "ours" in strategies and name != "ours":
-            ours = [compute_area(curves["ours"]) for _, _, curves in runs]
+        both = [curves for _, curves in own if "ours" in curves]
+        if name != "ours" and both:
+            ours, areas = ([compute_area(curves[n]) for curves in both] for n in ("ours", name))
             gaps = np.subtract(ours, areas)
             row["ours_minus_this"] = float(gaps.mean())
             row["ours_wins"] = f"{int((gaps > 0).sum())} of {len(gaps)}"
             if len(gaps) > 1 and np.ptp(gaps) > 0:
                 row["p_paired_t"] = float(ttest_rel(ours, areas).pvalue)
                 row["p_wilcoxon"] = float(wilcoxon(ours, areas).pvalue)
-        if "uniform random" in strategies:
-            # Slices for the Dice that uniform random ends with, as a share of its slices.
-            shares = []
-            for _, _, curves in runs:
-                rival = curves["uniform random"]
-                needed = find_slices_for(curves[name], rival[-1]["dice"])
-                shares.append(None if needed is None else needed / rival[-1]["slices"])
-            reached = [share for share in shares if share is not None]
-            row["slices_for_dice_of_uniform"] = {"reached": f"{len(reached)} of {len(shares)}", "share": float(np.mean(reached)) if reached else None}
+        # Slices for the Dice that uniform random ends with, as a share of its slices.
+        rivals = [(curves[name], curves["uniform random"]) for _, curves in own if "uniform random" in curves]
+        if rivals:
+            needed = [(find_slices_for(curve, rival[-1]["dice"]), rival[-1]["slices"]) for curve, rival in rivals]
+            reached = [slices / of for slices, of in needed if slices is not None]
+            row["slices_for_dice_of_uniform"] = {"reached": f"{len(reached)} of {len(needed)}", "share": float(np.mean(reached)) if reached else None}
         rows[name] = row
     return {"runs": [f"{task}, seed {seed}" for task, seed, _ in runs], "strategies": rows}
 
 
 def format_table(summary: Mapping[str, Any]) -> str:
     """The summary in Markdown."""
-    lines = [
-        f"Runs: {'; '.join(summary['runs'])}.",
-        "",
-        "| strategy | area | final Dice | contour | ours minus this | wins | p (paired t) | p (Wilcoxon) |",
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    titles = (
+        "strategy",
+        "runs",
+        "area",
+        "final Dice",
+        "consensus",
+        "contour",
+        "slices for uniform's Dice",
+        "ours minus this",
+        "wins",
+        "p (t)",
+        "p (Wilcoxon)",
+    )
+    lines = [f"Runs: {'; '.join(summary['runs'])}.", "", f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for name, row in summary["strategies"].items():
+        served = f"{row['final_consensus']:.3f}" if "final_consensus" in row else ""
+        needed = row.get("slices_for_dice_of_uniform")
+        share = "" if needed is None else f"{needed['reached']}" + ("" if needed["share"] is None else f", {100 * needed['share']:.0f} %")
         gap = f"{row['ours_minus_this']:+.3f}" if "ours_minus_this" in row else ""
         chances = [f"{row[key]:.3f}" if key in row else "" for key in ("p_paired_t", "p_wilcoxon")]
-        cells = [name, f"{row['area']:.3f}", f"{row['final_dice']:.3f}", f"{row['contour']:.0f}", gap, row.get("ours_wins", ""), *chances]
-        lines.append(f"| {' | '.join(cells)} |")
+        figures = [str(row["runs"]), f"{row['area']:.3f}", f"{row['final_dice']:.3f}", served, f"{row['contour']:.0f}"]
+        lines.append(f"| {' | '.join([name, *figures, share, gap, row.get('ours_wins', ''), *chances])} |")
     return "\n".join(lines)
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Mean Dice over the seeds against slices, one panel per task."""
+    """Mean Dice over the seeds against slices, one panel per task: the seeds that ours has, and the strategies that have all of them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -412,22 +553,30 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4.2), squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
+        seeds = [curves for curves in result["curves"].values() if "ours" in curves]
         for name in STRATEGIES:
-            curves = [curves[name] for curves in result["curves"].values() if name in curves]
-            if curves:
+            curves = [curves[name] for curves in seeds if name in curves]
+            if curves and len(curves) == len(seeds):
                 x = np.mean([[point["slices"] for point in curve] for curve in curves], axis=0)
                 y = np.mean([[point["dice"] for point in curve] for curve in curves], axis=0)
                 ours = name == "ours"
-                axis.plot(
-                    x, y, label=name, linewidth=2.5 if ours else 1.2, linestyle=":" if name.startswith("ours,") else "-", zorder=3 if ours else 2
-                )
-        axis.set(xlabel="annotated slices", ylabel="Dice on test volumes", title=f"{result['setup']['task'].upper()}, {len(result['curves'])} seeds")
+                style = ":" if name.startswith("ours,") else "-"
+                axis.plot(x, y, label=name, linewidth=2.5 if ours else 1.2, linestyle=style, zorder=3 if ours else 2)
+        title = f"{result['setup']['task'].upper()}, mean of {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
+        axis.set(xlabel="annotated slices", ylabel="Dice of the evidence on test volumes", title=title)
         axis.grid(alpha=0.3)
     axes[0][-1].legend(fontsize=7)
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def name_experiment(setup: Setup, card: ModelCard, studies: Path) -> str:
+    """A folder's name from what the numbers depend on, so that another size or other weights do not continue an old run."""
+    digests = {case.name: hashlib.sha256(case.image.read_bytes() + case.label.read_bytes()).hexdigest() for case in list_cases(studies)}
+    parts = json.dumps([FORMAT, asdict(setup), card.full_name, sorted(digests.items())])
+    return f"{setup.task}-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -446,7 +595,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pool-volumes", type=int)
     parser.add_argument("--test-slices", type=int)
     parser.add_argument("--score-steps", type=int, help="fewer steps where slices are scored, to save most of the time")
+    parser.add_argument("--candidates", type=int, help="slices of the pool that are looked at in a round; 0 for all")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--collect", action="store_true", help="compute nothing, only gather what the work folder holds")
     parser.add_argument("--smoke", action="store_true", help="a size for tests: 1 round, 2 steps, 1 pool volume")
     parser.add_argument("--summarise", type=Path, nargs="*", help="only tables (and --picture) from these JSON files")
     options = parser.parse_args(arguments)
@@ -462,20 +613,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
         setup = SETUPS[options.task]
         if options.smoke:
-            setup = replace(setup, pool_volumes=1, query=4, rounds=1, steps=2, batch_size=2, num_proposals=2, test_slices=4)
-        sizes = {name: getattr(options, name) for name in ("rounds", "query", "steps", "pool_volumes", "test_slices", "score_steps")}
+            setup = replace(
+                setup, pool_volumes=1, query=4, rounds=1, steps=2, batch_size=2, num_proposals=2, candidates=6, test_slices=4, consensus_slices=2
+            )
+        sizes = {name: getattr(options, name) for name in ("rounds", "query", "steps", "pool_volumes", "test_slices", "score_steps", "candidates")}
         setup = replace(setup, **{name: value for name, value in sizes.items() if value is not None})
-        curves = {}
+        result: dict[str, Any] = {}
         for seed in options.seeds:
             world = World(setup, options.studies, options.model, options.work, seed)
-            # What the numbers depend on names the folder, so that another size or other weights do not continue an old run.
-            parts = json.dumps([asdict(setup), world.card.full_name, sorted(world.pool.digests.items()), sorted(world.test.digests.items())])
-            folder = options.work / f"{setup.task}-{hashlib.sha256(parts.encode()).hexdigest()[:12]}" / f"seed{seed}"
-            curves[str(seed)] = run_seed(world, options.strategies, folder, lambda text: print(text, file=sys.stderr, flush=True))
-        result = {"command": shlex.join(sys.argv), "model": world.card.full_name, "setup": asdict(setup), "curves": curves}
-        if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps({**result, "summary": summarise([result])}, indent=1) + "\n", encoding="utf-8")
+            folder = options.work / name_experiment(setup, world.card, options.studies)
+
+            def gather(world: World = world, folder: Path = folder) -> None:
+                found = {"command": shlex.join(sys.argv), "model": world.card.full_name, "setup": asdict(setup), "curves": collect(setup, folder)}
+                result.update(found)
+                if options.out:
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    write_text(options.out, json.dumps({**result, "summary": summarise([result])}, indent=1) + "\n")
+
+            if not options.collect:
+                tell = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
+                run_seed(world, options.strategies, folder / f"seed{seed}", tell, gather)
+            gather()
         results = [result]
     print(format_table(summarise(results)))
     if options.picture:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from progidiff.textdiff.data import Case
+from progidiff.errors import CancelledError, RequestError
+from progidiff.textdiff.data import Case, read_classes
 from progidiff.textdiff.model import TextDiffModel
+from progidiff.textdiff.pictures import read_picture
 
 Control = Literal["none", "empty", "shuffled", "no-text"]
 CONTROLS: tuple[Control, ...] = ("none", "empty", "shuffled", "no-text")
@@ -43,18 +46,88 @@ def evaluate(
     Raises:
         RequestError: if there is no labelled case, or "shuffled" has fewer than two sentences.
     """
-    raise NotImplementedError
+    if control not in CONTROLS:
+        raise RequestError(f"The control '{control}' is unknown; use one of {', '.join(CONTROLS)}.")
+    labelled = [case for case in cases if case.label is not None]
+    if not labelled:
+        raise RequestError("There is no labelled picture to measure on; name the folder of the masks with --labels.")
+    sentences: list[str | None] = [case.sentence for case in labelled]
+    if control == "shuffled":
+        sentences = shuffle_sentences(sentences, seed)
+    elif control in ("empty", "no-text"):
+        sentences = [None] * len(labelled)
+    count = len(model.card.classes)
+    images: list[dict[str, Any]] = []
+    per_class: dict[str, list[float]] = {name: [] for name in model.card.classes}
+    notes = [f"{case.name} has no label and was left out." for case in cases if case.label is None]
+    for number, (case, sentence) in enumerate(zip(labelled, sentences, strict=True)):
+        if is_cancelled is not None and is_cancelled():
+            raise CancelledError(f"The evaluation was stopped on request after {number} of {len(labelled)} pictures.")
+        picture = read_picture(case.image)
+        truth = read_classes(case, picture.size, count)
+        result = model.predict(picture, sentence, draws, attend=control != "no-text", is_cancelled=is_cancelled)
+        dice, iou = compute_scores(result.mask > 0, truth > 0)
+        images.append(
+            {
+                "name": case.name,
+                "dice": dice,
+                "iou": iou,
+                "sentence": sentence,
+                "empty_label": not bool((truth > 0).any()),
+                "disagreement": result.disagreement,
+                "seconds": round(result.seconds, 2),
+            }
+        )
+        notes += [f"{case.name}: {note}" for note in result.notes if control == "none" or "no sentence" not in note]
+        for value, name in enumerate(model.card.classes, start=1):
+            per_class[name].append(compute_scores(result.mask == value, truth == value)[0])
+        if on_progress is not None:
+            on_progress(number + 1, len(labelled))
+    return {
+        "summary": {
+            "dice": float(np.mean([entry["dice"] for entry in images])),
+            "iou": float(np.mean([entry["iou"] for entry in images])),
+            "images": len(images),
+            "per_class": {name: float(np.mean(values)) for name, values in per_class.items()},
+        },
+        "images": images,
+        "control": control,
+        "model": model.card.full_name,
+        "settings": {"draws": draws or model.card.features.draws, "threshold": model.card.threshold, "seed": seed},
+        "notes": notes,
+    }
 
 
 def compute_scores(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
-    """Dice and IoU of two binary masks; 1 where both are empty."""
-    raise NotImplementedError
+    """Dice and IoU of two binary masks of one shape; 1 where both are empty.
+
+    Example:
+        >>> compute_scores(np.array([True, True]), np.array([True, False]))
+        (0.6666666666666666, 0.5)
+    """
+    found, truth = np.asarray(found, bool), np.asarray(truth, bool)
+    both, total = int((found & truth).sum()), int(found.sum()) + int(truth.sum())
+    return (2 * both / total, both / (total - both)) if total else (1.0, 1.0)
 
 
 def shuffle_sentences(sentences: Sequence[str | None], seed: int = 0) -> list[str | None]:
     """A derangement: every image gets another one's sentence, one with other words where that is possible.
 
+    Images without a sentence stay without.
+
     Raises:
         RequestError: if there are fewer than two sentences.
     """
-    raise NotImplementedError
+    spoken = [i for i, sentence in enumerate(sentences) if sentence]
+    if len(spoken) < 2:
+        raise RequestError(f"The control 'shuffled' needs at least two pictures with sentences, got {len(spoken)}.")
+    order = list(spoken)
+    random.Random(seed).shuffle(order)
+    # Sorted by words, half a turn apart: as few images as possible meet their own words again, and none its own sentence.
+    order.sort(key=lambda i: str(sentences[i]))
+    groups = [str(sentences[i]) for i in order]
+    turn = max(1, min(len(order) - 1, max(groups.count(words) for words in groups)))
+    shuffled: list[str | None] = list(sentences)
+    for place, image in enumerate(order):
+        shuffled[image] = sentences[order[(place + turn) % len(order)]]
+    return shuffled

@@ -13,20 +13,46 @@ The denoiser lies beside it (``../../denoiser`` of the shipped one) or is a hub 
 
 from __future__ import annotations
 
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
+from progidiff.backbone import pick_device
+from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
+from progidiff.files import flush
+from progidiff.model_files import check_tensors
+from progidiff.proposals import compute_disagreement
+from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
-from progidiff.textdiff.pictures import Picture
+from progidiff.textdiff.pictures import Picture, compute_blend, list_tiles, pad, resize, to_picture, to_working
 from progidiff.textdiff.sentences import SentenceEncoder
+from progidiff.textdiff.weights import read_json
+from progidiff.training.config import to_values
+from progidiff.training.loop import find_autocast_dtype
+from progidiff.versions import to_json, write_file
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
+CARD_FILE, WEIGHTS_FILE = "card.json", "head.safetensors"
+TILE, OVERLAP = 512, 32
+"""Working pixels: the longest side of a tile, and what neighbours share. Training cuts its pictures in the same way."""
+
+MAX_DRAWS = 64
 
 
 @dataclass(frozen=True)
@@ -75,7 +101,9 @@ class TextDiffCard:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for card.json."""
-        raise NotImplementedError
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {"classes": list(self.classes), "features": to_values(self.features), "head": self.head.to_dict()}
+        return {"format": FORMAT, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TextDiffCard:
@@ -84,7 +112,13 @@ class TextDiffCard:
         Raises:
             ModelError: if it has another format.
         """
-        raise NotImplementedError
+        if values["format"] != FORMAT:
+            raise ModelError(f"This model has format {values['format']}, this program reads {FORMAT}; install the version that wrote it.")
+        plain = {f.name: values[f.name] for f in fields(cls)}
+        asked = plain["features"]
+        features = FeatureOptions(**{**asked, "timesteps": tuple(asked["timesteps"]), "blocks": tuple(asked["blocks"])})
+        head = HeadConfig.from_dict(plain["head"])
+        return cls(**{**plain, "version": int(plain["version"]), "classes": tuple(plain["classes"]), "features": features, "head": head})
 
 
 @dataclass(frozen=True)
@@ -157,7 +191,88 @@ class TextDiffModel:
             RequestError: if the sentence is longer than the encoder takes, or `draws` is not 1 to 64.
             CancelledError: if `is_cancelled` said so.
         """
-        raise NotImplementedError
+        started = time.monotonic()
+        draws = self.card.features.draws if draws is None else draws
+        if not 1 <= draws <= MAX_DRAWS:
+            raise RequestError(f"draws must lie in 1..{MAX_DRAWS}, got {draws}; 1 is fast, 4 to 8 show where the answer is unsure.")
+        if overlap < 0 or tile <= 2 * overlap:
+            raise RequestError(f"tile must be larger than twice the overlap ({overlap}), got {tile}.")
+        picture = _as_picture(picture)
+        sentence = (sentence or "").strip() or None
+        notes = [*picture.notes, *self._find_notes(picture, sentence, attend)]
+        tokens = mask = None
+        if self.encoder is not None and sentence is not None and attend:
+            tokens, mask = self.encoder.encode([sentence])
+        options = self.card.features
+        working = to_working(picture.pixels, options.scale, options.size)
+        height, width = int(working.shape[1]), int(working.shape[2])
+        tiles = list_tiles(height, width, tile, overlap)
+        found = np.empty((draws, len(self.card.classes), *picture.size), np.float32)
+        for draw in range(draws):
+            sums, weights = torch.zeros(len(self.card.classes), height, width), torch.zeros(height, width)
+            for number, box in enumerate(tiles):
+                if is_cancelled is not None and is_cancelled():
+                    raise CancelledError(f"The segmentation was stopped on request after {draw * len(tiles) + number} of {draws * len(tiles)} tiles.")
+                blend = compute_blend(box, height, width, overlap)
+                box.crop(sums).add_(self._answer(box.crop(working), box.place(height, width), tokens, mask, draw, attend) * blend)
+                box.crop(weights).add_(blend)
+                if on_progress is not None:
+                    on_progress(draw * len(tiles) + number + 1, draws * len(tiles))
+            found[draw] = resize((sums / weights)[None], picture.size)[0].clamp(0, 1).numpy()
+        masks = np.stack([self.draw_mask(probabilities) for probabilities in found])
+        mean = found.mean(axis=0)
+        spread = np.minimum(1, 2 * found.sum(axis=1).std(axis=0)).astype(np.float32)
+        return TextDiffResult(
+            probabilities=mean,
+            mask=self.draw_mask(mean),
+            masks=masks,
+            disagreement=compute_disagreement(torch.from_numpy(masks > 0)) if draws > 1 else 0.0,
+            disagreement_map=spread,
+            notes=tuple(notes),
+            sentence=sentence,
+            seconds=time.monotonic() - started,
+        )
+
+    def draw_mask(self, probabilities: np.ndarray) -> np.ndarray:
+        """Class numbers where the foreground is likelier than the card's threshold.
+
+        Args:
+            probabilities: (classes, H, W).
+
+        Returns:
+            (H, W) uint8, 0 for background.
+        """
+        foreground = probabilities.sum(axis=0) > self.card.threshold
+        return np.where(foreground, probabilities.argmax(axis=0) + 1, 0).astype(np.uint8)
+
+    @torch.no_grad()
+    def _answer(
+        self, working: Tensor, place: tuple[float, float, float, float], tokens: Tensor | None, mask: Tensor | None, draw: int, attend: bool
+    ) -> Tensor:
+        """(classes, h, w) foreground probabilities of a tile."""
+        device = next(self.head.parameters()).device
+        dtype = find_autocast_dtype("auto", device)
+        features = self.extractor(pad(working, max(self.extractor.strides))[None], draw)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = self.head([f.to(device) for f in features], tokens, mask, torch.tensor([place], device=device), attend)
+        return logits[0].softmax(dim=0)[1:, : working.shape[1], : working.shape[2]].float().cpu()
+
+    def _find_notes(self, picture: Picture, sentence: str | None, attend: bool) -> list[str]:
+        notes = []
+        if picture.gray and not self.card.gray:
+            notes.append(f"The picture is gray, '{self.card.full_name}' learned from colour pictures: expect a worse answer.")
+        if self.card.gray and not picture.gray and bool((picture.pixels != picture.pixels[:1]).any()):
+            notes.append(f"The picture is coloured, '{self.card.full_name}' learned from gray pictures: expect a worse answer.")
+        if self.encoder is None and sentence is not None:
+            notes.append(f"'{self.card.full_name}' was trained without sentences; this one was not read.")
+        elif self.encoder is not None and sentence is None and attend:
+            notes.append("There is no sentence for this picture; it was segmented without one.")
+        return notes
+
+    def pack_weights(self) -> bytes:
+        """The head as a safetensors file, fp16; statistics of the features stay fp32."""
+        tensors = {n: t.detach().cpu() for n, t in self.head.state_dict().items()}
+        return save_safetensors({n: (t if n.startswith(("mean_", "std_")) else t.half()).contiguous() for n, t in tensors.items()})
 
     def save(self, folder: Path, run: Mapping[str, Any], readme: str | None = None) -> TextDiffModel:
         """Write a version folder by one rename; it must not exist. Returns the model as it lies there.
@@ -171,7 +286,34 @@ class TextDiffModel:
             RequestError: if the folder exists.
             StoreError: if the disk refuses; nothing is left behind then.
         """
-        raise NotImplementedError
+        folder = Path(folder)
+        if folder.exists():
+            raise RequestError(f"'{folder}' exists; give a folder that does not, nothing is overwritten.")
+        content = self.pack_weights()
+        card = replace(
+            self.card,
+            denoiser=refer_to(self.card.denoiser, self.folder, folder),
+            created=self.card.created or datetime.now(UTC).isoformat(timespec="seconds"),
+            sha256=hashlib.sha256(content).hexdigest(),
+        )
+        scratch: Path | None = None
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            write_file(scratch / WEIGHTS_FILE, content)
+            write_file(scratch / "run.json", to_json(run))
+            write_file(scratch / "README.md", (readme or write_model_card(card, run)).encode())
+            write_file(scratch / CARD_FILE, to_json(card.to_dict()))
+            scratch.chmod(0o755)
+            flush(scratch)
+            os.replace(scratch, folder)
+            flush(folder.parent)
+        except OSError as err:
+            raise StoreError(f"The model could not be written to '{folder}' ({err}). Free some disk space or check who may write there.") from err
+        finally:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return TextDiffModel(self.extractor, self.encoder, self.head, card, folder)
 
 
 def default_folder() -> Path:
@@ -191,7 +333,38 @@ def load_textdiff(folder: str | Path | None = None, device: str | None = None, d
     Raises:
         ModelError: if anything is missing, damaged or does not fit together.
     """
-    raise NotImplementedError
+    place = find_version(folder)
+    card = load_textdiff_card(place)
+    path = place / WEIGHTS_FILE
+    try:
+        content = path.read_bytes()
+    except OSError as err:
+        raise ModelError(f"'{path}' cannot be read ({err}); restore the folder from the version it came with.") from err
+    if hashlib.sha256(content).hexdigest() != card.sha256:
+        raise ModelError(f"'{path}' is damaged: its content is not the one that {CARD_FILE} vouches for. Restore the folder.")
+    source = _find_denoiser(card, place) if denoiser is None else denoiser
+    extractor = DiffusionFeatures.load(source, card.features, device)
+    if extractor.digest != card.denoiser_digest:
+        raise ModelError(
+            f"Model '{card.full_name}' was trained with another denoiser (content {card.denoiser_digest[:12]}) than '{source}' "
+            f"(content {extractor.digest[:12]}). Name the folder of its own with --denoiser, or train one for this denoiser."
+        )
+    encoder = None
+    if card.head.text_features:
+        encoder = SentenceEncoder.load(card.encoder, device)
+        if encoder.digest != card.encoder_digest:
+            raise ModelError(
+                f"Model '{card.full_name}' was trained with another sentence encoder (content {card.encoder_digest[:12]}) than "
+                f"'{card.encoder or 'the offline default'}' is now (content {encoder.digest[:12]}). Install the version that run.json names."
+            )
+    if extractor.channels != card.head.channels or extractor.strides != card.head.strides:
+        raise ModelError(f"The card of '{card.full_name}' contradicts itself: its features do not fit its head. Restore '{place}'.")
+    head = TextDiffHead(card.head)
+    tensors = load_safetensors(content)
+    check_tensors(tensors, head.state_dict(), path)
+    head.load_state_dict({n: t.float() for n, t in tensors.items()})
+    head.to(pick_device(device)).eval().requires_grad_(False)
+    return TextDiffModel(extractor, encoder, head, card, place)
 
 
 def load_textdiff_card(folder: str | Path) -> TextDiffCard:
@@ -200,4 +373,86 @@ def load_textdiff_card(folder: str | Path) -> TextDiffCard:
     Raises:
         ModelError: if it is missing or cannot be read.
     """
-    raise NotImplementedError
+    place = find_version(folder)
+    try:
+        return TextDiffCard.from_dict(read_json(place / CARD_FILE))
+    except (KeyError, TypeError, ValueError) as err:
+        raise ModelError(f"'{place / CARD_FILE}' cannot be read ({type(err).__name__}: {err}); restore it from the version it came with.") from err
+
+
+def find_version(folder: str | Path | None) -> Path:
+    """The folder that holds card.json: `folder` itself, or the version in it that CURRENT names; None for the shipped model.
+
+    Raises:
+        ModelError: if there is none.
+    """
+    place = default_folder() / "nuclei" if folder is None else Path(folder)
+    if (place / CARD_FILE).is_file():
+        return place
+    if not (place / "CURRENT").is_file():
+        raise ModelError(f"'{place}' holds no model ({CARD_FILE} is missing); `progidiff textdiff train` makes one.")
+    version = read_json(place / "CURRENT").get("version")
+    if not isinstance(version, int) or not (place / str(version) / CARD_FILE).is_file():
+        raise ModelError(f"'{place}' serves no version that is there (CURRENT names {version}); name a version's folder.")
+    return place / str(version)
+
+
+def refer_to(denoiser: str, before: Path | None, now: Path) -> str:
+    """How a card in `now` names a denoiser.
+
+    Args:
+        denoiser: Hub id, or folder: absolute, or relative to `before`.
+        before: Where the card that says so lay; None if nowhere yet.
+        now: Where it will lie.
+
+    Returns:
+        A hub id as it is; a folder relative to `now`, with forward slashes, so that both can be moved together.
+    """
+    path = Path(denoiser) if before is None else before / denoiser
+    if not path.is_dir():
+        return denoiser
+    # Links are followed on both sides: ".." means what the system makes of it.
+    return Path(os.path.relpath(path.resolve(), now.parent.resolve() / now.name)).as_posix()
+
+
+def write_model_card(card: TextDiffCard, run: Mapping[str, Any]) -> str:
+    """A model card in Markdown from what is known; people add limits and pictures."""
+    figures = "\n".join(f"| {name} | {value:.3f} |" for name, value in card.figures.items())
+    return f"""# {card.full_name}
+
+Segments {", ".join(card.classes)} in 2-D pictures{" with a report sentence" if card.head.text_features else ""}: a small head
+on the frozen features of a diffusion model.
+
+* Trained on {len(run.get("training_cases", []))} labelled pictures: {", ".join(run.get("training_cases", [])) or "not said"}. {card.data}
+* Held out: {", ".join(run.get("held_out_cases", [])) or "none"}.
+* Licence of these weights: {card.licence or "that of the data they learned from. Write its name and terms here before you pass them on."}
+* Denoiser: content {card.denoiser_digest[:12]}; sentence encoder: {card.encoder or "all-MiniLM-L6-v2" if card.head.text_features else "none"}.
+
+| on the held-out pictures | |
+|---|---|
+{figures}
+
+A probability here is not calibrated. For research only: nothing here may guide a diagnosis.
+"""
+
+
+def _find_denoiser(card: TextDiffCard, place: Path) -> str | Path:
+    """Where the denoiser of a card lies: as it says, or the shipped one if the folder was moved and the content is said to be the same."""
+    beside = place.resolve() / card.denoiser
+    if beside.is_dir():
+        return beside
+    if card.denoiser.startswith((".", "/")):
+        raise ModelError(
+            f"The denoiser of '{card.full_name}' is not at '{card.denoiser}' beside '{place}'. Move both together, or name its folder with "
+            "--denoiser."
+        )
+    return card.denoiser
+
+
+def _as_picture(picture: Picture | np.ndarray | Tensor) -> Picture:
+    if isinstance(picture, Picture):
+        return picture
+    array = picture.numpy() if isinstance(picture, Tensor) else np.asarray(picture)
+    if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] not in (1, 2, 3, 4):
+        array = array.transpose(1, 2, 0)
+    return to_picture(array)

@@ -107,14 +107,27 @@ class TextDiffHead(nn.Module):
             raise GeometryError(f"This head takes features of {self.config.channels} channels, got {tuple(f.shape[1] for f in features)}.")
         scales = []
         for i, (found, enter) in enumerate(zip(features, self.enter, strict=True)):
-            standard = (found.float() - getattr(self, f"mean_{i}")[:, None, None]) / getattr(self, f"std_{i}")[:, None, None]
-            scales.append(enter(F.dropout2d(standard, self.config.dropout, self.training)))
+            scales.append(self._enter(found, enter, getattr(self, f"mean_{i}"), getattr(self, f"std_{i}")))
         if self.text is not None:
             scales = self.text(scales, tokens, mask, boxes, attend)
         merged = None
         for scale, merge in zip(scales, self.merge, strict=True):
             merged = merge(merged, scale)
         return self.classify(merged).float()
+
+    def _enter(self, found: Tensor, enter: nn.Module, mean: Tensor, std: Tensor) -> Tensor:
+        """Standardise, drop channels, and mix them to the classifier's width, all in one matrix product: full-size maps are large.
+
+        Dropped channels are the same for the whole batch.
+        """
+        assert isinstance(enter, nn.Conv2d)
+        factor = 1 / std
+        if self.training and self.config.dropout:
+            kept = torch.rand(len(std)).to(std.device) >= self.config.dropout
+            factor = factor * kept / (1 - self.config.dropout)
+        weight = enter.weight * factor[:, None, None]
+        bias = enter.bias - (weight.flatten(1) * mean).sum(dim=1) if enter.bias is not None else None
+        return F.conv2d(found, weight, bias)
 
 
 class _Merge(nn.Module):
@@ -133,7 +146,7 @@ class _Merge(nn.Module):
         joined = fine
         if self.narrow is not None and coarse is not None:
             # Narrowing commutes with upsampling and is cheaper before it.
-            joined = torch.cat([F.interpolate(self.narrow(coarse), size=fine.shape[2:], mode="bilinear", align_corners=False), fine], dim=1)
+            joined = torch.cat([F.interpolate(self.narrow(coarse), size=fine.shape[2:], mode="nearest"), fine], dim=1)
         return self.second(self.first(joined))
 
 
@@ -174,7 +187,7 @@ class _TextBranch(nn.Module):
                 image = image + self.attention(asked, words, words, key_padding_mask=silent, need_weights=False)[0]
             image = image + self.digest(image)
             back = leave(image.transpose(1, 2).unflatten(2, tuple(size)))
-            told.append(scale + (F.interpolate(back, size=scale.shape[2:], mode="bilinear", align_corners=False) if stride < finest else back))
+            told.append(scale + (F.interpolate(back, size=scale.shape[2:], mode="nearest") if stride < finest else back))
         return told
 
     def _gather(self, tokens: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:

@@ -193,10 +193,16 @@ def resize(tensor: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(tensor, size=size, mode="bilinear", antialias=True, align_corners=False)
 
 
-def pad(picture: Tensor, multiple: int) -> Tensor:
-    """(..., H, W) floats, mirrored at the bottom and right edges until both sides are multiples; a side too short to mirror repeats its last row."""
+def pad(picture: Tensor, multiple: int, least: int = 1) -> Tensor:
+    """Grow a picture at its bottom and right edges, mirroring what is there; a side too short to mirror repeats its last pixel.
+
+    Args:
+        picture: (..., H, W) floats.
+        multiple: Both sides become multiples of it.
+        least: And no smaller than this.
+    """
     height, width = picture.shape[-2:]
-    down, right = -height % multiple, -width % multiple
+    down, right = (-(-max(side, least) // multiple) * multiple - side for side in (height, width))
     if not down and not right:
         return picture
     mode = "reflect" if down < height and right < width else "replicate"

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import shlex
+import sys
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from progidiff.textdiff.data import Case
-from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
-from progidiff.textdiff.model import TextDiffModel
-from progidiff.textdiff.sentences import SentenceEncoder
-from progidiff.training.config import Range
-from progidiff.training.loop import RunConfig, Schedule
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from progidiff.backbone import pick_device
+from progidiff.errors import CancelledError, RequestError
+from progidiff.textdiff.data import Case, read_classes
+from progidiff.textdiff.evaluate import compute_scores
+from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
+from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
+from progidiff.textdiff.model import OVERLAP, TILE, TextDiffCard, TextDiffModel, default_folder
+from progidiff.textdiff.network import HeadConfig, TextDiffHead
+from progidiff.textdiff.pictures import list_tiles, pad, read_picture, resize, to_working
+from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
+from progidiff.training.config import Range, check_config, to_values
+from progidiff.training.loop import LoopConfig, RunConfig, Schedule, derive_seed, run_loop
+from progidiff.training.recipes import describe_run
+
+logger = logging.getLogger(__name__)
+
+THRESHOLDS = tuple(round(0.2 + 0.05 * k, 2) for k in range(13))
+"""Tried on the held-out pictures."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +43,7 @@ class HeadOptions:
     """Shapes of the head that are free to choose; see `network.HeadConfig`."""
 
     width: Annotated[int, Range(8, 2048)] = 128
+    base: Annotated[int, Range(8, 1024)] = 32
     heads: Annotated[int, Range(1, 64)] = 4
     attend_stride: Annotated[int, Range(1, 64)] = 8
     dropout: Annotated[float, Range(0, 0.9)] = 0.1
@@ -115,4 +139,310 @@ def train_textdiff(
         ImageError: if a picture or mask cannot be used.
         CancelledError: if `is_cancelled` said so.
     """
-    raise NotImplementedError
+    config = config or TextDiffTrainConfig()
+    if isinstance(denoiser, str | Path) or denoiser is None:
+        extractor: FeatureExtractor = DiffusionFeatures.load(default_folder() / "denoiser" if denoiser is None else denoiser, config.features, device)
+    else:
+        extractor = denoiser
+        config = replace(config, features=extractor.options)
+    check_config(config)
+    _check_request(cases, held_out, extractor, out, config)
+    reader = None
+    if config.use_text:
+        reader = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder.load(encoder, device)
+        reader.check([case.sentence for case in (*cases, *held_out) if case.sentence])
+    place = pick_device(device)
+    started = time.monotonic()
+    pool = _prepare(cases, extractor, FeatureCache(cache or work / "features", config.cache_gb), config, is_cancelled, report)
+    feature_seconds = time.monotonic() - started
+    words = _Words(reader, [piece.sentence for piece in pool.pieces], place)
+
+    torch.manual_seed(derive_seed(config.seed, 0, "head"))
+    options = config.head
+    shapes = HeadConfig(
+        channels=extractor.channels,
+        strides=extractor.strides,
+        classes=len(config.classes),
+        text_features=reader.features if reader is not None else 0,
+        width=options.width,
+        base=options.base,
+        heads=options.heads,
+        attend_stride=options.attend_stride,
+        dropout=options.dropout,
+    )
+    head = TextDiffHead(shapes)
+    head.set_statistics(*pool.measure())
+    head.to(place)
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        features, targets, boxes, sentences = pool.draw(config.batch_size, config.crop, generator)
+        kept = torch.rand(len(sentences), generator=generator) >= config.sentence_dropout
+        tokens, mask = words.look_up([s if k else None for s, k in zip(sentences, kept.tolist(), strict=True)])
+        logits = head([f.to(place) for f in features], tokens, mask, boxes.to(place))
+        return compute_segmentation_loss(logits, targets.to(place), config.cross_entropy, config.dice)
+
+    settings = {k: v for k, v in to_values(config).items() if k not in ("schedule", "name", "cache_gb", *to_values(RunConfig()))}
+    settings |= {"pictures": pool.digest, "features_key": extractor.key, "encoder": reader.digest if reader is not None else ""}
+    loop_report = None if report is None else lambda entry: report({"stage": "head", **entry})
+    started = time.monotonic()
+    run_loop(
+        {"head": head}, compute_loss, LoopConfig.of(config.schedule, config), work, is_cancelled=is_cancelled, report=loop_report, settings=settings
+    )
+    head_seconds = time.monotonic() - started
+    head.requires_grad_(False)
+
+    card = TextDiffCard(
+        name=config.name,
+        version=0,
+        classes=config.classes,
+        denoiser=str(getattr(extractor, "source", "")),
+        denoiser_digest=getattr(extractor, "digest", extractor.key),
+        encoder=reader.source if reader is not None else "",
+        encoder_digest=reader.digest if reader is not None else "",
+        features=config.features,
+        head=shapes,
+        gray=pool.gray,
+    )
+    model = TextDiffModel(extractor, reader, head, card)
+    figures: dict[str, float] = {}
+    if held_out:
+        threshold, figures = _validate(model, held_out, FeatureCache(cache or work / "features", config.cache_gb), is_cancelled)
+        model.card = replace(card, threshold=threshold, figures=figures)
+    run = {
+        **describe_run(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "config": to_values(config),
+        "training_cases": [case.name for case in cases],
+        "held_out_cases": [case.name for case in held_out],
+        "data_sha256": pool.digest,
+        "denoiser": {"digest": card.denoiser_digest},
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "seconds": {"features": round(feature_seconds, 1), "head": round(head_seconds, 1)},
+        "validation": figures,
+    }
+    if out is not None:
+        model = model.save(out, run)
+    return TextDiffTraining(model, run, figures, tuple(pool.notes))
+
+
+def compute_segmentation_loss(logits: Tensor, targets: Tensor, cross_entropy: float, dice: float) -> tuple[Tensor, dict[str, float]]:
+    """Cross-entropy and Dice, both on probabilities.
+
+    Args:
+        logits: (N, 1 + classes, H, W), background first.
+        targets: The same shape: the share of each class in a pixel, sums to 1.
+        cross_entropy, dice: Their weights.
+
+    Returns:
+        The loss; {"cross_entropy", "dice"}. The Dice is that of each foreground class over the whole batch, so that a crop without it
+        does not count as all wrong.
+    """
+    logits = logits.float()
+    entropy = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    found, wanted = logits.softmax(dim=1)[:, 1:], targets[:, 1:]
+    overlap = (found * wanted).sum(dim=(0, 2, 3))
+    score = ((2 * overlap + 1) / (found.sum(dim=(0, 2, 3)) + wanted.sum(dim=(0, 2, 3)) + 1)).mean()
+    loss = cross_entropy * entropy + dice * (1 - score)
+    return loss, {"cross_entropy": float(entropy.detach()), "dice": float(score.detach())}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A tile of one view of a picture.
+
+    Attributes:
+        case: Number of the picture.
+        features: (C_b, h_b, w_b) fp16 each.
+        target: (1 + classes, h, w) fp16, on the padded tile.
+        box: Top, left, bottom, right of the padded tile, as shares of the view.
+        sentence: Of the view; None if there is none.
+    """
+
+    case: int
+    features: list[Tensor]
+    target: Tensor
+    box: tuple[float, float, float, float]
+    sentence: str | None
+
+
+class _Pool:
+    """Features and targets that crops are drawn from.
+
+    Attributes:
+        pieces: All there are.
+        digest: Of pictures, masks and sentences.
+        gray: All pictures are.
+        notes: What was said about pictures.
+    """
+
+    def __init__(self, pieces: list[_Piece], strides: Sequence[int], digest: str, gray: bool, notes: list[str]) -> None:
+        self.pieces, self.digest, self.gray, self.notes = pieces, digest, gray, notes
+        self._strides = strides
+        self._of_case: dict[int, list[_Piece]] = {}
+        for piece in pieces:
+            self._of_case.setdefault(piece.case, []).append(piece)
+
+    def draw(self, count: int, side: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor, Tensor, list[str | None]]:
+        """Random crops: every picture as often, whatever its size.
+
+        Returns:
+            Features (N, C_b, side / s_b, side / s_b) each; targets (N, 1 + classes, side, side); boxes (N, 4); sentences.
+        """
+        coarsest = max(self._strides)
+
+        def pick(below: int) -> int:
+            return int(torch.randint(below, (), generator=generator))
+
+        features: list[list[Tensor]] = [[] for _ in self._strides]
+        targets, boxes, sentences = [], [], []
+        for _ in range(count):
+            pieces = self._of_case[pick(len(self._of_case))]
+            piece = pieces[pick(len(pieces))]
+            height, width = piece.target.shape[1:]
+            top, left = (pick((n - side) // coarsest + 1) * coarsest for n in (height, width))
+            for maps, found, stride in zip(features, piece.features, self._strides, strict=True):
+                a, b, n = top // stride, left // stride, side // stride
+                maps.append(found[:, a : a + n, b : b + n].float())
+            targets.append(piece.target[:, top : top + side, left : left + side].float())
+            y0, x0, y1, x1 = piece.box
+            down, right = (y1 - y0) / height, (x1 - x0) / width
+            boxes.append([y0 + top * down, x0 + left * right, y0 + (top + side) * down, x0 + (left + side) * right])
+            sentences.append(piece.sentence)
+        return [torch.stack(maps) for maps in features], torch.stack(targets), torch.tensor(boxes), sentences
+
+    def measure(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Mean and standard deviation of every feature, (C_b,) per scale, every picture counting alike."""
+        means, deviations = [], []
+        for scale in range(len(self._strides)):
+            # A few thousand pixels of a picture say as much as all of them.
+            moments = []
+            for pieces in self._of_case.values():
+                step = max(1, round((pieces[0].features[scale][0].numel() / 4096) ** 0.5))
+                values = pieces[0].features[scale][:, ::step, ::step].float().flatten(1)
+                moments.append(torch.stack([values.mean(dim=1), values.square().mean(dim=1)]))
+            mean, square = torch.stack(moments).mean(dim=0)
+            means.append(mean)
+            deviations.append((square - mean.square()).clamp_min(0).sqrt())
+        return means, deviations
+
+
+class _Words:
+    """Encoded sentences, each computed once."""
+
+    def __init__(self, reader: SentenceEncoder | None, sentences: Sequence[str | None], device: torch.device) -> None:
+        self._numbers: dict[str, int] = {}
+        self._tokens = self._mask = None
+        known = sorted({s for s in sentences if s})
+        if reader is not None and known:
+            tokens, mask = reader.encode(known)
+            self._tokens, self._mask = tokens.to(device), mask.to(device)
+            self._numbers = {sentence: number for number, sentence in enumerate(known)}
+
+    def look_up(self, sentences: Sequence[str | None]) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens (N, L, D) and mask (N, L); all False in rows without a sentence. None, None if no sentence is known at all."""
+        if self._tokens is None or self._mask is None:
+            return None, None
+        rows = torch.tensor([self._numbers[s] if s else 0 for s in sentences], device=self._tokens.device)
+        spoken = torch.tensor([bool(s) for s in sentences], device=self._tokens.device)
+        return self._tokens[rows], self._mask[rows] & spoken[:, None]
+
+
+def _check_request(
+    cases: Sequence[Case], held_out: Sequence[Case], extractor: FeatureExtractor, out: Path | None, config: TextDiffTrainConfig
+) -> None:
+    """Refuse what cannot be trained before anything is computed."""
+    if out is not None and out.exists():
+        raise RequestError(f"'{out}' exists; give a folder that does not, nothing is overwritten.")
+    if not cases:
+        raise RequestError("There is no labelled picture to learn from; one is enough.")
+    bare = [case.name for case in (*cases, *held_out) if case.label is None]
+    if bare:
+        raise RequestError(f"{', '.join(bare[:5])} {'has' if len(bare) == 1 else 'have'} no label; add one, or leave the picture out.")
+    both = sorted({case.name for case in cases} & {case.name for case in held_out})
+    if both:
+        raise RequestError(f"{', '.join(both[:5])} cannot be learned from and held out at once; leave it out of one.")
+    if config.crop % max(extractor.strides):
+        raise RequestError(f"Setting crop must be a multiple of {max(extractor.strides)}, the coarsest stride of the features, got {config.crop}.")
+    if not config.classes or len(set(config.classes)) < len(config.classes):
+        raise RequestError(f"Setting classes needs one or more different names, got {', '.join(config.classes) or 'none'}.")
+
+
+def _prepare(
+    cases: Sequence[Case],
+    extractor: FeatureExtractor,
+    cache: FeatureCache,
+    config: TextDiffTrainConfig,
+    is_cancelled: Callable[[], bool] | None,
+    report: Callable[[dict[str, Any]], None] | None,
+) -> _Pool:
+    """Features and targets of all views of all pictures."""
+    options, coarsest = extractor.options, max(extractor.strides)
+    pieces: list[_Piece] = []
+    notes: list[str] = []
+    grays = []
+    state = hashlib.sha256()
+    for number, case in enumerate(cases):
+        picture = read_picture(case.image)
+        classes = read_classes(case, picture.size, len(config.classes))
+        notes += [f"{case.name}: {note}" for note in picture.notes]
+        if config.use_text and not case.sentence:
+            notes.append(f"{case.name}: there is no sentence; it is learned from without one.")
+        grays.append(picture.gray)
+        state.update(json.dumps([case.name, picture.size, case.sentence]).encode() + picture.pixels.numpy().tobytes() + classes.tobytes())
+        plain = to_working(picture.pixels, options.scale, options.size)
+        shares = F.one_hot(torch.from_numpy(classes).long(), 1 + len(config.classes)).permute(2, 0, 1).float()
+        target = resize(shares[None], (int(plain.shape[1]), int(plain.shape[2])))[0]
+        for view in range(config.views):
+            if is_cancelled is not None and is_cancelled():
+                raise CancelledError(f"Training stopped on request at picture {number + 1} of {len(cases)}; start it again to continue.")
+            if report is not None:
+                report({"stage": "features", "step": number * config.views + view, "total": len(cases) * config.views})
+            working, shown, sentence = make_view(plain, target, case.sentence, view, config.color, derive_seed(config.seed, view, case.name))
+            height, width = int(working.shape[1]), int(working.shape[2])
+            for tile in list_tiles(height, width, TILE, OVERLAP):
+                # As in serving, but never smaller than a crop.
+                grown = pad(tile.crop(working), coarsest, config.crop)
+                features = cache.get(extractor, grown, view % options.draws)
+                box = tile.place(height, width)
+                box = (box[0], box[1], box[0] + grown.shape[1] / height, box[1] + grown.shape[2] / width)
+                pieces.append(_Piece(number, features, pad(tile.crop(shown), coarsest, config.crop).half(), box, sentence))
+    return _Pool(pieces, extractor.strides, state.hexdigest(), all(grays), notes)
+
+
+def make_view(working: Tensor, target: Tensor, sentence: str | None, view: int, color: float, seed: int) -> tuple[Tensor, Tensor, str | None]:
+    """A version of a picture with its target and sentence: 0 is the picture itself, others are mirrored and tinted.
+
+    Args:
+        working: (3, h, w) floats in -1..1.
+        target: (..., h, w).
+        sentence: Mirrored with the picture, so that "left" stays true.
+        view: Its two lowest bits mirror horizontally and vertically.
+        color: Strength of random gains and offsets per colour channel.
+        seed: Of the tint.
+    """
+    horizontal, vertical = bool(view & 1), bool(view & 2)
+    axes = ([-1] if horizontal else []) + ([-2] if vertical else [])
+    if axes:
+        working, target = working.flip(axes), target.flip(axes)
+        sentence = mirror_sentence(sentence, horizontal, vertical) if sentence else sentence
+    if view and color:
+        gain, offset = (color * (2 * torch.rand((2, 3, 1, 1), generator=torch.Generator().manual_seed(seed)) - 1)).unbind(0)
+        working = working * (1 + gain) + offset
+    return working, target, sentence
+
+
+def _validate(
+    model: TextDiffModel, held_out: Sequence[Case], cache: FeatureCache, is_cancelled: Callable[[], bool] | None
+) -> tuple[float, dict[str, float]]:
+    """The threshold with the best mean Dice, and what it gives."""
+    answering = TextDiffModel(CachedFeatures(model.extractor, cache), model.encoder, model.head, model.card)
+    scores = np.zeros((len(THRESHOLDS), len(held_out), 2))
+    for number, case in enumerate(held_out):
+        picture = read_picture(case.image)
+        truth = read_classes(case, picture.size, len(model.card.classes)) > 0
+        foreground = answering.predict(picture, case.sentence, is_cancelled=is_cancelled).probabilities.sum(axis=0)
+        for k, threshold in enumerate(THRESHOLDS):
+            scores[k, number] = compute_scores(foreground > threshold, truth)
+    means = scores.mean(axis=1)
+    best = int(means[:, 0].argmax())
+    return THRESHOLDS[best], {"dice": float(means[best, 0]), "iou": float(means[best, 1]), "threshold": THRESHOLDS[best]}

@@ -1,33 +1,59 @@
-"""Versions of TextDiff models on disk: immutable folders and a pointer to the one that is served, as adapters have them."""
+"""Versions of TextDiff models on disk: immutable folders and a pointer to the one that is served, see `progidiff.versions`."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from progidiff.textdiff.model import TextDiffCard, TextDiffModel
+from progidiff.textdiff.model import CARD_FILE, WEIGHTS_FILE, TextDiffCard, TextDiffModel, load_textdiff, refer_to, write_model_card
+from progidiff.versions import VersionStore
 
 
-class TextDiffStore:
-    """``<root>/<name>/1, 2, 3 ...`` with ``CURRENT`` and ``history.jsonl``; safe for several processes. See `adapters.AdapterStore`.
-
-    Also there, with the meaning they have for adapters: `publish`, `rollback`, `current`, `card`, `find`, `folder`, `entries`,
-    `entry`, `history`, `run`.
+class TextDiffStore(VersionStore[TextDiffCard]):
+    """``<root>/<name>/1, 2, 3 ...`` with ``CURRENT`` and ``history.jsonl``; safe for several processes.
 
     Args:
         root: The folder; made when the first version is added. The shipped one is `model.default_folder()`.
     """
 
-    def __init__(self, root: str | os.PathLike[str]) -> None:
-        self.root = Path(root)
+    noun = "Model"
+    weights_file = WEIGHTS_FILE
+    card_file = CARD_FILE
+    command = "progidiff textdiff versions"
+    trainer = "progidiff textdiff train"
+    example = "nuclei"
+    reserved = ("auto", "none", "denoiser")
+
+    def read_card(self, values: dict[str, Any]) -> TextDiffCard:
+        """See `VersionStore.read_card`."""
+        return TextDiffCard.from_dict(values)
 
     def add(self, name: str, model: TextDiffModel, run: Mapping[str, Any], readme: str | None = None) -> TextDiffCard:
         """Write a model as the next version of `name`. It is not published.
+
+        Args:
+            name: Letters, digits, dot, underscore, hyphen.
+            model: From `train_textdiff`.
+            run: What made it.
+            readme: The model card for people; None to write one from what is known.
 
         Raises:
             RequestError: if the name cannot be used.
             StoreError: if the disk refuses; nothing is left behind then.
         """
-        raise NotImplementedError
+
+        def make_card(version: int, created: str, sha256: str) -> TextDiffCard:
+            denoiser = refer_to(model.card.denoiser, model.folder, self.root / name / str(version))
+            return replace(model.card, name=name, version=version, created=created, sha256=sha256, denoiser=denoiser)
+
+        return self._add(name, model.pack_weights(), make_card, run, lambda card: readme or write_model_card(card, run))
+
+    def load_model(self, card: TextDiffCard, device: str | None = None, denoiser: str | Path | None = None) -> TextDiffModel:
+        """A version, ready to answer.
+
+        Raises:
+            ModelError: if anything is missing, damaged or does not fit together.
+        """
+        return load_textdiff(self.folder(card), device, denoiser)

@@ -24,7 +24,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
-from progidiff import cli_audit, cli_loop, cli_training, cli_users
+from progidiff import cli_audit, cli_loop, cli_textdiff, cli_training, cli_users
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
 
@@ -496,6 +496,7 @@ cli_training.register(app)
 cli_loop.register(app)
 cli_users.register(app)
 cli_audit.register(app)
+cli_textdiff.register(app)
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ class TextDiffModel:
             raise RequestError(f"tile must be larger than twice the overlap ({overlap}), got {tile}.")
         picture = _as_picture(picture)
         sentence = (sentence or "").strip() or None
-        notes = [*picture.notes, *self._find_notes(picture, sentence, attend)]
+        notes = [*picture.notes, *find_notes(self.card, picture, sentence, attend)]
         tokens = mask = None
         if self.encoder is not None and sentence is not None and attend:
             tokens, mask = self.encoder.encode([sentence])
@@ -257,18 +257,6 @@ class TextDiffModel:
             logits = self.head([f.to(device) for f in features], tokens, mask, torch.tensor([place], device=device), attend)
         return logits[0].softmax(dim=0)[1:, : working.shape[1], : working.shape[2]].float().cpu()
 
-    def _find_notes(self, picture: Picture, sentence: str | None, attend: bool) -> list[str]:
-        notes = []
-        if picture.gray and not self.card.gray:
-            notes.append(f"The picture is gray, '{self.card.full_name}' learned from colour pictures: expect a worse answer.")
-        if self.card.gray and not picture.gray and bool((picture.pixels != picture.pixels[:1]).any()):
-            notes.append(f"The picture is coloured, '{self.card.full_name}' learned from gray pictures: expect a worse answer.")
-        if self.encoder is None and sentence is not None:
-            notes.append(f"'{self.card.full_name}' was trained without sentences; this one was not read.")
-        elif self.encoder is not None and sentence is None and attend:
-            notes.append("There is no sentence for this picture; it was segmented without one.")
-        return notes
-
     def pack_weights(self) -> bytes:
         """The head as a safetensors file, fp16; statistics of the features stay fp32."""
         tensors = {n: t.detach().cpu() for n, t in self.head.state_dict().items()}
@@ -314,6 +302,21 @@ class TextDiffModel:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
         return TextDiffModel(self.extractor, self.encoder, self.head, card, folder)
+
+
+def find_notes(card: TextDiffCard, picture: Picture, sentence: str | None, attend: bool = True) -> list[str]:
+    """What the user should know about a picture and a sentence that a model answers, beside `Picture.notes`; no weights are needed."""
+    notes = []
+    if picture.gray and not card.gray:
+        notes.append(f"The picture is gray, '{card.full_name}' learned from colour pictures: expect a worse answer.")
+    if card.gray and not picture.gray and bool((picture.pixels != picture.pixels[:1]).any()):
+        notes.append(f"The picture is coloured, '{card.full_name}' learned from gray pictures: expect a worse answer.")
+    reads = bool(card.head.text_features)
+    if not reads and sentence is not None:
+        notes.append(f"'{card.full_name}' was trained without sentences; this one was not read.")
+    elif reads and sentence is None and attend:
+        notes.append("There is no sentence for this picture; it was segmented without one.")
+    return notes
 
 
 def default_folder() -> Path:
@@ -363,7 +366,7 @@ def load_textdiff(folder: str | Path | None = None, device: str | None = None, d
     tensors = load_safetensors(content)
     check_tensors(tensors, head.state_dict(), path)
     head.load_state_dict({n: t.float() for n, t in tensors.items()})
-    head.to(pick_device(device)).eval().requires_grad_(False)
+    head.to(pick_device(device), memory_format=torch.channels_last).eval().requires_grad_(False)  # type: ignore[call-overload]
     return TextDiffModel(extractor, encoder, head, card, place)
 
 

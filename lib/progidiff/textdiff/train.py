@@ -109,6 +109,7 @@ def train_textdiff(
     *,
     denoiser: str | Path | FeatureExtractor | None = None,
     encoder: str | Path | SentenceEncoder | None = None,
+    start: TextDiffModel | None = None,
     out: Path | None = None,
     work: Path,
     cache: Path | None = None,
@@ -126,6 +127,7 @@ def train_textdiff(
         held_out: Labelled pictures that choose the threshold and are reported; never learned from.
         denoiser: Folder or hub id, or an extractor (its options then count, not the configuration's); None for the shipped one.
         encoder: Folder or hub id, or a loaded encoder; None for the offline default.
+        start: A model of the same features, encoder and classes whose head is trained further, shapes and all; None for a fresh head.
         out: Version folder to write; None to leave that to the caller (`TextDiffModel.save`, `TextDiffStore.add`).
         work: Checkpoints and curves.
         cache: Of features; None for ``features/`` in `work`.
@@ -170,9 +172,16 @@ def train_textdiff(
         attend_stride=options.attend_stride,
         dropout=options.dropout,
     )
-    head = TextDiffHead(shapes)
-    head.set_statistics(*pool.measure())
-    head.to(place)
+    if start is None:
+        head = TextDiffHead(shapes)
+        head.set_statistics(*pool.measure())
+    else:
+        if replace(shapes, **{name: getattr(start.head.config, name) for name in to_values(options)}) != start.head.config:
+            raise RequestError(f"'{start.card.full_name}' has other features or classes than this training; start with a fresh head.")
+        shapes = start.head.config
+        head = TextDiffHead(shapes)
+        head.load_state_dict(start.head.state_dict())
+    head.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         features, targets, boxes, sentences = pool.draw(config.batch_size, config.crop, generator)
@@ -182,6 +191,8 @@ def train_textdiff(
         return compute_segmentation_loss(logits, targets.to(place), config.cross_entropy, config.dice)
 
     settings = {k: v for k, v in to_values(config).items() if k not in ("schedule", "name", "cache_gb", *to_values(RunConfig()))}
+    if start is not None:
+        settings["start"] = start.card.sha256
     settings |= {"pictures": pool.digest, "features_key": extractor.key, "encoder": reader.digest if reader is not None else ""}
     loop_report = None if report is None else lambda entry: report({"stage": "head", **entry})
     started = time.monotonic()
@@ -293,22 +304,25 @@ class _Pool:
         def pick(below: int) -> int:
             return int(torch.randint(below, (), generator=generator))
 
-        features: list[list[Tensor]] = [[] for _ in self._strides]
+        sides = [side // stride for stride in self._strides]
+        features = [
+            torch.empty((count, len(found), n, n), memory_format=torch.channels_last) for found, n in zip(self.pieces[0].features, sides, strict=True)
+        ]
         targets, boxes, sentences = [], [], []
-        for _ in range(count):
+        for number in range(count):
             pieces = self._of_case[pick(len(self._of_case))]
             piece = pieces[pick(len(pieces))]
             height, width = piece.target.shape[1:]
             top, left = (pick((n - side) // coarsest + 1) * coarsest for n in (height, width))
-            for maps, found, stride in zip(features, piece.features, self._strides, strict=True):
-                a, b, n = top // stride, left // stride, side // stride
-                maps.append(found[:, a : a + n, b : b + n].float())
+            for maps, found, stride, n in zip(features, piece.features, self._strides, sides, strict=True):
+                a, b = top // stride, left // stride
+                maps[number].copy_(found[:, a : a + n, b : b + n])
             targets.append(piece.target[:, top : top + side, left : left + side].float())
             y0, x0, y1, x1 = piece.box
             down, right = (y1 - y0) / height, (x1 - x0) / width
             boxes.append([y0 + top * down, x0 + left * right, y0 + (top + side) * down, x0 + (left + side) * right])
             sentences.append(piece.sentence)
-        return [torch.stack(maps) for maps in features], torch.stack(targets), torch.tensor(boxes), sentences
+        return features, torch.stack(targets), torch.tensor(boxes), sentences
 
     def measure(self) -> tuple[list[Tensor], list[Tensor]]:
         """Mean and standard deviation of every feature, (C_b,) per scale, every picture counting alike."""

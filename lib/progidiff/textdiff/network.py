@@ -98,7 +98,7 @@ class TextDiffHead(nn.Module):
             attend: False leaves the text's contribution out (the control "no-text").
 
         Returns:
-            (N, 1 + classes, H, W) logits at the finest scale of the features, background first.
+            (N, 1 + classes, H, W) logits at the working resolution, background first.
 
         Raises:
             GeometryError: if the features do not fit the head.
@@ -113,7 +113,8 @@ class TextDiffHead(nn.Module):
         merged = None
         for scale, merge in zip(scales, self.merge, strict=True):
             merged = merge(merged, scale)
-        return self.classify(merged).float()
+        logits, finest = self.classify(merged).float(), min(self.config.strides)
+        return logits if finest == 1 else F.interpolate(logits, scale_factor=finest, mode="bilinear", align_corners=False)
 
     def _enter(self, found: Tensor, enter: nn.Module, mean: Tensor, std: Tensor) -> Tensor:
         """Standardise, drop channels, and mix them to the classifier's width, all in one matrix product: full-size maps are large.

@@ -34,6 +34,15 @@ def test_an_untouched_choice_arrives_as_the_whole_list_and_means_its_first_entry
     assert (options.show, options.modality, options.adapter) == ("consensus", None, "base@1")
 
 
+def test_small_islands_are_dropped_unless_the_request_or_the_server_says_otherwise():
+    assert read().clean_up == "small"
+    assert read(clean_up="Largest").clean_up == "largest"
+    assert InferOptions.from_params({"prompt": "liver"}, {"clean_up": ["off", "small", "largest"]}, 16, []).clean_up == "off"
+    assert ServerOptions.from_conf({"clean_up": "off"}, "studies").clean_up == "off"
+    with pytest.raises(RequestError, match="--conf clean_up"):
+        ServerOptions.from_conf({"clean_up": "huge"}, "studies")
+
+
 def test_several_prompts_are_one_that_names_them_all():
     assert read(prompt=["liver", "left kidney"]).prompt == "liver; left kidney"
 
@@ -93,7 +102,14 @@ def test_what_the_server_decides_cannot_be_set_by_a_request(name: str):
 
 @pytest.mark.parametrize(
     "name,value",
-    [("modality", "PET"), ("adapter", "mine@9"), ("result_extension", ".png"), ("allow_free_text", "perhaps"), ("guidance_scale", "a lot")],
+    [
+        ("modality", "PET"),
+        ("adapter", "mine@9"),
+        ("result_extension", ".png"),
+        ("allow_free_text", "perhaps"),
+        ("clean_up", "medium"),
+        ("guidance_scale", "a lot"),
+    ],
 )
 def test_other_malformed_options_are_refused_by_name(name: str, value: object):
     with pytest.raises(RequestError, match=f"Option {name} is"):

@@ -48,14 +48,18 @@ def test_an_unknown_key_is_absent(store):
 def test_everything_that_a_result_depends_on_is_in_its_key():
     base = {
         "image_id": "image", "image_digest": "00", "queries": parse_prompt("liver"), "num_proposals": 4, "num_inference_steps": 4, "seed": 0,
-        "guidance_scale": 1.0, "model_version": "toy@1", "adapter": "",
+        "guidance_scale": 1.0, "model_version": "toy@1", "adapter": "", "clean_up": "off",
     }  # fmt: skip
     changes = {
         "image_id": "other", "image_digest": "01", "queries": parse_prompt("spleen"), "num_proposals": 5, "num_inference_steps": 2, "seed": 1,
-        "guidance_scale": 2.0, "model_version": "toy@2", "adapter": "mr@1",
+        "guidance_scale": 2.0, "model_version": "toy@2", "adapter": "mr@1", "clean_up": "small",
     }  # fmt: skip
     keys = {ProposalStore.key(**base)} | {ProposalStore.key(**{**base, name: value}) for name, value in changes.items()}
     assert len(keys) == len(changes) + 1
+
+
+def test_results_kept_before_there_was_a_clean_up_are_still_found_without_one():
+    assert make_key() == "fc7a882fd6a44e72bb2586768bc09e9f7c50fa85ea8c08f2452eadd141dcb316"  # as the version before made it
 
 
 def test_the_order_of_structures_is_in_the_key():

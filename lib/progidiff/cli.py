@@ -26,6 +26,7 @@ from typer.core import TyperCommand, TyperGroup
 import progidiff
 from progidiff import cli_audit, cli_loop, cli_textdiff, cli_training, cli_users
 from progidiff.errors import ProGiDiffError, RequestError
+from progidiff.options import DEFAULT_CLEAN_UP
 from progidiff.prompts import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
 
 if TYPE_CHECKING:
@@ -104,6 +105,14 @@ AdapterOption = Annotated[
 ]
 ModalityOption = Annotated[
     str | None, typer.Option(help="CT or MR. Default: from DICOM or a sidecar <name>.json, else guessed from the intensities.", show_default=False)
+]
+
+
+CleanUpOption = Annotated[
+    str,
+    typer.Option(
+        help="Islands to drop from every proposal: off, small (parts under a tenth of the largest, over 10 mm away) or largest (all but that)."
+    ),
 ]
 
 
@@ -218,6 +227,7 @@ def predict(
     allow_free_text: Annotated[
         bool, typer.Option("--allow-free-text", help="Send a prompt that names nothing known through the text encoder.")
     ] = False,
+    clean_up: CleanUpOption = DEFAULT_CLEAN_UP,
     model: ModelOption = None,
     backbone: BackboneOption = None,
     device: DeviceOption = None,
@@ -252,6 +262,7 @@ def predict(
             guidance_scale=guidance_scale,
             adapter=chosen.full_name if chosen else "none",
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            clean_up=clean_up,
         )
     ids = compute_label_ids(queries)
     out.mkdir(parents=True, exist_ok=True)
@@ -309,6 +320,7 @@ def evaluate(
     hd95: Annotated[
         bool, typer.Option("--hd95/--no-hd95", help="Compute the 95th percentile Hausdorff distance in mm; slow on large volumes.")
     ] = True,
+    clean_up: CleanUpOption = DEFAULT_CLEAN_UP,
     largest_component: Annotated[
         bool, typer.Option("--largest-component", help="Keep only the largest connected part of every mask before scoring; the report says so.")
     ] = False,
@@ -348,6 +360,7 @@ def evaluate(
             adapter=adapter,
             modality=modality,
             hd95=hd95,
+            clean_up=clean_up,
             largest_component=largest_component,
             progress=report,
         )

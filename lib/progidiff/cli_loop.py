@@ -10,7 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from progidiff.clean_up import check_clean_up
 from progidiff.errors import RequestError
+from progidiff.options import DEFAULT_CLEAN_UP
 
 StudiesOption = Annotated[Path, typer.Option(help="Folder of images, as `progidiff serve` serves it.", show_default=False)]
 ModelFolderOption = Annotated[
@@ -39,6 +41,7 @@ def prelabel(
         str | None, typer.Option(help="Name of an adapter, name@version, or none. Default: by the image's modality.", show_default=False)
     ] = None,
     modality: Annotated[str | None, typer.Option(help="CT or MR for all images. Default: found out for each.", show_default=False)] = None,
+    clean_up: Annotated[str, typer.Option(help="Islands to drop from every proposal: off, small or largest.")] = DEFAULT_CLEAN_UP,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace labels of this tag that this command did not make.")] = False,
     report_file: Annotated[
         Path | None,
@@ -65,7 +68,7 @@ def prelabel(
     from progidiff.engine import Engine
     from progidiff.options import default_store
 
-    settings = work.PrelabelSettings(prompt, out_tag, num_proposals, steps, seed, adapter, modality, overwrite)
+    settings = work.PrelabelSettings(prompt, out_tag, num_proposals, steps, seed, adapter, modality, overwrite, check_clean_up(clean_up))
     settings.check()
     images = work.list_images(studies)
     folder = model or Path(__file__).resolve().parents[2] / "apps" / "progidiff" / "model"

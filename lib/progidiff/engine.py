@@ -20,6 +20,7 @@ import torch
 
 from progidiff.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.backbone import Backbone, pick_device
+from progidiff.clean_up import OFF, check_clean_up, drop_islands
 from progidiff.conditioning import SliceFeatures
 from progidiff.errors import CancelledError, ImageError, MemoryFullError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.grid import plan_working_grid
@@ -198,6 +199,7 @@ class Engine:
         on_slices: Callable[[VolumeProposals, Sequence[int]], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
         remember: bool = True,
+        clean_up: str = OFF,
     ) -> VolumeProposals:
         """K proposals for every query on every slice of a volume.
 
@@ -217,6 +219,8 @@ class Engine:
                 `probabilities` are filled further by later batches; everything derived belongs to this moment.
             is_cancelled: Asked between batches.
             remember: Keep the features of the slices in memory for the next prompt; work that nobody watches leaves that to others.
+            clean_up: How to drop islands from every proposal (`progidiff.clean_up`), once all slices are there: what `on_slices` gets is
+                not cleaned yet, and some `slices` alone never are, since what they hold may hang together on the others.
 
         Raises:
             RequestError: if an option is out of range.
@@ -237,6 +241,7 @@ class Engine:
             "on_slices": on_slices,
             "is_cancelled": is_cancelled,
             "remember": remember,
+            "clean_up": clean_up,
         }
         try:
             return self._propose(volume, queries, **asked)
@@ -274,10 +279,12 @@ class Engine:
         on_slices: Callable[[VolumeProposals, Sequence[int]], None] | None,
         is_cancelled: Callable[[], bool] | None,
         remember: bool,
+        clean_up: str,
     ) -> VolumeProposals:
         """`propose` on this device, in smaller and smaller batches; raises what torch raises if the smallest do not fit."""
         started = time.monotonic()
         check_options(num_proposals, num_inference_steps, seed, guidance_scale, len(queries))
+        check_clean_up(clean_up)
         chosen = self.pick_adapter(adapter, volume.modality)
         pipeline = self.load() if chosen is None else self._load_adapted(chosen)
         adapter_name = "" if chosen is None else chosen.full_name
@@ -299,6 +306,7 @@ class Engine:
         remembered = self._recall(volume, wanted, adapter_name)
         fresh: dict[int, SliceFeatures] | None = {} if remember else None
         done = 0
+        cleaned = OFF
 
         def collect() -> VolumeProposals:
             return VolumeProposals(
@@ -313,6 +321,7 @@ class Engine:
                 modality=volume.modality,
                 modality_source=volume.modality_source,
                 seconds=time.monotonic() - started,
+                clean_up=cleaned,
             )
 
         def check_cancelled() -> None:
@@ -382,6 +391,9 @@ class Engine:
                 on_slices(collect(), batch.tolist())
         if remembered is None and fresh is not None:
             self._remember(volume, wanted, adapter_name, [fresh[number] for number in range(len(batches))])
+        if len(wanted) == len(stack):
+            drop_islands(result, clean_up, (grid.stack_spacing[0], grid.spacing, grid.spacing), grid.covered)
+            cleaned = clean_up
         return collect()
 
     def _free_memory(self) -> None:

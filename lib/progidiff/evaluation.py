@@ -38,6 +38,7 @@ import numpy as np
 
 import progidiff
 from progidiff.errors import ImageError, PromptError, RequestError, StoreError
+from progidiff.options import DEFAULT_CLEAN_UP
 from progidiff.prompts import Query, parse_prompt
 from progidiff.results import VolumeProposals
 from progidiff.volume import MASK_SUFFIXES, Volume, load_label, load_volume, strip_suffix
@@ -363,6 +364,7 @@ def evaluate(
     adapter: str | None = None,
     modality: str | None = None,
     hd95: bool = True,
+    clean_up: str = DEFAULT_CLEAN_UP,
     largest_component: bool = False,
     progress: Progress | None = None,
     command: str | None = None,
@@ -383,7 +385,8 @@ def evaluate(
         adapter: Name of an adapter.
         modality: "CT" or "MR" for all cases; None to find out.
         hd95: Compute HD95.
-        largest_component: Keep the largest connected part of every mask.
+        clean_up: How islands are dropped from every proposal, as the server does it; see `progidiff.clean_up`.
+        largest_component: Beyond that keep the largest connected part of every mask, the consensus too, before it is scored.
         progress: Called after every batch of slices.
         command: What to record as the command; by default that of this process.
 
@@ -420,6 +423,7 @@ def evaluate(
                 guidance_scale=guidance_scale,
                 adapter=adapter,
                 progress=report_slices,
+                clean_up=clean_up,
             )
         except ImageError as err:
             results.append({"case": case.name, "error": str(err), "structures": {}})
@@ -463,7 +467,7 @@ def evaluate(
     return _without_nan(report)
 
 
-_SETTINGS = ("num_proposals", "seed", "num_inference_steps", "guidance_scale", "model_version", "adapter")
+_SETTINGS = ("num_proposals", "seed", "num_inference_steps", "guidance_scale", "model_version", "adapter", "clean_up")
 
 
 def save_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:

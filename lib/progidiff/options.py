@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from progidiff.clean_up import CLEAN_UPS, SMALL
 from progidiff.errors import RequestError
 from progidiff.prompts import STRUCTURES
 from progidiff.users import Role
@@ -22,6 +23,9 @@ from progidiff.users import Role
 CONSENSUS = "consensus"
 BEST = "best"
 DISAGREEMENT = "disagreement"
+
+DEFAULT_CLEAN_UP = SMALL
+"""What the command line and the server drop from proposals unless told otherwise; benchmarks/notes.md says why."""
 
 AUTO = "auto"
 NONE = "none"
@@ -66,6 +70,7 @@ OPTION_NAMES = (
     "adapter",
     "modality",
     "allow_free_text",
+    "clean_up",
     "save_original",
     "save_proposals",
     "first_slice",
@@ -180,6 +185,7 @@ class ServerOptions:
         retrain_after: Newly annotated slices after which a training starts by itself; 0 for never.
         retrain_task: The trainer that starts then.
         retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_options.TrainingOptions`.
+        clean_up: How islands are dropped from proposals where a request does not say, see `progidiff.clean_up`.
     """
 
     store: Path
@@ -207,6 +213,7 @@ class ServerOptions:
     retrain_after: int = 0
     retrain_task: str = "progidiff_adapt"
     retrain_params: str = ""
+    clean_up: str = DEFAULT_CLEAN_UP
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
@@ -249,6 +256,7 @@ class ServerOptions:
             retrain_after=read_int(given.get("retrain_after", cls.retrain_after), "--conf retrain_after", 0, 1_000_000),
             retrain_task=given.get("retrain_task", cls.retrain_task),
             retrain_params=given.get("retrain_params", cls.retrain_params),
+            clean_up=read_choice(given.get("clean_up", cls.clean_up), "--conf clean_up", CLEAN_UPS),
         )
 
 
@@ -296,6 +304,8 @@ class InferOptions:
         adapter: A name, ``name@version`` or "none"; None to have it chosen by the image's modality.
         modality: "CT", "MR", or None to find out.
         allow_free_text: Send an unknown prompt through the text encoder instead of refusing it.
+        clean_up: How islands are dropped from every proposal once all slices are there: "off", "small" or "largest", see
+            `progidiff.clean_up`.
         save_original: Also save the consensus as the image's label of tag `original`.
         save_proposals: The same, and every proposal as tag `proposal_1` .. `proposal_K`.
         first_slice: The axial index that somebody looks at, to be computed first; None for any order.
@@ -313,6 +323,7 @@ class InferOptions:
     adapter: str | None
     modality: str | None
     allow_free_text: bool
+    clean_up: str
     save_original: bool
     save_proposals: bool
     first_slice: int | None
@@ -360,6 +371,7 @@ class InferOptions:
             adapter=adapter,
             modality=None if modality == "auto" else modality,
             allow_free_text=read_bool(values.get("allow_free_text", False), "allow_free_text"),
+            clean_up=read_choice(values.get("clean_up", DEFAULT_CLEAN_UP), "clean_up", CLEAN_UPS),
             save_original=read_bool(values.get("save_original", False), "save_original"),
             save_proposals=read_bool(values.get("save_proposals", False), "save_proposals"),
             first_slice=None if first_slice is None else read_int(first_slice, "first_slice", 0, MAX_SLICE),

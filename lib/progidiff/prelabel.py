@@ -23,7 +23,7 @@ from progidiff.engine import Engine
 from progidiff.errors import ModelError, ProGiDiffError, RequestError, StoreError
 from progidiff.evaluation import save_report
 from progidiff.files import flush
-from progidiff.options import NONE, default_store
+from progidiff.options import DEFAULT_CLEAN_UP, NONE, default_store
 from progidiff.prompts import Query, compute_label_ids, parse_prompt
 from progidiff.store import ProposalStore
 from progidiff.volume import MASK_SUFFIXES, load_volume, save_mask, strip_suffix
@@ -48,6 +48,7 @@ class PrelabelSettings:
         adapter: A name, ``name@version``, "none"; None to have it chosen by the image's modality.
         modality: "CT", "MR"; None to find out.
         overwrite: Replace labels of this tag that somebody else made.
+        clean_up: How islands are dropped from every proposal, see `progidiff.clean_up`.
     """
 
     prompt: str = "all"
@@ -58,6 +59,7 @@ class PrelabelSettings:
     adapter: str | None = None
     modality: str | None = None
     overwrite: bool = False
+    clean_up: str = DEFAULT_CLEAN_UP
 
     def check(self) -> None:
         """Refuse a tag that cannot be used.
@@ -183,6 +185,7 @@ class Prelabeller:
                 seed=self._settings.seed,
                 adapter=adapter or NONE,
                 remember=False,
+                clean_up=self._settings.clean_up,
             )
             self._proposals.save(key, result, image)
         labels = result.label_map(volume, "consensus", compute_label_ids(self._queries))
@@ -219,6 +222,7 @@ class Prelabeller:
             guidance_scale=engine.card.guidance_scale,
             model_version=engine.model_version,
             adapter=name,
+            clean_up=settings.clean_up,
         )
         return name, key
 

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from progidiff.clean_up import OFF
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.grid import WorkingGrid
 from progidiff.options import MAX_PROPOSALS
@@ -55,6 +56,7 @@ class VolumeProposals:
         modality: "CT" or "MR".
         modality_source: Where the modality came from, see `Volume`.
         seconds: Wall time of the computation.
+        clean_up: How islands were dropped from the proposals, see `progidiff.clean_up`.
     """
 
     structures: tuple[str, ...]
@@ -68,6 +70,7 @@ class VolumeProposals:
     modality: str
     modality_source: str
     seconds: float
+    clean_up: str = OFF
 
     def __post_init__(self) -> None:
         expected = (len(self.structures), self.grid.shape[0], self.grid.height, self.grid.width)
@@ -303,6 +306,7 @@ class VolumeProposals:
             "adapter": self.adapter,
             "modality": self.modality,
             "modality_source": self.modality_source,
+            "clean_up": self.clean_up,
             "seconds": round(self.seconds, 3),
         }
 
@@ -369,6 +373,7 @@ class VolumeProposals:
                 modality=str(card["modality"]),
                 modality_source=str(card["modality_source"]),
                 seconds=float(card["seconds"]),
+                clean_up=str(card.get("clean_up", OFF)),  # proposals kept by earlier versions were not cleaned
             )
         except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, zipfile.BadZipFile) as err:
             raise ImageError(f"The proposals in '{folder}' cannot be read ({err}); compute them again.") from err

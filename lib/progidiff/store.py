@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from progidiff.clean_up import OFF
 from progidiff.errors import ImageError, StoreError
 from progidiff.files import flush
 from progidiff.prompts import Query
@@ -96,6 +97,7 @@ class ProposalStore:
         guidance_scale: float,
         model_version: str,
         adapter: str = "",
+        clean_up: str = OFF,
     ) -> str:
         """SHA-256 (hexadecimal) of everything that a result depends on.
 
@@ -109,7 +111,10 @@ class ProposalStore:
         """
         asked = [[query.name, query.text, query.known] for query in queries]
         parts: list[Any] = [FORMAT, image_id, image_digest, asked, int(num_proposals), int(num_inference_steps), int(seed), float(guidance_scale)]
-        return hashlib.sha256(json.dumps([*parts, model_version, adapter or ""]).encode()).hexdigest()
+        parts += [model_version, adapter or ""]
+        if clean_up != OFF:  # Results kept before there was a choice were not cleaned; their keys still find them.
+            parts.append(clean_up)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def save(self, key: str, proposals: VolumeProposals, image_id: str) -> StoredResult:
         """Keep a result, in place of an older one with the same key.

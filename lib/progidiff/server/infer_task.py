@@ -19,6 +19,7 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
+from progidiff.clean_up import CLEAN_UPS
 from progidiff.engine import Engine
 from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
 from progidiff.jobs import DeviceQueue, Job
@@ -93,6 +94,7 @@ class ProposalInferTask(InferTask):
             "adapter": self._adapters(),
             "modality": ["auto", "CT", "MR"],
             "allow_free_text": False,
+            "clean_up": [self.options.clean_up, *(choice for choice in CLEAN_UPS if choice != self.options.clean_up)],
             "save_original": False,
             "save_proposals": False,
         }
@@ -217,6 +219,7 @@ class ProposalInferTask(InferTask):
             guidance_scale=guidance_scale,
             model_version=str(info.get("model_version", "")),
             adapter=adapter,
+            clean_up=options.clean_up,
         )
         result = self.store.load(key)
         if result is not None:
@@ -256,6 +259,7 @@ class ProposalInferTask(InferTask):
                 progress=job.progress,
                 on_slices=keep,
                 is_cancelled=job.cancelled,
+                clean_up=options.clean_up,
             )
         finally:
             self._unfinished.pop(job.id, None)

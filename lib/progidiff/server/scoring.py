@@ -26,6 +26,7 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.acquisition import compute_scores
+from progidiff.clean_up import drop_islands
 from progidiff.errors import BusyError, CancelledError, MemoryFullError, ModelError, NotFoundError, ProGiDiffError, StoreError
 from progidiff.options import NONE
 from progidiff.prompts import Query, parse_prompt
@@ -229,7 +230,11 @@ class PoolScorer:
             finally:
                 self._current = None
         assert self._unfinished is not None
-        result = self._unfinished.proposals
+        # All slices are there only now, of one try or of several.
+        clean_up = task.options.clean_up
+        result = replace(self._unfinished.proposals, clean_up=clean_up)
+        grid = result.grid
+        drop_islands(result.probabilities, clean_up, (grid.stack_spacing[0], grid.spacing, grid.spacing), grid.covered)
         try:
             task.store.save(key, result, image)
         except StoreError as err:
@@ -273,6 +278,7 @@ class PoolScorer:
             guidance_scale=card.guidance_scale,
             model_version=card.full_name,
             adapter=adapter,
+            clean_up=self.infer.options.clean_up,
         )
 
     def _parse_prompt(self) -> tuple[Query, ...]:

@@ -121,7 +121,7 @@ def test_slicer_offers_the_task_under_smartedit(server: Server):
     task = server.get("/info/").json()["models"]["progidiff_slice"]
     assert (task["type"], task["dimension"], task["labels"]) == ("deepgrow", 2, [])  # With labels, Slicer could run it by itself on a new sample.
     assert task["config"]["prompt"] == ""  # So that the segment's name counts.
-    assert list(server.get("/info/").json()["models"]) == ["progidiff", "progidiff_slice"]
+    assert list(server.get("/info/").json()["models"]) == ["progidiff", "progidiff_slice", "textdiff"]
 
 
 @pytest.mark.parametrize("image, shape", [("plain", (64, 48, 8)), ("oblique", (40, 44, 6))])

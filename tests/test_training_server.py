@@ -130,7 +130,7 @@ def test_without_accepted_labels_training_is_refused_with_what_to_do(world: Worl
     assert "Status: 422" in refusal.value.msg
     assert "No image has an accepted label yet. Save a label with tag final" in refusal.value.msg
     assert world.get("/progidiff/training")["state"] == "idle"
-    assert list(world.client.info()["trainers"]) == ["progidiff", "progidiff_adapt"]
+    assert list(world.client.info()["trainers"]) == ["progidiff", "progidiff_adapt", "textdiff"]
 
 
 def test_saved_labels_become_a_version_that_is_served(world: World):

@@ -22,6 +22,7 @@ from progidiff.server.infer_task import build_task
 from progidiff.server.served_images import ServedImages
 from progidiff.server.slice_task import SliceInferTask
 from progidiff.server.strategies import build_strategies
+from progidiff.server.textdiff_task import build_textdiff
 from progidiff.server.train_task import build_trainers
 from progidiff.server.training import build_runner
 
@@ -34,11 +35,13 @@ class ProGiDiffApp(MONAILabelApp):
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.options = ServerOptions.from_conf(conf or {}, studies)
         model_dir = self.options.model_dir or Path(app_dir) / "model"
+        infer = build_task(self.options, model_dir, self.datastore)
         self.context = Context(
             self,
             self.options,
             model_dir,
-            build_task(self.options, model_dir, self.datastore),
+            infer,
+            build_textdiff(self.options, model_dir, infer, studies, self.datastore),
             served=ServedImages(self.options.store / "dicom", self.datastore),
             annotations=open_annotations(self.options.store, studies),
             auth=Authenticator.from_options(self.options),
@@ -63,12 +66,14 @@ class ProGiDiffApp(MONAILabelApp):
         if not is_folder(self.studies):
             self.context.labels = remote_labels.build(self.context)
             return pacs_datastore.open_remote(self)
-        self.context.labels = open_local(self.studies, self.context.annotations, self.context.infer.store, self.options.store)
+        context, options = self.context, self.options
+        context.labels = open_local(self.studies, context.annotations, context.infer.store, options.store, context.textdiff.engine.label_ids)
         return self.context.labels
 
     def init_infers(self) -> dict[str, InferTask]:
-        """Whole volumes, and single slices steered by clicks; the models load at the first request."""
-        return {"progidiff": self.context.infer, "progidiff_slice": SliceInferTask(self.context.infer)}
+        """Whole volumes, single slices steered by clicks, pictures with a sentence; the models load at the first request."""
+        infer = self.context.infer
+        return {"progidiff": infer, "progidiff_slice": SliceInferTask(infer), "textdiff": self.context.textdiff}
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """All accepted labels, or a low-rank adapter; both run in a process of their own."""

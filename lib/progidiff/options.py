@@ -167,6 +167,7 @@ class ServerOptions:
         max_proposals: Largest K of a request, 1..64.
         max_waiting: Requests that may wait for the device, 0..30.
         adapters: Folder of adapters; None for `adapters` in the model folder.
+        textdiff: Folder of textdiff models; None for `textdiff` in the model folder.
         store_gb: Size that the store may grow to before the oldest proposals go, in GB.
         token_file: Tokens that open the server to other hosts, see `progidiff.users.read_tokens`.
         users_file: Users with hashed passwords, see `progidiff.users.UsersFile`.
@@ -184,8 +185,8 @@ class ServerOptions:
         acquisition: Settings of the choice of slices, "name=value,name=value", see `progidiff.acquisition.AcquisitionConfig`.
         retrain_after: Newly annotated slices after which a training starts by itself; 0 for never.
         retrain_task: The trainer that starts then.
-        retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_options.TrainingOptions`.
         clean_up: How islands are dropped from proposals where a request does not say, see `progidiff.clean_up`.
+        retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_options.TrainingOptions`.
     """
 
     store: Path
@@ -197,6 +198,7 @@ class ServerOptions:
     max_waiting: int = 8
     store_gb: float = 10.0
     adapters: Path | None = None
+    textdiff: Path | None = None
     token_file: Path | None = None
     users_file: Path | None = None
     allow_anonymous: Role | None = None
@@ -239,6 +241,7 @@ class ServerOptions:
             max_proposals=read_int(given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, MAX_PROPOSALS),
             max_waiting=read_int(given.get("max_waiting", cls.max_waiting), "--conf max_waiting", 0, 30),
             adapters=Path(given["adapters"]).expanduser() if "adapters" in given else None,
+            textdiff=Path(given["textdiff"]).expanduser() if "textdiff" in given else None,
             store_gb=read_float(given.get("store_gb", cls.store_gb), "--conf store_gb", 0.01, 1e6),
             token_file=Path(given["token_file"]).expanduser() if "token_file" in given else None,
             users_file=Path(given["users_file"]).expanduser() if "users_file" in given else None,

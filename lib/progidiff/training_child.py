@@ -22,7 +22,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,7 @@ class Progress:
             self._values["best_metric"] = max(self._values["best_metric"], round(float(entry["evidence"]), 4))
         if "adapted" in entry:
             self._values["best_metric"] = round(float(entry["adapted"]), 4)
-        self._values["eta_seconds"] = self._estimate(stage) if stage in ("evidence", "proposals") else None
+        self._values["eta_seconds"] = self._estimate(stage) if stage in ("evidence", "proposals", "features", "head") else None
         self._values["message"] = self._describe(stage)
         if new_stage or time.monotonic() - self._written > _WRITE_EVERY_SECONDS:
             self.write()
@@ -144,6 +144,8 @@ class Progress:
             "evidence": f"Image encoder and query head, {step}{best}.",
             "validation": f"Validated at {step}{best}.",
             "proposals": f"Proposals, {step}.",
+            "features": f"Features of the labelled images, {step}.",
+            "head": f"Head, {step}.",
             "gate": "Comparing the new version with the served one on the held-back slices.",
             "version": "Writing the new version.",
         }.get(stage, "")
@@ -194,6 +196,9 @@ def _train(folder: Path, request: Mapping[str, Any], control: Control, progress:
         lock.acquire(timeout=5)
     except Timeout as err:
         raise BusyError("Another process trains on this store. Start again when it is done.", retry_after=60) from err
+    if TRAINERS[request["options"]["trainer"]] == "head":
+        with lock:
+            return _train_head(folder, request, control, progress)
     with lock:
         from progidiff.lora import LoraSettings
         from progidiff.training.adapt import CACHE, AdaptConfig, run_adapt
@@ -244,6 +249,49 @@ def _train(folder: Path, request: Mapping[str, Any], control: Control, progress:
         best_metric=round(result.figures["adapted"]["consensus"], 4),
         figures={kind: {k: round(v, 4) for k, v in values.items() if k in ("evidence", "consensus")} for kind, values in result.figures.items()},
     )
+
+
+def _train_head(folder: Path, request: Mapping[str, Any], control: Control, progress: Progress) -> Outcome:
+    """The trainer `textdiff`."""
+    from progidiff.textdiff.accepted import FEATURES, AcceptedConfig, run_accepted
+    from progidiff.training.adapt import CACHE
+    from progidiff.training.labels import from_json
+
+    options = TrainingOptions.from_dict(request["options"])
+    work = folder.parents[1] / WORK
+    result = run_accepted(
+        from_json(request["cases"]),
+        request["sentences"],
+        Path(request["textdiff"]),
+        work,
+        AcceptedConfig(options.steps, options.learning_rate, options.batch_size, options.crop, options.views, options.seed),
+        name=options.name,
+        structures=options.structures,
+        wanted=options.cases,
+        held_out=options.held_out,
+        shots=options.shots,
+        publish=options.publish,
+        device=request["device"],
+        command=f"{options.trainer} {json.dumps(request['params'])}",
+        is_cancelled=control.breathe,
+        report=progress.note,
+    )
+    forget_old_runs(work, result.folder, keep=(FEATURES, CACHE))
+    return Outcome(
+        "done",
+        result.message,
+        published=result.published,
+        version=result.card.full_name,
+        best_metric=round(result.figures["adapted"]["dice"], 4),
+        figures={kind: {k: round(v, 4) for k, v in values.items()} for kind, values in result.figures.items()},
+    )
+
+
+def forget_old_runs(work: Path, done: Path, keep: Sequence[str]) -> None:
+    """Remove the checkpoints of a version that is written, and runs that nobody continued for weeks."""
+    old = [path for path in work.iterdir() if path.name not in keep and time.time() - path.stat().st_mtime > _FORGET_SECONDS]
+    for entry in (done, *old):
+        shutil.rmtree(entry, ignore_errors=True)
 
 
 def tidy_up(work: Path, cache: Path, done: Path, since: float) -> None:

@@ -9,15 +9,19 @@ from typing import Any
 from progidiff.errors import RequestError
 from progidiff.options import AUTO, read_bool, read_choice, read_float, read_int
 
-TRAINERS = {"progidiff": "full", "progidiff_adapt": "lora"}
+TRAINERS = {"progidiff": "full", "progidiff_adapt": "lora", "textdiff": "head"}
 """The server's trainers, and the kind of version that each one makes."""
 
 DESCRIPTIONS = {
     "progidiff": "Continue the training of image encoder and query head on all accepted labels; the better version is served",
     "progidiff_adapt": "Low-rank adapter (LoRA) for another modality or site from a few accepted labels; the better version is served",
+    "textdiff": "Head on frozen diffusion features for pictures with a sentence, from a few accepted labels; the better version is served",
 }
 
-_LEARNING_RATES = {"progidiff": 3e-4, "progidiff_adapt": 2e-3}
+_LEARNING_RATES = {"progidiff": 3e-4, "progidiff_adapt": 2e-3, "textdiff": 2e-3}
+_HEAD_DEFAULTS = {"steps": 300, "batch_size": 8}
+"""Where `textdiff` differs."""
+
 _HOST_NAMES = ("model", "client_id", "device", "pretrained", "multi_gpu", "gpus", "bundle_path")
 """What viewers and the host send along; it means nothing here."""
 
@@ -33,6 +37,7 @@ class TrainingOptions:
         steps, learning_rate, batch_size, validate_every, patience, augmentation, proposal_steps, seed: See
             `progidiff.training.adapt.AdaptConfig`.
         rank: Of the low-rank updates; alpha is twice the rank.
+        crop, views: See `progidiff.textdiff.accepted.AcceptedConfig`.
         shots, slices: Train on so many volumes or labelled slices; None for all.
         structures, cases, held_out: Names; empty for all or for having them picked.
         publish: Serve the new version if it is better.
@@ -50,6 +55,8 @@ class TrainingOptions:
     proposal_steps: int = 0
     seed: int = 0
     rank: int = 8
+    crop: int = 128
+    views: int = 2
     shots: int | None = None
     slices: int | None = None
     structures: tuple[str, ...] = ()
@@ -74,7 +81,8 @@ class TrainingOptions:
         """
         if trainer not in TRAINERS:
             raise RequestError(f"There is no trainer '{trainer[:64]}'; this server has {', '.join(TRAINERS)}.")
-        values = {**get_defaults(trainer), **{k: v for k, v in params.items() if v is not None}}
+        defaults = {**get_defaults(next(iter(TRAINERS))), **get_defaults(trainer)}  # What a trainer does not offer has a value all the same.
+        values = {**defaults, **{k: v for k, v in params.items() if v is not None}}
         name = str(values["name"]).strip()
         modality = read_choice(values["modality"], "modality", (AUTO, "CT", "MR"))
         options = cls(
@@ -90,6 +98,8 @@ class TrainingOptions:
             proposal_steps=read_int(values["proposal_steps"], "proposal_steps", 0, 100_000),
             seed=read_int(values["seed"], "seed", 0, 2**62),
             rank=read_int(values.get("rank", cls.rank), "rank", 1, 128),
+            crop=read_int(values.get("crop", cls.crop), "crop", 8, 4096),
+            views=read_int(values.get("views", cls.views), "views", 1, 64),
             shots=read_int(values["shots"], "shots", 0, 100_000) or None,
             slices=read_int(values["slices"], "slices", 0, 10_000_000) or None,
             structures=_read_names(values["structures"], "structures"),
@@ -113,6 +123,20 @@ class TrainingOptions:
 
 def get_defaults(trainer: str) -> dict[str, Any]:
     """The options as viewers draw them: text and numbers as cells, booleans as boxes, lists as menus; 0 and "" stand for "all"."""
+    if TRAINERS[trainer] == "head":
+        return {
+            "name": AUTO,
+            **_HEAD_DEFAULTS,
+            "learning_rate": _LEARNING_RATES[trainer],
+            "crop": TrainingOptions.crop,
+            "views": TrainingOptions.views,
+            "shots": 0,
+            "structures": "",
+            "cases": "",
+            "held_out": "",
+            "seed": TrainingOptions.seed,
+            "publish": True,
+        }
     return {
         "name": AUTO,
         "modality": [AUTO, "CT", "MR"],

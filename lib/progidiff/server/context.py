@@ -17,6 +17,7 @@ from progidiff.server.datastore import SafeLocalDatastore
 from progidiff.server.infer_task import ProposalInferTask
 from progidiff.server.remote_labels import RemoteLabels
 from progidiff.server.served_images import ServedImages
+from progidiff.server.textdiff_task import TextDiffInferTask
 
 if TYPE_CHECKING:  # they ask the context themselves
     from progidiff.server.retraining import Retraining
@@ -34,6 +35,7 @@ class Context:
         options: From `--conf`.
         model_dir: The base model's folder.
         infer: The task with engine, proposal store and device queue.
+        textdiff: The task for pictures and sentences, on the same queue and store.
         served: The images of a local folder as DICOM series.
         annotations: The history of labels.
         labels: Saves, deletes and undoes labels; set when the datastore is opened.
@@ -50,6 +52,7 @@ class Context:
     options: ServerOptions
     model_dir: Path
     infer: ProposalInferTask
+    textdiff: TextDiffInferTask
     served: ServedImages
     auth: Authenticator
     annotations: AnnotationStore

@@ -13,6 +13,7 @@ from progidiff.server.datastore import is_folder
 from progidiff.server.retraining import Retraining
 from progidiff.server.scoring import PoolScorer
 from progidiff.server.selection import Selection
+from progidiff.server.textdiff_scoring import PictureScorer
 from progidiff.slice_scores import SliceScoreStore
 
 _running: list[PoolScorer] = []
@@ -33,7 +34,15 @@ def build(context: Context) -> None:
     def find_labelled() -> set[str]:
         return {image for image, slices in context.annotations.annotated_images().items() if slices is None}
 
-    context.scorer = PoolScorer(context.app, context.infer, scores, options.score_prompt, find_labelled, lambda: context.training.is_running())
+    context.scorer = PoolScorer(
+        context.app,
+        context.infer,
+        scores,
+        options.score_prompt,
+        find_labelled,
+        lambda: context.training.is_running(),
+        PictureScorer(context.textdiff, context.infer.queue, scores),
+    )
     context.selection = Selection(
         context.app,
         context.infer,
@@ -46,6 +55,7 @@ def build(context: Context) -> None:
         config,
         options.next_strategy,
         options.reserve_minutes,
+        context.textdiff.engine.count_trained,
     )
     context.retraining = Retraining(context)
     context.on_saved += [lambda annotation: _release(context, annotation), context.retraining.on_saved]

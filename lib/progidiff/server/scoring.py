@@ -29,10 +29,12 @@ from progidiff.acquisition import compute_scores
 from progidiff.clean_up import drop_islands
 from progidiff.errors import BusyError, CancelledError, MemoryFullError, ModelError, NotFoundError, ProGiDiffError, StoreError
 from progidiff.options import NONE
+from progidiff.picture_grid import PICTURE, is_picture
 from progidiff.prompts import Query, parse_prompt
 from progidiff.results import VolumeProposals
 from progidiff.server.infer_task import ProposalInferTask
 from progidiff.server.service import find_image
+from progidiff.server.textdiff_scoring import PictureScorer
 from progidiff.slice_scores import ScoredImage, SliceScoreStore, name_version
 from progidiff.volume import Volume, load_volume, strip_suffix
 
@@ -70,6 +72,7 @@ class PoolScorer:
         prompt: The structures to score, as a request names them.
         find_labelled: The images that are wholly annotated, and can wait.
         is_training: Whether a training runs: it needs the processor, and its model will ask for new scores anyway.
+        pictures: Scores pictures; None where there are none.
     """
 
     def __init__(
@@ -80,8 +83,10 @@ class PoolScorer:
         prompt: str = "all",
         find_labelled: Callable[[], Collection[str]] = frozenset,
         is_training: Callable[[], bool] = lambda: False,
+        pictures: PictureScorer | None = None,
     ) -> None:
         self.infer = infer
+        self._pictures = pictures
         self.scores = scores
         self._app = app
         self._prompt = prompt
@@ -119,6 +124,8 @@ class PoolScorer:
 
     def wanted_version(self, modality: str) -> str:
         """The version that a request for an image of this modality is answered with."""
+        if modality == PICTURE:
+            return self._pictures.version() if self._pictures is not None else ""
         adapter = self.infer.engine.pick_adapter(None, modality)
         return name_version(self.infer.engine.model_version, adapter.full_name if adapter else "")
 
@@ -155,7 +162,10 @@ class PoolScorer:
         wanted = self._wanted_versions(entries)
         labelled = set(self._find_labelled())
         urgent: list[tuple[bool, bool, str]] = []
+        has_picture_model = bool(self.wanted_version(PICTURE))
         for image in sorted(self._app.datastore().list_images()):
+            if not has_picture_model and self._find_picture(image) is not None:
+                continue
             entry = entries.get(image)
             fingerprint = self.fingerprint(image)
             if image in self._failed and self._failed[image][0] == fingerprint:
@@ -177,6 +187,8 @@ class PoolScorer:
         try:
             path = find_image(self._app, image)
             fingerprint = self.fingerprint(image)
+            if self._pictures is not None and is_picture(path):
+                return self._score_picture(image, Path(path), fingerprint)
             volume = load_volume(path, None, self._app.datastore().get_image_info(image))
             found = self._propose(image, volume)
             if found is None:
@@ -195,6 +207,13 @@ class PoolScorer:
             self._failed.pop(image, None)
         self._unfinished = None
         return True
+
+    def _score_picture(self, image: str, path: Path, fingerprint: str) -> bool:
+        assert self._pictures is not None
+        is_done = self._pictures.score(image, path, fingerprint)
+        if is_done:
+            self._failed.pop(image, None)
+        return is_done
 
     def _propose(self, image: str, volume: Volume) -> VolumeProposals | None:
         """The proposals of all slices, from the store or the engine; None if the device is needed elsewhere."""
@@ -295,7 +314,17 @@ class PoolScorer:
         datastore = self._app.datastore()
         if isinstance(datastore, DICOMWebDatastore):
             return ""  # asking for the file would fetch it, and a series does not change
-        return fingerprint_image(Path(datastore.get_image_uri(image) or "/"))
+        path = Path(datastore.get_image_uri(image) or "/")
+        of_file = fingerprint_image(path)
+        return self._pictures.fingerprint(path, of_file) if of_file and self._pictures is not None and is_picture(path) else of_file
+
+    def _find_picture(self, image: str) -> Path | None:
+        """The file of a picture; None if the image is something else."""
+        datastore = self._app.datastore()
+        if isinstance(datastore, DICOMWebDatastore):
+            return None
+        path = Path(datastore.get_image_uri(image) or "/")
+        return path if is_picture(path) else None
 
     def _note(self, image: str, done: int, total: int) -> None:
         self._current = (image, done, total)

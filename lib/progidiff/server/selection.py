@@ -29,6 +29,7 @@ from progidiff.acquisition import (
 )
 from progidiff.annotations import AnnotationStore
 from progidiff.errors import ImageError, NotFoundError, RequestError
+from progidiff.picture_grid import PICTURE, is_picture, read_picture_grid
 from progidiff.reservations import Reservations
 from progidiff.server.infer_task import ProposalInferTask
 from progidiff.server.service import find_image
@@ -76,6 +77,7 @@ class Selection:
         config: Of the strategies.
         default: The strategy that the host's name `random` stands for.
         reserve_minutes: For the message when all are reserved.
+        count_trained: How often a model for pictures was trained, see `round_index`.
     """
 
     def __init__(
@@ -91,7 +93,9 @@ class Selection:
         config: AcquisitionConfig | None = None,
         default: str = "proposal_disagreement",
         reserve_minutes: float = 30.0,
+        count_trained: Callable[[], int] = lambda: 0,
     ) -> None:
+        self._count_trained = count_trained
         self.reservations = reservations
         self.default = default
         self.config = config or AcquisitionConfig()
@@ -198,8 +202,8 @@ class Selection:
         self.reservations.release(image)
 
     def round_index(self) -> int:
-        """How many versions of adapters were trained: the noise of the choice gets fainter with them."""
-        return sum(len(entry.versions) for entry in self._infer.engine.adapters.entries())
+        """How many versions were trained: the noise of the choice gets fainter with them."""
+        return sum(len(entry.versions) for entry in self._infer.engine.adapters.entries()) + self._count_trained()
 
     def _check_strategy(self, strategy: str) -> str:
         if strategy == "random":
@@ -287,6 +291,10 @@ class Selection:
         if not opened:
             return self._answer(survey, image, [], state, why)
         path = find_image(self._app, image)
+        if is_picture(path):
+            read_picture_grid(path)  # Whether it can be read at all.
+            pick = Pick(image, 0, 0.0, (), "not scored yet")
+            return self._answer(survey, image, [pick], state, "Not scored yet.") | {"modality": PICTURE}
         volume = self._infer.open_volume(path, None, self._app.datastore().get_image_info(image))
         depth = len(volume.to_stack()[0])
         if strategy == "uniform_random":
@@ -300,12 +308,17 @@ class Selection:
 
     def _answer(self, survey: _Survey, image: str, picks: list[Pick], state: str, reason: str) -> dict[str, Any]:
         entry = survey.entries.get(image)
+
+        def tell(text: str) -> str:
+            return text.replace(" on slice 0", "") if entry is not None and entry.modality == PICTURE else text
+
         return {
             "image": image,
             "slices": [
-                {"index": pick.index, "score": round(pick.score, 4), "structures": list(pick.structures), "reason": pick.reason} for pick in picks
+                {"index": pick.index, "score": round(pick.score, 4), "structures": list(pick.structures), "reason": tell(pick.reason)}
+                for pick in picks
             ],
-            "reason": reason,
+            "reason": tell(reason),
             "scores_from": entry.scores.version if entry else "",
             "state": state,
             "modality": entry.modality if entry else "",

@@ -37,11 +37,12 @@ from monailabel.interfaces.utils.app import app_instance
 
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.options import OPTION_NAMES, read_choice, read_int
-from progidiff.server import answers, guard, memory
+from progidiff.server import answers, guard, memory, textdiff_task
 from progidiff.server.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
 from progidiff.server.context import get_context
 from progidiff.server.infer_task import ProposalInferTask
 from progidiff.server.slice_task import SliceInferTask
+from progidiff.server.textdiff_task import TextDiffInferTask
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ _OURS = "is_progidiff"
 _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 _SERIES_UID = re.compile(r"\d+(\.\d+)+")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha)$", re.IGNORECASE)
+_UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha|\.png|\.jpe?g|\.tiff?)$", re.IGNORECASE)
 
 _DOWNLOADS = threading.Lock()
 """The host takes a DICOM folder that another thread is still filling for a whole series."""
@@ -138,7 +139,7 @@ def infer_for_host(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, 
 
 
 def _pick_options(request: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in request.items() if name in OPTION_NAMES}
+    return {name: value for name, value in request.items() if name in OPTION_NAMES or name in textdiff_task.OPTION_NAMES}
 
 
 def batch_infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -297,7 +298,7 @@ def build_router() -> APIRouter:
     ) -> Any:
         task = _find_model(app_instance(), model)
         options = _read_batch(params or {})
-        if isinstance(task, ProposalInferTask):  # A wrong option is told now, not in the log of a process.
+        if isinstance(task, (ProposalInferTask, TextDiffInferTask)):  # A wrong option is told now, not in the log of a process.
             task.read_request(_pick_options(options))
         return start_batch(model, images, options, run_sync)
 
@@ -374,7 +375,9 @@ def _keep_upload(file: UploadFile, uploads: ExitStack) -> str:
     match = _UPLOAD_SUFFIX.search(file.filename or "")
     if match is None:
         name = (file.filename or "")[-40:]
-        raise RequestError(f"An upload named '{name}' is not read. Send .nii.gz, .nii, .nrrd or .mha; a DICOM series goes to PUT /session/.")
+        raise RequestError(
+            f"An upload named '{name}' is not read. Send .nii.gz, .nii, .nrrd or .mha, or a picture; a DICOM series goes to PUT /session/."
+        )
     folder = uploads.enter_context(tempfile.TemporaryDirectory(prefix="progidiff-upload-"))
     path = Path(folder) / f"image{match.group(1).lower()}"
     with path.open("wb") as target:

@@ -10,11 +10,13 @@ from typing import Any
 from progidiff.adapters import AdapterCard, AdapterStore, compute_base_digest
 from progidiff.annotations import FINAL
 from progidiff.errors import ModelError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.picture_grid import is_picture
+from progidiff.server import textdiff_training
 from progidiff.server.context import Context
 from progidiff.server.datastore import is_folder
 from progidiff.server.service import find_image
 from progidiff.training.labels import AcceptedLabel, build_cases, load_folder_names, to_json
-from progidiff.training_options import TrainingOptions
+from progidiff.training_options import TRAINERS, TrainingOptions
 from progidiff.training_runs import ACTIVE, TrainingRunner
 
 logger = logging.getLogger(__name__)
@@ -72,6 +74,11 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
     if not cases:
         raise RequestError("No slice of any image is annotated, or the images are gone. Save a label with tag final, then train.")
     engine = context.infer.engine
+    if TRAINERS[options.trainer] == "head":
+        return textdiff_training.collect(context.textdiff, options, cases, context.options.device)
+    cases = [case for case in cases if not is_picture(case.image)]
+    if not cases:
+        raise RequestError("Only pictures have accepted labels, and this trainer learns from volumes. POST /train/textdiff trains on them.")
     return {
         "cases": to_json(cases),
         "model_dir": str(engine.model_dir),

@@ -13,8 +13,9 @@ from fastapi import APIRouter
 from monailabel.config import settings
 
 from progidiff.errors import NotFoundError, RequestError
+from progidiff.server import textdiff_training
 from progidiff.server.auth import CAN_ADMINISTER, CAN_READ, User
-from progidiff.server.context import get_context
+from progidiff.server.context import Context, get_context
 from progidiff.server.training import describe_for_host, list_versions, use_version
 from progidiff.training_options import TRAINERS
 
@@ -32,10 +33,10 @@ def build_router() -> APIRouter:
     def get_status(all: bool = False, check_if_running: bool = False, user: User = CAN_READ) -> Any:
         runner = get_context().training
         if check_if_running and not runner.is_running():
-            raise NotFoundError("No training is running. POST /train/progidiff or /train/progidiff_adapt starts one.")
+            raise NotFoundError("No training is running. POST /train/progidiff, /train/progidiff_adapt or /train/textdiff starts one.")
         runs = runner.history() if all else [runner.status()]
         if not runs or runs[0]["state"] == "idle":
-            raise NotFoundError("No training was started yet. POST /train/progidiff or /train/progidiff_adapt starts one.")
+            raise NotFoundError("No training was started yet. POST /train/progidiff, /train/progidiff_adapt or /train/textdiff starts one.")
         tasks = [describe_for_host(run) for run in reversed(runs)]
         return tasks if all else tasks[0]
 
@@ -66,31 +67,45 @@ def build_router() -> APIRouter:
         runner = get_context().training
         return {**runner.status(), "running": runner.is_running(), "history": runner.history(limit) if limit else []}
 
-    @router.get("/progidiff/versions", tags=["ProGiDiff"], summary="Adapters, their versions with Dice and verdict, and which are served")
+    @router.get(
+        "/progidiff/versions", tags=["ProGiDiff"], summary="Adapters and textdiff models, their versions with Dice and verdict, and which are served"
+    )
     def get_versions(user: User = CAN_READ) -> list[dict[str, Any]]:
-        engine = get_context().infer.engine
-        return list_versions(engine.adapters, engine.model_dir)
+        context = get_context()
+        engine = context.infer.engine
+        return [*list_versions(engine.adapters, engine.model_dir), *textdiff_training.list_versions(context.textdiff.engine)]
 
     @router.post("/progidiff/versions/{name}/{version}/use", tags=["ProGiDiff"], summary="Serve this version from the next request on")
     def use(name: str, version: int, user: User = CAN_ADMINISTER) -> dict[str, Any]:
         if not 1 <= version < _MAX_VERSION:
             raise RequestError(f"Version {version} cannot be: versions count 1, 2, 3. GET /progidiff/versions lists them.")
         context = get_context()
-        card = use_version(context.infer.engine.adapters, context.infer.engine.model_dir, name, version)
-        logger.info("%s is served, by '%s'", card.full_name, user.name)
-        context.training.announce(card.full_name)
-        return {"name": name, "served": card.full_name}
+        if _is_textdiff(context, name):
+            served = textdiff_training.use_version(context.textdiff.engine, name, version)
+        else:
+            served = use_version(context.infer.engine.adapters, context.infer.engine.model_dir, name, version).full_name
+        logger.info("%s is served, by '%s'", served, user.name)
+        context.training.announce(served)
+        return {"name": name, "served": served}
 
     @router.post("/progidiff/versions/{name}/rollback", tags=["ProGiDiff"], summary="Serve what was served before; in the end the model itself")
     def roll_back(name: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
         context = get_context()
-        version = context.infer.engine.adapters.rollback(name)
-        served = f"{name}@{version}" if version is not None else ""
-        logger.info("Adapter %s is rolled back to '%s', by '%s'", name, served, user.name)
+        if _is_textdiff(context, name):
+            served = textdiff_training.roll_back(context.textdiff.engine, name)
+        else:
+            version = context.infer.engine.adapters.rollback(name)
+            served = f"{name}@{version}" if version is not None else ""
+        logger.info("%s is rolled back to '%s', by '%s'", name, served, user.name)
         context.training.announce(served)
         return {"name": name, "served": served}
 
     return router
+
+
+def _is_textdiff(context: Context, name: str) -> bool:
+    """Whether a name is that of a textdiff model and of no adapter."""
+    return name in context.textdiff.engine.names() and name not in {entry.name for entry in context.infer.engine.adapters.entries()}
 
 
 def _start(trainer: str, params: dict[str, Any] | None, run_sync: bool, user: User) -> dict[str, Any]:

@@ -1,0 +1,439 @@
+"""From the accepted labels of a folder to the next version of a model, as `training.adapt` does it for adapters.
+
+1. choose    the labelled pictures (or annotated slices of volumes) that name a class of the model; some images are held back
+2. write     their masks as class numbers, and slices as pictures, into the run's folder
+3. train     the served version's head further, or a fresh one, on the frozen features of its denoiser
+4. judge     the new and the served version on the held-back images
+5. version   always written; published only if it beats what is served
+
+The threshold of the new version is chosen on the held-back images too, which flatters it by what one number can; the served version
+keeps its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from progidiff.annotations import hash_file
+from progidiff.errors import ImageError, ModelError, NotFoundError, RequestError
+from progidiff.picture_grid import is_picture
+from progidiff.textdiff import data
+from progidiff.textdiff.evaluate import evaluate
+from progidiff.textdiff.features import FeatureOptions
+from progidiff.textdiff.model import TextDiffCard, TextDiffModel
+from progidiff.textdiff.slices import render_slice
+from progidiff.textdiff.train import TextDiffTrainConfig, train_textdiff
+from progidiff.textdiff.versions import TextDiffStore
+from progidiff.training.data import Case
+from progidiff.training.loop import Schedule
+from progidiff.training.recipes import describe_run
+from progidiff.training.selection import pick_named
+from progidiff.volume import load_label, load_volume
+
+logger = logging.getLogger(__name__)
+
+FEATURES = "features"
+"""Cached features in the work folder, shared by all runs."""
+
+DENOISER = "denoiser"
+"""Folder of the store with the denoiser that a first version is trained with."""
+
+MAX_SLICES = 24
+"""Of one volume: neighbouring slices tell the same."""
+
+JITTER = 0.1
+"""Of a first version: draws differ in their timesteps by up to this share, see `FeatureOptions`."""
+
+
+@dataclass(frozen=True)
+class AcceptedConfig:
+    """What may be set.
+
+    Attributes:
+        steps, learning_rate, batch_size, crop, views, seed: See `train.TextDiffTrainConfig`.
+    """
+
+    steps: int = 300
+    learning_rate: float = 2e-3
+    batch_size: int = 8
+    crop: int = 128
+    views: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AcceptedResult:
+    """What came out.
+
+    Attributes:
+        card: The version that was written.
+        published: Whether it is served now.
+        message: The verdict in a sentence.
+        figures: Held-back "dice" and "iou" of "current" (if one was served) and "adapted".
+        folder: What the run left behind, which nothing needs any more.
+    """
+
+    card: TextDiffCard
+    published: bool
+    message: str
+    figures: dict[str, dict[str, float]]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a run learns from.
+
+    Attributes:
+        name: Of the model.
+        served: The version to beat; None if there is none of this name.
+        classes: Foreground classes.
+        training, held_out: Labelled images.
+        unused: Names of labelled images that do not speak about any of the classes, or were not asked for.
+    """
+
+    name: str
+    served: TextDiffCard | None
+    classes: tuple[str, ...]
+    training: list[Case]
+    held_out: list[Case]
+    unused: list[str] = field(default_factory=list)
+
+
+def run_accepted(
+    cases: Sequence[Case],
+    sentences: Mapping[str, str],
+    root: Path,
+    work: Path,
+    config: AcceptedConfig | None = None,
+    *,
+    name: str | None = None,
+    structures: Sequence[str] = (),
+    wanted: Sequence[str] = (),
+    held_out: Sequence[str] = (),
+    shots: int | None = None,
+    publish: bool = True,
+    device: str | None = None,
+    command: str = "",
+    is_cancelled: Callable[[], bool] | None = None,
+    report: Callable[[dict[str, Any]], None] | None = None,
+) -> AcceptedResult:
+    """Train a version and publish it if it is better than what is served.
+
+    The same call continues a run that was stopped or killed: its checkpoints lie in `work` under a name made of everything that the
+    result depends on. A training that is done is not repeated.
+
+    Args:
+        cases: Labelled pictures and volumes, see `training.labels.build_cases`.
+        sentences: Image -> what the report says; images without one are learned from without.
+        root: Folder of the models, see `TextDiffStore`.
+        work: Checkpoints and features.
+        name: Of the model; None for the one that is served.
+        structures: Classes; empty for those of the served version, or all that the labels name.
+        wanted: Train on these images; empty for all that are not held back.
+        held_out: Hold these back; empty to have 1 or 2 picked.
+        shots: Train on so many images.
+        publish: False to keep the version unpublished whatever the gate says.
+        device: "cpu", "cuda"; None to pick.
+        command: How the run was started, for its record.
+        is_cancelled: Asked before every picture and every step.
+        report: Receives log entries with "stage".
+
+    Raises:
+        RequestError, ImageError: if the labels cannot be trained on; the message says which and why.
+        ModelError: if there is neither a served version nor a denoiser, or one is damaged.
+        CancelledError: if `is_cancelled` said so.
+    """
+    config = config or AcceptedConfig()
+
+    def tell(entry: dict[str, Any]) -> None:
+        if report is not None:
+            report(entry)
+
+    tell({"stage": "prepare"})
+    store = TextDiffStore(root)
+    chosen = choose(store, cases, name, structures, wanted, held_out, shots, config.seed)
+    fingerprint = _fingerprint(chosen, config, sentences)
+    folder = work / f"textdiff-{chosen.name}-{fingerprint[:12]}"
+    training, kept_back = _write_cases(chosen, sentences, folder / "cases")
+    tell(
+        {
+            "stage": "prepare",
+            "name": chosen.name,
+            "training_cases": [c.name for c in chosen.training],
+            "training_slices": len(training),
+            "held_out_cases": [c.name for c in chosen.held_out],
+            "held_out_slices": len(kept_back),
+            "unused_cases": chosen.unused,
+            "structures": list(chosen.classes),
+            "without_sentence": sum(c.sentence is None for c in training),
+        }
+    )
+    earlier = _find_finished(store, chosen.name, fingerprint)
+    if earlier is not None:
+        return _finish(store, earlier, store.run(earlier), publish, folder, repeated=True)
+
+    current = None if chosen.served is None else store.load_model(chosen.served, device)
+    settings = TextDiffTrainConfig(
+        name=chosen.name,
+        classes=chosen.classes,
+        schedule=Schedule(
+            steps=config.steps,
+            learning_rate=config.learning_rate,
+            warmup=min(20, config.steps),
+            ema_decay=0.98,
+            checkpoint_every=max(1, min(100, config.steps // 4)),
+        ),
+        features=FeatureOptions(jitter=JITTER),
+        crop=config.crop,
+        batch_size=config.batch_size,
+        views=config.views,
+        seed=config.seed,
+        use_text=current is None or current.encoder is not None,
+    )
+    trained = train_textdiff(
+        training,
+        kept_back,
+        denoiser=_find_denoiser(store, root) if current is None else current.extractor,
+        encoder=None if current is None else current.encoder,
+        start=current,
+        work=folder / "run",
+        cache=work / FEATURES,
+        config=settings,
+        device=device,
+        is_cancelled=is_cancelled,
+        report=tell,
+    )
+    tell({"stage": "gate"})
+    figures = {} if current is None else {"current": _measure(current, kept_back, is_cancelled)}
+    figures["adapted"] = _measure(trained.model, kept_back, is_cancelled)
+    tell({"stage": "version", **{kind: values["dice"] for kind, values in figures.items()}})
+    accepted, verdict = judge(figures, None if chosen.served is None else chosen.served.full_name)
+    record = {
+        **trained.run,
+        **describe_run(),
+        "command": command,
+        "fingerprint": fingerprint,
+        "parent": None if chosen.served is None else chosen.served.full_name,
+        "training_cases": [c.name for c in chosen.training],
+        "held_out_cases": [c.name for c in chosen.held_out],
+        "validation": figures,
+        "accepted": accepted,
+        "verdict": verdict,
+        "notes": list(trained.notes),
+    }
+    trained.model.card = replace(trained.model.card, figures={**trained.model.card.figures, **figures["adapted"]})
+    card = store.add(chosen.name, trained.model, record, None)
+    return _finish(store, card, record, publish, folder)
+
+
+def choose(
+    store: TextDiffStore,
+    cases: Sequence[Case],
+    name: str | None,
+    structures: Sequence[str],
+    wanted: Sequence[str],
+    held_out: Sequence[str],
+    shots: int | None,
+    seed: int,
+) -> Chosen:
+    """Decide what is trained, on which images, and which are held back; see `run_accepted`.
+
+    Images that the served version held back are held back again, and those that it was trained on are the last to be.
+
+    Raises:
+        RequestError: if a name, class or number makes no sense, or fewer than two images can be used.
+    """
+    served = _find_served(store, name)
+    labelled = sorted({text for case in cases for text in case.structures.values()})
+    classes = tuple(structures) or (served.classes if served is not None else tuple(labelled))
+    if served is not None and classes != served.classes:
+        raise RequestError(
+            f"'{served.full_name}' draws {', '.join(served.classes)}, and {', '.join(classes)} was asked for. Leave structures out, or give the new "
+            "model another name."
+        )
+    usable = [case for case in cases if set(case.structures.values()) & set(classes)]
+    if not usable:
+        told = f"The accepted labels name {', '.join(labelled) or 'nothing'}, and none of them {', '.join(classes) or 'a class'}."
+        raise RequestError(
+            f"{told} Train a model of another name on them with the options name and structures, or name the classes when saving labels."
+        )
+    kept_back, picked = pick_named(usable, held_out), pick_named(usable, wanted)
+    both = {c.name for c in kept_back} & {c.name for c in picked}
+    if both:
+        raise RequestError(f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each image once.")
+    shuffled = sorted(usable, key=lambda c: hashlib.sha256(f"{seed}:{c.name}".encode()).digest())
+    if not kept_back:
+        run = {} if served is None else store.run(served)
+        held_before, trained_before = set(run.get("held_out_cases", ())), set(run.get("training_cases", ()))
+        free = [c for c in shuffled if c.name not in {t.name for t in picked}]
+        free.sort(key=lambda c: 2 if c.name in held_before else 0 if c.name in trained_before else 1)
+        spare = len(free) if picked else len(free) - 1
+        kept_back = free[-min(2 if len(usable) >= 5 else 1, spare) :] if spare > 0 else []
+    training = picked or [c for c in shuffled if c.name not in {k.name for k in kept_back}]
+    if not training or not kept_back:
+        raise RequestError(
+            f"{len(usable)} image has an accepted label of {', '.join(classes)}: one is learned from and another one decides whether the result is "
+            "served. Label a second image, then train."
+        )
+    if shots is not None:
+        if shots > len(training):
+            raise RequestError(f"{shots} images were asked for, but {len(training)} are labelled and not held back. Label more, or lower shots.")
+        training = training[:shots]
+    used = {c.name for c in (*training, *kept_back)}
+    model = served.name if served is not None else name or _make_name(classes[0])
+    return Chosen(store.check_name(model), served, classes, training, kept_back, [c.name for c in cases if c.name not in used])
+
+
+def judge(figures: Mapping[str, Mapping[str, float]], current: str | None) -> tuple[bool, str]:
+    """The quality gate: a version must beat what is served on the held-back images; a first one must find anything.
+
+    Returns:
+        Whether it may be published, and why in a sentence.
+
+    Example:
+        >>> judge({"current": {"dice": 0.5}, "adapted": {"dice": 0.7}}, "nuclei@1")
+        (True, 'Dice 0.700 on the held-back images, nuclei@1 has 0.500.')
+    """
+    new = figures["adapted"]["dice"]
+    told = f"Dice {new:.3f} on the held-back images"
+    if current is None or "current" not in figures:
+        return new > 0, f"{told}; there was no version before."
+    old = figures["current"]["dice"]
+    return new > old, f"{told}, {current} has {old:.3f}."
+
+
+def _measure(model: TextDiffModel, cases: Sequence[data.Case], is_cancelled: Callable[[], bool] | None) -> dict[str, float]:
+    summary = evaluate(model, cases, is_cancelled=is_cancelled)["summary"]
+    return {"dice": round(float(summary["dice"]), 6), "iou": round(float(summary["iou"]), 6)}
+
+
+def _find_served(store: TextDiffStore, name: str | None) -> TextDiffCard | None:
+    """The version to continue: of the name, or the one published last; None if there is none."""
+    if name is not None:
+        store.check_name(name)
+        current = store.current(name)
+        return None if current is None else store.card(name, current)
+    served = [entry for entry in store.entries() if entry.current is not None]
+    return store.find(max(served, key=lambda entry: (entry.published, entry.name)).name) if served else None
+
+
+def _find_denoiser(store: TextDiffStore, root: Path) -> Path:
+    """Where a first version gets its features from: the folder beside the models."""
+    if (root / DENOISER).is_dir():
+        return root / DENOISER
+    raise ModelError(
+        f"There is no textdiff model to continue and no '{DENOISER}' in '{root}' to train a first one with. Put a denoiser there "
+        "(`progidiff textdiff pretrain` makes one), or name another folder with --conf textdiff."
+    )
+
+
+def _make_name(structure: str) -> str:
+    plain = "".join(letter if letter.isascii() and letter.isalnum() else "-" for letter in structure.lower()).strip("-")
+    return plain or "model"
+
+
+def _write_cases(chosen: Chosen, sentences: Mapping[str, str], folder: Path) -> tuple[list[data.Case], list[data.Case]]:
+    """Masks as class numbers, and slices of volumes as pictures; the same files whenever the run is continued."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(cases: Sequence[Case]) -> list[data.Case]:
+        return [found for case in cases for found in _write_case(case, chosen.classes, sentences.get(case.name), folder)]
+
+    return write(chosen.training), write(chosen.held_out)
+
+
+def _write_case(case: Case, classes: Sequence[str], sentence: str | None, folder: Path) -> list[data.Case]:
+    from PIL import Image
+
+    if is_picture(case.image):
+        label = load_label(case.label)
+        path = folder / f"{case.name}.label.png"
+        Image.fromarray(_number_classes(label[:, :, 0].T, case, classes)).save(path)
+        return [data.Case(case.name, case.image, path, sentence)]
+    volume = load_volume(case.image, info=case.info)
+    label = volume.arrange(load_label(case.label, like=volume))
+    found = []
+    for z in _pick_slices(case, label, classes):
+        name = f"{case.name}-{z:04d}"
+        Image.fromarray(render_slice(volume, z)).save(folder / f"{name}.png")
+        Image.fromarray(_number_classes(label[z], case, classes)).save(folder / f"{name}.label.png")
+        found.append(data.Case(name, folder / f"{name}.png", folder / f"{name}.label.png", sentence))
+    return found
+
+
+def _pick_slices(case: Case, label: np.ndarray, classes: Sequence[str]) -> list[int]:
+    """Annotated slices that show a class, at most `MAX_SLICES`, evenly spread; of a volume that shows none, an annotated one."""
+    spoken = np.logical_or.reduce([case.is_annotated(name, len(label)) for name in classes])
+    ids = [value for value, name in case.structures.items() if name in classes]
+    shown = spoken & np.isin(label, ids).any(axis=(1, 2))
+    chosen = np.flatnonzero(shown if shown.any() else spoken)
+    if len(chosen) == 0:
+        raise ImageError(f"No slice of '{case.name}' is annotated with {', '.join(classes)}. Annotate one, or leave the image out with option cases.")
+    return [int(z) for z in chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_SLICES)).round().astype(int))]]
+
+
+def _number_classes(label: np.ndarray, case: Case, classes: Sequence[str]) -> np.ndarray:
+    """Label ids as class numbers: 1 is the first class; other structures are background."""
+    strange = sorted({int(value) for value in np.unique(label) if value} - case.structures.keys())
+    if strange:
+        raise ImageError(
+            f"The label of '{case.name}' holds the ids {', '.join(map(str, strange[:8]))}, which nothing names. Save it again with label_info, "
+            "or name them in labels.json."
+        )
+    numbers = np.zeros(label.shape, dtype=np.uint8)
+    for value, name in case.structures.items():
+        if name in classes:
+            numbers[label == value] = classes.index(name) + 1
+    return numbers
+
+
+def _fingerprint(chosen: Chosen, config: AcceptedConfig, sentences: Mapping[str, str]) -> str:
+    """Of everything that the result depends on."""
+    described = [
+        [part, case.name, hash_file(case.image) if case.image.is_file() else "", hash_file(case.label), sentences.get(case.name)]
+        for part, cases in (("training", chosen.training), ("held_out", chosen.held_out))
+        for case in cases
+    ]
+    served = None if chosen.served is None else [chosen.served.full_name, chosen.served.sha256]
+    values = [chosen.name, served, list(chosen.classes), asdict(config), described]
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _find_finished(store: TextDiffStore, name: str, fingerprint: str) -> TextDiffCard | None:
+    """The version that the very same training made, if it was done before."""
+    for version in reversed(store.entry(name).versions):
+        try:
+            card = store.card(name, version)
+            if store.run(card).get("fingerprint") == fingerprint:
+                return card
+        except (ModelError, NotFoundError) as err:
+            logger.warning("%s", err)
+    return None
+
+
+def _finish(store: TextDiffStore, card: TextDiffCard, run: Mapping[str, Any], publish: bool, folder: Path, repeated: bool = False) -> AcceptedResult:
+    """Publish a version if the gate accepted it; once, so that a rollback is not undone by repeating the training."""
+    shutil.rmtree(folder / "cases", ignore_errors=True)
+    name, verdict = card.full_name, run["verdict"]
+    before = "This very training was done before. " if repeated else ""
+    if not run["accepted"]:
+        return AcceptedResult(card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder)
+    once = any(e["event"] == "published" and e["version"] == card.version for e in store.history(card.name))
+    if publish and not once:
+        store.publish(card.name, card.version)
+    served = store.current(card.name) == card.version
+    if served:
+        message = f"{before}{name} is published: {verdict}"
+    else:
+        message = f"{before}{name} is kept and not published, as asked; POST /progidiff/versions/{card.name}/{card.version}/use serves it. {verdict}"
+    return AcceptedResult(card, served, message, run["validation"], folder)

@@ -126,17 +126,19 @@ def rate_classes(logits: Tensor) -> Tensor:
     return torch.sigmoid(logits - rivals)[:, 1:]
 
 
-def compute_unet_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def compute_unet_loss(logits: Tensor, labels: Tensor, cross_entropy: float = 10.0) -> Tensor:
     """Cross-entropy + Dice over the structures, pooled over the batch.
 
     Args:
         logits: (N, P + 1, H, W).
         labels: (N, H, W) in 0..P.
+        cross_entropy: Its weight. A structure that the softmax has given up has no gradient from its Dice; with weight 1 a few pixels
+            of cross-entropy do not bring it back.
     """
     logits = logits.float()
     targets = F.one_hot(labels, logits.shape[1]).permute(0, 3, 1, 2).float()
     dice = compute_dice_loss(logits.softmax(dim=1)[:, 1:], targets[:, 1:], (0, 2, 3), smooth=10.0)
-    return F.cross_entropy(logits, labels) + dice
+    return cross_entropy * F.cross_entropy(logits, labels) + dice
 
 
 @dataclass(frozen=True)

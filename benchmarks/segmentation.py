@@ -126,10 +126,13 @@ def train_unet(options: argparse.Namespace) -> None:
 
     def compute_loss(step: int, generator: torch.Generator) -> Tensor:
         images, labels, _ = draw_slices(data.training, budget.slices, generator)
-        return compute_unet_loss(network(images), labels)
+        return compute_unet_loss(network(images), labels, options.cross_entropy)
+
+    def validate() -> dict[str, Any]:
+        return {"cross_entropy": options.cross_entropy, **measure_slices(network.predict, data.validation, options.every)}
 
     folder = options.work / "unet"
-    curve = train_for(network, compute_loss, lambda: measure_slices(network.predict, data.validation, options.every), budget, folder, tell)
+    curve = train_for(network, compute_loss, validate, budget, folder, tell)
     keep_rival(network, folder, settings, data, budget, curve, options)
 
 
@@ -604,6 +607,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         part.add_argument("--validate-minutes", type=float, default=3.0)
         part.add_argument("--every", type=int, default=every, help="validate on every n-th slice")
         if what == "unet":
+            part.add_argument("--cross-entropy", type=float, default=10.0, help="its weight beside the Dice loss; may change when training goes on")
             part.add_argument("--dropout", type=float, default=0.2, help="share of the channels dropped after the two coarsest levels")
         part.set_defaults(run=run)
     part = commands.add_parser("slices", parents=[common], help=measure_methods.__doc__)

@@ -53,6 +53,65 @@ def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0
     return folder
 
 
+def build_tiny_denoiser(folder: str | Path, seed: int = 0, channels: tuple[int, ...] = (8, 16, 16, 16)) -> Path:
+    """Write a pixel-space denoiser of toy width in diffusers format, for TextDiff.
+
+    Args:
+        folder: Where to write; must not exist.
+        seed: Of the random weights.
+        channels: Features per level, full resolution first; multiples of 8.
+    """
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    from progidiff.textdiff.pretrain import write_denoiser
+
+    torch.manual_seed(seed)
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=channels,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * len(channels),
+        up_block_types=("UpBlock2D",) * len(channels),
+        norm_num_groups=8,
+        add_attention=False,
+    )
+    write_denoiser(unet, DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear"), Path(folder))
+    return Path(folder)
+
+
+def write_blob_pictures(folder: str | Path, count: int = 4, size: int = 48, seed: int = 0) -> Path:
+    """Write a toy MoNuSeg: ``images/``, ``labels/`` (0 and 255) and ``text.csv``; dark blobs on a pale, noisy ground.
+
+    Args:
+        folder: Made when needed.
+        count: Pictures, ``a0.png`` upwards.
+        size: Their sides.
+        seed: Of the places of the blobs; each picture's sentence names the quarter where most of them lie.
+    """
+    import numpy as np
+    from PIL import Image
+
+    folder = Path(folder)
+    rng = np.random.default_rng(seed)
+    rows = ["image,text"]
+    for part in ("images", "labels"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[:size, :size]
+    for number in range(count):
+        right, lower = number % 2, number // 2 % 2
+        mask = np.zeros((size, size), bool)
+        for k in range(6):
+            corner = (lower, right) if k < 5 else (1 - lower, 1 - right)
+            centre = (rng.uniform(0.15, 0.4, 2) + 0.45 * np.array(corner)) * size
+            mask |= (y - centre[0]) ** 2 + (x - centre[1]) ** 2 < (0.08 * size) ** 2
+        picture = np.where(mask[..., None], (90, 50, 130), (230, 190, 215)) + rng.normal(0, 8, (size, size, 3))
+        Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(folder / "images" / f"a{number}.png")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "labels" / f"a{number}.png")
+        rows.append(f"a{number}.png,The density in the {('upper', 'lower')[lower]} {('left', 'right')[right]} is high.")
+    (folder / "text.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
 def _spread_answers(codec: MaskCodec, seed: int) -> None:
     """Spread what the random decoder answers around 0.5: as created, it lies close together on the side of "nothing here"."""
     latents = torch.randn(16, codec.mean.shape[1], 4, 8, generator=torch.Generator().manual_seed(seed))

@@ -29,7 +29,7 @@ from progidiff.textdiff.network import HeadConfig, TextDiffHead
 from progidiff.textdiff.pictures import list_tiles, pad, read_picture, resize, to_working
 from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
 from progidiff.training.config import Range, check_config, to_values
-from progidiff.training.loop import LoopConfig, RunConfig, Schedule, derive_seed, run_loop
+from progidiff.training.loop import LoopConfig, Precision, RunConfig, Schedule, derive_seed, run_loop
 from progidiff.training.recipes import describe_run
 
 logger = logging.getLogger(__name__)
@@ -70,6 +70,7 @@ class TextDiffTrainConfig(RunConfig):
         cache_gb: Largest size of the cached features.
     """
 
+    precision: Precision = "auto"
     name: str = "textdiff"
     classes: tuple[str, ...] = ("foreground",)
     schedule: Schedule = field(default_factory=lambda: Schedule(steps=300, learning_rate=2e-3, warmup=20, ema_decay=0.98, checkpoint_every=100))

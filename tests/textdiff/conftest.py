@@ -1,0 +1,75 @@
+"""A toy denoiser, toy pictures with sentences, and a head trained on them for a few seconds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from progidiff.testing import build_tiny_denoiser, write_blob_pictures
+from progidiff.textdiff.data import Case, find_cases
+from progidiff.textdiff.features import DiffusionFeatures, FeatureOptions
+from progidiff.textdiff.model import TextDiffModel
+from progidiff.textdiff.sentences import SentenceEncoder
+from progidiff.textdiff.train import HeadOptions, TextDiffTrainConfig, TextDiffTraining, train_textdiff
+from progidiff.training.loop import Schedule
+
+TOY_SCHEDULE = Schedule(steps=60, learning_rate=5e-3, warmup=5, ema_decay=0.9, checkpoint_every=1000)
+TOY = TextDiffTrainConfig(
+    name="toy",
+    classes=("blob",),
+    schedule=TOY_SCHEDULE,
+    features=FeatureOptions(timesteps=(50, 150), scale=1.0, picture=True),
+    head=HeadOptions(width=16, base=8, heads=2, dropout=0.0),
+    crop=32,
+    batch_size=4,
+    views=2,
+    precision="fp32",
+    tensorboard=False,
+)
+
+
+def toy(**changes: object) -> TextDiffTrainConfig:
+    steps = changes.pop("steps", None)
+    config = replace(TOY, **changes)
+    return config if steps is None else replace(config, schedule=replace(config.schedule, steps=steps))
+
+
+@pytest.fixture(scope="session")
+def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_denoiser(tmp_path_factory.mktemp("textdiff") / "denoiser")
+
+
+@pytest.fixture(scope="session")
+def extractor(denoiser: Path) -> DiffusionFeatures:
+    return DiffusionFeatures.load(denoiser, TOY.features, "cpu")
+
+
+@pytest.fixture(scope="session")
+def encoder() -> SentenceEncoder:
+    return SentenceEncoder.load(device="cpu")
+
+
+@pytest.fixture(scope="session")
+def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_blob_pictures(tmp_path_factory.mktemp("blobs"), 4)
+
+
+@pytest.fixture(scope="session")
+def cases(blobs: Path) -> list[Case]:
+    return find_cases(blobs / "images")
+
+
+@pytest.fixture(scope="session")
+def training(cases: list[Case], denoiser: Path, encoder: SentenceEncoder, tmp_path_factory: pytest.TempPathFactory) -> TextDiffTraining:
+    """Trained on three pictures, the fourth held out; written to a version folder."""
+    folder = tmp_path_factory.mktemp("trained")
+    return train_textdiff(
+        cases[:3], cases[3:], denoiser=denoiser, encoder=encoder, out=folder / "model", work=folder / "work", config=TOY, device="cpu"
+    )
+
+
+@pytest.fixture(scope="session")
+def model(training: TextDiffTraining) -> TextDiffModel:
+    return training.model

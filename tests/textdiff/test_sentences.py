@@ -1,0 +1,119 @@
+"""Sentences are read whole or refused, found by file name, and mirrored with their pictures."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from progidiff.errors import ModelError, RequestError
+from progidiff.textdiff.sentences import SentenceEncoder, find_sentence, mirror_sentence, read_sentences
+
+
+def write(folder: Path, text: str, name: str = "text.csv") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_offline_encoder_reads_without_a_hub(encoder: SentenceEncoder):
+    tokens, mask = encoder.encode(["The nuclei are evenly distributed.", "Dense."])
+    assert tokens.shape[0] == 2
+    assert tokens.shape[2] == encoder.features == 384
+    assert mask[0].sum() > mask[1].sum() >= 3
+    assert torch.isfinite(tokens).all()
+
+
+def test_a_sentence_alone_has_the_tokens_it_has_in_a_batch(encoder: SentenceEncoder):
+    long, short = "The nuclei density in the upper right is high.", "Dense."
+    both, mask = encoder.encode([long, short])
+    alone, _ = encoder.encode([short])
+    assert torch.allclose(both[1][mask[1]], alone[0], atol=1e-5)
+
+
+def test_nothing_of_a_long_sentence_is_cut_and_one_too_long_is_refused(encoder: SentenceEncoder):
+    tokens, mask = encoder.encode(["dense " * 400])
+    assert int(mask.sum()) == 402
+    assert tokens.shape[1] == 402
+    with pytest.raises(RequestError, match="602 tokens, the sentence encoder reads 512 at most"):
+        encoder.encode(["dense " * 600])
+
+
+def test_the_last_word_of_a_sentence_counts(encoder: SentenceEncoder):
+    start = "The nuclei in this picture of a stained slide are dense in the upper "
+    one, _ = encoder.encode([start + "left"])
+    other, _ = encoder.encode([start + "right"])
+    assert not torch.allclose(one, other, atol=1e-3)
+
+
+def test_what_is_no_encoder_is_refused(tmp_path: Path):
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
+        SentenceEncoder.load(tmp_path)
+    with pytest.raises(ModelError, match="does not exist"):
+        SentenceEncoder.load(tmp_path / "none")
+    (tmp_path / "model.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        SentenceEncoder.load(tmp_path)
+
+
+def test_a_table_is_read_by_its_column_names(tmp_path: Path):
+    assert read_sentences(write(tmp_path, "image,text\na.png,Dense.\nb.png,\n")) == {"a.png": "Dense."}
+    assert read_sentences(write(tmp_path, "\ufeffNo,Image,Description\n1,m.png,Two areas\n")) == {"m.png": "Two areas"}
+    assert read_sentences(write(tmp_path, 'text;image\n"Left; dense.";a.png\n')) == {"a.png": "Left; dense."}
+
+
+def test_a_table_without_the_columns_or_with_two_sentences_is_refused(tmp_path: Path):
+    with pytest.raises(RequestError, match="no column 'text'"):
+        read_sentences(write(tmp_path, "image,remark\na.png,x\n"))
+    with pytest.raises(RequestError, match="no column 'image'"):
+        read_sentences(write(tmp_path, ""))
+    with pytest.raises(RequestError, match=r"two sentences for 'a\.png' \(row 3\)"):
+        read_sentences(write(tmp_path, "image,text\na.png,One\na.png,Two\n"))
+    with pytest.raises(RequestError, match="does not exist"):
+        read_sentences(tmp_path / "none.csv")
+    (tmp_path / "latin.csv").write_bytes("image,text\na.png,für\n".encode("latin-1"))
+    with pytest.raises(RequestError, match="UTF-8"):
+        read_sentences(tmp_path / "latin.csv")
+
+
+def write_xlsx(path: Path, shared: str, sheet: str) -> Path:
+    space = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("xl/sharedStrings.xml", f"<sst {space}>{shared}</sst>")
+        archive.writestr("xl/worksheets/sheet1.xml", f"<worksheet {space}><sheetData>{sheet}</sheetData></worksheet>")
+    return path
+
+
+def test_a_spreadsheet_is_read(tmp_path: Path):
+    shared = "<si><t>Image</t></si><si><t>Description</t></si><si><r><t>Bilateral </t></r><r><t>infection</t></r></si>"
+    rows = '<row><c r="A1" t="s"><v>0</v></c><c r="C1" t="s"><v>1</v></c></row>'
+    rows += '<row><c r="A2" t="inlineStr"><is><t>mask_x.png</t></is></c><c r="C2" t="s"><v>2</v></c></row>'
+    assert read_sentences(write_xlsx(tmp_path / "t.xlsx", shared, rows)) == {"mask_x.png": "Bilateral infection"}
+
+
+def test_a_damaged_or_hostile_spreadsheet_is_refused(tmp_path: Path):
+    (tmp_path / "bad.xlsx").write_bytes(b"PK nothing")
+    with pytest.raises(RequestError, match="cannot be read as XLSX"):
+        read_sentences(tmp_path / "bad.xlsx")
+    bomb = tmp_path / "bomb.xlsx"
+    with zipfile.ZipFile(bomb, "w") as archive:
+        archive.writestr("xl/worksheets/sheet1.xml", '<!DOCTYPE x [<!ENTITY a "aaa">]><worksheet/>')
+    with pytest.raises(RequestError, match="defines entities"):
+        read_sentences(bomb)
+
+
+def test_a_sentence_is_found_by_name_with_or_without_suffix():
+    sentences = {"a.png": "One", "b": "Two", "c.jpg": "Three"}
+    assert [find_sentence(sentences, n) for n in ("a.png", "b.png", "c.png", "d.png")] == ["One", "Two", "Three", None]
+
+
+def test_a_mirrored_sentence_says_the_same_of_the_mirrored_picture():
+    text = "Dense in the upper left, sparse at the BOTTOM; nothing is left out above."
+    assert mirror_sentence(text, horizontal=True).startswith("Dense in the upper right")
+    assert mirror_sentence(text, vertical=True) == "Dense in the lower left, sparse at the TOP; nothing is left out below."
+    for h in (False, True):
+        for v in (False, True):
+            assert mirror_sentence(mirror_sentence(text, h, v), h, v) == text
+    assert mirror_sentence("Cleft and supper.", True, True) == "Cleft and supper."

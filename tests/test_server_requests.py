@@ -148,6 +148,18 @@ def test_the_same_seed_gives_the_same_file_and_synonyms_share_a_result(server: S
     assert other["proposals"] != first["proposals"]
 
 
+def test_a_structure_is_answered_at_once_from_a_longer_prompts_proposals(server: Server):
+    request = {"num_proposals": 2, "steps": 1, "seed": 37}
+    long, _, _ = read_answer(server.infer("plain", {**request, "prompt": "spleen and liver"}))
+    short, mask, _ = read_answer(server.infer("plain", {**request, "prompt": "liver"}))
+    assert long["cached"] is False
+    assert short["cached"] is True
+    assert short["structures"] == {"liver": long["structures"]["liver"]}
+    assert set(np.unique(read_mask(mask).dataobj)) == {0, 6}
+    kept = server.get("/progidiff/proposals/plain").json()["kept"]
+    assert {one["proposals"]: one["structures"] for one in kept}[short["proposals"]] == ["liver"]
+
+
 @pytest.mark.parametrize("extension", [".nii.gz", ".nii", ".nrrd"])
 def test_the_file_has_the_extension_the_viewer_asked_for(server: Server, extension: str, tmp_path: Path):
     response = server.infer("oblique", {"prompt": "liver", "num_proposals": 2, "steps": 1, "result_extension": extension}, output="image")

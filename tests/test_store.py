@@ -1,5 +1,6 @@
 """Results on disk."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -36,6 +37,39 @@ def test_a_result_is_the_same_after_a_round_trip_and_a_restart(store):
     volume = make_volume("sagittal")
     for shown in ("consensus", "best", 1, 4):
         np.testing.assert_array_equal(again.label_map(volume, shown), proposals.label_map(volume, shown))
+
+
+def test_a_shorter_request_is_answered_from_a_longer_one_with_the_same_settings(store):
+    proposals = make_proposals()
+    queries = parse_prompt(" and ".join(proposals.structures))
+    assert tuple(query.name for query in queries) == proposals.structures
+    settings = {"image_digest": "00", "num_proposals": 4, "num_inference_steps": 4, "guidance_scale": 1.0, "model_version": "toy@1"}
+    whole, other_seed = (ProposalStore.key("image", queries=(), seed=seed, **settings) for seed in (0, 1))
+    store.save(ProposalStore.key("image", queries=queries, seed=0, **settings), proposals, "image", queries, whole)
+    fresh = ProposalStore(store.root)  # what answers it survives a restart
+    last = queries[-1:]
+    part = fresh.find_part("image", last, whole)
+    assert part is not None
+    assert part.structures == (last[0].name,)
+    np.testing.assert_array_equal(part.probabilities, proposals.probabilities[-1:])
+    turned = fresh.find_part("image", queries[::-1], whole)
+    assert turned is not None
+    np.testing.assert_array_equal(turned.probabilities, proposals.probabilities[::-1])
+    assert turned.summary()["structures"] == proposals.summary()["structures"]
+    assert fresh.find_part("other", last, whole) is None
+    assert fresh.find_part("image", last, other_seed) is None
+    assert fresh.find_part("image", parse_prompt("aorta"), whole) is None
+    assert fresh.find_part("image", [replace(last[0], text="another text")], whole) is None
+
+
+def test_a_result_kept_before_texts_were_answers_no_shorter_request(store):
+    store.save(make_key(), make_proposals(), "image")
+    entry = store.root / make_key() / "entry.json"
+    card = json.loads(entry.read_text(encoding="utf-8"))
+    entry.write_text(json.dumps({name: value for name, value in card.items() if name not in ("whole", "texts")}), encoding="utf-8")
+    fresh = ProposalStore(store.root)
+    assert fresh.find_part("image", parse_prompt("liver"), "") is None
+    assert fresh.load(make_key()) is not None
 
 
 def test_an_unknown_key_is_absent(store):

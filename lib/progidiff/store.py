@@ -20,9 +20,11 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from progidiff.clean_up import OFF
 from progidiff.errors import ImageError, StoreError
@@ -52,6 +54,8 @@ class StoredResult:
         created: Seconds since 1970.
         structures: The structures asked for.
         num_bytes: Size on disk.
+        whole: The key of the same request without any structure, see `ProposalStore.find_part`; "" if it was not kept.
+        texts: What the text encoder read per structure; empty if it was not kept.
     """
 
     key: str
@@ -59,6 +63,8 @@ class StoredResult:
     created: float
     structures: tuple[str, ...]
     num_bytes: int
+    whole: str = ""
+    texts: tuple[str, ...] = ()
 
 
 class ProposalStore:
@@ -116,8 +122,15 @@ class ProposalStore:
             parts.append(clean_up)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def save(self, key: str, proposals: VolumeProposals, image_id: str) -> StoredResult:
+    def save(self, key: str, proposals: VolumeProposals, image_id: str, queries: Sequence[Query] = (), whole: str = "") -> StoredResult:
         """Keep a result, in place of an older one with the same key.
+
+        Args:
+            key: See `key`.
+            proposals: The result.
+            image_id: The image it belongs to.
+            queries: What was asked for, in the order of its structures.
+            whole: The `key` of the same request with no queries; with it, `find_part` answers shorter requests from this result.
 
         Raises:
             StoreError: if the key is none of `ProposalStore.key`, or the disk refuses; nothing is left behind then.
@@ -131,9 +144,9 @@ class ProposalStore:
                 temporary = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
                 proposals.to_files(temporary)
                 num_bytes = sum(file.stat().st_size for file in temporary.iterdir())
-                entry = StoredResult(key, image_id, time.time(), proposals.structures, num_bytes)
-                card = {"key": key, "image_id": image_id, "created": entry.created, "structures": list(entry.structures), "num_bytes": num_bytes}
-                (temporary / "entry.json").write_text(json.dumps(card), encoding="utf-8")
+                texts = tuple(query.text for query in queries)
+                entry = StoredResult(key, image_id, time.time(), proposals.structures, num_bytes, whole, texts)
+                (temporary / "entry.json").write_text(json.dumps(asdict(entry)), encoding="utf-8")
                 for file in temporary.iterdir():
                     flush(file)
                 flush(temporary)
@@ -169,6 +182,30 @@ class ProposalStore:
                 os.utime(folder)  # last use, for pruning
             return proposals
 
+    def find_part(self, image_id: str, queries: Sequence[Query], whole: str) -> VolumeProposals | None:
+        """The answer to a request from a kept one that asked for more structures of the same image with the same settings.
+
+        Args:
+            image_id: The image.
+            queries: The structures asked for.
+            whole: The `key` of the request with no queries: image, settings and weights.
+
+        Returns:
+            The structures asked for, in their order; None if no kept result holds them all. A structure's proposals do not depend on
+            what else was asked for: noise and offsets are drawn for the slice, not for the structure.
+        """
+        asked = [(query.name, query.text) for query in queries]
+        for entry in self.list(image_id):
+            kept = list(zip(entry.structures, entry.texts, strict=False))
+            if entry.whole != whole or not all(one in kept for one in asked):
+                continue
+            result = self.load(entry.key)
+            if result is not None:
+                chosen = [kept.index(one) for one in asked]
+                names = tuple(name for name, _ in asked)
+                return replace(result, structures=names, probabilities=np.ascontiguousarray(result.probabilities[chosen]))
+        return None
+
     def list(self, image_id: str | None = None) -> list[StoredResult]:
         """The results of an image (or of all), the newest first."""
         with self._lock:
@@ -189,7 +226,10 @@ class ProposalStore:
         folder = self.root / key
         try:
             card = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-            entry = StoredResult(key, str(card["image_id"]), float(card["created"]), tuple(map(str, card["structures"])), int(card["num_bytes"]))
+            structures, texts = (tuple(map(str, card.get(name, ()))) for name in ("structures", "texts"))
+            entry = StoredResult(
+                key, str(card["image_id"]), float(card["created"]), structures, int(card["num_bytes"]), str(card.get("whole", "")), texts
+            )
         except (OSError, ValueError, KeyError, TypeError) as err:
             if not folder.is_dir():
                 return None  # another process pruned it meanwhile

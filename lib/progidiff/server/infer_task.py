@@ -209,31 +209,46 @@ class ProposalInferTask(InferTask):
         info = self.engine.info()
         steps = options.steps or int(info["num_inference_steps"])
         guidance_scale = float(info["guidance_scale"] if options.guidance_scale is None else options.guidance_scale)
-        key = self.store.key(
-            image_id=image_id,
-            image_digest=volume.digest,
-            queries=queries,
-            num_proposals=options.num_proposals,
-            num_inference_steps=steps,
-            seed=options.seed,
-            guidance_scale=guidance_scale,
-            model_version=str(info.get("model_version", "")),
-            adapter=adapter,
-            clean_up=options.clean_up,
+        key, whole = (
+            self.store.key(
+                image_id=image_id,
+                image_digest=volume.digest,
+                queries=asked,
+                num_proposals=options.num_proposals,
+                num_inference_steps=steps,
+                seed=options.seed,
+                guidance_scale=guidance_scale,
+                model_version=str(info.get("model_version", "")),
+                adapter=adapter,
+                clean_up=options.clean_up,
+            )
+            for asked in (queries, ())
         )
-        result = self.store.load(key)
+        result = self._find(image_id, queries, key, whole)
         if result is not None:
             return result, None, key
         with self.queue.job("infer", image_id or volume.name, options.job_id) as job:
-            result = self.store.load(key)  # Somebody may have asked for the same while this request waited.
+            result = self._find(image_id, queries, key, whole)  # Somebody may have asked for the same while this request waited.
             if result is not None:
                 return result, None, key
             result = self._compute(volume, queries, options, adapter, job)
+        self._keep(key, result, image_id, queries, whole)
+        return result, job, key
+
+    def _find(self, image_id: str, queries: tuple[Query, ...], key: str, whole: str) -> VolumeProposals | None:
+        """What is kept, under the request's own key or as a part of an answer to a longer prompt: the pool is scored with `all`."""
+        result = self.store.load(key)
+        if result is None:
+            result = self.store.find_part(image_id, queries, whole)
+            if result is not None:
+                self._keep(key, result, image_id, queries, whole)  # Annotations name proposals by their key, and it is found faster.
+        return result
+
+    def _keep(self, key: str, result: VolumeProposals, image_id: str, queries: tuple[Query, ...], whole: str) -> None:
         try:
-            self.store.save(key, result, image_id)
+            self.store.save(key, result, image_id, queries, whole)
         except StoreError as err:
             logger.warning("The proposals for '%s' are shown but not kept: %s", image_id, err)
-        return result, job, key
 
     def find_unfinished(self, job_id: str) -> UnfinishedProposals | None:
         """What a running job has proposed so far; None before its first slices and after its end."""

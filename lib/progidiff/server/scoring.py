@@ -220,7 +220,7 @@ class PoolScorer:
         task = self.infer
         adapter = task.engine.pick_adapter(None, volume.modality)
         queries = self._parse_prompt()
-        key = self._key(image, volume, queries, adapter.full_name if adapter else "")
+        key, whole = (self._key(image, volume, asked, adapter.full_name if adapter else "") for asked in (queries, ()))
         stored = task.store.load(key)
         if stored is not None:
             return stored
@@ -255,7 +255,7 @@ class PoolScorer:
         grid = result.grid
         drop_islands(result.probabilities, clean_up, (grid.stack_spacing[0], grid.spacing, grid.spacing), grid.covered)
         try:
-            task.store.save(key, result, image)
+            task.store.save(key, result, image, queries, whole)
         except StoreError as err:
             logger.warning("The proposals for '%s' are scored but not kept: %s", image, err)
         return result

@@ -399,7 +399,7 @@ def test_versions_go_back_and_forth_and_requests_and_scores_follow(world: World)
 
 def test_a_training_that_was_killed_says_so_and_continues_where_it_was(world: World):
     world.client.train_start("textdiff", dict(LONG))
-    step = world.poll(lambda task: task["stage"] == "head" and task["step"] >= 250)["step"]
+    step = world.poll(lambda task: task["stage"] == "head" and task["step"] >= 60)["step"]
     assert world.segment("tissue_e")[1]["model_version"] == "nuclei@1"
     world.child().send_signal(signal.SIGKILL)
     task = world.poll(lambda task: task["status"] != "RUNNING")
@@ -408,7 +408,7 @@ def test_a_training_that_was_killed_says_so_and_continues_where_it_was(world: Wo
 
     world.client.train_start("textdiff", dict(LONG))
     task = world.poll(lambda task: task["stage"] == "head" and task["step"] > 0)
-    assert task["step"] >= step - step % 100 - 100
+    assert task["step"] > step - step % 50  # From the checkpoint, not from the beginning.
 
 
 def test_stopping_makes_a_checkpoint_and_says_so(world: World):

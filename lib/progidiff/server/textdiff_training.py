@@ -86,7 +86,6 @@ def _describe(engine: TextDiffEngine, name: str, version: int) -> dict[str, Any]
         run: Mapping[str, Any] = engine.store.run(card)
     except (ModelError, NotFoundError) as err:
         return {"version": version, "problem": str(err)}
-    figures = run.get("validation")
     return {
         "version": version,
         "kind": "head",
@@ -100,6 +99,21 @@ def _describe(engine: TextDiffEngine, name: str, version: int) -> dict[str, Any]
         "parent": run.get("parent"),
         "training_cases": run.get("training_cases", []),
         "held_out_cases": run.get("held_out_cases", []),
-        "dice": figures if isinstance(figures, dict) else {},
+        "dice": _describe_dice(run.get("validation")),
         "problem": "",
     }
+
+
+def _describe_dice(figures: Any) -> dict[str, dict[str, float]]:
+    """Dice as adapters have it, "base" being the version before: the review page shows both in the same table.
+
+    Example:
+        >>> _describe_dice({"current": {"dice": 0.5, "iou": 0.4}, "adapted": {"dice": 0.6, "iou": 0.5}})
+        {'base': {'consensus': 0.5}, 'adapted': {'consensus': 0.6}}
+        >>> _describe_dice({"dice": 0.7, "iou": 0.6, "threshold": 0.5})
+        {'adapted': {'consensus': 0.7}}
+    """
+    if not isinstance(figures, Mapping):
+        return {}
+    parts = {"base": figures.get("current"), "adapted": figures.get("adapted", figures)}
+    return {kind: {"consensus": float(values["dice"])} for kind, values in parts.items() if isinstance(values, Mapping) and "dice" in values}

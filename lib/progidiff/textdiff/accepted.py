@@ -191,7 +191,7 @@ def run_accepted(
             learning_rate=config.learning_rate,
             warmup=min(20, config.steps),
             ema_decay=0.98,
-            checkpoint_every=max(1, min(100, config.steps // 4)),
+            checkpoint_every=max(1, min(50, config.steps // 4)),
         ),
         features=FeatureOptions(jitter=JITTER),
         crop=config.crop,

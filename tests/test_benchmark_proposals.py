@@ -197,3 +197,68 @@ def test_islands_scores_every_rule(islands: ModuleType, studies: Path, tiny_mode
     forbid_networks(monkeypatch)
     islands.main()
     assert json.loads(out.read_text(encoding="utf-8"))["rules"] == report["rules"]
+
+
+@pytest.fixture(scope="module")
+def controls() -> ModuleType:
+    return load_script("text_controls")
+
+
+def test_text_controls_run_and_a_second_run_draws_nothing(
+    controls: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "controls.json"
+    arguments = ["--studies", str(studies), "--model", str(tiny_model), "--smoke", "--at-once", "5", "--out", str(out)]
+    controls.main(arguments)
+    report = json.loads(out.read_text(encoding="utf-8"))
+    summary = report["summary"]
+    assert set(summary["controls"]) >= {"right", "empty", "shuffled", "swapped", "unseen synonyms"}
+    assert summary["controls"]["swapped"]["structures"] == {}, "there is no left kidney here"
+    assert set(report["cases"]) == {"one", "two"}
+    assert "| shuffled |" in capsys.readouterr().out
+    for name, wrong in summary["shuffled to"].items():
+        expected = np.mean([case["dice"][wrong][name] for case in report["cases"].values()])
+        assert summary["controls"]["shuffled"]["structures"][name] == pytest.approx(expected, abs=1e-4)
+
+    forbid_networks(monkeypatch)
+    controls.main(arguments)
+    assert json.loads(out.read_text(encoding="utf-8"))["cases"] == report["cases"]
+    with pytest.raises(AssertionError, match="should have found"):
+        controls.main([*arguments, "--structures", "liver", "spleen"])  # of other texts nothing is known
+
+
+def test_unseen_synonyms_and_descriptions_are_unseen(controls: ModuleType):
+    seen = {phrase for name in controls.DESCRIPTIONS for phrase in controls.training_phrases(name)}
+    texts = controls.list_texts(list(controls.DESCRIPTIONS))
+    assert len(texts) == len(set(texts))
+    for name, description in controls.DESCRIPTIONS.items():
+        assert not seen & {*controls.heldout_phrases(name), description}
+        assert not any(phrase in description for phrase in controls.training_phrases(name)), "a description must not name its structure"
+
+
+def test_a_derangement_leaves_no_name_in_its_place(controls: ModuleType):
+    names = list("abcdefg")
+    for seed in range(20):
+        other = controls.derange(names, seed)
+        assert sorted(other.values()) == names
+        assert all(name != wrong for name, wrong in other.items())
+    with pytest.raises(ValueError, match="at least two"):
+        controls.derange(["liver"])
+
+
+def test_controls_are_scored_against_the_structure_that_was_meant(controls: ModuleType):
+    names = ["right kidney", "left kidney"]
+    place = {name: np.zeros((3, 4, 8), dtype=bool) for name in names}
+    place["right kidney"][:2, :, :3] = True
+    place["left kidney"][:2, :, 5:] = True
+    nothing = np.zeros((3, 4, 8), dtype=bool)
+    masks = {text: place.get(text, nothing) for text in controls.list_texts(names)}
+    masks["right nephros"] = place["right kidney"] | place["left kidney"]
+    dice, drawn = controls.measure_case(masks, place)
+    summary = controls.summarise({"one": {"dice": dice, "drawn": drawn}}, names)
+    found = {control: values["all"] for control, values in summary["controls"].items()}
+    assert found["right"] == found["swapped, other side"] == 1
+    assert found["swapped"] == found["shuffled"] == found["any other name"] == found["empty"] == 0
+    assert summary["controls"]["unseen synonyms"]["structures"]["right kidney"] == pytest.approx(2 / 3 / 4)
+    assert summary["drawn"]["right kidney"] == pytest.approx(2 / 3)
+    assert summary["right above shuffled"] == 1

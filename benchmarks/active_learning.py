@@ -12,17 +12,18 @@ working grid, 1.8 to 3.2 mm, along the outlines that somebody would have drawn),
 
 What makes a round cost seconds instead of minutes, and what that means for the figures:
 
-* Low-rank updates are folded into the weights before every step instead of running beside them: the same function at half the cost.
+* Low-rank updates (task `mr`) are folded into the weights before every step instead of running beside them: the same function at half the cost.
 * Only so many slices of the pool (`Setup.candidates`), drawn anew in every round and the same for all strategies, are looked at.
   What nobody looked at has no score; strategies that choose by chance may still draw it. Proposals for scores take one step.
 * Curves are Dice of the evidence, which is what is trained here, on many test slices. Dice of the consensus, which a person is
   served, is measured for the first and the last model of a curve, and the evidence on the same slices beside it.
 
 Task `mr`: the CT model, which has seen no MR, is adapted to MR slices by low-rank updates of its evidence path.
-Task `ct`: CT structures from few slices. The text-query head is reset, so that no structure is known, and learned together with low-rank
-updates of the image encoder. The encoder keeps its weights, and those were trained with these structures on the volumes of the pool:
-the figures are therefore higher than for structures that nobody ever labelled. Test volumes were held out of that training. All
-strategies have the same head start; their differences are what is measured, not their heights.
+Task `ct`: CT structures from very few slices. The text-query head is reset, so that no structure is known, and learned anew on the
+frozen image encoder, without augmentation, so that a slice is encoded once for all rounds. The encoder was trained with these
+structures on the volumes of the pool; the test volumes were held out of that training. So large organs are found from a handful of
+slices whichever they are, and strategies can differ only where it matters which slices show a small structure. All strategies have
+the same head start; their differences are what is measured, not their heights.
 
 A run that is stopped goes on where it was: every round is kept in the work folder when it is done. `--out` is written again after
 every strategy, with everything that the work folder holds for these sizes, whichever call made it; `--collect` does only that.
@@ -51,7 +52,7 @@ from torch.func import functional_call
 
 from progidiff.acquisition import AcquisitionConfig, ImageScores, build_pool, compute_scores, pick_slices
 from progidiff.backbone import Backbone
-from progidiff.conditioning import ConditioningBranch
+from progidiff.conditioning import ConditioningBranch, SliceFeatures
 from progidiff.lora import LoraSettings, inject_lora
 from progidiff.model_files import ModelCard, load_pipeline
 from progidiff.pipeline import ProposalPipeline
@@ -107,6 +108,7 @@ class Setup:
         test_slices: The evidence is measured on at most about so many, evenly spaced.
         consensus_slices: The same for the consensus.
         bias_field: Simulated shading while training; see `augment`.
+        frozen_encoder: A text-query head is learned from nothing on an encoder that stays, instead of low-rank updates of both.
     """
 
     task: str
@@ -114,8 +116,8 @@ class Setup:
     pool_volumes: int
     query: int
     rounds: int = 5
-    steps: int = 40
-    batch_size: int = 6
+    steps: int = 80
+    batch_size: int = 4
     learning_rate: float = 2e-3
     num_proposals: int = 4
     score_steps: int = 1
@@ -124,11 +126,22 @@ class Setup:
     test_slices: int = 120
     consensus_slices: int = 32
     bias_field: float = 0.0
+    frozen_encoder: bool = False
 
 
 SETUPS = {
     "mr": Setup("mr", ("liver", "spleen", "right kidney", "left kidney"), pool_volumes=6, query=6, bias_field=0.3),
-    "ct": Setup("ct", ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas"), pool_volumes=8, query=10),
+    "ct": Setup(
+        "ct",
+        ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas"),
+        pool_volumes=8,
+        query=4,
+        steps=120,
+        batch_size=6,
+        learning_rate=4e-3,
+        candidates=48,
+        frozen_encoder=True,
+    ),
 }
 
 
@@ -142,7 +155,7 @@ class World:
         autocast = torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
         self.card: ModelCard
         self.card, self.base = load_pipeline(model_dir, backbone, autocast)
-        if setup.task == "ct":
+        if setup.frozen_encoder:
             forget_structures(self.base, seed)
         cases = {case.name: case for case in list_cases(studies)}
         shuffled = sorted(cases, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
@@ -159,6 +172,22 @@ class World:
         self.slice_mm = [find_slice_mm(cases[name].image) for name in self.pool_names]
         self.candidates = {name: self._thin(v) for v, name in enumerate(self.pool.names)}
         self.start = self._pick_start()
+        self._encoded: dict[tuple[int, int], SliceFeatures] = {}
+
+    def encode(self, pipeline: ProposalPipeline, chosen: Sequence[tuple[int, int]]) -> SliceFeatures:
+        """Features of (volume, slice) pairs of the pool; of an encoder that stays they are computed once."""
+        frozen = self.setup.frozen_encoder
+        missing = [entry for entry in dict.fromkeys(chosen) if not (frozen and entry in self._encoded)]
+        fresh: dict[tuple[int, int], SliceFeatures] = {}
+        for start in range(0, len(missing), 8):
+            part = missing[start : start + 8]
+            features = pipeline.encode_slices(self.pool.read([self.position[entry] for entry in part])[0])
+            fresh.update({entry: features[n : n + 1] for n, entry in enumerate(part)})
+        if frozen:
+            dtype = self.base.autocast_dtype or torch.float32  # half the memory where the networks round to it anyway
+            self._encoded.update({entry: features.to(dtype) for entry, features in fresh.items()})
+            fresh = self._encoded
+        return SliceFeatures.concatenate([fresh[entry] for entry in chosen])
 
     def draw_candidates(self, annotated: Mapping[str, set[int]], round_index: int) -> set[tuple[int, int]]:
         """The (volume, slice) pairs that are looked at in a round: of the same order for all strategies, the first that are free."""
@@ -206,15 +235,16 @@ def forget_structures(pipeline: ProposalPipeline, seed: int) -> None:
 
 
 class EvidencePath(nn.Module):
-    """Slices and texts in, evidence logits out, as one module whose weights can be replaced for a call."""
+    """Slices, or their features, and texts in, evidence logits out, as one module whose weights can be replaced for a call."""
 
     def __init__(self, branch: ConditioningBranch) -> None:
         super().__init__()
         self.branch = branch
 
-    def forward(self, slices: Tensor, pooled: Tensor) -> Tensor:
-        """(N, C, H, W), (P, T) -> (N, P, H, W)."""
-        return self.branch.predict_evidence(self.branch.encode_slices(slices), pooled)
+    def forward(self, slices: Tensor | SliceFeatures, pooled: Tensor) -> Tensor:
+        """(N, C, H, W) or features of N slices, (P, T) -> (N, P, H, W)."""
+        features = self.branch.encode_slices(slices) if isinstance(slices, Tensor) else slices
+        return self.branch.predict_evidence(features, pooled)
 
 
 def fold_weights(branch: nn.Module) -> dict[str, Tensor]:
@@ -229,11 +259,11 @@ def fold_weights(branch: nn.Module) -> dict[str, Tensor]:
 def train(world: World, annotated: Mapping[str, set[int]], round_index: int) -> ProposalPipeline:
     """From the initial weights, a fixed number of steps on the annotated slices; the same arguments give the same model."""
     setup, base = world.setup, world.base
-    updates = copy.deepcopy(base.branch)
-    targets = ("encoder",) if setup.task == "ct" else ("encoder", "query_head")
-    inject_lora(updates, None, LoraSettings(8, 16.0, targets, True), world.seed)
-    if setup.task == "ct":
+    updates = copy.deepcopy(base.branch).requires_grad_(False)
+    if setup.frozen_encoder:
         updates.query_head.requires_grad_(True)
+    else:
+        inject_lora(updates, None, LoraSettings(8, 16.0, ("encoder", "query_head"), True), world.seed)
     parameters = [p for p in updates.parameters() if p.requires_grad]
     path = EvidencePath(copy.deepcopy(base.branch).requires_grad_(False)).train()
     names = {name: v for v, name in enumerate(world.pool.names)}
@@ -246,10 +276,15 @@ def train(world: World, annotated: Mapping[str, set[int]], round_index: int) -> 
         torch.manual_seed(world.seed * 1000 + round_index)  # dropout
         for _ in range(setup.steps):
             chosen = training.draw_balanced(setup.batch_size, rng)
-            images, labels = augment(*training.read(chosen), generator, bias_field=setup.bias_field)
+            images, labels = training.read(chosen)
+            inputs: Tensor | SliceFeatures
+            if setup.frozen_encoder:
+                inputs = world.encode(base, [training.index[i] for i in chosen])
+            else:
+                inputs, labels = augment(images, labels, generator, bias_field=setup.bias_field)
             weights = {f"branch.{name}": weight for name, weight in fold_weights(updates).items()}
             with torch.autocast("cpu", torch.bfloat16, enabled=base.autocast_dtype is not None):
-                logits = functional_call(path, weights, (images, world.phrases.pooled[world.phrases.draw(generator)]))
+                logits = functional_call(path, weights, (inputs, world.phrases.pooled[world.phrases.draw(generator)]))
             loss, _ = compute_evidence_loss(logits, one_hot(labels, len(setup.structures)), training.weigh(chosen))
             optimiser.zero_grad()
             loss.backward()
@@ -291,17 +326,15 @@ def score_pool(world: World, pipeline: ProposalPipeline | None, kind: str, annot
         if pipeline is not None:
             for start in range(0, len(chosen), 8):
                 part = chosen[start : start + 8]
-                images, _ = world.pool.read([world.position[v, slices[i]] for i in part])
-                drawn[:, :, part] = draw_slices(world, pipeline, kind, images)
+                drawn[:, :, part] = draw_slices(world, pipeline, kind, world.encode(pipeline, [(v, slices[i]) for i in part]))
         found.append(compute_scores(name, setup.structures, drawn, spacing))
     return found
 
 
-def draw_slices(world: World, pipeline: ProposalPipeline, kind: str, images: Tensor) -> np.ndarray:
+def draw_slices(world: World, pipeline: ProposalPipeline, kind: str, features: SliceFeatures) -> np.ndarray:
     """What the model makes of N slices, uint8 (P, K, N, H, W): proposals, or K times the thresholded evidence."""
     setup, card = world.setup, world.card
     prompts = world.phrases.pick_canonical()
-    features = pipeline.encode_slices(images)
     evidence = pipeline.predict_evidence(features, prompts)
     if kind == "evidence":
         found = (evidence >= 0.5).cpu().numpy().transpose(1, 0, 2, 3)[:, None] * np.uint8(255)

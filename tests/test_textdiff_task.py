@@ -24,6 +24,7 @@ from progidiff.server.infer_task import ProposalInferTask, build_task
 from progidiff.server.textdiff_engine import SentenceTable, TextDiffEngine
 from progidiff.server.textdiff_scoring import PictureScorer
 from progidiff.server.textdiff_task import NUM_DRAWS, TextDiffInferTask, TextDiffOptions, open_picture
+from progidiff.server.textdiff_training import collect, list_versions
 from progidiff.slice_scores import SliceScoreStore
 from progidiff.textdiff.accepted import _write_cases, choose, judge
 from progidiff.textdiff.data import read_classes
@@ -32,6 +33,7 @@ from progidiff.textdiff.model import TextDiffCard, TextDiffResult
 from progidiff.textdiff.network import HeadConfig
 from progidiff.textdiff.versions import TextDiffStore
 from progidiff.training.data import Case
+from progidiff.training_options import TrainingOptions
 
 SIDE = 24
 CARD = TextDiffCard("nuclei", 1, ("nuclei", "stroma"), "denoiser", "d", "", "e", FeatureOptions(), HeadConfig((8,), (1,), classes=2), sha256="s")
@@ -392,10 +394,27 @@ def test_of_a_volume_only_annotated_slices_are_learned_from(tmp_path: Path):
     assert read_classes(training[0], (24, 32), 1).sum() == 36
 
 
+def test_a_label_that_was_put_into_the_folder_by_hand_counts_as_the_first_class(place: Place):
+    nameless = Case("one", place.studies / "one.png", place.studies / "one.png", {1: "spleen", 2: "liver"}, names_all=False)
+    named = Case("two", place.studies / "one.png", place.studies / "one.png", {3: "gland"})
+    options, _ = TrainingOptions.from_params("textdiff", {"steps": "5"})
+    place.engine.label_ids = lambda: {"nuclei": 1, "stroma": 2}  # type: ignore[method-assign]
+    collected = collect(place.task, options, [nameless, named], "cpu")
+    assert [case["structures"] for case in collected["cases"]] == [{"1": "nuclei", "2": "stroma"}, {"3": "gland"}]
+    assert collected["sentences"] == {"one": "Dense on the left.", "two": "Dense on the left."}
+    place.engine.label_ids = dict  # type: ignore[method-assign,assignment]
+    options, _ = TrainingOptions.from_params("textdiff", {"name": "cells"})
+    assert collect(place.task, options, [nameless], None)["cases"][0]["structures"] == {"1": "cells"}
+
+
 def test_a_first_version_must_find_something_and_a_later_one_beat_the_served_one():
     assert judge({"adapted": {"dice": 0.0}}, None)[0] is False
     assert judge({"adapted": {"dice": 0.1}}, None) == (True, "Dice 0.100 on the held-back images; there was no version before.")
     assert judge({"adapted": {"dice": 0.5}, "current": {"dice": 0.5}}, "nuclei@1")[0] is False
+
+
+def test_without_models_no_versions_are_listed(place: Place):
+    assert list_versions(place.engine) == []
 
 
 def test_a_picture_that_is_gone_is_not_found(tmp_path: Path):

@@ -17,6 +17,8 @@ from progidiff.training_options import TrainingOptions
 
 logger = logging.getLogger(__name__)
 
+_UNNAMED = "foreground"
+
 
 def collect(task: TextDiffInferTask, options: TrainingOptions, cases: Sequence[Case], device: str | None) -> dict[str, Any]:
     """What a run needs to know: the accepted labels with their sentences, and where the models are.
@@ -30,9 +32,10 @@ def collect(task: TextDiffInferTask, options: TrainingOptions, cases: Sequence[C
     Raises:
         RequestError: if text.csv cannot be read.
     """
-    classes = options.structures or tuple(task.engine.label_ids())
+    # What a label without names means: somebody put it into the folder by hand.
+    classes = options.structures or tuple(task.engine.label_ids()) or (options.name or _UNNAMED,)
     ids = {value: name for name, value in number_classes(classes).items()}
-    named = [replace(case, structures=ids, names_all=True) if is_picture(case.image) and not case.names_all and ids else case for case in cases]
+    named = [replace(case, structures=ids, names_all=True) if is_picture(case.image) and not case.names_all else case for case in cases]
     sentences = {case.name: task.find_sentence(case.image, None)[0] for case in named}
     return {
         "cases": to_json(named),

@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -73,9 +73,10 @@ def register(app: Any) -> None:
     )
     for command in (pretrain, convert, train, predict, evaluate):
         group.command()(command)
-    versions = typer.Typer(no_args_is_help=True, help="Versions of TextDiff models: list, show, use, rollback.", rich_markup_mode=None)
+    versions = typer.Typer(no_args_is_help=True, help="Versions of TextDiff models: list, show, add, use, rollback.", rich_markup_mode=None)
     versions.command("list")(list_versions)
     versions.command("show")(show_version)
+    versions.command("add")(add_version)
     versions.command("use")(use_version)
     versions.command("rollback")(roll_back)
     group.add_typer(versions, name="versions")
@@ -109,7 +110,7 @@ def pretrain(
     from progidiff.backbone import pick_device
     from progidiff.textdiff.data import find_cases
 
-    _use_threads(threads)
+    _prepare(threads)
     target = _require(out, "--out")
     pictures = [case.image for folder in _require(images, "--images") for case in find_cases(folder)]
     found = run_pretrain(pictures, target, work, settings, str(pick_device(device)))
@@ -189,7 +190,7 @@ def train(
         return
     from progidiff.textdiff.data import find_cases, pick_cases
 
-    _use_threads(threads)
+    _prepare(threads)
     cases = find_cases(_require(images, "--images"), labels, text)
     held = pick_cases(cases, _split(hold_out))
     names = {c.name for c in held}
@@ -240,7 +241,7 @@ def predict(
     if text is not None:
         sentence = find_sentence(read_sentences(text), image.name)
     picture = read_picture(image)
-    _use_threads(threads)
+    _prepare(threads)
     loaded = load_textdiff(model, device, denoiser)
     with _show_progress("tiles") as show:
         result = loaded.predict(picture, sentence, draws, on_progress=show)
@@ -310,7 +311,7 @@ def evaluate(
     cases: list[Case] = find_cases(_require(images, "--images"), labels, text)
     if case:
         cases = pick_cases(cases, _split(case))
-    _use_threads(threads)
+    _prepare(threads)
     loaded = load_textdiff(model, device, denoiser)
     with _show_progress("pictures") as show:
         found = measure(loaded, cases, control.value, draws=draws, seed=seed, on_progress=show)
@@ -351,6 +352,37 @@ def show_version(
         typer.echo(json.dumps({"model": card.to_dict(), "run": found.run(card), "history": found.history(card.name)}, indent=1))
     else:
         typer.echo((found.folder(card) / "README.md").read_text(encoding="utf-8"))
+
+
+def add_version(
+    folder: Annotated[Path, typer.Argument(help="What `train` made.", show_default=False)],
+    name: Annotated[
+        str | None, typer.Option(help="Whose next version it becomes. Default: the name it was trained under.", show_default=False)
+    ] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Model card for people, Markdown. Default: one written from what is known.", show_default=False)
+    ] = None,
+    data: Annotated[str, typer.Option(help="What it was trained on, by name, for the card.")] = "",
+    licence: Annotated[str, typer.Option(help="Of the weights, for the card.")] = "",
+    publish: Annotated[bool, typer.Option("--publish/--no-publish", help="Serve it.")] = True,
+    store: StoreOption = None,
+) -> None:
+    """Put a trained model among those that a server offers; the folder stays as it is."""
+    from progidiff.textdiff.model import load_textdiff
+    from progidiff.textdiff.weights import read_json
+
+    _prepare(None)
+    model = load_textdiff(folder, "cpu")
+    model.card = replace(model.card, data=data or model.card.data, licence=licence or model.card.licence)
+    try:
+        text = None if readme is None else readme.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as err:
+        raise RequestError(f"The model card '{readme}' cannot be read ({err}); give a text file in UTF-8.") from err
+    found = _store(store)
+    card = found.add(name or model.card.name, model, read_json((model.folder or folder) / "run.json"), text)
+    if publish:
+        found.publish(card.name, card.version)
+    typer.echo(f"{card.full_name} is in {found.folder(card)}{' and is served' if publish else ''}.")
 
 
 def use_version(reference: Annotated[str, typer.Argument(help="NAME@VERSION.", show_default=False)], store: StoreOption = None) -> None:
@@ -419,7 +451,13 @@ def _require(value: T | None, option: str) -> T:
     return value
 
 
-def _use_threads(threads: int | None) -> None:
+def _prepare(threads: int | None) -> None:
+    """Set the number of threads; keep libraries from drawing bars of their own."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
     if threads is not None:
         import torch
 

@@ -127,6 +127,20 @@ def test_versions_are_listed_shown_used_and_rolled_back(training: TextDiffTraini
     assert "nuclei@1 is served" in run("versions", "rollback", "nuclei", "--store", tmp_path).stdout
 
 
+def test_a_trained_model_becomes_the_next_version(training: TextDiffTraining, tmp_path: Path):
+    (tmp_path / "card.md").write_text("# Blobs\n", encoding="utf-8")
+    store = ["--store", tmp_path / "store"]
+    added = run("versions", "add", training.model.folder, "--name", "blobs", "--data", "Toys.", "--readme", tmp_path / "card.md", *store)
+    assert added.exit_code == 0, added.output
+    assert "blobs@1 is in" in added.stdout
+    card = load_textdiff_card(tmp_path / "store" / "blobs")
+    assert (card.full_name, card.data) == ("blobs@1", "Toys.")
+    assert run("versions", "show", "blobs", *store).stdout == "# Blobs\n\n"
+    assert "none is served" not in run("versions", "list", *store).stdout
+    assert run("versions", "add", training.model.folder, "--no-publish", *store).exit_code == 0
+    assert "toy: 1 (none is served)" in run("versions", "list", *store).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

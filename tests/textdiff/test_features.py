@@ -105,6 +105,9 @@ def test_options_that_fit_no_network_are_refused(denoiser: Path):
         load(denoiser, timesteps=(1000,))
     with pytest.raises(RequestError, match=r"one of features\.scale"):
         load(denoiser, size=64)
+    for tone in ((0.1, 0.2, 0.3), (0, 0, 0, 1, 1, 0), (2, 0, 0, 1, 1, 1)):
+        with pytest.raises(RequestError, match="three means"):
+            load(denoiser, tone=tone)
     with pytest.raises(RequestError, match="ascending"):
         load(denoiser, blocks=(1, 0))
     with pytest.raises(GeometryError, match="pad them first"):

@@ -153,3 +153,18 @@ def test_the_working_resolution_follows_scale_or_size():
     working = to_working(torch.full((3, 8, 8), 255, dtype=torch.uint8), 0.5, None)
     assert working.shape == (3, 4, 4)
     assert torch.allclose(working, torch.ones(()))
+
+
+def test_pictures_are_brought_to_one_tone_and_an_empty_one_stays_empty():
+    tone = (0.2, -0.1, 0.3, 0.2, 0.1, 0.15)
+    pixels = torch.randint(60, 160, (3, 40, 40), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    working = to_working(pixels, 1.0, None, tone)
+    assert torch.allclose(working.mean(dim=(1, 2)), torch.tensor(tone[:3]), atol=1e-4)
+    assert torch.allclose(working.std(dim=(1, 2), correction=0), torch.tensor(tone[3:]), atol=1e-4)
+    darker = to_working((pixels.float() * 0.5 + 10).to(torch.uint8), 1.0, None, tone)
+    assert (working - darker).abs().mean() < 0.01
+    empty = to_working(torch.full((3, 8, 8), 240, dtype=torch.uint8), 1.0, None, tone)
+    assert torch.allclose(empty, torch.tensor(tone[:3]).view(3, 1, 1).expand(3, 8, 8))
+    pale = pixels.clone()
+    pale[:] = 200 + (pixels > 110)
+    assert float(to_working(pale, 1.0, None, tone).std(dim=(1, 2)).max()) < 0.05

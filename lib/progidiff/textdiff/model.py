@@ -116,7 +116,7 @@ class TextDiffCard:
             raise ModelError(f"This model has format {values['format']}, this program reads {FORMAT}; install the version that wrote it.")
         plain = {f.name: values[f.name] for f in fields(cls)}
         asked = plain["features"]
-        features = FeatureOptions(**{**asked, "timesteps": tuple(asked["timesteps"]), "blocks": tuple(asked["blocks"])})
+        features = FeatureOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()})
         head = HeadConfig.from_dict(plain["head"])
         return cls(**{**plain, "version": int(plain["version"]), "classes": tuple(plain["classes"]), "features": features, "head": head})
 
@@ -204,7 +204,7 @@ class TextDiffModel:
         if self.encoder is not None and sentence is not None and attend:
             tokens, mask = self.encoder.encode([sentence])
         options = self.card.features
-        working = to_working(picture.pixels, options.scale, options.size)
+        working = to_working(picture.pixels, options.scale, options.size, options.tone)
         height, width = int(working.shape[1]), int(working.shape[2])
         tiles = list_tiles(height, width, tile, overlap)
         found = np.empty((draws, len(self.card.classes), *picture.size), np.float32)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -172,18 +172,27 @@ def compute_working_size(height: int, width: int, scale: float | None, size: int
     return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def to_working(pixels: Tensor, scale: float | None, size: int | None) -> Tensor:
+def to_working(pixels: Tensor, scale: float | None, size: int | None, tone: Sequence[float] | None = None) -> Tensor:
     """A picture at the working resolution.
 
     Args:
         pixels: (3, H, W) uint8.
         scale, size: See `compute_working_size`.
+        tone: Mean and then standard deviation of each channel that the picture is brought to; None for its own. A channel of one value
+            gets the mean.
 
     Returns:
         (3, h, w) floats, -1..1.
     """
     target = compute_working_size(int(pixels.shape[1]), int(pixels.shape[2]), scale, size)
-    return resize(pixels[None].float(), target)[0].clamp(0, 255) / 127.5 - 1
+    working = resize(pixels[None].float(), target)[0].clamp(0, 255) / 127.5 - 1
+    if tone is None:
+        return working
+    mean, std = torch.tensor(tone).view(2, 3, 1, 1)
+    found = working.std(dim=(1, 2), correction=0, keepdim=True)
+    # Nearly empty pictures must not become noise: contrast is raised four times at most.
+    factor = (std / found.clamp_min(1e-3)).clamp_max(4.0)
+    return ((working - working.mean(dim=(1, 2), keepdim=True)) * factor + mean).clamp(-1, 1)
 
 
 def resize(tensor: Tensor, size: tuple[int, int]) -> Tensor:

@@ -404,7 +404,7 @@ def _prepare(
             notes.append(f"{case.name}: there is no sentence; it is learned from without one.")
         grays.append(picture.gray)
         state.update(json.dumps([case.name, picture.size, case.sentence]).encode() + picture.pixels.numpy().tobytes() + classes.tobytes())
-        plain = to_working(picture.pixels, options.scale, options.size)
+        plain = to_working(picture.pixels, options.scale, options.size, options.tone)
         shares = F.one_hot(torch.from_numpy(classes).long(), 1 + len(config.classes)).permute(2, 0, 1).float()
         target = resize(shares[None], (int(plain.shape[1]), int(plain.shape[2])))[0]
         for view in range(config.views):

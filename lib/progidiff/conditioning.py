@@ -34,6 +34,8 @@ class ConditioningConfig:
         spacing_range: Smallest and largest pixel size of the working grid in mm.
         num_neighbours: Neighbouring slices on each side that enter as channels.
         neighbour_mm: Distance between these channels in mm.
+        mr_headroom: Where the brightest of an MR lie: its 99th percentile at 1 / mr_headroom of the range that the networks see. A model
+            of CT knows organs in the middle of that range, not at its end.
         channels: Features of the encoder's levels; level i has stride 2**i.
         query_level: The coarse level that the query head reads in addition to full resolution.
         text_features: D of the text encoder.
@@ -51,6 +53,7 @@ class ConditioningConfig:
     latent_stride: int = 8
     num_neighbours: int = 1
     neighbour_mm: float = 4.0
+    mr_headroom: float = 1.0
     channels: tuple[int, ...] = (16, 32, 64, 128, 256, 256)
     query_level: int = 2
     evidence_channels: int = 96

@@ -302,7 +302,7 @@ class Engine:
         noise, offsets = pipeline.draw_noise(num_proposals, seed), pipeline.draw_offsets(num_proposals, seed)
         result = np.zeros((len(queries), num_proposals, len(stack), config.height, config.width), np.uint8)
         batches = [wanted[i : i + SLICES_PER_BATCH] for i in range(0, len(wanted), SLICES_PER_BATCH)]
-        window = compute_window(volume)
+        window = compute_window(volume, config.mr_headroom)
         remembered = self._recall(volume, wanted, adapter_name)
         fresh: dict[int, SliceFeatures] | None = {} if remember else None
         done = 0

@@ -741,17 +741,23 @@ def _compute_otsu(values: np.ndarray, bins: int = 128) -> float:
     return float(edges[1:][int(np.nanargmax(np.where(np.isfinite(between), between, -1)))])
 
 
-def compute_window(volume: Volume) -> tuple[float, float]:
+def compute_window(volume: Volume, mr_headroom: float = 1.0) -> tuple[float, float]:
     """The intensities (low, high) that the network sees as -1 and 1.
 
     CT: `CT_WINDOW` in HU. MR: percentiles 1 and 99 of the body, so that a bright artefact or empty margins do not matter.
+
+    Args:
+        volume: The image.
+        mr_headroom: How many times wider the window of an MR reaches, above its low end; see `ConditioningConfig`.
     """
     if volume.modality == "CT":
         return CT_WINDOW
     values = _sample(volume.array)
     body = values[values > compute_body_threshold(volume)]
     low, high = (float(v) for v in np.percentile(body if body.size >= 64 else values, (1, 99)))
-    return (low, high) if high > low else (float(volume.array.min()), float(volume.array.max()))
+    if high <= low:
+        return float(volume.array.min()), float(volume.array.max())
+    return low, low + mr_headroom * (high - low)
 
 
 def _explain(err: Exception, path: Path) -> str:

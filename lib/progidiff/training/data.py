@@ -184,11 +184,9 @@ class SliceCache:
         for path in (case.image, case.label):
             digest.update(_hash_content(path))
         content = digest.hexdigest()
-        digest.update(
-            repr(
-                (self.structures, sorted(case.structures.items()), sorted(case.info.items()), config.height, config.width, config.spacing_range, 2)
-            ).encode()
-        )
+        parts = (self.structures, sorted(case.structures.items()), sorted(case.info.items()), config.height, config.width, config.spacing_range, 2)
+        # A setting that came later must not make what was prepared before it stale.
+        digest.update(repr(parts if config.mr_headroom == 1 else (*parts, config.mr_headroom)).encode())
         target = folder / f"{case.name}-{digest.hexdigest()[:16]}"
         if (target / "meta.json").is_file():
             os.utime(target / "meta.json")  # Says when it was used last.
@@ -202,7 +200,7 @@ class SliceCache:
             if name in self.structures:
                 table[value] = self.structures.index(name) + 1
         label_stack = volume.arrange(table[raw])
-        window = compute_window(volume)
+        window = compute_window(volume, config.mr_headroom)
         indices = np.arange(len(stack))
         images, labels = [], []
         for start in range(0, len(stack), 32):

@@ -10,10 +10,10 @@ other settings on every third slice (not cleaned: islands need all slices; the s
   estimated; "unbiased" leaves out pairs of a proposal with itself. Per slice and structure where the truth or any proposal draws it, mean
   over slices, then over structures and cases. Settings: denoising steps, and what sets proposals apart (evidence offsets as served, half,
   twice, or none: noise alone).
-* **disagreement against error**: Spearman's rank correlation of what is served (`disagreement_per_slice` and `expected_error_per_slice` of
-  every answer, see `progidiff.results`) with 1 - Dice of the consensus, over pairs of slice and structure. "drawn": pairs where the truth
-  or any proposal has something; "present": where the truth has; "all": all pairs, of which most are empty on both sides. Other summaries
-  of the same proposals stand beside them, and the size of the consensus alone, which any of them has to beat.
+* **disagreement against error**: Spearman's rank correlation of what is served (`disagreement_per_slice`, and its mean over three slices,
+  `nearby_disagreement_per_slice`, see `progidiff.results`) with 1 - Dice of the consensus, over pairs of slice and structure. "drawn": pairs
+  where the truth or any proposal has something; "present": where the truth has; "all": all pairs, of which most are empty on both sides.
+  What no proposal draws counts as certain. Other summaries of the same proposals stand beside it, and the size of the consensus alone.
 * **where**: AUROC of the voxel's uncertainty (4 a (1 - a), a the agreement) for the consensus being wrong there. "band": voxels that any
   proposal draws; "band and truth": also those of the truth that none draws; "overall": every voxel of the slices.
 * **calibration**: agreement against the share of voxels that are truly inside, per value of the agreement; ECE is the mean absolute
@@ -53,6 +53,18 @@ from progidiff.volume import Volume, load_label, load_volume
 ROOT = Path(__file__).resolve().parents[1]
 
 SERVED = "served"
+SUMMARIES = (
+    "disagreement (served)",
+    "1 - mean Dice to the consensus",
+    "1 - lowest pairwise Dice",
+    "1 - Dice that the mean probability expects",
+    "entropy / sum of the mean probability",
+    "spread of sizes / mean size",
+    "disagreement with an edge of one pixel counted as open",
+    "1 / size of the consensus (no disagreement at all)",
+)
+"""Candidates for "how uncertain is this slice"."""
+ALONE, NEARBY = "slice alone", "mean of 3 slices"
 PROBABILITY_BINS = 20
 
 
@@ -113,7 +125,7 @@ class Pair:
         consensus, consensus_overlap: The same of the consensus.
         pairwise_dice: Mean over distinct pairs of proposals; 1 for two empty ones.
         distance_to_truth, distance, distance_with_self: Mean 1 - IoU to the truth, between distinct proposals, and with repetition.
-        summaries: Candidates for "how uncertain is this slice".
+        summaries: See `SUMMARIES`; 0 where no proposal draws anything.
         agreement_counts: (K + 1, 2) voxels by the number of proposals that draw them and by the truth.
         probability_counts: (PROBABILITY_BINS, 2) voxels by mean probability and by the truth.
         probability_errors: (256, 2) voxels by mean probability in 1/255 and by whether the consensus is wrong.
@@ -151,14 +163,14 @@ def _divide(above: np.ndarray, below: np.ndarray, otherwise: float) -> np.ndarra
     return np.where(below > 0, above / np.maximum(below, 1e-12), otherwise)
 
 
-def measure_pair(structure: str, z: int, maps: np.ndarray, truth: np.ndarray, summaries: Mapping[str, float]) -> Pair | None:
+def measure_pair(structure: str, z: int, maps: np.ndarray, truth: np.ndarray, disagreement: float) -> Pair | None:
     """Measure one structure on one slice.
 
     Args:
         structure, z: Which.
         maps: Probabilities on the scale 0..255, float32 of shape (K, Y, X).
         truth: bool of shape (Y, X).
-        summaries: What the working grid says of the slice, as it is served.
+        disagreement: As served, from the working grid.
 
     Returns:
         None if neither the truth nor any proposal has anything there.
@@ -182,7 +194,6 @@ def measure_pair(structure: str, z: int, maps: np.ndarray, truth: np.ndarray, su
     apart = 1 - _divide(overlap, total - overlap, 1.0)
     distinct = np.triu_indices(count, 1)
     number = drawn.sum(axis=0)
-    agreement = number / count
     consensus = number * 2 >= count
     wrong = consensus != inside
 
@@ -198,9 +209,23 @@ def measure_pair(structure: str, z: int, maps: np.ndarray, truth: np.ndarray, su
     probability_errors[0, 0] += outside
 
     size = int(consensus.sum())
-    edge = int((consensus & ~ndimage.binary_erosion(consensus)).sum())
-    differing = float((total - 2 * overlap)[distinct].mean()) if count > 1 else 0.0
-    to_consensus = _divide(2 * flat @ consensus.ravel(), sizes + size, 1.0)
+    summaries = dict.fromkeys(SUMMARIES, 0.0)  # what nobody draws looks certain, whatever the truth
+    if drawn.any():
+        edge = int((consensus & ~ndimage.binary_erosion(consensus)).sum())
+        differing = float((total - 2 * overlap)[distinct].mean())
+        to_consensus = _divide(2 * flat @ consensus.ravel(), sizes + size, 1.0)
+        expected = consensus.sum() + mean.sum()
+        values = (
+            disagreement,
+            1 - float(to_consensus.mean()),
+            1 - float(dice[distinct].min()),
+            float(1 - 2 * mean[consensus].sum() / expected),
+            float(_entropy(mean).sum() / mean.sum()),
+            float(sizes.std() / sizes.mean()),
+            float((differing + edge) / (2 * sizes.mean() + edge)),
+            1 / max(size, 0.5),
+        )
+        summaries = dict(zip(SUMMARIES, values, strict=True))
     return Pair(
         structure=structure,
         z=z,
@@ -213,38 +238,16 @@ def measure_pair(structure: str, z: int, maps: np.ndarray, truth: np.ndarray, su
         distance_to_truth=float((1 - _divide(with_truth, sizes + inside.sum() - with_truth, 1.0)).mean()),
         distance=float(apart[distinct].mean()),
         distance_with_self=float(apart.mean()),
-        summaries={
-            **summaries,
-            "1 - mean Dice to the consensus": 1 - float(to_consensus.mean()),
-            "1 - lowest pairwise Dice": 1 - float(dice[distinct].min()),
-            "1 - Dice that the mean probability expects": _expect_error(mean, consensus),
-            "entropy / sum of the mean probability": float(_entropy(mean).sum() / max(mean.sum(), 1e-9)),
-            "spread of sizes / mean size": float(sizes.std() / max(sizes.mean(), 1e-9)),
-            "disagreement with an edge of 1 pixel": _loosen(differing, edge, agreement.sum(), 1.0),
-            "edge / size of the consensus": edge / size if size else 1.0,
-            "small consensus (no disagreement)": -float(size),
-        },
+        summaries=summaries,
         agreement_counts=agreement_counts,
         probability_counts=probability_counts,
         probability_errors=probability_errors,
     )
 
 
-def _expect_error(mean: np.ndarray, consensus: np.ndarray) -> float:
-    """1 - Dice of the consensus if every voxel were inside with the mean probability."""
-    total = consensus.sum() + mean.sum()
-    return float(1 - 2 * mean[consensus].sum() / total) if total else 0.0
-
-
 def _entropy(mean: np.ndarray) -> np.ndarray:
     clipped = mean.clip(1e-6, 1 - 1e-6)
     return -(clipped * np.log2(clipped) + (1 - clipped) * np.log2(1 - clipped))
-
-
-def _loosen(differing: float, edge: int, mean_size: float, width: float) -> float:
-    """Disagreement with `width` pixels along the edge counted as open whatever the proposals say: a thin slice has more edge for its size."""
-    below = 2 * float(mean_size) + width * edge
-    return (differing + width * edge) / below if below else 1.0
 
 
 def measure_case(
@@ -255,31 +258,12 @@ def measure_case(
     pairs = []
     for name, ids in structures.items():
         truth = np.isin(stack, list(ids))
-        index = proposals.structures.index(name)
-        # Of the whole volume; the sizes of the consensus come from the same grid, so that the comparison is with the same voxels.
-        sizes = ((proposals.probabilities[index] >= 128) & proposals.grid.covered).sum(axis=0) * 2 >= proposals.num_proposals
-        served = {
-            "disagreement (served)": proposals.disagreement[index],
-            "disagreement, mean of 3 slices": average_neighbours(proposals.disagreement[index]),
-            "expected error (served)": proposals.expected_error[index],
-            "small consensus, mean of 3 slices (no disagreement)": -average_neighbours(sizes.sum(axis=(1, 2))),
-        }
+        disagreement = proposals.disagreement[proposals.structures.index(name)]
         for z in slices:
-            summaries = {name: float(values[z]) for name, values in served.items()}
-            pair = measure_pair(name, z, proposals.slice_probabilities(name, z), truth[z], summaries)
+            pair = measure_pair(name, z, proposals.slice_probabilities(name, z), truth[z], float(disagreement[z]))
             if pair is not None:
                 pairs.append(pair)
     return pairs
-
-
-def average_neighbours(values: np.ndarray) -> np.ndarray:
-    """Mean of every slice and its neighbours.
-
-    Example:
-        >>> average_neighbours(np.array([0.0, 3.0, 0.0, 0.0])).tolist()
-        [1.5, 1.0, 1.0, 0.0]
-    """
-    return np.convolve(values, np.ones(3))[1:-1] / np.convolve(np.ones(len(values)), np.ones(3))[1:-1]
 
 
 def compute_auroc(counts: np.ndarray) -> float:
@@ -372,35 +356,60 @@ def summarise_picking(pairs: Sequence[Pair], structures: Iterable[str]) -> dict[
     return {way: {name: values[way] for name, values in found.items()} for way in next(iter(found.values()), {})}
 
 
-def summarise_correlation(cases: Mapping[str, Sequence[Pair]], empty: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Spearman of every summary with the error of the consensus; per case, and over all.
+def summarise_correlation(cases: Mapping[str, Sequence[Pair]], depths: Mapping[str, int], structures: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Spearman of every summary with the error of the consensus, of the slice alone and averaged with its neighbours.
 
     Args:
-        cases: Pairs per case.
-        empty: Per case, how many more pairs there are on which neither the truth nor any proposal has anything.
+        cases: Pairs per case, of all slices.
+        depths: Slices per case.
+        structures: Names; pairs that are not in `cases` are empty, certain and right.
     """
-    everything = [pair for pairs in cases.values() for pair in pairs]
-    errors = np.array([pair.error for pair in everything])
-    present = np.array([pair.truth > 0 for pair in everything])
-    names = [pair.structure for pair in everything]
+    tables = {case: _tabulate(pairs, depths[case], structures) for case, pairs in cases.items()}
     result: dict[str, dict[str, Any]] = {}
-    for summary in everything[0].summaries if everything else ():
-        values = np.array([pair.summaries[summary] for pair in everything])
-        # An empty pair is certain and right: the lowest value that there is.
-        low = min(float(values.min()), 0.0)
-        padding = sum(empty.values())
-        within = [_spearman(values[mask], errors[mask]) for mask in (np.array([own == name for own in names]) for name in sorted(set(names)))]
-        result[summary] = {
-            "drawn": _spearman(values, errors),
-            "present": _spearman(values[present], errors[present]),
-            "all": _spearman(np.concatenate([values, np.full(padding, low)]), np.concatenate([errors, np.zeros(padding)])),
-            "within structures": _mean(within),
-            "drawn by case": {
-                case: _spearman(np.array([pair.summaries[summary] for pair in pairs]), np.array([pair.error for pair in pairs]))
-                for case, pairs in cases.items()
-            },
-        }
+    for summary in SUMMARIES:
+        result[summary] = {}
+        for kind in (ALONE, NEARBY):
+            values = {case: table[summary] if kind == ALONE else average_neighbours(table[summary]) for case, table in tables.items()}
+
+            def correlate(mask: str | None, rows: slice = slice(None), only: str | None = None, values: dict[str, np.ndarray] = values) -> float:
+                chosen = [case for case in tables if only in (None, case)]
+                keep = {case: tables[case][mask][rows].astype(bool) if mask else np.ones_like(values[case][rows], dtype=bool) for case in chosen}
+                return _spearman(
+                    np.concatenate([values[case][rows][keep[case]] for case in chosen]),
+                    np.concatenate([tables[case]["error"][rows][keep[case]] for case in chosen]),
+                )
+
+            result[summary][kind] = {
+                "drawn": correlate("drawn"),
+                "present": correlate("present"),
+                "all": correlate(None),
+                "within structures": _mean(correlate("drawn", slice(row, row + 1)) for row in range(len(structures))),
+                "drawn by case": {case: correlate("drawn", only=case) for case in tables},
+            }
     return result
+
+
+def _tabulate(pairs: Sequence[Pair], depth: int, structures: Sequence[str]) -> dict[str, np.ndarray]:
+    """Error, summaries and masks of one case as arrays of shape (structures, depth)."""
+    table = {name: np.zeros((len(structures), depth)) for name in (*SUMMARIES, "error", "drawn", "present")}
+    for pair in pairs:
+        place = structures.index(pair.structure), pair.z
+        for name, value in pair.summaries.items():
+            table[name][place] = value
+        table["error"][place], table["drawn"][place], table["present"][place] = pair.error, 1, pair.truth > 0
+    return table
+
+
+def average_neighbours(values: np.ndarray) -> np.ndarray:
+    """Mean of every slice and its neighbours, along the last axis, as `VolumeProposals.nearby_disagreement` has it.
+
+    Example:
+        >>> average_neighbours(np.array([[0.0, 3.0, 0.0, 0.0]])).tolist()
+        [[1.5, 1.0, 1.0, 0.0]]
+    """
+    around = np.ones(3)
+    neighbours = np.convolve(np.ones(values.shape[-1]), around)[1:-1]
+    return np.stack([np.convolve(row, around)[1:-1] / neighbours for row in values])
 
 
 def _spearman(values: np.ndarray, errors: np.ndarray) -> float:
@@ -467,6 +476,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     chosen = [setting for setting in SETTINGS if not options.settings or setting.name in options.settings]
     served: dict[str, list[Pair]] = {}
     empty: dict[str, int] = {}
+    depths: dict[str, int] = {}
     empty_voxels = 0
     diversity: dict[str, dict[str, dict[str, float]]] = {setting.name: {} for setting in chosen}
     picking: dict[str, dict[str, dict[str, float]]] = {}
@@ -486,6 +496,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 proposals = dataclasses.replace(proposals, probabilities=proposals.probabilities.copy())
                 drop_islands(proposals.probabilities, DEFAULT_CLEAN_UP, (grid.stack_spacing[0], grid.spacing, grid.spacing), grid.covered)
                 served[case.name] = measure_case(volume, labels, proposals, matched, range(depth))
+                depths[case.name] = depth
                 empty[case.name] = depth * len(matched) - len(served[case.name])
                 empty_voxels += empty[case.name] * height * width
                 picking[case.name] = summarise_picking(served[case.name], matched)
@@ -516,7 +527,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             every = [pair for pairs in served.values() for pair in pairs]
             report |= {
                 "pairs": {"drawn": len(every), "present": sum(pair.truth > 0 for pair in every), "empty": sum(empty.values())},
-                "disagreement_against_error": summarise_correlation(served, empty),
+                "disagreement_against_error": summarise_correlation(served, depths, list(matched)),
                 "voxels": summarise_voxels(every, empty_voxels),
                 "voxels_by_structure": {
                     name: {key: values for key, values in summarise_voxels(own, 0).items() if key in ("auroc", "ece")}
@@ -566,10 +577,11 @@ def print_tables(report: Mapping[str, Any]) -> None:
             print(f"| {name} | {' | '.join(cell(values['mean'].get(column)) for column in columns)} |")
     if "voxels" not in report:
         return
-    print("\n| summary of the proposals | drawn | present | all | within structures | drawn, by case |\n|---|---|---|---|---|---|")
-    for name, values in report["disagreement_against_error"].items():
-        by_case = ", ".join(cell(value) for value in values["drawn by case"].values())
-        print(f"| {name} | {' | '.join(cell(values[key]) for key in ('drawn', 'present', 'all', 'within structures'))} | {by_case} |")
+    print("\n| summary of the proposals | of | drawn | present | all | within structures | drawn, by case |\n|---|---|---|---|---|---|---|")
+    for name, kinds in report["disagreement_against_error"].items():
+        for kind, values in kinds.items():
+            by_case = ", ".join(cell(value) for value in values["drawn by case"].values())
+            print(f"| {name} | {kind} | {' | '.join(cell(values[key]) for key in ('drawn', 'present', 'all', 'within structures'))} | {by_case} |")
     print("\n| | " + " | ".join(report["voxels"]["auroc"]) + " |\n|---" * 1 + "|---" * len(report["voxels"]["auroc"]) + "|")
     print("| AUROC | " + " | ".join(cell(value) for value in report["voxels"]["auroc"].values()) + " |")
     print("\n| | " + " | ".join(report["voxels"]["ece"]) + " |\n|---" + "|---" * len(report["voxels"]["ece"]) + "|")

@@ -11,6 +11,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 
 from conftest import ROOT
 from progidiff.engine import Engine
@@ -76,7 +77,7 @@ def test_proposal_quality_runs_and_a_second_run_draws_nothing(
         assert values["mean"]["dice, best of K per slice"] >= values["mean"]["dice, best of K per volume"] >= values["mean"]["dice, single"]
         assert values["mean"]["ged"] >= values["mean"]["ged_unbiased"]
     assert report["pairs"]["drawn"] + report["pairs"]["empty"] == 2 * 3 * 12
-    assert report["disagreement_against_error"]["disagreement (served)"]["drawn"] is not None
+    assert report["disagreement_against_error"]["disagreement (served)"]["mean of 3 slices"]["drawn"] is not None
     reliability = report["voxels"]["reliability"]
     assert [row["agreement"] for row in reliability] == pytest.approx([0, 1 / 3, 2 / 3, 1], abs=1e-4)
     assert sum(row["voxels"] for row in reliability) == 2 * 3 * 12 * 40 * 28
@@ -114,7 +115,7 @@ def maps() -> np.ndarray:
 def test_a_pair_is_measured_as_its_definitions_say(quality: ModuleType, maps: np.ndarray):
     truth = np.zeros((12, 10), dtype=bool)
     truth[2:8, 3:9] = True
-    pair = quality.measure_pair("liver", 5, maps, truth, {"disagreement (served)": 0.25})
+    pair = quality.measure_pair("liver", 5, maps, truth, 0.25)
     masks = maps >= THRESHOLD
     dice = compute_pairwise_dice(torch.from_numpy(masks)).numpy()
     assert pair.pairwise_dice == pytest.approx(dice[np.triu_indices(4, 1)].mean())
@@ -134,17 +135,43 @@ def test_a_pair_is_measured_as_its_definitions_say(quality: ModuleType, maps: np
     assert pair.probability_counts.sum() == pair.probability_errors.sum() == truth.size
     assert pair.probability_errors[:, 1].sum() == (consensus != truth).sum()
     assert pair.summaries["disagreement (served)"] == 0.25
+    mean = maps.mean(axis=0) / 255
+    expected = 1 - 2 * mean[consensus].sum() / (mean.sum() + consensus.sum())
+    assert pair.summaries["1 - Dice that the mean probability expects"] == pytest.approx(expected)
 
 
 def test_a_pair_that_nobody_draws_is_wrong_or_not_there(quality: ModuleType, maps: np.ndarray):
     empty = np.zeros((12, 10), dtype=bool)
-    assert quality.measure_pair("liver", 0, np.zeros_like(maps), empty, {}) is None
+    assert quality.measure_pair("liver", 0, np.zeros_like(maps), empty, 0.0) is None
     truth = empty.copy()
     truth[0, 0] = True
-    missed = quality.measure_pair("liver", 0, np.zeros_like(maps), truth, {})
+    missed = quality.measure_pair("liver", 0, np.zeros_like(maps), truth, 0.0)
+    assert not any(missed.summaries.values()), "nobody can tell this slice from one without the structure"
     assert (missed.error, missed.pairwise_dice, missed.distance_to_truth, missed.distance_with_self) == (1, 1, 1, 0)
-    invented = quality.measure_pair("liver", 0, np.full_like(maps, 255), empty, {})
+    invented = quality.measure_pair("liver", 0, np.full_like(maps, 255), empty, 0.0)
     assert (invented.error, invented.consensus, list(invented.dice)) == (1, 120, [0, 0, 0, 0])
+
+
+def test_correlations_are_scipys_on_the_pairs_that_they_name(quality: ModuleType):
+    generator = np.random.default_rng(2)
+    square = np.zeros((8, 8), dtype=bool)
+    square[2:6, 2:6] = True
+    pairs = []
+    for z in range(2, 9):
+        maps = (square * generator.random((3, 8, 8)) * 400).clip(0, 255).astype(np.float32)
+        pairs.append(quality.measure_pair("liver", z, maps, square if z < 8 else np.zeros_like(square), float(generator.random())))
+    missed = quality.measure_pair("liver", 9, np.zeros((3, 8, 8), dtype=np.float32), square, 0.0)
+    found = quality.summarise_correlation({"one": [*pairs, missed]}, {"one": 12}, ["spleen", "liver"])["disagreement (served)"]
+    alone, errors = np.zeros(12), np.zeros(12)
+    for pair in (*pairs, missed):
+        alone[pair.z], errors[pair.z] = pair.summaries["disagreement (served)"], pair.error
+    nearby = [alone[max(0, z - 1) : z + 2].mean() for z in range(12)]
+    present = [2, 3, 4, 5, 6, 7, 9]
+    assert found["slice alone"]["drawn"] == pytest.approx(spearmanr(alone[2:10], errors[2:10])[0])
+    assert found["mean of 3 slices"]["present"] == pytest.approx(spearmanr(np.array(nearby)[present], errors[present])[0])
+    everything = spearmanr(np.concatenate([np.zeros(12), nearby]), np.concatenate([np.zeros(12), errors]))[0]
+    assert found["mean of 3 slices"]["all"] == pytest.approx(everything)
+    assert found["slice alone"]["within structures"] == found["slice alone"]["drawn"] == found["slice alone"]["drawn by case"]["one"]
 
 
 def test_auroc_is_the_share_of_right_orders(quality: ModuleType):
@@ -176,9 +203,9 @@ def test_picking_slice_by_slice_pools_the_best_of_every_slice(quality: ModuleTyp
     truth[1:5, 1:5] = True
     right, wrong, nothing = truth * 255.0, np.roll(truth, 2, axis=1) * 255.0, np.zeros((6, 6))
     pairs = [
-        quality.measure_pair("liver", 0, np.stack([right, wrong]).astype(np.float32), truth, {}),
-        quality.measure_pair("liver", 1, np.stack([wrong, right]).astype(np.float32), truth, {}),
-        quality.measure_pair("liver", 2, np.stack([wrong, nothing]).astype(np.float32), np.zeros_like(truth), {}),
+        quality.measure_pair("liver", 0, np.stack([right, wrong]).astype(np.float32), truth, 0.0),
+        quality.measure_pair("liver", 1, np.stack([wrong, right]).astype(np.float32), truth, 0.0),
+        quality.measure_pair("liver", 2, np.stack([wrong, nothing]).astype(np.float32), np.zeros_like(truth), 0.0),
     ]
     ways = quality.summarise_picking(pairs, ["liver", "spleen"])
     assert ways["best of K per slice"] == {"liver": 1.0}

@@ -194,26 +194,13 @@ def test_mean_disagreement_counts_only_slices_with_the_structure(proposals):
     assert proposals.mean_disagreement[2] == 0
 
 
-def test_the_expected_error_is_one_minus_the_expected_dice_averaged_over_three_slices(proposals):
-    maps = proposals.probabilities[0] * proposals.grid.covered
-    alone = []
-    for z in range(DEPTH):
-        mean = maps[:, z].astype(np.float64).mean(axis=0) / 255
-        consensus = (maps[:, z] >= 128).mean(axis=0) >= 0.5
-        total = mean.sum() + consensus.sum()
-        alone.append(1 - 2 * mean[consensus].sum() / total if total else 0.0)
-    expected = [np.mean(alone[max(0, z - 1) : z + 2]) for z in range(DEPTH)]
-    np.testing.assert_allclose(proposals.expected_error[0], expected, rtol=1e-5)
-    assert not proposals.expected_error[2].any(), "the pancreas is absent"
-    assert proposals.expected_error.min() >= 0
-    assert proposals.expected_error.max() <= 1
-
-
-def test_sixty_four_certain_proposals_expect_no_error_but_at_the_ends():
-    certain = np.zeros((1, 64, DEPTH, 32, 32), dtype=np.uint8)
-    certain[:, :, 1:6, 8:20, 8:20] = 255
-    result = replace(make_proposals(), structures=("liver",), probabilities=certain)
-    assert not result.expected_error.any()
+def test_nearby_disagreement_is_the_mean_of_three_slices(proposals):
+    alone = proposals.disagreement[0]
+    expected = [alone[max(0, z - 1) : z + 2].mean() for z in range(DEPTH)]
+    np.testing.assert_allclose(proposals.nearby_disagreement[0], expected, rtol=1e-5)
+    assert proposals.nearby_disagreement[0, 0] > alone[0] == 0, "the slice before the first one that is drawn"
+    assert proposals.nearby_disagreement.shape == (3, DEPTH)
+    assert not proposals.nearby_disagreement[2].any(), "the pancreas is absent"
 
 
 def test_one_proposal_has_nothing_to_disagree_with():

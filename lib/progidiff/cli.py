@@ -448,7 +448,7 @@ def _describe_prediction(
             "consensus_ml": "ml of the structure's consensus, measured on the working grid",
             "proposals_ml": "ml of proposals 1..K, measured on the working grid",
             "disagreement_per_slice": "1 - mean pairwise Dice, 0 to 1, per axial slice from inferior to superior",
-            "expected_error_per_slice": "1 - Dice of the consensus as the mean probability expects it, mean of three slices; a rank, not a promise",
+            "nearby_disagreement_per_slice": "disagreement_per_slice, mean of the slice and its two neighbours; the better guide to errors",
             "agreement": "share of proposals that draw a voxel; not a calibrated probability",
         },
         "command": shlex.join(sys.argv),

@@ -103,27 +103,16 @@ class VolumeProposals:
         return (self.disagreement * drawn).sum(1) / np.maximum(drawn.sum(1), 1)
 
     @cached_property
-    def expected_error(self) -> np.ndarray:
-        """How wrong the consensus probably is, float32 of shape (P, Z) in [0, 1]: to sort slices by, not to be taken at its value.
+    def nearby_disagreement(self) -> np.ndarray:
+        """Mean of `disagreement` over the slice and its two neighbours, float32 of shape (P, Z), from 0 to 1.
 
-        1 - the Dice that the consensus would have if every voxel were inside with the proposals' mean probability, averaged over the
-        slice and its two neighbours: where a structure ends, its neighbour knows more than the slice itself. It ranks slices by their
-        error better than `disagreement` does (benchmarks/proposal_quality.py). 0 where nothing is drawn nearby.
+        It ranks slices by the error of the consensus better than the slice alone does (benchmarks/proposal_quality.py): all proposals
+        may miss where a structure ends, and then it is the neighbour that they disagree about.
         """
         depth = self.grid.shape[0]
-        result = np.zeros((len(self.structures), depth), dtype=np.float32)
-        neighbours = np.convolve(np.ones(depth), np.ones(3))[1:-1]
-        for index, box in enumerate(self._boxes):
-            if box is None:
-                continue
-            maps = _inside(self.probabilities[index], box)
-            consensus = self._drawn(index, box).sum(axis=0) * 2 >= self.num_proposals
-            mean = maps.sum(axis=0, dtype=np.uint16) * self.grid.covered[box[1], box[2]] / np.float32(255 * self.num_proposals)
-            total = consensus.sum(axis=(1, 2)) + mean.sum(axis=(1, 2))
-            alone = np.zeros(depth)
-            alone[box[0]] = np.where(total > 0, 1 - 2 * (mean * consensus).sum(axis=(1, 2)) / np.maximum(total, 1e-6), 0)
-            result[index] = np.convolve(alone, np.ones(3))[1:-1] / neighbours
-        return result
+        around = np.ones(3, dtype=np.float32)
+        neighbours = np.convolve(np.ones(depth, dtype=np.float32), around)[1:-1]
+        return np.stack([np.convolve(values, around)[1:-1] / neighbours for values in self.disagreement])
 
     @cached_property
     def pairwise_dice(self) -> np.ndarray:
@@ -316,7 +305,7 @@ class VolumeProposals:
                 "ranking": [k + 1 for k in self.ranking[index]],
                 "mean_disagreement": round(float(self.mean_disagreement[index]), 4),
                 "disagreement_per_slice": [round(float(value), 4) for value in self.disagreement[index]],
-                "expected_error_per_slice": [round(float(value), 4) for value in self.expected_error[index]],
+                "nearby_disagreement_per_slice": [round(float(value), 4) for value in self.nearby_disagreement[index]],
             }
         return {**self._settings(), "structures": structures}
 

@@ -116,7 +116,8 @@ class TextDiffCard:
             raise ModelError(f"This model has format {values['format']}, this program reads {FORMAT}; install the version that wrote it.")
         plain = {f.name: values[f.name] for f in fields(cls)}
         asked = plain["features"]
-        features = FeatureOptions(**{k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()})
+        listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()}
+        features = FeatureOptions(**listed)
         head = HeadConfig.from_dict(plain["head"])
         return cls(**{**plain, "version": int(plain["version"]), "classes": tuple(plain["classes"]), "features": features, "head": head})
 

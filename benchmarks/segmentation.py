@@ -24,7 +24,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,10 @@ def train_unet(options: argparse.Namespace) -> None:
 
     def compute_loss(step: int, generator: torch.Generator) -> Tensor:
         images, labels, _ = draw_slices(data.training, budget.slices, generator)
-        return compute_unet_loss(network(images), labels, options.cross_entropy)
+        return compute_unet_loss(network(images), labels, options.cross_entropy, options.smooth)
 
     def validate() -> dict[str, Any]:
-        return {"cross_entropy": options.cross_entropy, **measure_slices(network.predict, data.validation, options.every)}
+        return {"cross_entropy": options.cross_entropy, "smooth": options.smooth, **measure_slices(network.predict, data.validation, options.every)}
 
     folder = options.work / "unet"
     curve = train_for(network, compute_loss, validate, budget, folder, tell)
@@ -154,7 +154,7 @@ def train_gms(options: argparse.Namespace) -> None:
 def make_budget(options: argparse.Namespace, slices: int) -> Budget:
     if options.smoke:
         return Budget(minutes=0.002, validate_minutes=0.001, slices=2)
-    return Budget(minutes=options.minutes, validate_minutes=options.validate_minutes, slices=slices)
+    return Budget(minutes=options.minutes, validate_minutes=options.validate_minutes, slices=slices, anneal_minutes=options.anneal_minutes)
 
 
 def keep_rival(
@@ -454,10 +454,22 @@ AGREED = ("agreed_sizes", "agreed_overlaps")
 
 
 def propose_volume(options: argparse.Namespace, data: Data, volume: Volume) -> VolumeProposals:
-    """What the server answers, without an adapter."""
-    engine = Engine(options.model)
+    """What the server answers, without an adapter; kept and taken from `--keep` (as by islands.py), where they may be more."""
+    count = 2 if options.smoke else options.num_proposals
+    folder = options.keep / volume.name if options.keep else None
+    if folder is not None and (folder / "proposals.json").is_file():
+        kept = VolumeProposals.from_files(folder)
+        wanted = (data.card.full_name, "", data.card.num_inference_steps, data.card.structures)
+        if (kept.model_version, kept.adapter, kept.num_inference_steps, kept.structures) != wanted or kept.num_proposals < count:
+            sys.exit(
+                f"'{folder}' holds {kept.num_proposals} proposals of {kept.model_version} in {kept.num_inference_steps} steps; name another --keep."
+            )
+        return replace(kept, probabilities=kept.probabilities[:, :count].copy())
     queries = [Query(name, name) for name in data.card.structures]
-    return engine.propose(volume, queries, num_proposals=2 if options.smoke else options.num_proposals, adapter="none", remember=False)
+    proposals = Engine(options.model).propose(volume, queries, num_proposals=count, adapter="none", remember=False)
+    if folder is not None:
+        proposals.to_files(folder)
+    return proposals
 
 
 def draw_volume(predict: Callable[[Tensor], Tensor], card: ModelCard, volume: Volume, name: str) -> VolumeProposals:
@@ -605,9 +617,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         part = commands.add_parser(what, parents=[common], help=run.__doc__)
         part.add_argument("--minutes", type=float, default=minutes, help="of processor time of one core; more than before continues")
         part.add_argument("--validate-minutes", type=float, default=3.0)
+        part.add_argument("--anneal-minutes", type=float, default=4.0, help="over which the learning rate falls at the end")
         part.add_argument("--every", type=int, default=every, help="validate on every n-th slice")
         if what == "unet":
-            part.add_argument("--cross-entropy", type=float, default=10.0, help="its weight beside the Dice loss; may change when training goes on")
+            part.add_argument("--cross-entropy", type=float, default=1.0, help="its weight beside the Dice loss; may change when training goes on")
+            part.add_argument("--smooth", type=float, default=1e-5, help="pixels added to both parts of the Dice loss; may change as well")
             part.add_argument("--dropout", type=float, default=0.2, help="share of the channels dropped after the two coarsest levels")
         part.set_defaults(run=run)
     part = commands.add_parser("slices", parents=[common], help=measure_methods.__doc__)
@@ -617,6 +631,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = commands.add_parser("volumes", parents=[common], help=measure_volumes.__doc__)
     part.add_argument("--methods", nargs="*", help="shipped, U-Net, GMS (default: all that are trained)")
     part.add_argument("--num-proposals", type=int, default=4)
+    part.add_argument("--keep", type=Path, help="folder to keep the shipped model's proposals in, and to take them from")
     part.set_defaults(run=measure_volumes)
     commands.add_parser("tables", parents=[common], help=print_tables.__doc__).set_defaults(run=print_tables)
     options = parser.parse_args(arguments)

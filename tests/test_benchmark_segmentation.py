@@ -46,7 +46,8 @@ def test_the_smoke_size_trains_measures_prints_and_a_second_run_computes_nothing
     for what in ("unet", "gms"):
         benchmark.main([what, *common])
     benchmark.main(["slices", *common, "--every", "2"])
-    benchmark.main(["volumes", *common])
+    benchmark.main(["volumes", *common, "--keep", str(tmp_path / "kept")])
+    assert (tmp_path / "kept" / "two" / "proposals.json").is_file()
     capsys.readouterr()
     benchmark.main(["tables", *common])
     tables = capsys.readouterr().out
@@ -133,7 +134,7 @@ def test_training_learns_and_goes_on_where_it_stopped(baselines: ModuleType, tmp
             x = torch.randn(16, 4, generator=generator)
             return (network(x).float()[:, 0] - x.sum(1)).square().mean()
 
-        budget = baselines.Budget(minutes=minutes, validate_minutes=0.005, learning_rate=0.02)
+        budget = baselines.Budget(minutes=minutes, validate_minutes=0.005, learning_rate=0.02, anneal_minutes=0.002)
         return network, baselines.train_for(network, compute_loss, lambda: {"bias": float(network.bias.detach())}, budget, tmp_path)
 
     _, short = train(0.005)

@@ -100,7 +100,7 @@ def test_a_head_learns_gray_chests_with_sentences_and_is_measured_with_every_con
         name="chest",
         classes=("infection",),
         schedule=Schedule(steps=60, learning_rate=5e-3, warmup=5, ema_decay=0.9, checkpoint_every=60),
-        features=FeatureOptions(scale=1.0, picture=True),
+        features=FeatureOptions(scale=1.0, picture=True, tone=None),
         crop=64,
         batch_size=4,
         views=2,

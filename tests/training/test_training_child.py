@@ -158,13 +158,14 @@ def test_a_version_of_another_base_is_listed_but_cannot_be_served(place: Place):
     values = json.loads(path.read_text())
     path.chmod(0o644)
     path.write_text(json.dumps({**values, "base": "0" * 64, "base_name": "other@7"}))
+    served = place.store.current("mr")  # whether two steps were enough for the gate is not the point here
     (adapter,) = list_versions(place.store, place.model)
     assert (adapter["versions"][0]["fits"], adapter["versions"][0]["base"]) == (False, "other@7")
     with pytest.raises(ModelError, match="was trained for another base .other@7"):
         use_version(place.store, place.model, "mr", 1)
     with pytest.raises(NotFoundError, match="no version 5"):
         use_version(place.store, place.model, "mr", 5)
-    assert place.store.current("mr") is None
+    assert place.store.current("mr") == served
     path.write_text("{")
     (adapter,) = list_versions(place.store, place.model)
     assert "cannot be read" in adapter["versions"][0]["problem"]

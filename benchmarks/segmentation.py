@@ -168,10 +168,22 @@ def keep_rival(
 ) -> None:
     """Write weights and card of a trained rival, and its curve into the JSON file."""
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / f"{options.what}.safetensors")
-    count = sum(p.numel() for p in network.parameters())
-    card = {"settings": settings, "parameters": count, "training": data.training.names, "held_out": data.validation.names, "budget": asdict(budget)}
-    (folder / f"{options.what}.json").write_text(json.dumps({**card, "curve": curve}, indent=1) + "\n", encoding="utf-8")
-    add_part(options.out, options.what, {"command": find_command(), **card, "validated on every n-th slice": options.every, "curve": curve})
+    file = folder / f"{options.what}.json"
+    commands = json.loads(file.read_text(encoding="utf-8")).get("commands", []) if file.is_file() else []
+    if find_command() not in commands:  # Training that goes on may have other settings: all its commands are needed to repeat it.
+        commands.append(find_command())
+    card = {
+        "commands": commands,
+        "settings": settings,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "training": data.training.names,
+        "held_out": data.validation.names,
+        "budget": asdict(budget),
+        "validated on every n-th slice": options.every,
+        "curve": curve,
+    }
+    file.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    add_part(options.out, options.what, card)
 
 
 def load_unet(folder: Path) -> UNet:

@@ -73,6 +73,40 @@ def test_draws_are_averaged_and_their_disagreement_is_told(model: TextDiffModel)
             model.predict(picture, SENTENCE, draws=draws)
 
 
+def test_later_draws_look_at_the_mirrored_picture_with_the_mirrored_sentence(model: TextDiffModel, cases: list[Case]):
+    picture = read_picture(cases[0].image).pixels.permute(1, 2, 0).numpy()
+    heard: list[str] = []
+    seen: list[torch.Tensor] = []
+
+    class Watching:
+        channels, strides, options, key = model.extractor.channels, model.extractor.strides, model.extractor.options, model.extractor.key
+
+        def __call__(self, pictures: torch.Tensor, draw: int = 0) -> list[torch.Tensor]:
+            seen.append(pictures[0])
+            return model.extractor(pictures, draw)
+
+    class Reading:
+        def check(self, sentences: list[str]) -> None:
+            pass
+
+        def encode(self, sentences: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+            heard.extend(sentences)
+            return model.encoder.encode(sentences)
+
+    watched = TextDiffModel(Watching(), Reading(), model.head, model.card)
+    result = watched.predict(picture, SENTENCE, draws=4)
+    assert heard == [f"The density in the {place} is high." for place in ("upper left", "upper right", "lower left", "lower right")]
+    for found, axes in zip(seen, ([], [-1], [-2], [-1, -2]), strict=True):
+        assert torch.equal(found, seen[0].flip(axes))
+    # All draws are turned back: they mark the same blobs.
+    assert result.disagreement < 0.3
+    assert np.abs(result.probabilities[0][::-1, ::-1] - result.probabilities[0]).mean() > 0.1
+    plain = replace(model.card, features=replace(model.card.features, mirror=False))
+    seen.clear()
+    TextDiffModel(Watching(), Reading(), model.head, plain).predict(picture, SENTENCE, draws=2)
+    assert torch.equal(seen[0], seen[1])
+
+
 def test_a_tile_must_be_larger_than_its_overlaps(model: TextDiffModel):
     with pytest.raises(RequestError, match="twice the overlap"):
         model.predict(draw(8, 8, 3), SENTENCE, tile=16, overlap=8)

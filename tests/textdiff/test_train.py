@@ -179,6 +179,9 @@ def test_a_view_mirrors_picture_target_and_sentence_together():
         assert torch.equal(mask, target.flip(axes))
         assert sentence == f"Dense in the {said}."
     assert make_view(picture, target, None, 3, 0.0, 1)[2] is None
+    upright = make_view(picture, target, "Upper left.", 3, 0.0, 1, mirror=False)
+    assert torch.equal(upright[0], picture)
+    assert upright[2] == "Upper left."
 
 
 def test_views_are_tinted_but_not_the_first():

@@ -104,10 +104,13 @@ class CachedFeatures:
 
     Attributes:
         channels, strides, options, key: Of the extractor, see `FeatureExtractor`.
+        source, digest: Of a denoiser; of another extractor "" and its key.
     """
 
     def __init__(self, extractor: FeatureExtractor, cache: FeatureCache) -> None:
         self._extractor, self._cache = extractor, cache
+        self.source: str = getattr(extractor, "source", "")
+        self.digest: str = getattr(extractor, "digest", extractor.key)
         self.channels, self.strides, self.options, self.key = extractor.channels, extractor.strides, extractor.options, extractor.key
 
     def __call__(self, pictures: Tensor, draw: int = 0) -> list[Tensor]:

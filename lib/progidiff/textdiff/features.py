@@ -57,6 +57,8 @@ class FeatureOptions:
         picture: Add the working picture itself to the finest block's features: the denoiser sees a noised one.
         tone: Mean of each channel, then standard deviation of each, that every picture is brought to: staining, lamps and scanners
             differ more than tissue does. None leaves pictures as they are.
+        mirror: Draws after the first look at the picture mirrored, and so do the views of a training; sentences are mirrored with it.
+            For pictures where left and right, or top and bottom, could be exchanged.
     """
 
     timesteps: tuple[int, ...] = (50, 150, 250)
@@ -68,6 +70,7 @@ class FeatureOptions:
     size: Annotated[int | None, Range(16, 16384)] = None
     picture: bool = False
     tone: tuple[float, ...] | None = HISTOLOGY_TONE
+    mirror: bool = True
 
     def check(self) -> None:
         """Check what must fit together.
@@ -140,8 +143,8 @@ class DiffusionFeatures:
         elif options.picture:
             self.channels, self.strides = (*self.channels, 3), (*self.strides, 1)
         self._dtype = find_autocast_dtype("auto", self.device)
-        # Resolution and number of draws decide what is asked for, not what an answer is.
-        asked = {k: v for k, v in to_values(options).items() if k not in ("scale", "size", "draws", "tone")}
+        # Resolution, tone and the like decide what is asked for, not what an answer is.
+        asked = {k: v for k, v in to_values(options).items() if k not in ("scale", "size", "draws", "tone", "mirror")}
         identity = [REVISION, digest, asked, str(self._dtype), self.device.type]
         self.key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self._noises: dict[int, Tensor] = {}

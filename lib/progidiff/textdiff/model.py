@@ -39,7 +39,7 @@ from progidiff.proposals import compute_disagreement
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
 from progidiff.textdiff.pictures import Picture, compute_blend, list_tiles, pad, resize, to_picture, to_working
-from progidiff.textdiff.sentences import SentenceEncoder
+from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
 from progidiff.textdiff.weights import read_json
 from progidiff.training.config import to_values
 from progidiff.training.loop import find_autocast_dtype
@@ -201,25 +201,29 @@ class TextDiffModel:
         picture = _as_picture(picture)
         sentence = (sentence or "").strip() or None
         notes = [*picture.notes, *find_notes(self.card, picture, sentence, attend)]
-        tokens = mask = None
-        if self.encoder is not None and sentence is not None and attend:
-            tokens, mask = self.encoder.encode([sentence])
         options = self.card.features
+        if self.encoder is not None and sentence is not None:
+            self.encoder.check([sentence])
         working = to_working(picture.pixels, options.scale, options.size, options.tone)
         height, width = int(working.shape[1]), int(working.shape[2])
         tiles = list_tiles(height, width, tile, overlap)
         found = np.empty((draws, len(self.card.classes), *picture.size), np.float32)
         for draw in range(draws):
+            axes = pick_mirror(draw) if options.mirror else []
+            shown = working.flip(axes)
+            tokens = mask = None
+            if self.encoder is not None and sentence is not None and attend:
+                tokens, mask = self.encoder.encode([mirror_sentence(sentence, -1 in axes, -2 in axes)])
             sums, weights = torch.zeros(len(self.card.classes), height, width), torch.zeros(height, width)
             for number, box in enumerate(tiles):
                 if is_cancelled is not None and is_cancelled():
                     raise CancelledError(f"The segmentation was stopped on request after {draw * len(tiles) + number} of {draws * len(tiles)} tiles.")
                 blend = compute_blend(box, height, width, overlap)
-                box.crop(sums).add_(self._answer(box.crop(working), box.place(height, width), tokens, mask, draw, attend) * blend)
+                box.crop(sums).add_(self._answer(box.crop(shown), box.place(height, width), tokens, mask, draw, attend) * blend)
                 box.crop(weights).add_(blend)
                 if on_progress is not None:
                     on_progress(draw * len(tiles) + number + 1, draws * len(tiles))
-            found[draw] = resize((sums / weights)[None], picture.size)[0].clamp(0, 1).numpy()
+            found[draw] = resize((sums / weights).flip(axes)[None], picture.size)[0].clamp(0, 1).numpy()
         masks = np.stack([self.draw_mask(probabilities) for probabilities in found])
         mean = found.mean(axis=0)
         spread = np.minimum(1, 2 * found.sum(axis=1).std(axis=0)).astype(np.float32)
@@ -320,6 +324,16 @@ def find_notes(card: TextDiffCard, picture: Picture, sentence: str | None, atten
     return notes
 
 
+def pick_mirror(number: int) -> list[int]:
+    """The axes of a (..., H, W) tensor that a draw or view mirrors: none, W, H, both, and so on.
+
+    Example:
+        >>> [pick_mirror(number) for number in range(5)]
+        [[], [-1], [-2], [-1, -2], []]
+    """
+    return [axis for axis, bit in ((-1, 1), (-2, 2)) if number & bit]
+
+
 def default_folder() -> Path:
     """``apps/progidiff/model/textdiff`` of this checkout: ``denoiser/`` and the shipped ``nuclei/``."""
     return Path(__file__).resolve().parents[3] / "apps" / "progidiff" / "model" / "textdiff"
@@ -413,7 +427,7 @@ def refer_to(denoiser: str, before: Path | None, now: Path) -> str:
         A hub id as it is; a folder relative to `now`, with forward slashes, so that both can be moved together.
     """
     path = Path(denoiser) if before is None else before / denoiser
-    if not path.is_dir():
+    if not denoiser or not path.is_dir():
         return denoiser
     # Links are followed on both sides: ".." means what the system makes of it.
     return Path(os.path.relpath(path.resolve(), now.parent.resolve() / now.name)).as_posix()

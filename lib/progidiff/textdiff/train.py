@@ -24,7 +24,7 @@ from progidiff.textdiff.data import Case, read_classes
 from progidiff.textdiff.evaluate import compute_scores
 from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
-from progidiff.textdiff.model import OVERLAP, TILE, TextDiffCard, TextDiffModel, default_folder
+from progidiff.textdiff.model import OVERLAP, TILE, TextDiffCard, TextDiffModel, default_folder, pick_mirror
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
 from progidiff.textdiff.pictures import list_tiles, pad, read_picture, resize, to_working
 from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
@@ -412,7 +412,9 @@ def _prepare(
                 raise CancelledError(f"Training stopped on request at picture {number + 1} of {len(cases)}; start it again to continue.")
             if report is not None:
                 report({"stage": "features", "step": number * config.views + view, "total": len(cases) * config.views})
-            working, shown, sentence = make_view(plain, target, case.sentence, view, config.color, derive_seed(config.seed, view, case.name))
+            working, shown, sentence = make_view(
+                plain, target, case.sentence, view, config.color, derive_seed(config.seed, view, case.name), options.mirror
+            )
             height, width = int(working.shape[1]), int(working.shape[2])
             for tile in list_tiles(height, width, TILE, OVERLAP):
                 # As in serving, but never smaller than a crop.
@@ -424,22 +426,24 @@ def _prepare(
     return _Pool(pieces, extractor.strides, state.hexdigest(), all(grays), notes)
 
 
-def make_view(working: Tensor, target: Tensor, sentence: str | None, view: int, color: float, seed: int) -> tuple[Tensor, Tensor, str | None]:
+def make_view(
+    working: Tensor, target: Tensor, sentence: str | None, view: int, color: float, seed: int, mirror: bool = True
+) -> tuple[Tensor, Tensor, str | None]:
     """A version of a picture with its target and sentence: 0 is the picture itself, others are mirrored and tinted.
 
     Args:
         working: (3, h, w) floats in -1..1.
         target: (..., h, w).
         sentence: Mirrored with the picture, so that "left" stays true.
-        view: Its two lowest bits mirror horizontally and vertically.
+        view: Which version; mirrored as the draw of this number is, see `model.pick_mirror`.
         color: Strength of random gains and offsets per colour channel.
         seed: Of the tint.
+        mirror: False leaves every view the right way round.
     """
-    horizontal, vertical = bool(view & 1), bool(view & 2)
-    axes = ([-1] if horizontal else []) + ([-2] if vertical else [])
-    if axes:
-        working, target = working.flip(axes), target.flip(axes)
-        sentence = mirror_sentence(sentence, horizontal, vertical) if sentence else sentence
+    axes = pick_mirror(view) if mirror else []
+    working, target = working.flip(axes), target.flip(axes)
+    if sentence:
+        sentence = mirror_sentence(sentence, -1 in axes, -2 in axes)
     if view and color:
         gain, offset = (color * (2 * torch.rand((2, 3, 1, 1), generator=torch.Generator().manual_seed(seed)) - 1)).unbind(0)
         working = working * (1 + gain) + offset

@@ -612,6 +612,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.num_proposals, options.stride = 3, 4
         options.settings = options.settings or [SERVED, "1 step", "noise alone"]
     named = ["--studies", str(options.studies), *(["--cases", *options.cases] if options.cases else [])]
+    named += ["--settings", *options.settings] if options.settings else []
     options.command = shlex.join(
         ["python", "benchmarks/proposal_quality.py", *named, "--num-proposals", str(options.num_proposals), "--stride", str(options.stride)]
     )

@@ -1,7 +1,7 @@
 """Which slices next: strategies against each other, with an annotator who always knows the truth.
 
     python benchmarks/active_learning.py --task mr --studies ../shared/data/mr --out benchmarks/results/active_learning_mr.json
-    python benchmarks/active_learning.py --task ct --studies ../shared/data/ct --out benchmarks/results/active_learning_ct.json
+    python benchmarks/active_learning.py --task contrast --studies ../shared/data/ct --out benchmarks/results/active_learning_contrast.json
     python benchmarks/active_learning.py --summarise benchmarks/results/active_learning_*.json --picture docs/images/active_learning.png
 
 Volumes are split by patient. Every seed has one start set, the same for all strategies, as large as a query and with a slice of every
@@ -12,18 +12,19 @@ working grid, 1.8 to 3.2 mm, along the outlines that somebody would have drawn),
 
 What makes a round cost seconds instead of minutes, and what that means for the figures:
 
-* Low-rank updates (task `mr`) are folded into the weights before every step instead of running beside them: the same function at half the cost.
+* Low-rank updates are folded into the weights before every step instead of running beside them: the same function at half the cost.
 * Only so many slices of the pool (`Setup.candidates`), drawn anew in every round and the same for all strategies, are looked at.
   What nobody looked at has no score; strategies that choose by chance may still draw it. Proposals for scores take one step.
 * Curves are Dice of the evidence, which is what is trained here, on many test slices. Dice of the consensus, which a person is
   served, is measured for the first and the last model of a curve, and the evidence on the same slices beside it.
 
 Task `mr`: the CT model, which has seen no MR, is adapted to MR slices by low-rank updates of its evidence path.
+Task `contrast`: the same with CT whose contrast is turned around (`invert_contrast`): fat bright and vessels dark, as no CT is. The
+model has to be adapted to it like to another scanner. It stands beside `mr` because it has eight structures and true CT volumes.
 Task `ct`: CT structures from very few slices. The text-query head is reset, so that no structure is known, and learned anew on the
 frozen image encoder, without augmentation, so that a slice is encoded once for all rounds. The encoder was trained with these
-structures on the volumes of the pool; the test volumes were held out of that training. So large organs are found from a handful of
-slices whichever they are, and strategies can differ only where it matters which slices show a small structure. All strategies have
-the same head start; their differences are what is measured, not their heights.
+structures on the volumes of the pool; the test volumes were held out of that training. It finds them again from a handful of slices,
+whichever they are: there is next to nothing left to choose.
 
 A run that is stopped goes on where it was: every round is kept in the work folder when it is done. `--out` is written again after
 every strategy, with everything that the work folder holds for these sizes, whichever call made it; `--collect` does only that.
@@ -93,9 +94,9 @@ class Setup:
     """Sizes of a run; everything that a result depends on beside code and data.
 
     Attributes:
-        task: "mr" or "ct".
+        task: "mr", "contrast" or "ct".
         structures: What is annotated.
-        pool_volumes: Volumes to choose slices from; the others (of `ct`: those held out) are for the test.
+        pool_volumes: Volumes to choose slices from; the others (of CT: those held out) are for the test.
         query: Slices per round, and in the start set.
         rounds: Queries after the start set.
         steps: Training steps per round.
@@ -108,6 +109,7 @@ class Setup:
         test_slices: The evidence is measured on at most about so many, evenly spaced.
         consensus_slices: The same for the consensus.
         bias_field: Simulated shading while training; see `augment`.
+        inverted: Slices reach the model with their contrast turned around.
         frozen_encoder: A text-query head is learned from nothing on an encoder that stays, instead of low-rank updates of both.
     """
 
@@ -127,13 +129,17 @@ class Setup:
     consensus_slices: int = 32
     bias_field: float = 0.0
     frozen_encoder: bool = False
+    inverted: bool = False
 
+
+CT_STRUCTURES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
 
 SETUPS = {
     "mr": Setup("mr", ("liver", "spleen", "right kidney", "left kidney"), pool_volumes=6, query=6, bias_field=0.3),
+    "contrast": Setup("contrast", CT_STRUCTURES, pool_volumes=8, query=6, candidates=48, inverted=True),
     "ct": Setup(
         "ct",
-        ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas"),
+        CT_STRUCTURES,
         pool_volumes=8,
         query=4,
         steps=120,
@@ -143,6 +149,28 @@ SETUPS = {
         frozen_encoder=True,
     ),
 }
+
+
+class InvertedCache(SliceCache):
+    """Slices whose contrast is turned around when they are read."""
+
+    def read(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """As `SliceCache.read`."""
+        images, labels = super().read(chosen)
+        return invert_contrast(images), labels
+
+
+def invert_contrast(images: Tensor) -> Tensor:
+    """Bright becomes dark within the body; air, and what is as dark as air, stays as it is.
+
+    Args:
+        images: In [-1, 1], any shape.
+
+    Example:
+        >>> [round(float(x), 2) for x in invert_contrast(torch.tensor([-1.0, -0.98, -0.6, 0.6, 1.0]))]
+        [-1.0, -0.98, 0.6, -0.6, -1.0]
+    """
+    return torch.where(images > -0.96, -images, images)
 
 
 class World:
@@ -159,14 +187,15 @@ class World:
             forget_structures(self.base, seed)
         cases = {case.name: case for case in list_cases(studies)}
         shuffled = sorted(cases, key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
-        fixed = [name for name in CT_TEST if setup.task == "ct" and name in cases]
+        fixed = [name for name in CT_TEST if setup.task != "mr" and name in cases]
         self.pool_names = [name for name in shuffled if name not in fixed][: setup.pool_volumes]
         self.test_names = fixed or shuffled[setup.pool_volumes :]
         if not self.test_names:
             sys.exit(f"{len(cases)} labelled volumes are too few for a pool of {setup.pool_volumes} and a test; lower --pool-volumes.")
         cache = work / "cache"
-        self.pool = SliceCache([cases[name] for name in self.pool_names], setup.structures, self.card.conditioning, cache)
-        self.test = SliceCache([cases[name] for name in self.test_names], setup.structures, self.card.conditioning, cache)
+        kind = InvertedCache if setup.inverted else SliceCache
+        self.pool = kind([cases[name] for name in self.pool_names], setup.structures, self.card.conditioning, cache)
+        self.test = kind([cases[name] for name in self.test_names], setup.structures, self.card.conditioning, cache)
         self.phrases = PhraseTable(backbone, setup.structures)
         self.position = {entry: i for i, entry in enumerate(self.pool.index)}
         self.slice_mm = [find_slice_mm(cases[name].image) for name in self.pool_names]

@@ -50,7 +50,7 @@ def studies(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("task", ["mr", "ct"])
+@pytest.mark.parametrize("task", ["mr", "contrast", "ct"])
 def test_the_smoke_size_runs_and_a_second_run_computes_nothing(
     benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
 ):
@@ -198,3 +198,10 @@ def test_a_partial_table_compares_where_both_strategies_are_complete(benchmark: 
     assert "uniform random" not in rows
     benchmark.draw(results, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_turning_the_contrast_around_twice_changes_little_and_air_stays(benchmark: ModuleType):
+    images = torch.tensor([-1.0, -0.97, -0.9, 0.0, 0.9])
+    turned = benchmark.invert_contrast(images)
+    assert turned.tolist() == pytest.approx([-1.0, -0.97, 0.9, 0.0, -0.9])
+    torch.testing.assert_close(benchmark.invert_contrast(turned), images)

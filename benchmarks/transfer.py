@@ -18,13 +18,15 @@ training is `AdaptConfig.bias_field`, the largest deviation at the control point
 Wider window: the networks see the MR through a window that reaches `ConditioningConfig.mr_headroom` times higher, so that organs that are
 bright in MR lie where a model of CT expects organs. The rows with it use a copy of the model whose config.json says so.
 
-A run that is stopped goes on where it was: every (row, seed) is kept in the work folder when it is done.
+A run that is stopped goes on where it was: every (row, seed) is kept in the work folder when it is done. Several processes may share
+that folder, each with its --rows; --collect then writes the tables of what is done.
 """
 
 import argparse
 import dataclasses
 import hashlib
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -277,9 +279,13 @@ class Bench:
             self._bases[headroom] = folder, *load_pipeline(folder, backbone, find_autocast_dtype("auto", backbone.device))
         return self._bases[headroom]
 
+    def find_cell(self, name: str, row: Row, seed: int) -> Path:
+        """Where a (row, seed) is kept."""
+        return self.folder / f"{hashlib.sha256(f'{name} {asdict(row)}'.encode()).hexdigest()[:12]}-{seed}.json"
+
     def run_cell(self, name: str, row: Row, seed: int) -> dict[str, Any]:
         """Train and test one (row, seed), or read what it gave before."""
-        file = self.folder / f"{hashlib.sha256(f'{name} {asdict(row)}'.encode()).hexdigest()[:12]}-{seed}.json"
+        file = self.find_cell(name, row, seed)
         if file.is_file():
             return dict(json.loads(file.read_text(encoding="utf-8")))
         training, validation = split_volumes(list(self.cases), self.setup.test, seed)
@@ -439,6 +445,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file to write, anew after every cell")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--smoke", action="store_true", help="a size for tests: 2 steps, 2 proposals, 1 volume or 2 slices")
+    parser.add_argument("--collect", action="store_true", help="train nothing: only what is done already")
     parser.add_argument("--summarise", type=Path, help="only the tables, from this JSON file")
     options = parser.parse_args(arguments)
     if options.summarise:
@@ -462,16 +469,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cells: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
         for name, row in rows.items():
-            if row.shots or seed == options.seeds[0]:  # Nothing is random about the model as it is.
+            is_missing = options.collect and not bench.find_cell(name, row, seed).is_file()
+            if (row.shots or seed == options.seeds[0]) and not is_missing:  # Nothing is random about the model as it is.
                 cells.setdefault(name, {})[str(seed)] = bench.run_cell(name, row, seed)
                 if options.out:
                     write_result(options.out, bench, rows, cells)
+    if not cells:
+        sys.exit(f"Nothing is done yet in '{bench.folder}'; leave --collect out to run it.")
     print(format_tables(summarise(cells)))
 
 
 def write_result(path: Path, bench: Bench, rows: Mapping[str, Row], cells: Mapping[str, Mapping[str, Any]]) -> None:
     result = {
-        "command": shlex.join(["python", "benchmarks/transfer.py", *sys.argv[1:]]),
+        # Where cells were kept and by how many processes they were made is nothing that the figures depend on.
+        "command": re.sub(r" --collect| --work \S+", "", shlex.join(["python", "benchmarks/transfer.py", *sys.argv[1:]])),
         "model": bench.card.full_name,
         "setup": asdict(bench.setup),
         "rows": {name: asdict(rows[name]) for name in cells},

@@ -65,6 +65,11 @@ def test_the_smoke_size_runs_and_a_second_run_computes_nothing(
     benchmark.main(arguments)
     assert ", seed " not in capsys.readouterr().err
     assert json.loads(out.read_text())["cells"] == first["cells"]
+    done = next((tmp_path / "work").glob("transfer-*"))
+    sorted(done.glob("*-1.json"))[0].unlink()
+    benchmark.main([*arguments, "--collect"])
+    assert ", seed " not in capsys.readouterr().err
+    assert sum(map(len, json.loads(out.read_text())["cells"].values())) == 7
     benchmark.main(["--summarise", str(out)])
     assert capsys.readouterr().out.startswith("| row |")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import TOY, toy  # tests/textdiff/conftest.py
+from textdiff.conftest import TOY, toy
 from progidiff.errors import CancelledError, GeometryError, ImageError, RequestError
 from progidiff.textdiff.data import Case
 from progidiff.textdiff.evaluate import evaluate

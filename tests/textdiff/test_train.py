@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from textdiff.conftest import TOY, toy
 from progidiff.errors import CancelledError, GeometryError, ImageError, RequestError
 from progidiff.textdiff.data import Case
 from progidiff.textdiff.evaluate import evaluate
@@ -18,6 +17,7 @@ from progidiff.textdiff.features import DiffusionFeatures
 from progidiff.textdiff.model import TextDiffModel
 from progidiff.textdiff.sentences import SentenceEncoder
 from progidiff.textdiff.train import TextDiffTraining, make_view, train_textdiff
+from textdiff.conftest import TOY, toy
 
 
 def weights(model: TextDiffModel) -> dict[str, torch.Tensor]:

@@ -362,7 +362,8 @@ def save_array(array: np.ndarray, affine: np.ndarray, path: str | os.PathLike[st
     """Write an array in file order (I, J, K) with its affine (voxel index -> RAS mm); see `save_mask`."""
     path = Path(path)
     suffix = _suffix(path)
-    if suffix not in (*MASK_SUFFIXES, ".png"):
+    is_picture = suffix == ".png" and array.ndim == 3 and array.shape[2] == 1
+    if suffix not in MASK_SUFFIXES and not is_picture:
         raise RequestError(f"Cannot write '{path.name}': its suffix must be one of {', '.join(MASK_SUFFIXES)}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -297,13 +297,11 @@ def forget_old_runs(work: Path, done: Path, keep: Sequence[str]) -> None:
 def tidy_up(work: Path, cache: Path, done: Path, since: float) -> None:
     """Remove what no later run will ask for: checkpoints of a version that is written, runs that nobody continued for weeks, and
     slices that were not read since the run began (their labels were replaced, or their images are gone)."""
-    forgotten = [done, *(p for p in work.iterdir() if p != cache and time.time() - p.stat().st_mtime > _FORGET_SECONDS)]
+    forget_old_runs(work, done, keep=(cache.name,))
     for entry in cache.glob("*"):
         with contextlib.suppress(OSError):
             if (entry / "meta.json").stat().st_mtime < since:
-                forgotten.append(entry)
-    for entry in forgotten:
-        shutil.rmtree(entry, ignore_errors=True)
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def explain(err: BaseException, batch_size: int) -> str:

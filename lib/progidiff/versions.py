@@ -347,6 +347,26 @@ class VersionStore(ABC, Generic[C]):
         except (OSError, ValueError, TypeError) as err:
             raise ModelError(f"'{path}' cannot be read ({err}). {self.cure(card.name)}") from err
 
+    def find_run(self, name: str, fingerprint: str) -> C | None:
+        """The newest version whose run.json has this "fingerprint": the version that the very same training made, if it was done before."""
+        for version in reversed(self.entry(name).versions):
+            try:
+                card = self.card(name, version)
+                if self.run(card).get("fingerprint") == fingerprint:
+                    return card
+            except (ModelError, NotFoundError) as err:
+                logger.warning("%s", err)
+        return None
+
+    def publish_once(self, card: C) -> None:
+        """Publish a version unless it ever was, so that a rollback is not undone by repeating the training that made it.
+
+        Raises:
+            NotFoundError, ModelError, StoreError: see `publish`.
+        """
+        if not any(event["event"] == "published" and event["version"] == card.version for event in self.history(card.name)):
+            self.publish(card.name, card.version)
+
     def _names(self) -> list[str]:
         try:
             return sorted(p.name for p in self.root.iterdir() if p.is_dir() and _NAME.fullmatch(p.name) and self._version_numbers(p.name))

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from progidiff.annotations import hash_file
-from progidiff.errors import ImageError, ModelError, NotFoundError, RequestError
+from progidiff.errors import ImageError, ModelError, RequestError
 from progidiff.picture_grid import is_picture
 from progidiff.textdiff import data
 from progidiff.textdiff.evaluate import evaluate
@@ -178,7 +178,7 @@ def run_accepted(
             "without_sentence": sum(c.sentence is None for c in training),
         }
     )
-    earlier = _find_finished(store, chosen.name, fingerprint)
+    earlier = store.find_run(chosen.name, fingerprint)
     if earlier is not None:
         return _finish(store, earlier, store.run(earlier), publish, folder, repeated=True)
 
@@ -409,18 +409,6 @@ def _fingerprint(chosen: Chosen, config: AcceptedConfig, sentences: Mapping[str,
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _find_finished(store: TextDiffStore, name: str, fingerprint: str) -> TextDiffCard | None:
-    """The version that the very same training made, if it was done before."""
-    for version in reversed(store.entry(name).versions):
-        try:
-            card = store.card(name, version)
-            if store.run(card).get("fingerprint") == fingerprint:
-                return card
-        except (ModelError, NotFoundError) as err:
-            logger.warning("%s", err)
-    return None
-
-
 def _finish(store: TextDiffStore, card: TextDiffCard, run: Mapping[str, Any], publish: bool, folder: Path, repeated: bool = False) -> AcceptedResult:
     """Publish a version if the gate accepted it; once, so that a rollback is not undone by repeating the training."""
     shutil.rmtree(folder / "cases", ignore_errors=True)
@@ -428,9 +416,8 @@ def _finish(store: TextDiffStore, card: TextDiffCard, run: Mapping[str, Any], pu
     before = "This very training was done before. " if repeated else ""
     if not run["accepted"]:
         return AcceptedResult(card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder)
-    once = any(e["event"] == "published" and e["version"] == card.version for e in store.history(card.name))
-    if publish and not once:
-        store.publish(card.name, card.version)
+    if publish:
+        store.publish_once(card)
     served = store.current(card.name) == card.version
     if served:
         message = f"{before}{name} is published: {verdict}"

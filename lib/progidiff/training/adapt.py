@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from progidiff.adapters import AdapterCard, AdapterStore, build_networks, check_name, compute_base_digest
 from progidiff.backbone import Backbone
 from progidiff.conditioning import ConditioningBranch
-from progidiff.errors import CancelledError, ModelError, NotFoundError, RequestError, StoreError
+from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
 from progidiff.files import flush, replace_text
 from progidiff.lora import INJECTION, LoraSettings, collect_full, collect_tensors, copy_full, inject_lora, load_tensors
 from progidiff.model_files import ModelCard, load_pipeline
@@ -255,7 +255,7 @@ def run_adapt(
         "Training on %d slices of %s; held back: %s", len(data.training), ", ".join(data.training.names), ", ".join(data.held_out) or "slices of it"
     )
     tell({"stage": "prepare", "name": name, "modality": data.modality, **_describe_data(data)})
-    earlier = _find_finished(store, name, fingerprint)
+    earlier = store.find_run(name, fingerprint)
     if earlier is not None:
         return _finish(store, earlier, store.run(earlier), publish, folder, repeated=True)
 
@@ -331,27 +331,14 @@ def _describe_data(data: AdaptData) -> dict[str, Any]:
     }
 
 
-def _find_finished(store: AdapterStore, name: str, fingerprint: str) -> AdapterCard | None:
-    """The version that the very same training made, if it was done before."""
-    for version in reversed(store.entry(name).versions):
-        try:
-            card = store.card(name, version)
-            if store.run(card).get("fingerprint") == fingerprint:
-                return card
-        except (ModelError, NotFoundError) as err:
-            logger.warning("%s", err)
-    return None
-
-
 def _finish(store: AdapterStore, card: AdapterCard, run: Mapping[str, Any], publish: bool, folder: Path, repeated: bool = False) -> AdaptResult:
     """Publish a version if the gate accepted it; once, so that a rollback is not undone by repeating the command."""
     name, verdict = card.full_name, run["verdict"]
     before = "This very training was done before. " if repeated else ""
     if not run["accepted"]:
         return AdaptResult(card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder)
-    once = any(e["event"] == "published" and e["version"] == card.version for e in store.history(card.name))
-    if publish and not once:
-        store.publish(card.name, card.version)
+    if publish:
+        store.publish_once(card)
     served = store.current(card.name) == card.version
     if served:
         message = f"{before}{name} is published: {verdict}"

@@ -8,7 +8,9 @@ Volumes are split by patient. Every seed has one start set, the same for all str
 structure. Then five rounds: a strategy chooses slices from the pool by what the present model proposes, their true labels are added,
 and a new model is trained from the same initial weights with the same fixed number of steps, and measured on the same slices of the
 test volumes. Reported: Dice against slices, the area under that curve, final Dice per structure, slices and contour length (pixels of the
-working grid, 1.8 to 3.2 mm, along the outlines that somebody would have drawn), and a paired test over tasks and seeds.
+working grid, 1.8 to 3.2 mm, along the outlines that somebody would have drawn), and a paired test over tasks and seeds. Read its p with
+care: the seeds of `contrast` share their test volumes, and those of `mr` have a test volume of another seed in their pool, so the pairs
+are not independent.
 
 What makes a round cost seconds instead of minutes, and what that means for the figures:
 
@@ -21,6 +23,7 @@ What makes a round cost seconds instead of minutes, and what that means for the 
 Task `mr`: the CT model, which has seen no MR, is adapted to MR slices by low-rank updates of its evidence path.
 Task `contrast`: the same with CT whose contrast is turned around (`invert_contrast`): fat bright and vessels dark, as no CT is. The
 model has to be adapted to it like to another scanner. It stands beside `mr` because it has eight structures and true CT volumes.
+The CT model was trained on the volumes of the pool (as they are, not inverted); the test volumes were held out of that training.
 Task `ct`: CT structures from very few slices. The text-query head is reset, so that no structure is known, and learned anew on the
 frozen image encoder, without augmentation, so that a slice is encoded once for all rounds. The encoder was trained with these
 structures on the volumes of the pool; the test volumes were held out of that training. It finds them again from a handful of slices,
@@ -52,6 +55,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from progidiff.acquisition import AcquisitionConfig, ImageScores, build_pool, compute_scores, pick_slices
+from progidiff.adapters import compute_base_digest
 from progidiff.backbone import Backbone
 from progidiff.conditioning import ConditioningBranch, SliceFeatures
 from progidiff.lora import LoraSettings, inject_lora
@@ -82,7 +86,7 @@ STRATEGIES: Mapping[str, tuple[str, dict[str, Any]]] = {
 }
 """Name in the tables -> strategy and settings of `progidiff.acquisition`."""
 
-FORMAT = 2
+FORMAT = 3
 """Of the work folder; raised when a change of this script changes the figures."""
 
 CT_TEST = ("img0024", "img0033", "img0039")
@@ -118,12 +122,12 @@ class Setup:
     pool_volumes: int
     query: int
     rounds: int = 5
-    steps: int = 80
+    steps: int = 60
     batch_size: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     num_proposals: int = 4
     score_steps: int = 1
-    candidates: int = 64
+    candidates: int = 48
     pool_mm: float = 7.5
     test_slices: int = 120
     consensus_slices: int = 32
@@ -136,7 +140,7 @@ CT_STRUCTURES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver"
 
 SETUPS = {
     "mr": Setup("mr", ("liver", "spleen", "right kidney", "left kidney"), pool_volumes=6, query=6, bias_field=0.3),
-    "contrast": Setup("contrast", CT_STRUCTURES, pool_volumes=8, query=6, candidates=48, inverted=True),
+    "contrast": Setup("contrast", CT_STRUCTURES, pool_volumes=8, query=6, inverted=True),
     "ct": Setup(
         "ct",
         CT_STRUCTURES,
@@ -145,7 +149,6 @@ SETUPS = {
         steps=120,
         batch_size=6,
         learning_rate=4e-3,
-        candidates=48,
         frozen_encoder=True,
     ),
 }
@@ -447,6 +450,14 @@ class Record:
         write_text(self.file, json.dumps({"name": name, "points": self.points, "annotated": slices}))
 
 
+def find_record(folder: Path, strategy: str) -> Path:
+    """Where the curve of a strategy lies: named by it and all its settings, so that other settings do not continue an old curve."""
+    name, settings = STRATEGIES[strategy]
+    config = asdict(replace(AcquisitionConfig(), **settings)) if name == OURS else settings
+    parts = json.dumps([strategy, name, config], sort_keys=True)
+    return folder / f"{hashlib.sha256(parts.encode()).hexdigest()[:12]}.json"
+
+
 def write_text(file: Path, text: str) -> None:
     """All of it or nothing."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
@@ -473,7 +484,7 @@ def run_seed(world: World, strategies: Sequence[str], folder: Path, tell: Callab
     if not start.points:
         start.add("start", evaluate(world, train_first(), world.start, consensus=True), world.start)
     for strategy in strategies:
-        record = Record(folder / f"{hashlib.sha256(strategy.encode()).hexdigest()[:12]}.json")
+        record = Record(find_record(folder, strategy))
         kind = look(strategy)
         pipeline: ProposalPipeline | None = None
         for round_index in range(world.setup.rounds):
@@ -510,7 +521,7 @@ def collect(setup: Setup, folder: Path) -> dict[str, dict[str, list[dict[str, An
     for place in sorted(folder.glob("seed*"), key=lambda path: int(path.name[4:])):
         start = Record(place / "start.json")
         for strategy in STRATEGIES:
-            record = Record(place / f"{hashlib.sha256(strategy.encode()).hexdigest()[:12]}.json")
+            record = Record(find_record(place, strategy))
             if start.points and len(record.points) == setup.rounds:
                 curves.setdefault(place.name[4:], {})[strategy] = [*start.points, *record.points]
     return curves
@@ -569,12 +580,14 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if len(gaps) > 1 and np.ptp(gaps) > 0:
                 row["p_paired_t"] = float(ttest_rel(ours, areas).pvalue)
                 row["p_wilcoxon"] = float(wilcoxon(ours, areas).pvalue)
-        # Slices for the Dice that uniform random ends with, as a share of its slices.
+        # Slices for the Dice that uniform random ends with, as a share of its slices; what never reaches it counts as the whole budget or
+        # more, so the median says "at least" there.
         rivals = [(curves[name], curves["uniform random"]) for _, curves in own if "uniform random" in curves]
         if rivals:
             needed = [(find_slices_for(curve, rival[-1]["dice"]), rival[-1]["slices"]) for curve, rival in rivals]
-            reached = [slices / of for slices, of in needed if slices is not None]
-            row["slices_for_dice_of_uniform"] = {"reached": f"{len(reached)} of {len(needed)}", "share": float(np.mean(reached)) if reached else None}
+            shares = [1.0 if slices is None else slices / of for slices, of in needed]
+            reached = sum(slices is not None for slices, _ in needed)
+            row["slices_for_dice_of_uniform"] = {"reached": f"{reached} of {len(needed)}", "median_share": float(np.median(shares))}
         rows[name] = row
     return {"runs": [f"{task}, seed {seed}" for task, seed, _ in runs], "strategies": rows}
 
@@ -598,7 +611,7 @@ def format_table(summary: Mapping[str, Any]) -> str:
     for name, row in summary["strategies"].items():
         served = f"{row['final_consensus']:.3f}" if "final_consensus" in row else ""
         needed = row.get("slices_for_dice_of_uniform")
-        share = "" if needed is None else f"{needed['reached']}" + ("" if needed["share"] is None else f", {100 * needed['share']:.0f} %")
+        share = "" if needed is None else f"{100 * needed['median_share']:.0f} % ({needed['reached']})"
         gap = f"{row['ours_minus_this']:+.3f}" if "ours_minus_this" in row else ""
         chances = [f"{row[key]:.3f}" if key in row else "" for key in ("p_paired_t", "p_wilcoxon")]
         figures = [str(row["runs"]), f"{row['area']:.3f}", f"{row['final_dice']:.3f}", served, f"{row['contour']:.0f}"]
@@ -634,10 +647,10 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def name_experiment(setup: Setup, card: ModelCard, studies: Path) -> str:
+def name_experiment(setup: Setup, model_dir: Path, studies: Path) -> str:
     """A folder's name from what the numbers depend on, so that another size or other weights do not continue an old run."""
     digests = {case.name: hashlib.sha256(case.image.read_bytes() + case.label.read_bytes()).hexdigest() for case in list_cases(studies)}
-    parts = json.dumps([FORMAT, asdict(setup), card.full_name, sorted(digests.items())])
+    parts = json.dumps([FORMAT, asdict(setup), compute_base_digest(model_dir), sorted(digests.items())])
     return f"{setup.task}-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
 
 
@@ -683,7 +696,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         result: dict[str, Any] = {}
         for seed in options.seeds:
             world = World(setup, options.studies, options.model, options.work, seed)
-            folder = options.work / name_experiment(setup, world.card, options.studies)
+            folder = options.work / name_experiment(setup, options.model, options.studies)
 
             def gather(world: World = world, folder: Path = folder) -> None:
                 found = {"command": shlex.join(sys.argv), "model": world.card.full_name, "setup": asdict(setup), "curves": collect(setup, folder)}

@@ -100,34 +100,54 @@ def wait_for_training(server: Server) -> dict[str, Any]:
     return dict(wait_for(look))
 
 
-def test_the_whole_loop_goes_round_and_a_kill_at_any_stage_loses_nothing(folder: Path, tiny_model: Path):
+def kill(server: Server) -> None:
+    """SIGKILL, and wait until it is gone."""
+    server.process.kill()
+    server.process.wait(10)
+
+
+def test_the_whole_loop_goes_round_and_a_kill_at_every_stage_loses_nothing(folder: Path, tiny_model: Path):
     with serve(folder, tiny_model) as server:
+        scored = wait_for(lambda: server.get("/progidiff/scoring").json()["scored"])
+        kill(server)  # while the pool is scored
+    with serve(folder, tiny_model) as server:
+        assert server.get("/progidiff/scoring").json()["scored"] >= scored  # goes on where it was
         wait_for_scores(server)
+        lost = ask(server, "anna")
+        assert server.infer(lost["id"], {"prompt": "liver"}).status_code == 200
+        kill(server)  # somebody had a sample and its proposals, and saved nothing
+    with serve(folder, tiny_model) as server:
+        assert server.get("/progidiff/scoring").json()["scored"] == len(IMAGES)  # nothing is scored again
         first = ask(server, "anna")
         assert first["scores_from"] == "tiny@1"
         saved = accept(server, first)
         assert saved["retrain"]["message"] == "4 of 8 slices until the next training."
-        server.process.kill()  # after a save
+        kill(server)  # after a save
     with serve(folder, tiny_model) as server:
-        progress = server.get("/progidiff/scoring").json()
-        assert progress["scored"] == len(IMAGES)  # nothing is scored again
+        kept = server.get("/progidiff/annotations", params={"image": first["id"]}).json()
+        assert kept["annotated_slices"][first["id"]] == sorted(entry["index"] for entry in first["slices"])
         second = ask(server, "anna")
         assert second["id"] != first["id"]
         started = accept(server, second)
         assert started["retrain"]["started"] is True
         assert "8 new slices: a training has started" in started["retrain"]["message"]
-        server.process.kill()  # while it trains, or before it began to
-        server.process.wait(10)
+        kill(server)  # while it trains, or before it began to
     with serve(folder, tiny_model) as server:
         adapter = wait_for_training(server)  # it went on by itself
+        version = adapter["versions"][0]["version"]
         if adapter["current"] is None:  # the gate may refuse what a toy learns; a person may still use it
-            used = requests.post(f"{server.url}/progidiff/versions/ct/{adapter['versions'][0]['version']}/use", timeout=30)
+            used = requests.post(f"{server.url}/progidiff/versions/ct/{version}/use", timeout=30)
             assert used.status_code == 200, used.text
-        full_name = f"ct@{adapter['versions'][0]['version']}"
+        kill(server)  # just published, the old scores are out of date
+    with serve(folder, tiny_model) as server:
+        full_name = f"ct@{version}"
+        published = server.get("/progidiff/versions").json()[0]
+        assert published["current"] == version
+        assert [entry["version"] for entry in published["versions"]] == [entry["version"] for entry in adapter["versions"]]
         wait_for_scores(server)
         third = ask(server, "anna")
         assert third["scores_from"] == f"tiny@1+{full_name}"
-        assert third["id"]
+        assert third["id"] not in (first["id"], second["id"])
         third_save = accept(server, third)
         assert third_save["retrain"]["message"] == "4 of 8 slices until the next training."
         report = server.get("/progidiff/report").json()

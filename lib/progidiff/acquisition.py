@@ -2,11 +2,13 @@
 
 What a slice is worth is asked per structure, from the K proposals that the model makes of it:
 
-1. *disagreement*, 1 - mean pairwise Dice of the proposals: where they differ, a person decides something
-2. times a *foreground weight*: three noisy pixels that no two proposals share disagree completely and teach nothing
+1. *disagreement*, 1 - mean pairwise Dice of the proposals: where they differ, a person decides something. Its square root: a slice
+   on which they differ four times as much is worth twice as much, not four times
+2. times a *foreground weight*, the predicted size: the ends of an organ and three noisy pixels disagree most and teach least
 3. *stratified* over structures (66 % of the choices, after ClaSP-PE): else the structure that is worst everywhere takes them all
-4. never closer than a *minimum distance* to what is chosen or annotated: neighbouring slices tell the same
-5. *Gumbel noise* on the logarithm of the score, strong in the first rounds (beta 1) and faint in the last (beta 100): early models
+4. *spread over images*: those with the fewest annotated slices first, because patients differ more than slices of a patient
+5. never closer than a *minimum distance* to what is chosen or annotated: neighbouring slices tell the same
+6. *Gumbel noise* on the logarithm of the score, strong in the first rounds (beta 1) and fainter in the last (beta 10): early models
    are wrong about what they do not know
 
 Every part can be switched off (`AcquisitionConfig`), and the plain rivals are here too: uniform, foreground-aware random, evenly
@@ -19,7 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -31,6 +33,9 @@ from progidiff.proposals import compute_disagreement_per_slice
 
 DRAWN = 128
 """Smallest 8-bit probability that counts as drawn."""
+
+LEAST = np.float32(1e-3)
+"""Score of a slice on which all proposals agree about something."""
 
 Annotated = Mapping[str, Collection[int] | None]
 """Image -> its annotated slices; None: all of them; not there: none."""
@@ -118,8 +123,10 @@ class AcquisitionConfig:
 
     Attributes:
         score: What is uncertain: "disagreement" of the proposals, or "entropy" of their mean.
+        score_power: Exponent of it; 0 leaves the predicted size alone to decide.
         foreground_weight: Weigh by the predicted size of the structure, see `weigh_by_foreground`.
         stratified_share: Share of the choices made for one structure at a time; 0 switches it off.
+        spread_over_images: Choose from the images with the fewest annotated slices while they show anything.
         min_distance_mm: Of two slices of a volume; 0 switches it off. Given up where nothing else is left.
         noise: Gumbel noise on the logarithm of the score.
         beta_first, beta_last: Its inverse strength in the first and in the last round.
@@ -128,12 +135,14 @@ class AcquisitionConfig:
     """
 
     score: Literal["disagreement", "entropy"] = "disagreement"
+    score_power: float = 0.5
     foreground_weight: bool = True
     stratified_share: float = 0.66
+    spread_over_images: bool = True
     min_distance_mm: float = 15.0
     noise: bool = True
     beta_first: float = 1.0
-    beta_last: float = 100.0
+    beta_last: float = 10.0
     rounds: int = 5
     foreground_share: float = 0.66
 
@@ -146,7 +155,8 @@ class AcquisitionConfig:
         if self.score not in ("disagreement", "entropy"):
             raise RequestError(f"Setting score is '{self.score}'; it must be disagreement or entropy.")
         ranges = {
-            "stratified_share": (0, 1), "min_distance_mm": (0, 1000), "beta_first": (1e-3, 1e6), "beta_last": (1e-3, 1e6), "rounds": (1, 1000),
+            "score_power": (0, 10), "stratified_share": (0, 1),
+            "min_distance_mm": (0, 1000), "beta_first": (1e-3, 1e6), "beta_last": (1e-3, 1e6), "rounds": (1, 1000),
             "foreground_share": (0, 1),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
@@ -191,7 +201,7 @@ class AcquisitionConfig:
 
         Example:
             >>> [round(AcquisitionConfig().beta(r), 1) for r in range(6)]
-            [1.0, 3.2, 10.0, 31.6, 100.0, 100.0]
+            [1.0, 1.8, 3.2, 5.6, 10.0, 10.0]
         """
         progress = 1.0 if self.rounds == 1 else min(1.0, max(0, round_index) / (self.rounds - 1))
         return float(self.beta_first * (self.beta_last / self.beta_first) ** progress)
@@ -236,7 +246,7 @@ class Pool:
     entropy: np.ndarray
     foreground: np.ndarray
     _noise: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
-    _values: dict[tuple[str, bool], np.ndarray] = field(default_factory=dict, repr=False)
+    _values: dict[tuple[str, float, bool], np.ndarray] = field(default_factory=dict, repr=False)
     _logs: dict[tuple[AcquisitionConfig, int, int], np.ndarray] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -255,9 +265,12 @@ class Pool:
 
     def values(self, config: AcquisitionConfig) -> np.ndarray:
         """What every slice is worth for every structure, float32 (P, N), 0..1, before noise."""
-        key = (config.score, config.foreground_weight)
+        key = (config.score, config.score_power, config.foreground_weight)
         if key not in self._values:
             values = self.disagreement if config.score == "disagreement" else self.entropy
+            if config.score_power != 1:
+                # Complete agreement is not worth nothing: proposals that agree can be wrong.
+                values = np.where(self.foreground > 0, np.maximum(values, LEAST) ** np.float32(config.score_power), np.float32(0))
             self._values[key] = values * weigh_by_foreground(self.foreground) if config.foreground_weight else values
         return self._values[key]
 
@@ -290,7 +303,7 @@ class Pool:
             self.entropy[:, rows],
             self.foreground[:, rows],
         )
-        part._values[config.score, config.foreground_weight] = self.values(config)[:, rows]
+        part._values[config.score, config.score_power, config.foreground_weight] = self.values(config)[:, rows]
         return part
 
     def gumbel(self, seed: int, round_index: int) -> np.ndarray:
@@ -336,8 +349,8 @@ def build_pool(scores: Sequence[ImageScores]) -> Pool:
 def weigh_by_foreground(foreground: np.ndarray) -> np.ndarray:
     """How far the predicted size of a structure on a slice makes its disagreement worth a look.
 
-    a / (a + r), with a the predicted area and r a quarter of what is usual for the structure (the median over the slices that show
-    it): half as much as usual weighs 0.67, a twentieth 0.17, nothing 0.
+    a / r, at most 1, with a the predicted area and r what is large for the structure (the upper quartile over the slices that show it):
+    a slice in the middle of an organ weighs 1, its ends and islands next to nothing.
 
     Args:
         foreground: float (P, N), shares of the slice.
@@ -346,14 +359,14 @@ def weigh_by_foreground(foreground: np.ndarray) -> np.ndarray:
         float32 (P, N), 0..1.
 
     Example:
-        >>> [f"{weight:.2f}" for weight in weigh_by_foreground(np.array([[0.0, 0.02, 0.04, 0.08]]))[0]]
-        ['0.00', '0.67', '0.80', '0.89']
+        >>> [f"{weight:.2f}" for weight in weigh_by_foreground(np.array([[0.0, 0.01, 0.02, 0.04, 0.04]]))[0]]
+        ['0.00', '0.25', '0.50', '1.00', '1.00']
     """
     weight = np.zeros(foreground.shape, dtype=np.float32)
     for row, area in zip(weight, foreground, strict=True):
         shown = area > 0
         if shown.any():
-            row[shown] = area[shown] / (area[shown] + 0.25 * np.median(area[shown]))
+            row[shown] = np.minimum(1, area[shown] / np.quantile(area[shown], 0.75))
     return weight
 
 
@@ -402,7 +415,8 @@ def pick_slices(
     if strategy not in STRATEGIES:
         raise RequestError(f"There is no strategy '{strategy}'; there are {', '.join(STRATEGIES)}.")
     if strategy == "entropy":  # the plain rival: no weight, no noise, nothing spread
-        config = replace(config, score="entropy", foreground_weight=False, stratified_share=0.0, min_distance_mm=0.0, noise=False)
+        config = replace(config, score="entropy", score_power=1.0, foreground_weight=False, noise=False)
+        config = replace(config, stratified_share=0.0, spread_over_images=False, min_distance_mm=0.0)
     if within is not None:
         pool = pool.only(within, config)
         annotated = {within: annotated[within]} if annotated and within in annotated else None
@@ -467,12 +481,15 @@ def _pick_by_score(draft: _Draft, count: int, config: AcquisitionConfig, round_i
     draft.keep_distance(config.min_distance_mm)
     # How often every structure has had its turn: slices that are annotated and show it count.
     turns = (pool.foreground[:, draft.done] > 0).sum(axis=1).astype(np.int64)
+    owners = np.repeat(np.arange(len(pool.images)), np.diff(pool.starts))
+    done = np.bincount(owners[draft.done], minlength=len(pool.images))
     picks: list[Pick] = []
     while len(picks) < count and draft.free.any():
         number = len(picks)
         stratified = math.floor((number + 1) * config.stratified_share + 1e-9) > math.floor(number * config.stratified_share + 1e-9)
         row, structure = None, None
-        for allowed in (draft.apart, draft.free):  # the distance yields before an empty slice is chosen
+        # First the images with least done that have something to offer. The distance yields before an empty slice is chosen.
+        for allowed in (*(_levels(draft.apart, done, owners) if config.spread_over_images else ()), draft.apart, draft.free):
             if stratified:
                 for candidate in np.argsort(turns, kind="stable"):
                     row = _best(logs[candidate], allowed)
@@ -486,9 +503,16 @@ def _pick_by_score(draft: _Draft, count: int, config: AcquisitionConfig, round_i
                 break
         else:  # nothing is predicted on any slice that is left
             row = int(rng.choice(np.flatnonzero(draft.apart if draft.apart.any() else draft.free)))
+        done[owners[row]] += 1
         draft.take(row, config.min_distance_mm)
         picks.append(_describe(pool, values, row, structure, config))
     return picks
+
+
+def _levels(allowed: np.ndarray, done: np.ndarray, owners: np.ndarray) -> Iterator[np.ndarray]:
+    """The allowed rows of the images with the fewest annotated slices, then those of images with more as well, and so on."""
+    for most in np.unique(done[owners[allowed]])[:-1]:
+        yield allowed & (done <= most)[owners]
 
 
 def _best(score: np.ndarray, allowed: np.ndarray) -> int | None:

@@ -74,6 +74,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = "proposal_disagreement"
 STRATEGIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "ours": (OURS, {}),
+    "ours, no disagreement": (OURS, {"score_power": 0.0}),
+    "ours, not spread over images": (OURS, {"spread_over_images": False}),
     "ours, no foreground weight": (OURS, {"foreground_weight": False}),
     "ours, not stratified": (OURS, {"stratified_share": 0.0}),
     "ours, no distance": (OURS, {"min_distance_mm": 0.0}),

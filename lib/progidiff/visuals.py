@@ -295,8 +295,13 @@ def _paint(axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple
         return
     tint = np.zeros((*part.shape, 4), dtype=np.float32)
     tint[part.astype(bool)] = (*to_rgb(color), 0.32)
-    extent = _extent(rows, cols, spacing)
-    axis.imshow(tint, extent=extent, interpolation="nearest")
+    axis.imshow(tint, extent=_extent(rows, cols, spacing), interpolation="nearest")
+    _outline(axis, mask, rows, cols, spacing, color)
+
+
+def _outline(axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple[float, float, float], color: str) -> None:
+    """Draw the outline of a mask (Y, X), which must have a pixel in the box, in the scale that the slice was shown in."""
+    part, extent = mask[rows, cols], _extent(rows, cols, spacing)
     padded = np.pad(part.astype(np.float32), 1)  # so that an outline closes at the edge of the box
     x = (np.arange(padded.shape[1]) - 0.5 + cols.start) * spacing[2]
     y = (np.arange(padded.shape[0]) - 0.5 + rows.start) * spacing[1]

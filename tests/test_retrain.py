@@ -12,10 +12,12 @@ from progidiff.retrain import MIN_SAVES, CurvePoint, Mark, MarkFile, advise, est
 def test_the_mark_survives_a_restart_and_a_damaged_one_counts_everything_as_new(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     file = tmp_path / "deep" / "retrain.json"
     assert MarkFile(file).load() == Mark()
-    MarkFile(file).save(Mark(7, "run-1", True))
-    assert MarkFile(file).load() == Mark(7, "run-1", True)
+    MarkFile(file).save(Mark(7, 3))
+    assert MarkFile(file).load() == Mark(adapters=7, textdiff=3)
     assert [path.name for path in file.parent.iterdir()] == ["retrain.json"]
-    for content in ("", "{", "[]", '{"sequence": 1}', '{"sequence": "x", "run": "", "automatic": true}'):
+    file.write_text('{"sequence": 5, "run": "run-1", "automatic": true}')  # as version 0.1 wrote it
+    assert MarkFile(file).load() == Mark(5, 5)
+    for content in ("", "{", "[]", '{"adapters": "x"}', '{"textdiff": []}'):
         file.write_text(content)
         assert MarkFile(file).load() == Mark()
     assert "count as new" in caplog.text

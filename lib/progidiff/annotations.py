@@ -31,7 +31,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -385,8 +385,8 @@ class AnnotationStore:
         """The kept bytes of a save."""
         return self.root / annotation.file
 
-    def count_slices_since(self, sequence: int) -> int:
-        """Slices that are annotated now and were not at that event.
+    def count_slices_since(self, sequence: int, is_meant: Callable[[str], bool] | None = None) -> int:
+        """Slices that are annotated now and were not at that event, of all images or of those that are meant.
 
         A save of a whole volume of unknown depth counts as one slice.
         """
@@ -394,7 +394,7 @@ class AnnotationStore:
             self._refresh()
             total = 0
             for (image, tag), track in self._tracks.items():
-                if tag == FINAL and track.timeline[-1][0] > sequence:
+                if tag == FINAL and track.timeline[-1][0] > sequence and (is_meant is None or is_meant(image)):
                     before = self._expand(track.after(sequence))
                     total += len(self._expand(self._tracks[image, tag].states[-1]) - before)
             return total

@@ -184,7 +184,7 @@ class ServerOptions:
         next_strategy: What the strategy `random` stands for, see `progidiff.acquisition.STRATEGIES`.
         acquisition: Settings of the choice of slices, "name=value,name=value", see `progidiff.acquisition.AcquisitionConfig`.
         retrain_after: Newly annotated slices after which a training starts by itself; 0 for never.
-        retrain_task: The trainer that starts then.
+        retrain_task: The trainer that starts then; "auto" for textdiff where pictures and progidiff_adapt where volumes were labelled.
         clean_up: How islands are dropped from proposals where a request does not say, see `progidiff.clean_up`.
         retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_options.TrainingOptions`.
     """
@@ -213,7 +213,7 @@ class ServerOptions:
     training_nice: int = 5
     acquisition: str = ""
     retrain_after: int = 0
-    retrain_task: str = "progidiff_adapt"
+    retrain_task: str = AUTO
     retrain_params: str = ""
     clean_up: str = DEFAULT_CLEAN_UP
 

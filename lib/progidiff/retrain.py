@@ -30,24 +30,22 @@ FLAT_GAIN = 0.005
 
 @dataclass(frozen=True)
 class Mark:
-    """Up to where labels have been trained on.
+    """Up to which event of the label history labels have been trained on; a training that failed has learned nothing and moves nothing.
 
     Attributes:
-        sequence: Of the last event in the label history before the training.
-        run: Id of the training, "" if none has run.
-        automatic: Whether it started by itself.
+        adapters: By trainings of the model for volumes.
+        textdiff: By trainings of the model for pictures.
     """
 
-    sequence: int = 0
-    run: str = ""
-    automatic: bool = False
+    adapters: int = 0
+    textdiff: int = 0
 
 
 class MarkFile:
     """The mark on disk; a new one appears by rename.
 
     Args:
-        path: The file; made when the first training is marked.
+        path: The file; made when the first training is done.
     """
 
     def __init__(self, path: Path) -> None:
@@ -57,10 +55,11 @@ class MarkFile:
         """The mark; of a file that cannot be read, the first one: labels are then trained on once too often, never too seldom."""
         try:
             values = json.loads(self._path.read_text(encoding="utf-8"))
-            return Mark(int(values["sequence"]), str(values["run"]), bool(values["automatic"]))
+            earlier = values.get("sequence", 0)  # Version 0.1 had one for all.
+            return Mark(int(values.get("adapters", earlier)), int(values.get("textdiff", earlier)))
         except FileNotFoundError:
             return Mark()
-        except (OSError, ValueError, KeyError, TypeError) as err:
+        except (OSError, ValueError, TypeError, AttributeError) as err:
             logger.warning("'%s' cannot be read (%s); all labels count as new for the next training.", self._path, err)
             return Mark()
 
@@ -71,7 +70,7 @@ class MarkFile:
             OSError: if the disk refuses; the old one stays.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self._path, json.dumps({"sequence": mark.sequence, "run": mark.run, "automatic": mark.automatic}))
+        replace_text(self._path, json.dumps({"adapters": mark.adapters, "textdiff": mark.textdiff}))
         flush(self._path.parent)
 
 

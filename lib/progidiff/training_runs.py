@@ -110,6 +110,7 @@ class TrainingRunner:
             "adapters", "backbone", "device".
         check: Asked before a start; raises if there is nothing to train on.
         on_published: Called with ``name@version`` when another version is served, with "" for the model itself.
+        on_ended: Called with the status of a run that ended, after that; not at the end of the server. One that raises is logged.
         stop_seconds: See `STOP_SECONDS`.
         nice: How far the process steps back on the processor, 0 to 19.
         module: What the process runs.
@@ -124,11 +125,13 @@ class TrainingRunner:
         stop_seconds: float = STOP_SECONDS,
         nice: int = 0,
         module: str = "progidiff.training_child",
+        on_ended: Sequence[Callable[[dict[str, Any]], None]] = (),
     ) -> None:
         self.root = Path(root)
         self._collect = collect
         self._check = check
         self._on_published = on_published
+        self._on_ended = on_ended
         self._stop_seconds = stop_seconds
         self._arguments = [sys.executable, "-m", module]
         self._nice = nice
@@ -181,7 +184,8 @@ class TrainingRunner:
         Returns:
             "state": "idle" if there never was one, "starting", "running", "stopping", "done", "failed", "stopped" or "interrupted";
             "id", "trainer", "params", "user", "stage", "step", "total", "eta_seconds", "best_metric", "message", "reason",
-            "published", "version", "figures", "data", "paused", "started", "ended" (seconds since 1970, None while it lasts), "log".
+            "published", "version", "figures", "data", "paused", "started", "ended" (seconds since 1970, None while it lasts), "log",
+            "sequence" (of the last event of the label history that it read; 0 if not known).
         """
         runs = self._run_ids()
         return self._describe(runs[-1]) if runs else {"state": "idle", "message": "No training was started yet."}
@@ -270,6 +274,11 @@ class TrainingRunner:
         active.ended.set()
         if outcome.published:
             self.announce(outcome.version)
+        for listener in () if self._closed else self._on_ended:
+            try:
+                listener(self._describe(active.folder.name))
+            except Exception:
+                logger.exception("A listener failed on the end of training %s", active.folder.name)
 
     def announce(self, version: str) -> None:
         """Tell `on_published` that another version is served; "" for the model itself."""
@@ -364,6 +373,7 @@ class TrainingRunner:
             "version": "",
             "figures": {},
             "data": progress.get("data", {}),
+            "sequence": request.get("sequence", 0),
             "paused": False,
             "started": request.get("started", 0.0),
             "ended": None,

@@ -46,6 +46,7 @@ class Context:
         auth: Finds out who sends a request.
         training: Starts and watches trainings.
         on_published: Called with ``name@version`` after another version is served, "" for the model itself; one that raises is logged.
+        on_ended: Called with the status of a training that ended.
     """
 
     app: MONAILabelApp
@@ -63,6 +64,7 @@ class Context:
     retraining: Retraining = field(init=False)
     training: TrainingRunner = field(init=False)
     on_published: list[Callable[[str], None]] = field(default_factory=list)
+    on_ended: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
 
 
 def get_context() -> Context:

@@ -60,6 +60,7 @@ def build(context: Context) -> None:
     context.retraining = Retraining(context)
     context.on_saved += [lambda annotation: _release(context, annotation), context.retraining.on_saved]
     context.on_published.append(context.retraining.on_published)
+    context.on_ended.append(context.retraining.on_ended)
 
 
 def start(context: Context, studies: str) -> None:

@@ -1,25 +1,65 @@
-"""Training that starts by itself after so many newly annotated slices, and scores that follow the model."""
+"""Training that starts by itself after so many newly annotated slices, and scores that follow the model.
+
+Slices count as new until a training that read them is done: one that fails uses up nothing, the next save tries again. What came
+together while a training ran starts the next one when it ends. A training that a person stopped is a decision: it counts as done.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from progidiff.annotations import Annotation
 from progidiff.errors import BusyError, ProGiDiffError, RequestError
+from progidiff.options import AUTO
+from progidiff.picture_grid import is_picture
 from progidiff.retrain import Mark, MarkFile, describe_countdown
 from progidiff.server.context import Context
-from progidiff.training_options import TRAINERS, TrainingOptions
+from progidiff.server.datastore import is_folder
+from progidiff.training_options import TRAINERS, TrainingOptions, get_defaults
+from progidiff.training_runs import ACTIVE
 
 logger = logging.getLogger(__name__)
 
 USER = "retrain_after"
 """Who is said to have started a training that started by itself."""
 
+BY_IMAGE = AUTO
+"""As `--conf retrain_task`: pictures are trained on with textdiff, volumes with progidiff_adapt."""
+
+Family = Literal["adapters", "textdiff"]
+"""What a trainer makes versions of."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One of the trainings that may start by themselves.
+
+    Attributes:
+        trainer: One of `TRAINERS`.
+        params: Its parameters.
+        pictures: Of which images slices count: True for pictures, False for volumes, None for both.
+    """
+
+    trainer: str
+    params: Mapping[str, str]
+    pictures: bool | None
+
+    @property
+    def family(self) -> Family:
+        """What it makes versions of."""
+        return find_family(self.trainer)
+
+    def takes(self, is_a_picture: bool) -> bool:
+        """Whether it learns from such an image."""
+        return self.pictures in (None, is_a_picture)
+
 
 class Retraining:
-    """Counts after every save, starts trainings, and says so.
+    """Counts after every save and after every training, starts trainings, and says so.
 
     Args:
         context: With the label history and the runner.
@@ -31,19 +71,26 @@ class Retraining:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._after = context.options.retrain_after
-        self._task = context.options.retrain_task
         self._mark = MarkFile(context.options.store / "retrain.json")
-        self._lock = threading.Lock()
-        if self._task not in TRAINERS:
-            raise RequestError(f"--conf retrain_task {self._task[:60]}: there is no such trainer; there are {', '.join(TRAINERS)}.")
-        self._params = read_params(context.options.retrain_params)
-        _, ignored = TrainingOptions.from_params(self._task, self._params)  # a wrong one is told at the start, not after the first labels
-        if ignored:
-            raise RequestError(f"--conf retrain_params: trainer {self._task} has no {', '.join(ignored)}.")
-
-    def count(self) -> int:
-        """Newly annotated slices since the last training."""
-        return self._context.annotations.count_slices_since(self._mark.load().sequence)
+        self._started: dict[str, int] = {}
+        self._lock = threading.RLock()
+        task = context.options.retrain_task
+        if task not in (BY_IMAGE, *TRAINERS):
+            raise RequestError(f"--conf retrain_task {task[:60]}: there is no such trainer; there are {', '.join((BY_IMAGE, *TRAINERS))}.")
+        params = read_params(context.options.retrain_params)
+        if task == BY_IMAGE:
+            # Either trainer takes what it has of the parameters.
+            picked = {trainer: {k: v for k, v in params.items() if k in get_defaults(trainer)} for trainer in ("progidiff_adapt", "textdiff")}
+            strange = sorted(params.keys() - {name for part in picked.values() for name in part})
+            self._plans = [_Plan(trainer, part, trainer == "textdiff") for trainer, part in picked.items()]
+        else:
+            _, ignored = TrainingOptions.from_params(task, params)
+            strange = list(ignored)
+            self._plans = [_Plan(task, params, None if find_family(task) == "textdiff" else False)]
+        for plan in self._plans:
+            TrainingOptions.from_params(plan.trainer, plan.params)  # a wrong one is told at the start, not after the first labels
+        if strange:
+            raise RequestError(f"--conf retrain_params: trainer {' or '.join(plan.trainer for plan in self._plans)} has no {', '.join(strange)}.")
 
     def on_saved(self, annotation: Annotation) -> dict[str, Any]:
         """What a saved label means for the next training; for `Context.on_saved`.
@@ -55,22 +102,36 @@ class Retraining:
         if not self._after:
             return {}
         with self._lock:
-            self._note_manual_run(annotation.sequence - 1)
-            slices = self.count()
-            told: dict[str, Any] = {"slices": slices, "after": self._after, "started": False, "run": ""}
+            pictured = self._is_picture(annotation.image)
+            plan = next((plan for plan in self._plans if plan.takes(pictured)), None)
+            told: dict[str, Any] = {"slices": 0, "after": self._after, "started": False, "run": ""}
+            if plan is None:
+                message = f"Pictures do not count here: {self._plans[0].trainer} learns from volumes. --conf retrain_task {BY_IMAGE} trains on both."
+                return {"retrain": {**told, "message": message}}
+            slices = told["slices"] = self._count(plan)
             if slices < self._after:
                 return {"retrain": {**told, "message": describe_countdown(slices, self._after)}}
+            before = self._context.training.status()
             try:
-                run = self._context.training.start(self._task, self._params, USER)
+                run = self._start(plan)
             except BusyError as err:
-                message = f"{slices} new slices are enough for a training, which starts with a save after the one under way. {err}"
+                message = f"{slices} new slices are enough for a training, which starts when the one under way ends. {err}"
                 return {"retrain": {**told, "message": message}}
             except ProGiDiffError as err:
                 logger.warning("No training after %d new slices: %s", slices, err)
                 return {"retrain": {**told, "message": f"{slices} new slices are enough for a training, but it cannot start: {err}"}}
-            self._set(Mark(annotation.sequence, str(run["id"]), automatic=True))
             message = f"{slices} new slices: a training has started. Its version is served if it is better; GET /train/ shows how far it is."
-            return {"retrain": {**told, "message": message, "started": True, "run": run["id"]}}
+            if before["state"] == "failed" and before["user"] == USER:
+                message += f" The one before failed: {before['reason']}"
+            return {"retrain": {**told, "message": message, "started": True, "run": run}}
+
+    def on_ended(self, run: Mapping[str, Any]) -> None:
+        """A training ended: move the mark, and start the next one if enough came meanwhile; for `Context.on_ended`."""
+        with self._lock:
+            self._note(run)
+            # Its own failure would only repeat itself, and who stopped a training wants the device: the next save tries again.
+            plans = [plan for plan in self._plans if run["state"] == "done" or run["user"] != USER or plan.trainer != run["trainer"]]
+            self._start_what_is_due([] if run["state"] == "stopped" else plans)
 
     def on_published(self, version: str) -> None:
         """Another version is served: its proposals need scores; for `Context.on_published`."""
@@ -78,29 +139,96 @@ class Retraining:
         self._context.scorer.wake()
 
     def resume(self) -> None:
-        """Continue a training that started by itself and ended with the server; the checkpoints are there."""
-        mark = self._mark.load()
-        last = self._context.training.status()
-        if not self._after or not mark.automatic or last.get("id") != mark.run or last["state"] != "interrupted":
+        """Continue a training that started by itself and ended with the server (the checkpoints are there), or start one that is due."""
+        if not self._after:
             return
-        try:
-            run = self._context.training.start(self._task, self._params, USER)
-            self._set(Mark(mark.sequence, str(run["id"]), automatic=True))
-            logger.info("The training that ended with the server goes on as %s", run["id"])
-        except ProGiDiffError as err:
-            logger.warning("The training that ended with the server does not go on: %s", err)
+        with self._lock:
+            for run in reversed(self._context.training.history()):
+                self._note(run)
+            last = self._context.training.status()
+            if last["state"] == "interrupted" and last["user"] == USER:
+                try:
+                    plan = next((plan for plan in self._plans if plan.trainer == last["trainer"]), None)
+                    if plan is not None:
+                        logger.info("The training that ended with the server goes on as %s", self._start(plan))
+                        return
+                except ProGiDiffError as err:
+                    logger.warning("The training that ended with the server does not go on: %s", err)
+            # What failed or was stopped waits for the next save.
+            self._start_what_is_due([plan for plan in self._plans if last["state"] in ("idle", "done")])
 
-    def _note_manual_run(self, sequence: int) -> None:
-        """A training that somebody started since the last save has seen all labels before this one."""
-        last, mark = self._context.training.status(), self._mark.load()
-        if last.get("id") and last["id"] != mark.run and sequence >= mark.sequence:
-            self._set(Mark(sequence, str(last["id"])))
+    def _start_what_is_due(self, plans: list[_Plan]) -> None:
+        """Start the first training that has enough slices; the next one follows when it ends."""
+        for plan in plans if self._after else []:
+            slices = self._count(plan)
+            if slices < self._after:
+                continue
+            try:
+                logger.info("%d new slices: training %s has started", slices, self._start(plan))
+            except ProGiDiffError as err:
+                logger.warning("No training after %d new slices: %s", slices, err)
+            return
 
-    def _set(self, mark: Mark) -> None:
+    def _start(self, plan: _Plan) -> str:
+        """Start a training now; its id."""
+        sequence = self._context.annotations.last_sequence()
+        run = str(self._context.training.start(plan.trainer, plan.params, USER)["id"])
+        self._started[run] = sequence
+        return run
+
+    def _count(self, plan: _Plan) -> int:
+        """Newly annotated slices since what was trained on, or is being trained on."""
+        since = getattr(self._mark.load(), plan.family)
+        run = self._context.training.status()
+        if run["state"] in ACTIVE and self._counts(run) and find_family(run["trainer"]) == plan.family:
+            since = max(since, self._find_sequence(run))
+        return self._context.annotations.count_slices_since(
+            since, None if plan.pictures is None else lambda image: plan.takes(self._is_picture(image))
+        )
+
+    def _note(self, run: Mapping[str, Any]) -> None:
+        """Move the mark to what a training has read, if it is done."""
+        if run["state"] not in ("done", "stopped") or not self._counts(run):
+            return
+        mark, family = self._mark.load(), find_family(run["trainer"])
+        if self._find_sequence(run) <= getattr(mark, family):
+            return
+        moved: Mark = replace(mark, **{family: self._find_sequence(run)})
         try:
-            self._mark.save(mark)
+            self._mark.save(moved)
         except OSError as err:
             logger.warning("What was trained on is not written down (%s); after a restart these labels count as new.", err)
+
+    def _counts(self, run: Mapping[str, Any]) -> bool:
+        """Whether a training learned from all labels: not a manual one on some of them only, nor a manual one that was stopped."""
+        if run["trainer"] not in TRAINERS:
+            return False
+        if run["user"] == USER:
+            return True
+        try:
+            options, _ = TrainingOptions.from_params(run["trainer"], run["params"])
+        except RequestError:
+            return False
+        return run["state"] != "stopped" and not (options.shots or options.slices or options.cases or options.structures)
+
+    def _find_sequence(self, run: Mapping[str, Any]) -> int:
+        """The last event of the label history that a training has read; 0 if that is not known."""
+        return int(run["sequence"] or self._started.get(str(run["id"]), 0))
+
+    def _is_picture(self, image: str) -> bool:
+        if not is_folder(self._context.app.studies):
+            return False
+        return is_picture(self._context.app.datastore().get_image_uri(image) or "")
+
+
+def find_family(trainer: str) -> Family:
+    """What a trainer makes versions of.
+
+    Example:
+        >>> find_family("progidiff_adapt"), find_family("textdiff")
+        ('adapters', 'textdiff')
+    """
+    return "textdiff" if TRAINERS[trainer] == "head" else "adapters"
 
 
 def read_params(text: str) -> dict[str, str]:

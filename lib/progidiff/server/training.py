@@ -40,6 +40,7 @@ def build_runner(context: Context) -> TrainingRunner:
         check,
         context.on_published,
         nice=context.options.training_nice,
+        on_ended=context.on_ended,
     )
     context.infer.queue.on_demand.append(runner.set_demand)
     return runner
@@ -55,6 +56,7 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
     """
     datastore = context.app.datastore()
     local = is_folder(context.app.studies)
+    sequence = context.annotations.last_sequence()  # First: a label that comes while these are gathered counts as new.
     labels = []
     for image in _list_labelled(context):
         try:
@@ -75,7 +77,7 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
         raise RequestError("No slice of any image is annotated, or the images are gone. Save a label with tag final, then train.")
     engine = context.infer.engine
     if TRAINERS[options.trainer] == "head":
-        return textdiff_training.collect(context.textdiff, options, cases, context.options.device)
+        return {**textdiff_training.collect(context.textdiff, options, cases, context.options.device), "sequence": sequence}
     cases = [case for case in cases if not is_picture(case.image)]
     if not cases:
         raise RequestError("Only pictures have accepted labels, and this trainer learns from volumes. POST /train/textdiff trains on them.")
@@ -85,6 +87,7 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
         "adapters": str(engine.adapters.root),
         "backbone": context.options.backbone,
         "device": context.options.device,
+        "sequence": sequence,
     }
 
 

@@ -1,8 +1,8 @@
 """The figures that go with the tables, and the worst cases.
 
     python benchmarks/figures.py charts --out docs/images
-    python benchmarks/figures.py worst --studies ../shared/data/ct --cases img0039 --structures "left kidney" pancreas --out runs/worst.png
-    python benchmarks/figures.py worst --studies sample_datastore --cases sample_ct_dicom --unlabelled --out docs/images/disagreements.png
+    python benchmarks/figures.py worst --studies ../shared/data/ct --cases img0039 --structures pancreas --out runs/worst.png
+    python benchmarks/figures.py worst --studies sample_datastore --cases sample_ct_dicom --unlabelled --rows 4 --out docs/images/disagreements.png
 
 `charts` draws from the JSON files in `benchmarks/results` and nothing else; no model, no image:
 

@@ -100,6 +100,18 @@ def test_scores_of_long_gone_versions_are_removed(tmp_path: Path):
     assert sorted(entry.scores.version for entry in store.load_all()) == [f"base@{n}" for n in range(3, KEPT_VERSIONS + 3)]
 
 
+def test_a_model_that_is_trained_often_does_not_push_out_the_scores_of_another_modality(tmp_path: Path):
+    store = SliceScoreStore(tmp_path)
+    store.save(make_entry("ct", "base@1", modality="CT"))
+    store.save(make_entry("picture", "nuclei@1", modality="picture"))
+    for number in range(1, KEPT_VERSIONS + 4):
+        store.save(make_entry("mr", name_version("base@1", f"mr@{number}"), modality="MR", created=number))
+        for age, folder in enumerate(sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)):
+            os.utime(folder, ns=(0, time.time_ns() - age * 10**9))
+    kept = sorted(entry.scores.version for entry in SliceScoreStore(tmp_path).load_all())
+    assert kept == ["base@1", *(f"base@1+mr@{number}" for number in range(4, KEPT_VERSIONS + 4)), "nuclei@1"]
+
+
 def test_a_disk_that_refuses_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="could not be kept"):

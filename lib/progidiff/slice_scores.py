@@ -34,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT_VERSIONS = 4
-"""Scores of so many model versions are kept, the last ones scored: to go back to after a rollback, and for the report."""
+"""Scores of so many model versions are kept per modality, the last ones scored: to go back to after a rollback, and for the report.
+
+Per modality, because a model for CT goes on being used while the one for MR is trained ten times."""
 
 _SUFFIX = ".safetensors"
 _WRITING = ".writing-"
@@ -127,8 +129,7 @@ class SliceScoreStore:
         """Everything that can be read, in no order."""
         found = []
         for folder in self._folders():
-            with contextlib.suppress(FileNotFoundError), os.scandir(folder) as files:
-                found += [entry for file in files if file.name.endswith(_SUFFIX) and (entry := self._read(Path(file.path), file.stat()))]
+            found += self._load_folder(folder)
         return found
 
     def pick_newest(self, wanted: Callable[[str], str]) -> dict[str, ScoredImage]:
@@ -158,6 +159,11 @@ class SliceScoreStore:
 
     def _folders(self) -> list[Path]:
         return [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")] if self.root.is_dir() else []
+
+    def _load_folder(self, folder: Path) -> list[ScoredImage]:
+        with contextlib.suppress(FileNotFoundError), os.scandir(folder) as files:
+            return [entry for file in files if file.name.endswith(_SUFFIX) and (entry := self._read(Path(file.path), file.stat()))]
+        return []
 
     def _read(self, path: Path, stat: os.stat_result | None = None) -> ScoredImage | None:
         try:
@@ -203,10 +209,15 @@ class SliceScoreStore:
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
-        folders = [folder for folder in self._folders() if folder != keep]
-        if len(folders) < KEPT_VERSIONS:
+        folders = sorted(self._folders(), key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
+        if len(folders) <= KEPT_VERSIONS:
             return
-        for folder in sorted(folders, key=lambda folder: folder.stat().st_mtime_ns)[: len(folders) - KEPT_VERSIONS + 1]:
+        last_scored: dict[str, list[Path]] = {}
+        for folder in folders:
+            for modality in {entry.modality for entry in self._load_folder(folder)}:
+                last_scored.setdefault(modality, []).append(folder)
+        kept = {keep, *(folder for group in last_scored.values() for folder in group[:KEPT_VERSIONS])}
+        for folder in (folder for folder in folders if folder not in kept):
             with self._lock:
                 for path in [path for path in self._known if path.parent == folder]:
                     del self._known[path]

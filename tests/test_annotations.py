@@ -291,6 +291,24 @@ def test_the_audit_says_who_saved_what_from_which_proposal(store: AnnotationStor
         format_audit([], "xlsx")
 
 
+def test_what_a_crash_left_stays_listed_after_the_log_is_mended(store: AnnotationStore, tmp_path: Path):
+    from typer.testing import CliRunner
+
+    from progidiff.cli import app
+
+    store = AnnotationStore(tmp_path / "studies/.progidiff/annotations")
+    store.record("x", write(tmp_path))
+    log = store.root / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"half')
+    assert store.list_torn() == []
+    store.record("x", write(tmp_path))  # sets it aside
+    (told,) = AnnotationStore(store.root).list_torn()
+    assert "(6 bytes) is what a crash left of a save that was never acknowledged" in told
+    assert store.verify() == []
+    result = CliRunner().invoke(app, ["audit", "verify", "--studies", str(tmp_path / "studies")])
+    assert (result.exit_code, "never acknowledged" in result.output, "as they were written" in result.output) == (0, True, True)
+
+
 def test_the_command_line_writes_the_audit_and_finds_damage(tmp_path: Path):
     from typer.testing import CliRunner
 

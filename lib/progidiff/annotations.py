@@ -432,6 +432,15 @@ class AnnotationStore:
             ]
             return problems
 
+    def list_torn(self) -> builtins.list[str]:
+        """What crashes left of saves that nobody was told about, one sentence each: no damage, but somebody may miss a click."""
+        found = sorted(path for path in (self.root / "torn").glob("*") if path.is_file())
+        return [
+            f"'{path}' ({path.stat().st_size} bytes) is what a crash left of a save that was never acknowledged; the history goes on from the last "
+            "good state. Save the label again if it is missed, then delete the file."
+            for path in found
+        ]
+
     def set_aside_unfinished(self) -> Path | None:
         """Put away the label version of a save that was cut off before its line was written: nobody was told that it was saved.
 

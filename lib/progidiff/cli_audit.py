@@ -52,8 +52,8 @@ def verify(studies: StudiesOption, store: StoreOption = None) -> None:
     """Read the log and every kept label again, and name what is damaged or missing; exit code 1 if anything is."""
     annotations = _open(studies, store)
     problems = annotations.verify()
-    for problem in problems:
-        typer.echo(problem)
+    for sentence in [*problems, *annotations.list_torn()]:
+        typer.echo(sentence)
     if problems:
         sys.exit(DAMAGED_EXIT_CODE)
     typer.echo(f"{len(annotations.events())} events and {len(annotations.list())} labels are as they were written.")

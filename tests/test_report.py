@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from progidiff.acquisition import AcquisitionConfig
 from progidiff.adapters import AdapterStore
 from progidiff.annotations import AnnotationStore, Source
 from progidiff.cli import app
+from progidiff.errors import RequestError
 from progidiff.lora import LoraSettings
-from progidiff.report import build_report, format_html, list_queue
+from progidiff.report import build_report, count_rounds, find_served, format_html, list_queue, list_versions
 from progidiff.slice_scores import SliceScoreStore
+from progidiff.versions import VersionStore
 from test_slice_scores import make_entry
 
 
@@ -77,6 +84,149 @@ def test_the_queue_leaves_out_annotated_slices_and_images_that_are_gone(studies:
     assert {item["index"] for item in of_a["slices"]} == {0, 3, 5, 6}
     assert of_a["scores_from"] == "ct-base@1"
     assert "disagree" in of_a["reason"]
+
+
+def train(store: AdapterStore, name: str, cases: list[str], dice: float, modality: str = "CT", accepted: bool = True) -> None:
+    run = {
+        "training_cases": cases, "training_slices": {case: list(range(round(100 * dice))) for case in cases}, "accepted": accepted,
+        "validation": {"adapted": {"consensus": dice}},
+    }  # fmt: skip
+    card = store.add(
+        name, "lora", {"branch.x": torch.zeros(1)}, modality=modality, structures=("liver",), base="b", base_name="t@1", run=run,
+        readme=lambda c: "", lora=LoraSettings(),
+    )  # fmt: skip
+    store.publish(name, card.version)
+
+
+def test_the_advice_is_about_what_was_trained_on_these_labels_and_not_about_what_came_along(studies: Path, adapters: AdapterStore):
+    train(adapters, "mr", ["t2spir13"], 0.9, "MR")  # shipped, and last by name
+    report = build_report(AnnotationStore(studies / ".progidiff" / "annotations"), adapters, [])
+    assert report["advice_about"] == "ct"
+    assert report["advice"]["expected_gain"] == pytest.approx(0.2)
+    assert list(report["advice_by_model"]) == ["ct"]
+    assert [(v["version"], v["here"]) for v in report["versions"]] == [("ct@1", True), ("ct@2", True), ("mr@1", False)]
+
+
+def test_every_model_has_its_own_curve_and_the_one_trained_last_comes_first(studies: Path, adapters: AdapterStore):
+    time.sleep(1.1)  # versions know the second they were made in
+    for dice in (0.4, 0.8):
+        train(adapters, "bones", ["a"], dice)
+    annotations = AnnotationStore(studies / ".progidiff" / "annotations")
+    report = build_report(annotations, adapters, [])
+    assert report["advice_about"] == "bones"
+    gains = {name: advice["expected_gain"] for name, advice in report["advice_by_model"].items()}
+    assert gains == {"ct": pytest.approx(0.2), "bones": pytest.approx(0.4 * math.log(100 / 80) / math.log(2))}
+    page = format_html(report)
+    assert "bones: Of 2 saves" in page
+    assert "ct: Of 2 saves" in page
+
+
+class Heads(VersionStore[Any]):
+    """Models for pictures as the report sees them: cards without a modality."""
+
+    noun, weights_file, card_file = "Model", "head.safetensors", "card.json"
+    command, trainer, example = "versions", "train", "nuclei"
+
+    def read_card(self, values: dict[str, Any]) -> Any:
+        return Head(**values)
+
+    def train(self, cases: list[str], dice: float, accepted: bool) -> None:
+        run = {"training_cases": cases, "validation": {"current": {"dice": 0.1}, "adapted": {"dice": dice, "iou": 0.1}}, "accepted": accepted}
+        card = self._add("nuclei", b"", lambda version, created, sha256: Head("nuclei", version, created, sha256), run, lambda card: "")
+        self.publish("nuclei", card.version)
+
+
+@dataclass(frozen=True)
+class Head:
+    name: str
+    version: int
+    created: str
+    sha256: str
+
+    @property
+    def full_name(self) -> str:
+        return f"{self.name}@{self.version}"
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def test_a_folder_of_pictures_has_a_curve_and_an_advice(tmp_path: Path):
+    annotations = AnnotationStore(tmp_path / "annotations")
+    (tmp_path / "label.png").write_bytes(b"label")
+    source = Source("0" * 64, "consensus", "nuclei@1", "", 0)
+    for number in range(12):
+        annotations.record(f"tissue{number}", tmp_path / "label.png", num_slices=1, source=source, edited=number % 2 == 0)
+    heads = Heads(tmp_path / "heads")
+    heads.train(["tissue0", "tissue1"], 0.5, accepted=True)
+    heads.train([f"tissue{number}" for number in range(4)], 0.7, accepted=True)
+    heads.train(["tissue0"], 0.2, accepted=False)
+    adapters = AdapterStore(tmp_path / "adapters")
+    report = build_report(annotations, adapters, [], batch=4, textdiff=heads)
+    assert [(v["version"], v["slices"], v["mean"], v["base_mean"]) for v in report["versions"][:2]] == [
+        ("nuclei@1", 2, 0.5, 0.1),
+        ("nuclei@2", 4, 0.7, 0.1),
+    ]
+    assert report["advice_about"] == "nuclei"
+    assert report["advice"]["unchanged_now"] == 0.5
+    assert report["advice"]["expected_gain"] > 0.1
+    assert count_rounds(list_versions(adapters, heads, []), annotations.annotated_images()) == {"picture": 2}
+    assert "nuclei@3 (served)" in format_html(report)
+    assert find_served(tmp_path, adapters, heads)("picture") == "nuclei@3"
+
+
+def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(studies: Path):
+    annotations, scores = AnnotationStore(studies / ".progidiff" / "annotations"), SliceScoreStore(studies / ".progidiff" / "scores")
+    scores.save(make_entry("a", "ct-base@1+ct@1", created=2.0, seed=5))  # made by a version that is not served any more
+    versions = {entry["image"]: entry["scores_from"] for entry in list_queue(scores, annotations, ["a", "b"], wanted=lambda modality: "ct-base@1")}
+    assert versions == {"a": "ct-base@1", "b": "ct-base@1"}
+    settled = AcquisitionConfig(noise=False)
+    plain = list_queue(scores, annotations, ["a", "b"], strategy="entropy", config=settled)
+    assert all(entry["slices"][0]["score"] == round(float(by_entropy(scores, entry)), 4) for entry in plain)
+    with pytest.raises(RequestError, match="no strategy"):
+        list_queue(scores, annotations, ["a"], strategy="best")
+    many = [f"image{number}" for number in range(30)]
+    for number, image in enumerate(many):
+        scores.save(make_entry(image, "ct-base@1", seed=number))
+    noisy, later, without = (
+        [entry["image"] for entry in list_queue(scores, annotations, many, 30, config=config, rounds=rounds)]
+        for config, rounds in ((None, None), (None, {"CT": 50}), (settled, None))
+    )
+    assert noisy != without
+    assert sum(a == b for a, b in zip(later, without, strict=True)) > sum(a == b for a, b in zip(noisy, without, strict=True))
+
+
+def by_entropy(scores: SliceScoreStore, entry: dict[str, Any]) -> float:
+    """The mean entropy over the structures of the first slice of a queue's entry."""
+    found = scores.load(entry["image"], entry["scores_from"])
+    assert found is not None
+    return float(found.scores.entropy[:, entry["slices"][0]["index"]].mean())
+
+
+def test_what_a_crash_left_is_told_and_is_no_damage(studies: Path, adapters: AdapterStore):
+    log = studies / ".progidiff" / "annotations" / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"format": 1, "sequ')
+    annotations = AnnotationStore(studies / ".progidiff" / "annotations")
+    annotations.record("b", studies / "b.nii.gz", slices=[0])
+    report = build_report(annotations, adapters, [])
+    assert report["problems"] == []
+    (told,) = report["set_aside"]
+    assert "19 bytes" in told
+    assert "never acknowledged" in told
+    assert "never acknowledged" in format_html(report)
+
+
+def test_the_command_lists_pictures_too(tmp_path: Path, tiny_model: Path):
+    studies = tmp_path / "pictures"
+    studies.mkdir()
+    (studies / "tissue.png").write_bytes(b"")
+    SliceScoreStore(studies / ".progidiff" / "scores").save(make_entry("tissue", "nuclei@1", modality="picture"))
+    arguments = ["report", "--studies", str(studies), "--model", str(tiny_model)]
+    told = CliRunner().invoke(app, arguments)
+    assert told.exit_code == 0, told.output
+    assert [entry["image"] for entry in json.loads(told.stdout)["queue"]] == ["tissue"]
+    assert CliRunner().invoke(app, [*arguments, "--next-strategy", "best"]).exit_code == 2
+    assert CliRunner().invoke(app, [*arguments, "--acquisition", "noise=maybe"]).exit_code == 2
 
 
 def test_a_damaged_version_is_named_and_the_rest_is_told(studies: Path, adapters: AdapterStore):

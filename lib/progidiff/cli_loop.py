@@ -109,25 +109,40 @@ def report(
     adapters: Annotated[Path | None, typer.Option(help="Folder of adapters. Default: adapters/ in the model folder.", show_default=False)] = None,
     store: StoreOption = None,
     limit: Annotated[int, typer.Option(help="Images of the queue.", min=1, max=500)] = 20,
+    textdiff: Annotated[
+        Path | None, typer.Option(help="Folder of the models for pictures. Default: textdiff/ in the model folder.", show_default=False)
+    ] = None,
+    next_strategy: Annotated[str, typer.Option(help="As the server's --conf next_strategy.")] = "proposal_disagreement",
+    acquisition: Annotated[str, typer.Option(help="As the server's --conf acquisition, for example noise=off.")] = "",
 ) -> None:
     """Say what annotating has brought: Dice against annotated slices, unchanged masks, minutes per slice, what is next, when to stop."""
     from progidiff import report as work
+    from progidiff.acquisition import AcquisitionConfig
     from progidiff.adapters import AdapterStore
     from progidiff.annotations import AnnotationStore
     from progidiff.evaluation import save_report
     from progidiff.options import default_store
-    from progidiff.prelabel import list_images
     from progidiff.slice_scores import SliceScoreStore
-    from progidiff.volume import strip_suffix
 
     if out is not None and out.suffix not in (".html", ".json"):
         raise RequestError(f"'{out}' must end in .html or .json.")
-    images = [strip_suffix(path) for path in list_images(studies)]
+    images = _list_pool(studies)
     root = store or default_store(str(studies))
     annotations = AnnotationStore(root / "annotations", studies / "labels" / "final")
     folder = model or Path(__file__).resolve().parents[2] / "apps" / "progidiff" / "model"
-    queue = work.list_queue(SliceScoreStore(root / "scores"), annotations, images, limit)
-    result = work.build_report(annotations, AdapterStore(adapters or folder / "adapters"), queue)
+    trained, pictured = AdapterStore(adapters or folder / "adapters"), _open_textdiff(textdiff or folder / "textdiff")
+    rounds = work.count_rounds(work.list_versions(trained, pictured, []), {*images, *annotations.annotated_images()})
+    queue = work.list_queue(
+        SliceScoreStore(root / "scores"),
+        annotations,
+        images,
+        limit,
+        next_strategy,
+        AcquisitionConfig.from_text(acquisition),
+        work.find_served(folder, trained, pictured),
+        rounds,
+    )
+    result = work.build_report(annotations, trained, queue, textdiff=pictured)
     if out is None:
         typer.echo(json.dumps(result, indent=1))
     elif out.suffix == ".json":
@@ -135,6 +150,31 @@ def report(
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(work.format_html(result), encoding="utf-8")
+
+
+def _list_pool(studies: Path) -> list[str]:
+    """The ids of all images of a local datastore, volumes and pictures."""
+    from progidiff.picture_grid import is_picture
+    from progidiff.prelabel import list_images
+    from progidiff.volume import strip_suffix
+
+    pictures = [path for path in studies.iterdir() if is_picture(path) and path.is_file()] if studies.is_dir() else []
+    try:
+        volumes = list_images(studies)
+    except RequestError:
+        if not pictures:
+            raise
+        volumes = []
+    return sorted({strip_suffix(path) for path in [*volumes, *pictures] if not path.name.startswith(".")})
+
+
+def _open_textdiff(folder: Path) -> Any:
+    """The versions of models for pictures; None without a folder of them, and nothing is imported then."""
+    if not folder.is_dir():
+        return None
+    from progidiff.textdiff.versions import TextDiffStore
+
+    return TextDiffStore(folder)
 
 
 def _start_ray(address: str | None, workers: int) -> None:

@@ -6,15 +6,20 @@ from __future__ import annotations
 
 import html
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from progidiff.acquisition import AcquisitionConfig, Pick, build_pool, pick_slices, summarise_reasons
-from progidiff.adapters import AdapterStore
+from progidiff.adapters import AdapterCard, AdapterStore, compute_base_digest
 from progidiff.annotations import Annotation, AnnotationStore
 from progidiff.errors import ModelError, NotFoundError
+from progidiff.model_files import load_card
+from progidiff.picture_grid import PICTURE
 from progidiff.retrain import CurvePoint, advise
 from progidiff.slice_scores import SliceScoreStore, name_version
+from progidiff.versions import VersionStore
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +29,13 @@ BATCH = 20
 SLICES_SHOWN = 8
 
 
-def build_report(annotations: AnnotationStore, adapters: AdapterStore, queue: Sequence[Mapping[str, Any]], batch: int = BATCH) -> dict[str, Any]:
+def build_report(
+    annotations: AnnotationStore,
+    adapters: AdapterStore,
+    queue: Sequence[Mapping[str, Any]],
+    batch: int = BATCH,
+    textdiff: VersionStore[Any] | None = None,
+) -> dict[str, Any]:
     """Everything as plain values for JSON.
 
     Args:
@@ -32,17 +43,29 @@ def build_report(annotations: AnnotationStore, adapters: AdapterStore, queue: Se
         adapters: The trained versions.
         queue: What is next, see `list_queue`.
         batch: Slices until the next training.
+        textdiff: The trained versions for pictures; None if there are none.
 
     Returns:
-        "annotated" {images, whole_images, slices}, "saves" {total, known, unchanged, minutes_per_slice, by_version}, "versions" [version,
-        created, served, slices, dice {structure: Dice}, mean, base_mean, verdict], "advice" (see `retrain.Advice`), "queue", "problems".
+        "annotated" {images, whole_images, slices}, "saves" {saves, known, unchanged, minutes_per_slice, by_version}, "versions" [version,
+        name, modality, created, served, slices, dice {structure: Dice}, mean, base_mean, accepted, verdict, cases, here: whether it was trained
+        on images that are labelled here], "advice_by_model" {name: advice, see `retrain.Advice`} of the models that were, "advice" of the one
+        trained last, "advice_about" its name ("" if there is none: then the advice is about all saves), "queue", "problems",
+        "set_aside" (what crashes left, see `AnnotationStore.list_torn`).
     """
     problems: list[str] = []
-    versions = _list_versions(adapters, problems)
     saves = [save for save in annotations.list() if save.tag == "final"]
     state = annotations.annotated_images()
-    served = next((entry["name"] for entry in reversed(versions) if entry["served"]), versions[-1]["name"] if versions else "")
-    curve = [CurvePoint(v["version"], v["slices"], v["mean"]) for v in versions if v["name"] == served and v["mean"] is not None]
+    known = {*state, *(save.image for save in saves)}
+    versions = [{**version, "here": is_trained_on(version, known)} for version in list_versions(adapters, textdiff, problems)]
+    newest = max((v for v in versions if v["here"]), key=lambda v: v["created"], default=None)
+    for_pictures = {v["name"] for v in versions if v["modality"] == PICTURE}
+    by_model = {}
+    for name in dict.fromkeys(v["name"] for v in versions if v["here"]):
+        # A shipped version of the same name learned from other images: its Dice is no point of this curve.
+        curve = [CurvePoint(v["version"], v["slices"], v["mean"]) for v in versions if v["here"] and v["name"] == name and v["mean"] is not None]
+        edited = [save.edited for save in saves if save.edited is not None and _is_about(save, name, for_pictures)]
+        by_model[name] = advise(edited, curve, batch).to_dict()
+    about = str(newest["name"]) if newest else ""
     return {
         "annotated": {
             "images": len(state),
@@ -51,38 +74,86 @@ def build_report(annotations: AnnotationStore, adapters: AdapterStore, queue: Se
         },
         "saves": _count_saves(saves),
         "versions": versions,
-        "advice": advise([save.edited for save in saves if save.edited is not None], curve, batch).to_dict(),
+        "advice": by_model[about] if about else advise([save.edited for save in saves if save.edited is not None], [], batch).to_dict(),
+        "advice_about": about,
+        "advice_by_model": by_model,
         "queue": [dict(entry) for entry in queue],
         "problems": problems + annotations.verify(),
+        "set_aside": annotations.list_torn(),
     }
 
 
-def list_queue(scores: SliceScoreStore, annotations: AnnotationStore, images: Collection[str], limit: int = 20) -> list[dict[str, Any]]:
-    """The images that are worth annotating next by the newest scores on disk, best first, as a server without clients would list them.
+def list_queue(
+    scores: SliceScoreStore,
+    annotations: AnnotationStore,
+    images: Collection[str],
+    limit: int = 20,
+    strategy: str = "proposal_disagreement",
+    config: AcquisitionConfig | None = None,
+    wanted: Callable[[str], str] = lambda modality: "",
+    rounds: Mapping[str, int] | None = None,
+) -> list[dict[str, Any]]:
+    """The images that are worth annotating next by the scores on disk, best first, as a server without clients would list them.
+
+    Args:
+        scores: Of the background scorer.
+        annotations: What is annotated.
+        images: Of the datastore; what else has scores is left out.
+        limit: So many images at most.
+        strategy, config: As the server has them.
+        wanted: Modality -> the version that is served, see `find_served`; where it has no scores the newest ones count.
+        rounds: See `count_rounds`; None for a model that was not trained here.
 
     Returns:
         Per image: "image", "slices" [{index, score, structures, reason}], "reason", "scores_from".
+
+    Raises:
+        RequestError: if there is no such strategy or a setting is out of range.
     """
-    entries = {image: entry for image, entry in scores.pick_newest(lambda modality: "").items() if image in images}
+    entries = {image: entry for image, entry in scores.pick_newest(wanted).items() if image in images}
     pool = build_pool([entry.scores for entry in entries.values()])
     annotated = annotations.annotated_images()
-    config = AcquisitionConfig(noise=False)
-    order = pick_slices(pool, limit, config=config, annotated=annotated, one_per_image=True)
+    counts = {entry.modality: (rounds or {}).get(entry.modality, 0) for entry in entries.values()}
+    seed = 0 if strategy in ("proposal_disagreement", "entropy") else annotations.last_sequence()
+    order = pick_slices(
+        pool, limit, strategy, config, annotated=annotated, one_per_image=True, round_index=min(counts.values(), default=0), seed=seed
+    )
     found = []
     for first in order:
-        picks = pick_slices(pool, SLICES_SHOWN, config=config, annotated=annotated, within=first.image)
+        entry = entries[first.image]
+        picks = pick_slices(
+            pool, SLICES_SHOWN, strategy, config, annotated=annotated, within=first.image, round_index=counts[entry.modality], seed=seed
+        )
         slices = [_describe_pick(pick) for pick in picks]
-        version = entries[first.image].scores.version
-        found.append({"image": first.image, "slices": slices, "reason": summarise_reasons(picks), "scores_from": version})
+        found.append({"image": first.image, "slices": slices, "reason": summarise_reasons(picks), "scores_from": entry.scores.version})
     return found
+
+
+def find_served(model_dir: Path, adapters: AdapterStore, textdiff: VersionStore[Any] | None = None) -> Callable[[str], str]:
+    """Which version a server with these models would answer with: modality -> version, "" if there is none. Nothing is loaded."""
+
+    def find(modality: str) -> str:
+        try:
+            if modality == PICTURE:
+                served = [entry for entry in (textdiff.entries() if textdiff else ()) if entry.current is not None]
+                newest = max(served, key=lambda entry: (entry.published, entry.name), default=None)
+                return f"{newest.name}@{newest.current}" if newest else ""
+            adapter = adapters.pick_for(modality, compute_base_digest(model_dir))
+            return name_version(load_card(model_dir).full_name, adapter.full_name if adapter else "")
+        except ModelError as err:
+            logger.warning("%s", err)
+            return ""
+
+    return find
 
 
 def format_html(report: Mapping[str, Any], title: str = "ProGiDiff Label: progress") -> str:
     """The report as one page without scripts or anything from elsewhere."""
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p><b>{html.escape(report['advice']['message'])}</b></p>"]
+    parts = [f"<h1>{html.escape(title)}</h1>", f"<p><b>{_tell_advice(report['advice_about'], report['advice'])}</b></p>"]
+    parts += [f"<p>{_tell_advice(name, advice)}</p>" for name, advice in report["advice_by_model"].items() if name != report["advice_about"]]
     annotated, saves = report["annotated"], report["saves"]
     parts.append(f"<p>{annotated['slices']} slices of {annotated['images']} images are annotated; {annotated['whole_images']} images wholly.</p>")
-    parts += [f"<p class=problem>{html.escape(problem)}</p>" for problem in report["problems"]]
+    parts += [f"<p class=problem>{html.escape(problem)}</p>" for problem in [*report["problems"], *report["set_aside"]]]
     parts.append("<h2>Validation Dice against annotated slices</h2>")
     versions = report["versions"]
     if versions:
@@ -145,32 +216,83 @@ def draw_curves(versions: Sequence[Mapping[str, Any]], width: int = 640, height:
     return f"<svg viewBox='0 0 {width} {height}' style='max-width:{width}px;font-size:11px' fill=currentColor role=img>{''.join(drawn)}</svg>"
 
 
-def _list_versions(adapters: AdapterStore, problems: list[str]) -> list[dict[str, Any]]:
+def list_versions(adapters: AdapterStore, textdiff: VersionStore[Any] | None, problems: list[str]) -> list[dict[str, Any]]:
+    """All trained versions in one form; adapters first, in the order in which they were trained. What is damaged goes to `problems`.
+
+    Returns:
+        See "versions" in `build_report`, without "here". Of a version for pictures, "slices" are images and "dice" is empty: its mean is
+        over the images.
+    """
     found = []
-    for entry in adapters.entries():
-        for number in entry.versions:
-            try:
-                card = adapters.card(entry.name, number)
-                run = adapters.run(card)
-            except (ModelError, NotFoundError) as err:
-                problems.append(str(err))
-                continue
-            figures = run.get("validation") or {}
-            adapted, base = figures.get("adapted") or {}, figures.get("base") or {}
-            found.append(
-                {
-                    "version": card.full_name,
-                    "name": entry.name,
-                    "created": card.created,
-                    "served": entry.current == number,
-                    "slices": sum(len(slices) for slices in (run.get("training_slices") or {}).values()),
-                    "dice": {name: adapted[f"consensus {name}"] for name in card.structures if f"consensus {name}" in adapted},
-                    "mean": adapted.get("consensus"),
-                    "base_mean": base.get("consensus"),
-                    "verdict": str(run.get("verdict", "")),
-                }
-            )
+    for store in filter(None, (adapters, textdiff)):
+        for entry in store.entries():
+            for number in entry.versions:
+                try:
+                    card = store.card(entry.name, number)
+                    run = store.run(card)
+                except (ModelError, NotFoundError) as err:
+                    problems.append(str(err))
+                    continue
+                figures = _read_adapter_figures(card.structures, run) if isinstance(card, AdapterCard) else _read_picture_figures(run)
+                found.append(
+                    {
+                        "version": card.full_name,
+                        "name": entry.name,
+                        "modality": card.modality if isinstance(card, AdapterCard) else PICTURE,
+                        "created": card.created,
+                        "served": entry.current == number,
+                        **figures,
+                        "accepted": bool(run.get("accepted")),
+                        "verdict": str(run.get("verdict", "")),
+                        "cases": list(run.get("training_cases") or run.get("training_slices") or ()),
+                    }
+                )
     return found
+
+
+def is_trained_on(version: Mapping[str, Any], images: Collection[str]) -> bool:
+    """Whether all images that a version of `list_versions` learned from are among these."""
+    return bool(version["cases"]) and set(version["cases"]).issubset(images)
+
+
+def count_rounds(versions: Sequence[Mapping[str, Any]], images: Collection[str]) -> dict[str, int]:
+    """How often the model was improved by labels of these images, per modality ("CT", "MR", "picture"): accepted versions.
+
+    Versions that came with the package, or that the gate refused, are no rounds: the choice of slices has learned nothing from them.
+    """
+    return dict(Counter(str(version["modality"]) for version in versions if version["accepted"] and is_trained_on(version, images)))
+
+
+def _read_adapter_figures(structures: Sequence[str], run: Mapping[str, Any]) -> dict[str, Any]:
+    figures = run.get("validation") or {}
+    adapted, base = figures.get("adapted") or {}, figures.get("base") or {}
+    return {
+        "slices": sum(len(slices) for slices in (run.get("training_slices") or {}).values()),
+        "dice": {name: adapted[f"consensus {name}"] for name in structures if f"consensus {name}" in adapted},
+        "mean": adapted.get("consensus"),
+        "base_mean": base.get("consensus"),
+    }
+
+
+def _read_picture_figures(run: Mapping[str, Any]) -> dict[str, Any]:
+    figures = run.get("validation") or {}
+    before = figures.get("current") or {}
+    return {
+        "slices": len(run.get("training_cases") or ()),
+        "dice": {},
+        "mean": figures.get("adapted", figures).get("dice"),
+        "base_mean": before.get("dice"),
+    }
+
+
+def _is_about(save: Annotation, name: str, for_pictures: Collection[str]) -> bool:
+    """Whether a save says how good proposals of a model are: those of its versions, and for an adapter those of the model without one."""
+    if save.source is None:
+        return False
+    model, adapter = (reference.partition("@")[0] for reference in (save.source.model, save.source.adapter))
+    if name in for_pictures:
+        return model == name
+    return model not in for_pictures and adapter in ("", name)
 
 
 def _count_saves(saves: Sequence[Annotation]) -> dict[str, Any]:
@@ -206,6 +328,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     head = "".join(f"<th>{html.escape(str(cell))}" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}" for cell in row) for row in rows)
     return f"<table><tr>{head}{body}</table>"
+
+
+def _tell_advice(name: str, advice: Mapping[str, Any]) -> str:
+    return html.escape(f"{name}: {advice['message']}" if name else advice["message"])
 
 
 def _number(value: float | None) -> str:

@@ -69,7 +69,9 @@ def build_router() -> APIRouter:
         context = get_context()
         kind = read_choice(format, "format", ("json", "html"))
         queue = context.selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
-        report = build_report(context.annotations, context.infer.engine.adapters, queue, context.options.retrain_after or BATCH)
+        engine = context.textdiff.engine
+        textdiff = engine.store if engine.root.is_dir() else None
+        report = build_report(context.annotations, context.infer.engine.adapters, queue, context.options.retrain_after or BATCH, textdiff)
         return HTMLResponse(format_html(report)) if kind == "html" else JSONResponse(report)
 
     return router

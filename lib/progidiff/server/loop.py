@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from progidiff.acquisition import STRATEGIES, AcquisitionConfig
 from progidiff.annotations import Annotation
@@ -12,9 +12,12 @@ from progidiff.server.context import Context
 from progidiff.server.datastore import is_folder
 from progidiff.server.retraining import Retraining
 from progidiff.server.scoring import PoolScorer
-from progidiff.server.selection import Selection
+from progidiff.server.selection import Selection, is_whole
 from progidiff.server.textdiff_scoring import PictureScorer
 from progidiff.slice_scores import SliceScoreStore
+
+if TYPE_CHECKING:  # the package brings diffusers along
+    from progidiff.textdiff.versions import TextDiffStore
 
 _running: list[PoolScorer] = []
 
@@ -32,7 +35,15 @@ def build(context: Context) -> None:
     scores = SliceScoreStore(options.store / "scores")
 
     def find_labelled() -> set[str]:
-        return {image for image, slices in context.annotations.annotated_images().items() if slices is None}
+        def count(image: str) -> int | None:
+            label = context.annotations.current(image)
+            return label.num_slices if label else None
+
+        return {image for image, slices in context.annotations.annotated_images().items() if is_whole(slices, count(image))}
+
+    def find_textdiff() -> TextDiffStore | None:
+        engine = context.textdiff.engine
+        return engine.store if engine.root.is_dir() else None  # without models nothing is imported
 
     context.scorer = PoolScorer(
         context.app,
@@ -55,7 +66,7 @@ def build(context: Context) -> None:
         config,
         options.next_strategy,
         options.reserve_minutes,
-        context.textdiff.engine.count_trained,
+        find_textdiff,
     )
     context.retraining = Retraining(context)
     context.on_saved += [lambda annotation: _release(context, annotation), context.retraining.on_saved]

@@ -30,10 +30,12 @@ from progidiff.acquisition import (
 from progidiff.annotations import AnnotationStore
 from progidiff.errors import ImageError, NotFoundError, RequestError
 from progidiff.picture_grid import PICTURE, is_picture, read_picture_grid
+from progidiff.report import count_rounds, list_versions
 from progidiff.reservations import Reservations
 from progidiff.server.infer_task import ProposalInferTask
 from progidiff.server.service import find_image
 from progidiff.slice_scores import ScoredImage, SliceScoreStore
+from progidiff.versions import VersionStore
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +62,13 @@ class _Survey:
     entries: Mapping[str, ScoredImage]
     pool: Pool
     open: frozenset[str]
+    rounds: Mapping[str, int]
+
+    def find_round(self, image: str | None = None) -> int:
+        """How often the model for an image was trained with labels of this pool; of all images, that of the modality with the fewest:
+        an order over modalities is as little settled as the youngest model in it."""
+        entries = self.entries.values() if image is None else [self.entries[image]]
+        return min((self.rounds.get(modality, 0) for modality in {entry.modality for entry in entries}), default=0)
 
 
 class Selection:
@@ -77,7 +86,7 @@ class Selection:
         config: Of the strategies.
         default: The strategy that the host's name `random` stands for.
         reserve_minutes: For the message when all are reserved.
-        count_trained: How often a model for pictures was trained, see `round_index`.
+        textdiff: Gives the versions of the models for pictures, None if there are none.
     """
 
     def __init__(
@@ -93,9 +102,10 @@ class Selection:
         config: AcquisitionConfig | None = None,
         default: str = "proposal_disagreement",
         reserve_minutes: float = 30.0,
-        count_trained: Callable[[], int] = lambda: 0,
+        textdiff: Callable[[], VersionStore[Any] | None] = lambda: None,
     ) -> None:
-        self._count_trained = count_trained
+        self._textdiff = textdiff
+        self._versions: tuple[object, list[dict[str, Any]]] = (None, [])
         self.reservations = reservations
         self.default = default
         self.config = config or AcquisitionConfig()
@@ -188,11 +198,11 @@ class Selection:
         with self._lock:
             survey = self._survey()
             reserved = self.reservations.all()
-            labelled = [image for image in survey.images if image in survey.entries and survey.annotated.get(image, frozenset()) is None]
+            labelled = [image for image in survey.images if image in survey.entries and image not in survey.open]
             doubt = {image: compute_uncertainty(survey.entries[image].scores, self.config) for image in labelled}
             found = []
             for image in sorted(labelled, key=lambda image: (-doubt[image], image))[:limit]:
-                picks = pick_slices(survey.pool, SLICES_PER_IMAGE, within=image, config=self.config, round_index=self.round_index())
+                picks = pick_slices(survey.pool, SLICES_PER_IMAGE, within=image, config=self.config, round_index=survey.find_round(image))
                 answer = self._answer(survey, image, picks, "review", summarise_reasons(picks))
                 found.append({**answer, "reserved_by": reserved.get(image)})
             return found
@@ -200,10 +210,6 @@ class Selection:
     def release(self, image: str) -> None:
         """For when a label of an image was saved."""
         self.reservations.release(image)
-
-    def round_index(self) -> int:
-        """How many versions were trained: the noise of the choice gets fainter with them."""
-        return sum(len(entry.versions) for entry in self._infer.engine.adapters.entries()) + self._count_trained()
 
     def _check_strategy(self, strategy: str) -> str:
         if strategy == "random":
@@ -222,15 +228,25 @@ class Selection:
         ordered = tuple(entries[image] for image in sorted(entries))
         if len(self._pool[0]) != len(ordered) or any(a is not b for a, b in zip(self._pool[0], ordered, strict=True)):
             self._pool = (ordered, build_pool([entry.scores for entry in ordered]))
-        return _Survey(images, annotated, entries, self._pool[1], frozenset(image for image in images if self._has_work(image, annotated, entries)))
+        work = frozenset(image for image in images if self._has_work(image, annotated, entries))
+        return _Survey(images, annotated, entries, self._pool[1], work, self._count_rounds(known | annotated.keys()))
+
+    def _count_rounds(self, images: Collection[str]) -> dict[str, int]:
+        """See `report.count_rounds`; versions never change, so that they are read again only when there are others."""
+        adapters, textdiff = self._infer.engine.adapters, self._textdiff()
+        state = [(entry.name, entry.versions) for store in filter(None, (adapters, textdiff)) for entry in store.entries()]
+        if state != self._versions[0]:
+            problems: list[str] = []
+            self._versions = (state, list_versions(adapters, textdiff, problems))
+            for problem in problems:
+                logger.warning("%s", problem)
+        return count_rounds(self._versions[1], images)
 
     def _has_work(self, image: str, annotated: Mapping[str, frozenset[int] | None], entries: Mapping[str, ScoredImage]) -> bool:
         slices = annotated.get(image, frozenset())
-        if slices is None:
+        if is_whole(slices, entries[image].scores.num_slices if image in entries else None):
             return False
-        if image in entries:
-            return len(slices) < entries[image].scores.num_slices
-        return len(slices) != self._finished.get(image)  # how many slices it has is found out when it is opened
+        return image in entries or len(slices or ()) != self._finished.get(image)  # how many slices it has is found out when it is opened
 
     def _order(self, survey: _Survey, strategy: str, excluded: Collection[str], limit: int = 1) -> Iterator[str]:
         """The images that may be given, best first: `limit` of them by one look at the pool, then the others."""
@@ -246,7 +262,7 @@ class Selection:
                     annotated=survey.annotated,
                     excluded=[image for image in survey.entries if image not in free or image in given],
                     one_per_image=True,
-                    round_index=self.round_index(),
+                    round_index=survey.find_round(),
                     seed=self._seed(strategy),
                 )
                 for pick in picks:
@@ -284,7 +300,7 @@ class Selection:
         done = survey.annotated.get(image) or frozenset()
         state = "started" if done else "new"
         if image in survey.entries:
-            settings = {"annotated": survey.annotated, "round_index": self.round_index(), "seed": self._seed(strategy)}
+            settings = {"annotated": survey.annotated, "round_index": survey.find_round(image), "seed": self._seed(strategy)}
             picks = pick_slices(survey.pool, count, strategy, self.config, within=image, **settings)  # type: ignore[arg-type]
             return self._answer(survey, image, picks, state, summarise_reasons(picks)) if picks else None
         why = "Not scored yet: slices are spread evenly."
@@ -357,3 +373,17 @@ class Selection:
         """Images that cannot be read, and why, as long as their files are what they were."""
         self._broken = {image: entry for image, entry in self._broken.items() if entry[0] == self._fingerprint(image)}
         return {**self._failures(), **{image: reason for image, (_, reason) in self._broken.items()}}
+
+
+def is_whole(slices: frozenset[int] | None, num_slices: int | None) -> bool:
+    """Whether an image is wholly annotated: as a whole, or slice by slice until none is left.
+
+    Args:
+        slices: That are annotated; None for the whole volume.
+        num_slices: Of the image; None if not known.
+
+    Example:
+        >>> is_whole(None, None), is_whole(frozenset({0, 1}), 2), is_whole(frozenset({0, 1}), 3), is_whole(frozenset({0, 1}), None)
+        (True, True, False, False)
+    """
+    return slices is None or (num_slices is not None and len(slices) >= num_slices)

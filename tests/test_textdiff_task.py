@@ -302,8 +302,14 @@ def test_somebody_who_uses_the_device_comes_first(place: Place, scorer: PictureS
 
 def test_a_sentence_that_is_too_long_does_not_keep_a_picture_from_being_scored(place: Place, scorer: PictureScorer):
     place.engine.refuse_longer_than = 5
-    assert scorer.score("one", place.studies / "one.png", "")
+    for _ in range(2):  # The second time from what was kept.
+        assert scorer.score("one", place.studies / "one.png", "")
     assert place.engine.calls == [(None, NUM_DRAWS)]
+    # The draws without the sentence are no answer to a request with it.
+    with pytest.raises(RequestError, match="The sentence is too long"):
+        place.ask("one.png", num_proposals=NUM_DRAWS)
+    (place.studies / "text.csv").unlink()
+    assert place.ask("one.png", num_proposals=NUM_DRAWS)[1]["cached"] is True
 
 
 def test_another_sentence_or_version_asks_for_new_scores(place: Place, scorer: PictureScorer):

@@ -108,3 +108,23 @@ def test_a_mask_of_another_size_or_none_is_refused(tmp_path: Path):
         read_classes(case, (4, 3), 1)
     with pytest.raises(ImageError, match="has no label"):
         read_classes(Case("m", tmp_path / "m.png"), (4, 3), 1)
+
+
+@pytest.mark.parametrize(
+    ("pictures", "labels", "table"),
+    [
+        ("Images", "GTs", "text.csv"),
+        ("images", "gt", "text.csv"),
+        ("img", "labelcol", "Train_text.csv"),
+        ("Images", "Ground Truths", "Test_text.csv"),
+    ],
+)
+def test_the_layouts_in_which_qata_is_passed_on_are_found(tmp_path: Path, pictures: str, labels: str, table: str):
+    for name in ("covid_1.png", "covid_2.png"):
+        write_mask(tmp_path / pictures / name, np.zeros((4, 4)))
+        write_mask(tmp_path / labels / f"mask_{name}", np.zeros((4, 4)))
+    (tmp_path / table).write_text("Image,Description\nmask_covid_1.png,Unilateral infection\n", encoding="utf-8")
+    for place in (tmp_path, tmp_path / pictures):
+        cases = find_cases(place)
+        assert [case.label for case in cases] == [tmp_path / labels / f"mask_covid_{k}.png" for k in (1, 2)]
+        assert [case.sentence for case in cases] == ["Unilateral infection", None]

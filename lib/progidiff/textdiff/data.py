@@ -13,7 +13,10 @@ from progidiff.textdiff.pictures import SUFFIXES, read_label
 from progidiff.textdiff.sentences import find_sentence, read_sentences
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
-LABEL_FOLDERS = ("labels", "masks", "ground-truths", "ground_truths", "groundtruths", "label", "mask")
+LABEL_FOLDERS = (
+    "labels", "masks", "ground-truths", "ground_truths", "groundtruths", "label", "mask",
+    "labelcol", "gts", "gt", "ground-truth", "ground_truth", "groundtruth", "ground truths", "ground truth",
+)  # fmt: skip
 TEXT_NAMES = ("text.csv", "text.xlsx", "texts.csv", "sentences.csv")
 
 
@@ -40,7 +43,8 @@ def find_cases(images: Path, labels: Path | None = None, text: Path | None = Non
     Layouts, recognised by what is there (folder names in any case):
 
     * ``images/ labels/ text.csv`` (MoNuSeg): give `images` and, if they lie elsewhere, `labels` and `text`;
-    * ``Images/ Masks/`` or ``Images/ Ground-truths/mask_<name>.png`` with a table of "Image" and "Description" (QaTa-COVID19);
+    * ``Images/ Masks/``, ``Images/ Ground-truths/mask_<name>.png`` or ``Images/ GTs/`` with a table of "Image" and "Description"
+      (QaTa-COVID19), and ``img/ labelcol/`` as LViT's code lays it out;
     * a MONAI Label local datastore: pictures at the top, ``labels/final/``, ``text.csv`` beside them.
 
     Args:

@@ -144,3 +144,30 @@ def test_an_empty_mask_gives_a_finite_loss_that_falls_with_the_foreground():
     full[:, 1], none[:, 1] = 9, -9
     high, low = (float(compute_segmentation_loss(logits, targets, 1.0, 1.5)[0]) for logits in (full, none))
     assert low < 0.01 < 1 < high
+
+
+def test_a_loss_that_knows_all_classes_is_the_plain_one():
+    logits, targets = torch.randn(2, 3, 4, 4), torch.softmax(torch.randn(2, 3, 4, 4), dim=1)
+    plain = compute_segmentation_loss(logits, targets, 1.0, 1.5)[0]
+    known = compute_segmentation_loss(logits, targets, 1.0, 1.5, torch.ones((2, 2), dtype=torch.bool))[0]
+    assert float(known) == pytest.approx(float(plain), abs=1e-5)
+
+
+def test_what_a_label_does_not_speak_about_is_neither_taught_nor_forbidden():
+    # All background, and nobody looked for the second class: drawing it costs nothing, drawing the first one does.
+    targets = torch.zeros(1, 3, 4, 4)
+    targets[:, 0] = 1
+    known = torch.tensor([[True, False]])
+    losses = []
+    for drawn in (0, 1, 2):
+        logits = torch.full((1, 3, 4, 4), -9.0)
+        logits[:, drawn] = 9.0
+        losses.append(float(compute_segmentation_loss(logits, targets, 1.0, 1.5, known)[0]))
+    assert losses[0] == pytest.approx(losses[2], abs=1e-4)
+    assert losses[1] > losses[2] + 5
+    logits = torch.zeros(1, 3, 4, 4, requires_grad=True)
+    compute_segmentation_loss(logits, targets, 1.0, 1.5, known)[0].backward()
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+    assert (logits.grad[:, 2] < 0).all(), "it is not pushed down"
+    assert (logits.grad[:, 1] > 0).all()

@@ -40,6 +40,7 @@ from progidiff.training.selection import pick_named
 from progidiff.volume import load_label, load_volume
 
 logger = logging.getLogger(__name__)
+from progidiff.training.labels import canonical
 
 FEATURES = "features"
 """Cached features in the work folder, shared by all runs."""
@@ -261,7 +262,7 @@ def choose(
             f"'{served.full_name}' draws {', '.join(served.classes)}, and {', '.join(classes)} was asked for. Leave structures out, or give the new "
             "model another name."
         )
-    usable = [case for case in cases if set(case.structures.values()) & set(classes)]
+    usable = [case for case in cases if _speaks(case, classes)]
     if not usable:
         told = f"The accepted labels name {', '.join(labelled) or 'nothing'}, and none of them {', '.join(classes) or 'a class'}."
         raise RequestError(
@@ -356,34 +357,67 @@ def _write_case(case: Case, classes: Sequence[str], sentence: str | None, folder
     from PIL import Image
 
     if is_picture(case.image):
-        label = load_label(case.label)
+        label = load_label(case.label)[:, :, 0].T[None]
         path = folder / f"{case.name}.label.png"
-        Image.fromarray(_number_classes(label[:, :, 0].T, case, classes)).save(path)
-        return [data.Case(case.name, case.image, path, sentence)]
+        spoken = _find_spoken(case, label, classes)[0]
+        Image.fromarray(_number_classes(label[0], case, classes, spoken)).save(path)
+        return [data.Case(case.name, case.image, path, sentence, _list_unknown(spoken))]
     volume = load_volume(case.image, info=case.info)
     label = volume.arrange(load_label(case.label, like=volume))
     found = []
-    for z in _pick_slices(case, label, classes):
+    table = _find_spoken(case, label, classes)
+    for z in _pick_slices(case, label, classes, table):
         name = f"{case.name}-{z:04d}"
         Image.fromarray(render_slice(volume, z)).save(folder / f"{name}.png")
-        Image.fromarray(_number_classes(label[z], case, classes)).save(folder / f"{name}.label.png")
-        found.append(data.Case(name, folder / f"{name}.png", folder / f"{name}.label.png", sentence))
+        Image.fromarray(_number_classes(label[z], case, classes, table[z])).save(folder / f"{name}.label.png")
+        found.append(data.Case(name, folder / f"{name}.png", folder / f"{name}.label.png", sentence, _list_unknown(table[z])))
     return found
 
 
-def _pick_slices(case: Case, label: np.ndarray, classes: Sequence[str]) -> list[int]:
+def _speaks(case: Case, classes: Sequence[str]) -> bool:
+    """Whether the label of an image may speak about a class; of a volume the slices tell, once it is read."""
+    if is_picture(case.image):
+        return any(_is_annotated(case, name, 1).any() for name in classes)
+    return bool(set(case.structures.values()) & set(classes))
+
+
+def _is_annotated(case: Case, name: str, count: int) -> np.ndarray:
+    """`Case.is_annotated` of a name as the label has it, or as the history does, which knows synonyms as one structure."""
+    return np.asarray(case.is_annotated(name, count) | case.is_annotated(canonical(name), count), dtype=bool)
+
+
+def _find_spoken(case: Case, label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """Which classes a label (Z, Y, X) speaks about on which slice: bool (Z, classes)."""
+    spoken = np.stack([_is_annotated(case, name, len(label)) for name in classes], axis=1)
+    if not case.names_all:
+        shown = {case.structures.get(int(value)) for value in np.unique(label)}
+        said = set(case.annotated or ())
+        for number, name in enumerate(classes):
+            if name not in shown and not {name, canonical(name)} & said:
+                spoken[:, number] = False
+    return spoken
+
+
+def _list_unknown(spoken: np.ndarray) -> tuple[int, ...]:
+    """Numbers of the classes that are not spoken about."""
+    return tuple(int(number) + 1 for number in np.flatnonzero(~spoken))
+
+
+def _pick_slices(case: Case, label: np.ndarray, classes: Sequence[str], table: np.ndarray) -> list[int]:
     """Annotated slices that show a class, at most `MAX_SLICES`, evenly spread; of a volume that shows none, an annotated one."""
-    spoken = np.logical_or.reduce([case.is_annotated(name, len(label)) for name in classes])
-    ids = [value for value, name in case.structures.items() if name in classes]
-    shown = spoken & np.isin(label, ids).any(axis=(1, 2))
+    spoken = table.any(axis=1)
+    shown = np.zeros(len(label), dtype=bool)
+    for value, name in case.structures.items():
+        if name in classes:
+            shown |= table[:, classes.index(name)] & (label == value).any(axis=(1, 2))
     chosen = np.flatnonzero(shown if shown.any() else spoken)
     if len(chosen) == 0:
         raise ImageError(f"No slice of '{case.name}' is annotated with {', '.join(classes)}. Annotate one, or leave the image out with option cases.")
     return [int(z) for z in chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_SLICES)).round().astype(int))]]
 
 
-def _number_classes(label: np.ndarray, case: Case, classes: Sequence[str]) -> np.ndarray:
-    """Label ids as class numbers: 1 is the first class; other structures are background."""
+def _number_classes(label: np.ndarray, case: Case, classes: Sequence[str], spoken: np.ndarray) -> np.ndarray:
+    """Label ids as class numbers: 1 is the first class; other structures, and classes that nobody vouches for here, are background."""
     strange = sorted({int(value) for value in np.unique(label) if value} - case.structures.keys())
     if strange:
         raise ImageError(
@@ -392,7 +426,7 @@ def _number_classes(label: np.ndarray, case: Case, classes: Sequence[str]) -> np
         )
     numbers = np.zeros(label.shape, dtype=np.uint8)
     for value, name in case.structures.items():
-        if name in classes:
+        if name in classes and spoken[classes.index(name)]:
             numbers[label == value] = classes.index(name) + 1
     return numbers
 

@@ -29,12 +29,14 @@ class Case:
         image: Where it lies.
         label: Its mask; None if there is none.
         sentence: What a report says of it; None if there is none.
+        unknown: Numbers of the classes that the label says nothing about: what it shows as background may be one of them.
     """
 
     name: str
     image: Path
     label: Path | None = None
     sentence: str | None = None
+    unknown: tuple[int, ...] = ()
 
 
 def find_cases(images: Path, labels: Path | None = None, text: Path | None = None) -> list[Case]:

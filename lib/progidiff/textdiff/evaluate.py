@@ -66,7 +66,10 @@ def evaluate(
         picture = read_picture(case.image)
         truth = read_classes(case, picture.size, count)
         result = model.predict(picture, sentence, draws, attend=control != "no-text", is_cancelled=is_cancelled)
-        dice, iou = compute_scores(result.mask > 0, truth > 0)
+        mask = result.mask
+        if case.unknown:  # Nobody knows better where these are: they count neither as found nor as missed.
+            mask, truth = (np.where(np.isin(values, case.unknown), 0, values) for values in (mask, truth))
+        dice, iou = compute_scores(mask > 0, truth > 0)
         images.append(
             {
                 "name": case.name,
@@ -80,7 +83,8 @@ def evaluate(
         )
         notes += [f"{case.name}: {note}" for note in result.notes if control == "none" or "no sentence" not in note]
         for value, name in enumerate(model.card.classes, start=1):
-            per_class[name].append(compute_scores(result.mask == value, truth == value)[0])
+            if value not in case.unknown:
+                per_class[name].append(compute_scores(mask == value, truth == value)[0])
         if on_progress is not None:
             on_progress(number + 1, len(labelled))
     return {
@@ -88,7 +92,7 @@ def evaluate(
             "dice": float(np.mean([entry["dice"] for entry in images])),
             "iou": float(np.mean([entry["iou"] for entry in images])),
             "images": len(images),
-            "per_class": {name: float(np.mean(values)) for name, values in per_class.items()},
+            "per_class": {name: float(np.mean(values)) for name, values in per_class.items() if values},
         },
         "images": images,
         "control": control,

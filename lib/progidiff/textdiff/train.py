@@ -185,11 +185,12 @@ def train_textdiff(
     head.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        features, targets, boxes, sentences = pool.draw(config.batch_size, config.crop, generator)
+        features, targets, boxes, sentences, known = pool.draw(config.batch_size, config.crop, generator)
         kept = torch.rand(len(sentences), generator=generator) >= config.sentence_dropout
         tokens, mask = words.look_up([s if k else None for s, k in zip(sentences, kept.tolist(), strict=True)])
         logits = head([f.to(place) for f in features], tokens, mask, boxes.to(place))
-        return compute_segmentation_loss(logits, targets.to(place), config.cross_entropy, config.dice)
+        known = None if known is None else known.to(place)
+        return compute_segmentation_loss(logits, targets.to(place), config.cross_entropy, config.dice, known)
 
     settings = {k: v for k, v in to_values(config).items() if k not in ("schedule", "name", "cache_gb", *to_values(RunConfig()))}
     if start is not None:
@@ -237,21 +238,33 @@ def train_textdiff(
     return TextDiffTraining(model, run, figures, tuple(pool.notes))
 
 
-def compute_segmentation_loss(logits: Tensor, targets: Tensor, cross_entropy: float, dice: float) -> tuple[Tensor, dict[str, float]]:
+def compute_segmentation_loss(
+    logits: Tensor, targets: Tensor, cross_entropy: float, dice: float, known: Tensor | None = None
+) -> tuple[Tensor, dict[str, float]]:
     """Cross-entropy and Dice, both on probabilities.
 
     Args:
         logits: (N, 1 + classes, H, W), background first.
         targets: The same shape: the share of each class in a pixel, sums to 1.
         cross_entropy, dice: Their weights.
+        known: Bool (N, classes), which foreground classes a label speaks about; None: all. For the others "background or one of these"
+            is one class (the marginal loss of Shi et al., arXiv 2007.03868), and they do not count for the Dice: what nobody looked
+            for is not taught to be absent.
 
     Returns:
         The loss; {"cross_entropy", "dice"}. The Dice is that of each foreground class over the whole batch, so that a crop without it
         does not count as all wrong.
     """
     logits = logits.float()
-    entropy = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
-    found, wanted = logits.softmax(dim=1)[:, 1:], targets[:, 1:]
+    if known is None:
+        entropy = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+        found, wanted = logits.softmax(dim=1)[:, 1:], targets[:, 1:]
+    else:
+        logs, kept = logits.log_softmax(dim=1), known[:, :, None, None]
+        rest = F.pad(~kept, (0, 0, 0, 0, 1, 0), value=True)  # (N, 1 + classes, 1, 1): what counts as background
+        merged = logs.masked_fill(~rest, -torch.inf).logsumexp(dim=1)
+        entropy = -((targets * rest).sum(dim=1) * merged + (targets * logs * ~rest).sum(dim=1)).mean()
+        found, wanted = logits.softmax(dim=1)[:, 1:] * kept, targets[:, 1:] * kept
     overlap = (found * wanted).sum(dim=(0, 2, 3))
     score = ((2 * overlap + 1) / (found.sum(dim=(0, 2, 3)) + wanted.sum(dim=(0, 2, 3)) + 1)).mean()
     loss = cross_entropy * entropy + dice * (1 - score)
@@ -268,6 +281,7 @@ class _Piece:
         target: (1 + classes, h, w) fp16, on the padded tile.
         box: Top, left, bottom, right of the padded tile, as shares of the view.
         sentence: Of the view; None if there is none.
+        unknown: Classes that the label says nothing about.
     """
 
     case: int
@@ -275,6 +289,7 @@ class _Piece:
     target: Tensor
     box: tuple[float, float, float, float]
     sentence: str | None
+    unknown: tuple[int, ...] = ()
 
 
 class _Pool:
@@ -294,11 +309,12 @@ class _Pool:
         for piece in pieces:
             self._of_case.setdefault(piece.case, []).append(piece)
 
-    def draw(self, count: int, side: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor, Tensor, list[str | None]]:
+    def draw(self, count: int, side: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor, Tensor, list[str | None], Tensor | None]:
         """Random crops: every picture as often, whatever its size.
 
         Returns:
-            Features (N, C_b, side / s_b, side / s_b) each; targets (N, 1 + classes, side, side); boxes (N, 4); sentences.
+            Features (N, C_b, side / s_b, side / s_b) each; targets (N, 1 + classes, side, side); boxes (N, 4); sentences; which classes the
+            labels speak about, bool (N, classes), None if all of all.
         """
         coarsest = max(self._strides)
 
@@ -309,7 +325,7 @@ class _Pool:
         features = [
             torch.empty((count, len(found), n, n), memory_format=torch.channels_last) for found, n in zip(self.pieces[0].features, sides, strict=True)
         ]
-        targets, boxes, sentences = [], [], []
+        targets, boxes, sentences, unknown = [], [], [], []
         for number in range(count):
             pieces = self._of_case[pick(len(self._of_case))]
             piece = pieces[pick(len(pieces))]
@@ -323,7 +339,11 @@ class _Pool:
             down, right = (y1 - y0) / height, (x1 - x0) / width
             boxes.append([y0 + top * down, x0 + left * right, y0 + (top + side) * down, x0 + (left + side) * right])
             sentences.append(piece.sentence)
-        return features, torch.stack(targets), torch.tensor(boxes), sentences
+            unknown.append(piece.unknown)
+        known = None
+        if any(unknown):
+            known = torch.tensor([[value not in none for value in range(1, len(targets[0]))] for none in unknown])
+        return features, torch.stack(targets), torch.tensor(boxes), sentences, known
 
     def measure(self) -> tuple[list[Tensor], list[Tensor]]:
         """Mean and standard deviation of every feature, (C_b,) per scale, every picture counting alike."""
@@ -404,6 +424,8 @@ def _prepare(
             notes.append(f"{case.name}: there is no sentence; it is learned from without one.")
         grays.append(picture.gray)
         state.update(json.dumps([case.name, picture.size, case.sentence]).encode() + picture.pixels.numpy().tobytes() + classes.tobytes())
+        if case.unknown:
+            state.update(json.dumps(sorted(case.unknown)).encode())
         plain = to_working(picture.pixels, options.scale, options.size, options.tone)
         shares = F.one_hot(torch.from_numpy(classes).long(), 1 + len(config.classes)).permute(2, 0, 1).float()
         target = resize(shares[None], (int(plain.shape[1]), int(plain.shape[2])))[0]
@@ -422,7 +444,8 @@ def _prepare(
                 features = cache.get(extractor, grown, view % options.draws)
                 box = tile.place(height, width)
                 box = (box[0], box[1], box[0] + grown.shape[1] / height, box[1] + grown.shape[2] / width)
-                pieces.append(_Piece(number, features, pad(tile.crop(shown), coarsest, config.crop).half(), box, sentence))
+                target_piece = pad(tile.crop(shown), coarsest, config.crop).half()
+                pieces.append(_Piece(number, features, target_piece, box, sentence, case.unknown))
     return _Pool(pieces, extractor.strides, state.hexdigest(), all(grays), notes)
 
 
@@ -458,8 +481,13 @@ def _validate(
     scores = np.zeros((len(THRESHOLDS), len(held_out), 2))
     for number, case in enumerate(held_out):
         picture = read_picture(case.image)
-        truth = read_classes(case, picture.size, len(model.card.classes)) > 0
-        foreground = answering.predict(picture, case.sentence, is_cancelled=is_cancelled).probabilities.sum(axis=0)
+        truth_classes = read_classes(case, picture.size, len(model.card.classes))
+        truth = truth_classes > 0
+        probabilities = answering.predict(picture, case.sentence, is_cancelled=is_cancelled).probabilities
+        foreground = probabilities.sum(axis=0)
+        if case.unknown:  # Where one of these is drawn, nobody knows better.
+            truth &= ~np.isin(truth_classes, case.unknown)
+            foreground = np.where(np.isin(probabilities.argmax(axis=0) + 1, case.unknown), 0, foreground)
         for k, threshold in enumerate(THRESHOLDS):
             scores[k, number] = compute_scores(foreground > threshold, truth)
     means = scores.mean(axis=1)

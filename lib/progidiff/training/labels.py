@@ -182,13 +182,13 @@ def _read_slices(store: AnnotationStore, image: str) -> dict[str, frozenset[int]
         return None if store.annotated_slices(image) is None else {}
     found: dict[str, frozenset[int] | None] = {}
     for save in saves:
-        for name in [_canonical(text) for text in save.structures] or [EVERYTHING]:
+        for name in [canonical(text) for text in save.structures] or [EVERYTHING]:
             before = found.get(name, frozenset())
             found[name] = None if before is None or save.slices is None else before | frozenset(save.slices)
     return found
 
 
-def _canonical(text: str) -> str:
+def canonical(text: str) -> str:
     """The structure that a name means; the name itself if it means none, so that it is refused where the label is read."""
     try:
         queries = parse_prompt(text)

@@ -264,7 +264,7 @@ def _train_head(folder: Path, request: Mapping[str, Any], control: Control, prog
         request["sentences"],
         Path(request["textdiff"]),
         work,
-        AcceptedConfig(options.steps, options.learning_rate, options.batch_size, options.crop, options.views, options.seed),
+        AcceptedConfig(options.steps, options.learning_rate, options.batch_size, options.crop, options.views, options.seed, options.mirror),
         name=options.name,
         structures=options.structures,
         wanted=options.cases,

@@ -37,7 +37,7 @@ class TrainingOptions:
         steps, learning_rate, batch_size, validate_every, patience, augmentation, proposal_steps, seed: See
             `progidiff.training.adapt.AdaptConfig`.
         rank: Of the low-rank updates; alpha is twice the rank.
-        crop, views: See `progidiff.textdiff.accepted.AcceptedConfig`.
+        crop, views, mirror: See `progidiff.textdiff.accepted.AcceptedConfig`.
         shots, slices: Train on so many volumes or labelled slices; None for all.
         structures, cases, held_out: Names; empty for all or for having them picked.
         publish: Serve the new version if it is better.
@@ -57,6 +57,7 @@ class TrainingOptions:
     rank: int = 8
     crop: int = 128
     views: int = 2
+    mirror: bool | None = None
     shots: int | None = None
     slices: int | None = None
     structures: tuple[str, ...] = ()
@@ -85,6 +86,8 @@ class TrainingOptions:
         values = {**defaults, **{k: v for k, v in params.items() if v is not None}}
         name = str(values["name"]).strip()
         modality = read_choice(values["modality"], "modality", (AUTO, "CT", "MR"))
+        mirror = values.get("mirror", AUTO)
+        mirror = read_choice("on" if mirror is True else "off" if mirror is False else mirror, "mirror", (AUTO, "on", "off"))
         options = cls(
             trainer=trainer,
             name=None if name.lower() in ("", AUTO) else name,
@@ -100,6 +103,7 @@ class TrainingOptions:
             rank=read_int(values.get("rank", cls.rank), "rank", 1, 128),
             crop=read_int(values.get("crop", cls.crop), "crop", 8, 4096),
             views=read_int(values.get("views", cls.views), "views", 1, 64),
+            mirror=None if mirror == AUTO else mirror == "on",
             shots=read_int(values["shots"], "shots", 0, 100_000) or None,
             slices=read_int(values["slices"], "slices", 0, 10_000_000) or None,
             structures=_read_names(values["structures"], "structures"),
@@ -130,6 +134,7 @@ def get_defaults(trainer: str) -> dict[str, Any]:
             "learning_rate": _LEARNING_RATES[trainer],
             "crop": TrainingOptions.crop,
             "views": TrainingOptions.views,
+            "mirror": [AUTO, "on", "off"],
             "shots": 0,
             "structures": "",
             "cases": "",

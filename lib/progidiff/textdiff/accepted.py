@@ -3,18 +3,23 @@
 1. choose    the labelled pictures (or annotated slices of volumes) that name a class of the model; some images are held back
 2. write     their masks as class numbers, and slices as pictures, into the run's folder
 3. train     the served version's head further, or a fresh one, on the frozen features of its denoiser
-4. judge     the new and the served version on the held-back images
+4. judge     the new and the served version on the held-back images, each at the threshold that suits these images best
 5. version   always written; published only if it beats what is served
 
-The threshold of the new version is chosen on the held-back images too, which flatters it by what one number can; the served version
-keeps its own.
+The threshold of the new version is chosen on the held-back images. So that this does not favour it, the served version is judged at the
+one that would be chosen for it on the same images, whatever threshold it is served with.
+
+A label that says nothing about a class (nobody named it for this image, or not on this slice) teaches nothing about it: its
+background may be that class there, see `train.compute_segmentation_loss`.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -27,20 +32,21 @@ from progidiff.annotations import hash_file
 from progidiff.errors import ImageError, ModelError, RequestError
 from progidiff.picture_grid import is_picture
 from progidiff.textdiff import data
-from progidiff.textdiff.evaluate import evaluate
-from progidiff.textdiff.features import FeatureOptions
-from progidiff.textdiff.model import TextDiffCard, TextDiffModel
+from progidiff.textdiff.feature_cache import FeatureCache
+from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
+from progidiff.textdiff.model import TextDiffCard
+from progidiff.textdiff.sentences import mirror_sentence
 from progidiff.textdiff.slices import render_slice
-from progidiff.textdiff.train import TextDiffTrainConfig, train_textdiff
+from progidiff.textdiff.train import TextDiffTrainConfig, choose_threshold, train_textdiff
 from progidiff.textdiff.versions import TextDiffStore
 from progidiff.training.data import Case
+from progidiff.training.labels import canonical
 from progidiff.training.loop import Schedule
 from progidiff.training.recipes import describe_run
 from progidiff.training.selection import pick_named
 from progidiff.volume import load_label, load_volume
 
 logger = logging.getLogger(__name__)
-from progidiff.training.labels import canonical
 
 FEATURES = "features"
 """Cached features in the work folder, shared by all runs."""
@@ -61,6 +67,8 @@ class AcceptedConfig:
 
     Attributes:
         steps, learning_rate, batch_size, crop, views, seed: See `train.TextDiffTrainConfig`.
+        mirror: Whether views of a training, and draws after the first, are mirrored; None to decide by what is learned, see
+            `plan_features`.
     """
 
     steps: int = 300
@@ -69,6 +77,7 @@ class AcceptedConfig:
     crop: int = 128
     views: int = 2
     seed: int = 0
+    mirror: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ class AcceptedResult:
         card: The version that was written.
         published: Whether it is served now.
         message: The verdict in a sentence.
-        figures: Held-back "dice" and "iou" of "current" (if one was served) and "adapted".
+        figures: Held-back "dice" and "iou" of "current" (if one was served) and "adapted", and the "threshold" they were judged at.
         folder: What the run left behind, which nothing needs any more.
     """
 
@@ -163,6 +172,7 @@ def run_accepted(
     tell({"stage": "prepare"})
     store = TextDiffStore(root)
     chosen = choose(store, cases, name, structures, wanted, held_out, shots, config.seed)
+    features = plan_features(chosen, None if chosen.served is None else chosen.served.features, config.mirror)
     fingerprint = _fingerprint(chosen, config, sentences)
     folder = work / f"textdiff-{chosen.name}-{fingerprint[:12]}"
     training, kept_back = _write_cases(chosen, sentences, folder / "cases")
@@ -194,7 +204,7 @@ def run_accepted(
             ema_decay=0.98,
             checkpoint_every=max(1, min(50, config.steps // 4)),
         ),
-        features=FeatureOptions(jitter=JITTER),
+        features=features,
         crop=config.crop,
         batch_size=config.batch_size,
         views=config.views,
@@ -204,7 +214,7 @@ def run_accepted(
     trained = train_textdiff(
         training,
         kept_back,
-        denoiser=_find_denoiser(store, root) if current is None else current.extractor,
+        denoiser=_find_denoiser(store, root) if current is None else _copy_extractor(current.extractor, features),
         encoder=None if current is None else current.encoder,
         start=current,
         work=folder / "run",
@@ -215,8 +225,9 @@ def run_accepted(
         report=tell,
     )
     tell({"stage": "gate"})
-    figures = {} if current is None else {"current": _measure(current, kept_back, is_cancelled)}
-    figures["adapted"] = _measure(trained.model, kept_back, is_cancelled)
+    figures = {"adapted": _round(trained.figures)}
+    if current is not None:
+        figures = {"current": _round(choose_threshold(current, kept_back, FeatureCache(work / FEATURES), is_cancelled)[1]), **figures}
     tell({"stage": "version", **{kind: values["dice"] for kind, values in figures.items()}})
     accepted, verdict = judge(figures, None if chosen.served is None else chosen.served.full_name)
     record = {
@@ -295,6 +306,44 @@ def choose(
     return Chosen(store.check_name(model), served, classes, training, kept_back, [c.name for c in cases if c.name not in used])
 
 
+def plan_features(chosen: Chosen, served: FeatureOptions | None, mirror: bool | None = None) -> FeatureOptions:
+    """How the pictures of a run are looked at.
+
+    Pictures of tissue look the same mirrored, and more views help. A slice of a body does not: its left is always on the same side of
+    the picture, and a class like "left kidney" would be taught, and drawn, on both sides. So nothing is mirrored if a case is a slice of a
+    volume or a class names a side, and a first version brings such pictures to no tone either: the usual one is that of stained tissue.
+    `own_scale`, which was measured on tissue only, is off there too.
+
+    Args:
+        served: Those of the version that is trained further; None for a first one. All but `mirror` stay: the head knows them.
+        mirror: As asked for; None to decide so.
+
+    Raises:
+        RequestError: if mirroring was asked for although a class names a side.
+    """
+    sided = [name for name in chosen.classes if names_side(name)]
+    if mirror and sided:
+        raise RequestError(
+            f"Option mirror is on, but {', '.join(sided)} names a side, which a mirrored picture would teach wrong. Set mirror to auto."
+        )
+    has_sides = bool(sided) or not all(is_picture(case.image) for case in (*chosen.training, *chosen.held_out))
+    if served is not None:
+        return replace(served, mirror=(served.mirror and not has_sides) if mirror is None else mirror)
+    options = FeatureOptions(jitter=JITTER)
+    return replace(options, mirror=not has_sides if mirror is None else mirror, tone=None if has_sides else options.tone, own_scale=not has_sides)
+
+
+def names_side(name: str) -> bool:
+    """Whether a class is another one in a mirrored picture.
+
+    Example:
+        >>> [names_side(name) for name in ("left kidney", "kidney_R", "rightVentricle", "upper-lobe", "nuclei", "cleft")]
+        [True, True, True, True, False, False]
+    """
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
+    return any(word.lower() in ("l", "r", "lt", "rt") or mirror_sentence(word, True, True) != word for word in words)
+
+
 def judge(figures: Mapping[str, Mapping[str, float]], current: str | None) -> tuple[bool, str]:
     """The quality gate: a version must beat what is served on the held-back images; a first one must find anything.
 
@@ -313,9 +362,8 @@ def judge(figures: Mapping[str, Mapping[str, float]], current: str | None) -> tu
     return new > old, f"{told}, {current} has {old:.3f}."
 
 
-def _measure(model: TextDiffModel, cases: Sequence[data.Case], is_cancelled: Callable[[], bool] | None) -> dict[str, float]:
-    summary = evaluate(model, cases, is_cancelled=is_cancelled)["summary"]
-    return {"dice": round(float(summary["dice"]), 6), "iou": round(float(summary["iou"]), 6)}
+def _round(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: round(value, 6) for name, value in figures.items()}
 
 
 def _find_served(store: TextDiffStore, name: str | None) -> TextDiffCard | None:
@@ -336,6 +384,13 @@ def _find_denoiser(store: TextDiffStore, root: Path) -> Path:
         f"There is no textdiff model to continue and no '{DENOISER}' in '{root}' to train a first one with. Put a denoiser there "
         "(`progidiff textdiff pretrain` makes one), or name another folder with --conf textdiff."
     )
+
+
+def _copy_extractor(extractor: FeatureExtractor, options: FeatureOptions) -> FeatureExtractor:
+    """The same network, asked for otherwise; only what does not change its answers may differ."""
+    copied = copy.copy(extractor)
+    copied.options = options
+    return copied
 
 
 def _make_name(structure: str) -> str:

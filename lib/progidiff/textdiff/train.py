@@ -219,7 +219,7 @@ def train_textdiff(
     model = TextDiffModel(extractor, reader, head, card)
     figures: dict[str, float] = {}
     if held_out:
-        threshold, figures = _validate(model, held_out, FeatureCache(cache or work / "features", config.cache_gb), is_cancelled)
+        threshold, figures = choose_threshold(model, held_out, FeatureCache(cache or work / "features", config.cache_gb), is_cancelled)
         model.card = replace(card, threshold=threshold, figures=figures)
     run = {
         **describe_run(),
@@ -473,10 +473,14 @@ def make_view(
     return working, target, sentence
 
 
-def _validate(
-    model: TextDiffModel, held_out: Sequence[Case], cache: FeatureCache, is_cancelled: Callable[[], bool] | None
+def choose_threshold(
+    model: TextDiffModel, held_out: Sequence[Case], cache: FeatureCache, is_cancelled: Callable[[], bool] | None = None
 ) -> tuple[float, dict[str, float]]:
-    """The threshold with the best mean Dice, and what it gives."""
+    """The threshold with the best mean Dice, and what it gives.
+
+    Returns:
+        One of `THRESHOLDS`; {"dice", "iou", "threshold"} of the held-out pictures, which that choice flatters.
+    """
     answering = TextDiffModel(CachedFeatures(model.extractor, cache), model.encoder, model.head, model.card)
     scores = np.zeros((len(THRESHOLDS), len(held_out), 2))
     for number, case in enumerate(held_out):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -115,3 +116,50 @@ def test_where_words_repeat_too_often_most_still_change():
     shuffled = shuffle_sentences(sentences)
     assert sorted(map(str, shuffled)) == sorted(sentences)
     assert sum(a != b for a, b in zip(sentences, shuffled, strict=True)) == 2
+
+
+@dataclass
+class Drawing:
+    """Answers every picture with one mask, as a head of two classes without a text branch."""
+
+    mask: np.ndarray
+    text_features: int = 0
+
+    @property
+    def card(self) -> SimpleNamespace:
+        head, features = SimpleNamespace(text_features=self.text_features), SimpleNamespace(draws=1)
+        return SimpleNamespace(classes=("one", "two"), head=head, features=features, full_name="toy@1", threshold=0.5)
+
+    def predict(self, picture, sentence=None, draws=None, **options):
+        return SimpleNamespace(mask=self.mask, disagreement=0.0, seconds=0.0, notes=())
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> Case:
+    """A picture whose left half is labelled as the first class."""
+    label = np.zeros((8, 8), np.uint8)
+    label[:, :4] = 1
+    for name, values in (("a.png", np.zeros((8, 8, 3), np.uint8)), ("l.png", label)):
+        Image.fromarray(values).save(tmp_path / name)
+    return Case("a", tmp_path / "a.png", tmp_path / "l.png", "Dense.")
+
+
+def test_classes_that_a_label_does_not_speak_about_do_not_count(halves: Case):
+    mask = np.full((8, 8), 2, np.uint8)
+    mask[:, :4] = 1
+    assert evaluate(Drawing(mask), [halves])["summary"]["dice"] == pytest.approx(2 / 3)
+    report = evaluate(Drawing(mask), [replace(halves, unknown=(2,))])
+    assert report["summary"]["dice"] == 1.0
+    assert report["summary"]["per_class"] == {"one": 1.0}
+
+
+def test_a_control_asked_of_a_head_that_reads_no_text_is_said(halves: Case):
+    mask = np.ones((8, 8), np.uint8)
+    deaf = {control: evaluate(Drawing(mask), [halves], control) for control in ("none", "empty", "no-text")}
+    assert not any(report["reads_text"] for report in deaf.values())
+    assert deaf["none"]["notes"] == []
+    for control in ("empty", "no-text"):
+        assert f"reads no text, so control {control} gives the figures of control none" in deaf[control]["notes"][0]
+        assert "nuclei@1" in deaf[control]["notes"][0]
+    hearing = evaluate(Drawing(mask, text_features=384), [halves], "empty")
+    assert (hearing["reads_text"], hearing["notes"]) == (True, [])

@@ -41,7 +41,8 @@ def evaluate(
 
     Returns:
         {"summary": {"dice", "iou", "images", "per_class"}, "images": [{"name", "dice", "iou", "sentence", "empty_label"}], "control",
-        "model", "settings", "notes"}. An image whose label and answer are both empty counts 1; empty label and non-empty answer 0.
+        "model", "reads_text" (whether the head has a text branch), "settings", "notes"}. An image whose label and answer are both
+        empty counts 1; empty label and non-empty answer 0. Classes that a label says nothing about count neither way.
 
     Raises:
         RequestError: if there is no labelled case, or "shuffled" has fewer than two sentences.
@@ -60,6 +61,13 @@ def evaluate(
     images: list[dict[str, Any]] = []
     per_class: dict[str, list[float]] = {name: [] for name in model.card.classes}
     notes = [f"{case.name} has no label and was left out." for case in cases if case.label is None]
+    reads_text = bool(model.card.head.text_features)
+    if control != "none" and not reads_text:
+        notes.insert(
+            0,
+            f"'{model.card.full_name}' reads no text, so control {control} gives the figures of control none and says nothing about text. Name a "
+            "head that reads it with --model; of the shipped ones that is nuclei@1 (--model apps/progidiff/model/textdiff/nuclei/1).",
+        )
     for number, (case, sentence) in enumerate(zip(labelled, sentences, strict=True)):
         if is_cancelled is not None and is_cancelled():
             raise CancelledError(f"The evaluation was stopped on request after {number} of {len(labelled)} pictures.")
@@ -97,6 +105,7 @@ def evaluate(
         "images": images,
         "control": control,
         "model": model.card.full_name,
+        "reads_text": reads_text,
         "settings": {"draws": draws or model.card.features.draws, "threshold": model.card.threshold, "seed": seed},
         "notes": notes,
     }

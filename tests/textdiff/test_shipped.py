@@ -1,0 +1,34 @@
+"""What ships: it is small, it loads, and it finds what it was trained to find."""
+
+from __future__ import annotations
+
+import pytest
+
+from progidiff.textdiff.model import default_folder, find_version, load_textdiff, load_textdiff_card
+from progidiff.textdiff.versions import TextDiffStore
+from tissue import draw_tissue
+
+LIMIT_BYTES = 30e6
+SENTENCE = "The nuclei density in the left is high."
+
+
+def test_the_denoiser_is_under_30_mb_and_so_is_every_head():
+    folders = [default_folder() / "denoiser", *(path.parent for path in default_folder().glob("nuclei/*/card.json"))]
+    assert len(folders) >= 2
+    for folder in folders:
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        assert 1e6 < size < LIMIT_BYTES, folder
+
+
+def test_the_served_head_is_the_one_that_is_loaded_by_default():
+    store = TextDiffStore(default_folder())
+    assert load_textdiff_card(find_version(None)).full_name == f"nuclei@{store.current('nuclei')}"
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_shipped_head_finds_what_looks_like_nuclei(version: int):
+    model = load_textdiff(default_folder() / "nuclei" / str(version), "cpu")
+    picture, truth = draw_tissue(0)
+    found = model.predict(picture, SENTENCE).mask > 0
+    assert 2 * (found & (truth > 0)).sum() / (found.sum() + truth.sum()) > 0.5
+    assert model.card.head.text_features == (384 if version == 1 else 0)

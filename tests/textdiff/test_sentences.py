@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import BertConfig, BertModel
 
 from progidiff.errors import ModelError, RequestError
 from progidiff.textdiff.sentences import SentenceEncoder, find_sentence, mirror_sentence, read_sentences
@@ -49,13 +51,78 @@ def test_the_last_word_of_a_sentence_counts(encoder: SentenceEncoder):
 
 
 def test_what_is_no_encoder_is_refused(tmp_path: Path):
-    with pytest.raises(ModelError, match=r"holds no \*\.safetensors"):
+    with pytest.raises(ModelError, match=r"holds no \*\.safetensors and no pytorch_model\.bin"):
         SentenceEncoder.load(tmp_path)
     with pytest.raises(ModelError, match="does not exist"):
         SentenceEncoder.load(tmp_path / "none")
     (tmp_path / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ModelError, match="cannot be loaded"):
         SentenceEncoder.load(tmp_path)
+
+
+def write_clinical_bert(folder: Path) -> BertModel:
+    """A BERT of toy width as emilyalsentzer/Bio_ClinicalBERT lies on its hub: config.json, vocab.txt, and a pickle of a larger model's weights."""
+    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16)
+    torch.manual_seed(0)
+    model = BertModel(config).eval()
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "model_type": "bert", "architectures": None}), encoding="utf-8")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dense", "left", "right"]) + "\n", encoding="utf-8")
+    weights = {f"bert.{name}": tensor for name, tensor in model.state_dict().items()} | {"cls.predictions.bias": torch.zeros(8)}
+    torch.save(weights, folder / "pytorch_model.bin")
+    return model
+
+
+def test_an_encoder_that_is_only_there_as_bin_is_read_tensors_only(tmp_path: Path):
+    model = write_clinical_bert(tmp_path / "bert")
+    encoder = SentenceEncoder.load(tmp_path / "bert", "cpu")
+    assert (encoder.features, encoder.limit) == (8, 16)
+    tokens, mask = encoder.encode(["Dense left"])
+    expected = model(input_ids=torch.tensor([[2, 5, 6, 3]])).last_hidden_state
+    assert torch.allclose(tokens, expected, atol=1e-5)
+    assert mask.all()
+    torch.save({f"bert.{n}": t + 1 for n, t in model.state_dict().items()}, tmp_path / "bert" / "pytorch_model.bin")
+    assert SentenceEncoder.load(tmp_path / "bert", "cpu").digest != encoder.digest
+
+
+class Hostile:
+    """Runs when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_bin_that_holds_more_than_tensors_or_less_than_the_encoder_is_refused(tmp_path: Path):
+    model = write_clinical_bert(tmp_path / "bert")
+    torch.save({"bert.x": Hostile(tmp_path / "ran")}, tmp_path / "bert" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        SentenceEncoder.load(tmp_path / "bert", "cpu")
+    assert not (tmp_path / "ran").exists()
+    part = {f"bert.{n}": t for n, t in model.state_dict().items() if "attention" not in n}
+    torch.save(part, tmp_path / "bert" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="lacks 10 weights"):
+        SentenceEncoder.load(tmp_path / "bert", "cpu")
+
+
+@pytest.mark.parametrize("has_safetensors", [False, True])
+def test_a_hub_id_is_fetched_and_a_pickle_only_where_there_is_nothing_else(has_safetensors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, asked = write_clinical_bert(tmp_path / "bert"), []
+    if has_safetensors:
+        model.save_pretrained(tmp_path / "bert")
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path / "bert")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    encoder = SentenceEncoder.load("owner/clinical", "cpu")
+    assert encoder.source == "owner/clinical"
+    assert {name for name, _ in asked} == {"owner/clinical"}
+    assert [any(".bin" in pattern for pattern in patterns) for _, patterns in asked] == ([False] if has_safetensors else [False, True])
+    assert "*.safetensors" in asked[0][1]
 
 
 def test_a_table_is_read_by_its_column_names(tmp_path: Path):

@@ -23,6 +23,9 @@ from progidiff.training.architecture import MINILM
 
 logger = logging.getLogger(__name__)
 
+SETTINGS = ("*.json", "*.txt", "*.model")
+"""Of encoder and tokenizer."""
+
 IMAGE_COLUMNS = ("image", "file", "filename")
 TEXT_COLUMNS = ("text", "description", "sentence")
 
@@ -72,19 +75,30 @@ class SentenceEncoder:
         place = pick_device(device)
         name = "" if source is None else str(source)
         if name:
-            folder = find_folder(name, "sentence encoder", ("*.json", "*.txt", "*.model", "*.safetensors"))
+            folder = find_folder(name, "sentence encoder", (*SETTINGS, "*.safetensors"))
+            if not any((folder / file).exists() for file in ("package.json", "model.safetensors", "model.safetensors.index.json")):
+                # Older repositories, Bio_ClinicalBERT among them, have nothing else; fetched only then.
+                folder = find_folder(name, "sentence encoder", (*SETTINGS, "pytorch_model*.bin"))
             if (folder / "package.json").is_file():
                 folder = find_in_package(read_json(folder / "package.json"), folder)
         else:
             folder = find_in_package(MINILM, "The sentence encoder")
         files = sorted(folder.glob("*.safetensors"))
+        is_safe = bool(files)
+        files = files or sorted(folder.glob("pytorch_model*.bin"))
         if not files:
-            raise ModelError(f"'{folder}' holds no *.safetensors, and nothing else is loaded; convert it with `save_pretrained`.")
+            raise ModelError(f"'{folder}' holds no *.safetensors and no pytorch_model.bin; save the encoder with `save_pretrained`.")
         try:
-            model = AutoModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, local_files_only=True)
+            # Of a .bin, which is a pickle, only tensors are read: transformers loads it with torch.load(weights_only=True).
+            model, report = AutoModel.from_pretrained(
+                folder, dtype=torch.float32, use_safetensors=is_safe, weights_only=True, local_files_only=True, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as err:  # transformers and safetensors raise their own untyped errors for damaged files
             raise ModelError(f"The sentence encoder in '{folder}' cannot be loaded ({' '.join(str(err).split())}); restore it.") from err
+        missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+        if missing:
+            raise ModelError(f"The sentence encoder in '{folder}' lacks {len(missing)} weights, {missing[0]} among them; restore it.")
         # Of text-and-image models and of translators only the part that reads text is wanted.
         model = model.text_model if hasattr(model, "text_model") else model.get_encoder() if model.config.is_encoder_decoder else model
         positions = getattr(model.config, "max_position_embeddings", None)

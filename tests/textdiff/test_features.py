@@ -12,8 +12,13 @@ import torch
 
 from progidiff.errors import GeometryError, ModelError, RequestError
 from progidiff.testing import build_tiny_denoiser, build_tiny_model
+from progidiff.textdiff.data import Case
 from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
-from progidiff.textdiff.features import DiffusionFeatures, FeatureOptions
+from progidiff.textdiff.features import PATTERNS, DiffusionFeatures, FeatureOptions
+from progidiff.textdiff.model import load_textdiff
+from progidiff.textdiff.pictures import read_picture
+from progidiff.textdiff.train import train_textdiff
+from textdiff.conftest import toy
 
 PICTURE = torch.rand((1, 3, 32, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
 
@@ -96,6 +101,41 @@ def test_a_latent_denoiser_gives_features_at_its_strides(tmp_path: Path):
     assert [tuple(m.shape[1:]) for m in maps] == [(32, 2, 3), (32, 4, 6), (3, 32, 48)]
     assert all(torch.isfinite(m).all() for m in maps)
     assert not torch.allclose(maps[0], extractor(-PICTURE)[0])
+
+
+def test_a_head_on_a_latent_denoiser_is_trained_saved_and_loaded(cases: list[Case], tmp_path: Path):
+    backbone = build_tiny_model(tmp_path / "model") / "backbone"
+    options = FeatureOptions(timesteps=(50,), blocks=(0, 1), scale=1.0, picture=True)
+    config = toy(steps=2, features=options, use_text=False, views=1)
+    trained = train_textdiff(cases[:1], denoiser=backbone, out=tmp_path / "heads" / "1", work=tmp_path / "work", config=config, device="cpu").model
+    model = load_textdiff(tmp_path / "heads" / "1", "cpu")
+    assert model.extractor.strides == model.card.head.strides == (16, 8, 1)
+    picture = read_picture(cases[1].image)
+    found, expected = model.predict(picture, draws=2), trained.predict(picture, draws=2)
+    assert found.masks.shape == (2, 48, 48)
+    # The head is kept as fp16.
+    assert abs(found.probabilities - expected.probabilities).max() < 0.02
+    assert found.probabilities.std() > 0
+
+
+def test_a_denoiser_of_a_hub_is_fetched_and_one_that_cannot_be_says_how_to_do_without(denoiser: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        if name == "owner/gone":
+            raise OSError("no route to the hub")
+        return str(denoiser)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    extractor = DiffusionFeatures.load("owner/name", device="cpu")
+    assert (extractor.source, extractor.folder, extractor.key) == ("owner/name", denoiser, load(denoiser).key)
+    assert asked == [("owner/name", list(PATTERNS))]
+    with pytest.raises(ModelError, match="could not be fetched from the model hub .*no route to the hub.*give its folder"):
+        DiffusionFeatures.load("owner/gone", device="cpu")
+    with pytest.raises(ModelError, match="does not exist"):
+        DiffusionFeatures.load("too/many/parts", device="cpu")
+    assert len(asked) == 2
 
 
 def test_options_that_fit_no_network_are_refused(denoiser: Path):

@@ -224,7 +224,8 @@ def list_versions(adapters: AdapterStore, textdiff: VersionStore[Any] | None, pr
         over the images.
     """
     found = []
-    for store in filter(None, (adapters, textdiff)):
+    stores: list[VersionStore[Any]] = [adapters] if textdiff is None else [adapters, textdiff]
+    for store in stores:
         for entry in store.entries():
             for number in entry.versions:
                 try:

@@ -234,7 +234,8 @@ class Selection:
     def _count_rounds(self, images: Collection[str]) -> dict[str, int]:
         """See `report.count_rounds`; versions never change, so that they are read again only when there are others."""
         adapters, textdiff = self._infer.engine.adapters, self._textdiff()
-        state = [(entry.name, entry.versions) for store in filter(None, (adapters, textdiff)) for entry in store.entries()]
+        stores: list[VersionStore[Any]] = [adapters] if textdiff is None else [adapters, textdiff]
+        state = [(type(store).__name__, entry.name, entry.versions) for store in stores for entry in store.entries()]
         if state != self._versions[0]:
             problems: list[str] = []
             self._versions = (state, list_versions(adapters, textdiff, problems))

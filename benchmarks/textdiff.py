@@ -58,7 +58,7 @@ from torch.nn import functional as F
 from progidiff.textdiff.data import Case, find_cases, read_classes
 from progidiff.textdiff.evaluate import CONTROLS, compute_scores, evaluate
 from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
-from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
+from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions, standardise
 from progidiff.textdiff.model import default_folder
 from progidiff.textdiff.pictures import pad, read_picture, resize, to_working
 from progidiff.textdiff.sentences import SentenceEncoder
@@ -192,7 +192,9 @@ class ImageNetFeatures:
             hidden = block(hidden)
             found[index] = hidden
         features = [found[b] for b in self.BLOCKS]
-        return [*features[:-1], torch.cat([features[-1], pictures], dim=1)] if self.options.picture else features
+        if self.options.picture:
+            features[-1] = torch.cat([features[-1], pictures], dim=1)
+        return standardise(features) if self.options.own_scale else features
 
 
 class PartOfFeatures:
@@ -273,7 +275,8 @@ class Bench:
         features = setup.config.features
         whole = DiffusionFeatures.load(denoiser, features)
         # What the numbers depend on names the folder, so that another size or other weights do not continue an old run.
-        parts = json.dumps([asdict(setup), whole.key, sorted(case.name for case in (*self.training, *self.validation))])
+        pictures = {case.name: hashlib.sha256(case.image.read_bytes()).hexdigest() for case in (*self.training, *self.validation)}
+        parts = json.dumps([asdict(setup), whole.key, sorted(pictures.items())])
         self.folder = work / hashlib.sha256(parts.encode()).hexdigest()[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.cache_folder = work / "features"
@@ -574,7 +577,13 @@ def format_table(summary: Mapping[str, Any]) -> str:
 def make_setup(smoke: bool) -> Setup:
     """The sizes of the table, or those of a test."""
     config = TextDiffTrainConfig(
-        name="textdiff-benchmark", classes=("nuclei",), tensorboard=False, crop=96, features=FeatureOptions(picture=True), cache_gb=40
+        name="textdiff-benchmark",
+        classes=("nuclei",),
+        tensorboard=False,
+        crop=96,
+        color=0.3,
+        cache_gb=40,
+        features=FeatureOptions(picture=True, own_scale=True),
     )
     if smoke:
         config = replace(config, schedule=replace(config.schedule, steps=2, warmup=0), crop=32, batch_size=2)

@@ -59,6 +59,8 @@ class FeatureOptions:
             differ more than tissue does. None leaves pictures as they are.
         mirror: Draws after the first look at the picture mirrored, and so do the views of a training; sentences are mirrored with it.
             For pictures where left and right, or top and bottom, could be exchanged.
+        own_scale: Standardise every feature over the picture itself (a tile of it, if it is large), as instance normalisation does, so that
+            a picture of another tint than those of the training is not all unusual. How much of it a feature covers is lost.
     """
 
     timesteps: tuple[int, ...] = (50, 150, 250)
@@ -71,6 +73,7 @@ class FeatureOptions:
     picture: bool = False
     tone: tuple[float, ...] | None = HISTOLOGY_TONE
     mirror: bool = True
+    own_scale: bool = False
 
     def check(self) -> None:
         """Check what must fit together.
@@ -144,7 +147,8 @@ class DiffusionFeatures:
             self.channels, self.strides = (*self.channels, 3), (*self.strides, 1)
         self._dtype = find_autocast_dtype("auto", self.device)
         # Resolution, tone and the like decide what is asked for, not what an answer is.
-        asked = {k: v for k, v in to_values(options).items() if k not in ("scale", "size", "draws", "tone", "mirror")}
+        ignored = ("scale", "size", "draws", "tone", "mirror", *(() if options.own_scale else ("own_scale",)))
+        asked = {k: v for k, v in to_values(options).items() if k not in ignored}
         identity = [REVISION, digest, asked, str(self._dtype), self.device.type]
         self.key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
         self._noises: dict[int, Tensor] = {}
@@ -226,7 +230,7 @@ class DiffusionFeatures:
             features[-1] = torch.cat([features[-1], pictures], dim=1)
         elif self.options.picture:
             features.append(pictures)
-        return features
+        return standardise(features) if self.options.own_scale else features
 
     def pick_timesteps(self, draw: int) -> list[int]:
         """The timesteps of a draw: those of the options, shifted a little from the second draw on if `jitter` says so."""
@@ -245,6 +249,19 @@ class DiffusionFeatures:
         height, width = like.shape[2:]
         repeats = (1, -(-height // NOISE_SIDE), -(-width // NOISE_SIDE))
         return self._noises[draw].repeat(repeats)[None, :, :height, :width].expand_as(like).to(like.dtype)
+
+
+def standardise(features: Sequence[Tensor]) -> list[Tensor]:
+    """Features with mean 0 and standard deviation 1 over each picture; what is the same everywhere becomes 0.
+
+    Args:
+        features: (N, C_b, H_b, W_b) each.
+    """
+    found = []
+    for maps in features:
+        deviation, mean = torch.std_mean(maps.float(), dim=(2, 3), keepdim=True)
+        found.append((maps - mean) / deviation.clamp_min(1e-3))
+    return found
 
 
 class _Latent:

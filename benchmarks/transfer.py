@@ -67,6 +67,7 @@ MAIN = (
     "full, 5 volumes",
     *WIDER,
     "LoRA, 5 volumes, half the rate, 160 steps",
+    "LoRA, 5 volumes, half of the slices at random",
 )
 CROSSED = ("unadapted", "LoRA, 5 volumes, no shading", "LoRA, 5 volumes", "LoRA, 5 volumes, strong shading", *WIDER)
 
@@ -84,6 +85,7 @@ class Row:
         proposals: Whether proposals are computed at the test, or the evidence alone.
         headroom: See `ConditioningConfig.mr_headroom`.
         rate, steps: Instead of those of the setup; None for these.
+        random_share: See `AdaptConfig`; None for its default.
     """
 
     shots: int
@@ -95,6 +97,7 @@ class Row:
     headroom: float = 1.0
     rate: float | None = None
     steps: int | None = None
+    random_share: float | None = None
 
 
 ROWS: Mapping[str, Row] = {
@@ -110,6 +113,7 @@ ROWS: Mapping[str, Row] = {
     "LoRA, 5 volumes, no shading": Row(5, bias_field=0.0, fields=True, proposals=False),
     "LoRA, 5 volumes, strong shading": Row(5, bias_field=0.8, fields=True, proposals=False),
     "LoRA, 5 volumes, half the rate, 160 steps": Row(5, rate=1e-3, steps=160),
+    "LoRA, 5 volumes, half of the slices at random": Row(5, random_share=0.5),
 }
 """In the order in which they are run, seed after seed."""
 
@@ -333,6 +337,7 @@ class Bench:
             kind="full" if row.kind == "full" else "lora", lora=LoraSettings(setup.rank, 2.0 * setup.rank), steps=row.steps or setup.steps,
             learning_rate=row.rate or (setup.full_rate if row.kind == "full" else setup.lora_rate), batch_size=setup.batch_size,
             validate_every=setup.validate_every, patience=setup.patience, bias_field=row.bias_field, num_proposals=1, seed=seed,
+            random_share=AdaptConfig.random_share if row.random_share is None else row.random_share,
         )  # fmt: skip
         gate: list[float] = []
 

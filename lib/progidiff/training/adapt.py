@@ -79,6 +79,8 @@ class AdaptConfig:
         proposal_steps: Steps of stage 3; 0 leaves it out.
         proposal_rate: Its learning rate.
         num_proposals: K of the consensus that the gate compares.
+        random_share: Share of the slices that are drawn from all annotated ones; the others show a structure that is drawn first. More of
+            them teach where nothing is.
         seed: Run seed.
         precision, accumulate: See `progidiff.training.loop.RunConfig`.
         ema_decay: Of the averaged weights.
@@ -98,6 +100,7 @@ class AdaptConfig:
     proposal_steps: int = 0
     proposal_rate: float = 1e-3
     num_proposals: int = 4
+    random_share: float = 0.15
     seed: int = 0
     precision: Precision = "auto"
     accumulate: int = 1
@@ -116,7 +119,7 @@ class AdaptConfig:
         ranges: dict[str, tuple[float, float]] = {
             "steps": (1, 100_000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 256), "validate_every": (1, 10_000), "patience": (1, 1000),
             "augmentation": (0, 3), "bias_field": (0, 2), "proposal_steps": (0, 100_000), "proposal_rate": (1e-7, 1.0), "num_proposals": (1, 16),
-            "keep": (0, 100), "seed": (0, 2**62), "accumulate": (1, 1024), "ema_decay": (0, 0.999999),
+            "keep": (0, 100), "random_share": (0, 1), "seed": (0, 2**62), "accumulate": (1, 1024), "ema_decay": (0, 0.999999),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -653,7 +656,7 @@ class _Run:
             nonlocal position
             position = step + 1
             rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-            chosen = training.draw_balanced(config.batch_size, rng)
+            chosen = training.draw_balanced(config.batch_size, rng, config.random_share)
             images, labels = training.read(chosen)
             images, labels = augment(images, labels, generator, config.augmentation, config.bias_field or 0.0)
             features = branch.encode_slices(images.to(device))

@@ -73,8 +73,8 @@ class TextDiffTrainConfig(RunConfig):
     precision: Precision = "auto"
     name: str = "textdiff"
     classes: tuple[str, ...] = ("foreground",)
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=300, learning_rate=2e-3, warmup=20, ema_decay=0.98, checkpoint_every=100))
-    features: FeatureOptions = field(default_factory=FeatureOptions)
+    schedule: Schedule = field(default_factory=lambda: Schedule(steps=300, learning_rate=5e-3, warmup=20, ema_decay=0.98, checkpoint_every=100))
+    features: FeatureOptions = field(default_factory=lambda: FeatureOptions(own_scale=True))
     head: HeadOptions = field(default_factory=HeadOptions)
     use_text: bool = True
     crop: Annotated[int, Range(8, 4096)] = 128

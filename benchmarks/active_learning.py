@@ -142,7 +142,7 @@ CT_STRUCTURES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver"
 
 SETUPS = {
     "mr": Setup("mr", ("liver", "spleen", "right kidney", "left kidney"), pool_volumes=6, query=6, bias_field=0.3),
-    "contrast": Setup("contrast", CT_STRUCTURES, pool_volumes=8, query=6, inverted=True),
+    "contrast": Setup("contrast", CT_STRUCTURES, pool_volumes=8, query=6, steps=80, learning_rate=2e-3, candidates=32, inverted=True),
     "ct": Setup(
         "ct",
         CT_STRUCTURES,

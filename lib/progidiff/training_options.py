@@ -18,7 +18,7 @@ DESCRIPTIONS = {
     "textdiff": "Head on frozen diffusion features for pictures with a sentence, from a few accepted labels; the better version is served",
 }
 
-_LEARNING_RATES = {"progidiff": 3e-4, "progidiff_adapt": 2e-3, "textdiff": 2e-3}
+_LEARNING_RATES = {"progidiff": 3e-4, "progidiff_adapt": 2e-3, "textdiff": 5e-3}
 _HEAD_DEFAULTS = {"steps": 300, "batch_size": 8}
 """Where `textdiff` differs."""
 

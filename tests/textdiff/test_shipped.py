@@ -25,7 +25,7 @@ def test_the_served_head_is_the_one_that_is_loaded_by_default():
     assert load_textdiff_card(find_version(None)).full_name == f"nuclei@{store.current('nuclei')}"
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 def test_a_shipped_head_finds_what_looks_like_nuclei(version: int):
     model = load_textdiff(default_folder() / "nuclei" / str(version), "cpu")
     picture, truth = draw_tissue(0)

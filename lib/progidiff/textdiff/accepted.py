@@ -72,7 +72,7 @@ class AcceptedConfig:
     """
 
     steps: int = 300
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     batch_size: int = 8
     crop: int = 128
     views: int = 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +14,11 @@ import torch
 
 from progidiff.adapters import AdapterStore
 from progidiff.annotations import AnnotationStore
+from progidiff.errors import ModelError
 from progidiff.lora import LoraSettings
 from progidiff.reservations import Reservations
+from progidiff.server import loop
+from progidiff.server.scoring import PoolScorer
 from progidiff.server.selection import NO_IMAGES, Selection
 from progidiff.slice_scores import SliceScoreStore
 from test_slice_scores import make_entry
@@ -126,3 +131,89 @@ def test_an_image_that_is_wholly_labelled_is_not_queued(tmp_path: Path, slices: 
     pool = Pool(tmp_path)
     pool.label("a", slices)
     assert [entry["image"] for entry in pool.selection.queue()] == ["b"]
+
+
+class Look:
+    """What a starting server reads and puts together, and in which thread; and its scorer, which finds a training running."""
+
+    def __init__(self, pool: Pool, score_pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.events: list[str] = []
+        self.threads: set[str] = set()
+        self.is_scoring = threading.Event()
+        self._record("progidiff.slice_scores.safe_open", "read", monkeypatch)
+        self._record("progidiff.server.selection.build_pool", "build", monkeypatch)
+        scorer = PoolScorer(None, None, pool.selection._scores, is_training=self._note_scoring)  # type: ignore[arg-type]
+        self.context: Any = SimpleNamespace(
+            scorer=scorer,
+            selection=pool.selection,
+            retraining=SimpleNamespace(resume=lambda: None),
+            options=SimpleNamespace(score_pool=score_pool),
+        )
+        monkeypatch.setattr(loop, "_running", [])
+
+    def _record(self, where: str, event: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        module, name = where.rsplit(".", 1)
+        real = getattr(sys.modules[module], name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.events.append(event)
+            self.threads.add(threading.current_thread().name)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(where, call)
+
+    def _note_scoring(self) -> bool:
+        self.events.append("score")
+        self.is_scoring.set()
+        return True
+
+    def start(self) -> None:
+        loop.start(self.context, "")
+        for thread in threading.enumerate():
+            if thread.name == "progidiff-first-look":
+                thread.join(20)
+        if self.context.options.score_pool == "on":
+            assert self.is_scoring.wait(20)
+            self.context.scorer.stop()
+
+
+@pytest.mark.parametrize(("score_pool", "thread"), [("on", "progidiff-scorer"), ("off", "progidiff-first-look")])
+def test_a_server_that_starts_puts_the_pool_together_in_the_background_before_it_scores_and_before_anybody_asks(
+    tmp_path: Path, score_pool: str, thread: str, monkeypatch: pytest.MonkeyPatch
+):
+    pool = Pool(tmp_path)
+    look = Look(pool, score_pool, monkeypatch)
+    look.start()
+    assert look.events == ["read", "read", "build", *(["score"] if score_pool == "on" else [])]
+    assert look.threads == {thread}  # starting waits for none of it
+    assert pool.selection.reservations.all() == {}
+    look.events.clear()
+    assert pool.selection.next("anna")["scores_from"] == "base@1"
+    assert look.events == []
+
+
+def test_a_pool_that_cannot_be_put_together_stops_neither_the_scorer_nor_the_first_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(modality: str) -> str:
+        raise ModelError("there is no model")
+
+    pool = Pool(tmp_path)
+    monkeypatch.setattr(pool.selection, "_wanted_version", fail)
+    look = Look(pool, "on", monkeypatch)
+    look.start()
+    assert look.events == ["read", "read", "score"]
+    assert "ModelError: there is no model" in caplog.text
+    monkeypatch.setattr(pool.selection, "_wanted_version", lambda modality: "base@1")
+    assert pool.selection.next("anna")["image"] in ("a", "b")  # the lock is free, and the answer is there
+
+
+def test_without_scores_a_starting_server_does_not_look_at_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pool = Pool(tmp_path, ())
+    look = Look(pool, "off", monkeypatch)
+    datastore = pool.selection._app.datastore()
+    monkeypatch.setattr(pool.selection._app, "datastore", lambda: look.events.append("list") or datastore)
+    look.start()
+    assert look.events == []  # behind an address it takes a while
+    assert pool.selection.next("anna")["message"] == NO_IMAGES
+    assert "list" in look.events

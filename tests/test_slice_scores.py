@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from progidiff.acquisition import ImageScores
 from progidiff.errors import StoreError
@@ -116,3 +119,28 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="could not be kept"):
         SliceScoreStore(tmp_path / "file").save(make_entry())
+
+
+def test_two_threads_that_go_through_the_pool_at_once_read_no_file_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for number, name in enumerate(("a", "b")):
+        SliceScoreStore(tmp_path).save(make_entry(name, seed=number))
+    store = SliceScoreStore(tmp_path)
+    read: list[Path] = []
+    another = threading.Event()
+
+    def open_slowly(path: Path, **options: Any) -> Any:
+        read.append(path)
+        if len(read) > 1:
+            another.set()
+        another.wait(0.5)  # the other thread's chance to open the same file
+        return safe_open(path, **options)
+
+    monkeypatch.setattr("progidiff.slice_scores.safe_open", open_slowly)
+    found: list[list[ScoredImage]] = []
+    threads = [threading.Thread(target=lambda: found.append(store.load_all())) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert sorted(read) == sorted(tmp_path.rglob("*.safetensors"))
+    assert {id(entry) for entry in found[0]} == {id(entry) for entry in found[1]}

@@ -81,6 +81,7 @@ class SliceScoreStore:
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
         self._lock = threading.RLock()
+        self._reading = threading.Lock()
         self._known: dict[Path, tuple[tuple[int, int], ScoredImage]] = {}
 
     def save(self, entry: ScoredImage) -> None:
@@ -175,6 +176,13 @@ class SliceScoreStore:
             known = self._known.get(path)
         if known is not None and known[0] == stamp:
             return known[1]
+        # One file at a time: of two threads that go through the pool at once, as when a server starts, none reads what the other has read.
+        with self._reading:
+            with self._lock:
+                known = self._known.get(path)
+            return known[1] if known is not None and known[0] == stamp else self._open(path, stamp)
+
+    def _open(self, path: Path, stamp: tuple[int, int]) -> ScoredImage | None:
         try:
             with safe_open(path, framework="numpy") as file:
                 header = json.loads(file.metadata()["progidiff"])

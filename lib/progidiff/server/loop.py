@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 from progidiff.acquisition import STRATEGIES, AcquisitionConfig
@@ -75,12 +76,17 @@ def build(context: Context) -> None:
 
 
 def start(context: Context, studies: str) -> None:
-    """Begin to score in the background and continue an interrupted training, if the options say so. The scorer of a reloaded app ends."""
+    """Begin to score in the background and continue an interrupted training, if the options say so. The scorer of a reloaded app ends.
+
+    Scores that are on disk are read ahead of the first request, in the background too: the server is ready without them.
+    """
     for scorer in _running:
         scorer.stop()
     _running[:] = [context.scorer]
     if context.options.score_pool == "on" or (context.options.score_pool == "auto" and is_folder(studies)):
-        context.scorer.start()
+        context.scorer.start(first=context.selection.prepare)  # in one thread: both read the same files
+    else:
+        threading.Thread(target=context.selection.prepare, name="progidiff-first-look", daemon=True).start()
     context.retraining.resume()
 
 

@@ -100,11 +100,15 @@ class PoolScorer:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Begin; no effect if it runs."""
+    def start(self, first: Callable[[], None] = lambda: None) -> None:
+        """Begin; no effect if it runs.
+
+        Args:
+            first: What the thread does before it scores; must not raise.
+        """
         if self._thread is None:
             self._state = "waiting"
-            self._thread = threading.Thread(target=self._run, name="progidiff-scorer", daemon=True)
+            self._thread = threading.Thread(target=self._run, args=(first,), name="progidiff-scorer", daemon=True)
             self._thread.start()
             # A daemon thread inside the network when the interpreter ends takes the process down with a crash.
             atexit.register(self.stop)
@@ -329,7 +333,8 @@ class PoolScorer:
     def _note(self, image: str, done: int, total: int) -> None:
         self._current = (image, done, total)
 
-    def _run(self) -> None:
+    def _run(self, first: Callable[[], None]) -> None:
+        first()  # at full priority: it takes locks that requests need
         with contextlib.suppress(AttributeError, OSError):  # threads have a priority of their own on Linux only
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while not self._stop.is_set():

@@ -122,6 +122,18 @@ class Selection:
         self._finished: dict[str, int] = {}
         self._pool: tuple[tuple[ScoredImage, ...], Pool] = ((), build_pool([]))
 
+    def prepare(self) -> None:
+        """Read the scores and put the pool together before anybody asks; a server calls it from a thread of its own when it starts.
+
+        Changes nothing, reserves nothing and never raises: what fails here is told to the first who asks.
+        """
+        try:
+            # The files are read outside the lock: who asks meanwhile reads on where this is.
+            if self._scores.load_all():
+                self.queue(1)
+        except Exception as err:  # without it the first answer is slow, nothing else
+            logger.warning("The pool could not be put together ahead of the first request: %s: %s", type(err).__name__, err)
+
     def next(self, client: str, strategy: str = "random", count: int = SLICES_PER_IMAGE, user: str = "") -> dict[str, Any]:
         """The image that a client should work on, reserved for it.
 

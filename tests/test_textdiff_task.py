@@ -270,7 +270,7 @@ def test_a_full_memory_is_a_reason_to_try_later(tmp_path: Path, monkeypatch: pyt
 
 def test_without_a_folder_of_models_nothing_is_imported_and_the_cure_is_named(tmp_path: Path):
     engine = TextDiffEngine(tmp_path / "nothing")
-    assert (engine.names(), engine.label_ids(), engine.count_trained()) == ([], {}, 0)
+    assert (engine.names(), engine.label_ids()) == ([], {})
     with pytest.raises(ModelError, match="There are no weights for textdiff in .* --conf textdiff; progidiff works without"):
         engine.pick()
 

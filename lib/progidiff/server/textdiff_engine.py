@@ -60,13 +60,6 @@ class TextDiffEngine:
             logger.warning("The textdiff models in '%s' cannot be listed: %s", self.root, err)
             return []
 
-    def count_trained(self) -> int:
-        """Versions beyond the first of every model: how often one was trained further. Never raises."""
-        try:
-            return sum(max(0, len(entry.versions) - 1) for entry in self.entries())
-        except (ProGiDiffError, OSError):
-            return 0
-
     def pick(self, wanted: str | None = None) -> TextDiffCard:
         """The version that answers.
 

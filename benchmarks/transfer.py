@@ -66,7 +66,6 @@ MAIN = (
     "LoRA, 5 volumes",
     "full, 5 volumes",
     *WIDER,
-    "LoRA, 5 volumes, half the rate, 160 steps",
     "LoRA, 5 volumes, half of the slices at random",
 )
 CROSSED = ("unadapted", "LoRA, 5 volumes, no shading", "LoRA, 5 volumes", "LoRA, 5 volumes, strong shading", *WIDER)
@@ -84,7 +83,6 @@ class Row:
         fields: Whether it is tested under shading too.
         proposals: Whether proposals are computed at the test, or the evidence alone.
         headroom: See `ConditioningConfig.mr_headroom`.
-        rate, steps: Instead of those of the setup; None for these.
         random_share: See `AdaptConfig`; None for its default.
     """
 
@@ -95,8 +93,6 @@ class Row:
     fields: bool = False
     proposals: bool = True
     headroom: float = 1.0
-    rate: float | None = None
-    steps: int | None = None
     random_share: float | None = None
 
 
@@ -112,7 +108,6 @@ ROWS: Mapping[str, Row] = {
     "LoRA, 5 volumes, wider window": Row(5, fields=True, headroom=4.0),
     "LoRA, 5 volumes, no shading": Row(5, bias_field=0.0, fields=True, proposals=False),
     "LoRA, 5 volumes, strong shading": Row(5, bias_field=0.8, fields=True, proposals=False),
-    "LoRA, 5 volumes, half the rate, 160 steps": Row(5, rate=1e-3, steps=160),
     "LoRA, 5 volumes, half of the slices at random": Row(5, random_share=0.5),
 }
 """In the order in which they are run, seed after seed."""
@@ -334,8 +329,8 @@ class Bench:
         setup = self.setup
         model_dir, _, base = self.load_base(row.headroom)
         config = AdaptConfig(
-            kind="full" if row.kind == "full" else "lora", lora=LoraSettings(setup.rank, 2.0 * setup.rank), steps=row.steps or setup.steps,
-            learning_rate=row.rate or (setup.full_rate if row.kind == "full" else setup.lora_rate), batch_size=setup.batch_size,
+            kind="full" if row.kind == "full" else "lora", lora=LoraSettings(setup.rank, 2.0 * setup.rank), steps=setup.steps,
+            learning_rate=setup.full_rate if row.kind == "full" else setup.lora_rate, batch_size=setup.batch_size,
             validate_every=setup.validate_every, patience=setup.patience, bias_field=row.bias_field, num_proposals=1, seed=seed,
             random_share=AdaptConfig.random_share if row.random_share is None else row.random_share,
         )  # fmt: skip

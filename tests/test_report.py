@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from progidiff.report import build_report, count_rounds, find_served, format_htm
 from progidiff.slice_scores import SliceScoreStore
 from progidiff.versions import VersionStore
 from test_slice_scores import make_entry
+
+by_disagreement = partial(list_queue, strategy="proposal_disagreement")
 
 
 @pytest.fixture
@@ -78,7 +81,7 @@ def test_the_report_counts_slices_dice_changes_and_minutes(studies: Path, adapte
 
 def test_the_queue_leaves_out_annotated_slices_and_images_that_are_gone(studies: Path):
     annotations = AnnotationStore(studies / ".progidiff" / "annotations")
-    queue = list_queue(SliceScoreStore(studies / ".progidiff" / "scores"), annotations, ["a", "b"])
+    queue = by_disagreement(SliceScoreStore(studies / ".progidiff" / "scores"), annotations, ["a", "b"])
     assert sorted(entry["image"] for entry in queue) == ["a", "b"]
     of_a = next(entry for entry in queue if entry["image"] == "a")
     assert {item["index"] for item in of_a["slices"]} == {0, 3, 5, 6}
@@ -178,7 +181,9 @@ def test_a_folder_of_pictures_has_a_curve_and_an_advice(tmp_path: Path):
 def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(studies: Path):
     annotations, scores = AnnotationStore(studies / ".progidiff" / "annotations"), SliceScoreStore(studies / ".progidiff" / "scores")
     scores.save(make_entry("a", "ct-base@1+ct@1", created=2.0, seed=5))  # made by a version that is not served any more
-    versions = {entry["image"]: entry["scores_from"] for entry in list_queue(scores, annotations, ["a", "b"], wanted=lambda modality: "ct-base@1")}
+    versions = {
+        entry["image"]: entry["scores_from"] for entry in by_disagreement(scores, annotations, ["a", "b"], wanted=lambda modality: "ct-base@1")
+    }
     assert versions == {"a": "ct-base@1", "b": "ct-base@1"}
     settled = AcquisitionConfig(noise=False)
     plain = list_queue(scores, annotations, ["a", "b"], strategy="entropy", config=settled)
@@ -189,7 +194,7 @@ def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(stud
     for number, image in enumerate(many):
         scores.save(make_entry(image, "ct-base@1", seed=number))
     noisy, later, without = (
-        [entry["image"] for entry in list_queue(scores, annotations, many, 30, config=config, rounds=rounds)]
+        [entry["image"] for entry in by_disagreement(scores, annotations, many, 30, config=config, rounds=rounds)]
         for config, rounds in ((None, None), (None, {"CT": 50}), (settled, None))
     )
     assert noisy != without
@@ -239,7 +244,7 @@ def test_a_damaged_version_is_named_and_the_rest_is_told(studies: Path, adapters
 
 def test_the_page_shows_everything_and_escapes_it(studies: Path, adapters: AdapterStore):
     annotations = AnnotationStore(studies / ".progidiff" / "annotations")
-    queue = list_queue(SliceScoreStore(studies / ".progidiff" / "scores"), annotations, ["a", "b"])
+    queue = by_disagreement(SliceScoreStore(studies / ".progidiff" / "scores"), annotations, ["a", "b"])
     page = format_html(build_report(annotations, adapters, queue))
     assert "&lt;better&gt;" in page
     assert "<better>" not in page

@@ -30,6 +30,7 @@ def serve(folder: Path, model: Path) -> Iterator[Server]:
     """The same server on the same folders, again and again."""
     conf = ("model_dir", str(model), "device", "cpu", "score_pool", "on", "score_prompt", "liver", "adapters", str(folder / "adapters"))
     conf += ("retrain_after", "8", "retrain_params", "steps=6,validate_every=2,batch_size=2,name=ct", "acquisition", "noise=off")
+    conf += ("next_strategy", "proposal_disagreement")
     if not (folder / "app").is_dir():
         copy_app(folder)
     with run_server(folder / "studies", folder / "app", folder / "server.log", *conf) as running:

@@ -72,10 +72,10 @@ def test_scored_proposals_answer_the_first_request_at_once(server: Server, score
 
 
 def test_the_next_sample_names_slices_with_scores_structures_and_reasons(server: Server, scored: dict[str, Any]):
-    answer = ask(server, client_id="anna")
+    answer = ask(server, "proposal_disagreement", client_id="anna")
     assert Path(answer["path"]).name == f"{answer['id']}.nii.gz"
     assert answer["name"] == f"{answer['id']}.nii.gz"  # what the datastore knows is there as in the stock answer
-    assert answer["strategy"]["random"]["client_id"] == "anna"
+    assert answer["strategy"]["proposal_disagreement"]["client_id"] == "anna"
     assert answer["scores_from"] == "tiny@1"
     assert answer["modality"] == "CT"
     indices = [entry["index"] for entry in answer["slices"]]

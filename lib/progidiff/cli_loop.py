@@ -12,7 +12,7 @@ import typer
 
 from progidiff.clean_up import check_clean_up
 from progidiff.errors import RequestError
-from progidiff.options import DEFAULT_CLEAN_UP
+from progidiff.options import DEFAULT_CLEAN_UP, DEFAULT_STRATEGY
 
 StudiesOption = Annotated[Path, typer.Option(help="Folder of images, as `progidiff serve` serves it.", show_default=False)]
 ModelFolderOption = Annotated[
@@ -112,7 +112,7 @@ def report(
     textdiff: Annotated[
         Path | None, typer.Option(help="Folder of the models for pictures. Default: textdiff/ in the model folder.", show_default=False)
     ] = None,
-    next_strategy: Annotated[str, typer.Option(help="As the server's --conf next_strategy.")] = "proposal_disagreement",
+    next_strategy: Annotated[str, typer.Option(help="As the server's --conf next_strategy.")] = DEFAULT_STRATEGY,
     acquisition: Annotated[str, typer.Option(help="As the server's --conf acquisition, for example noise=off.")] = "",
 ) -> None:
     """Say what annotating has brought: Dice against annotated slices, unchanged masks, minutes per slice, what is next, when to stop."""

@@ -27,6 +27,9 @@ DISAGREEMENT = "disagreement"
 DEFAULT_CLEAN_UP = SMALL
 """What the command line and the server drop from proposals unless told otherwise; benchmarks/notes.md says why."""
 
+DEFAULT_STRATEGY = "foreground_random"
+"""How slices are chosen where nobody says how: what did best in ``benchmarks/active_learning.py``, see the README."""
+
 AUTO = "auto"
 NONE = "none"
 """What the option adapter may be beside the names of adapters: chosen by modality, or the model itself."""
@@ -209,7 +212,7 @@ class ServerOptions:
     score_pool: str = "auto"
     score_prompt: str = "all"
     reserve_minutes: float = 30.0
-    next_strategy: str = "proposal_disagreement"
+    next_strategy: str = DEFAULT_STRATEGY
     training_nice: int = 5
     acquisition: str = ""
     retrain_after: int = 0

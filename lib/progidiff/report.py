@@ -16,6 +16,7 @@ from progidiff.adapters import AdapterCard, AdapterStore, compute_base_digest
 from progidiff.annotations import Annotation, AnnotationStore
 from progidiff.errors import ModelError, NotFoundError
 from progidiff.model_files import load_card
+from progidiff.options import DEFAULT_STRATEGY
 from progidiff.picture_grid import PICTURE
 from progidiff.retrain import CurvePoint, advise
 from progidiff.slice_scores import SliceScoreStore, name_version
@@ -88,7 +89,7 @@ def list_queue(
     annotations: AnnotationStore,
     images: Collection[str],
     limit: int = 20,
-    strategy: str = "proposal_disagreement",
+    strategy: str = DEFAULT_STRATEGY,
     config: AcquisitionConfig | None = None,
     wanted: Callable[[str], str] = lambda modality: "",
     rounds: Mapping[str, int] | None = None,

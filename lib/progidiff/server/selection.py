@@ -29,6 +29,7 @@ from progidiff.acquisition import (
 )
 from progidiff.annotations import AnnotationStore
 from progidiff.errors import ImageError, NotFoundError, RequestError
+from progidiff.options import DEFAULT_STRATEGY
 from progidiff.picture_grid import PICTURE, is_picture, read_picture_grid
 from progidiff.report import count_rounds, list_versions
 from progidiff.reservations import Reservations
@@ -100,7 +101,7 @@ class Selection:
         failures: Callable[[], Mapping[str, str]],
         fingerprint: Callable[[str], str],
         config: AcquisitionConfig | None = None,
-        default: str = "proposal_disagreement",
+        default: str = DEFAULT_STRATEGY,
         reserve_minutes: float = 30.0,
         textdiff: Callable[[], VersionStore[Any] | None] = lambda: None,
     ) -> None:

@@ -16,6 +16,15 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from watchdog.events import (
+    FileClosedEvent,
+    FileClosedNoWriteEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileOpenedEvent,
+)
 
 from conftest import write_phantom
 from progidiff.annotations import AnnotationStore
@@ -495,3 +504,26 @@ def test_an_annotation_store_without_a_datastore_still_sees_labels_made_elsewher
     assert store.annotated_images() == {"x": None}
     assert store.annotated_slices("x") is None
     assert store.annotated_slices("y") == frozenset()
+
+
+def test_files_that_are_only_read_do_not_keep_the_watcher_busy(studies: Path, monkeypatch: pytest.MonkeyPatch):
+    state = studies / ".progidiff"
+    monkeypatch.setattr(module, "_claim", lambda folder: None)  # it belongs to the process and not to a test
+    watching = SafeLocalDatastore(str(studies), state, open_annotations(state, str(studies)), serves=True, auto_reload=True)
+    watching._observer.stop()
+    watching._observer.join(20)
+    matched: list[str] = []
+    handled: list[str] = []
+    is_included = watching._handler.is_included
+    monkeypatch.setattr(watching._handler, "is_included", lambda path: matched.append(path) or is_included(path))
+    for name in ("created", "deleted", "modified", "moved"):
+        monkeypatch.setattr(watching._handler, f"on_{name}", lambda event: handled.append(event.event_type))
+    image, score = str(studies / "one.nii.gz"), str(state / "scores" / "base@1" / "one.safetensors")
+    for file in (image, score):
+        for read in (FileOpenedEvent(file), FileClosedNoWriteEvent(file), FileClosedEvent(file)):
+            watching._handler.dispatch(read)
+    assert (matched, handled) == ([], [])
+    for change in (FileCreatedEvent, FileDeletedEvent, FileModifiedEvent):
+        watching._handler.dispatch(change(image))
+    watching._handler.dispatch(FileMovedEvent(score, image))
+    assert handled == ["created", "deleted", "modified", "moved"]

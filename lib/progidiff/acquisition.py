@@ -144,7 +144,7 @@ class AcquisitionConfig:
     beta_first: float = 1.0
     beta_last: float = 10.0
     rounds: int = 5
-    foreground_share: float = 0.66
+    foreground_share: float = 0.33
 
     def check(self) -> None:
         """Refuse settings out of range.
@@ -373,7 +373,7 @@ def weigh_by_foreground(foreground: np.ndarray) -> np.ndarray:
 STRATEGIES: Mapping[str, str] = {
     "proposal_disagreement": "Where the model's own proposals disagree, weighted by what they draw and spread over structures",
     "uniform_random": "Any slice, with equal chances",
-    "foreground_random": "Two thirds of the slices among those where a structure is predicted, the rest anywhere",
+    "foreground_random": "A third of the slices among those where a structure is predicted, the rest anywhere",
     "evenly_spaced": "As far as possible from what is annotated, volume by volume",
     "entropy": "Largest entropy of the mean proposal",
 }

@@ -73,7 +73,7 @@ class World:
         """A server on this folder; the one before must be gone."""
         self._stack = ExitStack()
         options = ("model_dir", str(self.model), "device", "cpu", "textdiff", str(self.heads), "training_nice", "0")
-        options += ("score_pool", "on", "score_prompt", "liver", "acquisition", "noise=off")
+        options += ("score_pool", "on", "score_prompt", "liver", "acquisition", "noise=off", "next_strategy", "proposal_disagreement")
         self.server = self._stack.enter_context(run_server(self.studies, self.app, self.folder / "server.log", *options))
         return self.server
 

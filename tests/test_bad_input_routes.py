@@ -476,7 +476,7 @@ def test_generated_requests_never_meet_an_unexpected_error(server: Server):
 
 
 def test_nothing_of_a_refused_request_stays_in_the_temporary_folder(server: Server):
-    left = [path.name for path in server.temporary.iterdir() if path.name.startswith("progidiff-") or path.suffix in (".nii", ".gz", ".zip", ".py")]
+    left = [path.name for path in server.temporary.rglob("*") if path.name.startswith("progidiff-") or path.suffix in (".nii", ".gz", ".zip", ".py")]
     assert not left
 
 

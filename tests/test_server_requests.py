@@ -189,9 +189,22 @@ def test_no_temporary_file_is_left_behind(server: Server):
     server.infer("plain", {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="json")
     server.infer("broken", {"prompt": "liver"})
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline and list(server.temporary.glob("progidiff-*")):
+    while time.monotonic() < deadline and list(server.temporary.rglob("progidiff-*")):
         time.sleep(0.05)
-    assert not list(server.temporary.glob("progidiff-*"))
+    assert not list(server.temporary.rglob("progidiff-*"))
+
+
+def test_a_client_on_the_same_host_keeps_its_file(server: Server):
+    from monailabel.client import MONAILabelClient
+
+    client = MONAILabelClient(server.url, tmpdir=str(server.temporary))
+    file, _ = client.infer("progidiff", "plain", {"prompt": "liver", "num_proposals": 2, "steps": 1})
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline and list(server.temporary.glob(".progidiff-answers-*/progidiff-*")):
+        time.sleep(0.05)  # until the server has removed its own
+    assert Path(file).parent == server.temporary
+    assert Path(file).is_file()
+    Path(file).unlink()
 
 
 REFUSED: list[tuple[str, dict[str, Any] | str, int, str]] = [

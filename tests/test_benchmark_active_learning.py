@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +14,7 @@ import pytest
 import torch
 from torch.func import functional_call
 
-from conftest import ROOT
+from conftest import load_script
 from progidiff.backbone import Backbone
 from progidiff.lora import LoraSettings, inject_lora
 from progidiff.model_files import load_pipeline
@@ -32,13 +30,7 @@ BOXES = {
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("active_learning", ROOT / "benchmarks" / "active_learning.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("active_learning")
 
 
 @pytest.fixture

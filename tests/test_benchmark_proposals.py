@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from conftest import ROOT
+from conftest import load_script
 from progidiff.engine import Engine
 from progidiff.proposals import compute_pairwise_dice
 from progidiff.results import THRESHOLD
@@ -24,16 +23,6 @@ BOXES = {
     2: (slice(22, 30), slice(6, 14), slice(4, 12)),
     3: (slice(8, 16), slice(15, 21), slice(0, 3)),
 }
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

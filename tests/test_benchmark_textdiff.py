@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT
+from conftest import load_script
 from progidiff.textdiff.data import find_cases
 from progidiff.textdiff.features import DiffusionFeatures, FeatureOptions
 from progidiff.textdiff.pretrain import CropOptions, DenoiserConfig, DenoiserWidths, run_pretrain
@@ -24,13 +22,7 @@ from progidiff.training.loop import Schedule
 
 @pytest.fixture(scope="module")
 def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("textdiff_benchmark", ROOT / "benchmarks" / "textdiff.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("textdiff")
 
 
 def write_pictures(folder: Path, count: int, seed: int, side: int = 96) -> None:

@@ -105,6 +105,7 @@ class SliceScoreStore:
         content = save_safetensors({name: values.astype("float32", order="C") for name, values in tensors.items()}, {"progidiff": json.dumps(header)})
         folder = self.root / _fold(scores.version)
         scratch: Path | None = None
+        is_new = not folder.is_dir()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=_WRITING, dir=folder)
@@ -120,7 +121,9 @@ class SliceScoreStore:
             if scratch is not None:
                 scratch.unlink(missing_ok=True)
             raise StoreError(f"The scores of '{scores.image}' could not be kept in '{self.root}' ({err}). Free some disk space.") from err
-        self._prune(folder)
+        self._sweep(folder)
+        if is_new:  # which versions are too many changes with a new one, not with every image of the pool
+            self._prune(folder)
 
     def load(self, image: str, version: str) -> ScoredImage | None:
         """The scores of an image by a version, or None."""
@@ -211,12 +214,15 @@ class SliceScoreStore:
         with contextlib.suppress(OSError):
             os.replace(path, path.with_name(f"{_DAMAGED}{path.name}"))
 
-    def _prune(self, keep: Path) -> None:
-        """Remove temporary files of processes that died, and versions that were not scored with for longest."""
-        for path in keep.glob(f"{_WRITING}*"):
+    def _sweep(self, folder: Path) -> None:
+        """Remove temporary files of processes that died."""
+        for path in folder.glob(f"{_WRITING}*"):
             with contextlib.suppress(OSError):
                 if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
+
+    def _prune(self, keep: Path) -> None:
+        """Remove the versions that were not scored with for longest, see `KEPT_VERSIONS`."""
         folders = sorted(self._folders(), key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
         if len(folders) <= KEPT_VERSIONS:
             return

@@ -59,7 +59,6 @@ class PictureScorer:
         subject = open_picture(path)
         sentence = self._find_sentence(path)
         key = self._task.make_key(subject, sentence, NUM_DRAWS, card, image)
-        bare = self._task.make_key(subject, None, NUM_DRAWS, card, image)
         known = self._task.load_kept(subject, sentence, card, key)
         if known is None:
             try:
@@ -71,7 +70,7 @@ class PictureScorer:
                             raise
                         logger.warning("'%s' is scored without its sentence: %s", image, err)
                         # Kept as what they are: a request with this sentence is to be refused, not answered from here.
-                        key = bare
+                        key = self._task.make_key(subject, None, NUM_DRAWS, card, image)
                         known = self._task.load_kept(subject, None, card, key) or self._task.propose(subject, None, NUM_DRAWS, card, job)
             except MemoryFullError:
                 raise

@@ -379,6 +379,9 @@ STRATEGIES: Mapping[str, str] = {
 }
 """Names that `pick_slices` knows, and what they do."""
 
+BY_SCORE = ("proposal_disagreement", "entropy")
+"""Those that rank slices by a score; the others go by chance or place."""
+
 
 def pick_slices(
     pool: Pool,
@@ -422,7 +425,7 @@ def pick_slices(
         annotated = {within: annotated[within]} if annotated and within in annotated else None
     draft = _Draft(pool, annotated or {}, excluded, one_per_image)
     rng = np.random.default_rng([seed, round_index, *strategy.encode()])
-    if strategy in ("proposal_disagreement", "entropy"):
+    if strategy in BY_SCORE:
         return _pick_by_score(draft, count, config, round_index, seed, rng)
     if strategy == "evenly_spaced":
         return _pick_evenly(draft, count, seed)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from progidiff.acquisition import AcquisitionConfig, Pick, build_pool, pick_slices, summarise_reasons
+from progidiff.acquisition import BY_SCORE, AcquisitionConfig, Pick, build_pool, pick_slices, summarise_reasons
 from progidiff.adapters import AdapterCard, AdapterStore, compute_base_digest
 from progidiff.annotations import Annotation, AnnotationStore
 from progidiff.errors import ModelError, NotFoundError
@@ -115,7 +115,7 @@ def list_queue(
     pool = build_pool([entry.scores for entry in entries.values()])
     annotated = annotations.annotated_images()
     counts = {entry.modality: (rounds or {}).get(entry.modality, 0) for entry in entries.values()}
-    seed = 0 if strategy in ("proposal_disagreement", "entropy") else annotations.last_sequence()
+    seed = 0 if strategy in BY_SCORE else annotations.last_sequence()
     order = pick_slices(
         pool, limit, strategy, config, annotated=annotated, one_per_image=True, round_index=min(counts.values(), default=0), seed=seed
     )
@@ -136,8 +136,7 @@ def find_served(model_dir: Path, adapters: AdapterStore, textdiff: VersionStore[
     def find(modality: str) -> str:
         try:
             if modality == PICTURE:
-                served = [entry for entry in (textdiff.entries() if textdiff else ()) if entry.current is not None]
-                newest = max(served, key=lambda entry: (entry.published, entry.name), default=None)
+                newest = textdiff.find_newest() if textdiff else None
                 return f"{newest.name}@{newest.current}" if newest else ""
             adapter = adapters.pick_for(modality, compute_base_digest(model_dir))
             return name_version(load_card(model_dir).full_name, adapter.full_name if adapter else "")

@@ -308,6 +308,11 @@ class VersionStore(ABC, Generic[C]):
         """All names; never raises for one that is damaged."""
         return [self.entry(name) for name in self._names()]
 
+    def find_newest(self) -> VersionEntry | None:
+        """Of the names with a served version, the one whose version was published last; None if there is none."""
+        served = [entry for entry in self.entries() if entry.current is not None]
+        return max(served, key=lambda entry: (entry.published, entry.name), default=None)
+
     def entry(self, name: str) -> VersionEntry:
         """One line of `entries`."""
         versions = self._version_numbers(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from progidiff.acquisition import STRATEGIES, AcquisitionConfig
 from progidiff.annotations import Annotation
@@ -16,9 +16,6 @@ from progidiff.server.scoring import PoolScorer
 from progidiff.server.selection import Selection, is_whole
 from progidiff.server.textdiff_scoring import PictureScorer
 from progidiff.slice_scores import SliceScoreStore
-
-if TYPE_CHECKING:  # the package brings diffusers along
-    from progidiff.textdiff.versions import TextDiffStore
 
 _running: list[PoolScorer] = []
 
@@ -42,10 +39,6 @@ def build(context: Context) -> None:
 
         return {image for image, slices in context.annotations.annotated_images().items() if is_whole(slices, count(image))}
 
-    def find_textdiff() -> TextDiffStore | None:
-        engine = context.textdiff.engine
-        return engine.store if engine.root.is_dir() else None  # without models nothing is imported
-
     context.scorer = PoolScorer(
         context.app,
         context.infer,
@@ -67,7 +60,7 @@ def build(context: Context) -> None:
         config,
         options.next_strategy,
         options.reserve_minutes,
-        find_textdiff,
+        context.textdiff.engine.find_store,
     )
     context.retraining = Retraining(context)
     context.on_saved += [lambda annotation: _release(context, annotation), context.retraining.on_saved]

@@ -17,6 +17,7 @@ import numpy as np
 from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.acquisition import (
+    BY_SCORE,
     STRATEGIES,
     AcquisitionConfig,
     Pick,
@@ -50,8 +51,6 @@ NO_IMAGES = "The datastore has no images. Put some into the studies folder, or a
 ALL_RESERVED = (
     "Every image that is not labelled yet is with somebody else. Try again in {minutes:g} minutes at the latest, or skip ahead in the queue."
 )
-
-_BY_SCORE = ("proposal_disagreement", "entropy")
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ class Selection:
         """The images that may be given, best first: `limit` of them by one look at the pool, then the others."""
         free = survey.open - set(excluded) - self._find_unreadable().keys()
         given: set[str] = set()
-        if strategy in _BY_SCORE or (strategy == "foreground_random" and len(survey.pool)):
+        if strategy in BY_SCORE or (strategy == "foreground_random" and len(survey.pool)):
             while True:
                 picks = pick_slices(
                     survey.pool,
@@ -356,7 +355,7 @@ class Selection:
 
     def _seed(self, strategy: str) -> int:
         """Chance changes with every label that is saved; the scored strategies have a noise of their own that changes with the model."""
-        return 0 if strategy in _BY_SCORE else self._annotations.last_sequence()
+        return 0 if strategy in BY_SCORE else self._annotations.last_sequence()
 
     def _find_skipped(self, user: str) -> set[str]:
         """What the user, or somebody without a name, set aside and nobody labelled since."""

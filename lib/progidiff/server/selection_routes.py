@@ -69,8 +69,7 @@ def build_router() -> APIRouter:
         context = get_context()
         kind = read_choice(format, "format", ("json", "html"))
         queue = context.selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
-        engine = context.textdiff.engine
-        textdiff = engine.store if engine.root.is_dir() else None
+        textdiff = context.textdiff.engine.find_store()
         report = build_report(context.annotations, context.infer.engine.adapters, queue, context.options.retrain_after or BATCH, textdiff)
         return HTMLResponse(format_html(report)) if kind == "html" else JSONResponse(report)
 

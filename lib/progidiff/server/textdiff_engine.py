@@ -52,6 +52,10 @@ class TextDiffEngine:
 
         return TextDiffStore(self.root)
 
+    def find_store(self) -> TextDiffStore | None:
+        """The versions; None without a folder of them, and nothing is imported then."""
+        return self.store if self.root.is_dir() else None
+
     def names(self) -> list[str]:
         """The models that there are; never raises."""
         try:
@@ -78,11 +82,10 @@ class TextDiffEngine:
             )
         if wanted is not None:
             return self.store.find(wanted)
-        served = [entry for entry in entries if entry.current is not None]
-        if not served:
+        newest = self.store.find_newest()
+        if newest is None:
             there = ", ".join(f"{entry.name}@{version}" for entry in entries for version in entry.versions)
             raise ModelError(f"No textdiff model is published. Ask for one by number with option version ({there}), or publish one.")
-        newest = max(served, key=lambda entry: (entry.published, entry.name))
         return self.store.find(newest.name)
 
     def describe(self) -> dict[str, Any]:
@@ -128,7 +131,8 @@ class TextDiffEngine:
 
     def entries(self) -> list[VersionEntry]:
         """What is on disk; without a folder nothing is imported either."""
-        return self.store.entries() if self.root.is_dir() else []
+        store = self.find_store()
+        return [] if store is None else store.entries()
 
     def _load(self, card: TextDiffCard) -> TextDiffModel:
         key = f"{card.full_name} {card.sha256}"

@@ -372,8 +372,8 @@ def _find_served(store: TextDiffStore, name: str | None) -> TextDiffCard | None:
         store.check_name(name)
         current = store.current(name)
         return None if current is None else store.card(name, current)
-    served = [entry for entry in store.entries() if entry.current is not None]
-    return store.find(max(served, key=lambda entry: (entry.published, entry.name)).name) if served else None
+    newest = store.find_newest()
+    return store.find(newest.name) if newest else None
 
 
 def _find_denoiser(store: TextDiffStore, root: Path) -> Path:

@@ -294,8 +294,7 @@ class Bench:
 
     def find_cell(self, name: str, row: Row, seed: int) -> Path:
         """Where a (row, seed) is kept."""
-        given = {key: value for key, value in asdict(row).items() if value is not None or key == "slices"}
-        return self.folder / f"{hashlib.sha256(f'{name} {given}'.encode()).hexdigest()[:12]}-{seed}.json"
+        return self.folder / f"{hashlib.sha256(f'{name} {asdict(row)}'.encode()).hexdigest()[:12]}-{seed}.json"
 
     def run_cell(self, name: str, row: Row, seed: int) -> dict[str, Any]:
         """Train and test one (row, seed), or read what it gave before."""

@@ -629,6 +629,10 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, len(results), figsize=(6 * len(results), 4.2), squeeze=False)
+    # A strategy has one colour in all panels, whichever others are there: plain ones first, parts of ours after them.
+    ordered = sorted(STRATEGIES, key=lambda name: name.startswith("ours,"))
+    colors = dict(zip(ordered, [f"C{n}" for n in range(10)] + ["black", "gold"], strict=True))
+    lines: dict[str, Any] = {}
     for axis, result in zip(axes[0], results, strict=True):
         seeds = [curves for curves in result["curves"].values() if "ours" in curves]
         for name in STRATEGIES:
@@ -638,11 +642,12 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
                 y = np.mean([[point["dice"] for point in curve] for curve in curves], axis=0)
                 ours = name == "ours"
                 style = ":" if name.startswith("ours,") else "-"
-                axis.plot(x, y, label=name, linewidth=2.5 if ours else 1.2, linestyle=style, zorder=3 if ours else 2)
+                (lines[name],) = axis.plot(x, y, color=colors[name], linewidth=2.5 if ours else 1.2, linestyle=style, zorder=3 if ours else 2)
         title = f"{result['setup']['task'].upper()}, mean of {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
         axis.set(xlabel="annotated slices", ylabel="Dice of the evidence on test volumes", title=title)
         axis.grid(alpha=0.3)
-    axes[0][-1].legend(fontsize=7)
+    shown = [name for name in ordered if name in lines]
+    axes[0][-1].legend([lines[name] for name in shown], shown, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

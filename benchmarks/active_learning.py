@@ -54,20 +54,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from progidiff.acquisition import AcquisitionConfig, ImageScores, build_pool, compute_scores, pick_slices
-from progidiff.adapters import compute_base_digest
-from progidiff.backbone import Backbone
-from progidiff.conditioning import ConditioningBranch, SliceFeatures
-from progidiff.lora import LoraSettings, inject_lora
-from progidiff.model_files import ModelCard, load_pipeline
-from progidiff.pipeline import ProposalPipeline
+from progidiff.active_learning.settings import AcquisitionConfig
+from progidiff.active_learning.strategies import ImageScores, build_pool, compute_scores, pick_slices
+from progidiff.images.volume import read_grid
+from progidiff.model.adapters import compute_base_digest
+from progidiff.model.backbone import Backbone
+from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
+from progidiff.model.folder import ModelCard, load_pipeline
+from progidiff.model.lora import LoraSettings, inject_lora
+from progidiff.model.pipeline import ProposalPipeline
 from progidiff.training.adapt import measure_dice
-from progidiff.training.data import SliceCache, augment, list_cases
-from progidiff.training.evidence import PhraseTable
+from progidiff.training.dice_tally import one_hot
+from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.losses import compute_evidence_loss
-from progidiff.training.scores import one_hot
-from progidiff.training.selection import restrict_cache
-from progidiff.volume import read_grid
+from progidiff.training.slice_cache import SliceCache, augment, list_cases
+from progidiff.training.split import restrict_cache
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +87,7 @@ STRATEGIES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "evenly spaced": ("evenly_spaced", {}),
     "entropy": ("entropy", {}),
 }
-"""Name in the tables -> strategy and settings of `progidiff.acquisition`."""
+"""Name in the tables -> strategy and settings of `progidiff.active_learning.strategies`."""
 
 FORMAT = 3
 """Of the work folder; raised when a change of this script changes the figures."""

@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from progidiff.codec import encode_pictures
-from progidiff.pipeline import ProposalPipeline
-from progidiff.training.data import SliceCache, augment
-from progidiff.training.evidence import PhraseTable
+from progidiff.model.codec import encode_pictures
+from progidiff.model.pipeline import ProposalPipeline
+from progidiff.training.dice_tally import one_hot
+from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.loop import AveragedWeights, derive_seed, named_parameters
 from progidiff.training.losses import ProposalLosses, compute_mask_loss
-from progidiff.training.proposals import ProposalOptions, decode_crops, draw_pairs
-from progidiff.training.scores import one_hot
+from progidiff.training.proposal_stage import ProposalOptions, decode_crops, draw_pairs
+from progidiff.training.slice_cache import SliceCache, augment
 
 
 class ChannelDropout(nn.Module):

@@ -10,10 +10,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from progidiff.backbone import Backbone
-from progidiff.model_files import load_card
-from progidiff.training.data import SliceCache, list_cases
-from progidiff.training.pretrain import compute_codec_ceiling
+from progidiff.model.backbone import Backbone
+from progidiff.model.folder import load_card
+from progidiff.training.backbone_stages import compute_codec_ceiling
+from progidiff.training.slice_cache import SliceCache, list_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -43,14 +43,14 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from progidiff import visuals
-from progidiff.engine import Engine
 from progidiff.errors import ProGiDiffError, RequestError
-from progidiff.evaluation import Case, list_cases, load_label_names, match_structures
-from progidiff.options import DEFAULT_CLEAN_UP
-from progidiff.prompts import Query, parse_prompt
-from progidiff.results import VolumeProposals
-from progidiff.volume import MASK_SUFFIXES, Volume, compute_window, load_label, load_volume, strip_suffix
+from progidiff.evaluation.evaluate import Case, list_cases, load_label_names, match_structures
+from progidiff.images.volume import MASK_SUFFIXES, Volume, compute_window, load_label, load_volume, strip_suffix
+from progidiff.prompts.parser import Query, parse_prompt
+from progidiff.proposals import drawing
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import DEFAULT_CLEAN_UP
+from progidiff.proposals.volume_proposals import VolumeProposals
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,7 +78,7 @@ def load_result(folder: Path, name: str) -> dict[str, Any]:
 
 def make_chart(*widths: float, height: float) -> tuple[Figure, list[Any]]:
     """A figure with plots side by side, widths and height in inches."""
-    figure = Figure(figsize=(sum(widths), height), dpi=visuals.DPI, facecolor="white", layout="constrained")
+    figure = Figure(figsize=(sum(widths), height), dpi=drawing.DPI, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     plots = list(figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0])
     for plot in plots:
@@ -297,7 +297,7 @@ def draw_charts(options: argparse.Namespace) -> None:
     """The figures of the tables, from the committed results alone."""
     for name in options.only or CHARTS:
         chart, sources = CHARTS[name]
-        path = visuals._save(chart(*(load_result(options.results, source) for source in sources)), options.out / f"figures_{name}.png")
+        path = drawing._save(chart(*(load_result(options.results, source) for source in sources)), options.out / f"figures_{name}.png")
         print(f"Wrote {path} ({path.stat().st_size / 1000:.0f} kB) from {', '.join(f'{source}.json' for source in sources)}.")
 
 
@@ -339,7 +339,7 @@ class Candidate:
 
     @property
     def consensus(self) -> np.ndarray:
-        """What at least half of the proposals draw, as in `progidiff.results`."""
+        """What at least half of the proposals draw, as in `progidiff.proposals.volume_proposals`."""
         return find_consensus(self.masks)
 
 
@@ -384,7 +384,7 @@ def find_worst(
     stack, spacing = volume.to_stack()
     pixel = spacing[1] * spacing[2]
     truths = None if labels is None else volume.arrange(labels)
-    body, window = visuals._find_body(volume, stack, None, spacing), compute_window(volume)
+    body, window = drawing._find_body(volume, stack, None, spacing), compute_window(volume)
     found = []
     for index, structure in enumerate(proposals.structures):
         truth = None if truths is None or ids is None else np.isin(truths, list(ids[structure]))
@@ -422,33 +422,33 @@ def draw_worst(candidates: Sequence[Candidate], path: Path, max_proposals: int =
     """
     shown = min(max_proposals, min(len(one.masks) for one in candidates))
     labelled = any(one.truth is not None for one in candidates)
-    proportion = float(np.mean([visuals._proportion(*one.body, one.spacing) for one in candidates]))
-    figure, axes = visuals._make_figure(len(candidates), shown + 3 + labelled, proportion, extra_inches=0.1 + 0.2 * len(candidates))
+    proportion = float(np.mean([drawing._proportion(*one.body, one.spacing) for one in candidates]))
+    figure, axes = drawing._make_figure(len(candidates), shown + 3 + labelled, proportion, extra_inches=0.1 + 0.2 * len(candidates))
     for one, row in zip(candidates, axes, strict=True):
-        color = visuals.pick_color(one.structure)
+        color = drawing.pick_color(one.structure)
         marked = one.share > 0 if one.truth is None else (one.share > 0) | one.truth
-        frame = visuals._frame_around(marked, one.body, one.spacing)
+        frame = drawing._frame_around(marked, one.body, one.spacing)
         columns = np.delete(row, 1) if labelled else row
         masks = list(one.masks[:shown])
-        heat = visuals._draw_row(columns, one.pixels, one.share, masks, one.body, frame, one.spacing, one.window, color)
+        heat = drawing._draw_row(columns, one.pixels, one.share, masks, one.body, frame, one.spacing, one.window, color)
         titles = [f"proposal {k + 1}" for k in range(shown)] + [f"consensus of {len(one.masks)}"]
         if one.truth is not None:
-            visuals._show_slice(row[1], one.pixels, *frame, one.spacing, one.window)
-            visuals._paint(row[1], one.truth, *frame, one.spacing, "#ffffff")
-            row[1].set_title("truth" if one.truth.any() else "truth: not there", color=visuals.TEXT, fontsize=9, pad=4)
+            drawing._show_slice(row[1], one.pixels, *frame, one.spacing, one.window)
+            drawing._paint(row[1], one.truth, *frame, one.spacing, "#ffffff")
+            row[1].set_title("truth" if one.truth.any() else "truth: not there", color=drawing.TEXT, fontsize=9, pad=4)
             for axis in (columns[-2], columns[-1]):
                 if one.truth.any():
-                    visuals._outline(axis, one.truth, *frame, one.spacing, "#ffffff")
+                    drawing._outline(axis, one.truth, *frame, one.spacing, "#ffffff")
             titles = [f"{t}, Dice {compute_slice_dice(m, one.truth):.2f}" for t, m in zip(titles, [*masks, one.consensus], strict=True)]
         for axis, title in zip(columns[1:], [*titles, f"agreement, disagreement {one.disagreement:.2f}"], strict=True):
-            axis.set_title(title, color=visuals.TEXT, fontsize=9, pad=4)
-        row[0].set_ylabel(one.structure, color=visuals.TEXT, fontsize=9)
-        row[0].set_xlabel(f"{one.case}, z = {one.z}", color=visuals.TEXT, fontsize=7)
+            axis.set_title(title, color=drawing.TEXT, fontsize=9, pad=4)
+        row[0].set_ylabel(one.structure, color=drawing.TEXT, fontsize=9)
+        row[0].set_xlabel(f"{one.case}, z = {one.z}", color=drawing.TEXT, fontsize=7)
     bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.05, pad=0.02, ticks=[0, 0.5, 1])
-    bar.set_label("share of the proposals", color=visuals.TEXT, fontsize=7)
-    bar.ax.tick_params(colors=visuals.TEXT, labelsize=7)
+    bar.set_label("share of the proposals", color=drawing.TEXT, fontsize=7)
+    bar.ax.tick_params(colors=drawing.TEXT, labelsize=7)
     bar.outline.set_visible(False)
-    return visuals._save(figure, path)
+    return drawing._save(figure, path)
 
 
 def list_unlabelled(studies: Path, names: Sequence[str] | None) -> list[Case]:

@@ -4,7 +4,7 @@
     python benchmarks/islands.py --studies ../shared/data/mr --cases t2spir01 t2spir19 t2spir33 t2spir36 t2spir38 \
         --out benchmarks/results/islands_mr.json
 
-Every volume is proposed once, without a clean-up; then the same proposals are cleaned (`progidiff.clean_up`) by several rules and scored
+Every volume is proposed once, without a clean-up; then the same proposals are cleaned (`progidiff.proposals.islands`) by several rules and scored
 as `progidiff evaluate` does. `--keep FOLDER` keeps the proposals between runs. "consensus largest" keeps the largest part of the consensus
 itself, not of the proposals: what `progidiff evaluate --largest-component` reports.
 """
@@ -19,12 +19,13 @@ from typing import Any
 
 import numpy as np
 
-from progidiff.clean_up import APART_MM, LARGEST, OFF, SMALL, SMALL_SHARE, drop_islands
-from progidiff.engine import Engine
-from progidiff.evaluation import describe_versions, list_cases, load_label_names, match_structures, save_report, score_case, summarise
-from progidiff.prompts import Query
-from progidiff.results import VolumeProposals
-from progidiff.volume import Volume, load_label, load_volume
+from progidiff.evaluation.evaluate import list_cases, load_label_names, match_structures, save_report, score_case, summarise
+from progidiff.images.volume import Volume, load_label, load_volume
+from progidiff.prompts.parser import Query
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.islands import APART_MM, LARGEST, OFF, SMALL, SMALL_SHARE, drop_islands
+from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.storage.provenance import describe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -28,10 +28,10 @@ import nibabel
 import numpy as np
 import requests
 
-from progidiff.acquisition import ImageScores, Pool, build_pool, pick_slices
-from progidiff.prompts import STRUCTURES
-from progidiff.server.scoring import fingerprint_image
-from progidiff.slice_scores import ScoredImage, SliceScoreStore
+from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
+from progidiff.active_learning.strategies import ImageScores, Pool, build_pool, pick_slices
+from progidiff.prompts.parser import STRUCTURES
+from progidiff.server.background.scoring import fingerprint_image
 from progidiff.testing import build_tiny_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))

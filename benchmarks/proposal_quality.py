@@ -11,7 +11,7 @@ other settings on every third slice (not cleaned: islands need all slices; the s
   over slices, then over structures and cases. Settings: denoising steps, and what sets proposals apart (evidence offsets as served, half,
   twice, or none: noise alone).
 * **disagreement against error**: Spearman's rank correlation of what is served (`disagreement_per_slice`, and its mean over three slices,
-  `nearby_disagreement_per_slice`, see `progidiff.results`) with 1 - Dice of the consensus, over pairs of slice and structure. "drawn": pairs
+  `nearby_disagreement_per_slice`, see `progidiff.proposals.volume_proposals`) with 1 - Dice of the consensus, over pairs of slice and structure. "drawn": pairs
   where the truth or any proposal has something; "present": where the truth has; "all": all pairs, of which most are empty on both sides.
   What no proposal draws counts as certain. Other summaries of the same proposals stand beside it, and the size of the consensus alone.
 * **where**: AUROC of the voxel's uncertainty (4 a (1 - a), a the agreement) for the consensus being wrong there. "band": voxels that any
@@ -42,13 +42,14 @@ import numpy as np
 from scipy import ndimage
 from scipy.stats import spearmanr
 
-from progidiff.clean_up import drop_islands
-from progidiff.engine import Engine
-from progidiff.evaluation import TRANSUNET_STRUCTURES, describe_versions, list_cases, load_label_names, match_structures, save_report
-from progidiff.options import DEFAULT_CLEAN_UP
-from progidiff.prompts import Query
-from progidiff.results import THRESHOLD, VolumeProposals
-from progidiff.volume import Volume, load_label, load_volume
+from progidiff.evaluation.evaluate import TRANSUNET_STRUCTURES, list_cases, load_label_names, match_structures, save_report
+from progidiff.images.volume import Volume, load_label, load_volume
+from progidiff.prompts.parser import Query
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.islands import drop_islands
+from progidiff.proposals.request import DEFAULT_CLEAN_UP
+from progidiff.proposals.volume_proposals import THRESHOLD, VolumeProposals
+from progidiff.storage.provenance import describe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from progidiff.engine import Engine
-from progidiff.prompts import parse_prompt
-from progidiff.visuals import draw_proposals
-from progidiff.volume import load_volume
+from progidiff.images.volume import load_volume
+from progidiff.prompts.parser import parse_prompt
+from progidiff.proposals.drawing import draw_proposals
+from progidiff.proposals.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -36,26 +36,18 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from baselines import Budget, LatentModel, UNet, compute_unet_loss, draw_slices, train_for
-from progidiff.backbone import Backbone
-from progidiff.engine import Engine
-from progidiff.evaluation import (
-    RULES,
-    TRANSUNET_STRUCTURES,
-    describe_versions,
-    load_label_names,
-    match_structures,
-    save_report,
-    score_case,
-    summarise,
-)
-from progidiff.grid import plan_working_grid
-from progidiff.model_files import ModelCard, compute_backbone_digest, compute_conditioning_digest, load_card, load_pipeline
-from progidiff.pipeline import ProposalPipeline
-from progidiff.prompts import Query
-from progidiff.results import VolumeProposals
-from progidiff.training.data import Case, SliceCache, list_cases
-from progidiff.training.scores import DiceTally, average_volumes, one_hot
-from progidiff.volume import Volume, compute_body_threshold, compute_window, load_label, load_volume
+from progidiff.evaluation.evaluate import RULES, TRANSUNET_STRUCTURES, load_label_names, match_structures, save_report, score_case, summarise
+from progidiff.images.volume import Volume, compute_body_threshold, compute_window, load_label, load_volume
+from progidiff.images.working_grid import plan_working_grid
+from progidiff.model.backbone import Backbone
+from progidiff.model.folder import ModelCard, compute_backbone_digest, compute_conditioning_digest, load_card, load_pipeline
+from progidiff.model.pipeline import ProposalPipeline
+from progidiff.prompts.parser import Query
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.storage.provenance import describe_versions
+from progidiff.training.dice_tally import DiceTally, average_volumes, one_hot
+from progidiff.training.slice_cache import Case, SliceCache, list_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 

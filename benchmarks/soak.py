@@ -35,7 +35,7 @@ import numpy as np
 import psutil
 import requests
 
-from progidiff.model_files import load_card
+from progidiff.model.folder import load_card
 from progidiff.testing import build_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]

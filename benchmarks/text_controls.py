@@ -14,7 +14,7 @@ pooled over the slices of a case, mean over cases, mean over structures.
 * **empty**: no name in the template that every prompt goes through. **unrelated**: things that are not in an abdominal CT or not structures
   of the model; what counts is the share of slices on which anything is drawn.
 
-The server reads prompts before the model does (`progidiff.prompts`): synonyms that it knows, the unseen ones here among them, become the
+The server reads prompts before the model does (`progidiff.prompts.parser`): synonyms that it knows, the unseen ones here among them, become the
 structure's name and give exactly its masks, an empty prompt is refused, and so is an unknown one unless `allow_free_text` is set. Here all
 texts go to the text encoder as they are, as free text does.
 """
@@ -33,10 +33,11 @@ from typing import Any
 
 import numpy as np
 
-from progidiff.engine import Engine
-from progidiff.evaluation import TRANSUNET_STRUCTURES, describe_versions, list_cases, load_label_names, match_structures, save_report
-from progidiff.prompts import Query, heldout_phrases, training_phrases
-from progidiff.volume import load_label, load_volume
+from progidiff.evaluation.evaluate import TRANSUNET_STRUCTURES, list_cases, load_label_names, match_structures, save_report
+from progidiff.images.volume import load_label, load_volume
+from progidiff.prompts.parser import Query, heldout_phrases, training_phrases
+from progidiff.proposals.engine import Engine
+from progidiff.storage.provenance import describe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 

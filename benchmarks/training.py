@@ -29,14 +29,14 @@ import numpy as np
 import psutil
 import torch
 
-from progidiff.backbone import Backbone
-from progidiff.lora import INJECTION
-from progidiff.model_files import load_card, load_pipeline
-from progidiff.pipeline import ProposalPipeline
-from progidiff.training.data import SliceCache, augment, list_cases
-from progidiff.training.evidence import EvidenceObjective, EvidenceOptions, PhraseTable
+from progidiff.model.backbone import Backbone
+from progidiff.model.folder import load_card, load_pipeline
+from progidiff.model.lora import INJECTION
+from progidiff.model.pipeline import ProposalPipeline
+from progidiff.training.evidence_stage import EvidenceObjective, EvidenceOptions, PhraseTable
 from progidiff.training.loop import LoopConfig, find_autocast_dtype, run_loop
-from progidiff.training.proposals import ProposalObjective, ProposalOptions
+from progidiff.training.proposal_stage import ProposalObjective, ProposalOptions
+from progidiff.training.slice_cache import SliceCache, augment, list_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 ORGANS = {"liver": ((-0.35, 0.0), 0.35), "spleen": ((0.5, -0.2), 0.2), "aorta": ((0.05, -0.35), 0.08), "left kidney": ((0.4, -0.3), 0.15)}

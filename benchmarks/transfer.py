@@ -40,16 +40,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from progidiff.adapters import AdapterStore, build_networks, compute_base_digest
-from progidiff.backbone import Backbone
-from progidiff.evaluation import Case, compute_dice, compute_hd95, keep_largest_component, list_cases, load_label_names, match_structures
-from progidiff.grid import plan_working_grid
-from progidiff.lora import LoraSettings
-from progidiff.model_files import ModelCard, load_card, load_pipeline
-from progidiff.pipeline import ProposalPipeline
+from progidiff.evaluation.evaluate import Case, list_cases, load_label_names, match_structures
+from progidiff.evaluation.metrics import compute_dice, compute_hd95, keep_largest_component
+from progidiff.images.volume import Volume, compute_body_threshold, compute_window, load_label, load_volume
+from progidiff.images.working_grid import plan_working_grid
+from progidiff.model.adapters import AdapterStore, build_networks, compute_base_digest
+from progidiff.model.backbone import Backbone
+from progidiff.model.folder import ModelCard, load_card, load_pipeline
+from progidiff.model.lora import LoraSettings
+from progidiff.model.pipeline import ProposalPipeline
 from progidiff.training.adapt import AdaptConfig, run_adapt
 from progidiff.training.loop import find_autocast_dtype
-from progidiff.volume import Volume, compute_body_threshold, compute_window, load_label, load_volume
 
 ROOT = Path(__file__).resolve().parents[1]
 

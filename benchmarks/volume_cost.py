@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from progidiff.engine import Engine
-from progidiff.prompts import compute_label_ids, parse_prompt
-from progidiff.volume import Volume, load_volume, save_mask
+from progidiff.images.volume import Volume, load_volume, save_mask
+from progidiff.prompts.parser import compute_label_ids, parse_prompt
+from progidiff.proposals.engine import Engine
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -24,7 +24,7 @@ from progidiff.dicomweb.catalogue import describe_file
 from progidiff.dicomweb.export import export_series
 from progidiff.dicomweb.frames import Series
 from progidiff.errors import ImageError, ProGiDiffError
-from progidiff.volume import NIFTI_SUFFIXES, load_volume, strip_suffix
+from progidiff.images.volume import NIFTI_SUFFIXES, load_volume, strip_suffix
 
 HERE = Path(__file__).resolve().parent
 PLUGIN_FOLDERS = ("/usr/share/orthanc/plugins", "/usr/local/share/orthanc/plugins")

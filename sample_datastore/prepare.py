@@ -365,13 +365,13 @@ def remove_phantom(folder: Path) -> None:
 
 
 def import_volume() -> ModuleType:
-    """progidiff.volume, installed or from this checkout."""
+    """progidiff.images.volume, installed or from this checkout."""
     try:
-        from progidiff import volume
+        from progidiff.images import volume
     except ImportError:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
         try:
-            from progidiff import volume
+            from progidiff.images import volume
         except ImportError as err:
             raise SystemExit(f"{err}. Run `make setup`, then `.venv/bin/python sample_datastore/prepare.py`.") from err
     return volume

@@ -19,7 +19,7 @@ import nibabel
 import numpy as np
 import pytest
 
-from progidiff.volume import guess_modality, load_volume
+from progidiff.images.volume import guess_modality, load_volume
 
 SCRIPT = Path(__file__).resolve().parents[1] / "sample_datastore" / "prepare.py"
 NOWHERE = "http://127.0.0.1:9/simple"

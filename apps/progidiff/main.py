@@ -13,18 +13,21 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 import progidiff
-from progidiff.options import ServerOptions
-from progidiff.server import host_routes, loop, pacs_datastore, remote_labels, routes, service
-from progidiff.server.auth import Authenticator
-from progidiff.server.context import Context
-from progidiff.server.datastore import is_folder, open_annotations, open_local
-from progidiff.server.infer_task import build_task
-from progidiff.server.served_images import ServedImages
-from progidiff.server.slice_task import SliceInferTask
-from progidiff.server.strategies import build_strategies
-from progidiff.server.textdiff_task import build_textdiff
-from progidiff.server.train_task import build_trainers
-from progidiff.server.training import build_runner
+from progidiff.server import install, wiring
+from progidiff.server.datastores import pacs
+from progidiff.server.datastores.local import is_folder, open_annotations, open_local
+from progidiff.server.datastores.served_images import ServedImages
+from progidiff.server.gate.auth import Authenticator
+from progidiff.server.host import calls
+from progidiff.server.host.strategies import build_strategies
+from progidiff.server.host.trainers import build_trainers
+from progidiff.server.options import ServerOptions
+from progidiff.server.parts import Context
+from progidiff.server.routes import host, table
+from progidiff.server.tasks.pictures import build_textdiff
+from progidiff.server.tasks.slices import SliceInferTask
+from progidiff.server.tasks.volumes import build_task
+from progidiff.server.trainings import build_runner
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class ProGiDiffApp(MONAILabelApp):
             auth=Authenticator.from_options(self.options),
         )
         self.context.training = build_runner(self.context)
-        loop.build(self.context)
+        wiring.build(self.context)
         super().__init__(
             app_dir=app_dir,
             studies=studies,
@@ -58,14 +61,14 @@ class ProGiDiffApp(MONAILabelApp):
         )
         # In the processes that the host starts for training and batches there is no web application to extend.
         if "monailabel.app" in sys.modules:
-            service.install(sys.modules["monailabel.app"].app, self, routes.build_routers())
-            loop.start(self.context, studies)
+            install.install(sys.modules["monailabel.app"].app, self, table.build_routers())
+            wiring.start(self.context, studies)
 
     def init_datastore(self) -> Datastore:
         """Images and labels, in a folder or behind an address."""
         if not is_folder(self.studies):
-            self.context.labels = remote_labels.build(self.context)
-            return pacs_datastore.open_remote(self)
+            self.context.labels = wiring.build_remote_labels(self.context)
+            return pacs.open_remote(self)
         context, options = self.context, self.options
         context.labels = open_local(self.studies, context.annotations, context.infer.store, options.store, context.textdiff.engine.label_ids)
         return self.context.labels
@@ -89,16 +92,16 @@ class ProGiDiffApp(MONAILabelApp):
 
     def info(self) -> dict[str, Any]:
         """What clients ask for on every connect; never raises."""
-        return service.get_info(self)
+        return calls.get_info(self)
 
     def infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Answer the host's own calls through the same checks as HTTP requests."""
-        return service.infer_for_host(self, request)
+        return calls.infer_for_host(self, request)
 
     def cleanup_sessions(self) -> None:
         """Remove uploads that have expired; the host calls this every five minutes."""
-        host_routes.remove_expired_sessions(self)
+        host.remove_expired_sessions(self)
 
     def batch_infer(self, request: dict[str, Any], datastore: Any = None) -> dict[str, Any]:
         """Answer `POST /batch/infer`, in this process or in one that the host starts for it."""
-        return service.batch_infer(self, request)
+        return calls.batch_infer(self, request)

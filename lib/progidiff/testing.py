@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from progidiff.backbone import Backbone
-from progidiff.codec import MaskCodec
-from progidiff.model_files import ModelCard, compute_backbone_digest, drop_derived_settings, save_conditioning
-from progidiff.prompts import STRUCTURES
-from progidiff.training.architecture import BackboneWidths, create_backbone, create_branch
+from progidiff.model.backbone import Backbone
+from progidiff.model.codec import MaskCodec
+from progidiff.model.folder import ModelCard, compute_backbone_digest, drop_derived_settings, save_conditioning
+from progidiff.prompts.parser import STRUCTURES
+from progidiff.training.build_model import BackboneWidths, create_backbone, create_branch
 
 TOY_WIDTHS = BackboneWidths(codec_channels=8, codec_blocks=(1, 1, 1, 1), latent_channels=4, denoiser_channels=(32, 32), heads=2)
 

@@ -21,7 +21,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from progidiff.errors import LoginError, NotFoundError, RequestError
-from progidiff.files import flush
+from progidiff.storage.atomic import flush
 
 MIN_PASSWORD = 10
 MAX_PASSWORD = 256

@@ -7,31 +7,19 @@ import statistics
 from collections.abc import Iterator
 from pathlib import Path
 
-import nibabel
 import numpy as np
 import pytest
 
-from browser import drive, needs_browser
-from conftest import APP, ROOT, Server, copy_app, run_server, write_phantom
-from progidiff.volume import load_label, load_volume
-from test_pacs import find_lack, run_orthanc
+from progidiff.images.volume import load_label, load_volume
+from support.browser import drive, needs_browser
+from support.crops import SWITCH_MS, write_crop
+from support.pacs import find_lack, run_orthanc
+from support.servers import APP, Server, copy_app, run_server
 
 pytestmark = needs_browser
 
-SWITCH_MS = 300
-"""Another proposal is on the screen after this time."""
 
 
-def write_crop(path: Path) -> Path:
-    """The upper abdomen of the sample CT at half its resolution, turned so that files and slices run differently; else a phantom."""
-    source = ROOT / "sample_datastore" / "sample_ct_abdomen.nii.gz"
-    if not source.is_file():
-        return write_phantom(path, shape=(96, 96, 24))
-    image = nibabel.as_closest_canonical(nibabel.load(source))
-    crop = image.slicer[::2, ::2, -60::2]
-    turned = crop.as_reoriented(nibabel.orientations.axcodes2ornt(("P", "S", "R")))
-    nibabel.save(nibabel.Nifti1Image(np.asarray(turned.dataobj).astype(np.int16), turned.affine), path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_ohif import SWITCH_MS
 
-from browser import drive, needs_browser
-from conftest import ROOT, Server, copy_app, free_port, run_server, write_phantom
+from progidiff.images.volume import load_label, load_volume
 from progidiff.users import Role, UsersFile
-from progidiff.volume import load_label, load_volume
+from support.browser import drive, needs_browser
+from support.crops import SWITCH_MS
+from support.phantoms import write_phantom
+from support.servers import ROOT, Server, copy_app, free_port, run_server
 
 pytestmark = needs_browser
 

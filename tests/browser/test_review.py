@@ -12,11 +12,11 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-from test_ohif import SWITCH_MS, write_crop
 
-from browser import drive, needs_browser
-from conftest import APP, Server, copy_app, run_server
-from progidiff.volume import Volume, load_volume
+from progidiff.images.volume import Volume, load_volume
+from support.browser import drive, needs_browser
+from support.crops import SWITCH_MS, write_crop
+from support.servers import APP, Server, copy_app, run_server
 
 pytestmark = needs_browser
 

@@ -32,16 +32,16 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import write_phantom
-from progidiff.acquisition import ImageScores
-from progidiff.adapters import AdapterCard, AdapterStore
+from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
+from progidiff.active_learning.strategies import ImageScores
 from progidiff.errors import NotFoundError
-from progidiff.lora import LoraSettings
-from progidiff.prompts import parse_prompt
-from progidiff.server.datastore import SafeLocalDatastore, open_annotations
-from progidiff.slice_scores import ScoredImage, SliceScoreStore
-from progidiff.store import ProposalStore
-from test_results import make_proposals
+from progidiff.model.adapters import AdapterCard, AdapterStore
+from progidiff.model.lora import LoraSettings
+from progidiff.prompts.parser import parse_prompt
+from progidiff.proposals.store import ProposalStore
+from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
+from support.phantoms import write_phantom
+from support.proposals import make_proposals
 
 IMAGES = ("one", "two", "three")
 SHAPE = (20, 16, 6)

@@ -30,13 +30,11 @@ import pytest
 import requests
 from typer.testing import CliRunner
 
-from conftest import Server, copy_app, run_server
-from progidiff.annotations import AnnotationStore
-from progidiff.cli import app as cli
-from progidiff.prompts import STRUCTURES
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "training"))
-from labelled_phantoms import AFFINE, write_case
+from progidiff.cli.main import app as cli
+from progidiff.labels.history import AnnotationStore
+from progidiff.prompts.parser import STRUCTURES
+from support.labelled_phantoms import AFFINE, write_case
+from support.servers import Server, copy_app, run_server
 
 ROUNDS = int(os.environ.get("FAULT_SERVER_ROUNDS", "3"))
 SEED = os.environ.get("FAULT_SEED", "1")
@@ -140,7 +138,7 @@ class Bench:
         assert self.server is not None
         with contextlib.suppress(psutil.Error):
             for process in psutil.Process(self.server.process.pid).children():
-                if "progidiff.training_child" in process.cmdline():
+                if "progidiff.training_runs.child" in process.cmdline():
                     return process
         return None
 

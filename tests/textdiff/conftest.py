@@ -2,38 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from progidiff.testing import build_tiny_denoiser, write_blob_pictures
 from progidiff.textdiff.data import Case, find_cases
-from progidiff.textdiff.features import DiffusionFeatures, FeatureOptions
+from progidiff.textdiff.features import DiffusionFeatures
 from progidiff.textdiff.model import TextDiffModel
 from progidiff.textdiff.sentences import SentenceEncoder
-from progidiff.textdiff.train import HeadOptions, TextDiffTrainConfig, TextDiffTraining, train_textdiff
-from progidiff.training.loop import Schedule
-
-TOY_SCHEDULE = Schedule(steps=60, learning_rate=5e-3, warmup=5, ema_decay=0.9, checkpoint_every=1000)
-TOY = TextDiffTrainConfig(
-    name="toy",
-    classes=("blob",),
-    schedule=TOY_SCHEDULE,
-    features=FeatureOptions(timesteps=(50, 150), scale=1.0, picture=True),
-    head=HeadOptions(width=16, base=8, heads=2, dropout=0.0),
-    crop=32,
-    batch_size=4,
-    views=2,
-    precision="fp32",
-    tensorboard=False,
-)
-
-
-def toy(**changes: object) -> TextDiffTrainConfig:
-    steps = changes.pop("steps", None)
-    config = replace(TOY, **changes)
-    return config if steps is None else replace(config, schedule=replace(config.schedule, steps=steps))
+from progidiff.textdiff.train import TextDiffTraining, train_textdiff
+from support.toy_textdiff import TOY
 
 
 @pytest.fixture(scope="session")

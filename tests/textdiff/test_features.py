@@ -18,7 +18,7 @@ from progidiff.textdiff.features import PATTERNS, DiffusionFeatures, FeatureOpti
 from progidiff.textdiff.model import load_textdiff
 from progidiff.textdiff.pictures import read_picture
 from progidiff.textdiff.train import train_textdiff
-from textdiff.conftest import toy
+from support.toy_textdiff import toy
 
 PICTURE = torch.rand((1, 3, 32, 48), generator=torch.Generator().manual_seed(0)) * 2 - 1
 

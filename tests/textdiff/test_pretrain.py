@@ -10,8 +10,8 @@ from PIL import Image
 
 from progidiff.errors import CancelledError, RequestError
 from progidiff.textdiff.pretrain import CropOptions, DenoiserConfig, DenoiserWidths, draw_crops, draw_timesteps, read_rgb, run_pretrain
-from progidiff.training.config import check_config
 from progidiff.training.loop import Schedule
+from progidiff.training.settings import check_config
 
 TINY = DenoiserConfig(
     schedule=Schedule(steps=4, warmup=1, checkpoint_every=1),

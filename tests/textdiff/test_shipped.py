@@ -6,7 +6,7 @@ import pytest
 
 from progidiff.textdiff.model import default_folder, find_version, load_textdiff, load_textdiff_card
 from progidiff.textdiff.versions import TextDiffStore
-from tissue import draw_tissue
+from support.tissue import draw_tissue
 
 LIMIT_BYTES = 30e6
 SENTENCE = "The nuclei density in the left is high."

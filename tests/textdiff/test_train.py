@@ -17,7 +17,7 @@ from progidiff.textdiff.features import DiffusionFeatures
 from progidiff.textdiff.model import TextDiffModel
 from progidiff.textdiff.sentences import SentenceEncoder
 from progidiff.textdiff.train import TextDiffTraining, make_view, train_textdiff
-from textdiff.conftest import TOY, toy
+from support.toy_textdiff import TOY, toy
 
 
 def weights(model: TextDiffModel) -> dict[str, torch.Tensor]:

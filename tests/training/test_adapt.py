@@ -12,24 +12,19 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
-from labelled_phantoms import write_case, write_table
 from typer.testing import CliRunner
 
-from progidiff.adapters import AdapterStore, compute_base_digest
-from progidiff.cli import app
-from progidiff.engine import Engine
+from progidiff.cli.main import app
 from progidiff.errors import CancelledError, GeometryError, ImageError, ModelError, RequestError, StoreError
-from progidiff.lora import LoraSettings
-from progidiff.model_files import load_card
-from progidiff.prompts import Query
-from progidiff.training.adapt import (
-    AdaptConfig,
-    AdaptResult,
-    judge,
-    run_adapt,
-)
-from progidiff.training.selection import pick_evenly, prepare_data, restrict_cache, split_slices
-from progidiff.volume import load_volume
+from progidiff.images.volume import load_volume
+from progidiff.model.adapters import AdapterStore, compute_base_digest
+from progidiff.model.folder import load_card
+from progidiff.model.lora import LoraSettings
+from progidiff.prompts.parser import Query
+from progidiff.proposals.engine import Engine
+from progidiff.training.adapt import AdaptConfig, AdaptResult, judge, run_adapt
+from progidiff.training.split import pick_evenly, prepare_data, restrict_cache, split_slices
+from support.labelled_phantoms import write_case, write_table
 
 QUICK = AdaptConfig(lora=LoraSettings(4, 8), steps=40, validate_every=10, batch_size=6, learning_rate=1e-2, num_proposals=2)
 BARELY = replace(QUICK, steps=2, validate_every=2, learning_rate=1e-7)
@@ -194,7 +189,7 @@ def test_a_full_disk_publishes_nothing_and_the_training_is_kept(studies: Path, m
     def refuse(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("progidiff.versions.write_file", refuse)
+    monkeypatch.setattr("progidiff.storage.versions.write_file", refuse)
     with pytest.raises(StoreError, match="No space left"):
         adapt(studies, model)
     monkeypatch.undo()

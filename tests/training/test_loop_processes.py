@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from labelled_phantoms import write_case, write_table
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from conftest import free_port
-from progidiff.training.config import load_config
-from progidiff.training.config_recipes import TrainConfig
+from progidiff.training.recipe_settings import TrainConfig
 from progidiff.training.recipes import run_train
+from progidiff.training.settings import load_config
+from support.labelled_phantoms import write_case, write_table
+from support.servers import free_port
 
 SETTINGS: dict[str, Any] = {
     "precision": "fp32",

@@ -11,25 +11,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from labelled_phantoms import write_case, write_table
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from progidiff.backbone import Backbone
-from progidiff.engine import Engine
 from progidiff.errors import ModelError, RequestError
-from progidiff.lora import INJECTION
-from progidiff.model_files import compute_backbone_digest, load_card, load_pipeline
-from progidiff.prompts import Query
+from progidiff.images.volume import load_volume
+from progidiff.model.backbone import Backbone
+from progidiff.model.folder import compute_backbone_digest, load_card, load_pipeline
+from progidiff.model.lora import INJECTION
+from progidiff.prompts.parser import Query
+from progidiff.proposals.engine import Engine
 from progidiff.testing import TOY_WIDTHS
-from progidiff.training.config_recipes import CodecStage, EvidenceStage, GridSettings, PretrainConfig, ProposalStage, TextToImageStage, TrainConfig
-from progidiff.training.data import SliceCache, list_cases
-from progidiff.training.evidence import PhraseTable, one_hot
+from progidiff.training.backbone_stages import crop_around, describe_slice, draw_masks
+from progidiff.training.evidence_stage import PhraseTable, one_hot
 from progidiff.training.losses import ProposalLosses
-from progidiff.training.pretrain import crop_around, describe_slice, draw_masks
-from progidiff.training.proposals import ProposalObjective, ProposalOptions, draw_pairs, drop_text, wear_down_evidence
+from progidiff.training.proposal_stage import ProposalObjective, ProposalOptions, draw_pairs, drop_text, wear_down_evidence
+from progidiff.training.recipe_settings import CodecStage, EvidenceStage, GridSettings, PretrainConfig, ProposalStage, TextToImageStage, TrainConfig
 from progidiff.training.recipes import run_pretrain, run_train
-from progidiff.volume import load_volume
+from progidiff.training.slice_cache import SliceCache, list_cases
+from support.labelled_phantoms import write_case, write_table
 
 STRUCTURES = ("liver", "aorta")
 GRID = GridSettings(64, 64, (2.0, 6.0))

@@ -23,7 +23,7 @@ import numpy as np
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.dicomweb.headers import Identity
 from progidiff.errors import ProGiDiffError
-from progidiff.volume import Modality, Volume, find_stated_modality, load_volume, read_grid, read_sidecar, strip_suffix
+from progidiff.images.volume import Modality, Volume, find_stated_modality, load_volume, read_grid, read_sidecar, strip_suffix
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.dicomweb.headers import Identity
 from progidiff.dicomweb.pixels import Rescale, to_gray
 from progidiff.errors import NotFoundError, StoreError
-from progidiff.volume import Volume, compute_window
+from progidiff.images.volume import Volume, compute_window
 
 logger = logging.getLogger(__name__)
 

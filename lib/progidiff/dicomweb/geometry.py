@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from progidiff.errors import GeometryError
-from progidiff.volume import Volume
+from progidiff.images.volume import Volume
 
 SHEAR_TOLERANCE = 0.02
 """Share of the smallest voxel edge by which a voxel may lie elsewhere than DICOM's rectangular slices say."""

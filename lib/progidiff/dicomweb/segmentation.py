@@ -21,7 +21,7 @@ from pydicom.errors import InvalidDicomError
 
 from progidiff.dicomweb.geometry import compute_lps_affine
 from progidiff.errors import GeometryError, ImageError, RequestError
-from progidiff.volume import GRID_TOLERANCE, Volume
+from progidiff.images.volume import GRID_TOLERANCE, Volume
 
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
 

@@ -28,9 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from progidiff.annotations import hash_file
 from progidiff.errors import ImageError, ModelError, RequestError
-from progidiff.picture_grid import is_picture
+from progidiff.images.pictures import is_picture
+from progidiff.images.volume import load_label, load_volume
+from progidiff.labels.history import hash_file
 from progidiff.textdiff import data
 from progidiff.textdiff.feature_cache import FeatureCache
 from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
@@ -39,12 +40,11 @@ from progidiff.textdiff.sentences import mirror_sentence
 from progidiff.textdiff.slices import render_slice
 from progidiff.textdiff.train import TextDiffTrainConfig, choose_threshold, train_textdiff
 from progidiff.textdiff.versions import TextDiffStore
-from progidiff.training.data import Case
-from progidiff.training.labels import canonical
+from progidiff.training.accepted_labels import canonical
 from progidiff.training.loop import Schedule
 from progidiff.training.recipes import describe_run
-from progidiff.training.selection import pick_named
-from progidiff.volume import load_label, load_volume
+from progidiff.training.slice_cache import Case
+from progidiff.training.split import pick_named
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,11 @@ from typing import Annotated, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from progidiff.backbone import Backbone, pick_device
 from progidiff.errors import GeometryError, ModelError, RequestError
+from progidiff.model.backbone import Backbone, pick_device
 from progidiff.textdiff.weights import compute_digest, find_folder, read_json
-from progidiff.training.config import Range, check_config, to_values
 from progidiff.training.loop import derive_seed, find_autocast_dtype
+from progidiff.training.settings import Range, check_config, to_values
 
 logger = logging.getLogger(__name__)
 

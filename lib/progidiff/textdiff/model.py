@@ -31,19 +31,19 @@ from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
-from progidiff.backbone import pick_device
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
-from progidiff.files import flush
-from progidiff.model_files import check_tensors
-from progidiff.proposals import compute_disagreement
+from progidiff.model.backbone import pick_device
+from progidiff.model.folder import check_tensors
+from progidiff.proposals.agreement import compute_disagreement
+from progidiff.storage.atomic import flush
+from progidiff.storage.versions import to_json, write_file
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
 from progidiff.textdiff.pictures import Picture, compute_blend, list_tiles, pad, resize, to_picture, to_working
 from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
 from progidiff.textdiff.weights import read_json
-from progidiff.training.config import to_values
 from progidiff.training.loop import find_autocast_dtype
-from progidiff.versions import to_json, write_file
+from progidiff.training.settings import to_values
 
 logger = logging.getLogger(__name__)
 

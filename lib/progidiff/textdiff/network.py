@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from progidiff.errors import GeometryError
-from progidiff.training.config import Range
+from progidiff.training.settings import Range
 
 GROUPS = 8
 """Of the group normalisations."""

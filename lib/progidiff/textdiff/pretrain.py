@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.errors import RequestError
-from progidiff.training.config import Range
 from progidiff.training.loop import LoopConfig, RunConfig, Schedule, run_loop
+from progidiff.training.settings import Range
 
 SHARD_SIZE = "15MB"
 """Largest file of the weights; several hosts of source code refuse larger ones."""

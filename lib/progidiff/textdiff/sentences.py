@@ -16,10 +16,10 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor, nn
 
-from progidiff.backbone import find_in_package, pick_device
 from progidiff.errors import ModelError, RequestError
+from progidiff.model.backbone import find_in_package, pick_device
 from progidiff.textdiff.weights import compute_digest, find_folder, read_json
-from progidiff.training.architecture import MINILM
+from progidiff.training.build_model import MINILM
 
 logger = logging.getLogger(__name__)
 

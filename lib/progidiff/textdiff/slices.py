@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from progidiff.volume import Volume, compute_window
+from progidiff.images.volume import Volume, compute_window
 
 
 def render_slice(volume: Volume, z: int) -> np.ndarray:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from progidiff.backbone import pick_device
 from progidiff.errors import CancelledError, RequestError
+from progidiff.model.backbone import pick_device
 from progidiff.textdiff.data import Case, read_classes
 from progidiff.textdiff.evaluate import compute_scores
 from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
@@ -28,9 +28,9 @@ from progidiff.textdiff.model import OVERLAP, TILE, TextDiffCard, TextDiffModel,
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
 from progidiff.textdiff.pictures import list_tiles, pad, read_picture, resize, to_working
 from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
-from progidiff.training.config import Range, check_config, to_values
 from progidiff.training.loop import LoopConfig, Precision, RunConfig, Schedule, derive_seed, run_loop
 from progidiff.training.recipes import describe_run
+from progidiff.training.settings import Range, check_config, to_values
 
 logger = logging.getLogger(__name__)
 

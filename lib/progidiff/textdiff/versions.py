@@ -1,4 +1,4 @@
-"""Versions of TextDiff models on disk: immutable folders and a pointer to the one that is served, see `progidiff.versions`."""
+"""Versions of TextDiff models on disk: immutable folders and a pointer to the one that is served, see `progidiff.storage.versions`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from progidiff.storage.versions import VersionStore
 from progidiff.textdiff.model import CARD_FILE, WEIGHTS_FILE, TextDiffCard, TextDiffModel, load_textdiff, refer_to, write_model_card
-from progidiff.versions import VersionStore
 
 
 class TextDiffStore(VersionStore[TextDiffCard]):

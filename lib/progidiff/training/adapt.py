@@ -31,23 +31,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from progidiff.adapters import AdapterCard, AdapterStore, build_networks, check_name, compute_base_digest
-from progidiff.backbone import Backbone
-from progidiff.conditioning import ConditioningBranch
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
-from progidiff.files import flush, replace_text
-from progidiff.lora import INJECTION, LoraSettings, collect_full, collect_tensors, copy_full, inject_lora, load_tensors
-from progidiff.model_files import ModelCard, load_pipeline
-from progidiff.pipeline import ProposalPipeline
-from progidiff.training.data import Case, SliceCache, augment
-from progidiff.training.evidence import PhraseTable
+from progidiff.images.volume import load_volume
+from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, check_name, compute_base_digest
+from progidiff.model.backbone import Backbone
+from progidiff.model.conditioning import ConditioningBranch
+from progidiff.model.folder import ModelCard, load_pipeline
+from progidiff.model.lora import INJECTION, LoraSettings, collect_full, collect_tensors, copy_full, inject_lora, load_tensors
+from progidiff.model.pipeline import ProposalPipeline
+from progidiff.storage.atomic import flush, replace_text
+from progidiff.training.dice_tally import DiceTally, one_hot
+from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.loop import LoopConfig, Precision, find_autocast_dtype, run_loop
 from progidiff.training.losses import compute_evidence_loss
-from progidiff.training.proposals import train_proposals
+from progidiff.training.proposal_stage import train_proposals
 from progidiff.training.recipes import describe_run
-from progidiff.training.scores import DiceTally, one_hot
-from progidiff.training.selection import AdaptData, find_cases, keep_modality, pick_named, prepare_data
-from progidiff.volume import load_volume
+from progidiff.training.slice_cache import Case, SliceCache, augment
+from progidiff.training.split import AdaptData, find_cases, keep_modality, pick_named, prepare_data
 
 logger = logging.getLogger(__name__)
 

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
-from progidiff.files import flush
-from progidiff.training.config import Range, flatten
+from progidiff.storage.atomic import flush
 from progidiff.training.processes import Team, find_team
 from progidiff.training.run_log import RunLog
+from progidiff.training.settings import Range, flatten
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from progidiff.training.config import Range
+from progidiff.training.settings import Range
 
 Weight = Annotated[float, Range(0, 1e4)]
 

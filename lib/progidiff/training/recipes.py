@@ -24,11 +24,12 @@ from typing import Any
 
 import torch
 
-from progidiff.backbone import Backbone
-from progidiff.codec import MaskCodec
-from progidiff.conditioning import ConditioningConfig
 from progidiff.errors import RequestError
-from progidiff.model_files import (
+from progidiff.images.volume import strip_suffix
+from progidiff.model.backbone import Backbone
+from progidiff.model.codec import MaskCodec
+from progidiff.model.conditioning import ConditioningConfig
+from progidiff.model.folder import (
     ModelCard,
     compute_backbone_digest,
     compute_conditioning_digest,
@@ -37,17 +38,16 @@ from progidiff.model_files import (
     save_backbone_part,
     save_conditioning,
 )
-from progidiff.pipeline import ProposalPipeline
-from progidiff.training.architecture import create_backbone, create_branch
-from progidiff.training.config import check_config, to_values
-from progidiff.training.config_recipes import PretrainConfig, TrainConfig
-from progidiff.training.data import Case, SliceCache, list_cases
-from progidiff.training.evidence import train_evidence
+from progidiff.model.pipeline import ProposalPipeline
+from progidiff.training.backbone_stages import compute_codec_ceiling, compute_picture_scale, draw_masks, train_codec, train_text_to_image
+from progidiff.training.build_model import create_backbone, create_branch
+from progidiff.training.evidence_stage import train_evidence
 from progidiff.training.loop import LoopConfig, RunConfig, Schedule, find_autocast_dtype
-from progidiff.training.pretrain import compute_codec_ceiling, compute_picture_scale, draw_masks, train_codec, train_text_to_image
 from progidiff.training.processes import find_team
-from progidiff.training.proposals import train_proposals
-from progidiff.volume import strip_suffix
+from progidiff.training.proposal_stage import train_proposals
+from progidiff.training.recipe_settings import PretrainConfig, TrainConfig
+from progidiff.training.settings import check_config, to_values
+from progidiff.training.slice_cache import Case, SliceCache, list_cases
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Which slices next, and when to stop."""

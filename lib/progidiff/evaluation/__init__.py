@@ -1,0 +1,1 @@
+"""Measuring proposals against labels, and labelling ahead."""

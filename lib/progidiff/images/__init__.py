@@ -1,0 +1,1 @@
+"""Volumes and pictures: reading, geometry, intensities, the working grid."""

@@ -1,0 +1,1 @@
+"""Saved labels: checks, history, audit."""

@@ -1,0 +1,757 @@
+"""Who labelled what, when and from which proposal: slice state, every label version and the audit, in one append-only place.
+
+::
+
+    <root>/
+      log.jsonl                        one JSON object per line and event; only ever appended to
+      labels/<image>/<sequence>.<ext>  every label that was saved, byte for byte; written once, never changed, never removed
+      torn/                            what a crash left of a save that was never acknowledged: part of its line, or its file
+
+Order is by sequence number, never by clock. A label's file is on disk (flushed, renamed) before the line that speaks of it,
+and a call returns only after that line is flushed: what was acknowledged is there after a power cut. Every line carries a
+checksum of itself and the checksum of the line before it, so damage and missing lines are found and named by `verify`; what
+can be read is used.
+
+Of each image and tag some saves are *in force*. A save of the whole volume replaces those before it that speak about nothing
+but its structures, one that names slices adds to them, a delete ends them all, an undo goes back one step, and a restore goes
+back to the state right after an earlier save. The file of the last save in force is the whole label as it is: who saves a few
+slices joins them with the label in force first. Deleting or undoing removes nothing from this folder.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import quote
+
+from progidiff.errors import BusyError, NotFoundError, RequestError, StoreError
+from progidiff.storage.atomic import flush
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+FINAL = "final"
+"""The tag whose labels count as annotated."""
+
+LABEL_SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".png", ".tif", ".tiff")
+
+Kind = Literal["label", "delete", "undo", "restore", "skip"]
+
+_LOCK_SECONDS = 30.0
+_MAX_TEXT = 200
+_NUMBER = re.compile(r"(\d+)\.")
+_STALE_SECONDS = 3600.0
+_WRITING = ".writing-"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an accepted mask came from.
+
+    Attributes:
+        proposals: Key of the stored result.
+        shown: "consensus", "best", "1".."K", or "merged".
+        model: Name and version, for example "ct-base@1".
+        adapter: Name and version, "" for none.
+        seed: Of the noise.
+    """
+
+    proposals: str
+    shown: str
+    model: str
+    adapter: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One saved label.
+
+    Attributes:
+        sequence: Counts up over all events of a store; never given twice.
+        time: UTC, ISO 8601; for people, nothing is sorted by it.
+        image: Id in the datastore.
+        tag: Of the datastore; only `FINAL` counts as annotated.
+        user: Who saved it, "" if nobody had to log in.
+        client: What saved it, as far as known.
+        slices: Axial slices (inferior to superior, from 0) annotated by this save, ascending; None for the whole volume.
+        structures: The structures it speaks about; one that is not drawn is stated to be absent.
+        source: The proposal it was made from; None if not known.
+        edited: Whether it differs from that proposal; None if not known.
+        seconds: Time a person spent on it; None if not known.
+        sha256: Of the file.
+        file: The label version, relative to the store's root.
+        num_slices: Axial slices of the volume; None if not known.
+        label_ids: (structure, id) of what the file may draw; empty if not known.
+    """
+
+    sequence: int
+    time: str
+    image: str
+    tag: str
+    user: str
+    client: str
+    slices: tuple[int, ...] | None
+    structures: tuple[str, ...]
+    source: Source | None
+    edited: bool | None
+    seconds: float | None
+    sha256: str
+    file: str
+    num_slices: int | None = None
+    label_ids: tuple[tuple[str, int], ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Annotation:
+        """The inverse of `to_dict`; names it does not know are left out."""
+        plain = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        source = plain["source"]
+        slices = plain["slices"]
+        return cls(
+            **{
+                **plain,
+                "sequence": int(plain["sequence"]),
+                "slices": None if slices is None else tuple(int(z) for z in slices),
+                "structures": tuple(map(str, plain["structures"])),
+                "label_ids": tuple((str(name), int(value)) for name, value in plain.get("label_ids", ())),
+                "source": None if source is None else Source(**{name: source[name] for name in Source.__dataclass_fields__}),
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of the log.
+
+    Attributes:
+        sequence, time, image, tag, user: As in `Annotation`.
+        kind: "label", "delete", "undo", "restore" or "skip".
+        reason: Of a skip or a delete.
+        target: The save that a restore goes back to; None otherwise.
+        label: What was saved; None unless `kind` is "label".
+    """
+
+    sequence: int
+    time: str
+    kind: Kind
+    image: str
+    tag: str
+    user: str
+    reason: str = ""
+    target: int | None = None
+    label: Annotation | None = None
+
+
+@dataclass
+class _Track:
+    """The saves in force of one image and tag, and how it came to them.
+
+    Attributes:
+        states: One entry per step that can be undone: sequences in force, oldest first. The first is empty.
+        timeline: (event, sequences in force after it), in order.
+    """
+
+    states: list[tuple[int, ...]] = field(default_factory=lambda: [()])
+    timeline: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+    def apply(self, event: Event, labels: Mapping[int, Annotation]) -> None:
+        """Take the next event into account; `labels` are all saves so far."""
+        label = event.label
+        if label is not None:
+            kept = self.states[-1]
+            if label.slices is None:
+                about = set(label.structures)
+                kept = tuple(number for number in kept if about and not about.issuperset(labels[number].structures))
+            self.states.append((*kept, event.sequence))
+        elif event.kind == "delete":
+            self.states.append(())
+        elif event.kind == "restore":
+            self.states.append(self.after(event.target or 0))
+        elif event.kind == "undo" and len(self.states) > 1:
+            self.states.pop()
+        self.timeline.append((event.sequence, self.states[-1]))
+
+    def after(self, sequence: int) -> tuple[int, ...]:
+        """What was in force right after an event."""
+        return next((state for number, state in reversed(self.timeline) if number <= sequence), ())
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line as read: the event, or why it cannot be read."""
+
+    number: int
+    event: Event | None
+    check: str = ""
+    after: str = ""
+    problem: str = ""
+
+
+class AnnotationStore:
+    """A folder of label versions and their log; safe for threads and for several processes on one folder.
+
+    Args:
+        root: The folder; made at the first event.
+        final_labels: The datastore's folder of labels of tag `FINAL`. Labels in it that have no event were made elsewhere and
+            count as annotated on the whole volume. None to go by the events alone.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], final_labels: str | os.PathLike[str] | None = None) -> None:
+        self.root = Path(root)
+        self.final_labels = None if final_labels is None else Path(final_labels)
+        self._log = self.root / "log.jsonl"
+        self._mutex = threading.RLock()
+        self._reset()
+
+    def record(
+        self,
+        image: str,
+        label_file: str | os.PathLike[str],
+        *,
+        tag: str = FINAL,
+        user: str = "",
+        client: str = "",
+        slices: Sequence[int] | None = None,
+        structures: Sequence[str] = (),
+        source: Source | None = None,
+        edited: bool | None = None,
+        seconds: float | None = None,
+        num_slices: int | None = None,
+        label_ids: Mapping[str, int] | None = None,
+    ) -> Annotation:
+        """Keep a label version and say what it is; both are on disk when this returns.
+
+        Args:
+            image: Id in the datastore.
+            label_file: The label, which is copied.
+            tag, user, client, structures, source, edited, seconds, num_slices, label_ids: See `Annotation`.
+            slices: Axial slices that this save annotates, in any order; None for the whole volume.
+
+        Raises:
+            RequestError: if a slice is none, or the label's file has none of `LABEL_SUFFIXES`.
+            StoreError: if the disk refuses; then nothing was recorded.
+            BusyError: if another process holds the store for too long.
+        """
+        label_file = Path(label_file)
+        suffix = _label_suffix(label_file)
+        chosen = None if slices is None else _check_slices(slices, num_slices)
+        with self._locked():
+            lines = self._lines()
+            folder = self.root / "labels" / _folder_name(image)
+            sequence = self._next_sequence(lines, folder)
+            file, sha256 = self._keep(label_file, folder, f"{sequence}{suffix}")
+            label = Annotation(
+                sequence=sequence,
+                time=_now(),
+                image=image,
+                tag=tag,
+                user=user[:_MAX_TEXT],
+                client=client[:_MAX_TEXT],
+                slices=chosen,
+                structures=tuple(structures),
+                source=source,
+                edited=edited,
+                seconds=None if seconds is None else float(seconds),
+                sha256=sha256,
+                file=file.relative_to(self.root).as_posix(),
+                num_slices=num_slices,
+                label_ids=tuple((label_ids or {}).items()),
+            )
+            try:
+                self._append(Event(sequence, label.time, "label", image, tag, label.user, label=label))
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)
+                raise
+            return label
+
+    def delete(self, image: str, user: str = "", tag: str = FINAL, reason: str = "") -> Event:
+        """Say that an image has no label of this tag any more; its versions stay."""
+        return self._record_event("delete", image, user, tag, reason)
+
+    def skip(self, image: str, user: str = "", reason: str = "") -> Event:
+        """Say that somebody looked at an image and left it."""
+        return self._record_event("skip", image, user, FINAL, reason)
+
+    def undo(self, image: str, user: str = "", tag: str = FINAL) -> Annotation | None:
+        """Go back one step: to what was in force before the last save, delete or restore.
+
+        Returns:
+            The save that is in force now; None if none is.
+
+        Raises:
+            NotFoundError: if there is no step to go back.
+        """
+        with self._locked():
+            self._refresh()
+            if len(self._track(image, tag).states) < 2:
+                raise NotFoundError(
+                    f"There is nothing to undo: no label of '{image[:100]}' with tag '{tag}' was saved, or every save is undone already."
+                )
+            self._record_event("undo", image, user, tag)
+            return self.current(image, tag)
+
+    def restore(self, image: str, sequence: int, user: str = "") -> Annotation:
+        """Go back to the state right after an earlier save.
+
+        Raises:
+            NotFoundError: if this image has no such save.
+        """
+        with self._locked():
+            label = self.get(image, sequence)
+            self._record_event("restore", image, user, label.tag, target=sequence)
+            return label
+
+    def get(self, image: str, sequence: int) -> Annotation:
+        """One save.
+
+        Raises:
+            NotFoundError: if this image has no such save.
+        """
+        for label in self.list(image):
+            if label.sequence == sequence:
+                return label
+        numbers = ", ".join(str(label.sequence) for label in self.list(image)[-10:]) or "none"
+        raise NotFoundError(f"Image '{image[:100]}' has no saved label {sequence}; there are {numbers}. GET /progidiff/annotations lists them.")
+
+    def list(self, image: str | None = None) -> builtins.list[Annotation]:
+        """All saves of an image (or of all), oldest first, those in force and those superseded."""
+        return [event.label for event in self.events(image) if event.label is not None]
+
+    def events(self, image: str | None = None) -> builtins.list[Event]:
+        """Everything that happened, oldest first."""
+        with self._mutex:
+            self._refresh()
+            return [event for event in self._events if image in (None, event.image)]
+
+    def last_sequence(self) -> int:
+        """Of the newest event; 0 if there is none."""
+        with self._mutex:
+            self._refresh()
+            return self._events[-1].sequence if self._events else 0
+
+    def in_force(self, image: str, tag: str = FINAL) -> builtins.list[Annotation]:
+        """The saves that count now, oldest first; the last one's file is the label as it is."""
+        with self._mutex:
+            self._refresh()
+            return [self._labels[number] for number in self._track(image, tag).states[-1]]
+
+    def counting(self) -> frozenset[int]:
+        """The sequences of all saves in force, of every image and tag."""
+        with self._mutex:
+            self._refresh()
+            return frozenset(number for track in self._tracks.values() for number in track.states[-1])
+
+    def current(self, image: str, tag: str = FINAL) -> Annotation | None:
+        """The newest save in force; None if there is none."""
+        return next(reversed(self.in_force(image, tag)), None)
+
+    def annotated_slices(self, image: str) -> frozenset[int] | None:
+        """The union over saves in force; None for the whole volume, empty for nothing."""
+        with self._mutex:
+            self._refresh()
+            if (image, FINAL) not in self._tracks:
+                return None if image in self._foreign_labels() else frozenset()
+            return _unite(self.in_force(image))
+
+    def annotated_images(self) -> dict[str, frozenset[int] | None]:
+        """Image -> `annotated_slices`, of every image that has any."""
+        with self._mutex:
+            self._refresh()
+            images = {image for image, tag in self._tracks if tag == FINAL}
+            found = {image: _unite(self.in_force(image)) for image in sorted(images)}
+            foreign: dict[str, frozenset[int] | None] = dict.fromkeys(sorted(self._foreign_labels() - images))
+            return {image: slices for image, slices in {**found, **foreign}.items() if slices is None or slices}
+
+    def label_file(self, annotation: Annotation) -> Path:
+        """The kept bytes of a save."""
+        return self.root / annotation.file
+
+    def count_slices_since(self, sequence: int, is_meant: Callable[[str], bool] | None = None) -> int:
+        """Slices that are annotated now and were not at that event, of all images or of those that are meant.
+
+        A save of a whole volume of unknown depth counts as one slice.
+        """
+        with self._mutex:
+            self._refresh()
+            total = 0
+            for (image, tag), track in self._tracks.items():
+                if tag == FINAL and track.timeline[-1][0] > sequence and (is_meant is None or is_meant(image)):
+                    before = self._expand(track.after(sequence))
+                    total += len(self._expand(self._tracks[image, tag].states[-1]) - before)
+            return total
+
+    def verify(self) -> builtins.list[str]:
+        """Read everything again and compare.
+
+        Returns:
+            Problems found, one sentence each; empty if there are none.
+        """
+        with self._locked() if self.root.is_dir() else contextlib.nullcontext():
+            problems: builtins.list[str] = []
+            content = self._read_log(0)
+            whole, _, torn = content.rpartition(b"\n")
+            if torn:
+                problems.append(f"The last {len(torn)} bytes of '{self._log}' are a line that was never finished; the next save sets them aside.")
+            last_check, damaged_before = "", False
+            known: set[str] = set()
+            for line in _parse(whole + b"\n" if whole else b"", 1):
+                if line.event is None:
+                    problems.append(f"Line {line.number} of '{self._log}' is damaged ({line.problem}); its event is lost, the others are used.")
+                    damaged_before = True
+                    continue
+                if line.after != last_check and not damaged_before:
+                    problems.append(f"Lines before line {line.number} of '{self._log}' are missing: event {line.event.sequence} does not follow.")
+                last_check, damaged_before = line.check, False
+                if line.event.label is not None:
+                    known.add(line.event.label.file)
+                    problems += self._check_file(line.event.label)
+            kept = sorted((self.root / "labels").glob("*/*")) if (self.root / "labels").is_dir() else []
+            problems += [
+                f"'{path}' is a label version that no event speaks of: a save that was never acknowledged, or whose line is damaged."
+                for path in kept
+                if path.is_file() and path.relative_to(self.root).as_posix() not in known
+            ]
+            return problems
+
+    def list_torn(self) -> builtins.list[str]:
+        """What crashes left of saves that nobody was told about, one sentence each: no damage, but somebody may miss a click."""
+        found = sorted(path for path in (self.root / "torn").glob("*") if path.is_file())
+        return [
+            f"'{path}' ({path.stat().st_size} bytes) is what a crash left of a save that was never acknowledged; the history goes on from the last "
+            "good state. Save the label again if it is missed, then delete the file."
+            for path in found
+        ]
+
+    def set_aside_unfinished(self) -> Path | None:
+        """Put away the label version of a save that was cut off before its line was written: nobody was told that it was saved.
+
+        There can be one, numbered right after the last event; it goes into `torn`. Files with other numbers, more than one, or any
+        beside a log with damaged lines, mean that lines were lost: they stay, and `verify` names them.
+
+        Returns:
+            Where it is now; None if there was none.
+        """
+        if not (self.root / "labels").is_dir():
+            return None
+        with self._locked():
+            lines = self._lines()
+            known = {label.file for label in self._labels.values()}
+            files = [path for path in (self.root / "labels").glob("*/*") if path.relative_to(self.root).as_posix() not in known]
+            number = _NUMBER.match(files[0].name) if len(files) == 1 else None
+            if number is None or lines != len(self._events) or int(number.group(1)) != self._next_sequence(lines, None):
+                return None
+            target = self.root / "torn" / f"{files[0].parent.name}-{time.time_ns()}-{files[0].name}"
+            try:
+                target.parent.mkdir(exist_ok=True)
+                os.replace(files[0], target)
+                flush(target.parent)
+                flush(files[0].parent)
+            except OSError as err:
+                raise StoreError(f"'{files[0]}' could not be moved to '{target}' ({err}). Check who may write there.") from err
+            logger.warning("Set aside '%s' as '%s': its save was cut off and never acknowledged", files[0], target.name)
+            return target
+
+    def _check_file(self, label: Annotation) -> builtins.list[str]:
+        try:
+            found = hash_file(self.root / label.file)
+        except OSError as err:
+            return [f"The file of save {label.sequence} of '{label.image}' cannot be read ({err}); restore '{label.file}' from a backup."]
+        if found != label.sha256:
+            return [f"The file of save {label.sequence} of '{label.image}' is not what was saved; restore '{label.file}' from a backup."]
+        return []
+
+    def _record_event(self, kind: Kind, image: str, user: str, tag: str, reason: str = "", target: int | None = None) -> Event:
+        with self._locked():
+            sequence = self._next_sequence(self._lines(), None)
+            event = Event(sequence, _now(), kind, image, tag, user[:_MAX_TEXT], reason[:_MAX_TEXT], target)
+            self._append(event)
+            return event
+
+    def _lines(self) -> int:
+        """Lines of the log, also damaged ones, after setting a torn last line aside. Needs the lock."""
+        self._mend_tail()
+        self._refresh()
+        return self._num_lines
+
+    def _next_sequence(self, lines: int, folder: Path | None) -> int:
+        """Above every number ever given, also to events whose line is damaged and to files that no event speaks of."""
+        used = [lines, self._events[-1].sequence if self._events else 0]
+        if folder is not None and folder.is_dir():
+            used += [int(match.group(1)) for match in map(_NUMBER.match, os.listdir(folder)) if match]
+        return max(used) + 1
+
+    def _keep(self, label_file: Path, folder: Path, name: str) -> tuple[Path, str]:
+        """Copy a label into the history by rename; its path and SHA-256."""
+        scratch: Path | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
+            copy = scratch / name
+            shutil.copyfile(label_file, copy)
+            flush(copy)
+            sha256 = hash_file(copy)
+            os.replace(copy, folder / name)
+            for changed in (folder, folder.parent, self.root):
+                flush(changed)
+        except OSError as err:
+            raise StoreError(f"The label could not be kept in '{folder}' ({err}); nothing was saved. Free some disk space and save again.") from err
+        finally:
+            if scratch is not None:
+                shutil.rmtree(scratch, ignore_errors=True)
+        return folder / name, sha256
+
+    def _append(self, event: Event) -> None:
+        """Write one line and flush it; if the disk refuses, the log is as it was."""
+        line = _encode(event, self._last_check)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            handle = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                size = os.fstat(handle).st_size
+                try:
+                    written = 0
+                    while written < len(line):
+                        written += os.write(handle, line[written:])
+                    os.fsync(handle)
+                except BaseException:
+                    with contextlib.suppress(OSError):
+                        os.ftruncate(handle, size)
+                        os.fsync(handle)
+                    raise
+            finally:
+                os.close(handle)
+            if size == 0:
+                flush(self.root)
+        except OSError as err:
+            raise StoreError(f"'{self._log}' could not be written ({err}); nothing was saved. Free some disk space and save again.") from err
+        self._refresh()
+
+    def _mend_tail(self) -> None:
+        """Finish or set aside a last line that a crash left without its end. Needs the lock."""
+        try:
+            with self._log.open("rb+") as file:
+                size = file.seek(0, os.SEEK_END)
+                if size == 0:
+                    return
+                file.seek(size - 1)
+                if file.read(1) == b"\n":
+                    return
+                file.seek(0)
+                start = file.read().rfind(b"\n") + 1
+                file.seek(start)
+                torn = file.read()
+                if next(_parse(torn + b"\n", 1)).event is not None:  # Only the newline is missing.
+                    file.write(b"\n")
+                else:
+                    aside = self.root / "torn"
+                    aside.mkdir(exist_ok=True)
+                    (aside / f"{time.time_ns()}.txt").write_bytes(torn)
+                    file.truncate(start)
+                    logger.warning("Set aside the last %d bytes of '%s': a line that was never finished or acknowledged", len(torn), self._log)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileNotFoundError:
+            return
+        except OSError as err:
+            raise StoreError(f"'{self._log}' could not be mended ({err}); nothing was saved. Free some disk space and save again.") from err
+
+    def _reset(self) -> None:
+        self._offset = 0
+        self._identity: tuple[int, int] | None = None
+        self._num_lines = 0
+        self._last_check = ""
+        self._events: builtins.list[Event] = []
+        self._labels: dict[int, Annotation] = {}
+        self._tracks: dict[tuple[str, str], _Track] = {}
+
+    def _refresh(self) -> None:
+        """Read the lines that came since the last time, whichever process wrote them."""
+        try:
+            state = self._log.stat()
+        except FileNotFoundError:
+            self._reset()
+            return
+        except OSError as err:
+            raise StoreError(f"'{self._log}' cannot be read ({err}). Check who may read there.") from err
+        if (state.st_dev, state.st_ino) != self._identity or state.st_size < self._offset:
+            self._reset()
+            self._identity = (state.st_dev, state.st_ino)
+        if state.st_size == self._offset:
+            return
+        content = self._read_log(self._offset)
+        end = content.rfind(b"\n") + 1  # What follows is being written by another process, or torn.
+        for line in _parse(content[:end], self._num_lines + 1):
+            self._num_lines = line.number
+            if line.event is None:
+                logger.error("Line %d of '%s' is damaged and left out: %s", line.number, self._log, line.problem)
+                continue
+            self._last_check = line.check
+            self._events.append(line.event)
+            if line.event.label is not None:
+                self._labels[line.event.sequence] = line.event.label
+            if line.event.kind != "skip":
+                self._tracks.setdefault((line.event.image, line.event.tag), _Track()).apply(line.event, self._labels)
+        self._offset += end
+
+    def _read_log(self, offset: int) -> bytes:
+        try:
+            with self._log.open("rb") as file:
+                file.seek(offset)
+                return file.read()
+        except FileNotFoundError:
+            return b""
+        except OSError as err:
+            raise StoreError(f"'{self._log}' cannot be read ({err}). Check who may read there.") from err
+
+    def _track(self, image: str, tag: str) -> _Track:
+        return self._tracks.get((image, tag), _Track())
+
+    def _expand(self, sequences: Iterable[int]) -> frozenset[int]:
+        """The slices of some saves, with whole volumes spelled out."""
+        found: set[int] = set()
+        for label in (self._labels[number] for number in sequences):
+            found.update(range(label.num_slices or 1) if label.slices is None else label.slices)
+        return frozenset(found)
+
+    def _foreign_labels(self) -> set[str]:
+        """Ids of the files among the final labels."""
+        if self.final_labels is None or not self.final_labels.is_dir():
+            return set()
+        names = (name for name in os.listdir(self.final_labels) if not name.startswith("."))
+        return {name[: -len(suffix)] for name in names for suffix in LABEL_SUFFIXES if name.lower().endswith(suffix)}
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout
+
+        with self._mutex:
+            if getattr(self, "_is_locked", False):
+                yield
+                return
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                lock = FileLock(self.root / ".lock", timeout=_LOCK_SECONDS)
+                lock.acquire()
+            except Timeout as err:
+                raise BusyError(f"Another process has been writing to '{self.root}' for {_LOCK_SECONDS:.0f} s. Try again.", retry_after=30) from err
+            except OSError as err:
+                raise StoreError(f"'{self.root}' cannot be locked ({err}). Free some disk space or check who may write there.") from err
+            self._is_locked = True
+            try:
+                self._remove_leftovers()
+                yield
+            finally:
+                self._is_locked = False
+                lock.release()
+
+    def _remove_leftovers(self) -> None:
+        """Temporary folders of processes that died."""
+        for path in self.root.glob(f"{_WRITING}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hexadecimal) of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _encode(event: Event, last_check: str) -> bytes:
+    values: dict[str, Any] = {"format": FORMAT, "sequence": event.sequence, "time": event.time, "event": event.kind, "image": event.image}
+    values |= {"tag": event.tag, "user": event.user}
+    if event.reason:
+        values["reason"] = event.reason
+    if event.target is not None:
+        values["target"] = event.target
+    if event.label is not None:
+        values |= {name: value for name, value in event.label.to_dict().items() if name not in values}
+    values["after"] = last_check
+    values["check"] = _compute_check(values)
+    return (json.dumps(values) + "\n").encode()
+
+
+def _compute_check(values: Mapping[str, Any]) -> str:
+    body = json.dumps({name: value for name, value in values.items() if name != "check"}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(body.encode()).hexdigest()[:32]
+
+
+def _parse(content: bytes, first: int) -> Iterator[_Line]:
+    for number, line in enumerate(content.split(b"\n")[:-1], first):
+        try:
+            values = json.loads(line)
+            if values["check"] != _compute_check(values):
+                raise ValueError("its checksum does not fit")
+            if values["format"] != FORMAT:
+                raise ValueError(f"it has format {values['format']}, this version reads {FORMAT}")
+            label = Annotation.from_dict(values) if values["event"] == "label" else None
+            event = Event(
+                sequence=int(values["sequence"]),
+                time=str(values["time"]),
+                kind=values["event"],
+                image=str(values["image"]),
+                tag=str(values["tag"]),
+                user=str(values["user"]),
+                reason=str(values.get("reason", "")),
+                target=values.get("target"),
+                label=label,
+            )
+            yield _Line(number, event, values["check"], values["after"])
+        except (ValueError, KeyError, TypeError, RecursionError) as err:
+            yield _Line(number, None, problem=str(err)[:200] or type(err).__name__)
+
+
+def _unite(labels: Iterable[Annotation]) -> frozenset[int] | None:
+    found: set[int] = set()
+    for label in labels:
+        if label.slices is None:
+            return None
+        found.update(label.slices)
+    return frozenset(found)
+
+
+def _check_slices(slices: Iterable[int], num_slices: int | None) -> tuple[int, ...]:
+    chosen = set()
+    for z in slices:
+        if isinstance(z, bool) or not isinstance(z, int) or z < 0 or (num_slices is not None and z >= num_slices):
+            last = "" if num_slices is None else f" to {num_slices - 1}"
+            raise RequestError(f"Slice {str(z)[:40]} is not one of the image's; axial slices are whole numbers from 0{last}, inferior to superior.")
+        chosen.add(z)
+    return tuple(sorted(chosen))
+
+
+def _label_suffix(path: Path) -> str:
+    for suffix in LABEL_SUFFIXES:
+        if path.name.lower().endswith(suffix):
+            return suffix
+    raise RequestError(f"A label named '{path.name[-40:]}' is not kept; its suffix must be one of {', '.join(LABEL_SUFFIXES)}.")
+
+
+def _folder_name(image: str) -> str:
+    """A file name for any id: ids of the host's own making may hold spaces, and must not leave the folder."""
+    name = quote(image, safe="")
+    return "%2E" + name[1:] if name.startswith(".") else name
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

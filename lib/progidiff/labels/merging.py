@@ -1,0 +1,192 @@
+"""One label of many decisions: which proposals a person picked, on which slices, and what that draws on the image's grid.
+
+A decision names a structure and a pick; a plan holds picks for the whole volume and for single slices, which win. Voxels are
+made from the kept proposals when the plan is carried out, so a plan is small enough to wait in a browser for hours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+
+from progidiff.errors import RequestError
+from progidiff.images.volume import Volume
+from progidiff.labels.saving import MERGED
+from progidiff.params import read_float, read_int
+from progidiff.proposals.agreement import merge_masks
+from progidiff.proposals.request import BEST, CONSENSUS
+from progidiff.proposals.volume_proposals import THRESHOLD, VolumeProposals
+
+Rule = Literal["consensus", "best", "proposal", "union", "intersection", "majority", "threshold", "nothing"]
+
+_RULES = ("consensus", "best", "proposal", "union", "intersection", "majority", "threshold", "nothing")
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What is drawn of a structure.
+
+    Attributes:
+        rule: "consensus" of all proposals, "best" (the medoid of the volume), one "proposal", "nothing", or how to merge the
+            members: "union", "intersection", "majority" (at least half) or "threshold" (at least this share of them).
+        members: Proposals 1..K that take part, ascending; empty for all. One for "proposal".
+        threshold: With "threshold", above 0 and up to 1.
+    """
+
+    rule: Rule = "consensus"
+    members: tuple[int, ...] = ()
+    threshold: float = 0.5
+
+    @classmethod
+    def from_params(cls, params: object, num_proposals: int) -> Pick:
+        """Read a pick as sent: {"rule", "members", "threshold"}.
+
+        Raises:
+            RequestError: if it is none, or names proposals that there are not.
+
+        Example:
+            >>> Pick.from_params({"rule": "union", "members": [3, 1]}, 4)
+            Pick(rule='union', members=(1, 3), threshold=0.5)
+        """
+        if not isinstance(params, Mapping) or params.get("rule") not in _RULES:
+            raise RequestError(f"A pick is an object with a rule, one of {', '.join(_RULES)}; got {str(params)[:60]}.")
+        rule = cast(Rule, params["rule"])
+        members = params.get("members") or []
+        if not isinstance(members, (list, tuple)) or len(members) > num_proposals:
+            raise RequestError(f"The members of a pick are a list of proposals, each from 1 to {num_proposals} and named once.")
+        numbers = tuple(sorted({read_int(member, "members", 1, num_proposals) for member in members}))
+        if rule == "proposal" and len(numbers) != 1:
+            raise RequestError("The rule proposal needs exactly one member, for example {'rule': 'proposal', 'members': [2]}.")
+        threshold = read_float(params.get("threshold", 0.5), "threshold", 1e-6, 1.0)
+        return cls(rule, numbers, threshold)
+
+    @property
+    def shown(self) -> str:
+        """As the audit calls it: "consensus", "best", the number of a proposal, or "merged"."""
+        if self.rule in (CONSENSUS, BEST):
+            return self.rule
+        return str(self.members[0]) if self.rule == "proposal" else MERGED
+
+    def draw(self, masks: np.ndarray, best: int) -> np.ndarray:
+        """One mask of K proposals.
+
+        Args:
+            masks: bool of shape (K, Y, X).
+            best: Index of the medoid.
+
+        Returns:
+            bool of shape (Y, X).
+
+        Example:
+            >>> masks = np.array([[[True, True]], [[True, False]]])
+            >>> Pick("intersection").draw(masks, 0).tolist()
+            [[True, False]]
+        """
+        if self.rule == "nothing":
+            return np.zeros(masks.shape[1:], dtype=bool)
+        if self.rule == "best":
+            return masks[best]
+        if self.rule == "proposal":
+            return masks[self.members[0] - 1]
+        chosen = masks[[member - 1 for member in self.members]] if self.members else masks
+        how = "majority" if self.rule == "consensus" else self.rule
+        return merge_masks(torch.from_numpy(chosen), how, self.threshold).numpy()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Decisions about one result.
+
+    Attributes:
+        volume: Structure -> pick on every slice that `slices` leaves out; empty if only single slices are decided.
+        slices: Axial index -> structure -> pick.
+    """
+
+    volume: Mapping[str, Pick]
+    slices: Mapping[int, Mapping[str, Pick]]
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], result: VolumeProposals) -> Plan:
+        """Read a plan as sent: {"volume": {structure: pick}, "slices": {"12": {structure: pick}}}.
+
+        Raises:
+            RequestError: if it decides nothing, or names slices, structures or proposals that the result does not have.
+        """
+        volume = _read_picks(params.get("volume") or {}, result)
+        sent = params.get("slices") or {}
+        if not isinstance(sent, Mapping):
+            raise RequestError('slices must be an object of axial slices, for example {"12": {"liver": {"rule": "union"}}}.')
+        depth = result.grid.shape[0]
+        slices = {read_int(z, "slices", 0, depth - 1): _read_picks(picks, result) for z, picks in sent.items()}
+        slices = {z: picks for z, picks in sorted(slices.items()) if picks}
+        if not volume and not slices:
+            raise RequestError("Nothing is decided. Accept a slice or the volume first.")
+        return cls(volume, slices)
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """What it speaks about."""
+        return tuple(dict.fromkeys([*self.volume, *(name for picks in self.slices.values() for name in picks)]))
+
+    @property
+    def decided_slices(self) -> tuple[int, ...] | None:
+        """Axial slices that it annotates; None for the whole volume."""
+        return None if self.volume else tuple(self.slices)
+
+    @property
+    def shown(self) -> str:
+        """The one thing that was picked everywhere, else `MERGED`."""
+        picked = {pick.shown for picks in (self.volume, *self.slices.values()) for pick in picks.values()}
+        return picked.pop() if len(picked) == 1 else MERGED
+
+    def picks_on(self, z: int) -> dict[str, Pick]:
+        """Structure -> pick on an axial slice; empty if it is not decided."""
+        return {**self.volume, **self.slices.get(z, {})}
+
+
+def compose_label(result: VolumeProposals, volume: Volume, plan: Plan, label_ids: Mapping[str, int]) -> np.ndarray:
+    """Carry out a plan.
+
+    Where several structures are drawn on a voxel, the one with the higher agreement of its proposals wins, then the one with
+    the higher mean probability, then the one asked first, as in `VolumeProposals.label_map`.
+
+    Args:
+        result: The proposals.
+        volume: The image that they were made for.
+        plan: What to draw.
+        label_ids: Structure -> label id 1..255.
+
+    Returns:
+        uint8 of shape (I, J, K) in file order; 0 on slices that the plan leaves out.
+
+    Raises:
+        GeometryError: if the volume has another grid.
+    """
+    stack = np.zeros(result.grid.shape, dtype=np.uint8)
+    labels = volume.from_stack(stack)  # A view: what is drawn on the stack is drawn in file order.
+    best = {name: order[0] for name, order in zip(result.structures, result.ranking, strict=True)}
+    for z in range(len(stack)):
+        picks = plan.picks_on(z)
+        score = np.zeros(stack.shape[1:], dtype=np.float32)
+        for name in (name for name in result.structures if name in picks):
+            maps = result.slice_probabilities(name, z)
+            masks = maps >= THRESHOLD
+            if masks.any():
+                support = masks.sum(axis=0, dtype=np.uint8) + maps.mean(axis=0) / 256  # float32, as there: ties must break the same way
+                wins = picks[name].draw(masks, best[name]) & (support > score)
+                score[wins] = support[wins]
+                stack[z][wins] = label_ids[name]
+    return labels
+
+
+def _read_picks(picks: object, result: VolumeProposals) -> dict[str, Pick]:
+    if not isinstance(picks, Mapping):
+        raise RequestError(f"Picks are an object of structures, for example {{'liver': {{'rule': 'consensus'}}}}; got {str(picks)[:60]}.")
+    unknown = [str(name) for name in picks if name not in result.structures]
+    if unknown:
+        raise RequestError(f"These proposals hold no '{unknown[0][:60]}'; they hold {', '.join(result.structures)}.")
+    return {str(name): Pick.from_params(pick, result.num_proposals) for name, pick in picks.items()}

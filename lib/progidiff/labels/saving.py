@@ -1,0 +1,525 @@
+"""A label before it counts: opened, checked against its image, its ids translated, and joined with the label before it.
+
+Ids. What a number in a file means is said by, in this order: the table that came with the save (`label_info`; 3D Slicer numbers
+its segments by position), the fixed ids of this program if the save names the proposal that it was made from, the folder's
+labels.json, and without that the fixed ids again. Kept labels use one set of ids: labels.json, or without it the fixed ids;
+structures that neither knows get the next free id. A file whose ids say otherwise is rewritten, and only then.
+
+Joining. A save replaces what it speaks about: its slices, if it names slices; its structures, if it names structures. All else
+of the label in force stays, so that work slice by slice, or structure by structure, never loses what was done before.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from progidiff.errors import GeometryError, ImageError, PromptError, RequestError
+from progidiff.images.pictures import is_picture
+from progidiff.images.volume import Volume, load_label, load_volume, read_grid, save_mask, strip_suffix
+from progidiff.labels.history import LABEL_SUFFIXES, Source
+from progidiff.params import read_bool, read_choice, read_float, read_int
+from progidiff.prompts.parser import STRUCTURES, parse_prompt
+from progidiff.proposals.request import BEST, CONSENSUS
+from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.volume_proposals import VolumeProposals
+
+MERGED = "merged"
+"""What `shown` says of a mask that a person put together from several proposals."""
+
+MAX_LABEL_ID = 255
+"""Masks are 8 bits for every viewer."""
+
+UNKNOWN_SEED = -1
+"""Of a `Source` whose proposals are no longer kept."""
+
+KEPT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".png")
+"""Labels in these formats are kept byte for byte; others are rewritten as .nii.gz or .png, because the host does not list them."""
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_MAX_NAMES = 255
+_MAX_NAME = 100
+_MAX_SECONDS = 7 * 24 * 3600.0
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """What a save says about its label; everything may be left out.
+
+    Attributes:
+        slices: Axial slices that it annotates, ascending; None if not said.
+        structures: Structures that it speaks about; None if not said.
+        proposals: Key of the proposals that it was made from; "" if not said.
+        shown: Which of them: "consensus", "best", a number, or `MERGED`.
+        edited: Whether the person changed it; None if not said.
+        seconds: Time spent; None if not said.
+        label_names: Id in the file -> structure; None if not said.
+        client: What sent it.
+    """
+
+    slices: tuple[int, ...] | None = None
+    structures: tuple[str, ...] | None = None
+    proposals: str = ""
+    shown: str = CONSENSUS
+    edited: bool | None = None
+    seconds: float | None = None
+    label_names: Mapping[int, str] | None = None
+    client: str = ""
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], num_slices: int) -> SaveOptions:
+        """Read the parameters of a save; names that mean nothing here are left to the datastore.
+
+        Args:
+            params: As sent: slices, structures, proposals, shown, edited, seconds, label_info, client_id.
+            num_slices: Axial slices of the image.
+
+        Raises:
+            RequestError: if one of them is malformed or out of range.
+
+        Example:
+            >>> options = SaveOptions.from_params({"slices": [4, "3"], "label_info": [{"name": "Liver", "idx": 1}]}, 8)
+            >>> options.slices, options.label_names
+            ((3, 4), {1: 'liver'})
+        """
+        given = {name: value for name, value in params.items() if value is not None and value != ""}
+        proposals = given.get("proposals", "")
+        if proposals and not (isinstance(proposals, str) and _KEY.fullmatch(proposals)):
+            raise RequestError(
+                "Option proposals is no key of kept proposals; send the `proposals` of the answer that the mask came with, or nothing."
+            )
+        return cls(
+            slices=_read_slices(given.get("slices"), num_slices),
+            structures=_read_structures(given.get("structures")),
+            proposals=proposals,
+            shown=_read_shown(given.get("shown", CONSENSUS)),
+            edited=None if "edited" not in given else read_bool(given["edited"], "edited"),
+            seconds=None if "seconds" not in given else read_float(given["seconds"], "seconds", 0, _MAX_SECONDS),
+            label_names=_read_label_info(given.get("label_info"), given.get("label_names")),
+            client=str(given.get("client_id", ""))[:_MAX_NAME],
+        )
+
+
+@dataclass(frozen=True)
+class CheckedLabel:
+    """A label that was opened and fits its image.
+
+    Attributes:
+        file: Where it lies.
+        array: Ids as kept labels use them, shape (I, J, K) in file order.
+        label_ids: Structure -> id, of everything that the file draws or its table names.
+        kept_ids: Structure -> id as kept labels use them, whether drawn or not.
+        is_as_sent: Whether the file itself can be kept; False if ids were translated or the format is not kept.
+    """
+
+    file: Path
+    array: np.ndarray
+    label_ids: dict[str, int]
+    kept_ids: Mapping[str, int]
+    is_as_sent: bool
+
+
+@dataclass(frozen=True)
+class Previous:
+    """The label in force before a save.
+
+    Attributes:
+        file: On the image's grid.
+        label_ids: Structure -> id; empty if it was made elsewhere.
+        slices: Axial slices annotated so far; None for all.
+        structures: That it speaks about.
+    """
+
+    file: Path
+    label_ids: Mapping[str, int]
+    slices: frozenset[int] | None
+    structures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReadyLabel:
+    """A label as it is to be kept, and what `AnnotationStore.record` is to say about it.
+
+    Attributes:
+        file: What was sent, or a new file in the scratch folder.
+        slices, structures, source, edited, seconds, client, num_slices: See `annotations.Annotation`.
+        label_ids: Structure -> id.
+        warnings: Sentences for the person who saved.
+    """
+
+    file: Path
+    slices: tuple[int, ...] | None
+    structures: tuple[str, ...]
+    source: Source | None
+    edited: bool | None
+    seconds: float | None
+    client: str
+    num_slices: int
+    label_ids: dict[str, int]
+    warnings: tuple[str, ...] = ()
+
+
+def count_slices(volume: Volume) -> int:
+    """Axial slices of a volume."""
+    return int(volume.to_stack()[0].shape[0])
+
+
+def open_grid(image: Path) -> Volume:
+    """An image without its voxels: all that a label is compared with, read from the header.
+
+    Raises:
+        NotFoundError, ImageError: as `volume.read_grid`; for a DICOM folder, which has no header, as `volume.load_volume`.
+    """
+    if image.is_dir():
+        return load_volume(image)
+    shape, affine = read_grid(image)
+    return Volume(np.broadcast_to(np.uint8(0), shape), affine, "CT", "option", strip_suffix(image))
+
+
+def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) -> dict[str, int]:
+    """Structure -> id as labels of a folder use them: its labels.json, or the ids that answers use.
+
+    Args:
+        served_ids: Those of answers about a picture; None for the fixed ids.
+
+    Raises:
+        RequestError: if labels.json is something else.
+    """
+    path = folder / "labels.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        names = {canonical_name(str(name)): int(value) for value, name in values.items()}
+    except FileNotFoundError:
+        return fixed_ids() if served_ids is None else dict(served_ids)
+    except (OSError, ValueError, AttributeError) as err:
+        raise RequestError(f"'{path}' does not map label ids to structures ({err}), so no label can be saved. Make it look like {_EXAMPLE}.") from err
+    if any(not 1 <= value <= MAX_LABEL_ID for value in names.values()):
+        raise RequestError(f"'{path}' has ids outside 1 to {MAX_LABEL_ID}, so no label can be saved. Number the structures from 1.")
+    return names
+
+
+def combine_ids(folder_ids: Mapping[str, int], previous: Previous | None) -> dict[str, int]:
+    """The ids of a folder, and those of the label in force for structures that the folder does not name.
+
+    Example:
+        >>> combine_ids({"liver": 1}, Previous(Path("x"), {"liver": 6, "tumour": 14, "cyst": 1}, None))
+        {'liver': 1, 'tumour': 14, 'cyst': 15}
+    """
+    ids = dict(folder_ids)
+    others = {} if previous is None else {name: value for name, value in previous.label_ids.items() if name not in ids}
+    ids |= {name: value for name, value in others.items() if value not in folder_ids.values()}
+    return {**ids, **_assign_ids(others, ids)}
+
+
+def fixed_ids() -> dict[str, int]:
+    """Structure -> the id that every answer of this program uses.
+
+    Example:
+        >>> fixed_ids()["liver"]
+        6
+    """
+    return {name: number for number, name in enumerate(STRUCTURES, start=1)}
+
+
+@functools.lru_cache(maxsize=1024)
+def canonical_name(name: str) -> str:
+    """The vocabulary's name of a structure, or the name itself if the vocabulary has none.
+
+    Example:
+        >>> canonical_name("kidney_left"), canonical_name("Tumour 1")
+        ('left kidney', 'Tumour 1')
+    """
+    name = " ".join(name.split())
+    if name.lower() in STRUCTURES:
+        return name.lower()
+    try:
+        queries = parse_prompt(name)
+    except PromptError:
+        return name
+    return queries[0].name if len(queries) == 1 and queries[0].known else name
+
+
+def check_label(
+    file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None = None
+) -> CheckedLabel:
+    """Open a label and refuse what cannot count.
+
+    Args:
+        file: As sent.
+        volume: Its image.
+        options: What was sent along.
+        kept_ids: Structure -> id as kept labels use them, see `combine_ids`.
+        served_ids: Structure -> id as answers use them; None for the fixed ids.
+
+    Raises:
+        ImageError: if it cannot be read, holds anything but whole numbers, or ids that nothing names.
+        GeometryError: if it is not on the image's grid.
+    """
+    _check_suffix(file)
+    _check_voxel_count(file, volume)
+    try:
+        array = load_label(file, like=volume)
+    except OverflowError as err:
+        raise ImageError(f"'{file.name}' holds infinite values, so it is no label map; save it with whole numbers.") from err
+    present = _find_present(array)
+    meaning = _find_meaning(options, kept_ids, served_ids)
+    strange = [value for value in present if value not in meaning]
+    if strange:
+        known = ", ".join(f"{value} {name}" for value, name in sorted(meaning.items()))
+        raise ImageError(
+            f"The label holds the ids {', '.join(map(str, strange[:8]))}, which nothing names. Known are {known[:600]}. Send a table of the others "
+            'with it, for example params={"label_info": [{"name": "liver", "idx": 6}]}, or name them in labels.json.'
+        )
+    spoken_of = sorted({*present, *(options.label_names or {})})
+    ids = _assign_ids([meaning[value] for value in spoken_of], kept_ids)
+    table = {value: ids[meaning[value]] for value in present}
+    is_as_sent = all(value == number for value, number in table.items())
+    array = array if is_as_sent else translate(array, table)
+    return CheckedLabel(file, array, ids, kept_ids, is_as_sent and file.name.lower().endswith(KEPT_SUFFIXES))
+
+
+def prepare_label(
+    checked: CheckedLabel, volume: Volume, options: SaveOptions, image: str, previous: Previous | None, proposals: ProposalStore | None, scratch: Path
+) -> ReadyLabel:
+    """Find out what a label annotates and join it with the one in force.
+
+    Args:
+        checked: Of `check_label`.
+        volume: The image.
+        options: What was sent along.
+        image: Its id.
+        previous: The label in force; None if there is none.
+        proposals: Where proposals are kept; None if nowhere.
+        scratch: Folder for a file that has to be written.
+
+    Raises:
+        RequestError: if the proposals are of another image, or there is no such proposal.
+        ImageError: if the label in force cannot be read.
+    """
+    warnings: list[str] = []
+    num_slices = count_slices(volume)
+    source, result = _find_source(options, image, proposals, warnings)
+    ids = dict(checked.label_ids)
+    if options.structures is not None:
+        ids = _assign_ids([*ids, *options.structures], {**checked.kept_ids, **ids})
+    differing = _find_differing(checked.array, volume, options, result, {**checked.kept_ids, **ids})
+    slices = options.slices
+    if slices is None and differing:
+        slices = differing
+    edited = options.edited
+    if differing is not None:
+        edited = bool(differing if slices is None else set(differing) & set(slices))
+    structures = _find_structures(checked, options, result, previous if slices is None else None)
+
+    array = checked.array
+    is_partial = slices is not None or options.structures is not None
+    if is_partial:
+        chosen = None if options.structures is None else [ids[name] for name in options.structures]
+        # Slices that were only found by comparing came with a whole label: the rest of it counts where nobody annotated before.
+        replaced = slices if options.slices is not None or slices is None else _add_untouched(slices, previous, num_slices)
+        array = _join(array, previous, volume, replaced, chosen, checked.kept_ids)
+        if previous is not None:
+            ids = {**{name: checked.kept_ids[name] for name in previous.label_ids}, **ids}
+    if checked.is_as_sent and (array is checked.array or np.array_equal(array, checked.array)):
+        file = checked.file
+    else:
+        file = save_mask(array, volume, scratch / ("label.png" if is_picture(checked.file) else "label.nii.gz"))
+    return ReadyLabel(file, slices, structures, source, edited, options.seconds, options.client, num_slices, ids, tuple(warnings))
+
+
+def translate(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
+    """Other ids in a label map; what the table does not name stays.
+
+    Example:
+        >>> translate(np.array([[[0, 1, 2]]], np.uint8), {1: 6, 2: 1}).tolist()
+        [[[0, 6, 1]]]
+    """
+    result = array.astype(np.uint8 if max([int(array.max()), *table.values()]) <= MAX_LABEL_ID else np.uint32)
+    for value, number in table.items():
+        result[array == value] = number
+    return result
+
+
+def _join(
+    new: np.ndarray, previous: Previous | None, volume: Volume, slices: Iterable[int] | None, chosen: list[int] | None, kept_ids: Mapping[str, int]
+) -> np.ndarray:
+    """`new` on the slices (None: all) and for the ids (None: all), and the label in force elsewhere."""
+    before = np.zeros_like(new) if previous is None else _load_previous(previous, volume, kept_ids)
+    result = before.astype(np.promote_types(before.dtype, new.dtype))
+    target, source = volume.arrange(result), volume.arrange(new)
+    for z in range(len(target)) if slices is None else slices:
+        if chosen is None:
+            target[z] = source[z]
+        else:
+            target[z][np.isin(target[z], chosen)] = 0
+            drawn = np.isin(source[z], chosen)
+            target[z][drawn] = source[z][drawn]
+    return result
+
+
+def _load_previous(previous: Previous, volume: Volume, kept_ids: Mapping[str, int]) -> np.ndarray:
+    """The label in force, in the ids that kept labels use now: labels.json may have changed since."""
+    try:
+        array = load_label(previous.file, like=volume)
+    except ImageError as err:
+        raise ImageError(
+            f"The label in force cannot be joined with this one ({err}) Save a label of the whole volume, without slices and structures, or delete "
+            "the old one first."
+        ) from err
+    table = {value: kept_ids[name] for name, value in previous.label_ids.items() if kept_ids[name] != value}
+    return translate(array, table) if table else array
+
+
+def _add_untouched(slices: tuple[int, ...], previous: Previous | None, num_slices: int) -> list[int]:
+    kept: frozenset[int] | set[int] = frozenset()
+    if previous is not None:
+        kept = set(range(num_slices)) if previous.slices is None else previous.slices
+    return sorted((set(range(num_slices)) - kept) | set(slices))
+
+
+def _find_source(
+    options: SaveOptions, image: str, proposals: ProposalStore | None, warnings: list[str]
+) -> tuple[Source | None, VolumeProposals | None]:
+    if not options.proposals:
+        return None, None
+    entries = {} if proposals is None else {entry.key: entry for entry in proposals.list()}
+    entry = entries.get(options.proposals)
+    if entry is not None and entry.image_id != image:
+        raise RequestError(f"These proposals are of image '{entry.image_id}', not of '{image}'. Save the label under its own image.")
+    result = proposals.load(options.proposals) if proposals is not None and entry is not None else None
+    if result is None:
+        warnings.append("The proposals that this label was made from are no longer kept; whether it was edited is taken from the request.")
+        return Source(options.proposals, options.shown, "", "", UNKNOWN_SEED), None
+    return Source(options.proposals, options.shown, result.model_version, result.adapter, result.seed), result
+
+
+def _find_differing(
+    array: np.ndarray, volume: Volume, options: SaveOptions, result: VolumeProposals | None, ids: Mapping[str, int]
+) -> tuple[int, ...] | None:
+    """Axial slices where a label is not what was served; None if that is not known."""
+    if result is None or options.shown == MERGED:
+        return None
+    served = result.label_map(volume, options.shown, _assign_ids(result.structures, ids))
+    if options.structures is not None:
+        chosen = [ids[name] for name in options.structures]
+        array, served = (np.where(np.isin(part, chosen), part, 0) for part in (array, served))
+    differs = volume.arrange(array != served).any(axis=(1, 2))
+    return tuple(int(z) for z in np.flatnonzero(differs))
+
+
+def _find_structures(checked: CheckedLabel, options: SaveOptions, result: VolumeProposals | None, replaced: Previous | None) -> tuple[str, ...]:
+    """What a label speaks about: what it names; else all that it draws, that was asked for, and that it takes the place of."""
+    if options.structures is not None:
+        return options.structures
+    asked = () if result is None else result.structures
+    return tuple(dict.fromkeys([*checked.label_ids, *asked, *(() if replaced is None else replaced.structures)]))
+
+
+def _find_present(array: np.ndarray) -> list[int]:
+    """The ids in a label map, ascending, without 0; several times faster than sorting all voxels where ids are small."""
+    if array.dtype == np.uint8:
+        return [int(value) for value in np.flatnonzero(np.bincount(array.ravel(), minlength=256)) if value]
+    return [int(value) for value in np.unique(array) if value]
+
+
+def _find_meaning(options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None) -> dict[int, str]:
+    """Id in the file -> structure."""
+    base = kept_ids if not options.proposals else fixed_ids() if served_ids is None else served_ids
+    meaning = {value: name for name, value in base.items()}
+    if options.label_names is None:
+        return meaning
+    own = dict(options.label_names)
+    # A table in the ids of the folder may be short; one in ids of its own must name all.
+    return {**meaning, **own} if all(base.get(name, value) == value for value, name in own.items()) else own
+
+
+def _assign_ids(names: Iterable[str], kept_ids: Mapping[str, int]) -> dict[str, int]:
+    """The id of each structure: the kept one, or the next that is free."""
+    ids: dict[str, int] = {}
+    last = max([*kept_ids.values(), len(STRUCTURES)])
+    for name in names:
+        if name in kept_ids:
+            ids[name] = kept_ids[name]
+        elif name not in ids:
+            last += 1
+            ids[name] = last
+    if last > MAX_LABEL_ID:
+        raise ImageError(f"The label names more structures than fit into {MAX_LABEL_ID} ids. Save fewer structures.")
+    return ids
+
+
+def _check_suffix(file: Path) -> None:
+    if not file.name.lower().endswith(LABEL_SUFFIXES):
+        raise ImageError(f"A label named '{file.name[-40:]}' is not read. Send {', '.join(LABEL_SUFFIXES)}.")
+
+
+def _check_voxel_count(file: Path, volume: Volume) -> None:
+    """Look at the header before the voxels: a few kilobytes can unpack to any size."""
+    shape, _ = read_grid(file)
+    if shape != volume.array.shape:
+        given, wanted = (" x ".join(map(str, size)) for size in (shape, volume.array.shape))
+        raise GeometryError(f"The label has {given} voxels and the image {wanted}; resample it to the image's grid, or save it uncropped.")
+
+
+def _read_slices(value: object, num_slices: int) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not value:
+        raise RequestError("Option slices must be a list of axial slice numbers, for example [12, 13]; leave it out for the whole volume.")
+    if len(value) > num_slices * 2:
+        raise RequestError(f"Option slices names {len(value)} slices, and the image has {num_slices}. Name each once.")
+    return tuple(sorted({read_int(item, "slices", 0, num_slices - 1) for item in value}))
+
+
+def _read_structures(value: object) -> tuple[str, ...] | None:
+    if value is None:
+        return None
+    items = value.split(",") if isinstance(value, str) else value
+    if not isinstance(items, (list, tuple)) or not items or len(items) > _MAX_NAMES:
+        raise RequestError('Option structures must be a list of names, for example ["liver"]; leave it out for all that the label draws.')
+    return tuple(dict.fromkeys(_read_name(item, "structures") for item in items))
+
+
+def _read_name(value: object, option: str) -> str:
+    if not isinstance(value, str) or not value.strip() or len(value) > _MAX_NAME or not value.isprintable():
+        raise RequestError(f"Option {option} holds {str(value)[:40]!r}; a structure is named by up to {_MAX_NAME} printable characters.")
+    return canonical_name(value)
+
+
+def _read_shown(value: object) -> str:
+    if (isinstance(value, str) and value.strip().isdecimal()) or (isinstance(value, int) and not isinstance(value, bool)):
+        return str(read_int(value, "shown", 1, 64))
+    return read_choice(value, "shown", (CONSENSUS, BEST, MERGED))
+
+
+def _read_label_info(entries: object, table: object) -> dict[int, str] | None:
+    """Id -> structure, from a viewer's list of {"name", "idx"} or from an object {name: id}, as our own answers hold it."""
+    if isinstance(table, Mapping) and entries is None:
+        pairs = list(table.items())
+    elif entries is None or entries == []:
+        return None
+    elif isinstance(entries, (list, tuple)) and all(isinstance(entry, Mapping) and "name" in entry and "idx" in entry for entry in entries):
+        pairs = [(entry["name"], entry["idx"]) for entry in entries]
+    else:
+        raise RequestError(f"Option label_info must be a list such as {_LABEL_INFO}; leave it out if the label uses the ids of labels.json.")
+    if len(pairs) > _MAX_NAMES:
+        raise RequestError(f"Option label_info names {len(pairs)} structures; at most {_MAX_NAMES} are kept.")
+    names: dict[int, str] = {}
+    for name, value in pairs:
+        structure, number = _read_name(name, "label_info"), read_int(value, "label_info", 0, 65535)
+        if number == 0:
+            continue  # The background, which some viewers list.
+        if names.setdefault(number, structure) != structure:
+            raise RequestError(f"Option label_info gives id {number} to two structures, '{names[number]}' and '{structure}'. Give each its own.")
+    return names or None
+
+
+_EXAMPLE = '{"1": "liver", "2": "spleen"}'
+_LABEL_INFO = '[{"name": "liver", "idx": 6}]'

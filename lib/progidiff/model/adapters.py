@@ -1,0 +1,231 @@
+"""Adapters on disk: versions with a pointer to the one that is served, see `progidiff.storage.versions`.
+
+``<root>/<name>/1, 2, 3 ...`` hold adapter.safetensors, adapter.json, run.json and README.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from progidiff.errors import ModelError, RequestError
+from progidiff.model.conditioning import ConditioningBranch
+from progidiff.model.folder import compute_conditioning_digest, load_card
+from progidiff.model.lora import LoraSettings, load_full, merge_lora
+from progidiff.storage.versions import VersionStore
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+FILES = ("adapter.safetensors", "adapter.json", "run.json", "README.md")
+RESERVED = ("auto", "none")
+"""Words that a request uses for "choose by modality" and "the model itself"; no adapter may be named so."""
+
+
+Kind = Literal["lora", "full"]
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """``adapter.json``: what a version is, without its weights.
+
+    Attributes:
+        name, version: Shown as ``name@version``; versions count 1, 2, 3.
+        kind: "lora": updates of some layers; "full": all weights of the conditioning branch (and maybe of the denoiser).
+        modality: "CT" or "MR", the images it was trained on and is picked for.
+        structures: Names it was trained on.
+        base: Content of the model it belongs to, see `compute_base_digest`.
+        base_name: The same for people, ``name@version``.
+        created: ISO time, UTC.
+        sha256: Of adapter.safetensors.
+        lora: Rank, alpha and targets; None for kind "full".
+    """
+
+    name: str
+    version: int
+    kind: Kind
+    modality: str
+    structures: tuple[str, ...]
+    base: str
+    base_name: str
+    created: str
+    sha256: str
+    lora: LoraSettings | None = None
+
+    @property
+    def full_name(self) -> str:
+        """``name@version``."""
+        return f"{self.name}@{self.version}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for adapter.json."""
+        values = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        return {"format": FORMAT, **values, "structures": list(self.structures), "lora": None if self.lora is None else self.lora.to_dict()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> AdapterCard:
+        """The inverse of `to_dict`."""
+        if values["format"] != FORMAT:
+            raise ModelError(f"This adapter has format {values['format']}, this program reads {FORMAT}; install the version that wrote it.")
+        plain = {k: values[k] for k in cls.__dataclass_fields__}
+        if plain["kind"] not in ("lora", "full"):
+            raise ValueError(f"kind {plain['kind']!r}")
+        lora = None if plain["lora"] is None else LoraSettings.from_dict(plain["lora"])
+        return cls(**{**plain, "version": int(plain["version"]), "structures": tuple(plain["structures"]), "lora": lora})
+
+
+class AdapterStore(VersionStore[AdapterCard]):
+    """A folder of adapters; safe for several processes.
+
+    Args:
+        root: The folder; made when the first version is added, so that a model folder may be read-only.
+    """
+
+    noun = "Adapter"
+    weights_file = "adapter.safetensors"
+    card_file = "adapter.json"
+    command = "progidiff adapters"
+    trainer = "progidiff adapt"
+    example = "mr"
+    reserved = RESERVED
+
+    def read_card(self, values: dict[str, Any]) -> AdapterCard:
+        """See `VersionStore.read_card`."""
+        return AdapterCard.from_dict(values)
+
+    def add(
+        self,
+        name: str,
+        kind: Kind,
+        tensors: Mapping[str, Tensor],
+        *,
+        modality: str,
+        structures: tuple[str, ...],
+        base: str,
+        base_name: str,
+        run: Mapping[str, Any],
+        readme: Callable[[AdapterCard], str],
+        lora: LoraSettings | None = None,
+    ) -> AdapterCard:
+        """Write a new version. It is not published.
+
+        Args:
+            name: Letters, digits, dot, underscore, hyphen.
+            tensors: From `lora.collect_tensors` or `lora.collect_full`.
+            run: Configuration, command, commit, package versions, data hashes, parent version, metrics.
+            readme: Makes the card for people.
+
+        Returns:
+            The card, with the number the version got.
+
+        Raises:
+            RequestError: if the name cannot be used.
+            StoreError: if the disk refuses; nothing is left behind then.
+        """
+        self.check_name(name)
+        if (kind == "lora") == (lora is None):
+            raise RequestError(f"A version of kind '{kind}' {'needs' if kind == 'lora' else 'has no'} rank, alpha and targets.")
+        content = save_safetensors({n: t.contiguous() for n, t in tensors.items()})
+
+        def make_card(version: int, created: str, sha256: str) -> AdapterCard:
+            return AdapterCard(
+                name=name,
+                version=version,
+                kind=kind,
+                modality=modality,
+                structures=tuple(structures),
+                base=base,
+                base_name=base_name,
+                created=created,
+                sha256=sha256,
+                lora=lora,
+            )
+
+        return self._add(name, content, make_card, run, readme)
+
+    def load(self, card: AdapterCard, base: str) -> dict[str, Tensor]:
+        """The tensors of a version.
+
+        Args:
+            base: `compute_base_digest` of the model it is meant for.
+
+        Raises:
+            ModelError: if it belongs to another base or is damaged.
+        """
+        if card.base != base:
+            raise ModelError(
+                f"Adapter '{card.full_name}' was trained for another base ({card.base_name}, content {card.base[:12]}) than the one that is loaded "
+                f"(content {base[:12]}). Train one for this base with `progidiff adapt --name {card.name}`, or ask for adapter 'none'."
+            )
+        return load_safetensors(self._read(card))
+
+    def pick_for(self, modality: str, base: str) -> AdapterCard | None:
+        """The served version for images of a modality: of several the one published last; None if there is none.
+
+        Adapters of another base are passed over with a line in the log: the base was exchanged, and they wait for their own.
+
+        Raises:
+            ModelError: if the one that should be served is damaged.
+        """
+        candidates: list[tuple[float, AdapterCard]] = []
+        for name in self._names():
+            pointer = self._pointer(name)
+            if pointer.version is None:
+                continue
+            card = self.card(name, pointer.version)
+            if card.modality != modality:
+                continue
+            if card.base != base:
+                logger.warning("Adapter %s is passed over: it was trained for another base (%s)", card.full_name, card.base_name)
+                continue
+            candidates.append((pointer.time, card))
+        return max(candidates, key=lambda c: (c[0], c[1].name))[1] if candidates else None
+
+
+def check_name(name: str) -> str:
+    """Refuse a name that would not do as a folder or is a word of the requests.
+
+    Raises:
+        RequestError: saying what a name may hold.
+
+    Example:
+        >>> check_name("mr-t2")
+        'mr-t2'
+    """
+    return AdapterStore("").check_name(name)
+
+
+def compute_base_digest(model_dir: Path) -> str:
+    """Identity of the model that an adapter belongs to: content of the conditioning and of the backbone it was trained with.
+
+    Raises:
+        ModelError: if the model folder holds no conditioning.
+    """
+    backbone = load_card(model_dir).backbone_digest
+    return hashlib.sha256(f"{compute_conditioning_digest(model_dir)} {backbone}".encode()).hexdigest()
+
+
+def build_networks(
+    card: AdapterCard, tensors: Mapping[str, Tensor], branch: ConditioningBranch, unet: nn.Module, path: Path
+) -> tuple[ConditioningBranch, nn.Module]:
+    """Adapted copies of a base's networks; see `lora.merge_lora` for why they are copies.
+
+    Returns:
+        The branch; the denoiser, which is the given one if the adapter leaves it as it is.
+
+    Raises:
+        ModelError: if any tensor is missing, left over or of another shape.
+    """
+    if card.lora is not None:
+        adapted, denoiser = merge_lora(tensors, branch, unet, card.lora, path)
+    else:
+        adapted, denoiser = load_full(tensors, branch, unet, path)
+    return adapted, unet if denoiser is None else denoiser

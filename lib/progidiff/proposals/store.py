@@ -1,0 +1,296 @@
+"""Results on disk: switching the shown proposal is a read, and survives a restart.
+
+One folder per result, named by its key, which is a hash of everything that the result depends on. A folder is written under
+a temporary name, flushed to disk and renamed, so a reader sees all of it or nothing, also after a power cut and also from
+another process. What cannot be read is moved aside, logged and treated as absent: it is computed again. When the store grows
+beyond its limit, the results that were not used for longest go first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from progidiff.errors import ImageError, StoreError
+from progidiff.prompts.parser import Query
+from progidiff.proposals.islands import OFF
+from progidiff.proposals.volume_proposals import FORMAT, VolumeProposals
+from progidiff.storage.atomic import flush
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_MAX_BYTES = 4 << 30
+"""Limit of a store on disk: 4 GiB, some thousand volumes with a handful of structures."""
+
+_KEY = re.compile(r"[0-9a-f]{64}")
+_WRITING = ".writing-"
+_DAMAGED = ".damaged-"
+_KEPT_DAMAGED = 3
+_STALE_SECONDS = 3600.0
+
+
+@dataclass(frozen=True)
+class StoredResult:
+    """What the store knows about a result without opening it.
+
+    Attributes:
+        key: See `ProposalStore.key`.
+        image_id: The image it belongs to.
+        created: Seconds since 1970.
+        structures: The structures asked for.
+        num_bytes: Size on disk.
+        whole: The key of the same request without any structure, see `ProposalStore.find_part`; "" if it was not kept.
+        texts: What the text encoder read per structure; empty if it was not kept.
+    """
+
+    key: str
+    image_id: str
+    created: float
+    structures: tuple[str, ...]
+    num_bytes: int
+    whole: str = ""
+    texts: tuple[str, ...] = ()
+
+
+class ProposalStore:
+    """A folder of results; safe for threads and for several processes on one folder.
+
+    Args:
+        root: The folder; made if absent.
+        max_bytes: Limit on disk.
+        in_memory: Results kept open, the last ones used.
+
+    Raises:
+        StoreError: if the folder cannot be made.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], max_bytes: int = DEFAULT_MAX_BYTES, in_memory: int = 2) -> None:
+        self.root = Path(root)
+        self.max_bytes = max_bytes
+        self._in_memory = in_memory
+        self._open: OrderedDict[str, VolumeProposals] = OrderedDict()
+        self._entries: dict[str, StoredResult] = {}
+        self._lock = threading.RLock()
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise StoreError(f"The folder '{self.root}' for results cannot be made ({err}). Choose another one or free it.") from err
+        self._remove_leftovers()
+
+    @staticmethod
+    def key(
+        image_id: str,
+        image_digest: str,
+        queries: Sequence[Query],
+        num_proposals: int,
+        num_inference_steps: int,
+        seed: int,
+        guidance_scale: float,
+        model_version: str,
+        adapter: str = "",
+        clean_up: str = OFF,
+    ) -> str:
+        """SHA-256 (hexadecimal) of everything that a result depends on.
+
+        Example:
+            >>> from progidiff.prompts.parser import parse_prompt
+            >>> first = ProposalStore.key("a", "00", parse_prompt("liver"), 4, 4, 0, 1.0, "base@1")
+            >>> first == ProposalStore.key("a", "00", parse_prompt("hepatic parenchyma"), 4, 4, 0, 1.0, "base@1")
+            True
+            >>> first == ProposalStore.key("a", "00", parse_prompt("liver"), 4, 4, 1, 1.0, "base@1")
+            False
+        """
+        asked = [[query.name, query.text, query.known] for query in queries]
+        parts: list[Any] = [FORMAT, image_id, image_digest, asked, int(num_proposals), int(num_inference_steps), int(seed), float(guidance_scale)]
+        parts += [model_version, adapter or ""]
+        if clean_up != OFF:  # Results kept before there was a choice were not cleaned; their keys still find them.
+            parts.append(clean_up)
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def save(self, key: str, proposals: VolumeProposals, image_id: str, queries: Sequence[Query] = (), whole: str = "") -> StoredResult:
+        """Keep a result, in place of an older one with the same key.
+
+        Args:
+            key: See `key`.
+            proposals: The result.
+            image_id: The image it belongs to.
+            queries: What was asked for, in the order of its structures.
+            whole: The `key` of the same request with no queries; with it, `find_part` answers shorter requests from this result.
+
+        Raises:
+            StoreError: if the key is none of `ProposalStore.key`, or the disk refuses; nothing is left behind then.
+        """
+        if not _KEY.fullmatch(key):
+            raise StoreError(f"'{key}' is no key of a result; make one with ProposalStore.key.")
+        temporary: Path | None = None
+        with self._lock:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                temporary = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
+                proposals.to_files(temporary)
+                num_bytes = sum(file.stat().st_size for file in temporary.iterdir())
+                texts = tuple(query.text for query in queries)
+                entry = StoredResult(key, image_id, time.time(), proposals.structures, num_bytes, whole, texts)
+                (temporary / "entry.json").write_text(json.dumps(asdict(entry)), encoding="utf-8")
+                for file in temporary.iterdir():
+                    flush(file)
+                flush(temporary)
+                self._put_in_place(temporary, self.root / key)
+                flush(self.root)
+            except OSError as err:
+                if temporary is not None:
+                    shutil.rmtree(temporary, ignore_errors=True)
+                raise StoreError(f"The result for '{image_id}' could not be kept in '{self.root}' ({err}). Free some disk space.") from err
+            self._entries[key] = entry
+            self._remember(key, proposals)
+            self._prune(keep=key)
+            return entry
+
+    def load(self, key: str) -> VolumeProposals | None:
+        """A result, or None if there is none that can be read."""
+        if not _KEY.fullmatch(key):
+            return None
+        with self._lock:
+            folder = self.root / key
+            if not folder.is_dir():
+                self._forget(key)
+                return None
+            proposals = self._open.get(key)
+            if proposals is None:
+                try:
+                    proposals = VolumeProposals.from_files(folder)
+                except ImageError as err:
+                    self._move_aside(folder, str(err))
+                    return None
+            self._remember(key, proposals)
+            with contextlib.suppress(OSError):
+                os.utime(folder)  # last use, for pruning
+            return proposals
+
+    def find_part(self, image_id: str, queries: Sequence[Query], whole: str) -> VolumeProposals | None:
+        """The answer to a request from a kept one that asked for more structures of the same image with the same settings.
+
+        Args:
+            image_id: The image.
+            queries: The structures asked for.
+            whole: The `key` of the request with no queries: image, settings and weights.
+
+        Returns:
+            The structures asked for, in their order; None if no kept result holds them all. A structure's proposals do not depend on
+            what else was asked for: noise and offsets are drawn for the slice, not for the structure.
+        """
+        asked = [(query.name, query.text) for query in queries]
+        for entry in self.list(image_id):
+            kept = list(zip(entry.structures, entry.texts, strict=False))
+            if entry.whole != whole or not all(one in kept for one in asked):
+                continue
+            result = self.load(entry.key)
+            if result is not None:
+                chosen = [kept.index(one) for one in asked]
+                names = tuple(name for name, _ in asked)
+                return replace(result, structures=names, probabilities=np.ascontiguousarray(result.probabilities[chosen]))
+        return None
+
+    def list(self, image_id: str | None = None) -> list[StoredResult]:
+        """The results of an image (or of all), the newest first."""
+        with self._lock:
+            present = [path.name for path in self.root.iterdir() if _KEY.fullmatch(path.name)] if self.root.is_dir() else []
+            for key in self._entries.keys() - set(present):
+                self._forget(key)
+            entries = [entry for entry in map(self._entry, present) if entry is not None]
+        return sorted((entry for entry in entries if image_id in (None, entry.image_id)), key=lambda entry: (-entry.created, entry.key))
+
+    def latest(self, image_id: str) -> StoredResult | None:
+        """The newest result of an image; `load` its key to open it."""
+        return next(iter(self.list(image_id)), None)
+
+    def _entry(self, key: str) -> StoredResult | None:
+        known = self._entries.get(key)
+        if known is not None:
+            return known
+        folder = self.root / key
+        try:
+            card = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
+            structures, texts = (tuple(map(str, card.get(name, ()))) for name in ("structures", "texts"))
+            entry = StoredResult(
+                key, str(card["image_id"]), float(card["created"]), structures, int(card["num_bytes"]), str(card.get("whole", "")), texts
+            )
+        except (OSError, ValueError, KeyError, TypeError) as err:
+            if not folder.is_dir():
+                return None  # another process pruned it meanwhile
+            self._move_aside(folder, f"entry.json cannot be read ({err})")
+            return None
+        self._entries[key] = entry
+        return entry
+
+    def _put_in_place(self, temporary: Path, target: Path) -> None:
+        """Rename; a folder cannot replace a folder that is not empty, so an older one steps aside first."""
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
+            os.replace(target, old)
+            os.replace(temporary, target)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+
+    def _move_aside(self, folder: Path, reason: str) -> None:
+        logger.warning("Result %s is damaged and will be computed again: %s", folder.name, reason)
+        self._forget(folder.name)
+        try:
+            os.replace(folder, self.root / f"{_DAMAGED}{time.time_ns()}-{folder.name}")
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+        for surplus in sorted(self.root.glob(f"{_DAMAGED}*"))[:-_KEPT_DAMAGED]:
+            shutil.rmtree(surplus, ignore_errors=True)
+
+    def _prune(self, keep: str) -> None:
+        entries = self.list()
+        total = sum(entry.num_bytes for entry in entries)
+        if total <= self.max_bytes:
+            return
+        for entry in sorted(entries, key=lambda entry: (self._last_use(entry), entry.created)):
+            if total <= self.max_bytes:
+                break
+            if entry.key != keep:
+                shutil.rmtree(self.root / entry.key, ignore_errors=True)
+                self._forget(entry.key)
+                total -= entry.num_bytes
+                logger.info("Removed the result %s of '%s' to stay under %d bytes", entry.key, entry.image_id, self.max_bytes)
+
+    def _last_use(self, entry: StoredResult) -> float:
+        try:
+            return (self.root / entry.key).stat().st_mtime
+        except OSError:
+            return entry.created
+
+    def _remember(self, key: str, proposals: VolumeProposals) -> None:
+        self._open[key] = proposals
+        self._open.move_to_end(key)
+        while len(self._open) > self._in_memory:
+            self._open.popitem(last=False)
+
+    def _forget(self, key: str) -> None:
+        self._open.pop(key, None)
+        self._entries.pop(key, None)
+
+    def _remove_leftovers(self) -> None:
+        """Temporary folders of processes that died; young ones may belong to a living process."""
+        for path in self.root.glob(f"{_WRITING}*"):
+            with contextlib.suppress(OSError):
+                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                    shutil.rmtree(path, ignore_errors=True)

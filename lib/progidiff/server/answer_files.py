@@ -1,0 +1,42 @@
+"""Files that an answer leaves behind."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from progidiff.images.volume import Volume, save_mask
+
+_lock = threading.Lock()
+_folder: Path | None = None
+
+
+def write_temporary(labels: np.ndarray, volume: Volume, extension: str) -> Path:
+    """Write labels in file order (I, J, K) to a new temporary file on the grid of an image; the caller removes it."""
+    handle, name = tempfile.mkstemp(prefix="progidiff-", suffix=extension, dir=_find_folder())
+    os.close(handle)
+    try:
+        return save_mask(labels, volume, name)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _find_folder() -> Path:
+    """A folder of this process.
+
+    Not the temporary folder itself: there MONAILabelClient saves an answer under the name of the server's file. On the same host that is
+    the same file, and when the server removes its own, the client's is gone.
+    """
+    global _folder
+    with _lock:
+        if _folder is None or not _folder.is_dir():  # some systems clear what is old
+            _folder = Path(tempfile.mkdtemp(prefix=".progidiff-answers-"))
+            atexit.register(shutil.rmtree, _folder, ignore_errors=True)
+        return _folder

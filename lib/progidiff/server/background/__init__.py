@@ -1,0 +1,1 @@
+"""What runs while nobody waits: scoring, choosing, retraining."""

@@ -1,0 +1,1 @@
+"""Where images and labels live: a folder or a DICOMweb server."""

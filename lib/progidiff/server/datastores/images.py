@@ -1,0 +1,53 @@
+"""Finding an image of the datastore by its id.
+
+An image is only ever named by its id in the datastore, by a session, or uploaded with the request. A request can name no file of the
+server.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from pathlib import Path
+
+from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.interfaces.datastore import Datastore
+
+from progidiff.errors import BusyError, NotFoundError
+
+_SERIES_UID = re.compile(r"\d+(\.\d+)+")
+
+
+_DOWNLOADS = threading.Lock()
+"""The host takes a DICOM folder that another thread is still filling for a whole series."""
+
+
+def find_image(app: MONAILabelApp, image_id: str) -> str:
+    """The path of an image of the datastore.
+
+    Raises:
+        NotFoundError: if the datastore has no image of this id, or its file is gone.
+        BusyError: if a DICOMweb server does not answer.
+    """
+    datastore = app.datastore()
+    try:
+        known = bool(image_id) and (image_id in datastore.list_images() or _is_series(datastore, image_id))
+        with _DOWNLOADS:
+            path = datastore.get_image_uri(image_id) if known else ""
+    except (IndexError, KeyError):
+        known = False  # How the host's DICOMweb datastore says that the server has no such series.
+    except OSError as err:
+        raise BusyError(f"The datastore does not answer ({err}). See that the DICOMweb server or the studies folder is there; try again.") from err
+    if not known:
+        raise NotFoundError(
+            f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids; PUT /session/ takes other images."
+        )
+    if not path or not Path(path).exists():
+        raise NotFoundError(f"The file of image '{image_id}' is gone from the studies folder. Put it back, or remove the image from the datastore.")
+    return str(path)
+
+
+def _is_series(datastore: Datastore, image_id: str) -> bool:
+    """Whether the id may name a series that a DICOMweb server has and the host's list leaves out: new since it was asked, or not CT."""
+    return isinstance(datastore, DICOMWebDatastore) and len(image_id) <= 64 and _SERIES_UID.fullmatch(image_id) is not None

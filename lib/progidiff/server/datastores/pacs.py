@@ -1,0 +1,269 @@
+"""A DICOMweb server (PACS) as datastore: the host's class, with what goes wrong in it mended.
+
+* MR series are images too; the host asks for CT only, unless ``MONAI_LABEL_DICOMWEB_SEARCH_FILTER`` says otherwise.
+* An image is labelled by a segmentation that a person made or accepted. One whose segments are all AUTOMATIC is a proposal.
+* A segmentation comes back on the grid of its image: the host drops every slice that is empty.
+* A saved label names the structures that are in it: the host goes through the table of names by position.
+* New series are seen after seconds; the host remembers its lists for two hours.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.local import LocalDatastore
+from monailabel.datastore.utils.convert import binary_to_image, nifti_to_dicom_seg
+from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
+from monailabel.interfaces import app as host
+from monailabel.interfaces.app import MONAILabelApp
+from pydicom.dataset import Dataset
+
+from progidiff.dicomweb.segmentation import read_segmentation
+from progidiff.errors import ImageError, NotFoundError, RequestError, StoreError
+from progidiff.images.volume import load_label, load_volume, save_mask
+from progidiff.labels.history import FINAL
+from progidiff.prompts.parser import STRUCTURES
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MODALITIES = ("CT", "MR")
+
+_LISTS_SECONDS = 10.0
+_MIN_SLICES = 2
+_HOSTS_FILTER = {"Modality": "CT"}
+"""What the host searches for if nobody sets ``MONAI_LABEL_DICOMWEB_SEARCH_FILTER``; it cannot be told from the same set on purpose."""
+
+_INFO = ("StudyDate", "StudyTime", "Modality", "RetrieveURL", "PatientID", "StudyInstanceUID")
+_CATEGORY = {"CodeValue": "123037004", "CodingSchemeDesignator": "SCT", "CodeMeaning": "Body structure"}
+_CODES = {
+    "spleen": ("78961009", "Spleen"),
+    "right kidney": ("9846003", "Right kidney"),
+    "left kidney": ("18639004", "Left kidney"),
+    "gallbladder": ("28231008", "Gallbladder"),
+    "esophagus": ("32849002", "Esophagus"),
+    "liver": ("10200004", "Liver"),
+    "stomach": ("69695003", "Stomach"),
+    "aorta": ("15825003", "Aorta"),
+    "inferior vena cava": ("64131007", "Inferior vena cava"),
+    "portal and splenic veins": ("32764006", "Portal vein"),
+    "pancreas": ("15776009", "Pancreas"),
+    "right adrenal gland": ("23451007", "Adrenal gland"),
+    "left adrenal gland": ("23451007", "Adrenal gland"),
+}
+"""Structure -> SNOMED CT code and meaning."""
+_OTHER = ("91723000", "Anatomical structure")
+_COLORS = ((228, 26, 28), (77, 175, 74), (55, 126, 184), (152, 78, 163), (255, 127, 0), (166, 86, 40), (247, 129, 191))
+
+
+class PacsDatastore(DICOMWebDatastore):
+    """Series of a DICOMweb server as images, its segmentations as labels.
+
+    Args:
+        arguments: The host's.
+        options: The host's.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._recent: dict[str, tuple[float, Any]] = {}
+        self._drawn_on: dict[str, tuple[str, str]] = {}
+        self._recent_lock = threading.Lock()
+        super().__init__(*arguments, **options)
+
+    def list_images(self) -> list[str]:
+        """SeriesInstanceUIDs of the images."""
+        return self._remember("images", self._search_images)
+
+    def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """Images with a segmentation that a person made or accepted; with another tag than `final`, those with such a label kept here."""
+        if label_tag not in (None, "", FINAL):
+            return list(map(str, LocalDatastore.get_labeled_images(self, label_tag, labels)))
+        return self._remember("labelled", lambda: sorted(set(self._find_labels()) & set(self.list_images())))
+
+    def get_unlabeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
+        """All other images."""
+        labelled = set(self.get_labeled_images(label_tag, labels))
+        return [image for image in self.list_images() if image not in labelled]
+
+    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = "") -> str:
+        """Keep a label here; one of tag `final` also goes to the server, as a DICOM SEG.
+
+        Raises:
+            RequestError: if the label draws nothing.
+            StoreError: if the DICOM SEG cannot be made, or the server does not take it.
+        """
+        image = self.get_image_uri(image_id)
+        with tempfile.TemporaryDirectory(prefix="progidiff-label-") as folder:
+            file = label_filename
+            if label_filename.endswith(".bin"):
+                file = binary_to_image(image, label_filename)
+            info = dict(label_info)
+            if label_tag == FINAL:
+                volume = load_volume(image, info=self.get_image_info(image_id))
+                labels = load_label(file, like=volume)
+                series = Path(self._datastore.image_path()) / image_id
+                plain = save_mask(labels, volume, Path(folder) / "label.nii.gz")
+                segments = _describe_segments(labels, info.get("label_info") or [], str(info.get("provenance", "")))
+                info["SeriesInstanceUID"] = self._send(series, plain, segments)
+                with self._recent_lock:
+                    self._recent.clear()
+            return str(LocalDatastore.save_label(self, image_id, file, label_tag, info))
+
+    def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
+        """The file of a label: as saved here, else the server's segmentation on the grid of its image."""
+        image_id = image_id or label_id
+        kept = str(LocalDatastore.get_label_uri(self, image_id, label_tag) or "")
+        if kept and Path(kept).is_file():
+            return kept
+        series = self._find_labels().get(image_id) if label_tag == FINAL else None
+        return self._fetch_label(image_id, series) if series else ""
+
+    def _download_labeled_data(self) -> None:
+        for image in self.get_labeled_images():
+            try:
+                self.get_image_uri(image)
+                self.get_label_uri(image, FINAL)
+            except ImageError as err:
+                logger.warning("The label of '%s' is left out: %s", image, err)
+
+    def _dicom_info(self, series_id: str) -> dict[str, str]:
+        found = self._client.search_for_series(search_filters={"SeriesInstanceUID": series_id})
+        if not found:
+            raise NotFoundError(f"The DICOMweb server has no series {series_id} any more.")
+        meta = Dataset.from_json(found[0])
+        return {"SeriesInstanceUID": series_id, **{name: str(meta[name].value) if name in meta else "UNK" for name in _INFO}}
+
+    def _remember(self, name: str, compute: Callable[[], T]) -> T:
+        with self._recent_lock:
+            known = self._recent.get(name)
+        if known is not None and time.monotonic() - known[0] < _LISTS_SECONDS:
+            value: T = known[1]
+            return value
+        value = compute()
+        with self._recent_lock:
+            self._recent[name] = (time.monotonic(), value)
+        return value
+
+    def _search_images(self) -> list[str]:
+        filters = [{"Modality": modality} for modality in MODALITIES] if self._search_filter == _HOSTS_FILTER else [self._search_filter]
+        series = []
+        for search in filters:
+            for found in self._client.search_for_series(search_filters=search):
+                dataset = Dataset.from_json(found)
+                if int(dataset.get("NumberOfSeriesRelatedInstances") or _MIN_SLICES) >= _MIN_SLICES:
+                    series.append(str(dataset.SeriesInstanceUID))
+        return list(dict.fromkeys(series))
+
+    def _find_labels(self) -> dict[str, str]:
+        """Image -> the series of its last segmentation that is no proposal."""
+        return self._remember("segmentations", self._search_labels)
+
+    def _search_labels(self) -> dict[str, str]:
+        newest: dict[str, tuple[str, str]] = {}
+        for found in self._client.search_for_series(search_filters={"Modality": "SEG"}):
+            dataset = Dataset.from_json(found)
+            study, series = str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)
+            if series not in self._drawn_on:  # A series never changes.
+                meta = Dataset.from_json(self._client.retrieve_series_metadata(study, series)[0])
+                made = f"{meta.get('ContentDate', '')}{meta.get('ContentTime', '')}"
+                self._drawn_on[series] = ("" if _is_proposal(meta) else _find_image(meta), made)
+            image, made = self._drawn_on[series]
+            if image:
+                newest[image] = max(newest.get(image, ("", "")), (made, series))
+        return {image: series for image, (_, series) in newest.items()}
+
+    def _send(self, series: Path, label: Path, segments: list[dict[str, Any]]) -> str:
+        if not segments:
+            raise RequestError(
+                "A label without any voxel cannot be a DICOM SEG, so the DICOMweb server does not take it. Accept a slice that shows a structure "
+                "first, or skip the image (POST /progidiff/annotations/<image>/skip)."
+            )
+        file = nifti_to_dicom_seg(str(series), str(label), segments)
+        try:
+            if not file or not Path(file).is_file() or not Path(file).stat().st_size:
+                raise StoreError("The label could not be written as DICOM SEG; the server's log has what itkimage2segimage says.")
+            return str(dicom_web_upload_dcm(file, self._client))
+        except OSError as err:
+            raise StoreError(f"The DICOMweb server did not take the label ({err}). See that it runs and has space; then save again.") from err
+        finally:
+            if file:
+                Path(file).unlink(missing_ok=True)
+
+    def _fetch_label(self, image_id: str, series: str) -> str:
+        found = self._client.search_for_series(search_filters={"SeriesInstanceUID": series})
+        (instance, *_) = self._client.retrieve_series(str(Dataset.from_json(found[0]).StudyInstanceUID), series)
+        volume = load_volume(self.get_image_uri(image_id), info=self.get_image_info(image_id))
+        segmentation = read_segmentation(instance, volume)
+        ids = {label: STRUCTURES.index(name) + 1 if name in STRUCTURES else None for label, name in segmentation.names.items()}
+        free = iter(range(len(STRUCTURES) + 1, 256))
+        table = np.zeros(256, dtype=np.uint8)
+        for label, known in ids.items():
+            table[label] = known if known is not None else next(free)
+        names = [{"name": name, "idx": int(table[label])} for label, name in segmentation.names.items()]
+        with tempfile.TemporaryDirectory(prefix="progidiff-label-") as folder:
+            file = save_mask(table[segmentation.labels], volume, Path(folder) / "label.nii.gz")
+            LocalDatastore.save_label(self, image_id, str(file), FINAL, {**self._dicom_info(series), "label_info": names})
+        return str(LocalDatastore.get_label_uri(self, image_id, FINAL))
+
+
+def open_remote(app: MONAILabelApp) -> Any:
+    """The app's datastore behind an address: of this class if it is a DICOMweb server, else the host's (XNAT, DSA)."""
+    _find_dcmqi()
+    setattr(host, "DICOMWebDatastore", PacsDatastore)  # noqa: B010  The name by which the host makes it.
+    return app.init_remote_datastore()
+
+
+def _find_dcmqi() -> None:
+    """Put the programs of the package `dcmqi` on the search path: the host would fetch them from the network."""
+    spec = importlib.util.find_spec("dcmqi")
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        programs = str(Path(folder) / "bin")
+        if programs not in os.environ["PATH"].split(os.pathsep):
+            os.environ["PATH"] += os.pathsep + programs
+
+
+def _is_proposal(segmentation: Dataset) -> bool:
+    kinds = {str(segment.get("SegmentAlgorithmType", "")) for segment in segmentation.get("SegmentSequence") or []}
+    return kinds == {"AUTOMATIC"}
+
+
+def _find_image(segmentation: Dataset) -> str:
+    references = segmentation.get("ReferencedSeriesSequence") or []
+    return str(references[0].get("SeriesInstanceUID", "")) if len(references) else ""
+
+
+def _describe_segments(labels: np.ndarray, names: list[dict[str, Any]], provenance: str) -> list[dict[str, Any]]:
+    """What dcmqi is told about the labels that are present, ascending, as the host goes through them.
+
+    Segment Description (0062,0006) says who saved them and from which proposal; it holds at most 1024 characters.
+    """
+    by_id = {int(entry["idx"]): str(entry["name"]) for entry in names if "idx" in entry and "name" in entry}
+    segments = []
+    for value in map(int, np.flatnonzero(np.bincount(labels.ravel()))):
+        if value == 0:
+            continue
+        name = by_id.get(value) or (STRUCTURES[value - 1] if value <= len(STRUCTURES) else f"structure {value}")
+        code, meaning = _CODES.get(name, _OTHER)
+        attribute = {
+            "labelID": value,
+            "SegmentLabel": name,
+            "SegmentDescription": f"{name}. {provenance}".strip()[:1024],
+            "SegmentAlgorithmType": "SEMIAUTOMATIC",
+            "SegmentAlgorithmName": "ProGiDiff Label",
+            "SegmentedPropertyCategoryCodeSequence": _CATEGORY,
+            "SegmentedPropertyTypeCodeSequence": {"CodeValue": code, "CodingSchemeDesignator": "SCT", "CodeMeaning": meaning},
+            "recommendedDisplayRGBValue": list(_COLORS[(value - 1) % len(_COLORS)]),
+        }
+        segments.append({"name": name, "model_name": "ProGiDiff Label", "segmentAttribute": attribute})
+    return segments

@@ -1,0 +1,119 @@
+"""The images of a local datastore as DICOM series."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.interfaces.datastore import Datastore
+
+from progidiff.dicomweb.catalogue import Catalogue, Entry
+from progidiff.dicomweb.frames import FrameStore, Series
+from progidiff.dicomweb.geometry import ServedGrid
+from progidiff.errors import NotFoundError
+from progidiff.images.volume import Volume, load_label, load_volume, save_array, save_mask
+
+_UID = re.compile(r"\d+(\.\d+)+")
+
+
+class ServedImages:
+    """Looks images up by what DICOM calls them.
+
+    Args:
+        root: State folder; entries and slices are kept below it.
+        datastore: Gives the app's datastore.
+    """
+
+    def __init__(self, root: Path, datastore: Callable[[], Datastore]) -> None:
+        self._catalogue = Catalogue(root / "entries")
+        self._frames = FrameStore(root / "frames")
+        self._datastore = datastore
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the images are behind a DICOMweb server, which then serves them itself."""
+        return isinstance(self._datastore(), DICOMWebDatastore)
+
+    def entries(self) -> Iterator[Entry]:
+        """Every image, by id, also those that cannot be served; one by one, as a new image takes a moment."""
+        for image in sorted(map(str, self._datastore().list_images())):
+            entry = self.describe(image)
+            if entry is not None:
+                yield entry
+
+    def describe(self, image: str) -> Entry | None:
+        """The entry of an image; None if its file is gone."""
+        path = self._path(image)
+        return self._catalogue.describe(image, path, self._info(image)) if path is not None else None
+
+    def find(self, study_uid: str | None = None, series_uid: str | None = None) -> Entry:
+        """The image of a study or series.
+
+        Raises:
+            NotFoundError: if there is none.
+        """
+        for entry in self.entries():
+            identity = entry.identity
+            if not entry.refused and study_uid in (None, identity.study_uid) and series_uid in (None, identity.series_uid):
+                return entry
+        uid = f"series {series_uid[:64]}" if series_uid else f"study {(study_uid or '')[:64]}"
+        raise NotFoundError(f"There is no {uid} here. The image may have been removed or replaced by another file; open the list of studies again.")
+
+    def find_named(self, image: str) -> Entry | None:
+        """The image that a client names by its SeriesInstanceUID instead of its id; None if it does not, or the series is not served from here."""
+        if not _UID.fullmatch(image) or self.is_remote or image in self._datastore().list_images():
+            return None
+        try:
+            return self.find(series_uid=image)
+        except NotFoundError:
+            return None
+
+    def load(self, entry: Entry) -> Volume:
+        """The image itself.
+
+        Raises:
+            ProGiDiffError: whatever is wrong with it.
+        """
+        path = self._path(entry.identity.image)
+        if path is None:
+            raise NotFoundError(f"The file of image '{entry.identity.image}' is gone from the studies folder. Put it back.")
+        return load_volume(path, entry.identity.modality, self._info(entry.identity.image))
+
+    def open(self, entry: Entry) -> Series:
+        """The image as a series.
+
+        Raises:
+            ProGiDiffError: whatever is wrong with it, or the disk.
+        """
+        return self._frames.open(entry.identity, lambda: self.load(entry))
+
+    def to_series_grid(self, mask_file: Path, entry: Entry) -> None:
+        """Rewrite a mask on the grid of the image's file to that of its series, in place.
+
+        OHIF takes the voxels of a mask as they come and ignores its header.
+        """
+        volume = self.load(entry)
+        array, affine = ServedGrid.of(volume).file_order(volume.arrange(load_label(mask_file, volume)))
+        save_array(array, affine, mask_file)
+
+    def to_image_grid(self, mask_file: Path, entry: Entry) -> None:
+        """The inverse of `to_series_grid`, for masks that a client made on the slices of the series.
+
+        Raises:
+            GeometryError: if the mask is not on the grid of the series.
+        """
+        volume = self.load(entry)
+        grid = ServedGrid.of(volume)
+        array, affine = grid.file_order(volume.arrange(volume.array))
+        labels = load_label(mask_file, Volume(array, affine, volume.modality, volume.modality_source, volume.name))
+        save_mask(volume.from_stack(labels.transpose(2, 1, 0)), volume, mask_file)
+
+    def _path(self, image: str) -> Path | None:
+        path = Path(str(self._datastore().get_image_uri(image) or ""))
+        return path if path.is_file() else None
+
+    def _info(self, image: str) -> dict[str, Any]:
+        return dict(self._datastore().get_image_info(image) or {})

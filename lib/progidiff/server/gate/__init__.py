@@ -1,0 +1,1 @@
+"""Who may do what: users, roles, limits, and the form of refusals."""

@@ -1,0 +1,349 @@
+"""Who is asking: tokens, users with passwords, and the sessions that a login starts.
+
+A session is a signed text (name, expiry, an id, and a stamp of the password or token that it began with), sent back as a cookie by
+browsers and as a bearer token by Slicer. Nothing of it is kept but the ids of sessions that were ended by a logout, so sessions
+survive a restart; removing a user, changing a password or removing a token ends them at once, because the stamp no longer fits.
+
+Routes say what they need with `CAN_READ`, `CAN_ANNOTATE` or `CAN_ADMINISTER`, which give the `User`.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import logging
+import os
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, Request
+
+from progidiff.errors import AccessError, LoginError, RequestError, TooManyTriesError
+from progidiff.server.gate.answers import one_line
+from progidiff.server.options import ServerOptions
+from progidiff.users import Role, Token, UsersFile, find_token, read_token, read_tokens, write_private
+
+logger = logging.getLogger(__name__)
+
+COOKIE = "progidiff_session"
+ENVIRONMENT_TOKEN = "PROGIDIFF_TOKEN"
+
+_USER_KEY = "progidiff_user"
+"""Where the guard leaves the user in the scope of a request."""
+
+_MAX_SESSION_TEXT = 1024
+
+
+@dataclass(frozen=True)
+class User:
+    """Who asks.
+
+    Attributes:
+        name: Of the user or token; "" for somebody without a login.
+        role: What the user may do.
+    """
+
+    name: str
+    role: Role
+
+
+LOCAL_USER = User("", Role.ADMINISTER)
+"""Everybody on this machine, as long as no login is configured."""
+
+
+class Attempts:
+    """Failed logins per address and per name; too many of them and the next ones wait.
+
+    Args:
+        per_key: Failures within the window that are let pass.
+        window: Seconds after which a failure is forgotten.
+        clock: Seconds that never go back.
+    """
+
+    MAX_KEYS = 10_000
+
+    def __init__(self, per_key: int = 10, window: float = 300.0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._per_key = per_key
+        self._window = window
+        self._clock = clock
+        self._failures: dict[str, deque[float]] = {}
+        self._lock = threading.Lock()
+
+    def check(self, *keys: str) -> None:
+        """Let a try pass.
+
+        Raises:
+            TooManyTriesError: if one of the keys has failed too often; it says for how long.
+        """
+        with self._lock:
+            now = self._clock()
+            for key in keys:
+                failures = self._recent(key, now)
+                if len(failures) >= self._per_key:
+                    wait = int(failures[0] + self._window - now) + 1
+                    raise TooManyTriesError(f"There were too many failed logins. Try again in {wait} seconds.", retry_after=wait)
+
+    def fail(self, *keys: str) -> None:
+        """Count a failed try."""
+        with self._lock:
+            now = self._clock()
+            for key in keys:
+                self._recent(key, now)
+                self._failures.setdefault(key, deque(maxlen=self._per_key)).append(now)
+            if len(self._failures) > self.MAX_KEYS:  # Somebody tries names by the thousand: forget those that have waited longest.
+                for key in sorted(self._failures, key=lambda key: self._failures[key][-1])[: self.MAX_KEYS // 2]:
+                    del self._failures[key]
+
+    def _recent(self, key: str, now: float) -> deque[float]:
+        failures = self._failures.get(key, deque())
+        while failures and failures[0] <= now - self._window:
+            failures.popleft()
+        if not failures:
+            self._failures.pop(key, None)
+        return failures
+
+
+_CLOCK_SECONDS = 600.0
+"""By so much a clock may be set back without ending the sessions that began meanwhile."""
+
+_ENDED_SECONDS = 90 * 86_400.0
+"""How long ended sessions are remembered beyond their time: a clock that is ahead for a while must not revive them."""
+
+
+class Authenticator:
+    """Finds out who sends a request. Safe to use from several threads.
+
+    Args:
+        tokens: Bearer tokens.
+        users: Users with passwords, or None.
+        anonymous: What somebody without a login may do from another machine, or None for nothing.
+        state: Folder for the signing key and the ended sessions; made when the first session starts.
+        session_seconds: How long a login lasts.
+    """
+
+    def __init__(
+        self, tokens: tuple[Token, ...], users: UsersFile | None, anonymous: Role | None, state: Path, session_seconds: float = 43_200
+    ) -> None:
+        self.tokens = tokens
+        self.users = users
+        self.anonymous = anonymous
+        self.session_seconds = session_seconds
+        self.attempts = Attempts()
+        self._state = state
+        self._lock = threading.Lock()
+        self._hashing = threading.BoundedSemaphore(2)
+        self._key: bytes | None = None
+        self._ended: dict[str, float] | None = None
+
+    @classmethod
+    def from_options(cls, options: ServerOptions, environment: Mapping[str, str] = os.environ) -> Authenticator:
+        """As `--conf` and the environment say.
+
+        Raises:
+            RequestError: if a file of secrets is missing, malformed, or open to every account of the machine.
+        """
+        tokens = read_tokens(options.token_file) if options.token_file else ()
+        if environment.get(ENVIRONMENT_TOKEN):
+            tokens = (*tokens, read_token(environment[ENVIRONMENT_TOKEN], f"The environment variable {ENVIRONMENT_TOKEN}"))
+        users = UsersFile(options.users_file) if options.users_file else None
+        if users is not None and not users.read():
+            raise RequestError(f"The users file {users.path} has no user. Add one: progidiff users add NAME --role annotate --file {users.path}")
+        return cls(tokens, users, options.allow_anonymous, options.store / "sessions", options.session_hours * 3600)
+
+    @property
+    def required(self) -> bool:
+        """Whether there is something to log in with; then nobody is let in for being on this machine."""
+        return bool(self.tokens) or self.users is not None
+
+    def describe(self) -> str:
+        """Who may connect, as a line of the log."""
+        ways = [f"{len(self.tokens)} tokens"] if self.tokens else []
+        ways += [f"the users of {self.users.path}"] if self.users is not None else []
+        if ways:
+            others = f"; without a login: {self.anonymous}" if self.anonymous else ""
+            return f"{' and '.join(ways)}, from any address that reaches this server{others}"
+        if self.anonymous:
+            return f"everybody who reaches this server may {self.anonymous} WITHOUT A LOGIN (--conf allow_anonymous); this machine may administer"
+        return "this machine only; other hosts are refused until --conf token_file, users_file or allow_anonymous is set"
+
+    def find_user(self, headers: Mapping[str, str], cookies: Mapping[str, str]) -> User | None:
+        """The user of a bearer token or a session cookie; None if neither is sent, or the cookie has expired.
+
+        Raises:
+            LoginError: if a bearer token is sent that is not, or no longer, valid.
+        """
+        kind, _, secret = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer":
+            user = self._read_token(secret.strip()) or self.read_session(secret.strip())
+            if user is None:
+                raise LoginError("The bearer token is unknown, expired or ended by a logout. Log in again: POST /auth/token, or /progidiff/login.")
+            return user
+        return self.read_session(cookies.get(COOKIE, ""))
+
+    def _read_token(self, secret: str) -> User | None:
+        token = find_token(self.tokens, secret)
+        return User(token.name, token.role) if token else None
+
+    def log_in(self, name: str, password: str, address: str) -> tuple[User, str]:
+        """Check name and password, or a token in the place of the password.
+
+        Args:
+            name: Of the user; for a token its name or nothing.
+            password: Or token.
+            address: Where the request comes from, to count failures.
+
+        Returns:
+            The user, and the text of a new session.
+
+        Raises:
+            LoginError: if they are wrong.
+            TooManyTriesError: after too many failures.
+        """
+        keys = (f"address {address}", f"name {name[:64]}")
+        self.attempts.check(*keys)
+        token = find_token(self.tokens, password)
+        if token is not None and name in ("", token.name):
+            return User(token.name, token.role), self._start_session(token.name, _stamp(token.digest))
+        try:
+            if self.users is None:
+                raise LoginError("The name or the token is wrong. Try again; an administrator gives you a line of the token file.")
+            with self._hashing:  # Each takes 16 MiB and a core: many at once would be a way to slow everybody down.
+                role = self.users.check(name, password)
+        except LoginError:
+            self.attempts.fail(*keys)
+            logger.warning("Failed login of '%s' from %s", one_line(name[:64]), address)
+            raise
+        return User(name, role), self._start_session(name, _stamp(self.users.read()[name].password.encode()))
+
+    def _start_session(self, name: str, stamp: str) -> str:
+        content = {"n": name, "e": int(time.time() + self.session_seconds), "s": stamp, "i": secrets.token_hex(8)}
+        body = _encode(json.dumps(content, separators=(",", ":")).encode())
+        return f"{body}.{_encode(self._sign(body))}"
+
+    def read_session(self, text: str) -> User | None:
+        """The user of a session's text; None if it is not ours, has expired or was ended."""
+        content = self._open_session(text)
+        now = time.time()
+        # One that lasts longer than a term began while the clock was ahead.
+        if content is None or not now < content["e"] <= now + self.session_seconds + _CLOCK_SECONDS or content["i"] in self._read_ended():
+            return None
+        name, stamp = content["n"], content["s"]
+        for token in self.tokens:
+            if token.name == name and hmac.compare_digest(_stamp(token.digest), stamp):
+                return User(name, token.role)
+        account = self.users.read().get(name) if self.users is not None else None
+        if account is not None and hmac.compare_digest(_stamp(account.password.encode()), stamp):
+            return User(name, account.role)
+        return None
+
+    def end_session(self, text: str) -> None:
+        """Log out: this session is worth nothing from now on, also after a restart."""
+        content = self._open_session(text)
+        if content is None:
+            return
+        with self._lock:
+            ended = {**self._load_ended(), content["i"]: content["e"]}
+            self._ended = {key: expiry for key, expiry in ended.items() if expiry > time.time() - _ENDED_SECONDS}
+            write_private(self._state / "ended.json", json.dumps(self._ended).encode())
+
+    def _open_session(self, text: str) -> dict[str, Any] | None:
+        body, dot, signature = text.partition(".")
+        if not dot or len(text) > _MAX_SESSION_TEXT or not text.isascii():
+            return None
+        try:
+            if not hmac.compare_digest(_decode(signature), self._sign(body)):
+                return None
+            content: dict[str, Any] = json.loads(_decode(body))
+        except (binascii.Error, ValueError):
+            return None
+        return content
+
+    def _sign(self, body: str) -> bytes:
+        return hmac.new(self._load_key(), body.encode(), hashlib.sha256).digest()
+
+    def _load_key(self) -> bytes:
+        """The key of this server's sessions, made once; delete the file to end all of them."""
+        with self._lock:
+            if self._key is None:
+                file = self._state / "session.key"
+                if not file.exists():
+                    self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+                    write_private(file, secrets.token_bytes(32))
+                self._key = file.read_bytes()
+                if len(self._key) < 32:
+                    raise RequestError(f"{file} is no signing key. Delete it; everybody then logs in again.")
+            return self._key
+
+    def _read_ended(self) -> dict[str, float]:
+        with self._lock:
+            return self._load_ended()
+
+    def _load_ended(self) -> dict[str, float]:
+        if self._ended is None:
+            file = self._state / "ended.json"
+            self._ended = json.loads(file.read_bytes()) if file.exists() else {}
+        return self._ended
+
+
+def _stamp(secret: bytes) -> str:
+    return hashlib.sha256(b"session of " + secret).hexdigest()[:32]
+
+
+def _encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def _decode(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+
+
+def set_user(scope: Any, user: User) -> None:
+    """Leave the user of a request where `get_user` finds it."""
+    scope[_USER_KEY] = user
+
+
+def get_user(request: Request) -> User:
+    """The user of a request.
+
+    Raises:
+        AccessError: if no guard has looked at the request.
+    """
+    user = request.scope.get(_USER_KEY)
+    if not isinstance(user, User):
+        raise AccessError("Nobody has checked who sends this. Start the server with --app apps/progidiff, which puts a guard before its routes.")
+    return user
+
+
+def _require(role: Role) -> Any:
+    def check(request: Request) -> User:
+        user = get_user(request)
+        check_role(user, role)
+        return user
+
+    return Depends(check)
+
+
+def check_role(user: User, needed: Role) -> None:
+    """Let a user pass who may do this.
+
+    Raises:
+        AccessError: if the user's role does not cover it.
+    """
+    if not user.role.covers(needed):
+        who = f"'{user.name}'" if user.name else "somebody without a login"
+        raise AccessError(f"This needs the role {needed}, and {who} has {user.role}. Log in as somebody else, or ask an administrator.")
+
+
+CAN_READ = _require(Role.READ)
+CAN_ANNOTATE = _require(Role.ANNOTATE)
+CAN_ADMINISTER = _require(Role.ADMINISTER)
+"""Defaults of a route's parameter `user`: `user: User = CAN_READ`."""

@@ -1,0 +1,1 @@
+"""What MONAI Label itself asks of the app."""

@@ -1,0 +1,72 @@
+"""Our routes and error answers in the host's web application, and the end of running jobs when the server is told to stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any, cast
+
+from fastapi import APIRouter, FastAPI
+from monailabel.interfaces.app import MONAILabelApp
+
+from progidiff.server import memory
+from progidiff.server.gate import answers, guard
+from progidiff.server.tasks.volumes import ProposalInferTask
+
+_OURS = "is_progidiff"
+"""Attribute that marks our routes among the host's, to find them again at a reload."""
+
+
+_closers: list[Callable[[], None]] = []
+
+
+def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> None:
+    """Put our routes before the host's, our error answers in place, and end running jobs when the server is told to stop.
+
+    Safe to call again after a reload of the app.
+
+    Args:
+        web: The host's web application.
+        app: The app that it serves.
+        routers: Of `routes.build_routers`; what comes first answers first.
+    """
+    router = web.router
+    router.routes[:] = [route for route in router.routes if not getattr(route, _OURS, False)]
+    ours = [route for part in routers for route in part.routes]
+    for route in ours:
+        setattr(route, _OURS, True)
+    router.routes[:0] = ours
+    web.openapi_schema = None
+    memory.use_one_arena()
+    answers.install_handlers(web)
+    context = cast(Any, app).context
+    guard.install(web, context.auth, context.options)
+    web.middleware_stack = None  # Built again with these handlers at the next request.
+    queues = [task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)]
+    _end_jobs_on_signals([queue.close for queue in queues] + [context.training.close])
+
+
+def _end_jobs_on_signals(closers: list[Callable[[], None]]) -> None:
+    """On Ctrl-C or SIGTERM cancel all jobs and the training before the web server, which waits for open requests, sees the signal."""
+    _closers[:] = closers
+    if threading.current_thread() is not threading.main_thread():
+        return  # A reload, served by a thread: the handlers are there since the start.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous = signal.getsignal(number)
+        if callable(previous) and not isinstance(previous, _EndJobs):
+            signal.signal(number, _EndJobs(previous))
+
+
+class _EndJobs:
+    """A signal handler in front of another one."""
+
+    def __init__(self, previous: Callable[[int, FrameType | None], Any]) -> None:
+        self._previous = previous
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        # In a thread: the interrupted code may hold the queue's lock.
+        for close in _closers:
+            threading.Thread(target=close, daemon=True).start()
+        self._previous(number, frame)

@@ -1,0 +1,214 @@
+"""The host's routes that are not safe as they are, closed or written anew under the same address.
+
+Closed ones answer 410 with the reason and what to use instead: an old client then says more than "not found". The table in
+`progidiff.server.gate.access` has all of them; `docs/security.md` says what each of them would have done.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, File, Query, UploadFile
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from monailabel.config import settings
+from monailabel.interfaces.app import MONAILabelApp
+from monailabel.utils.sessions import SessionInfo, Sessions
+
+from progidiff.errors import ClosedError, NotFoundError, RequestError
+from progidiff.images.archives import SUFFIXES, Limits, extract_archive
+from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_ANNOTATE, User
+from progidiff.server.parts import get_context
+
+logger = logging.getLogger(__name__)
+
+CLOSED: tuple[tuple[str, str, str], ...] = (
+    ("GET", "/docs", "Its page would load scripts from another site into this one. GET /openapi.json has the same description."),
+    ("POST", "/reload", "Reloading a running app can hang the server for good. Stop it and start it again; nothing that was saved is lost."),
+    ("GET", "/model/{model}", "A model is a folder of several files. Copy it from the server's disk; `progidiff adapters list` shows versions."),
+    ("GET", "/model/info/{model}", "A model is a folder of several files. GET /info/ names its version."),
+    (
+        "PUT",
+        "/model/{model}",
+        "Weights are not taken over the network. An administrator puts them on the disk and names the folder with --conf model_dir.",
+    ),
+    ("DELETE", "/model/{model}", "Models are not removed over the network. `progidiff adapters rollback` takes a version back."),
+    ("POST", "/infer/wsi/{model}", "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes."),
+    ("POST", "/infer/wsi_v2/{model}", "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes."),
+    ("POST", "/scoring/", "The server scores slices by itself, in the background. Leave the request out."),
+    ("POST", "/scoring/{method}", "The server scores slices by itself, in the background. Leave the request out."),
+    ("DELETE", "/scoring/", "The host's scoring never runs here. Leave the request out."),
+    ("POST", "/proxy/dicom/{path:path}", "This is no address to store DICOM at. POST instances to /proxy/dicom/stow/studies, as multipart/related."),
+)
+"""Method, path, and why it is closed and what to do instead."""
+
+_MAX_LOG_LINES = 10_000
+_GPU_SECONDS = 10
+_PLAIN_NAME = re.compile(r"[^A-Za-z0-9._-]+")
+_META = "meta.info"
+"""The host's description of a session, beside the image in its folder."""
+_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+def build_router() -> APIRouter:
+    """Sessions and logs anew, and the closed routes."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+
+    @router.put("/session/", tags=["Session"], summary="Upload an image for a while: one file, several DICOM files, or an archive of them")
+    def create_session(
+        files: list[UploadFile] = File(...),
+        uncompress: bool = False,
+        expiry: int = Query(0, ge=0, le=30 * 86_400),
+        user: User = CAN_ANNOTATE,
+    ) -> dict[str, Any]:
+        sessions = _sessions()
+        with tempfile.TemporaryDirectory(prefix="progidiff-session-") as folder:
+            image = _receive(files, Path(folder), uncompress)
+            session_id, info = sessions.add_session(str(image), expiry, uncompress=False, session_id=str(uuid.uuid4()))
+        logger.info("Session %s by '%s': %d files", session_id, user.name, len(files))
+        return {"session_id": session_id, "session_info": _describe(info)}
+
+    @router.get("/session/{session_id}", tags=["Session"], summary="State of an uploaded image, or its file")
+    def get_session(session_id: str, update_ts: bool = False, image: bool = False, user: User = CAN_ANNOTATE) -> Any:
+        info = _find(session_id, update_ts)
+        if not image:
+            return _describe(info)
+        if not Path(info.image).is_file():
+            raise RequestError(
+                "The session is a folder of DICOM files, which is not sent as one file. Run POST /infer/progidiff with its session_id."
+            )
+        return FileResponse(info.image, media_type="application/octet-stream", filename=Path(info.image).name)
+
+    @router.delete("/session/{session_id}", tags=["Session"], summary="Remove an uploaded image")
+    def remove_session(session_id: str, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+        info = _find(session_id)
+        _sessions().remove_session(session_id)
+        return _describe(info)
+
+    @router.get("/logs/", tags=["Others"], summary="The end of the server's log, as text")
+    def get_log(lines: int = Query(300, ge=1, le=_MAX_LOG_LINES), user: User = CAN_ADMINISTER) -> Response:
+        file = Path(settings.MONAI_LABEL_APP_DIR) / "logs" / "app.log"
+        if not file.is_file():
+            raise NotFoundError("This server writes no log file. Look at what it prints where it was started.")
+        with file.open(encoding="utf-8", errors="replace") as log:
+            return PlainTextResponse("".join(deque(log, lines)))
+
+    @router.get("/logs/gpu", tags=["Others"], summary="What nvidia-smi says")
+    def get_gpus(user: User = CAN_ADMINISTER) -> Response:
+        try:
+            found = subprocess.run(["nvidia-smi"], capture_output=True, text=True, encoding="utf-8", timeout=_GPU_SECONDS, check=True)
+        except (OSError, subprocess.SubprocessError) as err:
+            raise NotFoundError(
+                f"nvidia-smi gives no answer ({type(err).__name__}). The machine has no NVIDIA GPU, or its driver is not there."
+            ) from err
+        return PlainTextResponse(found.stdout)
+
+    for method, path, reason in CLOSED:
+        router.add_api_route(path, _build_closed(f"{method} {path}", reason), methods=[method], include_in_schema=False)
+    return router
+
+
+def _build_closed(address: str, reason: str) -> Callable[[], None]:
+    def refuse() -> None:
+        raise ClosedError(f"{address} is closed on this server. {reason}")
+
+    return refuse
+
+
+def _sessions() -> Sessions:
+    sessions = get_context().app.sessions()
+    if sessions is None:
+        raise NotFoundError("Sessions are switched off. An administrator starts the server with MONAI_LABEL_SESSIONS=true.")
+    return sessions
+
+
+def _find(session_id: str, update_ts: bool = False) -> SessionInfo:
+    info = _sessions().get_session(session_id, update_ts=update_ts) if _ID.fullmatch(session_id) else None
+    if info is None:
+        raise NotFoundError(f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/.")
+    return info
+
+
+def _describe(info: SessionInfo) -> dict[str, Any]:
+    """What the host answers, without paths of the server."""
+    return {**info.to_json(), "path": "", "image": Path(info.image).name}
+
+
+def _receive(files: list[UploadFile], folder: Path, uncompress: bool) -> Path:
+    """The uploaded file, or a folder of several, below `folder`, under names that are plain whatever was sent."""
+    received = folder / "image"
+    received.mkdir()
+    if uncompress:
+        if len(files) != 1:
+            raise RequestError(f"uncompress takes one archive, and {len(files)} files were sent. Pack them into one, or leave uncompress out.")
+        archive = folder / "archive"
+        _write(files[0], archive)
+        extract_archive(archive, received, Limits(size=int(get_context().options.max_upload_gb * 1e9) * 2))
+        return _unwrap(received)
+    if len(files) == 1:
+        name = (files[0].filename or "").lower()
+        if name.endswith(SUFFIXES):
+            raise RequestError(f"'{name[-40:]}' is an archive. Add ?uncompress=true.")
+        return _write(files[0], received / _make_plain(files[0].filename, "image"))
+    for number, file in enumerate(files):
+        _write(file, received / f"{number:04d}-{_make_plain(file.filename, 'image')}")
+    return received
+
+
+def _unwrap(folder: Path) -> Path:
+    """The file or the folder of several files that an archive was made of, which mostly lies in a folder or two of its own."""
+    inner = folder
+    while inner.is_dir() and len(entries := list(inner.iterdir())) == 1:
+        inner = entries[0]
+    if inner == folder:
+        return folder
+    return inner.rename(folder.with_name("unpacked") if inner.is_dir() else folder.parent / _make_plain(inner.name, "file"))
+
+
+def _make_plain(name: str | None, default: str) -> str:
+    """The last part of a file name with letters, digits, '.', '_' and '-' only, at most 100 of them; no leading dot."""
+    plain = _PLAIN_NAME.sub("_", Path((name or "").replace("\\", "/")).name).lstrip(".")
+    plain = plain[-100:].lstrip(".")
+    return default if plain in ("", _META) else plain
+
+
+def _write(file: UploadFile, path: Path) -> Path:
+    with path.open("xb") as target:
+        shutil.copyfileobj(file.file, target)
+    if path.stat().st_size == 0:
+        raise RequestError("One of the files is empty. Send the image.")
+    return path
+
+
+def remove_expired_sessions(app: MONAILabelApp) -> int:
+    """Remove uploaded images that have expired, also those of earlier runs and those whose description was never written.
+
+    The host's own round looks at nothing until a session was made in this run, and stops for good at a folder that it cannot read.
+
+    Returns:
+        How many were removed.
+    """
+    sessions = app.sessions()
+    root = Path(sessions.store_path) if sessions is not None else None
+    if root is None or not root.is_dir():
+        return 0
+    removed = 0
+    for folder in root.iterdir():
+        try:
+            info = sessions.get_session(folder.name, update_ts=False, fetch_cache=False) if (folder / _META).is_file() else None
+            last, expiry = (info.last_access_ts, info.expiry) if info is not None else (folder.stat().st_mtime, sessions.expiry)
+            if last + expiry < time.time():
+                sessions.remove_session(folder.name)
+                removed += 1
+        except (OSError, ValueError, TypeError, AttributeError) as err:  # Half written, or somebody else's.
+            logger.warning("Session %s cannot be read (%s); it is left alone", folder.name, err)
+    return removed

@@ -1,0 +1,196 @@
+"""Everything HTTP: our routes in the host's web application, and errors as JSON with a status, a reason and a cure.
+
+Concurrency: the host runs an inference inside an `async` route, which freezes the whole server for as long as it lasts. The
+route ``POST /infer/{model}`` here comes before the host's, takes the same form and gives the same answers, and is a plain
+function: the web framework runs it in its thread pool, and `progidiff.proposals.device_queue.DeviceQueue` lets one at a time onto the device.
+
+Trust: an image is only ever named by its id in the datastore, by a session, or uploaded with the request. A request can
+name no file of the server.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, BackgroundTasks, File, Form, UploadFile
+from monailabel.config import settings
+from monailabel.endpoints.batch_infer import run as start_batch
+from monailabel.endpoints.infer import ResultType, send_response
+from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
+from monailabel.interfaces.utils.app import app_instance
+
+from progidiff.errors import NotFoundError, ProGiDiffError, RequestError
+from progidiff.params import read_choice, read_int
+from progidiff.server.datastores.images import find_image
+from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.inference import check_tag, find_model, infer, pick_options
+from progidiff.server.parts import get_context
+from progidiff.server.tasks.pictures import TextDiffInferTask
+from progidiff.server.tasks.slices import SliceInferTask
+from progidiff.server.tasks.volumes import ProposalInferTask
+from progidiff.server.uploads import find_session, keep_upload
+
+logger = logging.getLogger(__name__)
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+
+def build_router() -> APIRouter:
+    """Inference, batches, jobs and kept proposals."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+
+    @router.post("/infer/{model}", tags=["Infer"], summary="Proposals for a prompt; see /progidiff/jobs for progress")
+    def run_infer(
+        background_tasks: BackgroundTasks,
+        model: str,
+        image: str = "",
+        session_id: str = "",
+        params: str = Form("{}"),
+        file: UploadFile | None = File(None),
+        label: UploadFile | None = File(None),
+        output: ResultType | None = None,
+        user: User = CAN_ANNOTATE,
+    ) -> Any:
+        app = app_instance()
+        request: dict[str, Any] = {"model": model, "image": image, "params": _read_params(params)}
+        if output is ResultType.dicom_seg:
+            raise RequestError("output=dicom_seg is not offered. Use output=all or output=image and convert the mask, for example with dcmqi.")
+        with ExitStack() as uploads:
+            if file is not None:
+                request |= {"image": "", "path": keep_upload(file, uploads)}
+            elif session_id:
+                request |= {"image": "", "path": find_session(app, session_id)}
+            elif not image:
+                raise RequestError("The request names no image. Add ?image=<id of the datastore>, ?session_id=<id>, or upload a file.")
+            series = get_context().served.find_named(request["image"])
+            if series is not None:
+                if isinstance(app._infers.get(model), SliceInferTask):
+                    raise RequestError(
+                        "Clicks in OHIF count the voxels of its DICOM slices, which lie in another order than the file's. Click in 3D Slicer, or use "
+                        "the panel's prompt here."
+                    )
+                request["image"] = series.identity.image
+            try:
+                result = infer(app, request)
+                if series is not None:
+                    get_context().served.to_series_grid(Path(result["file"]), series)
+            except ProGiDiffError:
+                raise
+            except Exception as err:
+                incident = uuid.uuid4().hex[:8]
+                logger.exception("Incident %s in /infer/%s", incident, model)
+                raise ProGiDiffError(
+                    f"The inference broke unexpectedly ({type(err).__name__}, incident {incident}). The server's log has the details under this "
+                    "number; please report them."
+                ) from err
+        return send_response(app.datastore(), result, output, background_tasks)
+
+    @router.post("/batch/infer/{model}", tags=["Infer"], summary="The same prompt on many images")
+    def run_batch(
+        model: str,
+        images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
+        params: dict[str, Any] | None = None,
+        run_sync: bool = False,
+        user: User = CAN_ADMINISTER,
+    ) -> Any:
+        task = find_model(app_instance(), model)
+        options = _read_batch(params or {})
+        if isinstance(task, (ProposalInferTask, TextDiffInferTask)):  # A wrong option is told now, not in the log of a process.
+            task.read_request(pick_options(options))
+        return start_batch(model, images, options, run_sync)
+
+    @router.get("/progidiff/jobs", tags=["ProGiDiff"], summary="Waiting, running and recent jobs, newest first")
+    async def list_jobs(image: str | None = None, user: User = CAN_READ) -> list[dict[str, Any]]:
+        return [job.info() for job in _task().queue.list(image)]
+
+    @router.get("/progidiff/jobs/{job_id}", tags=["ProGiDiff"], summary="State and progress of one job")
+    async def get_job(job_id: str, user: User = CAN_READ) -> dict[str, Any]:
+        return _task().queue.get(job_id).info()
+
+    @router.delete("/progidiff/jobs/{job_id}", tags=["ProGiDiff"], summary="Cancel a job")
+    async def cancel_job(job_id: str, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+        job = _task().queue.get(job_id)
+        job.cancel()
+        return job.info()
+
+    @router.get("/progidiff/proposals/{image}", tags=["ProGiDiff"], summary="Kept proposals of an image")
+    def describe_proposals(image: str, proposals: str | None = None, user: User = CAN_READ) -> dict[str, Any]:
+        find_image(app_instance(), image)
+        return _task().describe_proposals(image, proposals)
+
+    @router.get("/progidiff/prompts", tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
+    async def list_prompts(user: User = CAN_READ) -> list[dict[str, Any]]:
+        return _task().list_prompts()
+
+    return router
+
+
+def _read_batch(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a batch's parameters goes on to its process: options of the task, and which images; the host would take any name from it."""
+    options = pick_options(params)
+    if params.get("max_batch_size"):
+        options["max_batch_size"] = read_int(params["max_batch_size"], "max_batch_size", 0, 10**6)
+    if params.get("label_tag"):
+        options["label_tag"] = check_tag(params["label_tag"])
+    images = params.get("images")
+    if isinstance(images, list):
+        app = app_instance()
+        for image in images:
+            find_image(app, str(image))
+        options["images"] = [str(image) for image in images]
+    elif images:
+        options["images"] = read_choice(images, "images", [str(kind.value) for kind in BatchInferImageType])
+    return options
+
+
+
+
+def _task() -> ProposalInferTask:
+    for task in app_instance()._infers.values():
+        if isinstance(task, ProposalInferTask):
+            return task
+    raise NotFoundError("This server has no proposal task. Start it with --app apps/progidiff.")
+
+
+def _read_params(text: str) -> dict[str, Any]:
+    try:
+        params = json.loads(text) if text and text.strip() else {}
+    except (json.JSONDecodeError, RecursionError) as err:
+        raise RequestError(f'The form field params is not JSON ({err}). Send an object, for example {{"prompt": "liver"}}.') from err
+    if not isinstance(params, dict):
+        raise RequestError(f'The form field params is a JSON {type(params).__name__}. Send an object, for example {{"prompt": "liver"}}.')
+    return params
+
+
+
+

@@ -1,0 +1,336 @@
+"""The host's `/datastore` routes, answered here, and the routes of the label history.
+
+The addresses, forms and answers are the host's, so that its clients notice nothing; what differs is that ids, tags, images and
+labels are checked before anything is touched, uploads are gone when the answer is, and everything blocking runs in the thread pool.
+An answer to a saved label has more in it: the annotation, and what `Context.on_saved` adds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, File, Form, UploadFile
+from fastapi.responses import FileResponse, PlainTextResponse, Response
+from monailabel.config import settings
+from monailabel.endpoints import datastore as host
+from monailabel.utils.others.generic import get_mime_type
+from starlette.background import BackgroundTask
+
+from progidiff.errors import NotFoundError, RequestError, StoreError
+from progidiff.labels.audit import format_audit, list_audit
+from progidiff.labels.history import FINAL, LABEL_SUFFIXES, Annotation, AnnotationStore
+from progidiff.server.datastores import images
+from progidiff.server.datastores.local import IMAGE_SUFFIXES, SafeLocalDatastore, check_id, check_tag
+from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.parts import Context, get_context
+
+logger = logging.getLogger(__name__)
+
+MAX_PARAMS = 1 << 20
+"""Bytes of a form field with JSON."""
+
+_CHECKSUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
+_MAX_LISTED = 1000
+
+
+def build_router() -> APIRouter:
+    """Every `/datastore` route, and `/progidiff/annotations`."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+    _add_datastore_routes(router)
+    _add_image_routes(router)
+    _add_label_routes(router)
+    _add_history_routes(router)
+    return router
+
+
+def _add_datastore_routes(router: APIRouter) -> None:
+    @router.get("/datastore/", tags=["Datastore"], summary="All images and labels, or their numbers")
+    def get_datastore(output: host.ResultType | None = None, user: User = CAN_READ) -> Any:
+        return host.datastore(output)
+
+    @router.get("/datastore/dataset", tags=["Datastore"], summary="Images and final labels as a ZIP archive")
+    def download_dataset(limit_cases: int | None = None, user: User = CAN_ANNOTATE) -> Response:
+        if limit_cases is not None and limit_cases < 1:
+            raise RequestError("limit_cases must be 1 or more; leave it out for all.")
+        try:
+            path = get_context().app.datastore().get_dataset_archive(limit_cases)
+        except AssertionError as err:  # How the host's own datastore says so.
+            raise NotFoundError("No image has a final label yet, so there is nothing to pack.") from err
+        return FileResponse(path, media_type="application/zip", filename="dataset.zip", background=BackgroundTask(_remove, path))
+
+
+def _add_image_routes(router: APIRouter) -> None:
+    @router.put("/datastore/", include_in_schema=False)
+    @router.put("/datastore/image", tags=["Datastore"], summary="Add an image")
+    def add_image(image: str | None = None, params: str = Form("{}"), file: UploadFile = File(...), user: User = CAN_ANNOTATE) -> dict[str, Any]:
+        info = read_object(params, "params")
+        if user.name:
+            info["user"] = user.name
+        with _received(file, IMAGE_SUFFIXES) as (path, suffix):
+            name = Path(file.filename or "").name
+            image_id = check_id(image or name[: -len(suffix)])
+            return {"image": get_context().app.datastore().add_image(image_id, str(path), info)}
+
+    @router.delete("/datastore/", include_in_schema=False)
+    @router.delete("/datastore/image", tags=["Datastore"], summary="Take an image and its labels out; they go to the server's trash")
+    def remove_image(id: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
+        datastore = get_context().app.datastore()
+        if isinstance(datastore, SafeLocalDatastore):
+            datastore.remove_image(id, user.name)
+        else:
+            images.find_image(get_context().app, id)
+            datastore.remove_image(id)
+        return {}
+
+    @router.head("/datastore/image", tags=["Datastore"], summary="Whether an image is there")
+    def check_image(image: str, check_sum: str | None = None, user: User = CAN_READ) -> dict[str, Any]:
+        _check_sum(_find_file(images.find_image(get_context().app, image)), check_sum)
+        return {}
+
+    @router.get("/datastore/image", tags=["Datastore"], summary="Download an image")
+    def download_image(image: str, user: User = CAN_READ) -> Response:
+        return _send(_find_file(images.find_image(get_context().app, image)))
+
+    @router.get("/datastore/image/info", tags=["Datastore"], summary="What is known about an image")
+    def get_image_info(image: str, user: User = CAN_READ) -> Any:
+        images.find_image(get_context().app, image)
+        return get_context().app.datastore().get_image_info(image)
+
+    @router.put("/datastore/image/info", tags=["Datastore"], summary="Add to what is known about an image")
+    def put_image_info(image: str, info: str = Form("{}"), user: User = CAN_ANNOTATE) -> Any:
+        images.find_image(get_context().app, image)
+        return get_context().app.datastore().update_image_info(image, _with_user(read_object(info, "info"), user))
+
+
+def _add_label_routes(router: APIRouter) -> None:
+    @router.put("/datastore/label", tags=["Datastore"], summary="Save a label")
+    def save_label(
+        image: str, params: str = Form("{}"), tag: str = FINAL, label: UploadFile = File(...), user: User = CAN_ANNOTATE
+    ) -> dict[str, Any]:
+        context = get_context()
+        options = read_object(params, "params")
+        with _received(label, LABEL_SUFFIXES) as (path, _):
+            return save(context, image, path, tag or FINAL, options, user.name)
+
+    @router.delete("/datastore/label", tags=["Datastore"], summary="Take a label out of force; the history keeps it")
+    def remove_label(id: str, tag: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
+        get_context().labels.remove_label(id, tag, user.name)
+        return {}
+
+    @router.head("/datastore/label", tags=["Datastore"], summary="Whether a label is there")
+    def check_label(image: str, tag: str, user: User = CAN_READ) -> dict[str, Any]:
+        _find_label(image, tag)
+        return {}
+
+    @router.get("/datastore/label", tags=["Datastore"], summary="Download a label")
+    def download_label(label: str, tag: str, user: User = CAN_READ) -> Response:
+        return _send(_find_label(label, tag))
+
+    @router.get("/datastore/label/info", tags=["Datastore"], summary="What is known about a label")
+    def get_label_info(label: str, tag: str, user: User = CAN_READ) -> Any:
+        _check_label_name(label, tag)
+        return get_context().app.datastore().get_label_info(label, tag)
+
+    @router.put("/datastore/label/info", tags=["Datastore"], summary="Add to what is known about a label")
+    def put_label_info(label: str, tag: str, info: str = Form("{}"), user: User = CAN_ANNOTATE) -> Any:
+        _check_label_name(label, tag)
+        return get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(info, "info"), user))
+
+    @router.put("/datastore/updatelabelinfo", include_in_schema=False)
+    def update_label_info(label: str, tag: str, params: str = Form("{}"), user: User = CAN_ANNOTATE) -> Any:
+        _check_label_name(label, tag)
+        return get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(params, "params"), user))
+
+
+def _add_history_routes(router: APIRouter) -> None:
+    @router.get("/progidiff/annotations", tags=["ProGiDiff"], summary="Saved labels, newest first, and which slices are annotated")
+    def list_annotations(image: str | None = None, limit: int = 100, user: User = CAN_READ) -> dict[str, Any]:
+        if not 1 <= limit <= _MAX_LISTED:
+            raise RequestError(f"limit must be from 1 to {_MAX_LISTED}; GET /progidiff/annotations/export gives all.")
+        store = get_context().annotations
+        if image is not None:
+            images.find_image(get_context().app, image)
+        counting = store.counting()
+        labels = store.list(image)
+        newest = [{**label.to_dict(), "in_force": label.sequence in counting} for label in reversed(labels[-limit:])]
+        annotated = store.annotated_images() if image is None else {image: store.annotated_slices(image)}
+        return {"total": len(labels), "annotations": newest, "annotated_slices": {name: _list_slices(slices) for name, slices in annotated.items()}}
+
+    @router.get("/progidiff/annotations/export", tags=["ProGiDiff"], summary="The audit: one row per saved label, delete, undo, restore and skip")
+    def export_annotations(format: str = "csv", image: str | None = None, user: User = CAN_ADMINISTER) -> Response:
+        text = format_audit(list_audit(get_context().annotations, image), format)
+        media = "text/csv" if format == "csv" else "application/x-ndjson"
+        return PlainTextResponse(text, media_type=media, headers={"Content-Disposition": f'attachment; filename="annotations.{format}"'})
+
+    @router.post("/progidiff/annotations/{image}/undo", tags=["ProGiDiff"], summary="Go back to the label before the last save")
+    def undo(image: str, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+        images.find_image(get_context().app, image)
+        return _describe_state(image, get_context().labels.undo(image, user.name))
+
+    @router.post("/progidiff/annotations/{image}/skip", tags=["ProGiDiff"], summary="Note that an image was looked at and left")
+    def skip(image: str, reason: str = "", user: User = CAN_ANNOTATE) -> dict[str, Any]:
+        images.find_image(get_context().app, image)
+        event = get_context().annotations.skip(image, user.name, reason)
+        return {"image": image, "sequence": event.sequence}
+
+    @router.post("/progidiff/annotations/{image}/{sequence}/restore", tags=["ProGiDiff"], summary="Put an earlier save in force again")
+    def restore(image: str, sequence: int, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+        images.find_image(get_context().app, image)
+        return _describe_state(image, get_context().labels.restore(image, sequence, user.name))
+
+    @router.get("/progidiff/annotations/{image}/{sequence}/label", tags=["ProGiDiff"], summary="Download a saved label as it was")
+    def download_version(image: str, sequence: int, user: User = CAN_READ) -> Response:
+        store: AnnotationStore = get_context().annotations
+        path = store.label_file(store.get(image, sequence))
+        if not path.is_file():
+            raise NotFoundError(f"The file of save {sequence} is gone from the history. Restore '{path.name}' from a backup.")
+        return _send(path)
+
+
+def save(context: Context, image: str, path: Path, tag: str, params: Mapping[str, Any], user: str) -> dict[str, Any]:
+    """Save a label file and describe what that did, as the answer to `PUT /datastore/label`.
+
+    An image that is named by its SeriesInstanceUID has its label on the grid of that series; the file is then rewritten in place.
+
+    Raises:
+        ProGiDiffError: whatever is wrong with the label; nothing has changed then.
+    """
+    series = context.served.find_named(image)
+    if series is not None:
+        image = series.identity.image
+        context.served.to_image_grid(path, series)
+    saved = context.labels.save_annotated(image, path, tag, params, user)
+    answer = _run_hooks(context, saved.annotation, saved.repeated, saved.label_id)
+    annotation = {**_describe(saved.annotation), "repeated": saved.repeated, "warnings": list(saved.warnings)}
+    return {**answer, "annotation": annotation, "image": image, "label": saved.label_id}
+
+
+def read_object(text: str, field: str) -> dict[str, Any]:
+    """A form field that holds a JSON object.
+
+    Raises:
+        RequestError: if it is something else, or too long.
+    """
+    if len(text) > MAX_PARAMS:
+        raise RequestError(f"The form field {field} has {len(text)} characters; at most {MAX_PARAMS} are read.")
+    try:
+        values = json.loads(text) if text.strip() else {}
+    except (ValueError, RecursionError) as err:
+        raise RequestError(f"The form field {field} is not JSON ({str(err)[:100]}). Send an object, for example {{}}.") from err
+    if not isinstance(values, dict):
+        raise RequestError(f"The form field {field} is a JSON {type(values).__name__}. Send an object, for example {{}}.")
+    return values
+
+
+def _with_user(info: dict[str, Any], user: User) -> dict[str, Any]:
+    return {**info, "user": user.name} if user.name else info
+
+
+@contextmanager
+def _received(upload: UploadFile, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
+    """An upload as a file, and its suffix; the file is gone afterwards, whatever happens."""
+    name = upload.filename or "upload.nii.gz"
+    suffix = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
+    if suffix is None:
+        raise RequestError(f"A file named '{name[-40:]}' is not taken here. Send {', '.join(suffixes)}.")
+    with tempfile.TemporaryDirectory(prefix="progidiff-upload-") as folder:
+        path = Path(folder) / f"upload{suffix}"
+        try:
+            with path.open("wb") as target:
+                shutil.copyfileobj(upload.file, target, 1 << 20)
+        except OSError as err:
+            raise StoreError(f"The upload could not be written ({err}). Free some disk space and send it again.") from err
+        yield path, suffix
+
+
+def _run_hooks(context: Context, annotation: Annotation, repeated: bool, label_id: str) -> dict[str, Any]:
+    """What the app and other parts add to the answer. The label is saved; nothing that fails here can change that."""
+    answer: dict[str, Any] = {}
+    try:
+        answer |= context.app.on_save_label(annotation.image, label_id) or {}
+    except Exception:
+        logger.exception("on_save_label failed; the label is saved")
+    if annotation.tag == FINAL and not repeated:
+        for hook in context.on_saved:
+            try:
+                answer |= hook(annotation) or {}
+            except Exception:
+                logger.exception("A hook failed after label %d was saved", annotation.sequence)
+    return answer
+
+
+def _describe(label: Annotation) -> dict[str, Any]:
+    return {
+        "sequence": label.sequence,
+        "slices": _list_slices(label.slices),
+        "structures": list(label.structures),
+        "edited": label.edited,
+        "label_ids": dict(label.label_ids),
+    }
+
+
+def _describe_state(image: str, label: Annotation | None) -> dict[str, Any]:
+    slices = get_context().annotations.annotated_slices(image)
+    return {"image": image, "annotation": None if label is None else _describe(label), "annotated_slices": _list_slices(slices)}
+
+
+def _list_slices(slices: Any) -> list[int] | None:
+    return None if slices is None else sorted(slices)
+
+
+def _check_label_name(label: str, tag: str) -> None:
+    """Both become parts of a path in the host's DICOMweb datastore."""
+    check_tag(tag)
+    record: Mapping[str, Any] = get_context().app.datastore().get_labels_by_image_id(label) if _is_plain(label) else {}
+    if tag not in record:
+        raise NotFoundError(f"Image '{label[:100]}' has no label with tag '{tag}'. GET /datastore/?output=all lists what there is.")
+
+
+def _is_plain(name: str) -> bool:
+    return bool(name) and not name.startswith(".") and not set(name) & set("/\\\0") and len(name) < 256
+
+
+def _find_label(label: str, tag: str) -> Path:
+    """The file of a label. Of a datastore that is no folder the history has it; the host would ask for a series of this name."""
+    context = get_context()
+    current = None if isinstance(context.labels, SafeLocalDatastore) else context.annotations.current(label, check_tag(tag))
+    if current is not None:
+        return _find_file(str(context.annotations.label_file(current)))
+    _check_label_name(label, tag)
+    return _find_file(get_context().app.datastore().get_label_uri(label, tag))
+
+
+def _find_file(path: str) -> Path:
+    if not os.path.isfile(path):
+        raise NotFoundError("There is no single file to this name; it may have been removed, or be a DICOM series in a folder.")
+    return Path(path)
+
+
+def _send(path: Path) -> Response:
+    return FileResponse(path, media_type=get_mime_type(str(path)), filename=path.name)
+
+
+def _check_sum(path: Path, check_sum: str | None) -> None:
+    if not check_sum:
+        return
+    match = _CHECKSUM.fullmatch(check_sum)
+    if match is None:
+        raise RequestError("check_sum must be <SHA256, SHA512 or MD5>:<hexadecimal digits>.")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, (match.group(1) or "SHA256").lower()).hexdigest()
+    if digest != match.group(2).lower():
+        raise NotFoundError("The image is there and has another checksum. Send it again, or use the server's.")
+
+
+def _remove(path: str) -> None:
+    Path(path).unlink(missing_ok=True)

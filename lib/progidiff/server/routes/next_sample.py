@@ -1,0 +1,90 @@
+"""What to annotate next, over HTTP: the host's next sample with slices and reasons, the queue, how far scoring is, and the report."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from monailabel.config import settings
+
+from progidiff.active_learning.report import BATCH, build_report, format_html
+from progidiff.errors import ProGiDiffError, RequestError
+from progidiff.images.pictures import is_picture
+from progidiff.images.volume import Volume
+from progidiff.labels.saving import open_grid
+from progidiff.params import read_choice, read_int
+from progidiff.server.background.next_sample import MAX_QUEUE, SLICES_PER_IMAGE
+from progidiff.server.datastores import images
+from progidiff.server.datastores.proposal_labels import refresh_original
+from progidiff.server.gate.auth import CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.parts import Context, get_context
+
+logger = logging.getLogger(__name__)
+
+_MAX_CLIENT = 200
+
+
+def build_router() -> APIRouter:
+    """Next sample, queue, scoring."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+
+    @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="The image and the slices to annotate next")
+    def pick_next_sample(request: Request, strategy: str, params: dict[str, Any] | None = None, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+        """The host's answer (id, path, what the datastore knows of the image), and beside it `slices`, `reason`, `scores_from`.
+
+        The image is reserved for `client_id` (a login's name, or the address, where a client sends none). Without an image to give, there
+        is no `id`: stock clients then say that nothing is left, and `message` says what to do.
+        """
+        params = params or {}
+        client = params.get("client_id") or user.name or (request.client.host if request.client else "")
+        if not isinstance(client, str) or len(client) > _MAX_CLIENT:
+            raise RequestError(f"Option client_id must be text of at most {_MAX_CLIENT} letters.")
+        count = read_int(params.get("num_slices", SLICES_PER_IMAGE), "num_slices", 1, 100)
+        context = get_context()
+        chosen = context.selection.next(client, strategy, count, user.name)
+        if "image" not in chosen:
+            return chosen
+        image = str(chosen.pop("image"))
+        logger.info("Next sample for %s: %s", client, image)
+        _prepare_original(context, image)
+        info = context.app.datastore().get_image_info(image)
+        given = {"strategy": {strategy: {"ts": int(time.time()), "client_id": client}}}
+        # Ours come last: what a client once stored with an image must not pass for the server's answer.
+        return {**info, **given, "id": image, **chosen}
+
+    @router.get("/progidiff/queue", tags=["ProGiDiff"], summary="What is to be annotated next, and why")
+    def list_queue(limit: int = 50, user: User = CAN_READ) -> list[dict[str, Any]]:
+        return get_context().selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
+
+    @router.get("/progidiff/scoring", tags=["ProGiDiff"], summary="How far the background scoring of the pool is")
+    def describe_scoring(user: User = CAN_READ) -> dict[str, Any]:
+        return get_context().scorer.progress()
+
+    @router.get("/progidiff/report", tags=["ProGiDiff"], summary="What annotating has brought, as JSON, or as a page with format=html")
+    def describe_progress(format: str = "json", limit: int = 20, user: User = CAN_READ) -> Response:
+        context = get_context()
+        kind = read_choice(format, "format", ("json", "html"))
+        queue = context.selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
+        textdiff = context.textdiff.engine.find_store()
+        report = build_report(context.annotations, context.infer.engine.adapters, queue, context.options.retrain_after or BATCH, textdiff)
+        return HTMLResponse(format_html(report)) if kind == "html" else JSONResponse(report)
+
+    return router
+
+
+def _prepare_original(context: Context, image: str) -> None:
+    """Have the consensus ready as the label that 3D Slicer loads with the image; without it, the image is given all the same."""
+    try:
+        path = images.find_image(context.app, image)
+        datastore = context.app.datastore()
+
+        def open_image() -> Volume:
+            return open_grid(Path(path)) if is_picture(path) else context.infer.open_volume(path, None, datastore.get_image_info(image))
+
+        refresh_original(datastore, image, context.infer.store, open_image)
+    except (ProGiDiffError, OSError):
+        logger.exception("The consensus of '%s' could not be saved as the label original", image)

@@ -1,0 +1,163 @@
+"""What the bundled OHIF needs beside DICOMweb: its configuration with our panel in it, the panel's files, and masks for it.
+
+OHIF itself is the host's and stays as it is. Its configuration is the host's file with a few lines after it: they correct the data
+source and load ``apps/progidiff/web/ohif/panel.js``, which finds out what the viewer offers and stays away if that has changed.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import monailabel.endpoints
+import numpy as np
+from fastapi import APIRouter
+from fastapi.responses import FileResponse, Response
+from monailabel.config import settings
+
+from progidiff.dicomweb.geometry import ServedGrid
+from progidiff.errors import NotFoundError
+from progidiff.images.volume import Volume
+from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids
+from progidiff.proposals.request import DISAGREEMENT
+from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.server.gate.auth import CAN_READ, User
+from progidiff.server.parts import Context, get_context
+from progidiff.server.routes.dicomweb import open_named
+from progidiff.server.tasks.volumes import DISAGREEMENT_BANDS
+
+HEAT_LABELS = tuple(range(201, 201 + len(DISAGREEMENT_BANDS)))
+"""Label ids of the disagreement bands in the panel's masks: beside the structures, which come from 1."""
+
+_CONFIG = Path(monailabel.endpoints.__file__).parent / "static" / "ohif" / "app-config.js"
+_MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
+_PATCH = """
+/* Added by ProGiDiff Label. */
+(() => {
+  const facts = %s;
+  for (const source of (window.config && window.config.dataSources) || []) {
+    Object.assign(source.configuration || {}, facts.dataSource);
+  }
+  const style = document.createElement('link');
+  style.rel = 'stylesheet';
+  style.href = facts.root + 'panel.css';
+  const script = document.createElement('script');
+  script.type = 'module';
+  script.src = facts.root + 'panel.js';
+  document.head.append(style, script);
+})();
+"""
+
+
+def build_router() -> APIRouter:
+    """Configuration, panel and masks."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+
+    @router.get("/ohif/app-config.js", include_in_schema=False)
+    def get_config(user: User = CAN_READ) -> Response:
+        context = get_context()
+        source: dict[str, Any] = {"supportsReject": False, "dicomUploadEnabled": False}
+        if not context.served.is_remote:
+            source["friendlyName"] = "Folder of images"
+        facts = json.dumps({"dataSource": source, "root": f"{settings.MONAI_LABEL_API_STR}/progidiff/ohif/files/"})
+        text = _CONFIG.read_text(encoding="utf-8") + _PATCH % facts
+        return Response(text, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+
+    @router.get("/progidiff/ohif/files/{name}", include_in_schema=False)
+    def get_file(name: str, user: User = CAN_READ) -> Response:
+        folder = Path(get_context().app.app_dir) / "web" / "ohif"
+        files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+        path = files.get(name)
+        if path is None or path.suffix not in _MEDIA_TYPES:
+            raise NotFoundError(f"The panel has no file '{name[:60]}'.")
+        return FileResponse(path, media_type=_MEDIA_TYPES[path.suffix], headers={"Cache-Control": "no-cache"})
+
+    @router.get("/progidiff/ohif/images/{image}", tags=["OHIF"], summary="How an image is called in OHIF, and which of its slices are axial")
+    def describe_image(image: str, user: User = CAN_READ) -> dict[str, Any]:
+        context = get_context()
+        image_id, volume = open_named(context, image)
+        study, series = _find_uids(context, image_id)
+        return {"image": image_id, "study": study, "series": series, "axial_slices": _list_axial(context, volume)}
+
+    @router.get("/progidiff/ohif/masks/{image}", tags=["OHIF"], summary="One proposal as voxels of the series, cropped")
+    def get_mask(image: str, proposals: str = "", job: str = "", show: str = "consensus", user: User = CAN_READ) -> Response:
+        """uint8, slice by slice and row by row, gzip; the header X-Box says where: z0,z1,y0,y1,x0,x1, half open, of Z,Y,X in X-Shape."""
+        context = get_context()
+        image_id, volume = open_named(context, image)
+        result = _find_result(context, image_id, proposals, job)
+        labels = _order(context, volume, _draw(result, volume, show))
+        box = _find_box(labels)
+        crop = np.ascontiguousarray(labels[tuple(slice(low, high) for low, high in box)])
+        return Response(
+            gzip.compress(crop.tobytes(), compresslevel=1, mtime=0),
+            media_type="application/octet-stream",
+            headers={
+                "Content-Encoding": "gzip",
+                "X-Box": ",".join(f"{low},{high}" for low, high in box),
+                "X-Shape": ",".join(map(str, labels.shape)),
+                "Cache-Control": "no-store" if job else "private, max-age=3600",
+            },
+        )
+
+    return router
+
+
+def _find_uids(context: Context, image_id: str) -> tuple[str, str]:
+    if context.served.is_remote:
+        info = context.app.datastore().get_image_info(image_id)
+        return str(info.get("StudyInstanceUID", "")), image_id
+    entry = context.served.describe(image_id)
+    if entry is None or entry.refused:
+        raise NotFoundError(f"Image '{image_id}' cannot be shown in OHIF. {entry.refused if entry is not None else 'Its file is gone.'}")
+    return entry.identity.study_uid, entry.identity.series_uid
+
+
+def _order(context: Context, volume: Volume, array: np.ndarray) -> np.ndarray:
+    """(I, J, K) in file order -> slices of the series, ascending along their normal.
+
+    What came from a DICOMweb server has the order of its series already: slices last, ascending.
+    """
+    return array.transpose(2, 1, 0) if context.served.is_remote else volume.arrange(array)
+
+
+def _list_axial(context: Context, volume: Volume) -> list[int] | None:
+    """For every slice of the series the axial index z that the server counts with; None if the series is not axial."""
+    if not context.served.is_remote:
+        return list(range(ServedGrid.of(volume).shape[0]))
+    if volume.axial_axis != 2:
+        return None
+    return [volume.locate((0, 0, index))[0] for index in range(volume.array.shape[2])]
+
+
+def _find_result(context: Context, image_id: str, key: str, job: str) -> VolumeProposals:
+    if job:
+        unfinished = context.infer.find_unfinished(job)
+        if unfinished is None or unfinished.image != image_id:
+            raise NotFoundError("This job has proposed nothing yet, or has ended. Ask for its result by `proposals`.")
+        return unfinished.proposals
+    known = {entry.key for entry in context.infer.store.list(image_id)}
+    result = context.infer.store.load(key) if key in known else None
+    if result is None:
+        raise NotFoundError(f"No proposals {key[:64]} of image '{image_id}' are kept any more. Run the prompt again.")
+    return result
+
+
+def _draw(result: VolumeProposals, volume: Volume, show: str) -> np.ndarray:
+    if show == DISAGREEMENT:
+        percent = result.disagreement_map(volume)
+        return np.array([0, *HEAT_LABELS], dtype=np.uint8)[(percent.astype(np.uint16) + 24) // 25]
+    ids = compute_label_ids([Query(name, name, name in STRUCTURES) for name in result.structures])
+    return result.label_map(volume, show, ids)
+
+
+def _find_box(labels: np.ndarray) -> list[tuple[int, int]]:
+    """Where anything is drawn, half open per axis; empty if nothing is."""
+    slices = labels.any(axis=(1, 2))
+    rows, columns = labels.any(axis=(0, 2)), labels.any(axis=(0, 1))
+    box = []
+    for occupied in (slices, rows, columns):
+        where = np.flatnonzero(occupied)
+        box.append((int(where[0]), int(where[-1]) + 1) if where.size else (0, 0))
+    return box

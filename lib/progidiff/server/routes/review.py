@@ -1,0 +1,282 @@
+"""The review page and what it asks for: single slices and masks as packed bits, and decisions that become a label.
+
+A browser never gets a whole volume. It gets the slice it shows, 16 bits a pixel, and for the same slice every proposal with one bit a
+pixel, so that window, level, proposals, merging and heat maps are its own arithmetic and switch at once, on a phone too. What
+it sends back are decisions (`progidiff.labels.merging.Plan`), a few hundred bytes; the voxels are made here, on the grid of the image, from the
+kept proposals.
+
+Masks of a slice, little-endian::
+
+    uint16 P, uint16 K
+    P times:  uint16 y0, y1, x0, x1      half-open box that holds all that is drawn; four zeros if nothing is
+              K times ceil((y1 - y0) (x1 - x0) / 8) bytes     the box row by row, first pixel in the lowest bit
+"""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import FileResponse, RedirectResponse, Response
+from monailabel.config import settings
+
+from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
+from progidiff.images.volume import Volume, compute_window, load_label, save_mask
+from progidiff.labels.history import FINAL, Annotation
+from progidiff.labels.merging import Plan, compose_label
+from progidiff.params import read_float, read_int
+from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids
+from progidiff.proposals.drawing import COLORS
+from progidiff.proposals.request import MAX_SLICE
+from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.server.datastores import images
+from progidiff.server.gate.auth import CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.parts import Context, get_context
+from progidiff.server.routes import labels
+
+MAX_SLICE_PIXELS = 1 << 24
+"""Largest slice that a browser is asked to draw: 4096 x 4096 pixels."""
+
+CLIENT = "review page"
+
+PAGE_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'"
+)
+"""Nothing inline, nothing evaluated, nothing from anywhere else."""
+
+_MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
+_MAX_SECONDS = 7 * 24 * 3600.0
+
+
+def build_router() -> APIRouter:
+    """The page, its files, and its data."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+    _add_page_routes(router)
+    _add_data_routes(router)
+    _add_submit_route(router)
+    return router
+
+
+def _add_page_routes(router: APIRouter) -> None:
+    @router.get("/progidiff", include_in_schema=False)
+    def redirect(user: User = CAN_READ) -> Response:
+        return RedirectResponse(f"{settings.MONAI_LABEL_API_STR}/progidiff/")
+
+    @router.get("/progidiff/", tags=["Review"], summary="The review page")
+    def get_page(user: User = CAN_READ) -> Response:
+        return _send_file("index.html")
+
+    @router.get("/progidiff/static/{name}", include_in_schema=False)
+    def get_file(name: str, user: User = CAN_READ) -> Response:
+        return _send_file(name)
+
+
+def _add_data_routes(router: APIRouter) -> None:
+    @router.get("/progidiff/review/{image}", tags=["Review"], summary="Size, window and state of an image")
+    def describe_image(image: str, user: User = CAN_READ) -> dict[str, Any]:
+        return _describe_image(get_context(), image)
+
+    @router.get("/progidiff/review/{image}/slices/{z}", tags=["Review"], summary="One axial slice, int16, little-endian")
+    def get_slice(request: Request, image: str, z: int, user: User = CAN_READ) -> Response:
+        volume = _open_volume(get_context(), image)
+        stack, _ = volume.to_stack()
+        _check_slice(z, stack.shape)
+        slope, intercept = find_scale(volume)
+        pixels = stack[z] if (slope, intercept) == (1.0, 0.0) else np.rint((stack[z].astype(np.float64) - intercept) / slope)
+        return _send_bytes(request, np.ascontiguousarray(pixels, dtype="<i2").tobytes())
+
+    @router.get("/progidiff/review/{image}/masks/{z}", tags=["Review"], summary="All proposals on one axial slice; 204 if a job is not there yet")
+    def get_masks(request: Request, image: str, z: int, proposals: str = "", job: str = "", user: User = CAN_READ) -> Response:
+        result = _find_unfinished(get_context(), image, job, z) if job else _find_result(get_context(), image, proposals)
+        if result is None:
+            return Response(status_code=204)
+        _check_slice(z, result.grid.shape)
+        return _send_bytes(request, pack_masks(result, z))
+
+    @router.get("/progidiff/review/{image}/label/{z}", tags=["Review"], summary="The saved label on one axial slice, uint8")
+    def get_label(request: Request, image: str, z: int, user: User = CAN_READ) -> Response:
+        context = get_context()
+        volume = _open_volume(context, image)
+        _check_slice(z, volume.to_stack()[0].shape)
+        label = _load_current(context, image, volume)
+        if label is None:
+            raise NotFoundError(f"Image '{image}' has no saved label yet.")
+        return _send_bytes(request, np.ascontiguousarray(volume.arrange(label)[z], dtype=np.uint8).tobytes())
+
+
+def _add_submit_route(router: APIRouter) -> None:
+    @router.post("/progidiff/review/{image}", tags=["Review"], summary="Save what was decided about an image")
+    def submit(image: str, decisions: dict[str, Any], user: User = CAN_ANNOTATE) -> dict[str, Any]:
+        """Body: proposals (key), volume and slices (see `merging.Plan`), base (the newest save the page knows), seconds."""
+        context = get_context()
+        volume = _open_volume(context, image)
+        result = _find_result(context, image, str(decisions.get("proposals", "")))
+        plan = Plan.from_params(decisions, result)
+        ids = compute_label_ids(Query(name, name, name in STRUCTURES) for name in result.structures)
+        label = compose_label(result, volume, plan, ids)
+        _check_conflict(context, image, plan, decisions.get("base"), volume, label, ids)
+        seconds = decisions.get("seconds")
+        params = {
+            "slices": None if plan.decided_slices is None else list(plan.decided_slices),
+            "structures": list(plan.structures),
+            "label_info": [{"name": name, "idx": ids[name]} for name in plan.structures],
+            "proposals": decisions["proposals"],
+            "shown": plan.shown,
+            "edited": False,
+            "seconds": None if seconds is None else read_float(seconds, "seconds", 0, _MAX_SECONDS),
+            "client_id": CLIENT,
+        }
+        with tempfile.TemporaryDirectory(prefix="progidiff-review-") as folder:
+            file = save_mask(label, volume, Path(folder) / "label.nii.gz")
+            return labels.save(context, image, file, FINAL, params, user.name)
+
+
+def find_scale(volume: Volume) -> tuple[float, float]:
+    """(slope, intercept) so that intensity = slope * pixel + intercept and every pixel fits into 16 bits with a sign.
+
+    (1, 0) for whole numbers in that range; otherwise 65535 steps from the smallest to the largest value.
+    """
+    low, high = float(volume.array.min()), float(volume.array.max())
+    if np.issubdtype(volume.array.dtype, np.integer) and low >= -32768 and high <= 32767:
+        return 1.0, 0.0
+    return (high - low) / 65535, low + 32768 * (high - low) / 65535
+
+
+def pack_masks(result: VolumeProposals, z: int) -> bytes:
+    """All proposals of all structures on an axial slice, as the module's text draws it."""
+    parts = [struct.pack("<HH", len(result.structures), result.num_proposals)]
+    for name in result.structures:
+        masks = result.slice_masks(name, z)
+        drawn = masks.any(axis=0)
+        rows, cols = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
+        if len(rows) == 0:
+            parts.append(struct.pack("<HHHH", 0, 0, 0, 0))
+            continue
+        y0, y1, x0, x1 = int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1
+        parts.append(struct.pack("<HHHH", y0, y1, x0, x1))
+        parts.extend(np.packbits(mask[y0:y1, x0:x1].ravel(), bitorder="little").tobytes() for mask in masks)
+    return b"".join(parts)
+
+
+def _describe_image(context: Context, image: str) -> dict[str, Any]:
+    volume = _open_volume(context, image)
+    stack, spacing = volume.to_stack()
+    if stack.shape[1] * stack.shape[2] > MAX_SLICE_PIXELS:
+        raise ImageError(
+            f"The slices of '{image}' have {stack.shape[2]} x {stack.shape[1]} pixels, more than a browser can draw quickly. Open it in 3D Slicer, "
+            "or add a smaller version of it."
+        )
+    slope, intercept = find_scale(volume)
+    annotations = context.annotations
+    slices = annotations.annotated_slices(image)
+    current = annotations.current(image)
+    return {
+        "image": image,
+        "shape": list(stack.shape),
+        "spacing": [round(edge, 6) for edge in spacing],
+        "modality": volume.modality,
+        "modality_source": volume.modality_source,
+        "scale": [slope, intercept],
+        "window": list(compute_window(volume)),
+        "range": [float(volume.array.min()), float(volume.array.max())],
+        "voxel_ml": volume.voxel_ml,
+        "kept": [
+            {"proposals": entry.key, "created": entry.created, "structures": list(entry.structures)} for entry in context.infer.store.list(image)
+        ],
+        "label": None if current is None else {"sequence": current.sequence, "user": current.user, "time": current.time},
+        "label_ids": dict(current.label_ids) if current is not None else {},
+        "colors": COLORS,
+        "annotated_slices": None if slices is None else sorted(slices),
+        "sequence": max((saved.sequence for saved in annotations.list(image)), default=0),
+    }
+
+
+def _open_volume(context: Context, image: str) -> Volume:
+    path = images.find_image(context.app, image)
+    return context.infer.open_volume(path, None, context.app.datastore().get_image_info(image))
+
+
+def _find_result(context: Context, image: str, key: str) -> VolumeProposals:
+    if not key:
+        raise RequestError("The request names no proposals. Send the `proposals` of an answer to a prompt.")
+    store = context.infer.store
+    result = store.load(key) if any(entry.key == key for entry in store.list(image)) else None
+    if result is None:
+        raise NotFoundError(f"The proposals {key[:12]} of image '{image}' are no longer kept. Send the same prompt again to get them back.")
+    return result
+
+
+def _find_unfinished(context: Context, image: str, job: str, z: int) -> VolumeProposals | None:
+    """What a running job has for a slice; None before that, and after its end."""
+    unfinished = context.infer.find_unfinished(job)
+    return unfinished.proposals if unfinished is not None and unfinished.image == image and z in unfinished.slices else None
+
+
+def _check_slice(z: int, shape: tuple[int, ...]) -> None:
+    read_int(z, "slice", 0, min(MAX_SLICE, shape[0] - 1))
+
+
+def _load_current(context: Context, image: str, volume: Volume) -> np.ndarray | None:
+    current = context.annotations.current(image)
+    if current is None:
+        return None
+    try:
+        return load_label(context.annotations.label_file(current), like=volume)
+    except (GeometryError, ImageError, NotFoundError) as err:
+        raise ImageError(f"The saved label of '{image}' cannot be shown ({err})") from err
+
+
+def _check_conflict(context: Context, image: str, plan: Plan, base: object, volume: Volume, label: np.ndarray, ids: dict[str, int]) -> None:
+    """Refuse to overwrite what somebody saved since the page looked, unless it is the very same: a second try of a save that arrived."""
+    if base is None:
+        return
+    known = read_int(base, "base", 0, 2**53)
+    in_force = context.annotations.in_force(image)
+    touched = [saved for saved in in_force if saved.sequence > known and _overlaps(saved, plan)]
+    if touched and not _is_in_force(context, image, plan, volume, label, ids):
+        saved = touched[-1]
+        who = saved.user or saved.client or "somebody else"
+        raise ConflictError(
+            f"Image '{image}' was saved meanwhile by {who} (save {saved.sequence}), on slices that you decided too. Look at that label, then submit "
+            "again to replace it; nothing of yours is lost."
+        )
+
+
+def _overlaps(saved: Annotation, plan: Plan) -> bool:
+    slices = plan.decided_slices
+    return (slices is None or saved.slices is None or bool(set(slices) & set(saved.slices))) and bool(
+        not saved.structures or set(saved.structures) & set(plan.structures)
+    )
+
+
+def _is_in_force(context: Context, image: str, plan: Plan, volume: Volume, label: np.ndarray, ids: dict[str, int]) -> bool:
+    current = context.annotations.current(image)
+    kept = _load_current(context, image, volume)
+    if current is None or kept is None:
+        return False
+    mine, theirs, theirs_ids = volume.arrange(label), volume.arrange(kept), dict(current.label_ids)
+    chosen = slice(None) if plan.decided_slices is None else list(plan.decided_slices)
+    return all(np.array_equal(mine[chosen] == ids[name], theirs[chosen] == theirs_ids.get(name, -1)) for name in plan.structures)
+
+
+def _send_bytes(request: Request, content: bytes) -> Response:
+    headers = {"Cache-Control": "no-store"}
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        content = gzip.compress(content, compresslevel=1)
+        headers["Content-Encoding"] = "gzip"
+    return Response(content, media_type="application/octet-stream", headers=headers)
+
+
+def _send_file(name: str) -> Response:
+    folder = Path(get_context().app.app_dir) / "web" / "review"
+    names = {path.name: path for path in folder.iterdir() if path.suffix in _MEDIA_TYPES} if folder.is_dir() else {}
+    if name not in names:
+        raise NotFoundError(f"The review page has no file '{name[:60]}'.")
+    headers = {"Content-Security-Policy": PAGE_POLICY, "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
+    return FileResponse(names[name], media_type=_MEDIA_TYPES[names[name].suffix], headers=headers)

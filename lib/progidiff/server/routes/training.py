@@ -1,0 +1,118 @@
+"""Training over HTTP: the host's addresses with the host's answers, and ours for history and versions.
+
+The host would train in a process that outlives it, queue trainings without end, and kill what is to be stopped. Here one
+training runs at a time (503 with Retry-After while another does), and stopping waits for a clean checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import APIRouter
+from monailabel.config import settings
+
+from progidiff.errors import NotFoundError, RequestError
+from progidiff.server import picture_trainings
+from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_READ, User
+from progidiff.server.parts import Context, get_context
+from progidiff.server.trainings import describe_for_host, list_versions, use_version
+from progidiff.training_runs.options import TRAINERS
+
+logger = logging.getLogger(__name__)
+
+_STOP_WAIT_SECONDS = 10.0
+_MAX_VERSION = 10**9
+
+
+def build_router() -> APIRouter:
+    """Start, watch and stop a training; versions."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+
+    @router.get("/train/", tags=["Train"], summary="The training under way, or the last one")
+    def get_status(all: bool = False, check_if_running: bool = False, user: User = CAN_READ) -> Any:
+        runner = get_context().training
+        if check_if_running and not runner.is_running():
+            raise NotFoundError("No training is running. POST /train/progidiff, /train/progidiff_adapt or /train/textdiff starts one.")
+        runs = runner.history() if all else [runner.status()]
+        if not runs or runs[0]["state"] == "idle":
+            raise NotFoundError("No training was started yet. POST /train/progidiff, /train/progidiff_adapt or /train/textdiff starts one.")
+        tasks = [describe_for_host(run) for run in reversed(runs)]
+        return tasks if all else tasks[0]
+
+    @router.post("/train/", tags=["Train"], summary="Start a training: of the one trainer that the options name, else of progidiff")
+    def start_default(params: dict[str, Any] | None = None, run_sync: bool = False, user: User = CAN_ADMINISTER) -> Any:
+        # OHIF's button means "train"; the host would start all trainers one after the other.
+        named = [name for name in TRAINERS if isinstance((params or {}).get(name), dict)]
+        trainer = named[0] if len(named) == 1 else next(iter(TRAINERS))
+        options = (params or {}).get(trainer, {}) if named else params
+        return {trainer: {"result": _start(trainer, options, run_sync, user), "detail": None}}
+
+    @router.post("/train/{model}", tags=["Train"], summary="Start a training")
+    def start(
+        model: str, params: dict[str, Any] | None = None, run_sync: bool = False, enqueue: bool = False, user: User = CAN_ADMINISTER
+    ) -> dict[str, Any]:
+        return _start(model, params, run_sync, user)
+
+    @router.delete("/train/", tags=["Train"], summary="Stop the training after a clean checkpoint")
+    def stop(user: User = CAN_ADMINISTER) -> dict[str, Any] | None:
+        status = get_context().training.stop(wait=_STOP_WAIT_SECONDS)
+        logger.info("Training stopped by '%s'", user.name)
+        return None if status is None else describe_for_host(status)
+
+    @router.get("/progidiff/training", tags=["ProGiDiff"], summary="The training under way or the last one, and earlier ones")
+    def describe_training(limit: int = 20, user: User = CAN_READ) -> dict[str, Any]:
+        if not 0 <= limit <= 1000:
+            raise RequestError(f"Query limit is {limit}; it must be a whole number from 0 to 1000.")
+        runner = get_context().training
+        return {**runner.status(), "running": runner.is_running(), "history": runner.history(limit) if limit else []}
+
+    @router.get(
+        "/progidiff/versions", tags=["ProGiDiff"], summary="Adapters and textdiff models, their versions with Dice and verdict, and which are served"
+    )
+    def get_versions(user: User = CAN_READ) -> list[dict[str, Any]]:
+        context = get_context()
+        engine = context.infer.engine
+        return [*list_versions(engine.adapters, engine.model_dir), *picture_trainings.list_versions(context.textdiff.engine)]
+
+    @router.post("/progidiff/versions/{name}/{version}/use", tags=["ProGiDiff"], summary="Serve this version from the next request on")
+    def use(name: str, version: int, user: User = CAN_ADMINISTER) -> dict[str, Any]:
+        if not 1 <= version < _MAX_VERSION:
+            raise RequestError(f"Version {version} cannot be: versions count 1, 2, 3. GET /progidiff/versions lists them.")
+        context = get_context()
+        if _is_textdiff(context, name):
+            served = picture_trainings.use_version(context.textdiff.engine, name, version)
+        else:
+            served = use_version(context.infer.engine.adapters, context.infer.engine.model_dir, name, version).full_name
+        logger.info("%s is served, by '%s'", served, user.name)
+        context.training.announce(served)
+        return {"name": name, "served": served}
+
+    @router.post("/progidiff/versions/{name}/rollback", tags=["ProGiDiff"], summary="Serve what was served before; in the end the model itself")
+    def roll_back(name: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
+        context = get_context()
+        if _is_textdiff(context, name):
+            served = picture_trainings.roll_back(context.textdiff.engine, name)
+        else:
+            version = context.infer.engine.adapters.rollback(name)
+            served = f"{name}@{version}" if version is not None else ""
+        logger.info("%s is rolled back to '%s', by '%s'", name, served, user.name)
+        context.training.announce(served)
+        return {"name": name, "served": served}
+
+    return router
+
+
+def _is_textdiff(context: Context, name: str) -> bool:
+    """Whether a name is that of a textdiff model and of no adapter."""
+    return name in context.textdiff.engine.names() and name not in {entry.name for entry in context.infer.engine.adapters.entries()}
+
+
+def _start(trainer: str, params: dict[str, Any] | None, run_sync: bool, user: User) -> dict[str, Any]:
+    if trainer not in TRAINERS:
+        raise NotFoundError(f"There is no trainer '{trainer[:64]}'; this server has {', '.join(TRAINERS)}.")
+    if run_sync:
+        raise RequestError("run_sync is not offered: a training takes longer than a request may. Leave it out and poll GET /train/.")
+    status = get_context().training.start(trainer, params, user.name)
+    logger.info("Training %s (%s) started by '%s'", status["id"], trainer, user.name)
+    return describe_for_host(status)

@@ -1,0 +1,1 @@
+"""The infer tasks that the host lists."""

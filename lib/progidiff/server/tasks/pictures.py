@@ -1,0 +1,531 @@
+"""The infer task `textdiff` of the MONAI Label app: a picture, or one axial slice of a volume, and a sentence in; K draws, their
+consensus and where they differ out.
+
+A draw is the same model with another noise on the picture (and, if the model says so, other timesteps). What a picture gave is kept in the
+`ProposalStore` as the proposals of a volume of one slice: showing another draw, saving it as a label, asking whether a label was
+edited and choosing what comes next go the same ways as for volumes. What a slice of a volume gave is kept in memory only: proposals of
+whole volumes are what the store's other readers look for.
+
+The sentence comes from the option `sentence` or `prompt`, else from ``text.csv`` beside the images; an image without one is answered
+without, and the answer says so.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from progidiff.errors import GeometryError, RequestError, StoreError
+from progidiff.images.pictures import PICTURE, is_picture
+from progidiff.images.volume import Volume
+from progidiff.images.working_grid import WorkingGrid
+from progidiff.labels.history import hash_file
+from progidiff.labels.saving import open_grid
+from progidiff.params import read_bool, read_choice, read_int
+from progidiff.prompts.parser import Query
+from progidiff.proposals.device_queue import Job
+from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, MAX_SLICE, RESULT_EXTENSIONS
+from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.server.answer_files import write_temporary
+from progidiff.server.datastores.proposal_labels import save_as_labels
+from progidiff.server.options import ServerOptions
+from progidiff.server.tasks.picture_engine import SentenceTable, TextDiffEngine, number_classes
+from progidiff.server.tasks.volumes import DISAGREEMENT_BANDS, ProposalInferTask
+
+if TYPE_CHECKING:
+    from progidiff.textdiff.model import TextDiffCard, TextDiffResult
+
+logger = logging.getLogger(__name__)
+
+NAME = "textdiff"
+"""Of the task and of the trainer."""
+
+NUM_DRAWS = 4
+"""K of a request that does not say, and of the scores."""
+
+AGREEMENT = "agreement"
+BANDS = DISAGREEMENT_BANDS
+"""Labels 1..4 of the maps that `show=disagreement` and `show=agreement` give."""
+
+PICTURE_EXTENSIONS = (".png", *RESULT_EXTENSIONS)
+
+OPTION_NAMES = (
+    "prompt",
+    "sentence",
+    "slice",
+    "version",
+    "num_proposals",
+    "show",
+    "modality",
+    "save_original",
+    "save_proposals",
+    "result_extension",
+    "job_id",
+)
+"""Every option that a request may carry in `params`."""
+
+_RESERVED = ("model", "image", "image_id", "session", "session_id", "device", "file", "label_tag", "result_dir", "model_dir", "store")
+_MAX_LETTERS = 20_000
+_KEPT_SLICES = 8
+_NO_SENTENCE = "none"
+
+
+@dataclass(frozen=True)
+class TextDiffOptions:
+    """What one request asks for.
+
+    Attributes:
+        sentence: What the report says; None to look into text.csv.
+        slice: Axial index from inferior to superior, of a volume; None if not said.
+        version: ``name`` or ``name@version``; None for the one that is served.
+        num_proposals: K draws.
+        show: "consensus", "best", "1".."K", "agreement" or "disagreement".
+        modality: "CT", "MR", or None to find out; for volumes.
+        save_original: Also save the consensus as the picture's label of tag `original`.
+        save_proposals: The same, and every draw as tag `proposal_1` .. `proposal_K`.
+        result_extension: ".png" (pictures), ".nii.gz", ".nii", ".nrrd"; None for what suits the image.
+        job_id: The client's name for the job, None to have one made up.
+        ignored: Names of parameters that mean nothing to this task.
+    """
+
+    sentence: str | None
+    slice: int | None
+    version: str | None
+    num_proposals: int
+    show: str
+    modality: str | None
+    save_original: bool
+    save_proposals: bool
+    result_extension: str | None
+    job_id: str | None
+    ignored: tuple[str, ...]
+
+    @classmethod
+    def from_params(cls, params: Mapping[str, Any], max_proposals: int) -> TextDiffOptions:
+        """Read the parameters of a request.
+
+        Raises:
+            RequestError: if one is reserved, malformed or out of range.
+
+        Example:
+            >>> options = TextDiffOptions.from_params({"prompt": " Dense on the left. ", "show": 2, "slice": "-1"}, 16)
+            >>> options.sentence, options.show, options.slice
+            ('Dense on the left.', '2', None)
+        """
+        for name in _RESERVED:
+            if name in params:
+                raise RequestError(f"Option {name} cannot be set by a request; image, session and model go into the address, the rest into --conf.")
+        given = {name: value for name, value in params.items() if value is not None and value != ""}
+        num_proposals = read_int(given.get("num_proposals", NUM_DRAWS), "num_proposals", 1, max_proposals)
+        z = read_int(given.get("slice", -1), "slice", -1, MAX_SLICE)
+        modality = read_choice(given.get("modality", AUTO), "modality", (AUTO, "CT", "MR"))
+        extension = given.get("result_extension")
+        job_id = given.get("job_id")
+        return cls(
+            sentence=_read_sentence(given.get("sentence", given.get("prompt"))),
+            slice=None if z < 0 else z,
+            version=_read_version(given.get("version", AUTO)),
+            num_proposals=num_proposals,
+            show=_read_show(given.get("show", CONSENSUS), num_proposals),
+            modality=None if modality == AUTO else modality,
+            save_original=read_bool(given.get("save_original", False), "save_original"),
+            save_proposals=read_bool(given.get("save_proposals", False), "save_proposals"),
+            result_extension=None if extension is None else read_choice(extension, "result_extension", PICTURE_EXTENSIONS),
+            job_id=None if job_id is None else str(job_id),
+            ignored=tuple(sorted(str(name) for name in params if name not in OPTION_NAMES)),
+        )
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What a request is about.
+
+    Attributes:
+        volume: The grid of a picture, or a whole volume.
+        z: Axial slice.
+        path: The image's file.
+        digest: Changes when the pixels do.
+    """
+
+    volume: Volume
+    z: int
+    path: Path
+    digest: str
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is a file with a picture."""
+        return is_picture(self.path)
+
+
+class TextDiffInferTask(InferTask):
+    """A sentence and a picture in, draws out.
+
+    Args:
+        engine: The models; loaded at the first request.
+        proposals: The task for whole volumes, whose queue, store and open images are shared.
+        sentences: Of the studies folder.
+        datastore: Gives the app's datastore, to save labels into.
+    """
+
+    def __init__(self, engine: TextDiffEngine, proposals: ProposalInferTask, sentences: SentenceTable, datastore: Callable[[], Datastore]) -> None:
+        self.engine = engine
+        self.sentences = sentences
+        self._proposals = proposals
+        self._datastore = datastore
+        self._slices: OrderedDict[str, tuple[VolumeProposals, tuple[str, ...]]] = OrderedDict()
+        self._lock = threading.Lock()
+        super().__init__(
+            type=InferType.SEGMENTATION,
+            labels=None,
+            dimension=2,
+            description="A sentence of the report and a picture (or one axial slice): draws of frozen diffusion features, and where they differ",
+        )
+
+    def info(self) -> dict[str, Any]:
+        """As the host lists it; the labels are those of the version that is served now."""
+        return {**super().info(), "labels": self.engine.label_ids()}
+
+    def config(self) -> dict[str, Any]:
+        """The options with their defaults, as viewers draw them. An empty prompt stands for the sentence in text.csv."""
+        largest = self._proposals.options.max_proposals
+        return {
+            "prompt": "",
+            "slice": -1,
+            "num_proposals": min(NUM_DRAWS, largest),
+            "show": [CONSENSUS, BEST, *(str(k + 1) for k in range(largest)), AGREEMENT, DISAGREEMENT],
+            "version": [AUTO, *self.engine.names()],
+            "modality": [AUTO, "CT", "MR"],
+            "save_original": False,
+            "save_proposals": False,
+        }
+
+    def is_valid(self) -> bool:
+        """Always offered: if weights are missing, the request says so."""
+        return True
+
+    def read_request(self, params: Mapping[str, Any]) -> tuple[TextDiffOptions, TextDiffCard]:
+        """Check what a request asks for, before any image is read.
+
+        Raises:
+            RequestError: if an option is wrong.
+            NotFoundError: if there is no such version.
+            ModelError: if there are no weights to answer with.
+        """
+        options = TextDiffOptions.from_params(params, self._proposals.options.max_proposals)
+        return options, self.engine.pick(options.version)
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Answer one request.
+
+        Args:
+            request: "image" (path), "image_id" (id in the datastore, "" for an upload), "image_info" and "params" (see `TextDiffOptions`).
+
+        Returns:
+            Path of a new temporary file with the mask, which the caller removes, and the result parameters.
+
+        Raises:
+            ProGiDiffError: whatever is wrong with the request, the image or the model.
+        """
+        started = time.monotonic()
+        image_id = str(request.get("image_id", ""))
+        options, card = self.read_request(request.get("params", {}))
+        subject = self._open(Path(str(request["image"])), options, request.get("image_info") or {})
+        extension = _pick_extension(options.result_extension, subject)
+        sentence, source = self.find_sentence(subject.path, options.sentence)
+        result, notes, job, key = self._find_or_compute(subject, sentence, options, card, image_id)
+        names = number_classes(card.classes)
+        file, shown = _write_shown(result, subject, names, options.show, extension)
+        try:
+            saved = self._save_labels(result, subject, names, image_id, key, options)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        is_kept = subject.is_picture
+        return str(file), {
+            **shown,
+            **_summarise(result, subject),
+            "model": card.full_name,
+            "sentence": sentence or "",
+            "sentence_from": source,
+            "show": options.show,
+            "slice": None if is_kept else subject.z,
+            "slices": [subject.z],
+            "proposals": key if is_kept else None,
+            "cached": job is None,
+            "job": job.id if job is not None else None,
+            "saved_original": image_id if saved else None,
+            "saved_tags": saved,
+            "ignored": list(options.ignored),
+            "warnings": list(notes),
+            "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
+        }
+
+    def find_sentence(self, path: Path, given: str | None) -> tuple[str | None, str]:
+        """The sentence of an image, and where it comes from: "request", "text.csv" or "none".
+
+        Raises:
+            RequestError: if text.csv cannot be read.
+        """
+        if given is not None:
+            return given, "request"
+        found = self.sentences.find(path.name)
+        return (found, "text.csv") if found else (None, _NO_SENTENCE)
+
+    def propose(self, subject: Subject, sentence: str | None, draws: int, card: TextDiffCard, job: Job) -> tuple[VolumeProposals, tuple[str, ...]]:
+        """Run the model; the caller holds the device.
+
+        Returns:
+            The draws, and what the user should know.
+
+        Raises:
+            ProGiDiffError: whatever is wrong with picture, sentence or model.
+        """
+        picture: Any = _read_pixels(subject)
+        result = self.engine.predict(picture, sentence, draws, card, on_progress=job.progress, is_cancelled=job.cancelled)
+        return to_proposals(result, subject, card), tuple(dict.fromkeys((*getattr(picture, "notes", ()), *result.notes)))
+
+    def make_key(self, subject: Subject, sentence: str | None, draws: int, card: TextDiffCard, image_id: str) -> str:
+        """Under which a result is kept; it changes with everything that the result depends on."""
+        queries = [Query(name, sentence or "", False) for name in card.classes]
+        return ProposalStore.key(
+            image_id=image_id,
+            image_digest=f"{subject.digest}:{subject.z}",
+            queries=queries,
+            num_proposals=draws,
+            num_inference_steps=len(card.features.timesteps),
+            seed=card.features.seed,
+            guidance_scale=1.0,
+            model_version=f"{NAME} {card.full_name} {card.sha256}",
+        )
+
+    def _open(self, path: Path, options: TextDiffOptions, info: Mapping[str, Any]) -> Subject:
+        if is_picture(path):
+            if options.slice:
+                raise RequestError(f"'{path.name}' is a picture of one slice, and slice {options.slice} was asked for. Leave option slice out.")
+            return open_picture(path)
+        volume = self._proposals.open_volume(str(path), options.modality, info)
+        depth = len(volume.to_stack()[0])
+        if options.slice is None:
+            raise RequestError(
+                f"'{volume.name}' is a volume of {depth} axial slices, and {NAME} answers one of them. Send option slice, 0 (inferior) to "
+                f"{depth - 1}."
+            )
+        if options.slice >= depth:
+            raise RequestError(f"There is no slice {options.slice}: '{volume.name}' has the axial slices 0 (inferior) to {depth - 1}.")
+        return Subject(volume, options.slice, path, volume.digest)
+
+    def _find_or_compute(
+        self, subject: Subject, sentence: str | None, options: TextDiffOptions, card: TextDiffCard, image_id: str
+    ) -> tuple[VolumeProposals, tuple[str, ...], Job | None, str]:
+        key = self.make_key(subject, sentence, options.num_proposals, card, image_id)
+        known = self.load_kept(subject, sentence, card, key)
+        if known is not None:
+            return *known, None, key
+        with self._proposals.queue.job(NAME, image_id or subject.volume.name, options.job_id) as job:
+            known = self.load_kept(subject, sentence, card, key)  # Somebody may have asked for the same while this request waited.
+            if known is not None:
+                return *known, None, key
+            result, notes = self.propose(subject, sentence, options.num_proposals, card, job)
+        self.keep(subject, key, result, notes, image_id)
+        return result, notes, job, key
+
+    def keep(self, subject: Subject, key: str, result: VolumeProposals, notes: tuple[str, ...], image_id: str) -> None:
+        """Keep a result for the next request; a full disk is no reason to refuse this one."""
+        if not subject.is_picture:
+            with self._lock:
+                self._slices[key] = (result, notes)
+                while len(self._slices) > _KEPT_SLICES:
+                    self._slices.popitem(last=False)
+            return
+        try:
+            self._proposals.store.save(key, result, image_id)
+        except StoreError as err:
+            logger.warning("The draws for '%s' are shown but not kept: %s", image_id, err)
+
+    def load_kept(self, subject: Subject, sentence: str | None, card: TextDiffCard, key: str) -> tuple[VolumeProposals, tuple[str, ...]] | None:
+        """A result that is kept, and what the user should know; None if there is none."""
+        if not subject.is_picture:
+            with self._lock:
+                return self._slices.get(key)
+        result = self._proposals.store.load(key)
+        # The notes are about the picture and the sentence: they are found again without the network.
+        return None if result is None else (result, _note(subject, sentence, card))
+
+    def _save_labels(
+        self, result: VolumeProposals, subject: Subject, names: dict[str, int], image_id: str, key: str, options: TextDiffOptions
+    ) -> list[str]:
+        if not options.save_original and not options.save_proposals:
+            return []
+        if not image_id:
+            raise RequestError("save_original needs an image of the datastore, not a session or upload. Leave it off, or add the image first.")
+        if not subject.is_picture:
+            raise RequestError("save_original is for pictures: one slice is no label of a volume. Save the answer with option slices instead.")
+        return save_as_labels(self._datastore(), image_id, result, subject.volume, names, key, options.save_proposals)
+
+
+def build_textdiff(
+    options: ServerOptions, model_dir: Path, proposals: ProposalInferTask, studies: str, datastore: Callable[[], Datastore]
+) -> TextDiffInferTask:
+    """The task as the app serves it; loads no weights and needs none.
+
+    Args:
+        options: From `--conf`.
+        model_dir: The model folder, whose ``textdiff/`` is used unless `options.textdiff` names another.
+        proposals: The task for whole volumes.
+        studies: Folder or address of the images.
+        datastore: Gives the app's datastore.
+    """
+    engine = TextDiffEngine(options.textdiff or model_dir / "textdiff", options.device)
+    is_local = not studies.startswith(("http://", "https://"))
+    return TextDiffInferTask(engine, proposals, SentenceTable(Path(studies) if is_local else None), datastore)
+
+
+def open_picture(path: Path) -> Subject:
+    """The grid of a picture, without its pixels.
+
+    Raises:
+        NotFoundError, ImageError: if it is none.
+    """
+    return Subject(open_grid(path), 0, path, hash_file(path))
+
+
+def to_proposals(result: TextDiffResult, subject: Subject, card: TextDiffCard) -> VolumeProposals:
+    """Draws of a picture as proposals of a volume of one slice, or of one slice of a volume."""
+    stack, (dz, dy, dx) = subject.volume.to_stack()
+    depth, height, width = stack.shape
+    if result.masks.shape[1:] != (height, width):
+        raise GeometryError(f"'{subject.path.name}' was read with another size than its header says; save it again without the camera's turn.")
+    # The proposals lie on the image's own pixels; a working grid has square ones, so they count with the mean of their edges.
+    edge = float(np.sqrt(dy * dx))
+    grid = WorkingGrid((depth, height, width), (float(dz), edge, edge), (height * edge / 2, width * edge / 2), edge, height, width)
+    probabilities = np.zeros((len(card.classes), len(result.masks), depth, height, width), dtype=np.uint8)
+    for index in range(len(card.classes)):
+        probabilities[index, :, subject.z] = (result.masks == index + 1) * np.uint8(255)
+    return VolumeProposals(
+        structures=tuple(card.classes),
+        probabilities=probabilities,
+        grid=grid,
+        seed=card.features.seed,
+        num_inference_steps=len(card.features.timesteps),
+        guidance_scale=1.0,
+        model_version=card.full_name,
+        adapter="",
+        modality=PICTURE if subject.is_picture else subject.volume.modality,
+        modality_source="option" if subject.is_picture else subject.volume.modality_source,
+        seconds=result.seconds,
+    )
+
+
+def _read_pixels(subject: Subject) -> Any:
+    from progidiff.textdiff.pictures import read_picture, to_picture
+    from progidiff.textdiff.slices import render_slice
+
+    if subject.is_picture:
+        return read_picture(subject.path)
+    picture = to_picture(render_slice(subject.volume, subject.z), subject.volume.name)
+    return replace(picture, notes=())  # That a slice is gray needs no telling.
+
+
+def _note(subject: Subject, sentence: str | None, card: TextDiffCard) -> tuple[str, ...]:
+    """What the model would say again about a picture whose draws are kept."""
+    from progidiff.textdiff.model import find_notes
+
+    picture = _read_pixels(subject)
+    return (*picture.notes, *find_notes(card, picture, sentence or None))
+
+
+def _write_shown(result: VolumeProposals, subject: Subject, names: dict[str, int], show: str, extension: str) -> tuple[Path, dict[str, Any]]:
+    """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_pixels` {name: count}."""
+    volume = subject.volume
+    if show in (AGREEMENT, DISAGREEMENT):
+        if show == AGREEMENT:
+            percent = np.rint(result.agreement(volume) * 100)
+        else:
+            percent = result.disagreement_map(volume)
+        labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
+        names = {f"{show} {band}": index + 1 for index, band in enumerate(BANDS)}
+    else:
+        labels = result.label_map(volume, show, names)
+    counts = np.bincount(labels.ravel(), minlength=256)
+    present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
+    return write_temporary(labels, volume, extension), {
+        "label_names": {name: names[name] for name in present},
+        "shown_pixels": {name: int(counts[names[name]]) for name in present},
+    }
+
+
+def _summarise(result: VolumeProposals, subject: Subject) -> dict[str, Any]:
+    """Numbers of the slice, per class; agreement is the mean share of draws over the pixels that any draw marks."""
+    structures: dict[str, dict[str, Any]] = {}
+    for index, name in enumerate(result.structures):
+        drawn = result.probabilities[index, :, subject.z] >= 128
+        share = drawn.mean(axis=0)
+        marked = share > 0
+        structures[name] = {
+            "consensus_pixels": int((share >= 0.5).sum()),
+            "proposals_pixels": [int(mask.sum()) for mask in drawn],
+            "best": result.ranking[index][0] + 1,
+            "ranking": [k + 1 for k in result.ranking[index]],
+            "agreement": round(float(share[marked].mean()), 4) if marked.any() else 1.0,
+            "disagreement": round(float(result.disagreement[index, subject.z]), 4),
+        }
+    return {
+        "num_proposals": result.num_proposals,
+        "timesteps": result.num_inference_steps,
+        "model_version": result.model_version,
+        "modality": result.modality,
+        "disagreement": round(max(entry["disagreement"] for entry in structures.values()), 4),
+        "structures": structures,
+        "seconds": round(result.seconds, 3),
+    }
+
+
+def _pick_extension(wanted: str | None, subject: Subject) -> str:
+    if subject.is_picture:
+        return wanted or PICTURE_EXTENSIONS[0]
+    if wanted == ".png":
+        raise RequestError("result_extension .png is for pictures; the mask of a volume's slice comes as .nii.gz, .nii or .nrrd. Leave it out.")
+    return wanted or RESULT_EXTENSIONS[0]
+
+
+def _read_sentence(value: object) -> str | None:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        value = " ".join(value)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise RequestError(f"Option sentence is {str(value)[:60]!r}; it must be text, for example 'The nuclei density in the upper right is high.'")
+    if len(value) > _MAX_LETTERS:
+        raise RequestError(f"Option sentence has {len(value)} letters, more than any encoder takes. Send the sentence about this picture only.")
+    return " ".join(value.split()) or None
+
+
+def _read_version(value: object) -> str | None:
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else AUTO
+    if not isinstance(value, str):
+        raise RequestError(f"Option version is {str(value)[:60]!r}; it must be auto, a name, or name@version, for example nuclei@1.")
+    return None if value.strip().lower() in ("", AUTO) else value.strip()
+
+
+def _read_show(value: object, num_proposals: int) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (list, tuple)):
+        value = value[0] if value else CONSENSUS
+    text = str(value).strip()
+    if text.isascii() and text.isdigit() and not isinstance(value, bool) and len(text) < 10 and int(text) > num_proposals:
+        raise RequestError(f"Draw {text} cannot be shown, only {num_proposals} are asked for. Raise num_proposals or show a lower one.")
+    return read_choice(value, "show", (CONSENSUS, BEST, AGREEMENT, DISAGREEMENT, *(str(k + 1) for k in range(num_proposals))))

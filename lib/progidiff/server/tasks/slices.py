@@ -1,0 +1,266 @@
+"""The infer task `progidiff_slice`: one axial slice, steered by clicks, as 3D Slicer's SmartEdit asks for it.
+
+SmartEdit sends the segment's name as `label`, clicks as voxel indices (i, j, k) of the file, and as `slice` the k of the last
+click. It then clears slice k of the segment and adds the one segment of the answer. So the answer is a mask of one label
+that draws on slice k only, and only images whose third axis runs from axial slice to axial slice can be answered: on others
+SmartEdit would clear voxels of a plane that nobody looked at.
+
+The clicks do not enter the network. They choose: proposals that contain the foreground clicks and avoid the background
+clicks are kept, and their consensus is the answer. While none fits, more are drawn from other seeds, up to a bound; then the one that
+contradicts the fewest clicks is given, and the answer says so. What was drawn for a slice is remembered, so the next click on
+it usually costs no network at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from progidiff.errors import GeometryError, RequestError
+from progidiff.images.volume import Volume
+from progidiff.params import read_int
+from progidiff.prompts.parser import Query
+from progidiff.proposals.clicks import Choice, Pixel, choose_by_clicks
+from progidiff.proposals.request import MAX_SEED, InferOptions
+from progidiff.server.answer_files import write_temporary
+from progidiff.server.tasks.volumes import ProposalInferTask, compute_label_id
+
+logger = logging.getLogger(__name__)
+
+MAX_ROUNDS = 16
+"""Largest number of times that proposals are drawn for one slice."""
+
+_OWN_OPTIONS = ("label", "foreground", "background", "slice", "rounds")
+_REMEMBERED_SLICES = 8
+"""Up to 16 MB each, for 32 proposals of 512 x 512 pixels."""
+
+
+@dataclass(frozen=True)
+class Clicks:
+    """Clicks on one slice.
+
+    Attributes:
+        k: Index of the slice along the file's third axis.
+        z: Its axial index.
+        foreground: Pixels (y, x) of the axial stack that belong to the structure.
+        background: Pixels that do not.
+    """
+
+    k: int
+    z: int
+    foreground: tuple[Pixel, ...]
+    background: tuple[Pixel, ...]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """Proposals of one slice: probabilities (uint8, 0 to 255) and masks of shape (K, Y, X), and the rounds that they come from."""
+
+    probabilities: np.ndarray
+    masks: np.ndarray
+    rounds: int
+
+
+class SliceInferTask(InferTask):
+    """Proposals for one slice, chosen by clicks.
+
+    Args:
+        proposals: The task for whole volumes, whose engine, queue and open images are shared.
+    """
+
+    def __init__(self, proposals: ProposalInferTask) -> None:
+        self._proposals = proposals
+        self._drawn: OrderedDict[str, _Drawn] = OrderedDict()
+        self._lock = threading.Lock()
+        super().__init__(
+            type=InferType.DEEPGROW,
+            labels=None,
+            dimension=2,
+            description="The segment's name is the prompt; of the proposals for the clicked slice those that agree with the clicks are kept",
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Options with their defaults. An empty `prompt` stands for the segment's name."""
+        whole = self._proposals.config()
+        return {
+            "prompt": "",
+            "num_proposals": min(8, self._proposals.options.max_proposals),
+            "rounds": 4,
+            **{name: whole[name] for name in ("steps", "seed", "adapter", "modality", "allow_free_text")},
+        }
+
+    def is_valid(self) -> bool:
+        """Always offered: if weights are missing, the request says so."""
+        return True
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Answer one click.
+
+        Args:
+            request: As for `ProposalInferTask`. In "params" also: "label" (the segment's name), "foreground" and "background" (lists of
+                [i, j, k]), "slice" (k; by default that of the last foreground click) and "rounds".
+
+        Returns:
+            Path of a new temporary file with the mask, which the caller removes, and the result parameters.
+
+        Raises:
+            ProGiDiffError: whatever is wrong with the request, the image or the model.
+        """
+        started = time.monotonic()
+        params = dict(request.get("params", {}))
+        own = {name: params.pop(name, None) for name in _OWN_OPTIONS}
+        prompt = params.get("prompt") or own["label"]
+        if not prompt:
+            raise RequestError("The request has neither label nor prompt. Name the segment after what it shows, for example 'liver'.")
+        options, queries = self._proposals.read_request({**self.config(), **params, "prompt": prompt})
+        rounds = read_int(self.config()["rounds"] if own["rounds"] is None else own["rounds"], "rounds", 1, MAX_ROUNDS)
+        volume = self._proposals.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
+        clicks = read_clicks(own["foreground"], own["background"], own["slice"], volume)
+        choice, drawn, seconds = self._choose(volume, queries, options, clicks, rounds, str(request.get("image_id", "")))
+
+        labels = np.zeros(volume.to_stack()[0].shape, dtype=np.uint8)
+        name = queries[0].name
+        value = compute_label_id(name) if queries[0].known else 1
+        labels[clicks.z][choice.mask] = value
+        file = write_temporary(volume.from_stack(labels), volume, options.result_extension)
+        count = int(choice.mask.sum())
+        return str(file), {
+            "label_names": {str(own["label"] or name): value} if count else {},
+            "prompt": options.prompt,
+            "structures": [query.name for query in queries],
+            "slice": clicks.k,
+            "axial_slice": clicks.z,
+            "fits": choice.fits,
+            "missed_clicks": choice.missed,
+            "kept_proposals": len(choice.kept),
+            "num_proposals": len(drawn.masks),
+            "message": _describe(options.prompt, choice, drawn, clicks, count),
+            "area_cm2": round(count * volume.voxel_ml / volume.to_stack()[1][0] * 10, 3),
+            "seed": options.seed,
+            "model_version": self._proposals.engine.model_version,
+            "modality": volume.modality,
+            "ignored": list(options.ignored),
+            "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(seconds, 3)},
+        }
+
+    def _choose(
+        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, clicks: Clicks, rounds: int, image_id: str
+    ) -> tuple[Choice, _Drawn, float]:
+        """Draw until a proposal fits, or `rounds` are drawn; what earlier clicks drew on this slice comes first."""
+        adapter = self._proposals.engine.pick_adapter(options.adapter, volume.modality)
+        key = repr((volume.digest, queries, clicks.z, options.num_proposals, options.steps, options.seed, options.guidance_scale, adapter))
+        seconds = 0.0
+        drawn = self._recall(key)
+        while True:
+            if drawn is not None:
+                choice = choose_by_clicks(drawn.probabilities, drawn.masks, clicks.foreground, clicks.background)
+                # Nothing at all drawn: the model finds the structure absent here, and no seed changes that.
+                if choice.fits or drawn.rounds >= rounds or not drawn.masks.any():
+                    return choice, drawn, seconds
+            with self._proposals.queue.job("slice", image_id or volume.name, options.job_id) as job:
+                result = self._proposals.engine.propose(
+                    volume,
+                    queries,
+                    num_proposals=options.num_proposals,
+                    num_inference_steps=options.steps,
+                    seed=(options.seed + (drawn.rounds if drawn else 0)) % (MAX_SEED + 1),
+                    guidance_scale=options.guidance_scale,
+                    adapter=adapter.full_name if adapter else "none",
+                    slices=[clicks.z],
+                    progress=job.progress,
+                    is_cancelled=job.cancelled,
+                )
+            seconds += result.seconds
+            # A prompt that names several structures ("kidneys") makes one segment of them.
+            probabilities = np.max([result.slice_probabilities(query.name, clicks.z) for query in queries], axis=0).round().astype(np.uint8)
+            masks = np.any([result.slice_masks(query.name, clicks.z) for query in queries], axis=0)
+            if drawn is not None:
+                probabilities, masks = np.concatenate([drawn.probabilities, probabilities]), np.concatenate([drawn.masks, masks])
+            drawn = _Drawn(probabilities, masks, (drawn.rounds if drawn else 0) + 1)
+            self._remember(key, drawn)
+
+    def _recall(self, key: str) -> _Drawn | None:
+        with self._lock:
+            if key in self._drawn:
+                self._drawn.move_to_end(key)
+            return self._drawn.get(key)
+
+    def _remember(self, key: str, drawn: _Drawn) -> None:
+        with self._lock:
+            self._drawn[key] = drawn
+            self._drawn.move_to_end(key)
+            while len(self._drawn) > _REMEMBERED_SLICES:
+                self._drawn.popitem(last=False)
+
+
+def read_clicks(foreground: object, background: object, index: object, volume: Volume) -> Clicks:
+    """Clicks as SmartEdit sends them, placed on the axial stack; those on other slices are left out.
+
+    Args:
+        foreground: Lists [i, j, k] of voxel indices, or their JSON text; None for none.
+        background: The same.
+        index: k of the slice; None or "" for that of the last foreground click.
+        volume: The image.
+
+    Raises:
+        RequestError: if they are no voxel indices, or there is neither a slice nor a foreground click.
+        GeometryError: if a click or the slice is outside of the image, or the image is not stored in axial slices.
+    """
+    wanted, unwanted = (_read_points(value, name) for value, name in ((foreground, "foreground"), (background, "background")))
+    if volume.axial_axis != 2:
+        raise GeometryError(
+            f"'{volume.name}' is not stored in axial slices, and SmartEdit would clear voxels of other planes. Use progidiff under Auto "
+            "Segmentation, or reorient the image so that its third axis runs along the body."
+        )
+    if index is None or index == "":
+        if not wanted:
+            raise RequestError("There is no foreground click and no slice. Place a click on the structure first.")
+        k = wanted[-1][2]
+    else:
+        k = read_int(index, "slice", 0, volume.array.shape[2] - 1)
+    z, _, _ = volume.locate((0, 0, k))
+
+    def place(points: Sequence[tuple[int, int, int]]) -> tuple[Pixel, ...]:
+        return tuple(volume.locate(point)[1:] for point in points if point[2] == k)
+
+    return Clicks(k, z, place(wanted), place(unwanted))
+
+
+def _read_points(value: object, name: str) -> list[tuple[int, int, int]]:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else []
+        except ValueError:
+            value = [value]
+    points: list[tuple[int, int, int]] = []
+    for point in value if isinstance(value, list) else [] if value is None else [value]:
+        numbers = point if isinstance(point, (list, tuple)) else ()
+        whole = [round(number) for number in numbers if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 1e9]
+        if len(numbers) != 3 or len(whole) != 3:
+            raise RequestError(f"Option {name} holds {str(point)[:60]!r}; it must be a list of clicks, each three voxel indices [i, j, k].")
+        points.append((whole[0], whole[1], whole[2]))
+    return points
+
+
+def _describe(prompt: str, choice: Choice, drawn: _Drawn, clicks: Clicks, count: int) -> str:
+    clicked = len(clicks.foreground) + len(clicks.background)
+    if not drawn.masks.any():
+        return (
+            f"The model finds no {prompt} on slice {clicks.k}; clicks choose among proposals and cannot change that. Paint it by hand if it is there."
+        )
+    if choice.fits:
+        return f"{len(choice.kept)} of {len(drawn.masks)} proposals agree with all {clicked} clicks; this is their consensus."
+    nothing = " It draws nothing." if not count else ""
+    return (
+        f"None of {len(drawn.masks)} proposals agrees with all {clicked} clicks; this is the nearest and contradicts {choice.missed}.{nothing} "
+        "Raise rounds, move a click, or correct it by hand."
+    )

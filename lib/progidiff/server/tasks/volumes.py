@@ -1,0 +1,375 @@
+"""The infer task `progidiff` of the MONAI Label app: a prompt and an image in, a label map and its numbers out.
+
+A request goes: options -> prompt -> volume -> kept proposals, or the engine under the device's queue -> what to show -> file.
+Proposals are kept in a `ProposalStore`, so showing another one touches no network and no queue, also after a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+from monailabel.interfaces.datastore import Datastore
+from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+
+from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
+from progidiff.images.volume import Volume, load_volume, strip_suffix
+from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
+from progidiff.proposals.device_queue import DeviceQueue, Job
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.islands import CLEAN_UPS
+from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions
+from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.server.answer_files import write_temporary
+from progidiff.server.datastores.proposal_labels import save_as_labels
+from progidiff.server.options import ServerOptions
+
+logger = logging.getLogger(__name__)
+
+DISAGREEMENT_BANDS = ("up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
+"""Labels 1..4 of the mask that `show=disagreement` gives: viewers draw label maps, and four shades say more than a hundred segments."""
+
+T = TypeVar("T")
+
+_KEPT_VOLUMES = 2
+
+
+@dataclass(frozen=True)
+class UnfinishedProposals:
+    """What a running job has so far.
+
+    Attributes:
+        image: Id of the image.
+        proposals: Right on the slices that are ready, empty on the others.
+        slices: The axial indices that are ready.
+    """
+
+    image: str
+    proposals: VolumeProposals
+    slices: frozenset[int]
+
+
+class ProposalInferTask(InferTask):
+    """K proposals per prompt, one of them (or their consensus, or where they differ) as a label map on the image's grid.
+
+    Args:
+        engine: The model; loaded at the first request.
+        store: Where proposals are kept.
+        options: Of the server.
+        datastore: Gives the app's datastore, to save tag `original` into.
+    """
+
+    def __init__(self, engine: Engine, store: ProposalStore, options: ServerOptions, datastore: Callable[[], Datastore]) -> None:
+        self.engine = engine
+        self.store = store
+        self.options = options
+        self.queue = DeviceQueue(options.device or "the device", max_waiting=options.max_waiting)
+        self._datastore = datastore
+        self._volumes: _Recent[Volume] = _Recent(_KEPT_VOLUMES)
+        self._unfinished: dict[str, UnfinishedProposals] = {}
+        self.structures = _known_structures(engine)
+        super().__init__(
+            type=InferType.SEGMENTATION,
+            labels={name: compute_label_id(name) for name in self.structures},
+            dimension=3,
+            description="Type a prompt ('left kidney', 'liver and spleen', 'all'): K diffusion proposals, their consensus and where they disagree",
+        )
+
+    def config(self) -> dict[str, Any]:
+        """The options with their defaults, as viewers draw them: text and numbers as cells, booleans as boxes, lists as menus."""
+        defaults = self.engine.info()
+        return {
+            "prompt": "liver",
+            "num_proposals": min(4, self.options.max_proposals),
+            "show": [CONSENSUS, BEST, *(str(k + 1) for k in range(self.options.max_proposals)), DISAGREEMENT],
+            "steps": int(defaults.get("num_inference_steps") or 4),
+            "seed": 0,
+            "adapter": self._adapters(),
+            "modality": ["auto", "CT", "MR"],
+            "allow_free_text": False,
+            "clean_up": [self.options.clean_up, *(choice for choice in CLEAN_UPS if choice != self.options.clean_up)],
+            "save_original": False,
+            "save_proposals": False,
+        }
+
+    def is_valid(self) -> bool:
+        """Always offered: if weights are missing, the request says so."""
+        return True
+
+    def __call__(self, request: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        """Answer one request.
+
+        Args:
+            request: "image" (path), "image_id" (id in the datastore, "" for an upload), "image_info" (what the datastore knows
+                about it) and "params" (see `InferOptions`).
+
+        Returns:
+            Path of a new temporary file with the mask, which the caller removes, and the result parameters.
+
+        Raises:
+            ProGiDiffError: whatever is wrong with the request, the image or the model.
+        """
+        started = time.monotonic()
+        image_id = str(request.get("image_id", ""))
+        options, queries = self.read_request(request.get("params", {}))
+        volume = self.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
+        # Decided once per request, so that a version published meanwhile cannot mix with this one's name.
+        adapter = self.engine.pick_adapter(options.adapter, volume.modality)
+        result, job, key = self._find_or_compute(volume, queries, options, image_id, adapter.full_name if adapter else "")
+        file, shown = self._write_shown(result, volume, queries, options.show, options.result_extension)
+        try:
+            saved = self._save_labels(result, volume, queries, image_id, key, options)
+        except BaseException:
+            file.unlink(missing_ok=True)
+            raise
+        return str(file), {
+            **shown,
+            **result.summary(),
+            "prompt": options.prompt,
+            "show": options.show,
+            "slice_axis": "disagreement_per_slice counts axial slices from inferior to superior",
+            "proposals": key,
+            "cached": job is None,
+            "job": job.id if job is not None else None,
+            "saved_original": image_id if saved else None,
+            "saved_tags": saved,
+            "ignored": list(options.ignored),
+            "warnings": self.engine.find_warnings(volume, queries, adapter),
+            "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
+        }
+
+    def read_request(self, params: Mapping[str, Any]) -> tuple[InferOptions, tuple[Query, ...]]:
+        """Check what a request asks for, before any image is read.
+
+        Raises:
+            RequestError: if an option is wrong or the prompt names nothing known.
+            ModelError: if there are no weights to answer with.
+        """
+        adapters = [AUTO, NONE, *(entry.name for entry in self.engine.adapters.entries())]  # unpublished versions may be asked for by number
+        options = InferOptions.from_params(params, self.config(), self.options.max_proposals, adapters)
+        info = self.engine.info()
+        if info.get("error"):
+            raise ModelError(str(info["error"]))
+        return options, parse_prompt(options.prompt, self.structures, options.allow_free_text, str(info["model_version"]))
+
+    def describe_proposals(self, image_id: str, key: str | None = None) -> dict[str, Any]:
+        """What is kept of an image.
+
+        Args:
+            image_id: Of the datastore.
+            key: Of one result ("proposals" in the answer to a request); None for the newest.
+
+        Returns:
+            "kept": key, created (Unix time), structures and bytes of every result, newest first; "proposals": the key of the one
+            described; "summary": its settings, and per structure volumes (ml), ranking and disagreement per slice.
+
+        Raises:
+            NotFoundError: if nothing is kept, or not this result.
+        """
+        entries = {entry.key: entry for entry in self.store.list(image_id)}
+        if not entries:
+            raise NotFoundError(f"No proposals of image '{image_id}' are kept. POST /infer/progidiff?image={image_id} makes some.")
+        chosen = key or next(iter(entries))
+        result = self.store.load(chosen) if chosen in entries else None
+        if result is None:
+            raise NotFoundError(f"No proposals {chosen[:64]} of image '{image_id}' are kept. Leave the key out to get the newest.")
+        kept = [
+            {"proposals": entry.key, "created": round(entry.created, 3), "structures": list(entry.structures), "bytes": entry.num_bytes}
+            for entry in entries.values()
+        ]
+        return {"image": image_id, "kept": kept, "proposals": chosen, "summary": result.summary()}
+
+    def list_prompts(self) -> list[dict[str, Any]]:
+        """The structures the model was trained on, with label id and synonyms."""
+        return [{"label": compute_label_id(entry["structure"]), **entry} for entry in describe(self.structures)]
+
+    def _adapters(self) -> list[str]:
+        return [AUTO, NONE, *map(str, self.engine.info().get("adapters") or [])]
+
+    def open_volume(self, path: str, modality: str | None = None, info: Mapping[str, Any] | None = None) -> Volume:
+        """`load_volume`, with the last few images kept open."""
+        info = info or {}
+        key = repr((path, modality, info.get("modality"), info.get("Modality"), _fingerprint(Path(path))))
+        volume = self._volumes.get(key)
+        if volume is None:
+            volume = load_volume(path, modality, info)
+            self._volumes.put(key, volume)
+        return volume
+
+    def _find_or_compute(
+        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, image_id: str, adapter: str
+    ) -> tuple[VolumeProposals, Job | None, str]:
+        info = self.engine.info()
+        steps = options.steps or int(info["num_inference_steps"])
+        guidance_scale = float(info["guidance_scale"] if options.guidance_scale is None else options.guidance_scale)
+        key, whole = (
+            self.store.key(
+                image_id=image_id,
+                image_digest=volume.digest,
+                queries=asked,
+                num_proposals=options.num_proposals,
+                num_inference_steps=steps,
+                seed=options.seed,
+                guidance_scale=guidance_scale,
+                model_version=str(info.get("model_version", "")),
+                adapter=adapter,
+                clean_up=options.clean_up,
+            )
+            for asked in (queries, ())
+        )
+        result = self._find(image_id, queries, key, whole)
+        if result is not None:
+            return result, None, key
+        with self.queue.job("infer", image_id or volume.name, options.job_id) as job:
+            result = self._find(image_id, queries, key, whole)  # Somebody may have asked for the same while this request waited.
+            if result is not None:
+                return result, None, key
+            result = self._compute(volume, queries, options, adapter, job)
+        self._keep(key, result, image_id, queries, whole)
+        return result, job, key
+
+    def _find(self, image_id: str, queries: tuple[Query, ...], key: str, whole: str) -> VolumeProposals | None:
+        """What is kept, under the request's own key or as a part of an answer to a longer prompt: the pool is scored with `all`."""
+        result = self.store.load(key)
+        if result is None:
+            result = self.store.find_part(image_id, queries, whole)
+            if result is not None:
+                self._keep(key, result, image_id, queries, whole)  # Annotations name proposals by their key, and it is found faster.
+        return result
+
+    def _keep(self, key: str, result: VolumeProposals, image_id: str, queries: tuple[Query, ...], whole: str) -> None:
+        try:
+            self.store.save(key, result, image_id, queries, whole)
+        except StoreError as err:
+            logger.warning("The proposals for '%s' are shown but not kept: %s", image_id, err)
+
+    def find_unfinished(self, job_id: str) -> UnfinishedProposals | None:
+        """What a running job has proposed so far; None before its first slices and after its end."""
+        return self._unfinished.get(job_id)
+
+    def _compute(self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str, job: Job) -> VolumeProposals:
+        ready: set[int] = set()
+
+        def keep(proposals: VolumeProposals, slices: Sequence[int]) -> None:
+            ready.update(slices)
+            self._unfinished[job.id] = UnfinishedProposals(job.image, proposals, frozenset(ready))
+
+        try:
+            return self.engine.propose(
+                volume,
+                queries,
+                num_proposals=options.num_proposals,
+                num_inference_steps=options.steps,
+                seed=options.seed,
+                guidance_scale=options.guidance_scale,
+                adapter=adapter or NONE,
+                first=options.first_slice,
+                progress=job.progress,
+                on_slices=keep,
+                is_cancelled=job.cancelled,
+                clean_up=options.clean_up,
+            )
+        finally:
+            self._unfinished.pop(job.id, None)
+
+    def _write_shown(
+        self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], show: str, extension: str
+    ) -> tuple[Path, dict[str, Any]]:
+        """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_ml` {name: ml}."""
+        if show == DISAGREEMENT:
+            percent = result.disagreement_map(volume)
+            labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
+            names = {f"disagreement {band}": index + 1 for index, band in enumerate(DISAGREEMENT_BANDS)}
+        else:
+            names = compute_label_ids(queries)
+            labels = result.label_map(volume, show, names)
+        counts = np.bincount(labels.ravel(), minlength=256)
+        present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
+        return write_temporary(labels, volume, extension), {
+            "label_names": {name: names[name] for name in present},
+            "shown_ml": {name: round(float(counts[names[name]]) * volume.voxel_ml, 3) for name in present},
+        }
+
+    def _save_labels(
+        self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], image_id: str, key: str, options: InferOptions
+    ) -> list[str]:
+        if not options.save_original and not options.save_proposals:
+            return []
+        if not image_id:
+            raise RequestError("save_original needs an image of the datastore, not a session or upload. Leave it off, or add the image first.")
+        return save_as_labels(self._datastore(), image_id, result, volume, compute_label_ids(queries), key, options.save_proposals)
+
+
+def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable[[], Datastore]) -> ProposalInferTask:
+    """The task as the app serves it; loads no weights.
+
+    Args:
+        options: From `--conf`.
+        embedded_model: The model folder used when `options.model_dir` is None.
+        datastore: Gives the app's datastore.
+    """
+    engine = Engine(
+        model_dir=options.model_dir or embedded_model,
+        backbone=options.backbone,
+        device=options.device,
+        adapters=options.adapters,
+        cpu_fallback=options.cpu_fallback,
+    )
+    store = ProposalStore(options.store, max_bytes=int(options.store_gb * 1e9))
+    return ProposalInferTask(engine, store, options, datastore)
+
+
+def compute_label_id(structure: str) -> int:
+    """The fixed label id of a structure, whatever the prompt: its place in `prompts.STRUCTURES`, from 1.
+
+    Example:
+        >>> compute_label_id("liver")
+        6
+    """
+    return STRUCTURES.index(structure) + 1
+
+
+class _Recent(Generic[T]):
+    """The last few values by key, for several threads."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._values: OrderedDict[str, T] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: str) -> T | None:
+        with self._lock:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
+
+    def put(self, key: str, value: T) -> None:
+        with self._lock:
+            self._values[key] = value
+            self._values.move_to_end(key)
+            while len(self._values) > self._count:
+                self._values.popitem(last=False)
+
+
+def _known_structures(engine: Engine) -> tuple[str, ...]:
+    try:
+        return tuple(name for name in engine.structures if name in STRUCTURES) or STRUCTURES
+    except ModelError as err:
+        logger.warning("The server starts without a usable model: %s", err)
+        return STRUCTURES
+
+
+def _fingerprint(path: Path) -> tuple[Any, ...]:
+    """Changes when the file, or any file of the folder, changes."""
+    if not path.exists():
+        return ()
+    files = sorted(path.iterdir()) if path.is_dir() else [path, path.with_name(strip_suffix(path) + ".json")]
+    return tuple((file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists())

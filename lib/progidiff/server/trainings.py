@@ -1,0 +1,187 @@
+"""The server's trainings: gathers labels from the datastore for a run, and describes runs and versions for clients."""
+
+from __future__ import annotations
+
+import logging
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from progidiff.errors import ModelError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.images.pictures import is_picture
+from progidiff.labels.history import FINAL
+from progidiff.model.adapters import AdapterCard, AdapterStore, compute_base_digest
+from progidiff.server import picture_trainings
+from progidiff.server.datastores.images import find_image
+from progidiff.server.datastores.local import is_folder
+from progidiff.server.parts import Context
+from progidiff.training.accepted_labels import AcceptedLabel, build_cases, load_folder_names, to_json
+from progidiff.training_runs.options import TRAINERS, TrainingOptions
+from progidiff.training_runs.runner import ACTIVE, TrainingRunner
+
+logger = logging.getLogger(__name__)
+
+HOST_STATES = {**dict.fromkeys(ACTIVE, "RUNNING"), "done": "DONE", "failed": "ERROR", "interrupted": "ERROR", "stopped": "STOPPED"}
+"""What the host's clients call the state of a run: they look for RUNNING and show the other words."""
+
+_HOST_TIME = "%Y-%m-%d %H:%M:%S"
+
+
+def build_runner(context: Context) -> TrainingRunner:
+    """The runner of this server; starts nothing. It gives way to requests that want the device."""
+
+    def check() -> None:
+        if not _list_labelled(context):
+            raise RequestError("No image has an accepted label yet. Save a label with tag final (Submit Label in 3D Slicer), then train.")
+
+    runner = TrainingRunner(
+        context.options.store / "training",
+        lambda options: collect(context, options),
+        check,
+        context.on_published,
+        nice=context.options.training_nice,
+        on_ended=context.on_ended,
+    )
+    context.infer.queue.on_demand.append(runner.set_demand)
+    return runner
+
+
+def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
+    """What a run needs to know: the accepted labels as they are now, and the model.
+
+    Images that are gone or cannot be fetched are left out with a line in the log.
+
+    Raises:
+        RequestError: if nothing is left to train on, or labels.json is damaged.
+    """
+    datastore = context.app.datastore()
+    local = is_folder(context.app.studies)
+    sequence = context.annotations.last_sequence()  # First: a label that comes while these are gathered counts as new.
+    labels = []
+    for image in _list_labelled(context):
+        try:
+            path = Path(find_image(context.app, image))
+        except ProGiDiffError as err:
+            logger.warning("'%s' is left out of the training: %s", image, err)
+            continue
+        current = context.annotations.current(image)
+        if local or current is None:
+            label, info = Path(datastore.get_label_uri(image, FINAL)), datastore.get_label_info(image, FINAL)
+        else:
+            # What a DICOMweb server gives back has lost its empty slices; the history has the label as it was saved.
+            label, info = context.annotations.label_file(current), {}
+        labels.append(AcceptedLabel(image, path, label, info, datastore.get_image_info(image)))
+    table = Path(context.app.studies) if local else context.options.store
+    cases = build_cases(labels, load_folder_names(table), context.annotations)
+    if not cases:
+        raise RequestError("No slice of any image is annotated, or the images are gone. Save a label with tag final, then train.")
+    engine = context.infer.engine
+    if TRAINERS[options.trainer] == "head":
+        return {**picture_trainings.collect(context.textdiff, options, cases, context.options.device), "sequence": sequence}
+    cases = [case for case in cases if not is_picture(case.image)]
+    if not cases:
+        raise RequestError("Only pictures have accepted labels, and this trainer learns from volumes. POST /train/textdiff trains on them.")
+    return {
+        "cases": to_json(cases),
+        "model_dir": str(engine.model_dir),
+        "adapters": str(engine.adapters.root),
+        "backbone": context.options.backbone,
+        "device": context.options.device,
+        "sequence": sequence,
+    }
+
+
+def describe_for_host(status: dict[str, Any]) -> dict[str, Any]:
+    """A run as the host describes a task, with ours beside it: viewers read id, status, start_ts, end_ts, result and the last of details."""
+    told = status["message"] or status["state"]
+    task = {
+        "id": status["id"],
+        "status": HOST_STATES[status["state"]],
+        "request": {"model": status["trainer"], **status["params"]},
+        "start_ts": datetime.fromtimestamp(status["started"]).strftime(_HOST_TIME),
+        "details": [told],
+        "result": told,
+    }
+    if status["ended"] is not None:
+        task["end_ts"] = datetime.fromtimestamp(status["ended"]).strftime(_HOST_TIME)
+    return {**{k: v for k, v in status.items() if k not in ("id", "log")}, **task}
+
+
+def describe_stats(status: dict[str, Any]) -> dict[str, Any]:
+    """A run as an entry of the host's ``train_stats``: a step counts as an epoch, and ``total_time`` is empty while it lasts."""
+    running = status["state"] in ACTIVE
+    ours = ("trainer", "state", "stage", "step", "total", "eta_seconds", "message", "reason", "published", "version")
+    total_time = "" if running else str(timedelta(seconds=max(0, round((status.get("ended") or 0) - status.get("started", 0)))))
+    return {
+        "epoch": status.get("step", 0),
+        "total_epochs": max(1, status.get("total", 0)),
+        "best_metric": float(status.get("best_metric", 0.0)),
+        "start_ts": int(status.get("started", 0)),
+        "total_time": total_time,
+        **{name: status[name] for name in ours if name in status},
+    }
+
+
+def list_versions(store: AdapterStore, model_dir: Path) -> list[dict[str, Any]]:
+    """All adapters with their versions; one that is damaged is named and does not end the list.
+
+    Returns:
+        Per adapter: name, modality, current (number or None), published (seconds since 1970), problem, history and versions, newest
+        first: version, kind, created, structures, fits (whether it belongs to the loaded base), accepted, verdict, parent, cases,
+        dice {"base", "current", "adapted"}, problem.
+    """
+    base = compute_base_digest(model_dir)
+    return [
+        {
+            "name": entry.name,
+            "current": entry.current,
+            "published": entry.published,
+            "problem": entry.problem,
+            "history": store.history(entry.name),
+            "versions": [_describe_version(store, entry.name, version, base) for version in reversed(entry.versions)],
+        }
+        for entry in store.entries()
+    ]
+
+
+def use_version(store: AdapterStore, model_dir: Path, name: str, version: int) -> AdapterCard:
+    """Serve a version.
+
+    Raises:
+        NotFoundError: if there is no such version.
+        ModelError: if it is damaged or belongs to another base; the served one stays.
+    """
+    card = store.card(name, version)
+    store.load(card, compute_base_digest(model_dir))
+    return store.publish(name, version)
+
+
+def _describe_version(store: AdapterStore, name: str, version: int, base: str) -> dict[str, Any]:
+    try:
+        card = store.card(name, version)
+        run = store.run(card)
+    except (ModelError, NotFoundError) as err:
+        return {"version": version, "problem": str(err)}
+    return {
+        "version": version,
+        "kind": card.kind,
+        "modality": card.modality,
+        "structures": list(card.structures),
+        "created": card.created,
+        "base": card.base_name,
+        "fits": card.base == base,
+        "accepted": run.get("accepted"),
+        "verdict": run.get("verdict", ""),
+        "parent": run.get("parent"),
+        "training_cases": run.get("training_cases", []),
+        "held_out_cases": run.get("held_out_cases", []),
+        "dice": run.get("validation", {}),
+        "problem": "",
+    }
+
+
+def _list_labelled(context: Context) -> list[str]:
+    """Images with an accepted label; behind a DICOMweb address those that were labelled through this server."""
+    if not is_folder(context.app.studies):
+        return sorted(context.annotations.annotated_images())
+    return sorted(str(image) for image in context.app.datastore().get_labeled_images())

@@ -1,0 +1,47 @@
+"""Images that come with a request: uploaded for one inference, or kept in a session."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+
+from fastapi import UploadFile
+from monailabel.interfaces.app import MONAILabelApp
+
+from progidiff.errors import NotFoundError, RequestError
+
+_SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+_UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha|\.png|\.jpe?g|\.tiff?)$", re.IGNORECASE)
+
+
+def keep_upload(file: UploadFile, uploads: ExitStack) -> str:
+    """Write an uploaded image to a temporary folder that goes when `uploads` is closed, also if the request fails."""
+    match = _UPLOAD_SUFFIX.search(file.filename or "")
+    if match is None:
+        name = (file.filename or "")[-40:]
+        raise RequestError(
+            f"An upload named '{name}' is not read. Send .nii.gz, .nii, .nrrd or .mha, or a picture; a DICOM series goes to PUT /session/."
+        )
+    folder = uploads.enter_context(tempfile.TemporaryDirectory(prefix="progidiff-upload-"))
+    path = Path(folder) / f"image{match.group(1).lower()}"
+    with path.open("wb") as target:
+        shutil.copyfileobj(file.file, target)
+    return str(path)
+
+
+def find_session(app: MONAILabelApp, session_id: str) -> str:
+    """The path of the image that a session keeps.
+
+    Raises:
+        NotFoundError: if there is no such session, or it has expired.
+    """
+    sessions = app.sessions()
+    session = sessions.get_session(session_id) if sessions is not None and _SESSION_ID.fullmatch(session_id) else None
+    if session is None:
+        raise NotFoundError(f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/.")
+    return str(session.image)

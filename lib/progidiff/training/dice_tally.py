@@ -1,0 +1,71 @@
+"""Dice during training: voxels pooled over the slices of a volume, so that a slice with three pixels does not weigh as much as a full one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progidiff.training.slice_cache import SliceCache
+
+
+def one_hot(labels: Tensor, count: int) -> Tensor:
+    """(N, H, W) label ids -> (N, count, H, W) floats, background left out."""
+    return (labels[:, None] == torch.arange(1, count + 1, device=labels.device)[None, :, None, None]).float()
+
+
+class DiceTally:
+    """Adds up overlaps of several kinds of masks with the truth, batch by batch.
+
+    Args:
+        cache: The slices that the masks belong to.
+    """
+
+    def __init__(self, cache: SliceCache) -> None:
+        self.cache = cache
+        self._shape = (len(cache.images), len(cache.structures))
+        self._overlap: dict[str, np.ndarray] = {}
+        self._total: dict[str, np.ndarray] = {}
+        self.truth = np.zeros(self._shape)
+
+    def add(self, batch: list[int], labels: Tensor, masks: dict[str, Tensor]) -> None:
+        """Count a batch.
+
+        Args:
+            batch: N positions in the cache.
+            labels: (N, H, W) label ids.
+            masks: kind -> (N, P, H, W) bool, on the CPU.
+        """
+        # A structure that the label does not speak about on a slice is neither right nor wrong there.
+        spoken = self.cache.weigh(batch).bool()[:, :, None, None]
+        target = one_hot(labels, self._shape[1]).bool() & spoken
+        for n, i in enumerate(batch):
+            v = self.cache.index[i][0]
+            self.truth[v] += target[n].sum((1, 2)).numpy()
+            for kind, mask in masks.items():
+                overlap = self._overlap.setdefault(kind, np.zeros(self._shape))
+                total = self._total.setdefault(kind, np.zeros(self._shape))
+                overlap[v] += (mask[n] & target[n]).sum((1, 2)).numpy()
+                total[v] += ((mask[n] & spoken[n]).sum((1, 2)) + target[n].sum((1, 2))).numpy()
+
+    def compute_dice(self, kind: str, present: np.ndarray | None = None) -> np.ndarray:
+        """Dice per volume and structure, (V, P); NaN where the structure is not there.
+
+        Args:
+            kind: As given to `add`.
+            present: (V, P) where a structure counts as there; None for where a slice that was added shows it.
+        """
+        there = self.truth > 0 if present is None else present
+        return np.where(there, 2 * self._overlap[kind] / np.maximum(self._total[kind], 1), np.nan)
+
+
+def average_volumes(dice: np.ndarray, structures: Sequence[str]) -> dict[str, float]:
+    """Mean over volumes per structure, of those that any volume shows.
+
+    Args:
+        dice: (V, P), NaN where a structure is not there.
+        structures: P names.
+    """
+    return {s: float(np.nanmean(dice[:, p])) for p, s in enumerate(structures) if not np.isnan(dice[:, p]).all()}

@@ -1,0 +1,295 @@
+"""Slices for training: resampled once to the working grid, kept as uint8 files, read when they are drawn.
+
+Memory does not grow with the number of volumes, but for a few bytes per slice that say what it shows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from progidiff.errors import ImageError
+from progidiff.evaluation import evaluate
+from progidiff.images.volume import compute_body_threshold, compute_window, load_label, load_volume, strip_suffix
+from progidiff.images.working_grid import plan_working_grid
+from progidiff.model.conditioning import ConditioningConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Case(evaluate.Case):
+    """One labelled volume and what its labels mean.
+
+    Attributes:
+        structures: label id -> structure name.
+        annotated: structure name -> axial slices on which somebody said where it is or that it is not there, None for all of
+            them; under "" the slices that count for every structure of the table. None: every structure on every slice.
+        info: What a datastore knows about the image, for its modality.
+        names_all: Whether a name of the table that the label does not show is absent; otherwise nothing is known about it.
+    """
+
+    structures: dict[int, str]
+    annotated: Mapping[str, frozenset[int] | None] | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+    names_all: bool = True
+
+    def is_annotated(self, structure: str, count: int) -> np.ndarray:
+        """On which of `count` axial slices the label speaks about a structure, bool (Z,)."""
+        in_table = structure in self.structures.values()
+        if self.annotated is None:
+            return np.full(count, in_table)
+        spoken = np.zeros(count, bool)
+        for name in {structure, *([""] if in_table else [])} & set(self.annotated):
+            slices = self.annotated[name]
+            spoken |= True if slices is None else np.isin(np.arange(count), sorted(slices))
+        return spoken
+
+
+def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
+    """The volumes of a local datastore that have a final label.
+
+    Args:
+        studies: Folder with images, ``labels/final/`` and ``labels.json`` (label id -> structure name).
+        names: Only these cases, with or without file suffix, in this order.
+
+    Raises:
+        RequestError: if the folder, its labels.json or a named case is missing.
+    """
+    structures = evaluate.load_label_names(studies)
+    wanted = None if names is None else [strip_suffix(name) for name in names]
+    found = {c.name: Case(c.name, c.image, c.label, structures) for c in evaluate.list_cases(studies, wanted)}
+    return [found[name] for name in wanted or found]
+
+
+class SliceFile:
+    """A uint8 array (Z, H, W) on disk, in NumPy's format.
+
+    It is mapped for the moment of a read only: pages of a lasting map stay resident once they were touched, and after an epoch
+    that is the whole pool.
+    """
+
+    def __init__(self, path: Path) -> None:
+        mapped = np.load(path, mmap_mode="r")
+        self.shape: tuple[int, ...] = mapped.shape
+        self._path, self._offset = path, mapped.offset
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, slices: Any) -> np.ndarray:
+        return np.array(np.memmap(self._path, np.uint8, "r", self._offset, self.shape)[slices])
+
+
+class SliceCache:
+    """Working-grid slices of some cases, with labels renumbered to 1..len(structures) by name.
+
+    Args:
+        cases: The labelled volumes.
+        structures: Names in the order of the label ids used here; others are background.
+        config: Decides the working grid.
+        folder: Where the uint8 files are kept; a case is prepared once per content and configuration.
+    """
+
+    def __init__(self, cases: Sequence[Case], structures: Sequence[str], config: ConditioningConfig, folder: Path) -> None:
+        self.structures = tuple(structures)
+        self.config = config
+        self.images: list[SliceFile] = []
+        self.labels: list[SliceFile] = []
+        self.names: list[str] = []
+        self.digests: dict[str, str] = {}
+        steps: list[int] = []
+        present: list[np.ndarray] = []
+        spoken: list[np.ndarray] = []
+        folder.mkdir(parents=True, exist_ok=True)
+        for case in cases:
+            path, digest = self._prepare(case, folder)
+            self.images.append(SliceFile(path / "image.npy"))
+            self.labels.append(SliceFile(path / "label.npy"))
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            steps.append(max(1, round(config.neighbour_mm / meta["dz"])))
+            spoken.append(np.stack([case.is_annotated(s, len(meta["pixels"])) for s in self.structures], axis=1))
+            # What nobody vouched for is neither drawn for nor counted.
+            present.append(np.array(meta["pixels"], dtype=np.int64) * spoken[-1])
+            self.names.append(case.name)
+            self.digests[case.name] = digest
+        self.steps = steps
+        # pixels[v][z, s]: how much of structure s slice z of volume v holds; what balanced drawing needs.
+        self.pixels = present
+        # annotated[v][z, s]: whether the label of volume v speaks about structure s on slice z.
+        self.annotated = spoken
+        self.index = [(v, z) for v, p in enumerate(spoken) for z in range(len(p)) if p[z].any()]
+        self.by_structure = [
+            np.array([i for i, (v, z) in enumerate(self.index) if present[v][z, s] > 0], dtype=np.int64) for s in range(len(self.structures))
+        ]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def read(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read slices with their neighbours.
+
+        Args:
+            chosen: N positions in `index`.
+
+        Returns:
+            float32 images (N, C, H, W) in [-1, 1] and int64 labels (N, H, W).
+        """
+        channels = 2 * self.config.num_neighbours + 1
+        images = np.empty((len(chosen), channels, self.config.height, self.config.width), np.uint8)
+        labels = np.empty((len(chosen), self.config.height, self.config.width), np.uint8)
+        for n, i in enumerate(chosen):
+            v, z = self.index[i]
+            offsets = self.steps[v] * np.arange(-self.config.num_neighbours, self.config.num_neighbours + 1)
+            images[n] = self.images[v][np.clip(z + offsets, 0, len(self.images[v]) - 1)]
+            labels[n] = self.labels[v][z]
+        return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels).long()
+
+    def weigh(self, chosen: Sequence[int]) -> Tensor:
+        """1 where a label speaks about a structure of a slice, else 0: float32 (N, len(structures))."""
+        return torch.from_numpy(np.stack([self.annotated[v][z] for v, z in (self.index[i] for i in chosen)])).float()
+
+    def draw_balanced(self, count: int, rng: np.random.Generator, random_share: float = 0.15) -> list[int]:
+        """Draw slices so that small structures are seen as often as large ones.
+
+        A structure is drawn uniformly, then one of its slices; `random_share` of the slices are drawn from everything, so that
+        slices without any structure are seen too.
+        """
+        usable = [s for s, slices in enumerate(self.by_structure) if len(slices)]
+        if not usable:
+            raise ImageError("None of the training labels holds a structure; accept at least one label that is not empty.")
+        chosen = []
+        for _ in range(count):
+            if rng.random() < random_share:
+                chosen.append(int(rng.integers(len(self.index))))
+            else:
+                chosen.append(int(rng.choice(self.by_structure[usable[rng.integers(len(usable))]])))
+        return chosen
+
+    def _prepare(self, case: Case, folder: Path) -> tuple[Path, str]:
+        config = self.config
+        digest = hashlib.sha256()
+        for path in (case.image, case.label):
+            digest.update(_hash_content(path))
+        content = digest.hexdigest()
+        parts = (self.structures, sorted(case.structures.items()), sorted(case.info.items()), config.height, config.width, config.spacing_range, 2)
+        # A setting that came later must not make what was prepared before it stale.
+        digest.update(repr(parts if config.mr_headroom == 1 else (*parts, config.mr_headroom)).encode())
+        target = folder / f"{case.name}-{digest.hexdigest()[:16]}"
+        if (target / "meta.json").is_file():
+            os.utime(target / "meta.json")  # Says when it was used last.
+            return target, content
+        volume = load_volume(case.image, info=case.info)
+        stack, spacing = volume.to_stack()
+        grid = plan_working_grid(stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range)
+        raw = load_label(case.label, volume)
+        table = np.zeros(max(int(raw.max()), *case.structures) + 1, np.uint8)
+        for value, name in case.structures.items():
+            if name in self.structures:
+                table[value] = self.structures.index(name) + 1
+        label_stack = volume.arrange(table[raw])
+        window = compute_window(volume, config.mr_headroom)
+        indices = np.arange(len(stack))
+        images, labels = [], []
+        for start in range(0, len(stack), 32):
+            part = indices[start : start + 32]
+            pixels = grid.extract_slices(stack, part, window, 0, config.neighbour_mm)[:, 0]
+            images.append(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
+            labels.append(grid.extract_labels(label_stack, part, len(self.structures)).numpy())
+        image, label = np.concatenate(images), np.concatenate(labels)
+        pixels_per_slice = np.stack([(label == s + 1).sum(axis=(1, 2)) for s in range(len(self.structures))], axis=1)
+        scratch = Path(tempfile.mkdtemp(prefix=".slices.", dir=folder))
+        np.save(scratch / "image.npy", image)
+        np.save(scratch / "label.npy", label)
+        (scratch / "meta.json").write_text(
+            json.dumps({"dz": spacing[0], "pixels": pixels_per_slice.tolist(), "grid": grid.to_dict()}), encoding="utf-8"
+        )
+        try:
+            os.replace(scratch, target)
+        except OSError:  # another process prepared the same case first
+            shutil.rmtree(scratch, ignore_errors=True)
+            logger.info("Slices of %s were prepared elsewhere meanwhile", case.name)
+        return target, content
+
+
+def _hash_content(path: Path) -> bytes:
+    """SHA-256 of a file, or of the files of a folder that holds one DICOM series."""
+    if path.is_dir():
+        return hashlib.sha256(b"".join(_hash_content(file) for file in sorted(path.iterdir()) if file.is_file())).digest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()
+
+
+def augment(images: Tensor, labels: Tensor, generator: torch.Generator, strength: float = 1.0, bias_field: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Random affine, intensity, blur, noise and shading. Never mirrors: left and right are part of the question.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1].
+        labels: (N, H, W) label ids.
+        generator: Source of randomness; the same state gives the same augmentation.
+        strength: 0 changes nothing, 1 is the default recipe.
+        bias_field: See `simulate_bias_field`.
+
+    Returns:
+        Images and labels of the same shapes.
+    """
+    n, _, height, width = images.shape
+
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.rand(n, generator=generator) * (high - low) + low
+
+    angle = uniform(-0.26, 0.26) * strength
+    scale_y = torch.exp(uniform(-0.22, 0.22) * strength)
+    scale_x = torch.exp(uniform(-0.12, 0.12) * strength) * scale_y
+    shear = uniform(-0.08, 0.08) * strength
+    aspect = width / height
+    cos, sin = angle.cos(), angle.sin()
+    theta = torch.zeros(n, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = cos * scale_x, (-sin / aspect + shear) * scale_x
+    theta[:, 1, 0], theta[:, 1, 1] = sin * aspect * scale_y, cos * scale_y
+    theta[:, 0, 2], theta[:, 1, 2] = uniform(-0.15, 0.15) * strength, uniform(-0.15, 0.15) * strength
+    grid = torch.nn.functional.affine_grid(theta, [n, 1, height, width], align_corners=False)
+    # A smooth random deformation: a coarse field of displacements, at most a few pixels.
+    field = torch.randn(n, 2, 5, 6, generator=generator) * 0.022 * strength
+    grid = grid + torch.nn.functional.interpolate(field, size=(height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    warped = torch.nn.functional.grid_sample(images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    moved = torch.nn.functional.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)[:, 0].long()
+
+    unit = (warped / 2).clamp(0, 1)
+    gamma = torch.exp(uniform(-0.4, 0.4) * strength)[:, None, None, None]
+    gain = 1 + uniform(-0.18, 0.18)[:, None, None, None] * strength
+    offset = uniform(-0.09, 0.09)[:, None, None, None] * strength
+    unit = (unit.clamp_min(1e-4) ** gamma) * gain + offset * (unit > 0.02)
+    blurred = torch.nn.functional.avg_pool2d(unit, 3, stride=1, padding=1)
+    unit = torch.where((uniform(0, 1) < 0.15 * strength)[:, None, None, None], blurred, unit)
+    noise = torch.randn(unit.shape, generator=generator) * (uniform(0, 0.05) * strength)[:, None, None, None]
+    return simulate_bias_field((unit + noise).clamp(0, 1) * 2 - 1, generator, bias_field), moved
+
+
+def simulate_bias_field(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Smooth multiplicative shading, as receive coils and field inhomogeneity cause in MR.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1]; the channels of a sample share one field.
+        generator: Source of randomness.
+        strength: Standard deviation of the field's logarithm at its strongest; 0 changes nothing.
+    """
+    if strength == 0:
+        return images
+    n, _, height, width = images.shape
+    coarse = torch.randn(n, 1, 3, 4, generator=generator)
+    field = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=True)
+    amount = torch.rand(n, 1, 1, 1, generator=generator) * strength
+    return (((images + 1) / 2 * torch.exp(field * amount)).clamp(0, 1)) * 2 - 1

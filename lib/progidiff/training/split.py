@@ -1,0 +1,311 @@
+"""What an adapter is trained on and judged by: which volumes, which slices, and whether their labels can be used at all."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from progidiff.errors import ImageError, PromptError, RequestError
+from progidiff.images.volume import load_label, load_volume, strip_suffix
+from progidiff.model.folder import ModelCard
+from progidiff.prompts.parser import parse_prompt
+from progidiff.training.accepted_labels import EVERYTHING, find_local_cases
+from progidiff.training.slice_cache import Case, SliceCache
+
+HELD_BACK_SHARE = 0.25
+"""Of the labelled slices, where there is one labelled volume only."""
+
+NEWEST = "newest"
+"""As a modality: that of the label that was saved last."""
+
+
+@dataclass
+class AdaptData:
+    """What a run trains on and is judged by.
+
+    Attributes:
+        training, validation: Slices of different patients, unless `same_patient`.
+        modality: "CT" or "MR".
+        held_out: Names of the held-back volumes.
+        unused: Labelled volumes that were neither trained on nor held back.
+        same_patient: One volume only: some of its slices are held back.
+    """
+
+    training: SliceCache
+    validation: SliceCache
+    modality: str
+    held_out: list[str]
+    unused: list[str]
+    same_patient: bool
+
+
+def prepare_data(
+    studies: Path | Sequence[Case],
+    card: ModelCard,
+    cache: Path,
+    cases: Sequence[str] = (),
+    held_out: Sequence[str] = (),
+    shots: int | None = None,
+    slices: int | None = None,
+    structures: Sequence[str] = (),
+    annotated: Mapping[str, Collection[int] | None] | None = None,
+    seed: int = 0,
+    *,
+    modality: str | None = None,
+    parent: Mapping[str, Any] | None = None,
+) -> AdaptData:
+    """Choose and check the labelled volumes; see `run_adapt` for the other arguments.
+
+    Args:
+        parent: run.json of the version that is served now. Volumes that it held back are held back again, and those that it was
+            trained on are the last to be: it would look better on them than it is.
+
+    Raises:
+        RequestError: if a case, structure or number makes no sense.
+        ImageError: if a label holds unknown ids or nothing, or the volumes are of several modalities.
+    """
+    for option, value in (("shots", shots), ("slices", slices)):
+        if value is not None and value < 1:
+            raise RequestError(f"Option {option} must be at least 1, got {value}.")
+    labelled = find_cases(studies, annotated)
+    everything = labelled if modality is None else keep_modality(labelled, modality)
+    kept_back, chosen = pick_named(everything, held_out), pick_named(everything, cases)
+    both = {c.name for c in kept_back} & {c.name for c in chosen}
+    if both:
+        raise RequestError(f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each volume once.")
+    # An order that depends on the names and the seed alone: the same volumes are picked on every machine.
+    shuffled = sorted(everything, key=lambda c: hashlib.sha256(f"{seed}:{c.name}".encode()).digest())
+    if not kept_back:
+        before = parent or {}
+        held_before, trained_before = set(before.get("held_out_cases", ())), set(before.get("training_cases", ()))
+        free = [c for c in shuffled if c.name not in {t.name for t in chosen}]
+        free.sort(key=lambda c: 2 if c.name in held_before else 0 if c.name in trained_before else 1)
+        spare = len(free) if chosen else len(free) - 1
+        kept_back = free[-min(2 if len(everything) >= 5 else 1, spare) :] if spare > 0 else []
+    training = chosen or [c for c in shuffled if c.name not in {k.name for k in kept_back}]
+    if not training:
+        raise RequestError("All labelled volumes are held back; leave at least one for training.")
+    if shots is not None:
+        if shots > len(training):
+            raise RequestError(f"{shots} volumes were asked for, but {len(training)} are labelled and not held back: {_names(training)}.")
+        training = training[:shots]
+    used = [*training, *kept_back]
+    names = [parse_structure(s, card) for s in structures] or None
+    used, found_modality = check_cases(used, card, names)
+    training, kept_back = used[: len(training)], used[len(training) :]
+    known = {s for c in training for s in (*c.structures.values(), *(c.annotated or ()))}
+    order = [s for s in card.structures if s in known and (names is None or s in names)]
+
+    first = SliceCache(training, order, card.conditioning, cache)
+    present = [s for s, positions in zip(order, first.by_structure, strict=True) if len(positions)]
+    if not present:
+        raise ImageError(f"The training labels hold none of {', '.join(order)}; accept at least one label that is not empty.")
+    train = SliceCache(training, present, card.conditioning, cache)
+    valid = SliceCache(kept_back, present, card.conditioning, cache) if kept_back else None
+    same_patient = valid is None
+    if valid is None:
+        train, valid = split_slices(train)
+    if slices is not None:
+        train = restrict_cache(train, pick_evenly(train, slices))
+    if not any(len(p) for p in train.by_structure):
+        raise ImageError("None of the slices to train on holds a structure; label more slices.")
+    if not any(len(p) for p in valid.by_structure):
+        raise ImageError(f"The held-back volumes ({_names(kept_back)}) hold none of {', '.join(present)}; hold back others with --hold-out.")
+    unused = [c.name for c in labelled if c.name not in {u.name for u in used}]
+    return AdaptData(train, valid, found_modality, [c.name for c in kept_back], unused, same_patient)
+
+
+def find_cases(studies: Path | Sequence[Case], annotated: Mapping[str, Collection[int] | None] | None = None) -> list[Case]:
+    """The labelled volumes of a folder, or those that were collected from a datastore.
+
+    Args:
+        annotated: case -> axial slices that count, instead of what the cases say; None for the whole volume.
+
+    Raises:
+        RequestError: if there are none.
+    """
+    cases = find_local_cases(studies) if isinstance(studies, Path) else list(studies)
+    if annotated is not None:
+        limits = {name: None if slices is None else frozenset(map(int, slices)) for name, slices in annotated.items()}
+        cases = [replace(c, annotated={EVERYTHING: limits[c.name]}) for c in cases if c.name in limits and limits[c.name] != frozenset()]
+    if not cases:
+        raise RequestError("No slice is labelled yet. Save a label with tag final (Submit Label in 3D Slicer), then train.")
+    return cases
+
+
+def pick_named(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """The cases of these names, with or without file suffix, in this order.
+
+    Raises:
+        RequestError: if one is not among them.
+    """
+    found = {c.name: c for c in cases}
+    wanted = [strip_suffix(name) for name in names]
+    unknown = [name for name in wanted if name not in found]
+    if unknown:
+        raise RequestError(f"Among the labelled images there is no image {', '.join(unknown)}; there are {_names(cases)}.")
+    return [found[name] for name in wanted]
+
+
+def keep_modality(cases: Sequence[Case], modality: str) -> list[Case]:
+    """The cases of one modality.
+
+    Args:
+        modality: "CT", "MR", or "newest" for that of the label that was saved last.
+
+    Raises:
+        RequestError: if there are none.
+    """
+    found = {c.name: load_volume(c.image, info=c.info).modality for c in cases}
+    wanted = found[max(cases, key=lambda c: c.label.stat().st_mtime_ns).name] if modality == NEWEST else modality
+    kept = [c for c in cases if found[c.name] == wanted]
+    if not kept:
+        raise RequestError(f"No labelled image is {wanted}: {', '.join(f'{n} is {m}' for n, m in found.items())}. Leave the option modality out.")
+    return kept
+
+
+def parse_structure(text: str, card: ModelCard) -> str:
+    """The model's structure that a label's name means.
+
+    Raises:
+        PromptError: if it is none or several; the message names the nearest.
+    """
+    queries = parse_prompt(text, card.structures, model=card.full_name)
+    if len(queries) != 1:
+        raise PromptError(f"'{text}' means {len(queries)} structures ({', '.join(q.name for q in queries)}); a label can be one only.")
+    return queries[0].name
+
+
+def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | None = None) -> tuple[list[Case], str]:
+    """Read every label and image once, before anything is trained.
+
+    Args:
+        only: Structures to train; the others may have any name and count as background.
+
+    Returns:
+        The cases with the model's own names for their structures, and their modality.
+
+    Raises:
+        ImageError: for a label that cannot be read, lies on another grid, has unknown ids, no foreground or numbers that are no
+            ids; for volumes of several modalities.
+        RequestError: if a label has a name that the model does not know.
+    """
+    checked = []
+    modalities: dict[str, str] = {}
+    for case in cases:
+        volume = load_volume(case.image, info=case.info)
+        modalities[case.name] = volume.modality
+        values = [int(v) for v in np.unique(load_label(case.label, volume)) if v != 0]
+        named = sorted(set(case.annotated or ()) - {EVERYTHING})
+        if not values and not named:
+            raise ImageError(f"The label of '{case.name}' is empty; label a structure, or remove '{case.label}'.")
+        strange = [v for v in values if v not in case.structures]
+        if strange:
+            raise ImageError(
+                f"The label of '{case.name}' holds ids {', '.join(map(str, strange[:5]))}, which neither the label's record (label_info) nor "
+                f'labels.json names. Write them into labels.json in the studies folder, for example {{"{strange[0]}": "liver"}}, or remove '
+                "them from the label."
+            )
+        names: dict[int, str] = {}
+        for value in values:
+            try:
+                found = parse_structure(case.structures[value], card)
+            except PromptError as err:
+                if only is not None:
+                    continue
+                raise RequestError(
+                    f"Label id {value} of '{case.name}' is named '{case.structures[value]}', which '{card.full_name}' does not know"
+                    f"{f' (did you mean {err.suggestions[0]!r}?)' if err.suggestions else ''}. Rename it in labels.json or in the viewer to one of "
+                    f"{', '.join(card.structures)}, "
+                    "or choose what to train with --structures; an adapter cannot teach new structures, `progidiff train` can."
+                ) from err
+            if only is None or found in only:
+                names[value] = found
+        if not names and not named:
+            raise ImageError(f"The label of '{case.name}' holds none of {', '.join(only or ())}; leave this volume out or choose other structures.")
+        # What is not asked for, or absent from this volume, keeps its place in the table as background.
+        absent = _absent(case, card, only, names) if case.names_all else {}
+        checked.append(replace(case, structures={**dict.fromkeys(values, ""), **names, **absent}))
+    if len(set(modalities.values())) > 1:
+        told = "; ".join(f"{m}: {', '.join(n for n, k in modalities.items() if k == m)}" for m in sorted(set(modalities.values())))
+        raise ImageError(
+            f"One adapter is for one modality, but the volumes are {told}. Choose some with --case or the option modality, or, if the guess is "
+            'wrong, write {"modality": "MR"} into a file <name>.json beside the image.'
+        )
+    return checked, next(iter(modalities.values()))
+
+
+def _absent(case: Case, card: ModelCard, only: Sequence[str] | None, present: Mapping[int, str]) -> dict[int, str]:
+    """Names in the table that do not occur in this label: whoever labelled it says that they are absent."""
+    found = {}
+    for value, text in case.structures.items():
+        try:
+            name = parse_structure(text, card)
+        except PromptError:
+            continue
+        if name not in present.values() and (only is None or name in only):
+            found[value] = name
+    return found
+
+
+def restrict_cache(cache: SliceCache, kept: Sequence[int]) -> SliceCache:
+    """The same slices with their neighbours, but only some of them to draw from.
+
+    Args:
+        kept: Positions in `cache.index`.
+    """
+    part = copy.copy(cache)
+    part.index = [cache.index[i] for i in sorted(kept)]
+    part.pixels = [np.zeros_like(p) for p in cache.pixels]
+    for v, z in part.index:
+        part.pixels[v][z] = cache.pixels[v][z]
+    part.by_structure = [
+        np.array([i for i, (v, z) in enumerate(part.index) if part.pixels[v][z, s] > 0], dtype=np.int64) for s in range(len(part.structures))
+    ]
+    return part
+
+
+def split_slices(cache: SliceCache, share: float = HELD_BACK_SHARE) -> tuple[SliceCache, SliceCache]:
+    """Hold back short runs of neighbouring slices, evenly spread over the labelled part of a volume.
+
+    Runs and not single slices: a slice between two that were trained on is no test.
+
+    Raises:
+        ImageError: if fewer than 4 slices are labelled.
+    """
+    labelled = [i for i, (v, z) in enumerate(cache.index) if cache.pixels[v][z].any()]
+    if len(labelled) < 4:
+        raise ImageError(
+            f"Only one volume is labelled, with {len(labelled)} slices that hold a structure. Label at least 4 slices, so that some can be held "
+            "back, or a second volume."
+        )
+    count = max(1, round(share * len(labelled)))
+    runs = max(1, count // 3)
+    length = max(1, count // runs)
+    held: set[int] = set()
+    for r in range(runs):
+        start = round((r + 0.5) * len(labelled) / runs - length / 2)
+        held |= set(labelled[max(0, start) : start + length])
+    return restrict_cache(cache, [i for i in range(len(cache)) if i not in held]), restrict_cache(cache, sorted(held))
+
+
+def pick_evenly(cache: SliceCache, count: int) -> list[int]:
+    """So many of the slices that hold a structure, evenly spaced.
+
+    Raises:
+        RequestError: if there are fewer.
+    """
+    labelled = [i for i, (v, z) in enumerate(cache.index) if cache.pixels[v][z].any()]
+    if count > len(labelled):
+        raise RequestError(f"{count} slices were asked for, but only {len(labelled)} of the training slices hold a structure; lower --slices.")
+    return [labelled[int(i)] for i in np.floor((np.arange(count) + 0.5) * len(labelled) / count)]
+
+
+def _names(cases: Sequence[Case]) -> str:
+    return ", ".join(c.name for c in cases)

@@ -1,0 +1,77 @@
+"""When the next training is due, and when annotating more is hardly worth it: counting and arithmetic, no HTTP and no network.
+
+A training is due after so many *newly annotated* slices: the count is taken from the label history, so that saving a slice again,
+deleting or undoing moves it as it should, and a restart forgets nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from progidiff.storage.atomic import flush, replace_text
+
+logger = logging.getLogger(__name__)
+
+
+
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Up to which event of the label history labels have been trained on; a training that failed has learned nothing and moves nothing.
+
+    Attributes:
+        adapters: By trainings of the model for volumes.
+        textdiff: By trainings of the model for pictures.
+    """
+
+    adapters: int = 0
+    textdiff: int = 0
+
+
+class MarkFile:
+    """The mark on disk; a new one appears by rename.
+
+    Args:
+        path: The file; made when the first training is done.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def load(self) -> Mark:
+        """The mark; of a file that cannot be read, the first one: labels are then trained on once too often, never too seldom."""
+        try:
+            values = json.loads(self._path.read_text(encoding="utf-8"))
+            earlier = values.get("sequence", 0)  # Version 0.1 had one for all.
+            return Mark(int(values.get("adapters", earlier)), int(values.get("textdiff", earlier)))
+        except FileNotFoundError:
+            return Mark()
+        except (OSError, ValueError, TypeError, AttributeError) as err:
+            logger.warning("'%s' cannot be read (%s); all labels count as new for the next training.", self._path, err)
+            return Mark()
+
+    def save(self, mark: Mark) -> None:
+        """Replace the mark.
+
+        Raises:
+            OSError: if the disk refuses; the old one stays.
+        """
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(self._path, json.dumps({"adapters": mark.adapters, "textdiff": mark.textdiff}))
+        flush(self._path.parent)
+
+
+
+
+
+
+
+
+
+
+
+

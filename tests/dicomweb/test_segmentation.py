@@ -1,0 +1,129 @@
+"""DICOM SEG -> label map: any axes, left-out frames, crops; what does not fit is refused with a reason."""
+
+from __future__ import annotations
+
+import numpy as np
+import pydicom
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydicom.dataset import Dataset
+from pydicom.uid import ExplicitVRLittleEndian
+
+from progidiff.dicomweb.export import export_series
+from progidiff.dicomweb.frames import Series
+from progidiff.dicomweb.segmentation import find_referenced_series, read_dataset, read_segmentation
+from progidiff.errors import GeometryError, ImageError, ProGiDiffError, RequestError
+from progidiff.images.volume import Volume, load_volume
+from support.segmentations import IDENTITY, make_masks, make_seg, to_bytes
+from support.series import AXIAL, CORONAL, SAGITTAL, affines, make_volume
+
+
+def check_same(volume: Volume, dataset: Dataset, masks: dict[str, np.ndarray]) -> None:
+    result = read_segmentation(read_dataset(to_bytes(dataset)), volume)
+    drawn = {name for name, mask in masks.items() if mask.any()}
+    assert set(result.names.values()) == drawn
+    stack = volume.arrange(result.labels)
+    for label, name in result.names.items():
+        np.testing.assert_array_equal(stack == label, masks[name])
+    assert set(np.unique(stack)) - {0} == set(result.names)
+
+
+@settings(max_examples=40, deadline=None)
+@given(affine=affines(), axis=st.integers(0, 2), flips=st.tuples(st.booleans(), st.booleans()), crop=st.booleans(), seed=st.integers(0, 9))
+def test_a_seg_along_any_axis_comes_back_voxel_by_voxel(affine: np.ndarray, axis: int, flips: tuple[bool, bool], crop: bool, seed: int):
+    volume = make_volume(affine, (5, 6, 4))
+    masks = make_masks(volume, seed)
+    check_same(volume, make_seg(volume, masks, axis, flips, crop), masks)
+
+
+@pytest.mark.parametrize("affine", [AXIAL, SAGITTAL, CORONAL], ids=["axial", "sagittal", "coronal"])
+def test_empty_frames_and_empty_segments_are_background(affine: np.ndarray):
+    volume = make_volume(affine)
+    masks = make_masks(volume)
+    masks["liver"][1:-1] = False
+    masks["pancreas"] = np.zeros_like(masks["liver"])
+    check_same(volume, make_seg(volume, masks), masks)
+
+
+def refuse(dataset: Dataset, volume: Volume) -> str:
+    with pytest.raises(ProGiDiffError) as caught:
+        read_segmentation(dataset, volume)
+    assert caught.value.status == 422
+    return str(caught.value)
+
+
+def test_overlapping_segments_are_refused_with_their_names():
+    volume = make_volume(AXIAL)
+    masks = make_masks(volume)
+    masks["spleen"] = masks["spleen"] | masks["liver"]
+    with pytest.raises(RequestError, match=f"'liver' and 'spleen' in {int(masks['liver'].sum())} voxels"):
+        read_segmentation(make_seg(volume, masks), volume)
+
+
+def test_a_seg_of_another_grid_is_refused():
+    volume = make_volume(AXIAL)
+    masks = make_masks(volume)
+    shifted = AXIAL.copy()
+    shifted[0, 3] += 0.4
+    finer = AXIAL @ np.diag([0.5, 0.5, 1, 1])
+    away = AXIAL.copy()
+    away[2, 3] += 5 * 4
+    for affine in (shifted, finer):
+        with pytest.raises(GeometryError, match="beside the voxels"):
+            read_segmentation(make_seg(make_volume(affine), masks), volume)
+    with pytest.raises(GeometryError, match="outside of"):
+        read_segmentation(make_seg(make_volume(away), masks), volume)
+
+
+def test_what_says_too_little_is_refused():
+    volume = make_volume(AXIAL)
+    masks = make_masks(volume)
+    for name in ("Segment 1", "", "unnamed"):
+        assert "has no name" in refuse(make_seg(volume, {name: masks["liver"]}), volume)
+    blank = make_seg(volume, {"liver": masks["liver"]})
+    blank.PixelData = bytes(len(blank.PixelData))
+    assert "is empty" in refuse(blank, volume)
+    fractional = make_seg(volume, masks)
+    fractional.SegmentationType = "FRACTIONAL"
+    assert "BINARY" in refuse(fractional, volume)
+    cut = make_seg(volume, masks)
+    cut.PixelData = cut.PixelData[: len(cut.PixelData) // 2]
+    assert "cannot be read" in refuse(cut, volume)
+    missing = make_seg(volume, masks)
+    del missing.PerFrameFunctionalGroupsSequence[0]
+    assert "another number of frames" in refuse(missing, volume)
+    nowhere = make_seg(volume, masks)
+    del nowhere.PerFrameFunctionalGroupsSequence[0].PlanePositionSequence
+    assert "does not say where" in refuse(nowhere, volume)
+    stray = make_seg(volume, masks)
+    stray.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence[0].ReferencedSegmentNumber = 9
+    assert "segment 9" in refuse(stray, volume)
+
+
+def test_only_segmentations_of_one_series_are_taken():
+    volume = make_volume(AXIAL)
+    seg = make_seg(volume, make_masks(volume))
+    assert find_referenced_series(seg) == IDENTITY.series_uid
+    seg.ReferencedSeriesSequence = []
+    with pytest.raises(ImageError, match="refers to 0 series"):
+        find_referenced_series(seg)
+    with pytest.raises(ImageError, match="CT Image Storage"):
+        find_referenced_series(Series.of(IDENTITY, volume).dataset(0))
+    with pytest.raises(ImageError, match="no DICOM"):
+        read_dataset(b"hello")
+
+
+@pytest.mark.parametrize("affine", [AXIAL, SAGITTAL, CORONAL], ids=["axial", "sagittal", "coronal"])
+def test_an_exported_folder_is_the_volume(tmp_path, affine: np.ndarray):
+    volume = make_volume(affine)
+    files = export_series(Series.of(IDENTITY, volume), tmp_path / "series")
+    assert len(files) == volume.to_stack()[0].shape[0]
+    assert pydicom.dcmread(files[0]).file_meta.TransferSyntaxUID == ExplicitVRLittleEndian
+    # Read by ITK, another project's reader.
+    again = load_volume(tmp_path / "series")
+    assert again.modality_source == "dicom"
+    np.testing.assert_array_equal(again.to_stack()[0], volume.to_stack()[0])
+    np.testing.assert_allclose(again.stack_affine, volume.stack_affine, atol=1e-4)
+    with pytest.raises(RequestError, match="not empty"):
+        export_series(Series.of(IDENTITY, volume), tmp_path / "series")

@@ -1,0 +1,529 @@
+"""The local datastore: what counts as a label, what a save keeps, and what is there after everything that can go wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import pytest
+from watchdog.events import (
+    FileClosedEvent,
+    FileClosedNoWriteEvent,
+    FileCreatedEvent,
+    FileDeletedEvent,
+    FileModifiedEvent,
+    FileMovedEvent,
+    FileOpenedEvent,
+)
+
+from progidiff.errors import BusyError, GeometryError, ImageError, NotFoundError, ProGiDiffError, RequestError, StoreError
+from progidiff.labels.history import AnnotationStore
+from progidiff.server.datastores import local as module
+from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
+from support.phantoms import write_phantom
+
+SHAPE = (32, 24, 8)
+LIVER, SPLEEN = 6, 1
+
+
+@pytest.fixture
+def studies(tmp_path: Path) -> Path:
+    folder = tmp_path / "studies"
+    folder.mkdir()
+    for name in ("one", "two"):
+        write_phantom(folder / f"{name}.nii.gz", shape=SHAPE)
+    return folder
+
+
+def open_store(studies: Path, serves: bool = False) -> SafeLocalDatastore:
+    state = studies / ".progidiff"
+    return SafeLocalDatastore(str(studies), state, open_annotations(state, str(studies)), serves=serves)
+
+
+@pytest.fixture
+def store(studies: Path) -> SafeLocalDatastore:
+    """As the server opens it, without the claim on the folder, which belongs to the process and not to a test."""
+    opened = open_store(studies)
+    opened._serves, opened._is_settled = True, False
+    opened.refresh()
+    return opened
+
+
+def write_label(studies: Path, name: str, values: dict[int, int], image: str = "one", dtype: Any = np.uint8, suffix: str = ".nii.gz") -> Path:
+    """A label with a 3 x 3 square of `value` on file slices k; the phantom's k runs from inferior to superior."""
+    affine = nibabel.load(studies / f"{image}.nii.gz").affine
+    array = np.zeros(SHAPE, dtype)
+    for k, value in values.items():
+        array[4:7, 4:7, k] = value
+    path = studies.parent / f"{name}{suffix}"
+    nibabel.save(nibabel.Nifti1Image(array, affine), path)
+    return path
+
+
+def read_final(studies: Path, image: str = "one", tag: str = "final") -> np.ndarray:
+    return np.asarray(nibabel.load(studies / "labels" / tag / f"{image}.nii.gz").dataobj)
+
+
+def test_a_saved_label_is_kept_byte_for_byte_in_the_folder_and_in_the_history(store: SafeLocalDatastore, studies: Path):
+    label = write_label(studies, "a", {3: LIVER})
+    saved = store.save_annotated("one", label, "final", {}, "ada")
+    assert (studies / "labels/final/one.nii.gz").read_bytes() == label.read_bytes()
+    assert store.annotations.label_file(saved.annotation).read_bytes() == label.read_bytes()
+    assert (saved.annotation.slices, saved.annotation.structures, saved.annotation.user) == (None, ("liver",), "ada")
+    assert store.get_labeled_images() == ["one"]
+    assert store.get_label_info("one", "final")["label_info"] == [{"name": "liver", "idx": LIVER}]
+    assert open_store(studies).get_labeled_images() == ["one"]
+
+
+def test_saving_the_same_bytes_again_keeps_no_second_version(store: SafeLocalDatastore, studies: Path):
+    label = write_label(studies, "a", {3: LIVER})
+    first = store.save_annotated("one", label, "final", {})
+    again = store.save_annotated("one", label, "final", {})
+    assert (first.repeated, again.repeated) == (False, True)
+    assert again.annotation == first.annotation
+    assert len(store.annotations.list()) == 1
+
+
+def test_a_save_of_some_slices_leaves_the_others_as_they_were(store: SafeLocalDatastore, studies: Path):
+    store.save_annotated("one", write_label(studies, "a", {2: LIVER}), "final", {"slices": [2]})
+    store.save_annotated("one", write_label(studies, "b", {2: SPLEEN, 5: LIVER}), "final", {"slices": [5]})
+    final = read_final(studies)
+    assert {k: int(final[5, 5, k]) for k in range(8) if final[5, 5, k]} == {2: LIVER, 5: LIVER}
+    assert store.annotations.annotated_slices("one") == {2, 5}
+    store.save_annotated("one", write_label(studies, "c", {}), "final", {"slices": ["2"]})
+    assert {int(k) for k in np.flatnonzero(read_final(studies)[5, 5])} == {5}
+    assert store.annotations.annotated_slices("one") == {2, 5}
+
+
+def test_a_save_of_one_structure_leaves_the_others_as_they_were(store: SafeLocalDatastore, studies: Path):
+    store.save_annotated("one", write_label(studies, "a", {2: LIVER, 3: LIVER}), "final", {"structures": ["liver"]})
+    store.save_annotated("one", write_label(studies, "b", {5: SPLEEN}), "final", {"structures": ["spleen"]})
+    final = read_final(studies)
+    assert {k: int(final[5, 5, k]) for k in range(8) if final[5, 5, k]} == {2: LIVER, 3: LIVER, 5: SPLEEN}
+    assert [label.structures for label in store.annotations.in_force("one")] == [("liver",), ("spleen",)]
+    store.save_annotated("one", write_label(studies, "c", {}), "final", {"structures": "spleen"})
+    assert {int(k) for k in np.flatnonzero(read_final(studies)[5, 5])} == {2, 3}
+
+
+def test_ids_that_slicer_numbers_by_position_become_the_ids_of_the_folder(store: SafeLocalDatastore, studies: Path):
+    info = {"label_info": [{"name": "Liver", "idx": 1}, {"name": "tumour 1", "idx": 2}]}
+    saved = store.save_annotated("one", write_label(studies, "a", {2: 1, 3: 2}), "final", info)
+    assert dict(saved.annotation.label_ids) == {"liver": LIVER, "tumour 1": 14}
+    assert set(np.unique(read_final(studies))) == {0, LIVER, 14}
+    (studies / "labels.json").write_text('{"1": "liver", "2": "spleen"}')
+    store.save_annotated("two", write_label(studies, "b", {2: 7}, "two"), "final", {"label_info": [{"name": "liver", "idx": 7}]})
+    assert set(np.unique(read_final(studies, "two"))) == {0, 1}
+    store.save_annotated("one", write_label(studies, "c", {6: 1}), "final", {"slices": [6]})
+    final = read_final(studies)
+    assert [int(final[5, 5, k]) for k in (2, 3, 6)] == [1, 14, 1]  # The old ids moved along with labels.json.
+    saved = store.save_annotated("one", write_label(studies, "d", {}), "final", {"structures": ["spleen"], "slices": [0]})
+    assert dict(saved.annotation.label_ids) == {"liver": 1, "tumour 1": 14, "spleen": 2}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha"])
+def test_labels_of_every_format_are_taken_and_replace_one_another(store: SafeLocalDatastore, studies: Path, suffix: str):
+    from progidiff.images.volume import load_label, save_array
+
+    store.save_annotated("one", write_label(studies, "a", {3: LIVER}), "final", {})
+    affine = nibabel.load(studies / "one.nii.gz").affine
+    array = np.zeros(SHAPE, np.uint8)
+    array[1:3, 1:3, 4] = SPLEEN
+    store.save_annotated("one", save_array(array, affine, studies.parent / f"b{suffix}"), "final", {})
+    files = sorted(path.name for path in (studies / "labels/final").iterdir())
+    assert files == [f"one{'.nii.gz' if suffix == '.mha' else suffix}"]
+    assert np.array_equal(load_label(studies / "labels/final" / files[0]), array)
+    store.refresh()
+    assert store.get_label_uri("one", "final").endswith(files[0])
+
+
+def refused_labels(studies: Path) -> list[tuple[str, Path, dict[str, Any], type[ProGiDiffError], str]]:
+    affine = nibabel.load(studies / "one.nii.gz").affine
+    good = write_label(studies, "good", {3: LIVER})
+
+    def save(name: str, array: np.ndarray, affine: np.ndarray = affine) -> Path:
+        path = studies.parent / f"{name}.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(array, affine), path)
+        return path
+
+    text = studies.parent / "text.nii.gz"
+    text.write_text("this is no label")
+    cut = studies.parent / "cut.nii.gz"
+    cut.write_bytes(good.read_bytes()[:60])
+    odd = studies.parent / "label.txt"
+    odd.write_text("x")
+    nan = np.zeros(SHAPE, np.float32)
+    nan[0, 0, 0] = np.nan
+    infinite = np.zeros(SHAPE, np.float32)
+    infinite[0, 0, 0] = np.inf
+    moved = affine.copy()
+    moved[:3, 3] += 40
+    return [
+        ("a text file", text, {}, ImageError, "cannot be read"),
+        ("a cut file", cut, {}, ImageError, "cannot be read"),
+        ("another format", odd, {}, ImageError, "is not read"),
+        ("another size", save("size", np.zeros((32, 24, 7), np.uint8)), {}, GeometryError, "resample it"),
+        ("another place", save("place", np.zeros(SHAPE, np.uint8), moved), {}, GeometryError, "mm away"),
+        ("four axes", save("four", np.zeros((*SHAPE, 2), np.uint8)), {}, ImageError, "single volume"),
+        ("two axes", save("flat", np.zeros((32, 24), np.uint8)), {}, ImageError, "needed"),
+        ("fractions", save("half", np.full(SHAPE, 0.5, np.float32)), {}, ImageError, "whole numbers"),
+        ("NaN", save("nan", nan), {}, ImageError, "whole numbers"),
+        ("infinity", save("inf", infinite), {}, ImageError, "infinite"),
+        ("negative ids", save("minus", np.full(SHAPE, -1, np.int16)), {}, ImageError, "whole numbers from 0"),
+        ("unknown ids", write_label(studies, "strange", {3: 77}), {}, ImageError, "77, which nothing names"),
+        ("ids outside the table", good, {"label_info": [{"name": "liver", "idx": 1}]}, ImageError, "nothing names"),
+        ("a slice too far", good, {"slices": [8]}, RequestError, "from 0 to 7"),
+        ("a negative slice", good, {"slices": [-1]}, RequestError, "from 0 to 7"),
+        ("half a slice", good, {"slices": [2.5]}, RequestError, "whole number"),
+        ("no slices", good, {"slices": []}, RequestError, "leave it out"),
+        ("slices as text", good, {"slices": "1,2"}, RequestError, "must be a list"),
+        ("structures as number", good, {"structures": 5}, RequestError, "list of names"),
+        ("a structure without a name", good, {"structures": [" "]}, RequestError, "printable"),
+        ("seconds in the past", good, {"seconds": -1}, RequestError, "seconds"),
+        ("edited maybe", good, {"edited": "maybe"}, RequestError, "true or false"),
+        ("a made-up key", good, {"proposals": "../../x"}, RequestError, "no key"),
+        ("shown nothing", good, {"shown": "nicest"}, RequestError, "shown"),
+        ("a table of text", good, {"label_info": "liver"}, RequestError, "label_info"),
+        (
+            "a table with two names for an id",
+            good,
+            {"label_info": [{"name": "a", "idx": 1}, {"name": "b", "idx": 1}]},
+            RequestError,
+            "two structures",
+        ),
+    ]
+
+
+def test_labels_that_cannot_count_are_refused_and_change_nothing(store: SafeLocalDatastore, studies: Path):
+    store.save_annotated("one", write_label(studies, "first", {3: SPLEEN}), "final", {})
+    before = {path: path.read_bytes() for path in studies.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    for name, file, params, error, words in refused_labels(studies):
+        with pytest.raises(error) as caught:
+            store.save_annotated("one", file, "final", params)
+        assert words in str(caught.value), (name, str(caught.value))
+    after = {path: path.read_bytes() for path in studies.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    assert after == before
+
+
+@pytest.mark.parametrize("tag", ["../final", "..", ".hidden", "a/b", "", "a\\b", "x" * 65, "-rf", "a\0b", "fin al"])
+def test_tags_that_leave_the_folder_are_refused(store: SafeLocalDatastore, studies: Path, tag: str):
+    label = write_label(studies, "a", {3: LIVER})
+    with pytest.raises(RequestError, match="is no tag"):
+        store.save_annotated("one", label, tag, {})
+    with pytest.raises(RequestError, match="is no tag"):
+        store.save_label("one", str(label), tag, {})
+
+
+@pytest.mark.parametrize("image_id", ["../evil", "..", ".hidden", "a/b", "a\\b", "/etc/passwd", "x" * 129, "-rf", "a\0b", "a b"])
+def test_ids_that_leave_the_folder_are_refused(store: SafeLocalDatastore, studies: Path, image_id: str):
+    with pytest.raises(RequestError, match="cannot name an image"):
+        store.add_image(image_id, str(studies / "one.nii.gz"), {})
+    with pytest.raises(NotFoundError):
+        store.save_annotated(image_id, write_label(studies, "a", {3: LIVER}), "final", {})
+
+
+def test_an_image_is_opened_before_it_counts_and_never_replaced(store: SafeLocalDatastore, studies: Path):
+    text = studies.parent / "text.nii.gz"
+    text.write_text("this is no image")
+    with pytest.raises(ImageError, match="cannot be read"):
+        store.add_image("new", str(text), {})
+    with pytest.raises(RequestError, match=r"\.nii\.gz"):
+        store.add_image("new", str(studies.parent / "evil.py"), {})
+    fresh = write_phantom(studies.parent / "fresh.nii.gz", shape=SHAPE, seed=9)
+    assert store.add_image("new", str(fresh), {"a": 1}) == "new"
+    assert store.add_image("new", str(fresh), {}) == "new"
+    assert (studies / "new.nii.gz").read_bytes() == fresh.read_bytes()
+    with pytest.raises(RequestError, match="another image 'new'"):
+        store.add_image("new", str(studies / "one.nii.gz"), {})
+    assert store.get_image_info("new")["a"] == 1
+
+
+def test_undo_restore_and_delete_move_the_label_and_lose_no_version(store: SafeLocalDatastore, studies: Path):
+    files = [write_label(studies, name, {k: LIVER}) for name, k in (("a", 1), ("b", 2), ("c", 3))]
+    saves = [store.save_annotated("one", file, "final", {}).annotation for file in files]
+    final = studies / "labels/final/one.nii.gz"
+    assert store.undo("one", "ada") == saves[1]
+    assert final.read_bytes() == files[1].read_bytes()
+    assert store.restore("one", saves[0].sequence, "ada") == saves[0]
+    assert final.read_bytes() == files[0].read_bytes()
+    assert store.get_label_info("one", "final")["label_info"] == [{"name": "liver", "idx": LIVER}]
+    store.remove_label("one", "final", "ada")
+    assert not final.exists()
+    assert store.get_labeled_images() == []
+    assert store.annotations.annotated_images() == {}
+    with pytest.raises(NotFoundError, match="no label with tag"):
+        store.remove_label("one", "final")
+    store.undo("one")
+    assert final.read_bytes() == files[0].read_bytes()
+    for label, file in zip(saves, files, strict=True):
+        assert store.annotations.label_file(label).read_bytes() == file.read_bytes()
+    assert store.annotations.verify() == []
+    with pytest.raises(NotFoundError, match="nothing to undo"):
+        store.undo("two")
+
+
+def test_a_removed_image_goes_to_the_trash_with_its_history_kept(store: SafeLocalDatastore, studies: Path):
+    saved = store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {})
+    image = (studies / "one.nii.gz").read_bytes()
+    store.remove_image("one", "ada")
+    assert store.list_images() == ["two"]
+    assert [path.read_bytes() for path in (studies / ".progidiff/trash").iterdir()] == [image]
+    assert store.annotations.label_file(saved.annotation).exists()
+    with pytest.raises(NotFoundError, match="There is no image"):
+        store.remove_image("one")
+
+
+def test_a_label_that_somebody_put_into_the_folder_is_kept_before_it_is_replaced(store: SafeLocalDatastore, studies: Path):
+    foreign = write_label(studies, "foreign", {5: SPLEEN})
+    final = studies / "labels/final/one.nii.gz"
+    shutil.copyfile(foreign, final)
+    store.refresh()
+    assert store.annotations.annotated_images() == {"one": None}
+    store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {"slices": [1]})
+    kept = store.annotations.list("one")
+    assert [label.client for label in kept] == ["folder", ""]
+    assert store.annotations.label_file(kept[0]).read_bytes() == foreign.read_bytes()
+    merged = read_final(studies)
+    assert (int(merged[5, 5, 1]), int(merged[5, 5, 5])) == (LIVER, SPLEEN)
+
+
+def test_files_that_vanish_behind_its_back_count_no_more_and_come_back_by_undo(store: SafeLocalDatastore, studies: Path):
+    label = write_label(studies, "a", {1: LIVER})
+    store.save_annotated("one", label, "final", {})
+    (studies / "labels/final/one.nii.gz").unlink()
+    store.refresh()
+    assert store.get_labeled_images() == []
+    assert store.annotations.annotated_images() == {}
+    store.undo("one")
+    assert (studies / "labels/final/one.nii.gz").read_bytes() == label.read_bytes()
+    (studies / "one.nii.gz").unlink()
+    with pytest.raises(NotFoundError, match="is gone"):
+        store.save_annotated("one", label, "final", {})
+    store.refresh()
+    assert store.list_images() == ["two"]
+
+
+def test_a_folder_that_is_not_mounted_any_more_loses_nothing(store: SafeLocalDatastore, studies: Path):
+    store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {})
+    away = studies.with_name("away")
+    studies.rename(away)
+    studies.mkdir()
+    store.refresh()
+    assert store.list_images() == ["one", "two"]
+    shutil.rmtree(studies)
+    away.rename(studies)
+    store.refresh()
+    assert store.get_labeled_images() == ["one"]
+
+
+@pytest.mark.parametrize("content", [b"", b'{"name": "x", "obj', b"\xff\xfe\x00", b"[]", b"null"])
+def test_a_damaged_list_recovers_from_its_backup(store: SafeLocalDatastore, studies: Path, content: bytes, caplog: pytest.LogCaptureFixture):
+    store.update_image_info("one", {"note": "kept"})
+    store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {})
+    (studies / "datastore_v2.json").write_bytes(content)
+    again = open_store(studies)
+    assert again.get_image_info("one")["note"] == "kept"
+    again.refresh()
+    assert again.get_labeled_images() == ["one"]
+    assert "Recovered the list" in caplog.text
+    assert [path.read_bytes() for path in studies.glob("datastore_v2.json.damaged-*")] == [content]
+
+
+def test_without_list_and_backup_the_folders_are_looked_through(store: SafeLocalDatastore, studies: Path, caplog: pytest.LogCaptureFixture):
+    store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {})
+    (studies / "datastore_v2.json").write_bytes(b"{")
+    (studies / "datastore_v2.json.bak").write_bytes(b"{")
+    again = open_store(studies)
+    again.refresh()
+    assert again.list_images() == ["one", "two"]
+    assert again.get_labeled_images() == ["one"]
+    assert "notes on images and labels are lost" in caplog.text
+    json.loads((studies / "datastore_v2.json").read_text())
+
+
+def test_entries_of_a_list_that_leave_the_folder_are_left_out(studies: Path):
+    open_store(studies).refresh()
+    path = studies / "datastore_v2.json"
+    model = json.loads(path.read_text())
+    entry = model["objects"]["one"]
+    model["objects"]["../../etc/passwd"] = {**entry, "image": {"ext": "", "info": {}}}
+    model["objects"]["one"] = {**entry, "labels": {"../x": {"ext": ".nii.gz", "info": {}}}}
+    path.write_text(json.dumps(model))
+    again = open_store(studies)
+    assert set(again.list_images()) == {"one", "two"}
+    assert again.get_labels_by_image_id("one") == {}
+    assert again.get_label_uri("one", "../x") == ""
+
+
+def test_a_full_disk_is_said_and_the_label_before_stays(store: SafeLocalDatastore, studies: Path, monkeypatch: pytest.MonkeyPatch):
+    first = write_label(studies, "a", {1: LIVER})
+    store.save_annotated("one", first, "final", {})
+    second = write_label(studies, "b", {2: LIVER})
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for target in ("progidiff.labels.history.shutil.copyfile", "progidiff.labels.history.os.write"):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, refuse)
+            with pytest.raises(StoreError, match="Free some disk space"):
+                store.save_annotated("one", second, "final", {})
+        assert (studies / "labels/final/one.nii.gz").read_bytes() == first.read_bytes()
+        assert [label.sequence for label in store.annotations.list("one")] == [1]
+    assert store.annotations.verify() == []
+    assert store.save_annotated("one", second, "final", {}).repeated is False
+
+
+def test_two_saves_at_once_are_both_kept_and_joined(store: SafeLocalDatastore, studies: Path):
+    files = {k: write_label(studies, f"at{k}", {k: LIVER}) for k in range(8)}
+    errors: list[BaseException] = []
+
+    def save(k: int) -> None:
+        try:
+            store.save_annotated("one", files[k], "final", {"slices": [k]}, f"user{k}")
+        except BaseException as err:
+            errors.append(err)
+
+    threads = [threading.Thread(target=save, args=(k,)) for k in files]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert set(np.flatnonzero(read_final(studies)[5, 5]).tolist()) == set(range(8))
+    assert len(store.annotations.list("one")) == 8
+    assert store.annotations.verify() == []
+
+
+def test_machine_made_labels_have_no_history_and_no_say(store: SafeLocalDatastore, studies: Path):
+    label = write_label(studies, "a", {1: LIVER})
+    store.save_label("one", str(label), "original", {"model": "progidiff"})
+    assert (studies / "labels/original/one.nii.gz").read_bytes() == label.read_bytes()
+    assert store.annotations.list() == []
+    assert store.annotations.annotated_images() == {}
+    store.remove_label("one", "original")
+    assert store.get_labels_by_image_id("one") == {}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start as copies")
+def test_a_second_server_on_the_folder_refuses_until_the_first_is_dead(studies: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "_held", {})
+    read, write = os.pipe()
+    first = os.fork()
+    if not first:
+        with contextlib.suppress(BaseException):
+            open_store(studies, serves=True)
+            os.write(write, b"open")
+            time.sleep(600)
+        os._exit(1)
+    try:
+        assert os.read(read, 4) == b"open"
+        with pytest.raises(BusyError, match="Another server is running on"):
+            open_store(studies, serves=True)
+        assert open_store(studies).list_images() == ["one", "two"]  # A process of the first server may look.
+    finally:
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+    assert open_store(studies, serves=True).list_images() == ["one", "two"]
+    assert open_store(studies, serves=True).list_images() == ["one", "two"]  # A reload of the app.
+    module._held[str(studies.resolve())].release()
+
+
+def save_and_crash(studies: Path, label: Path, step: int) -> bool:
+    """Save in a child process that ends, without any clean-up, before its n-th write, flush, rename or copy; whether the save was acknowledged."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    try:
+        store = open_store(studies)
+        calls = iter(range(1, 10**6))
+
+        def counted(function: Any) -> Any:
+            def wrapper(*arguments: Any, **options: Any) -> Any:
+                if next(calls) == step:
+                    os._exit(9)
+                return function(*arguments, **options)
+
+            return wrapper
+
+        for owner, name in ((os, "replace"), (os, "write"), (os, "fsync"), (shutil, "copyfile")):
+            setattr(owner, name, counted(getattr(owner, name)))
+        store.save_annotated("one", label, "final", {}, "ada")
+        os._exit(0)
+    except BaseException:
+        os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start as copies")
+def test_a_crash_between_any_two_steps_of_a_save_loses_no_acknowledged_label(studies: Path):
+    first = write_label(studies, "a", {1: LIVER})
+    opened = open_store(studies)
+    opened.refresh()
+    opened.save_annotated("one", first, "final", {})
+    pristine = studies.with_name("pristine")
+    shutil.copytree(studies, pristine)
+    second = write_label(studies, "b", {2: SPLEEN})
+    outcomes = []
+    acknowledged = False
+    while not acknowledged:
+        shutil.rmtree(studies)
+        shutil.copytree(pristine, studies)
+        acknowledged = save_and_crash(studies, second, step=len(outcomes) + 1)
+        again = open_store(studies)
+        again._serves, again._is_settled = True, False
+        again.refresh()
+        assert again.annotations.label_file(again.annotations.get("one", 1)).read_bytes() == first.read_bytes()
+        current = again.annotations.current("one")
+        assert current is not None
+        final = (studies / "labels/final/one.nii.gz").read_bytes()
+        assert final == again.annotations.label_file(current).read_bytes()
+        assert final in (first.read_bytes(), second.read_bytes())
+        assert final == second.read_bytes() or not acknowledged
+        outcomes.append(final == second.read_bytes())
+        assert again.save_annotated("one", second, "final", {}).repeated is outcomes[-1]
+        assert again.annotations.verify() == []
+    assert len(outcomes) > 10
+    assert outcomes == sorted(outcomes)  # Before the line in the log the old label counts, after it the new one.
+    assert outcomes[0] is False
+
+
+def test_an_annotation_store_without_a_datastore_still_sees_labels_made_elsewhere(tmp_path: Path):
+    final = tmp_path / "labels/final"
+    final.mkdir(parents=True)
+    (final / "x.nii.gz").write_bytes(b"label")
+    store = AnnotationStore(tmp_path / "annotations", final)
+    assert store.annotated_images() == {"x": None}
+    assert store.annotated_slices("x") is None
+    assert store.annotated_slices("y") == frozenset()
+
+
+def test_files_that_are_only_read_do_not_keep_the_watcher_busy(studies: Path, monkeypatch: pytest.MonkeyPatch):
+    state = studies / ".progidiff"
+    monkeypatch.setattr(module, "_claim", lambda folder: None)  # it belongs to the process and not to a test
+    watching = SafeLocalDatastore(str(studies), state, open_annotations(state, str(studies)), serves=True, auto_reload=True)
+    watching._observer.stop()
+    watching._observer.join(20)
+    matched: list[str] = []
+    handled: list[str] = []
+    is_included = watching._handler.is_included
+    monkeypatch.setattr(watching._handler, "is_included", lambda path: matched.append(path) or is_included(path))
+    for name in ("created", "deleted", "modified", "moved"):
+        monkeypatch.setattr(watching._handler, f"on_{name}", lambda event: handled.append(event.event_type))
+    image, score = str(studies / "one.nii.gz"), str(state / "scores" / "base@1" / "one.safetensors")
+    for file in (image, score):
+        for read in (FileOpenedEvent(file), FileClosedNoWriteEvent(file), FileClosedEvent(file)):
+            watching._handler.dispatch(read)
+    assert (matched, handled) == ([], [])
+    for change in (FileCreatedEvent, FileDeletedEvent, FileModifiedEvent):
+        watching._handler.dispatch(change(image))
+    watching._handler.dispatch(FileMovedEvent(score, image))
+    assert handled == ["created", "deleted", "modified", "moved"]

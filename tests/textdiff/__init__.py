@@ -1,1 +1,0 @@
-"""A package, so that its conftest is another module than the one above it."""

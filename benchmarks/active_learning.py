@@ -1,37 +1,44 @@
 """Which slices next: strategies against each other, with an annotator who always knows the truth.
 
-    python benchmarks/active_learning.py --task mr --studies ../shared/data/mr --out benchmarks/results/active_learning_mr.json
-    python benchmarks/active_learning.py --task contrast --studies ../shared/data/ct --out benchmarks/results/active_learning_contrast.json
-    python benchmarks/active_learning.py --summarise benchmarks/results/active_learning_*.json --picture docs/images/active_learning.png
+    python benchmarks/active_learning.py --task mr --studies ../shared/data/mr --out
+    benchmarks/results/active_learning_mr.json python benchmarks/active_learning.py --task contrast --studies
+    ../shared/data/ct --out benchmarks/results/active_learning_contrast.json python benchmarks/active_learning.py
+    --summarise benchmarks/results/active_learning_*.json --picture docs/images/active_learning.png
 
-Volumes are split by patient. Every seed has one start set, the same for all strategies, as large as a query and with a slice of every
-structure. Then five rounds: a strategy chooses slices from the pool by what the present model proposes, their true labels are added,
-and a new model is trained from the same initial weights with the same fixed number of steps, and measured on the same slices of the
-test volumes. Reported: Dice against slices, the area under that curve, final Dice per structure, slices and contour length (pixels of the
-working grid, 1.8 to 3.2 mm, along the outlines that somebody would have drawn), and a paired test over tasks and seeds. Read its p with
-care: the seeds of `contrast` share their test volumes, and those of `mr` have a test volume of another seed in their pool, so the pairs
-are not independent.
+Volumes are split by patient. Every seed has one start set, the same for all strategies, as large as a query and with a
+slice of every structure. Then five rounds: a strategy chooses slices from the pool by what the present model proposes,
+their true labels are added, and a new model is trained from the same initial weights with the same fixed number of
+steps, and measured on the same slices of the test volumes. Reported: Dice against slices, the area under that curve,
+final Dice per structure, slices and contour length (pixels of the working grid, 1.8 to 3.2 mm, along the outlines that
+somebody would have drawn), and a paired test over tasks and seeds. Read its p with
+care: the seeds of `contrast` share their test volumes, and those of `mr` have a test volume of another seed in their
+pool, so the pairs are not independent.
 
 What makes a round cost seconds instead of minutes, and what that means for the figures:
 
-* Low-rank updates are folded into the weights before every step instead of running beside them: the same function at half the cost.
-* Only so many slices of the pool (`Setup.candidates`), drawn anew in every round and the same for all strategies, are looked at.
-  What nobody looked at has no score; strategies that choose by chance may still draw it. Proposals for scores take one step.
-* Curves are Dice of the evidence, which is what is trained here, on many test slices. Dice of the consensus, which a person is
-  served, is measured for the first and the last model of a curve, and the evidence on the same slices beside it.
+* Low-rank updates are folded into the weights before every step instead of running beside them: the same function at
+  half the cost.
+* Only so many slices of the pool (`Setup.candidates`), drawn anew in every round and the same for all strategies, are
+  looked at. What nobody looked at has no score; strategies that choose by chance may still draw it. Proposals for
+  scores take one step.
+* Curves are Dice of the evidence, which is what is trained here, on many test slices. Dice of the consensus, which a
+  person is served, is measured for the first and the last model of a curve, and the evidence on the same slices beside
+  it.
 
 Task `mr`: the CT model, which has seen no MR, is adapted to MR slices by low-rank updates of its evidence path.
-Task `contrast`: the same with CT whose contrast is turned around (`invert_contrast`): fat bright and vessels dark, as no CT is. The
-model has to be adapted to it like to another scanner. It stands beside `mr` because it has eight structures and true CT volumes.
-The CT model was trained on the volumes of the pool (as they are, not inverted); the test volumes were held out of that training.
-Task `ct`: CT structures from very few slices. The text-query head is reset, so that no structure is known, and learned anew on the
-frozen image encoder, without augmentation, so that a slice is encoded once for all rounds. The encoder was trained with these
-structures on the volumes of the pool; the test volumes were held out of that training. It finds them again from a handful of slices,
-whichever they are: there is next to nothing left to choose.
+Task `contrast`: the same with CT whose contrast is turned around (`invert_contrast`): fat bright and vessels dark, as
+no CT is. The model has to be adapted to it like to another scanner. It stands beside `mr` because it has eight
+structures and true CT volumes. The CT model was trained on the volumes of the pool (as they are, not inverted); the
+test volumes were held out of that training. Task `ct`: CT structures from very few slices. The text-query head is
+reset, so that no structure is known, and learned anew on the frozen image encoder, without augmentation, so that a
+slice is encoded once for all rounds. The encoder was trained with these structures on the volumes of the pool; the test
+volumes were held out of that training. It finds them again from a handful of slices, whichever they are: there is next
+to nothing left to choose.
 
-A run that is stopped goes on where it was: every round is kept in the work folder when it is done. `--out` is written again after
-every strategy, with everything that the work folder holds for these sizes, whichever call made it; `--collect` does only that.
-Strategies or seeds can so be split over several calls. Tables compare two strategies where both are complete.
+A run that is stopped goes on where it was: every round is kept in the work folder when it is done. `--out` is written
+again after every strategy, with everything that the work folder holds for these sizes, whichever call made it;
+`--collect` does only that. Strategies or seeds can so be split over several calls. Tables compare two strategies where
+both are complete.
 """
 
 import argparse
@@ -110,14 +117,17 @@ class Setup:
         batch_size: Slices per step.
         learning_rate: Peak; it falls to zero as a cosine.
         num_proposals: K of scores and consensus.
-        score_steps: Denoising steps of the proposals that slices are scored by; 0 for the model's. The test always has the model's.
+        score_steps: Denoising steps of the proposals that slices are scored by; 0 for the model's. The test always has
+            the model's.
         candidates: Slices of the pool that are looked at in a round, drawn at random; 0 for all.
-        pool_mm: Only slices at least so far apart can be chosen: neighbours at 3 mm are the same picture, and cost time.
+        pool_mm: Only slices at least so far apart can be chosen: neighbours at 3 mm are the same picture, and cost
+            time.
         test_slices: The evidence is measured on at most about so many, evenly spaced.
         consensus_slices: The same for the consensus.
         bias_field: Simulated shading while training; see `augment`.
         inverted: Slices reach the model with their contrast turned around.
-        frozen_encoder: A text-query head is learned from nothing on an encoder that stays, instead of low-rank updates of both.
+        frozen_encoder: A text-query head is learned from nothing on an encoder that stays, instead of low-rank updates
+            of both.
     """
 
     task: str
@@ -143,7 +153,9 @@ CT_STRUCTURES = ("spleen", "right kidney", "left kidney", "gallbladder", "liver"
 
 SETUPS = {
     "mr": Setup("mr", ("liver", "spleen", "right kidney", "left kidney"), pool_volumes=6, query=6, bias_field=0.3),
-    "contrast": Setup("contrast", CT_STRUCTURES, pool_volumes=8, query=6, steps=80, learning_rate=2e-3, candidates=32, inverted=True),
+    "contrast": Setup(
+        "contrast", CT_STRUCTURES, pool_volumes=8, query=6, steps=80, learning_rate=2e-3, candidates=32, inverted=True
+    ),
     "ct": Setup(
         "ct",
         CT_STRUCTURES,
@@ -197,7 +209,10 @@ class World:
         self.pool_names = [name for name in shuffled if name not in fixed][: setup.pool_volumes]
         self.test_names = fixed or shuffled[setup.pool_volumes :]
         if not self.test_names:
-            sys.exit(f"{len(cases)} labelled volumes are too few for a pool of {setup.pool_volumes} and a test; lower --pool-volumes.")
+            sys.exit(
+                f"{len(cases)} labelled volumes are too few for a pool of "
+                f"{setup.pool_volumes} and a test; lower --pool-volumes."
+            )
         cache = work / "cache"
         kind = InvertedCache if setup.inverted else SliceCache
         self.pool = kind([cases[name] for name in self.pool_names], setup.structures, self.card.conditioning, cache)
@@ -225,7 +240,9 @@ class World:
         return SliceFeatures.concatenate([fresh[entry] for entry in chosen])
 
     def draw_candidates(self, annotated: Mapping[str, set[int]], round_index: int) -> set[tuple[int, int]]:
-        """The (volume, slice) pairs that are looked at in a round: of the same order for all strategies, the first that are free."""
+        """The (volume, slice) pairs that are looked at in a round: of the same order for all strategies, the first that
+        are free.
+        """
         everything = [(v, z) for v, name in enumerate(self.pool.names) for z in self.candidates[name]]
         order = np.random.default_rng([self.seed, round_index, 1]).permutation(len(everything))
         free = [everything[i] for i in order if everything[i][1] not in annotated[self.pool.names[everything[i][0]]]]
@@ -266,11 +283,15 @@ def forget_structures(pipeline: ProposalPipeline, seed: int) -> None:
     old = pipeline.branch.query_head
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipeline.branch.query_head = type(old)(pipeline.branch.config.text_features, old.fine, old.coarse).to(next(old.parameters()))
+        pipeline.branch.query_head = type(old)(pipeline.branch.config.text_features, old.fine, old.coarse).to(
+            next(old.parameters())
+        )
 
 
 class EvidencePath(nn.Module):
-    """Slices, or their features, and texts in, evidence logits out, as one module whose weights can be replaced for a call."""
+    """Slices, or their features, and texts in, evidence logits out, as one module whose weights can be replaced for a
+    call.
+    """
 
     def __init__(self, branch: ConditioningBranch) -> None:
         super().__init__()
@@ -283,16 +304,24 @@ class EvidencePath(nn.Module):
 
 
 def fold_weights(branch: nn.Module) -> dict[str, Tensor]:
-    """Weights of the branch that low-rank updates or training change, updates added, by their names without peft; gradients flow through."""
-    found: dict[str, Tensor] = {name: p for name, p in branch.named_parameters() if p.requires_grad and ".lora_" not in name}
+    """Weights of the branch that low-rank updates or training change, updates added, by their names without peft;
+    gradients flow through.
+    """
+    found: dict[str, Tensor] = {
+        name: p for name, p in branch.named_parameters() if p.requires_grad and ".lora_" not in name
+    }
     for name, module in branch.named_modules():
         if isinstance(module, BaseTunerLayer):
-            found[f"{name}.weight"] = module.get_base_layer().weight + module.get_delta_weight(module.active_adapters[0])
+            found[f"{name}.weight"] = module.get_base_layer().weight + module.get_delta_weight(
+                module.active_adapters[0]
+            )
     return found
 
 
 def train(world: World, annotated: Mapping[str, set[int]], round_index: int) -> ProposalPipeline:
-    """From the initial weights, a fixed number of steps on the annotated slices; the same arguments give the same model."""
+    """From the initial weights, a fixed number of steps on the annotated slices; the same arguments give the same
+    model.
+    """
     setup, base = world.setup, world.base
     updates = copy.deepcopy(base.branch).requires_grad_(False)
     if setup.frozen_encoder:
@@ -302,9 +331,13 @@ def train(world: World, annotated: Mapping[str, set[int]], round_index: int) -> 
     parameters = [p for p in updates.parameters() if p.requires_grad]
     path = EvidencePath(copy.deepcopy(base.branch).requires_grad_(False)).train()
     names = {name: v for v, name in enumerate(world.pool.names)}
-    training = restrict_cache(world.pool, [world.position[names[name], z] for name, slices in annotated.items() for z in sorted(slices)])
+    training = restrict_cache(
+        world.pool, [world.position[names[name], z] for name, slices in annotated.items() for z in sorted(slices)]
+    )
     optimiser = torch.optim.AdamW(parameters, lr=setup.learning_rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, setup.learning_rate, total_steps=setup.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimiser, setup.learning_rate, total_steps=setup.steps, pct_start=0.1
+    )
     generator = torch.Generator().manual_seed(world.seed * 1000 + round_index)
     rng = np.random.default_rng([world.seed, round_index])
     with torch.random.fork_rng(devices=[]):
@@ -335,11 +368,13 @@ def train(world: World, annotated: Mapping[str, set[int]], round_index: int) -> 
 
 
 @torch.no_grad()
-def score_pool(world: World, pipeline: ProposalPipeline | None, kind: str, annotated: Mapping[str, set[int]], round_index: int) -> list[ImageScores]:
+def score_pool(
+    world: World, pipeline: ProposalPipeline | None, kind: str, annotated: Mapping[str, set[int]], round_index: int
+) -> list[ImageScores]:
     """What a strategy may look at: nothing, where the evidence is, or proposals, on the candidates of a round.
 
-    The images of the pool are thinned: slice i of the scores is `world.candidates[name][i]`. Slices that are annotated hold what
-    was annotated, on which all proposals agree; slices that nobody looked at hold nothing.
+    The images of the pool are thinned: slice i of the scores is `world.candidates[name][i]`. Slices that are annotated
+    hold what was annotated, on which all proposals agree; slices that nobody looked at hold nothing.
 
     Args:
         pipeline: May be None for kind "nothing".
@@ -361,7 +396,9 @@ def score_pool(world: World, pipeline: ProposalPipeline | None, kind: str, annot
         if pipeline is not None:
             for start in range(0, len(chosen), 8):
                 part = chosen[start : start + 8]
-                drawn[:, :, part] = draw_slices(world, pipeline, kind, world.encode(pipeline, [(v, slices[i]) for i in part]))
+                drawn[:, :, part] = draw_slices(
+                    world, pipeline, kind, world.encode(pipeline, [(v, slices[i]) for i in part])
+                )
         found.append(compute_scores(name, setup.structures, drawn, spacing))
     return found
 
@@ -376,7 +413,12 @@ def draw_slices(world: World, pipeline: ProposalPipeline, kind: str, features: S
         return np.repeat(found, setup.num_proposals, axis=1)
     noise, offsets = pipeline.draw_noise(setup.num_proposals, 0), pipeline.draw_offsets(setup.num_proposals, 0)
     drawn = np.zeros((evidence.shape[1], setup.num_proposals, *evidence.shape[:1], *evidence.shape[2:]), np.uint8)
-    pairs = [(n, p) for n in range(evidence.shape[0]) for p in range(evidence.shape[1]) if float(evidence[n, p].max()) >= card.gate]
+    pairs = [
+        (n, p)
+        for n in range(evidence.shape[0])
+        for p in range(evidence.shape[1])
+        if float(evidence[n, p].max()) >= card.gate
+    ]
     for at in range(0, len(pairs), 16):
         some = pairs[at : at + 16]
         steps = setup.score_steps or card.num_inference_steps
@@ -386,12 +428,16 @@ def draw_slices(world: World, pipeline: ProposalPipeline, kind: str, features: S
     return drawn
 
 
-def choose(world: World, scores: list[ImageScores], annotated: Mapping[str, set[int]], strategy: str, round_index: int) -> dict[str, set[int]]:
+def choose(
+    world: World, scores: list[ImageScores], annotated: Mapping[str, set[int]], strategy: str, round_index: int
+) -> dict[str, set[int]]:
     """The annotated slices with those of one query."""
     name, settings = STRATEGIES[strategy]
     config = replace(AcquisitionConfig(rounds=world.setup.rounds), **settings)
     thin = {image: [world.candidates[image].index(z) for z in slices] for image, slices in annotated.items()}
-    picks = pick_slices(build_pool(scores), world.setup.query, name, config, annotated=thin, round_index=round_index, seed=world.seed)
+    picks = pick_slices(
+        build_pool(scores), world.setup.query, name, config, annotated=thin, round_index=round_index, seed=world.seed
+    )
     grown = {image: set(slices) for image, slices in annotated.items()}
     for pick in picks:
         grown[pick.image].add(world.candidates[pick.image][pick.index])
@@ -399,7 +445,9 @@ def choose(world: World, scores: list[ImageScores], annotated: Mapping[str, set[
 
 
 def measure_contour(world: World, annotated: Mapping[str, set[int]]) -> float:
-    """Length of all outlines on the annotated slices, in pixels of the working grid: edges between a structure and what it is not."""
+    """Length of all outlines on the annotated slices, in pixels of the working grid: edges between a structure and what
+    it is not.
+    """
     edges = 0
     for v, name in enumerate(world.pool.names):
         for z in annotated[name]:
@@ -410,7 +458,9 @@ def measure_contour(world: World, annotated: Mapping[str, set[int]]) -> float:
     return float(edges)
 
 
-def evaluate(world: World, pipeline: ProposalPipeline, annotated: Mapping[str, set[int]], consensus: bool) -> dict[str, Any]:
+def evaluate(
+    world: World, pipeline: ProposalPipeline, annotated: Mapping[str, set[int]], consensus: bool
+) -> dict[str, Any]:
     """One point of a curve."""
     setup = world.setup
     figures = measure_dice(pipeline, world.test, world.phrases, world.card, 0, setup.test_slices)
@@ -421,18 +471,24 @@ def evaluate(world: World, pipeline: ProposalPipeline, annotated: Mapping[str, s
         "structures": {name: figures[f"evidence {name}"] for name in setup.structures if f"evidence {name}" in figures},
     }
     if consensus:
-        served = measure_dice(pipeline, world.test, world.phrases, world.card, setup.num_proposals, setup.consensus_slices)
+        served = measure_dice(
+            pipeline, world.test, world.phrases, world.card, setup.num_proposals, setup.consensus_slices
+        )
         point["consensus"] = {
             "dice": served["consensus"],
             "evidence_there": served["evidence"],
-            "structures": {name: served[f"consensus {name}"] for name in setup.structures if f"consensus {name}" in served},
+            "structures": {
+                name: served[f"consensus {name}"] for name in setup.structures if f"consensus {name}" in served
+            },
         }
     return point
 
 
 def look(strategy: str) -> str:
     """What a strategy needs to see of the pool."""
-    return {OURS: "proposals", "entropy": "proposals", "foreground_random": "evidence"}.get(STRATEGIES[strategy][0], "nothing")
+    return {OURS: "proposals", "entropy": "proposals", "foreground_random": "evidence"}.get(
+        STRATEGIES[strategy][0], "nothing"
+    )
 
 
 class Record:
@@ -440,9 +496,13 @@ class Record:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"points": [], "annotated": []}
+        content: dict[str, Any] = (
+            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"points": [], "annotated": []}
+        )
         self.points: list[dict[str, Any]] = content["points"]
-        self.annotated: list[dict[str, set[int]]] = [{name: set(slices) for name, slices in entry.items()} for entry in content["annotated"]]
+        self.annotated: list[dict[str, set[int]]] = [
+            {name: set(slices) for name, slices in entry.items()} for entry in content["annotated"]
+        ]
 
     def add(self, name: str, point: dict[str, Any], annotated: Mapping[str, set[int]]) -> None:
         """Append a point and keep it."""
@@ -454,7 +514,9 @@ class Record:
 
 
 def find_record(folder: Path, strategy: str) -> Path:
-    """Where the curve of a strategy lies: named by it and all its settings, so that other settings do not continue an old curve."""
+    """Where the curve of a strategy lies: named by it and all its settings, so that other settings do not continue an
+    old curve.
+    """
     name, settings = STRATEGIES[strategy]
     config = asdict(replace(AcquisitionConfig(), **settings)) if name == OURS else settings
     parts = json.dumps([strategy, name, config], sort_keys=True)
@@ -468,7 +530,9 @@ def write_text(file: Path, text: str) -> None:
     scratch.replace(file)
 
 
-def run_seed(world: World, strategies: Sequence[str], folder: Path, tell: Callable[[str], None], done: Callable[[], None]) -> None:
+def run_seed(
+    world: World, strategies: Sequence[str], folder: Path, tell: Callable[[str], None], done: Callable[[], None]
+) -> None:
     """Complete the curves of some strategies for one seed; what is on disk is not computed again.
 
     Args:
@@ -512,8 +576,9 @@ def run_seed(world: World, strategies: Sequence[str], folder: Path, tell: Callab
             point["processor_seconds"] = {name: round(value, 1) for name, value in seconds.items()}
             record.add(strategy, point, annotated)
             tell(
-                f"{world.setup.task}, seed {world.seed}, {strategy}, round {round_index + 1}: {point['slices']} slices, "
-                f"Dice {point['dice']:.3f}, {point['processor_seconds']} s of processor time"
+                f"{world.setup.task}, seed {world.seed}, {strategy}, round "
+                f"{round_index + 1}: {point['slices']} slices, Dice {point['dice']:.3f}, "
+                f"{point['processor_seconds']} s of processor time"
             )
         done()
 
@@ -548,7 +613,9 @@ def find_slices_for(curve: Sequence[Mapping[str, Any]], dice: float) -> float | 
 
 
 def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Means over seeds and tasks, and `ours` against every other strategy, paired over the (task, seed) that both have."""
+    """Means over seeds and tasks, and `ours` against every other strategy, paired over the (task, seed) that both
+    have.
+    """
     from scipy.stats import ttest_rel, wilcoxon
 
     runs = [(result["setup"]["task"], seed, curves) for result in results for seed, curves in result["curves"].items()]
@@ -573,7 +640,9 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             of_task = [curves[name] for t, curves in own if t == task]
             row[f"area {task}"] = float(np.mean([compute_area(curve) for curve in of_task]))
             finals = [curve[-1]["structures"] for curve in of_task]
-            row["structures"][task] = {s: float(np.mean([f[s] for f in finals if s in f])) for s in dict.fromkeys(s for f in finals for s in f)}
+            row["structures"][task] = {
+                s: float(np.mean([f[s] for f in finals if s in f])) for s in dict.fromkeys(s for f in finals for s in f)
+            }
         both = [curves for _, curves in own if "ours" in curves]
         if name != "ours" and both:
             ours, areas = ([compute_area(curves[n]) for curves in both] for n in ("ours", name))
@@ -583,14 +652,17 @@ def summarise(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             if len(gaps) > 1 and np.ptp(gaps) > 0:
                 row["p_paired_t"] = float(ttest_rel(ours, areas).pvalue)
                 row["p_wilcoxon"] = float(wilcoxon(ours, areas).pvalue)
-        # Slices for the Dice that uniform random ends with, as a share of its slices; what never reaches it counts as the whole budget or
-        # more, so the median says "at least" there.
+        # Slices for the Dice that uniform random ends with, as a share of its slices; what never reaches it counts as
+        # the whole budget or more, so the median says "at least" there.
         rivals = [(curves[name], curves["uniform random"]) for _, curves in own if "uniform random" in curves]
         if rivals:
             needed = [(find_slices_for(curve, rival[-1]["dice"]), rival[-1]["slices"]) for curve, rival in rivals]
             shares = [1.0 if slices is None else slices / of for slices, of in needed]
             reached = sum(slices is not None for slices, _ in needed)
-            row["slices_for_dice_of_uniform"] = {"reached": f"{reached} of {len(needed)}", "median_share": float(np.median(shares))}
+            row["slices_for_dice_of_uniform"] = {
+                "reached": f"{reached} of {len(needed)}",
+                "median_share": float(np.median(shares)),
+            }
         rows[name] = row
     return {"runs": [f"{task}, seed {seed}" for task, seed, _ in runs], "strategies": rows}
 
@@ -623,7 +695,9 @@ def format_table(summary: Mapping[str, Any]) -> str:
 
 
 def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Mean Dice over the seeds against slices, one panel per task: the seeds that ours has, and the strategies that have all of them."""
+    """Mean Dice over the seeds against slices, one panel per task: the seeds that ours has, and the strategies that
+    have all of them.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -643,7 +717,9 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
                 y = np.mean([[point["dice"] for point in curve] for curve in curves], axis=0)
                 ours = name == "ours"
                 style = ":" if name.startswith("ours,") else "-"
-                (lines[name],) = axis.plot(x, y, color=colors[name], linewidth=2.5 if ours else 1.2, linestyle=style, zorder=3 if ours else 2)
+                (lines[name],) = axis.plot(
+                    x, y, color=colors[name], linewidth=2.5 if ours else 1.2, linestyle=style, zorder=3 if ours else 2
+                )
         title = f"{result['setup']['task'].upper()}, mean of {len(seeds)} seed{'s' if len(seeds) != 1 else ''}"
         axis.set(xlabel="annotated slices", ylabel="Dice of the evidence on test volumes", title=title)
         axis.grid(alpha=0.3)
@@ -656,8 +732,13 @@ def draw(results: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def name_experiment(setup: Setup, model_dir: Path, studies: Path) -> str:
-    """A folder's name from what the numbers depend on, so that another size or other weights do not continue an old run."""
-    digests = {case.name: hashlib.sha256(case.image.read_bytes() + case.label.read_bytes()).hexdigest() for case in list_cases(studies)}
+    """A folder's name from what the numbers depend on, so that another size or other weights do not continue an old
+    run.
+    """
+    digests = {
+        case.name: hashlib.sha256(case.image.read_bytes() + case.label.read_bytes()).hexdigest()
+        for case in list_cases(studies)
+    }
     parts = json.dumps([FORMAT, asdict(setup), compute_base_digest(model_dir), sorted(digests.items())])
     return f"{setup.task}-{hashlib.sha256(parts.encode()).hexdigest()[:12]}"
 
@@ -667,7 +748,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=sorted(SETUPS))
     parser.add_argument("--studies", type=Path, help="local datastore with labels/final and labels.json")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--strategies", nargs="*", default=list(STRATEGIES), help="names as in the tables (default: all)")
+    parser.add_argument(
+        "--strategies", nargs="*", default=list(STRATEGIES), help="names as in the tables (default: all)"
+    )
     parser.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "active_learning")
     parser.add_argument("--out", type=Path, help="JSON file to write")
@@ -680,7 +763,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--score-steps", type=int, help="fewer steps where slices are scored, to save most of the time")
     parser.add_argument("--candidates", type=int, help="slices of the pool that are looked at in a round; 0 for all")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--collect", action="store_true", help="compute nothing, only gather what the work folder holds")
+    parser.add_argument(
+        "--collect", action="store_true", help="compute nothing, only gather what the work folder holds"
+    )
     parser.add_argument("--smoke", action="store_true", help="a size for tests: 1 round, 2 steps, 1 pool volume")
     parser.add_argument("--summarise", type=Path, nargs="*", help="only tables (and --picture) from these JSON files")
     options = parser.parse_args(arguments)
@@ -697,9 +782,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setup = SETUPS[options.task]
         if options.smoke:
             setup = replace(
-                setup, pool_volumes=1, query=4, rounds=1, steps=2, batch_size=2, num_proposals=2, candidates=6, test_slices=4, consensus_slices=2
+                setup,
+                pool_volumes=1,
+                query=4,
+                rounds=1,
+                steps=2,
+                batch_size=2,
+                num_proposals=2,
+                candidates=6,
+                test_slices=4,
+                consensus_slices=2,
             )
-        sizes = {name: getattr(options, name) for name in ("rounds", "query", "steps", "pool_volumes", "test_slices", "score_steps", "candidates")}
+        sizes = {
+            name: getattr(options, name)
+            for name in ("rounds", "query", "steps", "pool_volumes", "test_slices", "score_steps", "candidates")
+        }
         setup = replace(setup, **{name: value for name, value in sizes.items() if value is not None})
         result: dict[str, Any] = {}
         for seed in options.seeds:
@@ -707,7 +804,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
             folder = options.work / name_experiment(setup, options.model, options.studies)
 
             def gather(world: World = world, folder: Path = folder) -> None:
-                found = {"command": shlex.join(sys.argv), "model": world.card.full_name, "setup": asdict(setup), "curves": collect(setup, folder)}
+                found = {
+                    "command": shlex.join(sys.argv),
+                    "model": world.card.full_name,
+                    "setup": asdict(setup),
+                    "curves": collect(setup, folder),
+                }
                 result.update(found)
                 if options.out:
                     options.out.parent.mkdir(parents=True, exist_ok=True)

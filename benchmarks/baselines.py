@@ -1,9 +1,9 @@
 """Networks that the shipped model is compared with, and one plain loop that trains them for a given time.
 
-* `UNet`: MONAI's BasicUNet on the working grid, all structures at once, with channel dropout where it is coarse, so that MC dropout
-  (arXiv 1506.02142; its place after Bayesian SegNet, arXiv 1511.02680) gives it several answers.
-* `LatentMapper`: after GMS (arXiv 2403.13198): the frozen codec turns slices into latents, a small CNN turns these and a prompt into the
-  latent of a mask, the codec decodes it. No noise, no steps, one answer.
+* `UNet`: MONAI's BasicUNet on the working grid, all structures at once, with channel dropout where it is coarse, so
+  that MC dropout (arXiv 1506.02142; its place after Bayesian SegNet, arXiv 1511.02680) gives it several answers.
+* `LatentMapper`: after GMS (arXiv 2403.13198): the frozen codec turns slices into latents, a small CNN turns these and
+  a prompt into the latent of a mask, the codec decodes it. No noise, no steps, one answer.
 
 They see the cached slices, the augmentation and the balanced drawing of the shipped model.
 """
@@ -67,12 +67,16 @@ class UNet(nn.Module):
         dropout: Share of channels dropped after the two coarsest levels, on the way down and up.
     """
 
-    def __init__(self, in_channels: int, structures: int, features: Sequence[int] = (16, 32, 64, 128, 256), dropout: float = 0.2) -> None:
+    def __init__(
+        self, in_channels: int, structures: int, features: Sequence[int] = (16, 32, 64, 128, 256), dropout: float = 0.2
+    ) -> None:
         super().__init__()
         from monai.networks.nets import BasicUNet
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its widths
-            self.net = BasicUNet(spatial_dims=2, in_channels=in_channels, out_channels=structures + 1, features=(*features, features[0]))
+            self.net = BasicUNet(
+                spatial_dims=2, in_channels=in_channels, out_channels=structures + 1, features=(*features, features[0])
+            )
         for name in ("down_3", "down_4", "upcat_4", "upcat_3"):
             setattr(self.net, name, ChannelDropout(getattr(self.net, name), dropout))
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -84,7 +88,9 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def predict(self, images: Tensor, autocast: torch.dtype | None = torch.bfloat16) -> Tensor:
-        """Membership (N, P, H, W) in [0, 1]: at least one half where the structure is the most probable of all, background included."""
+        """Membership (N, P, H, W) in [0, 1]: at least one half where the structure is the most probable of all,
+        background included.
+        """
         with torch.autocast(images.device.type, autocast, enabled=autocast is not None):
             logits = self(images)
         return rate_classes(logits.float())
@@ -94,7 +100,8 @@ class UNet(nn.Module):
         """Answer `index` of MC dropout, like `predict`.
 
         Args:
-            index: Which one; the same channels are dropped for it on every slice, so that it is one coherent volume, as a proposal is.
+            index: Which one; the same channels are dropped for it on every slice, so that it is one coherent volume, as
+                a proposal is.
             seed: Of all of them.
             share: Of the channels; None for that of the training.
         """
@@ -113,8 +120,8 @@ class UNet(nn.Module):
 def rate_classes(logits: Tensor) -> Tensor:
     """(N, P + 1, H, W) logits, background first -> (N, P, H, W) in [0, 1].
 
-    p / (p + the largest of the others): at least one half exactly where the class wins, so that a threshold of one half after
-    resampling is the argmax.
+    p / (p + the largest of the others): at least one half exactly where the class wins, so that a threshold of one half
+    after resampling is the argmax.
 
     Example:
         >>> rate_classes(torch.tensor([0.0, 2.0, 1.0]).view(1, 3, 1, 1)).flatten() > 0.5
@@ -133,13 +140,20 @@ def compute_unet_loss(logits: Tensor, labels: Tensor, cross_entropy: float = 1.0
         logits: (N, P + 1, H, W).
         labels: (N, H, W) in 0..P.
         cross_entropy: Weight of the cross-entropy.
-        smooth: Added to both parts of the Dice, in pixels. Where it is not small beside a structure (10 beside the 60 pixels of a gland),
-            drawing nothing is a minimum that the softmax does not leave: the glands and the esophagus stayed at Dice 0.
+        smooth: Added to both parts of the Dice, in pixels. Where it is not small beside a structure (10 beside the 60
+            pixels of a gland), drawing nothing is a minimum that the softmax does not leave: the glands and the
+            esophagus stayed at Dice 0.
     """
     from monai.losses import DiceCELoss
 
     loss = DiceCELoss(
-        include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=smooth, smooth_dr=smooth, lambda_ce=cross_entropy
+        include_background=False,
+        to_onehot_y=True,
+        softmax=True,
+        batch=True,
+        smooth_nr=smooth,
+        smooth_dr=smooth,
+        lambda_ce=cross_entropy,
     )
     result: Tensor = loss(logits.float(), labels[:, None])
     return result
@@ -192,7 +206,9 @@ def train_for(
     path = folder / "checkpoint.pt"
     modules = {"network": network}
     parameters = named_parameters(modules)
-    optimizer = torch.optim.AdamW(list(parameters.values()), lr=budget.learning_rate, weight_decay=1e-4, betas=(0.9, 0.99))
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()), lr=budget.learning_rate, weight_decay=1e-4, betas=(0.9, 0.99)
+    )
     average = AveragedWeights(modules, budget.ema_decay)
     step, spent, waited = 0, 0.0, 0.0
     curve: list[dict[str, Any]] = []
@@ -229,17 +245,30 @@ def train_for(
         average.swap(parameters)
         found = validate()
         average.swap(parameters)
-        curve.append({"step": step, "slices": step * budget.slices, "minutes": round(spent / 60, 2), "clock_minutes": round(waited / 60, 2), **found})
+        curve.append(
+            {
+                "step": step,
+                "slices": step * budget.slices,
+                "minutes": round(spent / 60, 2),
+                "clock_minutes": round(waited / 60, 2),
+                **found,
+            }
+        )
         tell(f"step {step}, {spent / 60:.1f} min, loss {mean_loss:.3f}: {json.dumps(found)}")
         state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average.shadow}
-        torch.save({**state, "step": step, "spent": spent, "waited": waited, "curve": json.dumps(curve)}, path.with_suffix(".tmp"))
+        torch.save(
+            {**state, "step": step, "spent": spent, "waited": waited, "curve": json.dumps(curve)},
+            path.with_suffix(".tmp"),
+        )
         path.with_suffix(".tmp").replace(path)
     network.eval()
     average.swap(parameters)
     return curve
 
 
-def draw_slices(cache: SliceCache, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor, np.random.Generator]:
+def draw_slices(
+    cache: SliceCache, count: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, np.random.Generator]:
     """Balanced, augmented slices (N, C, H, W) and labels (N, H, W), as the shipped model was trained on."""
     rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
     images, labels = augment(*cache.read(cache.draw_balanced(count, rng)), generator)
@@ -259,10 +288,14 @@ class LatentMapper(nn.Module):
         depth: Residual blocks.
     """
 
-    def __init__(self, image_channels: int, mask_channels: int, text_features: int, width: int = 128, depth: int = 8) -> None:
+    def __init__(
+        self, image_channels: int, mask_channels: int, text_features: int, width: int = 128, depth: int = 8
+    ) -> None:
         super().__init__()
         self.first = nn.Conv2d(image_channels, width, 3, padding=1)
-        self.text = nn.Sequential(nn.LayerNorm(text_features), nn.Linear(text_features, width), nn.GELU(), nn.Linear(width, 2 * width * depth))
+        self.text = nn.Sequential(
+            nn.LayerNorm(text_features), nn.Linear(text_features, width), nn.GELU(), nn.Linear(width, 2 * width * depth)
+        )
         self.norms = nn.ModuleList(nn.GroupNorm(8, width, affine=False) for _ in range(depth))
         self.convs = nn.ModuleList(
             nn.Sequential(
@@ -278,7 +311,9 @@ class LatentMapper(nn.Module):
     def forward(self, latents: Tensor, pooled: Tensor) -> Tensor:
         """(M, image_channels, h, w) and (M, text_features) -> standardised mask latents (M, mask_channels, h, w)."""
         x = self.first(latents)
-        for norm, conv, wish in zip(self.norms, self.convs, self.text(pooled).chunk(len(self.norms), dim=1), strict=True):
+        for norm, conv, wish in zip(
+            self.norms, self.convs, self.text(pooled).chunk(len(self.norms), dim=1), strict=True
+        ):
             scale, shift = wish[:, :, None, None].chunk(2, dim=1)
             x = x + conv(F.silu(norm(x) * (1 + scale) + shift))
         mask: Tensor = self.last(x)
@@ -306,18 +341,28 @@ class LatentModel:
             latents = encode_pictures(self.codec.vae, images.flatten(0, 1)[:, None].expand(-1, 3, -1, -1)) * self.scale
         return latents.view(len(images), -1, *latents.shape[-2:])
 
-    def compute_loss(self, images: Tensor, labels: Tensor, rng: np.random.Generator, generator: torch.Generator) -> Tensor:
+    def compute_loss(
+        self, images: Tensor, labels: Tensor, rng: np.random.Generator, generator: torch.Generator
+    ) -> Tensor:
         """The losses of the shipped denoiser, with the mean squared error of the latent in the place of that of v."""
         weights, options = ProposalLosses(), ProposalOptions()
         count = len(self.phrases.rows)
-        rows, picked = draw_pairs(labels, torch.ones(len(labels), count), options.present_per_slice, options.absent_per_slice, rng)
+        rows, picked = draw_pairs(
+            labels, torch.ones(len(labels), count), options.present_per_slice, options.absent_per_slice, rng
+        )
         masks = one_hot(labels, count)[rows, picked]
         with torch.no_grad():
             clean = self.codec.encode_masks(masks).float()
-        found = self.mapper(self.encode_slices(images)[rows], self.phrases.pooled[self.phrases.draw(generator)[picked]]).float()
+        found = self.mapper(
+            self.encode_slices(images)[rows], self.phrases.pooled[self.phrases.draw(generator)[picked]]
+        ).float()
         decoded = torch.randperm(len(rows), generator=generator)[: max(1, round(options.decode_share * len(rows)))]
         mask = compute_mask_loss(*decode_crops(self.codec, found[decoded], masks[decoded], rng), weights.cross_entropy)
-        return weights.diffusion * F.mse_loss(found, clean) + weights.latent * F.l1_loss(found, clean) + weights.mask * mask
+        return (
+            weights.diffusion * F.mse_loss(found, clean)
+            + weights.latent * F.l1_loss(found, clean)
+            + weights.mask * mask
+        )
 
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:

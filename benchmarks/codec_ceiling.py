@@ -1,8 +1,10 @@
 """The codec's ceiling: encode-decode Dice of ground-truth masks at the working resolution, per structure.
 
-    python benchmarks/codec_ceiling.py --studies ../shared/data/ct --cases img0024 img0033 img0039 --out benchmarks/results/codec_ceiling.json
+    python benchmarks/codec_ceiling.py --studies ../shared/data/ct --cases img0024 img0033 img0039 --out
+    benchmarks/results/codec_ceiling.json
 
-Nothing that works on latents can draw a structure better than this. Voxels are pooled over all slices of the cases named.
+Nothing that works on latents can draw a structure better than this. Voxels are pooled over all slices of the cases
+named.
 """
 
 import argparse
@@ -37,7 +39,8 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(
-            json.dumps({"model": card.full_name, "cases": [c.name for c in cases], "dice": ceiling}, indent=1) + "\n", encoding="utf-8"
+            json.dumps({"model": card.full_name, "cases": [c.name for c in cases], "dice": ceiling}, indent=1) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -1,32 +1,37 @@
 """The figures that go with the tables, and the worst cases.
 
     python benchmarks/figures.py charts --out docs/images
-    python benchmarks/figures.py worst --studies ../shared/data/ct --cases img0039 --structures pancreas --out runs/worst.png
-    python benchmarks/figures.py worst --studies sample_datastore --cases sample_ct_dicom --unlabelled --rows 4 --out docs/images/disagreements.png
+    python benchmarks/figures.py worst --studies ../shared/data/ct --cases img0039 --structures pancreas --out
+    runs/worst.png python benchmarks/figures.py worst --studies sample_datastore --cases sample_ct_dicom --unlabelled
+    --rows 4 --out docs/images/disagreements.png
 
 `charts` draws from the JSON files in `benchmarks/results` and nothing else; no model, no image:
 
-* `figures_segmentation.png`: Dice per structure of one proposal, the consensus and the best of K (`evaluate_ct_heldout.json`), the U-Net
-  (`segmentation.json`, whole volumes as drawn), and the consensus of every single volume.
-* `figures_quality.png`: how many of the voxels with this agreement are truly inside, and the rank correlation of the error with the
-  disagreement (`proposal_quality.json`, which holds no single slices, so there is no cloud of points to draw).
+* `figures_segmentation.png`: Dice per structure of one proposal, the consensus and the best of K
+  (`evaluate_ct_heldout.json`), the U-Net (`segmentation.json`, whole volumes as drawn), and the consensus of every
+  single volume.
+* `figures_quality.png`: how many of the voxels with this agreement are truly inside, and the rank correlation of the
+  error with the disagreement (`proposal_quality.json`, which holds no single slices, so there is no cloud of points to
+  draw).
 * `figures_text.png`: Dice by what the prompt says (`text_controls.json`), with a point for every structure.
-* `figures_transfer.png`: Dice in MR by what the model was adapted with, a point for every seed, and the evidence's Dice under shading
-  (`transfer_mr.json`; rows that it does not hold are left out).
+* `figures_transfer.png`: Dice in MR by what the model was adapted with, a point for every seed, and the evidence's Dice
+  under shading (`transfer_mr.json`; rows that it does not hold are left out).
 
-`worst` draws proposals with the shipped model and shows where they are worst, one row each. A candidate is a structure on a slice of a
-volume. With labels its score is
+`worst` draws proposals with the shipped model and shows where they are worst, one row each. A candidate is a structure
+on a slice of a volume. With labels its score is
 
     (1 - Dice of the consensus) * min(1, a / A)
 
-where a is the area of the truth or of the consensus on the slice, whichever is larger, and A the largest area of the truth on any slice of
-the volume, but at least 100 mm2. So a slice counts in full where the structure is about as large as it gets, hardly where it is a few pixels
-of its end, whatever the size of the organ. Dice is that of the slice; where only one of the two draws anything it is 0. Without labels, or with
-`--unlabelled`, the disagreement of the slice (1 - mean pairwise Dice) stands for 1 - Dice, a is the mean area of the proposals, and A is the
-largest area of the consensus. Only the slice with the highest score stays of each structure and volume, then the N highest are drawn.
+where a is the area of the truth or of the consensus on the slice, whichever is larger, and A the largest area of the
+truth on any slice of the volume, but at least 100 mm2. So a slice counts in full where the structure is about as large
+as it gets, hardly where it is a few pixels of its end, whatever the size of the organ. Dice is that of the slice; where
+only one of the two draws anything it is 0. Without labels, or with `--unlabelled`, the disagreement of the slice (1 -
+mean pairwise Dice) stands for 1 - Dice, a is the mean area of the proposals, and A is the largest area of the
+consensus. Only the slice with the highest score stays of each structure and volume, then the N highest are drawn.
 
-**Pictures of the research data sets (BTCV, CHAOS, MoNuSeg and whatever else is in ../shared) must not be committed**: their licences do not
-allow to pass images on. Write them to `runs/`, which git ignores. Those of sample_datastore (TotalSegmentator, Apache-2.0) may be.
+**Pictures of the research data sets (BTCV, CHAOS, MoNuSeg and whatever else is in ../shared) must not be committed**:
+their licences do not allow to pass images on. Write them to `runs/`, which git ignores. Those of sample_datastore
+(TotalSegmentator, Apache-2.0) may be.
 """
 
 from __future__ import annotations
@@ -72,7 +77,10 @@ def load_result(folder: Path, name: str) -> dict[str, Any]:
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise RequestError(f"'{path}' cannot be read ({err}). Write it with its benchmark, or name the folder that has it with --results.") from err
+        raise RequestError(
+            f"'{path}' cannot be read ({err}). Write it with its benchmark, or name the "
+            "folder that has it with --results."
+        ) from err
     return report
 
 
@@ -110,7 +118,10 @@ def chart_segmentation(heldout: Mapping[str, Any], rivals: Mapping[str, Any]) ->
     summary, count = heldout["summary"], heldout["num_proposals"]
     consensus = summary["consensus"]["dice"]
     structures = sorted(consensus, key=lambda name: -consensus[name])
-    groups = {"transunet_8": f"mean of {len(summary['mean_over']['transunet_8'])}", "all": f"mean of all {len(summary['mean_over']['all'])}"}
+    groups = {
+        "transunet_8": f"mean of {len(summary['mean_over']['transunet_8'])}",
+        "all": f"mean of all {len(summary['mean_over']['all'])}",
+    }
     rows = [*structures, *groups.values()]
 
     def collect(part: Mapping[str, Any], kind: str) -> list[float]:
@@ -124,13 +135,22 @@ def chart_segmentation(heldout: Mapping[str, Any], rivals: Mapping[str, Any]) ->
         ("best", ">", 26, f"best of {count}, picked with the truth"),
     ):
         color = GREEN if kind == "best" else BLUE
-        plot.scatter(collect(summary, kind), range(len(rows)), s=size, marker=marker, color=color, label=label, zorder=4)
+        plot.scatter(
+            collect(summary, kind), range(len(rows)), s=size, marker=marker, color=color, label=label, zorder=4
+        )
     drawn = rivals.get("volumes", {}).get("networks", {}).get("U-Net")
     if drawn is not None:
         values = collect(drawn["as drawn"]["summary"], "consensus")
-        plot.scatter(values, range(len(rows)), s=46, marker="D", facecolors="none", edgecolors=RED, label="U-Net", zorder=5)
+        plot.scatter(
+            values, range(len(rows)), s=46, marker="D", facecolors="none", edgecolors=RED, label="U-Net", zorder=5
+        )
     cases = [case["structures"] for case in heldout["cases"] if "error" not in case]
-    points = [(case[name]["consensus"]["dice"], row) for row, name in enumerate(structures) for case in cases if case[name]["present"]]
+    points = [
+        (case[name]["consensus"]["dice"], row)
+        for row, name in enumerate(structures)
+        for case in cases
+        if case[name]["present"]
+    ]
     plot.scatter(*zip(*points, strict=True), s=9, color=GREY, linewidths=0, label="consensus of each volume", zorder=2)
     plot.axhline(len(structures) - 0.5, color=GREY, linewidth=0.6)
     plot.grid(axis="both", color="#e8e8e8", linewidth=0.6)
@@ -165,15 +185,37 @@ def chart_quality(report: Mapping[str, Any]) -> Figure:
     kinds = list(next(iter(table.values())))
     for kind, color, shift in zip(kinds, (SKY, BLUE), (-0.17, 0.17), strict=True):
         places = [row + shift for row in range(len(names))]
-        ranking.scatter([table[name][kind]["drawn"] for name in names], places, s=32, color=color, label=f"{kind}, all volumes", zorder=3)
-        single = [(v, place) for name, place in zip(names, places, strict=True) for v in table[name][kind]["drawn by case"].values() if v is not None]
-        ranking.scatter(*zip(*single, strict=True), s=12, marker="|", color=color, label="each volume" if kind == kinds[-1] else None)
+        ranking.scatter(
+            [table[name][kind]["drawn"] for name in names],
+            places,
+            s=32,
+            color=color,
+            label=f"{kind}, all volumes",
+            zorder=3,
+        )
+        single = [
+            (v, place)
+            for name, place in zip(names, places, strict=True)
+            for v in table[name][kind]["drawn by case"].values()
+            if v is not None
+        ]
+        ranking.scatter(
+            *zip(*single, strict=True),
+            s=12,
+            marker="|",
+            color=color,
+            label="each volume" if kind == kinds[-1] else None,
+        )
     ranking.grid(axis="x", color="#e8e8e8", linewidth=0.6)
     ranking.set_axisbelow(True)
     ranking.set_xlim(0, 1)
     name_rows(ranking, [shorten(name) for name in names])
     ranking.legend(fontsize=7.5, frameon=False, loc="upper left")
-    set_titles(ranking, f"Does it rank {report['pairs']['drawn']} pairs of slice and structure by 1 - Dice?", "Spearman's rank correlation")
+    set_titles(
+        ranking,
+        f"Does it rank {report['pairs']['drawn']} pairs of slice and structure by 1 - Dice?",
+        "Spearman's rank correlation",
+    )
     return figure
 
 
@@ -195,7 +237,11 @@ PROMPTS = {
     "shuffled": "another structure's name",
     "any other name": "any other name, mean",
 }
-SIDED = {"right": "the side that is meant", "swapped": "the other side", "swapped, other side": "the other side,\nscored against that side"}
+SIDED = {
+    "right": "the side that is meant",
+    "swapped": "the other side",
+    "swapped, other side": "the other side,\nscored against that side",
+}
 """Control of `text_controls.py` -> what it is called; the others keep their names."""
 
 
@@ -214,7 +260,16 @@ def chart_text(report: Mapping[str, Any]) -> Figure:
                 structures = {key: value for key, value in structures.items() if key.startswith(("left", "right"))}
             mean = controls[name][group]
             plot.barh(row, mean, height=0.62, color=color, alpha=0.45)
-            plot.scatter(list(structures.values()), [row] * len(structures), s=12, color=BLACK, alpha=0.7, linewidths=0, zorder=3, clip_on=False)
+            plot.scatter(
+                list(structures.values()),
+                [row] * len(structures),
+                s=12,
+                color=BLACK,
+                alpha=0.7,
+                linewidths=0,
+                zorder=3,
+                clip_on=False,
+            )
             plot.text(1.04, row, f"{mean:.2f}", fontsize=8, va="center")
         plot.set_xlim(0, 1)
         name_rows(plot, labels)
@@ -251,20 +306,40 @@ def chart_transfer(report: Mapping[str, Any]) -> Figure:
     summary = report["summary"]
     figure, (amount, shading) = make_chart(5.2, 4.0, height=3.4)
     places = [name for name in LABELS if name in summary or name + WIDER in summary]
-    for suffix, color, marker, label, shift in (("", BLUE, "o", "window as in training", -0.08), (WIDER, ORANGE, "D", "wider window", 0.08)):
-        found = [(place + shift, summary[name + suffix]) for place, name in enumerate(places) if name + suffix in summary]
+    for suffix, color, marker, label, shift in (
+        ("", BLUE, "o", "window as in training", -0.08),
+        (WIDER, ORANGE, "D", "wider window", 0.08),
+    ):
+        found = [
+            (place + shift, summary[name + suffix]) for place, name in enumerate(places) if name + suffix in summary
+        ]
         if not found:
             continue
         seeds = [(x, dice) for x, row in found for dice in row["dice_of_seeds"]]
         means = [(x, row["dice"][row["shown"]]) for x, row in found]
         if len(seeds) > len(means):
-            amount.scatter(*zip(*seeds, strict=True), s=12, color=color, alpha=0.6, linewidths=0, label="each seed" if not suffix else None)
+            amount.scatter(
+                *zip(*seeds, strict=True),
+                s=12,
+                color=color,
+                alpha=0.6,
+                linewidths=0,
+                label="each seed" if not suffix else None,
+            )
         amount.scatter(*zip(*means, strict=True), s=40, marker=marker, color=color, label=label, zorder=3)
         for x, row in found:
             # Below the lowest seed and above the highest one, so that no label lies on a point.
             place = max(row["dice_of_seeds"]) if suffix else min(row["dice_of_seeds"])
             text = f"{row['dice'][row['shown']]:.2f}"
-            amount.annotate(text, (x, place), (0, 9 if suffix else -9), textcoords="offset points", fontsize=7.5, ha="center", va="center")
+            amount.annotate(
+                text,
+                (x, place),
+                (0, 9 if suffix else -9),
+                textcoords="offset points",
+                fontsize=7.5,
+                ha="center",
+                va="center",
+            )
     amount.set_xticks(range(len(places)), [LABELS[name] for name in places])
     amount.set_xlim(-0.6, max(len(places) - 0.4, 0.6))
     tests = len(report["setup"]["test"])
@@ -272,8 +347,21 @@ def chart_transfer(report: Mapping[str, Any]) -> Figure:
 
     for name, (label, color, line) in SHADED.items():
         if name in summary:
-            under = {float(strength): dice for strength, dice in summary[name]["evidence_under_shading"].items() if dice is not None}
-            shading.plot(list(under), list(under.values()), color=color, linestyle=line, marker="o", markersize=4, linewidth=1.3, label=label)
+            under = {
+                float(strength): dice
+                for strength, dice in summary[name]["evidence_under_shading"].items()
+                if dice is not None
+            }
+            shading.plot(
+                list(under),
+                list(under.values()),
+                color=color,
+                linestyle=line,
+                marker="o",
+                markersize=4,
+                linewidth=1.3,
+                label=label,
+            )
             shading.set_xticks(list(under))
     set_titles(shading, "Evidence alone, test volumes shaded", "strength of the shading", "Dice")
     for plot in (amount, shading):
@@ -297,8 +385,13 @@ def draw_charts(options: argparse.Namespace) -> None:
     """The figures of the tables, from the committed results alone."""
     for name in options.only or CHARTS:
         chart, sources = CHARTS[name]
-        path = drawing._save(chart(*(load_result(options.results, source) for source in sources)), options.out / f"figures_{name}.png")
-        print(f"Wrote {path} ({path.stat().st_size / 1000:.0f} kB) from {', '.join(f'{source}.json' for source in sources)}.")
+        path = drawing._save(
+            chart(*(load_result(options.results, source) for source in sources)), options.out / f"figures_{name}.png"
+        )
+        print(
+            f"Wrote {path} ({path.stat().st_size / 1000:.0f} kB) from "
+            f"{', '.join(f'{source}.json' for source in sources)}."
+        )
 
 
 # Worst cases
@@ -370,7 +463,11 @@ def weigh(error: float, area: float, largest: float) -> float:
 
 
 def find_worst(
-    name: str, volume: Volume, proposals: VolumeProposals, labels: np.ndarray | None = None, ids: Mapping[str, Sequence[int]] | None = None
+    name: str,
+    volume: Volume,
+    proposals: VolumeProposals,
+    labels: np.ndarray | None = None,
+    ids: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Candidate]:
     """Per structure the slice with the highest score, if any is above 0.
 
@@ -400,20 +497,27 @@ def find_worst(
                 entries.append((z, float(proposals.disagreement[index, z]), float(masks.sum() / len(masks) * pixel)))
                 largest = max(largest, float(consensus.sum() * pixel))
             else:
-                entries.append((z, 1 - compute_slice_dice(consensus, inside), float(max(consensus.sum(), inside.sum()) * pixel)))
+                entries.append(
+                    (z, 1 - compute_slice_dice(consensus, inside), float(max(consensus.sum(), inside.sum()) * pixel))
+                )
                 largest = max(largest, float(inside.sum() * pixel))
         # Of two slices with the same score the one where more is drawn, then the lower one.
-        ranked = sorted(entries, key=lambda entry, largest=largest: (-weigh(entry[1], entry[2], largest), -entry[2], entry[0]))  # type: ignore[misc]
+        ranked = sorted(
+            entries, key=lambda entry, largest=largest: (-weigh(entry[1], entry[2], largest), -entry[2], entry[0])
+        )  # type: ignore[misc]
         if ranked and weigh(ranked[0][1], ranked[0][2], largest) > 0:
             z, error, area = ranked[0]
             score, disagreement = weigh(error, area, largest), float(proposals.disagreement[index, z])
             masks, inside = proposals.slice_masks(structure, z), None if truth is None else truth[z]
-            found.append(Candidate(name, structure, z, score, disagreement, masks, inside, stack[z], body, spacing, window))
+            found.append(
+                Candidate(name, structure, z, score, disagreement, masks, inside, stack[z], body, spacing, window)
+            )
     return found
 
 
 def draw_worst(candidates: Sequence[Candidate], path: Path, max_proposals: int = 4) -> Path:
-    """One row per candidate: the slice, the truth (if any has one), proposals, their consensus and agreement, with Dice in the titles.
+    """One row per candidate: the slice, the truth (if any has one), proposals, their consensus and agreement, with Dice
+    in the titles.
 
     Args:
         candidates: Rows, in this order.
@@ -423,7 +527,9 @@ def draw_worst(candidates: Sequence[Candidate], path: Path, max_proposals: int =
     shown = min(max_proposals, min(len(one.masks) for one in candidates))
     labelled = any(one.truth is not None for one in candidates)
     proportion = float(np.mean([drawing._proportion(*one.body, one.spacing) for one in candidates]))
-    figure, axes = drawing._make_figure(len(candidates), shown + 3 + labelled, proportion, extra_inches=0.1 + 0.2 * len(candidates))
+    figure, axes = drawing._make_figure(
+        len(candidates), shown + 3 + labelled, proportion, extra_inches=0.1 + 0.2 * len(candidates)
+    )
     for one, row in zip(candidates, axes, strict=True):
         color = drawing.pick_color(one.structure)
         marked = one.share > 0 if one.truth is None else (one.share > 0) | one.truth
@@ -439,7 +545,10 @@ def draw_worst(candidates: Sequence[Candidate], path: Path, max_proposals: int =
             for axis in (columns[-2], columns[-1]):
                 if one.truth.any():
                     drawing._outline(axis, one.truth, *frame, one.spacing, "#ffffff")
-            titles = [f"{t}, Dice {compute_slice_dice(m, one.truth):.2f}" for t, m in zip(titles, [*masks, one.consensus], strict=True)]
+            titles = [
+                f"{t}, Dice {compute_slice_dice(m, one.truth):.2f}"
+                for t, m in zip(titles, [*masks, one.consensus], strict=True)
+            ]
         for axis, title in zip(columns[1:], [*titles, f"agreement, disagreement {one.disagreement:.2f}"], strict=True):
             axis.set_title(title, color=drawing.TEXT, fontsize=9, pad=4)
         row[0].set_ylabel(one.structure, color=drawing.TEXT, fontsize=9)
@@ -458,12 +567,19 @@ def list_unlabelled(studies: Path, names: Sequence[str] | None) -> list[Case]:
         RequestError: if there is none, or no such one.
     """
     files = sorted(studies.iterdir()) if studies.is_dir() else []
-    images = {strip_suffix(path.name): path for path in files if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")}
+    images = {
+        strip_suffix(path.name): path
+        for path in files
+        if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")
+    }
     wanted = [strip_suffix(name) for name in names or images]
     unknown = [name for name in wanted if name not in images]
     if unknown or not wanted:
         there = ", ".join(images) or "no image"
-        raise RequestError(f"In '{studies}' there is no image {', '.join(unknown)}; it holds {there}. `make setup` fills sample_datastore.")
+        raise RequestError(
+            f"In '{studies}' there is no image {', '.join(unknown)}; it holds {there}. "
+            "`make setup` fills sample_datastore."
+        )
     return [Case(name, images[name], images[name]) for name in images if name in wanted]
 
 
@@ -485,14 +601,22 @@ def show_worst(options: argparse.Namespace) -> None:
         volume = load_volume(case.image, options.modality)
         labels = None if unlabelled else load_label(case.label, like=volume)
         proposals = engine.propose(
-            volume, list(dict.fromkeys(queries)), num_proposals=options.num_proposals, seed=options.seed, clean_up=DEFAULT_CLEAN_UP, remember=False
+            volume,
+            list(dict.fromkeys(queries)),
+            num_proposals=options.num_proposals,
+            seed=options.seed,
+            clean_up=DEFAULT_CLEAN_UP,
+            remember=False,
         )
         settings = proposals.summary()
         candidates += find_worst(case.name, volume, proposals, labels, ids)
         print(f"{case.name}: {proposals.seconds:.0f} s", file=sys.stderr, flush=True)
     worst = sorted(candidates, key=lambda one: -one.score)[: options.rows]
     if not worst:
-        raise RequestError("Nothing is drawn and nothing is labelled on these images, so there is no worst slice. Choose other cases or structures.")
+        raise RequestError(
+            "Nothing is drawn and nothing is labelled on these images, so there is no "
+            "worst slice. Choose other cases or structures."
+        )
     path = draw_worst(worst, options.out)
     print("| volume | structure | z | Dice of the consensus | disagreement | score |\n|---|---|---|---|---|---|")
     for one in worst:
@@ -500,8 +624,9 @@ def show_worst(options: argparse.Namespace) -> None:
         print(f"| {one.case} | {one.structure} | {one.z} | {dice} | {one.disagreement:.3f} | {one.score:.3f} |")
     model = f"{settings['model_version']}{' with ' + settings['adapter'] if settings['adapter'] else ''}"
     print(
-        f"Wrote {path} ({path.stat().st_size / 1000:.0f} kB): {model}, K = {settings['num_proposals']}, {settings['num_inference_steps']} steps, "
-        f"seed {settings['seed']}, clean-up {settings['clean_up']}, ranked by {'disagreement' if unlabelled else 'error'}."
+        f"Wrote {path} ({path.stat().st_size / 1000:.0f} kB): {model}, K = {settings['num_proposals']}, "
+        f"{settings['num_inference_steps']} steps, seed {settings['seed']}, clean-up {settings['clean_up']}, ranked by "
+        f"{'disagreement' if unlabelled else 'error'}."
     )
 
 
@@ -514,9 +639,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part.add_argument("--only", nargs="*", choices=list(CHARTS), help="only these (default: all)")
     part.set_defaults(run=draw_charts)
     part = commands.add_parser("worst", help=show_worst.__doc__)
-    part.add_argument("--studies", type=Path, required=True, help="folder of images; with labels/final and labels.json they are the truth")
+    part.add_argument(
+        "--studies",
+        type=Path,
+        required=True,
+        help="folder of images; with labels/final and labels.json they are the truth",
+    )
     part.add_argument("--cases", nargs="*", help="only these volumes (default: all)")
-    part.add_argument("--structures", nargs="*", help="only these (default: all that the model knows and the labels name)")
+    part.add_argument(
+        "--structures", nargs="*", help="only these (default: all that the model knows and the labels name)"
+    )
     part.add_argument("--unlabelled", action="store_true", help="rank by disagreement even if there are labels")
     part.add_argument("--rows", type=int, default=6, help="N, how many are drawn (default 6)")
     part.add_argument("--num-proposals", type=int, default=4, help="K (default 4)")
@@ -524,7 +656,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part.add_argument("--modality", help="CT or MR for all volumes (default: found out)")
     part.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
     part.add_argument("--device", help="cpu or cuda (default: what there is)")
-    part.add_argument("--out", type=Path, default=ROOT / "runs" / "worst.png", help="PNG to write; never commit one of a research data set")
+    part.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "worst.png",
+        help="PNG to write; never commit one of a research data set",
+    )
     part.set_defaults(run=show_worst)
     options = parser.parse_args(arguments)
     try:

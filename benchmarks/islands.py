@@ -1,12 +1,14 @@
 """What dropping islands (parts of a mask that hang together with nothing) does to Dice and HD95 of whole volumes.
 
-    python benchmarks/islands.py --studies ../shared/data/ct --cases img0024 img0033 img0039 --out benchmarks/results/islands_ct.json
-    python benchmarks/islands.py --studies ../shared/data/mr --cases t2spir01 t2spir19 t2spir33 t2spir36 t2spir38 \
+    python benchmarks/islands.py --studies ../shared/data/ct --cases img0024 img0033 img0039 --out
+    benchmarks/results/islands_ct.json python benchmarks/islands.py --studies ../shared/data/mr --cases t2spir01
+    t2spir19 t2spir33 t2spir36 t2spir38 \
         --out benchmarks/results/islands_mr.json
 
-Every volume is proposed once, without a clean-up; then the same proposals are cleaned (`progidiff.proposals.islands`) by several rules and scored
-as `progidiff evaluate` does. `--keep FOLDER` keeps the proposals between runs. "consensus largest" keeps the largest part of the consensus
-itself, not of the proposals: what `progidiff evaluate --largest-component` reports.
+Every volume is proposed once, without a clean-up; then the same proposals are cleaned (`progidiff.proposals.islands`)
+by several rules and scored as `progidiff evaluate` does. `--keep FOLDER` keeps the proposals between runs. "consensus
+largest" keeps the largest part of the consensus itself, not of the proposals: what
+`progidiff evaluate --largest-component` reports.
 """
 
 import argparse
@@ -19,7 +21,14 @@ from typing import Any
 
 import numpy as np
 
-from progidiff.evaluation.evaluate import list_cases, load_label_names, match_structures, save_report, score_case, summarise
+from progidiff.evaluation.evaluate import (
+    list_cases,
+    load_label_names,
+    match_structures,
+    save_report,
+    score_case,
+    summarise,
+)
 from progidiff.images.volume import Volume, load_label, load_volume
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
@@ -56,7 +65,9 @@ def score_rules(
         index = proposals.structures.index(name)
         known: dict[tuple[bytes, bool], dict[str, Any]] = {}
         for rule, (clean_up, share, apart_mm) in RULES.items():
-            one = replace(proposals, structures=(name,), probabilities=proposals.probabilities[index : index + 1].copy())
+            one = replace(
+                proposals, structures=(name,), probabilities=proposals.probabilities[index : index + 1].copy()
+            )
             drop_islands(one.probabilities, clean_up, spacing, grid.covered, share, apart_mm)
             key = hashlib.sha256(one.probabilities.tobytes()).digest(), rule == "consensus largest"
             if key not in known:
@@ -70,7 +81,9 @@ def main() -> None:
     parser.add_argument("--studies", type=Path, required=True, help="local datastore with labels/final and labels.json")
     parser.add_argument("--cases", nargs="*", help="only these cases (default: all)")
     parser.add_argument("--num-proposals", type=int, default=4)
-    parser.add_argument("--keep", type=Path, help="folder to keep proposals in, and to take them from; they may hold more proposals")
+    parser.add_argument(
+        "--keep", type=Path, help="folder to keep proposals in, and to take them from; they may hold more proposals"
+    )
     parser.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -90,7 +103,12 @@ def main() -> None:
             proposals = engine.propose(volume, queries, num_proposals=options.num_proposals, remember=False)
             if folder is not None:
                 proposals.to_files(folder)
-        settings = {"model": proposals.model_version, "adapter": proposals.adapter, "steps": proposals.num_inference_steps, "seed": proposals.seed}
+        settings = {
+            "model": proposals.model_version,
+            "adapter": proposals.adapter,
+            "steps": proposals.num_inference_steps,
+            "seed": proposals.seed,
+        }
         for rule, entry in score_rules(volume, labels, take_first(proposals, options.num_proposals), matched).items():
             scored[rule].append({"case": case.name, "structures": entry})
         print(f"{case.name}: scored", flush=True)
@@ -111,17 +129,29 @@ def main() -> None:
 
 def print_tables(report: dict[str, Any]) -> None:
     """Markdown: means by rule, then the consensus of every structure."""
-    print("\n| clean-up | single Dice | consensus Dice | best Dice | consensus HD95, mm | best HD95, mm | drawn on slices without |")
+    print(
+        "\n| clean-up | single Dice | consensus Dice | best Dice | consensus HD95, mm | "
+        "best HD95, mm | drawn on slices without |"
+    )
     print("|---|---|---|---|---|---|---|")
     for rule, summary in report["rules"].items():
         mean = summary["mean"]
-        cells = [f"{mean[kind]['dice']['transunet_8']:.3f} ({mean[kind]['dice']['all']:.3f})" for kind in ("single", "consensus", "best")]
-        cells += [f"{mean[kind]['hd95']['transunet_8']:.1f} ({mean[kind]['hd95']['all']:.1f})" for kind in ("consensus", "best")]
+        cells = [
+            f"{mean[kind]['dice']['transunet_8']:.3f} ({mean[kind]['dice']['all']:.3f})"
+            for kind in ("single", "consensus", "best")
+        ]
+        cells += [
+            f"{mean[kind]['hd95']['transunet_8']:.1f} ({mean[kind]['hd95']['all']:.1f})"
+            for kind in ("consensus", "best")
+        ]
         print(f"| {rule} | {' | '.join(cells)} | {100 * summary['false_positives']['consensus']['all_slices']:.1f} % |")
     names = list(report["rules"]["off"]["consensus"]["dice"])
     print(f"\n| structure | {' | '.join(report['rules'])} |\n|---{'|---' * len(report['rules'])}|")
     for name in names:
-        cells = [f"{summary['consensus']['dice'][name]:.3f}, {summary['consensus']['hd95'][name]:.1f}" for summary in report["rules"].values()]
+        cells = [
+            f"{summary['consensus']['dice'][name]:.3f}, {summary['consensus']['hd95'][name]:.1f}"
+            for summary in report["rules"].values()
+        ]
         print(f"| {name} | {' | '.join(cells)} |")
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Speed and memory of the server, measured on a real server process; figures that compare are ratios within this one run.
+"""Speed and memory of the server, measured on a real server process; figures that compare are ratios within this one
+run.
 
     python benchmarks/latency.py --image sample_datastore/sample_ct_abdomen.nii.gz --out runs/latency.json
 
-Measures: seconds until the server answers, its resident memory then and at its peak, a first and a second prompt on the same
-volume, switching the shown proposal, and `/info/` while an inference runs. The weights are loaded before, by a few slices of
-the image; what the second prompt saves are the image's features, which are computed once per volume.
+Measures: seconds until the server answers, its resident memory then and at its peak, a first and a second prompt on the
+same volume, switching the shown proposal, and `/info/` while an inference runs. The weights are loaded before, by a few
+slices of the image; what the second prompt saves are the image's features, which are computed once per volume.
 """
 
 from __future__ import annotations
@@ -60,7 +61,16 @@ def run_server(studies: Path, conf: list[str], log: Path) -> Iterator[tuple[str,
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(ROOT / "apps" / "progidiff"), "--studies", str(studies)]
+    command = [
+        sys.executable,
+        "-m",
+        "monailabel.main",
+        "start_server",
+        "--app",
+        str(ROOT / "apps" / "progidiff"),
+        "--studies",
+        str(studies),
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     for name, value in zip(conf[::2], conf[1::2], strict=True):
         command += ["--conf", name, value]
@@ -74,7 +84,10 @@ def run_server(studies: Path, conf: list[str], log: Path) -> Iterator[tuple[str,
                 if requests.get(f"{url}/info/", timeout=5).ok:
                     break
             if process.poll() is not None:
-                sys.exit(f"The server did not start; its log is {log}:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
+                sys.exit(
+                    "The server did not start; its log is "
+                    f"{log}:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}"
+                )
             time.sleep(0.05)
         yield url, process.pid, time.monotonic() - started
     finally:
@@ -86,7 +99,9 @@ def infer(url: str, image: str, output: str = "image", **params: Any) -> tuple[f
     """Seconds of a whole request, answer downloaded."""
     start = time.monotonic()
     form = {"params": (None, json.dumps(params))}
-    answer = requests.post(f"{url}/infer/progidiff", params={"image": image, "output": output}, files=form, timeout=3600)
+    answer = requests.post(
+        f"{url}/infer/progidiff", params={"image": image, "output": output}, files=form, timeout=3600
+    )
     seconds = time.monotonic() - start
     if not answer.ok:
         sys.exit(f"The server refused {params}: {answer.text}")
@@ -99,7 +114,11 @@ def measure_info(url: str, image: str, seconds: float, **params: Any) -> list[fl
     worker = threading.Thread(
         target=requests.post,
         args=(f"{url}/infer/progidiff",),
-        kwargs={"params": {"image": image}, "files": {"params": (None, json.dumps({**params, "job_id": job}))}, "timeout": 3600},
+        kwargs={
+            "params": {"image": image},
+            "files": {"params": (None, json.dumps({**params, "job_id": job}))},
+            "timeout": 3600,
+        },
     )
     worker.start()
     times: list[float] = []
@@ -124,7 +143,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=None, help="denoising steps; the model's default if left out")
     parser.add_argument("--prompts", nargs=2, default=["liver", "spleen"], help="first and second prompt")
     parser.add_argument("--info-seconds", type=float, default=20.0, help="how long to ask /info/ beside an inference")
-    parser.add_argument("--conf", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="option of the app, e.g. --conf device cuda")
+    parser.add_argument(
+        "--conf",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="option of the app, e.g. --conf device cuda",
+    )
     arguments = parser.parse_args()
 
     options: dict[str, Any] = {"num_proposals": arguments.num_proposals}
@@ -137,15 +163,24 @@ def main() -> None:
         volume = nibabel.load(arguments.image)
         nibabel.save(volume.slicer[:, :, : min(8, volume.shape[2])], studies / "warm-up.nii.gz")
         image = arguments.image.name.removesuffix(".gz").removesuffix(".nii")
-        with run_server(studies, [part for pair in arguments.conf for part in pair], Path(folder) / "server.log") as (url, pid, ready):
+        with run_server(studies, [part for pair in arguments.conf for part in pair], Path(folder) / "server.log") as (
+            url,
+            pid,
+            ready,
+        ):
             time.sleep(1)
             idle = psutil.Process(pid).memory_info().rss
             peak = Peak(pid)
-            load, _ = infer(url, "warm-up", prompt=arguments.prompts[0], num_proposals=1, steps=1)  # Weights; not the features of the image.
+            load, _ = infer(
+                url, "warm-up", prompt=arguments.prompts[0], num_proposals=1, steps=1
+            )  # Weights; not the features of the image.
             first, _ = infer(url, image, prompt=arguments.prompts[0], seed=1, **options)
             second, _ = infer(url, image, prompt=arguments.prompts[1], seed=1, **options)
             numbers = infer(url, image, output="json", prompt=arguments.prompts[0], seed=1, **options)[1].json()
-            switches = [infer(url, image, prompt=arguments.prompts[0], seed=1, show=str(k + 1), **options)[0] for k in range(arguments.num_proposals)]
+            switches = [
+                infer(url, image, prompt=arguments.prompts[0], seed=1, show=str(k + 1), **options)[0]
+                for k in range(arguments.num_proposals)
+            ]
             info = measure_info(url, image, arguments.info_seconds, prompt="all", seed=2, **options)
             peak.stop()
     info.sort()

@@ -1,27 +1,33 @@
-"""Are proposals worth having? How far they differ, whether they cover the truth, and whether their disagreement tells where they are wrong.
+"""Are proposals worth having? How far they differ, whether they cover the truth, and whether their disagreement tells
+where they are wrong.
 
-    python benchmarks/proposal_quality.py --studies ../shared/data/ct --cases img0024 img0033 img0039 --out benchmarks/results/proposal_quality.json
+    python benchmarks/proposal_quality.py --studies ../shared/data/ct --cases img0024 img0033 img0039 --out
+    benchmarks/results/proposal_quality.json
 
-K = 8 proposals of every structure, on the grid of the image, from the served setting on all slices (cleaned as the server does it) and from
-other settings on every third slice (not cleaned: islands need all slices; the served setting is in that table too, on the same slices):
+K = 8 proposals of every structure, on the grid of the image, from the served setting on all slices (cleaned as the
+server does it) and from other settings on every third slice (not cleaned: islands need all slices; the served setting
+is in that table too, on the same slices):
 
-* **diversity**: mean pairwise Dice of the proposals, and the squared generalised energy distance to the one ground truth,
-  2 E d(S, Y) - E d(S, S'), d = 1 - IoU (0 for two empty masks), S and S' drawn from the K proposals with repetition, as it is usually
-  estimated; "unbiased" leaves out pairs of a proposal with itself. Per slice and structure where the truth or any proposal draws it, mean
-  over slices, then over structures and cases. Settings: denoising steps, and what sets proposals apart (evidence offsets as served, half,
-  twice, or none: noise alone).
-* **disagreement against error**: Spearman's rank correlation of what is served (`disagreement_per_slice`, and its mean over three slices,
-  `nearby_disagreement_per_slice`, see `progidiff.proposals.volume_proposals`) with 1 - Dice of the consensus, over pairs of slice and structure. "drawn": pairs
-  where the truth or any proposal has something; "present": where the truth has; "all": all pairs, of which most are empty on both sides.
-  What no proposal draws counts as certain. Other summaries of the same proposals stand beside it, and the size of the consensus alone.
-* **where**: AUROC of the voxel's uncertainty (4 a (1 - a), a the agreement) for the consensus being wrong there. "band": voxels that any
-  proposal draws; "band and truth": also those of the truth that none draws; "overall": every voxel of the slices.
-* **calibration**: agreement against the share of voxels that are truly inside, per value of the agreement; ECE is the mean absolute
-  difference, weighted by voxels. Beside it the mean probability of the proposals (20 bins).
-* **picking**: Dice of a volume's consensus, of the medoid, of the proposal that is best for the volume, and of the best one slice by slice
-  (also with the consensus among the choices), pooled over slices. What an expert gains at most.
+* **diversity**: mean pairwise Dice of the proposals, and the squared generalised energy distance to the one ground
+  truth, 2 E d(S, Y) - E d(S, S'), d = 1 - IoU (0 for two empty masks), S and S' drawn from the K proposals with
+  repetition, as it is usually estimated; "unbiased" leaves out pairs of a proposal with itself. Per slice and structure
+  where the truth or any proposal draws it, mean over slices, then over structures and cases. Settings: denoising steps,
+  and what sets proposals apart (evidence offsets as served, half, twice, or none: noise alone).
+* **disagreement against error**: Spearman's rank correlation of what is served (`disagreement_per_slice`, and its mean
+  over three slices, `nearby_disagreement_per_slice`, see `progidiff.proposals.volume_proposals`) with 1 - Dice of the
+  consensus, over pairs of slice and structure. "drawn": pairs where the truth or any proposal has something; "present":
+  where the truth has; "all": all pairs, of which most are empty on both sides. What no proposal draws counts as
+  certain. Other summaries of the same proposals stand beside it, and the size of the consensus alone.
+* **where**: AUROC of the voxel's uncertainty (4 a (1 - a), a the agreement) for the consensus being wrong there.
+  "band": voxels that any proposal draws; "band and truth": also those of the truth that none draws; "overall": every
+  voxel of the slices.
+* **calibration**: agreement against the share of voxels that are truly inside, per value of the agreement; ECE is the
+  mean absolute difference, weighted by voxels. Beside it the mean probability of the proposals (20 bins).
+* **picking**: Dice of a volume's consensus, of the medoid, of the proposal that is best for the volume, and of the best
+  one slice by slice (also with the consensus among the choices), pooled over slices. What an expert gains at most.
 
-`--keep FOLDER` keeps proposals between runs, so that a run that was stopped goes on; the report is written after every case.
+`--keep FOLDER` keeps proposals between runs, so that a run that was stopped goes on; the report is written after every
+case.
 """
 
 from __future__ import annotations
@@ -42,7 +48,13 @@ import numpy as np
 from scipy import ndimage
 from scipy.stats import spearmanr
 
-from progidiff.evaluation.evaluate import TRANSUNET_STRUCTURES, list_cases, load_label_names, match_structures, save_report
+from progidiff.evaluation.evaluate import (
+    TRANSUNET_STRUCTURES,
+    list_cases,
+    load_label_names,
+    match_structures,
+    save_report,
+)
 from progidiff.images.volume import Volume, load_label, load_volume
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
@@ -99,7 +111,13 @@ SETTINGS = (
 
 
 def draw(
-    engine: Engine, volume: Volume, queries: Sequence[Query], setting: Setting, num_proposals: int, slices: Sequence[int], keep: Path | None
+    engine: Engine,
+    volume: Volume,
+    queries: Sequence[Query],
+    setting: Setting,
+    num_proposals: int,
+    slices: Sequence[int],
+    keep: Path | None,
 ) -> VolumeProposals:
     """The proposals of a volume by a setting, from `keep` if they are there."""
     folder = None if keep is None else keep / setting.name.replace(" ", "_").replace(",", "") / volume.name
@@ -107,9 +125,13 @@ def draw(
         return VolumeProposals.from_files(folder)
     pipeline = engine.load()
     spread = engine.card.evidence_spread
-    pipeline.evidence_spread = (setting.offsets * spread[0], setting.offsets * spread[1]) if setting.offsets and any(spread) else None
+    pipeline.evidence_spread = (
+        (setting.offsets * spread[0], setting.offsets * spread[1]) if setting.offsets and any(spread) else None
+    )
     # The model itself: an adapter's pipeline is a copy that this change does not reach.
-    proposals = engine.propose(volume, queries, num_proposals=num_proposals, num_inference_steps=setting.steps, adapter="none", slices=slices)
+    proposals = engine.propose(
+        volume, queries, num_proposals=num_proposals, num_inference_steps=setting.steps, adapter="none", slices=slices
+    )
     if folder is not None:
         proposals.to_files(folder)
     return proposals
@@ -125,7 +147,8 @@ class Pair:
         sizes, overlaps: Voxels of the K proposals, and those also in the truth.
         consensus, consensus_overlap: The same of the consensus.
         pairwise_dice: Mean over distinct pairs of proposals; 1 for two empty ones.
-        distance_to_truth, distance, distance_with_self: Mean 1 - IoU to the truth, between distinct proposals, and with repetition.
+        distance_to_truth, distance, distance_with_self: Mean 1 - IoU to the truth, between distinct proposals, and with
+            repetition.
         summaries: See `SUMMARIES`; 0 where no proposal draws anything.
         agreement_counts: (K + 1, 2) voxels by the number of proposals that draw them and by the truth.
         probability_counts: (PROBABILITY_BINS, 2) voxels by mean probability and by the truth.
@@ -201,7 +224,11 @@ def measure_pair(structure: str, z: int, maps: np.ndarray, truth: np.ndarray, di
     agreement_counts = np.zeros((count + 1, 2), dtype=np.int64)
     np.add.at(agreement_counts, (number.ravel(), inside.ravel().astype(int)), 1)
     probability_counts = np.zeros((PROBABILITY_BINS, 2), dtype=np.int64)
-    np.add.at(probability_counts, (np.minimum((mean.ravel() * PROBABILITY_BINS).astype(int), PROBABILITY_BINS - 1), inside.ravel().astype(int)), 1)
+    np.add.at(
+        probability_counts,
+        (np.minimum((mean.ravel() * PROBABILITY_BINS).astype(int), PROBABILITY_BINS - 1), inside.ravel().astype(int)),
+        1,
+    )
     probability_errors = np.zeros((256, 2), dtype=np.int64)
     np.add.at(probability_errors, (np.rint(mean.ravel() * 255).astype(int), wrong.ravel().astype(int)), 1)
     outside = pixels - inside.size
@@ -252,7 +279,11 @@ def _entropy(mean: np.ndarray) -> np.ndarray:
 
 
 def measure_case(
-    volume: Volume, labels: np.ndarray, proposals: VolumeProposals, structures: Mapping[str, Sequence[int]], slices: Sequence[int]
+    volume: Volume,
+    labels: np.ndarray,
+    proposals: VolumeProposals,
+    structures: Mapping[str, Sequence[int]],
+    slices: Sequence[int],
 ) -> list[Pair]:
     """Every pair of structure and slice on which anything is, in the truth or a proposal."""
     stack = volume.arrange(labels)
@@ -268,7 +299,8 @@ def measure_case(
 
 
 def compute_auroc(counts: np.ndarray) -> float:
-    """AUROC from counts of shape (levels, 2): negatives and positives at each level of the score, lowest first; ties count half.
+    """AUROC from counts of shape (levels, 2): negatives and positives at each level of the score, lowest first; ties
+    count half.
 
     Example:
         >>> compute_auroc(np.array([[3, 0], [1, 1], [0, 2]]))
@@ -300,7 +332,9 @@ def sort_by_uncertainty(counts: np.ndarray, drawn_by: Iterable[int]) -> np.ndarr
 
 
 def compute_ece(counts: np.ndarray, expected: np.ndarray) -> float:
-    """Expected calibration error from counts (bins, 2) by the truth and the value that each bin claims; NaN without voxels."""
+    """Expected calibration error from counts (bins, 2) by the truth and the value that each bin claims; NaN without
+    voxels.
+    """
     total = counts.sum(axis=1)
     if not total.sum():
         return math.nan
@@ -326,7 +360,8 @@ def summarise_diversity(pairs: Sequence[Pair]) -> dict[str, float]:
 def summarise_picking(pairs: Sequence[Pair], structures: Iterable[str]) -> dict[str, dict[str, float]]:
     """Dice of one case, pooled over its slices, per way of picking and structure; only structures that the truth has.
 
-    The medoid is that of the slice; the served "best" is that of the volume, which has nearly the same Dice as a single proposal.
+    The medoid is that of the slice; the served "best" is that of the volume, which has nearly the same Dice as a single
+    proposal.
     """
     found: dict[str, dict[str, float]] = {}
     for name in structures:
@@ -344,7 +379,9 @@ def summarise_picking(pairs: Sequence[Pair], structures: Iterable[str]) -> dict[
             if with_consensus:
                 choices.insert(0, (pair.consensus, pair.consensus_overlap))
             # On a slice without the structure the best answer is the smallest one.
-            return max(choices, key=lambda choice: 2 * choice[1] / (choice[0] + pair.truth) if pair.truth else -choice[0])
+            return max(
+                choices, key=lambda choice: 2 * choice[1] / (choice[0] + pair.truth) if pair.truth else -choice[0]
+            )
 
         each = [pool((pair.sizes[k], pair.overlaps[k]) for pair in own) for k in range(len(own[0].sizes))]
         found[name] = {
@@ -357,7 +394,9 @@ def summarise_picking(pairs: Sequence[Pair], structures: Iterable[str]) -> dict[
     return {way: {name: values[way] for name, values in found.items()} for way in next(iter(found.values()), {})}
 
 
-def summarise_correlation(cases: Mapping[str, Sequence[Pair]], depths: Mapping[str, int], structures: Sequence[str]) -> dict[str, dict[str, Any]]:
+def summarise_correlation(
+    cases: Mapping[str, Sequence[Pair]], depths: Mapping[str, int], structures: Sequence[str]
+) -> dict[str, dict[str, Any]]:
     """Spearman of every summary with the error of the consensus, of the slice alone and averaged with its neighbours.
 
     Args:
@@ -370,11 +409,24 @@ def summarise_correlation(cases: Mapping[str, Sequence[Pair]], depths: Mapping[s
     for summary in SUMMARIES:
         result[summary] = {}
         for kind in (ALONE, NEARBY):
-            values = {case: table[summary] if kind == ALONE else average_neighbours(table[summary]) for case, table in tables.items()}
+            values = {
+                case: table[summary] if kind == ALONE else average_neighbours(table[summary])
+                for case, table in tables.items()
+            }
 
-            def correlate(mask: str | None, rows: slice = slice(None), only: str | None = None, values: dict[str, np.ndarray] = values) -> float:
+            def correlate(
+                mask: str | None,
+                rows: slice = slice(None),
+                only: str | None = None,
+                values: dict[str, np.ndarray] = values,
+            ) -> float:
                 chosen = [case for case in tables if only in (None, case)]
-                keep = {case: tables[case][mask][rows].astype(bool) if mask else np.ones_like(values[case][rows], dtype=bool) for case in chosen}
+                keep = {
+                    case: tables[case][mask][rows].astype(bool)
+                    if mask
+                    else np.ones_like(values[case][rows], dtype=bool)
+                    for case in chosen
+                }
                 return _spearman(
                     np.concatenate([values[case][rows][keep[case]] for case in chosen]),
                     np.concatenate([tables[case]["error"][rows][keep[case]] for case in chosen]),
@@ -454,11 +506,19 @@ def summarise_voxels(pairs: Sequence[Pair], empty_voxels: int) -> dict[str, Any]
             "mean probability from 0.05": compute_ece(probability[1:], middles[1:]),
         },
         "reliability": [
-            {"agreement": float(level), "voxels": int(row.sum()), "inside": float(row[1] / row.sum()) if row.sum() else None}
+            {
+                "agreement": float(level),
+                "voxels": int(row.sum()),
+                "inside": float(row[1] / row.sum()) if row.sum() else None,
+            }
             for level, row in zip(levels, counts, strict=True)
         ],
         "reliability_probability": [
-            {"probability": float(middle), "voxels": int(row.sum()), "inside": float(row[1] / row.sum()) if row.sum() else None}
+            {
+                "probability": float(middle),
+                "voxels": int(row.sum()),
+                "inside": float(row[1] / row.sum()) if row.sum() else None,
+            }
             for middle, row in zip(middles, probability, strict=True)
         ],
     }
@@ -495,7 +555,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 grid = proposals.grid
                 # A copy without what was derived before the clean-up.
                 proposals = dataclasses.replace(proposals, probabilities=proposals.probabilities.copy())
-                drop_islands(proposals.probabilities, DEFAULT_CLEAN_UP, (grid.stack_spacing[0], grid.spacing, grid.spacing), grid.covered)
+                drop_islands(
+                    proposals.probabilities,
+                    DEFAULT_CLEAN_UP,
+                    (grid.stack_spacing[0], grid.spacing, grid.spacing),
+                    grid.covered,
+                )
                 served[case.name] = measure_case(volume, labels, proposals, matched, range(depth))
                 depths[case.name] = depth
                 empty[case.name] = depth * len(matched) - len(served[case.name])
@@ -522,12 +587,18 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             "evidence_spread": list(engine.card.evidence_spread),
             "notes": notes,
             "versions": describe_versions(),
-            "diversity": {name: {"mean": _average(list(values.values())), "cases": values} for name, values in diversity.items()},
+            "diversity": {
+                name: {"mean": _average(list(values.values())), "cases": values} for name, values in diversity.items()
+            },
         }
         if served:
             every = [pair for pairs in served.values() for pair in pairs]
             report |= {
-                "pairs": {"drawn": len(every), "present": sum(pair.truth > 0 for pair in every), "empty": sum(empty.values())},
+                "pairs": {
+                    "drawn": len(every),
+                    "present": sum(pair.truth > 0 for pair in every),
+                    "empty": sum(empty.values()),
+                },
                 "disagreement_against_error": summarise_correlation(served, depths, list(matched)),
                 "voxels": summarise_voxels(every, empty_voxels),
                 "voxels_by_structure": {
@@ -535,7 +606,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     for name in matched
                     if (own := [pair for pair in every if pair.structure == name])
                 },
-                "picking": {way: _group({case: values[way] for case, values in picking.items() if way in values}) for way in PICKS},
+                "picking": {
+                    way: _group({case: values[way] for case, values in picking.items() if way in values})
+                    for way in PICKS
+                },
             }
         if options.out:
             save_report(_plain(report), options.out)
@@ -572,18 +646,35 @@ def print_tables(report: Mapping[str, Any]) -> None:
         return "-" if value is None or math.isnan(value) else f"{value:.3f}"
 
     columns = ("pairwise_dice", "ged", "ged_unbiased", *(f"dice, {way}" for way in PICKS[:4]))
-    print("| setting | pairwise Dice | GED^2 | unbiased | single | consensus | best of K per volume | per slice |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| setting | pairwise Dice | GED^2 | unbiased | single | consensus | best of K per volume | per slice "
+        "|\n|---|---|---|---|---|---|---|---|"
+    )
     for name, values in report["diversity"].items():
         if values["mean"]:
             print(f"| {name} | {' | '.join(cell(values['mean'].get(column)) for column in columns)} |")
     if "voxels" not in report:
         return
-    print("\n| summary of the proposals | of | drawn | present | all | within structures | drawn, by case |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| summary of the proposals | of | drawn | present | all | within structures | "
+        "drawn, by case |\n|---|---|---|---|---|---|---|"
+    )
     for name, kinds in report["disagreement_against_error"].items():
         for kind, values in kinds.items():
             by_case = ", ".join(cell(value) for value in values["drawn by case"].values())
-            print(f"| {name} | {kind} | {' | '.join(cell(values[key]) for key in ('drawn', 'present', 'all', 'within structures'))} | {by_case} |")
-    print("\n| | " + " | ".join(report["voxels"]["auroc"]) + " |\n|---" * 1 + "|---" * len(report["voxels"]["auroc"]) + "|")
+            print(
+                f"| {name} | {kind} |  | ".join(
+                    cell(values[key]) for key in ("drawn", "present", "all", "within structures")
+                )
+                + f" | {by_case} |"
+            )
+    print(
+        "\n| | "
+        + " | ".join(report["voxels"]["auroc"])
+        + " |\n|---" * 1
+        + "|---" * len(report["voxels"]["auroc"])
+        + "|"
+    )
     print("| AUROC | " + " | ".join(cell(value) for value in report["voxels"]["auroc"].values()) + " |")
     print("\n| | " + " | ".join(report["voxels"]["ece"]) + " |\n|---" + "|---" * len(report["voxels"]["ece"]) + "|")
     print("| ECE | " + " | ".join(cell(value) for value in report["voxels"]["ece"].values()) + " |")
@@ -600,9 +691,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--studies", type=Path, required=True, help="local datastore with labels/final and labels.json")
     parser.add_argument("--cases", nargs="*", help="only these cases (default: all)")
     parser.add_argument("--structures", nargs="*", help="only these structures (default: all)")
-    parser.add_argument("--settings", nargs="*", choices=[setting.name for setting in SETTINGS], help="only these settings (default: all)")
+    parser.add_argument(
+        "--settings",
+        nargs="*",
+        choices=[setting.name for setting in SETTINGS],
+        help="only these settings (default: all)",
+    )
     parser.add_argument("--num-proposals", type=int, default=8)
-    parser.add_argument("--stride", type=int, default=3, help="every so many slices, for all settings but the served one")
+    parser.add_argument(
+        "--stride", type=int, default=3, help="every so many slices, for all settings but the served one"
+    )
     parser.add_argument("--keep", type=Path, help="folder to keep proposals in")
     parser.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
     parser.add_argument("--device")
@@ -615,7 +713,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     named = ["--studies", str(options.studies), *(["--cases", *options.cases] if options.cases else [])]
     named += ["--settings", *options.settings] if options.settings else []
     options.command = shlex.join(
-        ["python", "benchmarks/proposal_quality.py", *named, "--num-proposals", str(options.num_proposals), "--stride", str(options.stride)]
+        [
+            "python",
+            "benchmarks/proposal_quality.py",
+            *named,
+            "--num-proposals",
+            str(options.num_proposals),
+            "--stride",
+            str(options.stride),
+        ]
     )
     print_tables(_plain(run(options)))
 

@@ -1,9 +1,10 @@
 """Draw the README's picture: real proposals for real prompts, their consensus and their agreement.
 
-    python benchmarks/readme_figure.py --image IMAGE --prompt liver --prompt "left kidney" --out docs/images/proposals.png
+    python benchmarks/readme_figure.py --image IMAGE --prompt liver --prompt "left kidney" --out
+    docs/images/proposals.png
 
-The picture is what the model in `--model-dir` (default: the built-in weights) gives for the seed; nothing is chosen but the
-slice, which is a large one on which the proposals differ. The settings are printed, for the caption.
+The picture is what the model in `--model-dir` (default: the built-in weights) gives for the seed; nothing is chosen but
+the slice, which is a large one on which the proposals differ. The settings are printed, for the caption.
 """
 
 from __future__ import annotations
@@ -38,11 +39,14 @@ def main() -> None:
     queries = []
     for prompt in options.prompt:
         queries += [query for query in parse_prompt(prompt, known=engine.structures) if query not in queries]
-    proposals = engine.propose(volume, queries, num_proposals=options.num_proposals, num_inference_steps=options.steps, seed=options.seed)
+    proposals = engine.propose(
+        volume, queries, num_proposals=options.num_proposals, num_inference_steps=options.steps, seed=options.seed
+    )
     path = draw_proposals(volume, proposals, options.out, slices=options.slice)
     print(
-        f"Wrote {path}: {volume.name}, {proposals.model_version}, K = {proposals.num_proposals}, {proposals.num_inference_steps} steps, "
-        f"seed {proposals.seed}, {proposals.seconds:.0f} s."
+        f"Wrote {path}: {volume.name}, {proposals.model_version}, K = "
+        f"{proposals.num_proposals}, {proposals.num_inference_steps} steps, seed "
+        f"{proposals.seed}, {proposals.seconds:.0f} s."
     )
 
 

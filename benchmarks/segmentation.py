@@ -1,17 +1,20 @@
-"""The segmentation tables: the shipped model against a plain U-Net, MC dropout of it, and a latent-to-latent CNN without diffusion.
+"""The segmentation tables: the shipped model against a plain U-Net, MC dropout of it, and a latent-to-latent CNN
+without diffusion.
 
     python benchmarks/segmentation.py unet --minutes 30      # train the rivals on the volumes that are not held out
     python benchmarks/segmentation.py gms --minutes 13
-    python benchmarks/segmentation.py slices                 # every third slice of the held-out volumes, on the working grid
-    python benchmarks/segmentation.py volumes                # whole held-out volumes on their own grid, with and without clean-up
-    python benchmarks/segmentation.py tables                 # print what the JSON file holds
+    python benchmarks/segmentation.py slices                 # every third slice of the held-out volumes, on the working
+    grid python benchmarks/segmentation.py volumes                # whole held-out volumes on their own grid, with and
+    without clean-up python benchmarks/segmentation.py tables                 # print what the JSON file holds
 
-Every command adds its part to the same JSON file (--out); what a stopped command had done is kept in the work folder (--work) and not done
-again. The main row of the README comes from `progidiff evaluate`; `volumes` scores the rivals with the same functions on the same grid.
+Every command adds its part to the same JSON file (--out); what a stopped command had done is kept in the work folder
+(--work) and not done again. The main row of the README comes from `progidiff evaluate`; `volumes` scores the rivals
+with the same functions on the same grid.
 
-Dice of `slices` pools the slices of a volume; figures are means over volumes. Of K answers, "single" is the mean of their scores, "consensus"
-what at least half of them draw, "best" the one with the highest Dice per volume and structure. The answers of a smaller K are the first of
-the larger. "drawn where absent" is the share of (slice, structure) pairs without the structure on which the consensus draws it.
+Dice of `slices` pools the slices of a volume; figures are means over volumes. Of K answers, "single" is the mean of
+their scores, "consensus" what at least half of them draw, "best" the one with the highest Dice per volume and
+structure. The answers of a smaller K are the first of the larger. "drawn where absent" is the share of (slice,
+structure) pairs without the structure on which the consensus draws it.
 """
 
 from __future__ import annotations
@@ -36,11 +39,25 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from baselines import Budget, LatentModel, UNet, compute_unet_loss, draw_slices, train_for
-from progidiff.evaluation.evaluate import RULES, TRANSUNET_STRUCTURES, load_label_names, match_structures, save_report, score_case, summarise
+from progidiff.evaluation.evaluate import (
+    RULES,
+    TRANSUNET_STRUCTURES,
+    load_label_names,
+    match_structures,
+    save_report,
+    score_case,
+    summarise,
+)
 from progidiff.images.volume import Volume, compute_body_threshold, compute_window, load_label, load_volume
 from progidiff.images.working_grid import plan_working_grid
 from progidiff.model.backbone import Backbone
-from progidiff.model.folder import ModelCard, compute_backbone_digest, compute_conditioning_digest, load_card, load_pipeline
+from progidiff.model.folder import (
+    ModelCard,
+    compute_backbone_digest,
+    compute_conditioning_digest,
+    load_card,
+    load_pipeline,
+)
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
@@ -75,7 +92,10 @@ def load_data(options: argparse.Namespace) -> Data:
     held_out = [c for c in cases if c.name in options.cases]
     rest = [c for c in cases if c.name not in options.cases]
     if not held_out or not rest:
-        sys.exit(f"Of {', '.join(c.name for c in cases)} some must be held out and some left; --cases names {', '.join(options.cases)}.")
+        sys.exit(
+            f"Of {', '.join(c.name for c in cases)} some must be held out and some left; "
+            f"--cases names {', '.join(options.cases)}."
+        )
     caches = [SliceCache(part, card.structures, card.conditioning, options.work / "cache") for part in (rest, held_out)]
     return Data(card, held_out, *caches)
 
@@ -89,7 +109,10 @@ def load_shipped(options: argparse.Namespace) -> ProposalPipeline:
 def average_groups(per: Mapping[str, float]) -> dict[str, float]:
     """Means over the eight structures of TransUNet and over all, of those that are there."""
     eight = [per[s] for s in TRANSUNET_STRUCTURES if s in per]
-    return {"transunet_8": float(np.mean(eight)) if eight else math.nan, "all": float(np.mean(list(per.values()))) if per else math.nan}
+    return {
+        "transunet_8": float(np.mean(eight)) if eight else math.nan,
+        "all": float(np.mean(list(per.values()))) if per else math.nan,
+    }
 
 
 # Training of the rivals
@@ -105,7 +128,10 @@ def measure_slices(predict: Callable[[Tensor], Tensor], cache: SliceCache, every
         images, labels = cache.read(batch)
         tally.add(batch, labels, {"mask": predict(images) >= 0.5})
     per = average_volumes(tally.compute_dice("mask"), cache.structures)
-    return {**{k: round(v, 4) for k, v in average_groups(per).items()}, "structures": {s: round(v, 4) for s, v in per.items()}}
+    return {
+        **{k: round(v, 4) for k, v in average_groups(per).items()},
+        "structures": {s: round(v, 4) for s, v in per.items()},
+    }
 
 
 def train_unet(options: argparse.Namespace) -> None:
@@ -113,7 +139,11 @@ def train_unet(options: argparse.Namespace) -> None:
     data = load_data(options)
     budget = make_budget(options, 8)
     torch.manual_seed(budget.seed)
-    settings = {"in_channels": 2 * data.card.conditioning.num_neighbours + 1, "structures": len(data.card.structures), "dropout": options.dropout}
+    settings = {
+        "in_channels": 2 * data.card.conditioning.num_neighbours + 1,
+        "structures": len(data.card.structures),
+        "dropout": options.dropout,
+    }
     network = UNet(**settings)
 
     def compute_loss(step: int, generator: torch.Generator) -> Tensor:
@@ -121,7 +151,11 @@ def train_unet(options: argparse.Namespace) -> None:
         return compute_unet_loss(network(images), labels, options.cross_entropy, options.smooth)
 
     def validate() -> dict[str, Any]:
-        return {"cross_entropy": options.cross_entropy, "smooth": options.smooth, **measure_slices(network.predict, data.validation, options.every)}
+        return {
+            "cross_entropy": options.cross_entropy,
+            "smooth": options.smooth,
+            **measure_slices(network.predict, data.validation, options.every),
+        }
 
     folder = options.work / "unet"
     curve = train_for(network, compute_loss, validate, budget, folder, tell)
@@ -139,14 +173,26 @@ def train_gms(options: argparse.Namespace) -> None:
         return model.compute_loss(*draw_slices(data.training, budget.slices, generator), generator)
 
     folder = options.work / "gms"
-    curve = train_for(model.mapper, compute_loss, lambda: measure_slices(model.predict, data.validation, options.every), budget, folder, tell)
+    curve = train_for(
+        model.mapper,
+        compute_loss,
+        lambda: measure_slices(model.predict, data.validation, options.every),
+        budget,
+        folder,
+        tell,
+    )
     keep_rival(model.mapper, folder, {}, data, budget, curve, options)
 
 
 def make_budget(options: argparse.Namespace, slices: int) -> Budget:
     if options.smoke:
         return Budget(minutes=0.002, validate_minutes=0.001, slices=2)
-    return Budget(minutes=options.minutes, validate_minutes=options.validate_minutes, slices=slices, anneal_minutes=options.anneal_minutes)
+    return Budget(
+        minutes=options.minutes,
+        validate_minutes=options.validate_minutes,
+        slices=slices,
+        anneal_minutes=options.anneal_minutes,
+    )
 
 
 def keep_rival(
@@ -162,7 +208,9 @@ def keep_rival(
     save_file({k: v.contiguous() for k, v in network.state_dict().items()}, folder / f"{options.what}.safetensors")
     file = folder / f"{options.what}.json"
     commands = json.loads(file.read_text(encoding="utf-8")).get("commands", []) if file.is_file() else []
-    if find_command() not in commands:  # Training that goes on may have other settings: all its commands are needed to repeat it.
+    if (
+        find_command() not in commands
+    ):  # Training that goes on may have other settings: all its commands are needed to repeat it.
         commands.append(find_command())
     card = {
         "commands": commands,
@@ -220,7 +268,9 @@ class Counts:
     agreed_overlaps: dict[int, np.ndarray]
 
 
-def count_slices(propose: Propose, cache: SliceCache, chosen: Sequence[int], counts: Sequence[int], file: Path) -> Counts:
+def count_slices(
+    propose: Propose, cache: SliceCache, chosen: Sequence[int], counts: Sequence[int], file: Path
+) -> Counts:
     """Run a network on slices and count pixels; what `file` holds is not computed again.
 
     Args:
@@ -235,7 +285,11 @@ def count_slices(propose: Propose, cache: SliceCache, chosen: Sequence[int], cou
             images, labels = cache.read(batch)
             truth = one_hot(labels, len(cache.structures)).bool()
             masks = propose(images)
-            parts = {"truth": truth.sum((2, 3)), "sizes": masks.sum((3, 4)), "overlaps": (masks & truth[:, :, None]).sum((3, 4))}
+            parts = {
+                "truth": truth.sum((2, 3)),
+                "sizes": masks.sum((3, 4)),
+                "overlaps": (masks & truth[:, :, None]).sum((3, 4)),
+            }
             for k in counts:
                 agreed = masks[:, :, :k].sum(2) * 2 >= k
                 parts |= {f"agreed_sizes {k}": agreed.sum((2, 3)), f"agreed_overlaps {k}": (agreed & truth).sum((2, 3))}
@@ -243,7 +297,11 @@ def count_slices(propose: Propose, cache: SliceCache, chosen: Sequence[int], cou
                 found.setdefault(name, []).append(part.numpy())
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.with_suffix(".tmp").open("wb") as stream:
-            np.savez(stream, volume=[cache.index[i][0] for i in chosen], **{name: np.concatenate(parts) for name, parts in found.items()})  # type: ignore[arg-type]
+            np.savez(
+                stream,
+                volume=[cache.index[i][0] for i in chosen],
+                **{name: np.concatenate(parts) for name, parts in found.items()},
+            )  # type: ignore[arg-type]
         file.with_suffix(".tmp").replace(file)
     with np.load(file) as kept:
         return Counts(
@@ -255,7 +313,9 @@ def count_slices(propose: Propose, cache: SliceCache, chosen: Sequence[int], cou
 def pool_dice(counts: Counts, sizes: np.ndarray, overlaps: np.ndarray) -> np.ndarray:
     """Dice per volume and structure, (V, P, ...) for counts of (S, P, ...); NaN where no slice shows the structure."""
     volumes = range(int(counts.volume.max()) + 1)
-    truth, size, overlap = (np.stack([part[counts.volume == v].sum(0) for v in volumes]) for part in (counts.truth, sizes, overlaps))
+    truth, size, overlap = (
+        np.stack([part[counts.volume == v].sum(0) for v in volumes]) for part in (counts.truth, sizes, overlaps)
+    )
     truth = truth.reshape(truth.shape + (1,) * (size.ndim - truth.ndim))
     return np.where(truth > 0, 2 * overlap / np.maximum(truth + size, 1), np.nan)
 
@@ -264,19 +324,24 @@ def score_counts(counts: Counts, structures: Sequence[str], k: int) -> dict[str,
     """Figures of the first K answers.
 
     Returns:
-        Dice of "single", "consensus", "best" (of K, per volume) and "best per slice" (another answer may be picked on every slice), each the
-        means of `average_groups` and per structure; and where something is drawn that is not there, for a single answer and the consensus.
+        Dice of "single", "consensus", "best" (of K, per volume) and "best per slice" (another answer may be picked on
+        every slice), each the means of `average_groups` and per structure; and where something is drawn that is not
+        there, for a single answer and the consensus.
     """
     dice = pool_dice(counts, counts.sizes[..., :k], counts.overlaps[..., :k])
     sizes, overlaps = counts.sizes[..., :k], counts.overlaps[..., :k]
     # On a slice without the structure the best answer is the one that draws least.
-    each = np.where(counts.truth[..., None] > 0, 2 * overlaps / np.maximum(counts.truth[..., None] + sizes, 1), -sizes.astype(float))
+    each = np.where(
+        counts.truth[..., None] > 0, 2 * overlaps / np.maximum(counts.truth[..., None] + sizes, 1), -sizes.astype(float)
+    )
     picked = each.argmax(axis=-1)[..., None]
     kinds = {
         "single": dice.mean(axis=-1),
         "consensus": pool_dice(counts, counts.agreed_sizes[k], counts.agreed_overlaps[k]),
         "best": dice.max(axis=-1),
-        "best per slice": pool_dice(counts, *(np.take_along_axis(part, picked, -1)[..., 0] for part in (sizes, overlaps))),
+        "best per slice": pool_dice(
+            counts, *(np.take_along_axis(part, picked, -1)[..., 0] for part in (sizes, overlaps))
+        ),
     }
     absent = counts.truth == 0
     result: dict[str, Any] = {}
@@ -287,7 +352,9 @@ def score_counts(counts: Counts, structures: Sequence[str], k: int) -> dict[str,
     result["drawn where absent"] = {
         kind: {
             "all": float(d[absent].mean()),
-            "structures": {s: float(d[:, p][absent[:, p]].mean()) for p, s in enumerate(structures) if absent[:, p].any()},
+            "structures": {
+                s: float(d[:, p][absent[:, p]].mean()) for p, s in enumerate(structures) if absent[:, p].any()
+            },
         }
         for kind, d in drawn.items()
     }
@@ -295,7 +362,13 @@ def score_counts(counts: Counts, structures: Sequence[str], k: int) -> dict[str,
 
 
 def propose_shipped(
-    pipeline: ProposalPipeline, structures: Sequence[str], gate: float, count: int, steps: int, guidance: float, seed: int = 0
+    pipeline: ProposalPipeline,
+    structures: Sequence[str],
+    gate: float,
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int = 0,
 ) -> Propose:
     """The shipped model's K proposals, as `Engine.propose` draws them."""
     prompts = pipeline.encode_prompts(structures)
@@ -360,7 +433,10 @@ def list_methods(options: argparse.Namespace, data: Data) -> dict[str, tuple[Cal
     for steps in (1, 4, 8):
         methods[f"{steps} step{'s' if steps > 1 else ''}"] = (partial(draw_shipped, steps, 1.0), many)
     for steps in (2, 1, 4, 8):
-        methods[f"{steps} step{'s' if steps > 1 else ''}, guidance {GUIDANCE:g}"] = (partial(draw_shipped, steps, GUIDANCE), many)
+        methods[f"{steps} step{'s' if steps > 1 else ''}, guidance {GUIDANCE:g}"] = (
+            partial(draw_shipped, steps, GUIDANCE),
+            many,
+        )
     return methods
 
 
@@ -373,7 +449,10 @@ def measure_methods(options: argparse.Namespace) -> None:
     wanted = options.methods or list(methods)
     unknown = [name for name in wanted if name not in methods]
     if unknown:
-        sys.exit(f"There is no method {', '.join(unknown)}; there are {', '.join(methods)} (the rivals after `unet` and `gms`).")
+        sys.exit(
+            f"There is no method {', '.join(unknown)}; there are {', '.join(methods)} "
+            "(the rivals after `unet` and `gms`)."
+        )
     rows: dict[str, Any] = {}
     for name in wanted:
         start, ks = methods[name]
@@ -394,11 +473,20 @@ def measure_methods(options: argparse.Namespace) -> None:
 
 
 def find_key(options: argparse.Namespace, data: Data, name: str, *settings: Any) -> str:
-    """What the results of a method depend on, in 16 letters: settings, held-out volumes, the shipped weights and those of the rival."""
+    """What the results of a method depend on, in 16 letters: settings, held-out volumes, the shipped weights and those
+    of the rival.
+    """
     rival = {"U-Net": "unet", "GMS": "gms"}.get(name.split(",")[0])
     weights = [] if rival is None else [(options.work / rival / f"{rival}.safetensors").read_bytes()]
     shipped = compute_conditioning_digest(options.model), compute_backbone_digest(options.model / "backbone")
-    known = [name, options.smoke, *settings, sorted(data.validation.digests.items()), shipped, [hashlib.sha256(w).hexdigest() for w in weights]]
+    known = [
+        name,
+        options.smoke,
+        *settings,
+        sorted(data.validation.digests.items()),
+        shipped,
+        [hashlib.sha256(w).hexdigest() for w in weights],
+    ]
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:16]
 
 
@@ -412,7 +500,10 @@ def join_counts(parts: Sequence[Counts]) -> Counts:
     def join(name: str) -> np.ndarray:
         return np.concatenate([getattr(part, name) for part in parts])
 
-    agreed = ({k: np.concatenate([getattr(part, name)[k] for part in parts]) for k in parts[0].agreed_sizes} for name in AGREED)
+    agreed = (
+        {k: np.concatenate([getattr(part, name)[k] for part in parts]) for k in parts[0].agreed_sizes}
+        for name in AGREED
+    )
     return Counts(join("volume"), join("truth"), join("sizes"), join("overlaps"), *agreed)
 
 
@@ -423,17 +514,26 @@ def measure_volumes(options: argparse.Namespace) -> None:
     """Whole volumes by the rules of `progidiff evaluate`, as drawn and with the largest connected part only."""
     data = load_data(options)
     matched, _ = match_structures(load_label_names(options.studies), data.card.structures)
-    networks: dict[str, Callable[[Volume], VolumeProposals]] = {"shipped": lambda volume: propose_volume(options, data, volume)}
+    networks: dict[str, Callable[[Volume], VolumeProposals]] = {
+        "shipped": lambda volume: propose_volume(options, data, volume)
+    }
     if (options.work / "unet" / "unet.json").is_file():
-        networks["U-Net"] = lambda volume: draw_volume(load_unet(options.work / "unet").predict, data.card, volume, "U-Net")
+        networks["U-Net"] = lambda volume: draw_volume(
+            load_unet(options.work / "unet").predict, data.card, volume, "U-Net"
+        )
     if (options.work / "gms" / "gms.json").is_file():
         networks["GMS"] = lambda volume: draw_volume(
-            load_gms(options.work / "gms", load_shipped(options), data.card.structures).predict, data.card, volume, "GMS"
+            load_gms(options.work / "gms", load_shipped(options), data.card.structures).predict,
+            data.card,
+            volume,
+            "GMS",
         )
     result: dict[str, Any] = {}
     for name in options.methods or list(networks):
         file = options.work / "volumes" / f"{find_key(options, data, name, options.num_proposals)}.json"
-        entries: dict[str, list[dict[str, Any]]] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {kind: [] for kind in CLEANING}
+        entries: dict[str, list[dict[str, Any]]] = (
+            json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {kind: [] for kind in CLEANING}
+        )
         for case in data.cases[len(entries["as drawn"]) :]:
             started = time.process_time()
             volume = load_volume(case.image, "CT")
@@ -445,9 +545,17 @@ def measure_volumes(options: argparse.Namespace) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.with_suffix(".tmp").write_text(json.dumps(entries), encoding="utf-8")
             file.with_suffix(".tmp").replace(file)
-            tell(f"{name}, {case.name}: drawn in {drawn - started:.0f} s, scored in {time.process_time() - drawn:.0f} s")
-        result[name] = {kind: {"summary": summarise(cases, list(matched)), "cases": cases} for kind, cases in entries.items()}
-        settings = {"model": data.card.full_name, "num_proposals": 2 if options.smoke else options.num_proposals, "rules": RULES}
+            tell(
+                f"{name}, {case.name}: drawn in {drawn - started:.0f} s, scored in {time.process_time() - drawn:.0f} s"
+            )
+        result[name] = {
+            kind: {"summary": summarise(cases, list(matched)), "cases": cases} for kind, cases in entries.items()
+        }
+        settings = {
+            "model": data.card.full_name,
+            "num_proposals": 2 if options.smoke else options.num_proposals,
+            "rules": RULES,
+        }
         add_part(options.out, "volumes", {"command": find_command(), **settings, "networks": result})
 
 
@@ -458,15 +566,23 @@ AGREED = ("agreed_sizes", "agreed_overlaps")
 
 
 def propose_volume(options: argparse.Namespace, data: Data, volume: Volume) -> VolumeProposals:
-    """What the server answers, without an adapter; kept and taken from `--keep` (as by islands.py), where they may be more."""
+    """What the server answers, without an adapter; kept and taken from `--keep` (as by islands.py), where they may be
+    more.
+    """
     count = 2 if options.smoke else options.num_proposals
     folder = options.keep / volume.name if options.keep else None
     if folder is not None and (folder / "proposals.json").is_file():
         kept = VolumeProposals.from_files(folder)
         wanted = (data.card.full_name, "", data.card.num_inference_steps, data.card.structures)
-        if (kept.model_version, kept.adapter, kept.num_inference_steps, kept.structures) != wanted or kept.num_proposals < count:
+        if (
+            kept.model_version,
+            kept.adapter,
+            kept.num_inference_steps,
+            kept.structures,
+        ) != wanted or kept.num_proposals < count:
             sys.exit(
-                f"'{folder}' holds {kept.num_proposals} proposals of {kept.model_version} in {kept.num_inference_steps} steps; name another --keep."
+                f"'{folder}' holds {kept.num_proposals} proposals of {kept.model_version} "
+                f"in {kept.num_inference_steps} steps; name another --keep."
             )
         return replace(kept, probabilities=kept.probabilities[:, :count].copy())
     queries = [Query(name, name) for name in data.card.structures]
@@ -477,14 +593,17 @@ def propose_volume(options: argparse.Namespace, data: Data, volume: Volume) -> V
 
 
 def draw_volume(predict: Callable[[Tensor], Tensor], card: ModelCard, volume: Volume, name: str) -> VolumeProposals:
-    """One answer of a rival for a whole volume, in the shape of proposals, so that it goes the same way back to the grid of the input.
+    """One answer of a rival for a whole volume, in the shape of proposals, so that it goes the same way back to the
+    grid of the input.
 
     Args:
         predict: Slices (N, C, H, W) -> membership (N, P, H, W) in [0, 1].
     """
     config = card.conditioning
     stack, spacing = volume.to_stack()
-    grid = plan_working_grid(stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range)
+    grid = plan_working_grid(
+        stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range
+    )
     drawn = np.zeros((len(card.structures), 1, len(stack), config.height, config.width), np.uint8)
     started = time.monotonic()
     for start in range(0, len(stack), 16):
@@ -493,7 +612,11 @@ def draw_volume(predict: Callable[[Tensor], Tensor], card: ModelCard, volume: Vo
         masks = (predict(images) * 255).round().to(torch.uint8).numpy().transpose(1, 0, 2, 3)
         drawn[:, 0, part] = masks * (masks >= 128).any(axis=(2, 3), keepdims=True)
     settings = {"seed": 0, "num_inference_steps": 1, "guidance_scale": 1.0, "model_version": name, "adapter": ""}
-    source = {"modality": volume.modality, "modality_source": volume.modality_source, "seconds": time.monotonic() - started}
+    source = {
+        "modality": volume.modality,
+        "modality_source": volume.modality_source,
+        "seconds": time.monotonic() - started,
+    }
     return VolumeProposals(structures=card.structures, probabilities=drawn, grid=grid, **settings, **source)  # type: ignore[arg-type]
 
 
@@ -505,7 +628,9 @@ def find_command() -> str:
 
 
 def add_part(out: Path | None, name: str, part: Mapping[str, Any]) -> None:
-    """Put the results of a command into the JSON file; those of others stay, and so do other methods and networks of the same command."""
+    """Put the results of a command into the JSON file; those of others stay, and so do other methods and networks of
+    the same command.
+    """
     if out is None:
         return
     report = json.loads(out.read_text(encoding="utf-8")) if out.is_file() else {}
@@ -545,14 +670,20 @@ def format_curves(report: Mapping[str, Any]) -> str:
     for what, name in (("unet", "U-Net"), ("gms", "GMS")):
         for point in report.get(what, {}).get("curve", ()):
             figures = (show(point["transunet_8"]), show(point["all"]))
-            lines.append(format_row(name, f"{point['minutes']:.0f}", str(point["step"]), str(point["slices"]), *figures))
+            lines.append(
+                format_row(name, f"{point['minutes']:.0f}", str(point["step"]), str(point["slices"]), *figures)
+            )
     return "\n".join(lines)
 
 
 def format_methods(report: Mapping[str, Any]) -> str:
     """Single, consensus and best of K; means of 8 (of all) structures."""
     part = report["slices"]
-    lines = [format_head("method", "K", "single", "consensus", "best of K", "best of K, picked per slice", "drawn where absent")]
+    lines = [
+        format_head(
+            "method", "K", "single", "consensus", "best of K", "best of K, picked per slice", "drawn where absent"
+        )
+    ]
     for name, by_k in part["methods"].items():
         for k, row in by_k.items():
             kinds = ("single", "consensus", "best", "best per slice")
@@ -568,7 +699,9 @@ def format_structures(report: Mapping[str, Any]) -> str:
     methods = {name: by_k[max(by_k, key=int)] for name, by_k in report["slices"]["methods"].items()}
     lines = [format_head("structure", *(f"{name}" for name in methods))]
     structures = next(iter(methods.values()))["consensus"]["structures"]
-    lines += [format_row(s, *(show(row["consensus"]["structures"].get(s)) for row in methods.values())) for s in structures]
+    lines += [
+        format_row(s, *(show(row["consensus"]["structures"].get(s)) for row in methods.values())) for s in structures
+    ]
     for group, title in (("transunet_8", "mean of 8"), ("all", "mean of all")):
         lines.append(format_row(title, *(show(row["consensus"][group]) for row in methods.values())))
     return "\n".join(lines)
@@ -583,10 +716,14 @@ def format_volumes(report: Mapping[str, Any]) -> str:
     lines = [format_head(*head)]
     columns = [networks[name][kind]["summary"] for name in networks for kind in CLEANING]
     for structure in columns[0]["consensus"]["dice"]:
-        cells = [show(c["consensus"][metric].get(structure), d) for c in columns for metric, d in (("dice", 3), ("hd95", 1))]
+        cells = [
+            show(c["consensus"][metric].get(structure), d) for c in columns for metric, d in (("dice", 3), ("hd95", 1))
+        ]
         lines.append(format_row(structure, *cells))
     for group, title in (("transunet_8", "mean of 8"), ("all", "mean of all")):
-        cells = [show(c["mean"]["consensus"][metric][group], d) for c in columns for metric, d in (("dice", 3), ("hd95", 1))]
+        cells = [
+            show(c["mean"]["consensus"][metric][group], d) for c in columns for metric, d in (("dice", 3), ("hd95", 1))
+        ]
         lines.append(format_row(title, *cells))
     cells = [text for c in columns for text in (f"{100 * c['false_positives']['consensus']['all_slices']:.1f} %", "")]
     lines.append(format_row("drawn on slices without it", *cells))
@@ -596,7 +733,12 @@ def format_volumes(report: Mapping[str, Any]) -> str:
 def print_tables(options: argparse.Namespace) -> None:
     """Everything that the JSON file holds, in Markdown."""
     report = json.loads(options.out.read_text(encoding="utf-8"))
-    tables = {("unet", "gms"): format_curves, ("slices",): format_methods, ("slices", ""): format_structures, ("volumes",): format_volumes}
+    tables = {
+        ("unet", "gms"): format_curves,
+        ("slices",): format_methods,
+        ("slices", ""): format_structures,
+        ("volumes",): format_volumes,
+    }
     for needs, draw in tables.items():
         if any(name in report for name in needs):
             print(draw(report) + "\n")
@@ -609,24 +751,47 @@ def tell(text: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--studies", type=Path, default=ROOT / ".." / "shared" / "data" / "ct", help="local datastore with labels/final, labels.json")
+    common.add_argument(
+        "--studies",
+        type=Path,
+        default=ROOT / ".." / "shared" / "data" / "ct",
+        help="local datastore with labels/final, labels.json",
+    )
     common.add_argument("--cases", nargs="*", default=list(HELD_OUT), help="held out and measured")
     common.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
-    common.add_argument("--work", type=Path, default=ROOT / "runs" / "segmentation", help="caches, checkpoints and what is done already")
+    common.add_argument(
+        "--work", type=Path, default=ROOT / "runs" / "segmentation", help="caches, checkpoints and what is done already"
+    )
     common.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "segmentation.json")
     common.add_argument("--threads", type=int, default=1)
     common.add_argument("--smoke", action="store_true", help="a size for tests")
     commands = parser.add_subparsers(dest="what", required=True)
     for what, run, minutes, every in (("unet", train_unet, 30.0, 2), ("gms", train_gms, 13.0, 6)):
         part = commands.add_parser(what, parents=[common], help=run.__doc__)
-        part.add_argument("--minutes", type=float, default=minutes, help="of processor time of one core; more than before continues")
+        part.add_argument(
+            "--minutes", type=float, default=minutes, help="of processor time of one core; more than before continues"
+        )
         part.add_argument("--validate-minutes", type=float, default=3.0)
-        part.add_argument("--anneal-minutes", type=float, default=4.0, help="over which the learning rate falls at the end")
+        part.add_argument(
+            "--anneal-minutes", type=float, default=4.0, help="over which the learning rate falls at the end"
+        )
         part.add_argument("--every", type=int, default=every, help="validate on every n-th slice")
         if what == "unet":
-            part.add_argument("--cross-entropy", type=float, default=1.0, help="its weight beside the Dice loss; may change when training goes on")
-            part.add_argument("--smooth", type=float, default=1e-5, help="pixels added to both parts of the Dice loss; may change as well")
-            part.add_argument("--dropout", type=float, default=0.2, help="share of the channels dropped after the two coarsest levels")
+            part.add_argument(
+                "--cross-entropy",
+                type=float,
+                default=1.0,
+                help="its weight beside the Dice loss; may change when training goes on",
+            )
+            part.add_argument(
+                "--smooth",
+                type=float,
+                default=1e-5,
+                help="pixels added to both parts of the Dice loss; may change as well",
+            )
+            part.add_argument(
+                "--dropout", type=float, default=0.2, help="share of the channels dropped after the two coarsest levels"
+            )
         part.set_defaults(run=run)
     part = commands.add_parser("slices", parents=[common], help=measure_methods.__doc__)
     part.add_argument("--every", type=int, help="every n-th slice (default: 3)")
@@ -635,7 +800,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     part = commands.add_parser("volumes", parents=[common], help=measure_volumes.__doc__)
     part.add_argument("--methods", nargs="*", help="shipped, U-Net, GMS (default: all that are trained)")
     part.add_argument("--num-proposals", type=int, default=4)
-    part.add_argument("--keep", type=Path, help="folder to keep the shipped model's proposals in, and to take them from")
+    part.add_argument(
+        "--keep", type=Path, help="folder to keep the shipped model's proposals in, and to take them from"
+    )
     part.set_defaults(run=measure_volumes)
     commands.add_parser("tables", parents=[common], help=print_tables.__doc__).set_defaults(run=print_tables)
     options = parser.parse_args(arguments)

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Many clients at once on a real server, for a while: answers, waiting times, memory, temporary files, and every saved label.
+"""Many clients at once on a real server, for a while: answers, waiting times, memory, temporary files, and every saved
+label.
 
     python benchmarks/soak.py                                                 # a model of toy width, made on the spot
-    python benchmarks/soak.py --model apps/progidiff/model --image sample_datastore/sample_ct_abdomen.nii.gz --requests 60
+    python benchmarks/soak.py --model apps/progidiff/model --image sample_datastore/sample_ct_abdomen.nii.gz --requests
+    60
 
-Eight clients ask for proposals and two save labels, slice by slice and whole, while a training runs and another client asks
-`/info/` four times a second. Every answer that is not 200 must have a reason, and `Retry-After` if it is a 503; a client that is told
-to come back waits for so long. At the end every acknowledged label is fetched and compared. Exit code 1 if anything of that fails.
+Eight clients ask for proposals and two save labels, slice by slice and whole, while a training runs and another client
+asks `/info/` four times a second. Every answer that is not 200 must have a reason, and `Retry-After` if it is a 503; a
+client that is told to come back waits for so long. At the end every acknowledged label is fetched and compared. Exit
+code 1 if anything of that fails.
 """
 
 from __future__ import annotations
@@ -40,7 +43,15 @@ from progidiff.testing import build_tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
 APP = ROOT / "apps" / "progidiff"
-TRAINING = {"steps": 100_000, "validate_every": 1000, "patience": 1000, "batch_size": 2, "rank": 2, "learning_rate": 1e-4, "name": "soak"}
+TRAINING = {
+    "steps": 100_000,
+    "validate_every": 1000,
+    "patience": 1000,
+    "batch_size": 2,
+    "rank": 2,
+    "learning_rate": 1e-4,
+    "name": "soak",
+}
 LABELS = {"liver": 6, "spleen": 1}
 PROMPTS = ("liver", "spleen", "liver and spleen", "left kidney")
 WARM_UP = 0.5
@@ -94,12 +105,19 @@ class Load:
         asked: tuple[str, dict[str, Any]] | None = None
         while self.take():
             if asked is None or chosen.random() > 0.2:
-                params = {"prompt": chosen.choice(PROMPTS), "num_proposals": 2, "steps": 1, "seed": chosen.randrange(2**31)}
+                params = {
+                    "prompt": chosen.choice(PROMPTS),
+                    "num_proposals": 2,
+                    "steps": 1,
+                    "seed": chosen.randrange(2**31),
+                }
                 asked = (chosen.choice(images), params)
             image, params = asked
             started = time.monotonic()
             form = {"params": (None, json.dumps(params))}
-            answer = requests.post(f"{self.url}/infer/progidiff", params={"image": image, "output": "json"}, files=form, timeout=3600)
+            answer = requests.post(
+                f"{self.url}/infer/progidiff", params={"image": image, "output": "json"}, files=form, timeout=3600
+            )
             seconds = time.monotonic() - started
             self.note("infer", answer, seconds)
             if answer.ok:
@@ -125,7 +143,9 @@ class Load:
             about["slices"] = slices
         files = {"label": ("label.nii", content), "params": (None, json.dumps(about))}
         started = time.monotonic()
-        answer = requests.put(f"{self.url}/datastore/label", params={"image": image, "tag": "final"}, files=files, timeout=600)
+        answer = requests.put(
+            f"{self.url}/datastore/label", params={"image": image, "tag": "final"}, files=files, timeout=600
+        )
         seconds = time.monotonic() - started
         self.note("save", answer, seconds)
         if answer.ok:
@@ -133,7 +153,9 @@ class Load:
             with self._lock:
                 self.seconds["save"].append(seconds)
                 sha256 = hashlib.sha256(content).hexdigest() if slices is None else None
-                self.acknowledged.append({"image": image, "sequence": told["sequence"], "slices": slices, "seed": seed, "sha256": sha256})
+                self.acknowledged.append(
+                    {"image": image, "sequence": told["sequence"], "slices": slices, "seed": seed, "sha256": sha256}
+                )
 
     def poll(self, stop: threading.Event) -> None:
         """Ask `/info/` four times a second."""
@@ -149,7 +171,9 @@ class Load:
         lost = []
         with tempfile.TemporaryDirectory() as folder:
             for save in self.acknowledged:
-                answer = requests.get(f"{self.url}/progidiff/annotations/{save['image']}/{save['sequence']}/label", timeout=60)
+                answer = requests.get(
+                    f"{self.url}/progidiff/annotations/{save['image']}/{save['sequence']}/label", timeout=60
+                )
                 suffix = ".nii.gz" if answer.content[:2] == b"\x1f\x8b" else ".nii"
                 path = Path(folder) / f"label{suffix}"
                 path.write_bytes(answer.content)
@@ -157,7 +181,9 @@ class Load:
                 if same:
                     kept = np.asarray(nibabel.load(path).dataobj)
                     slices = range(kept.shape[2]) if save["slices"] is None else save["slices"]
-                    same = all(np.array_equal(kept[..., z], draw_mask(kept.shape, save["seed"])[..., z]) for z in slices)
+                    same = all(
+                        np.array_equal(kept[..., z], draw_mask(kept.shape, save["seed"])[..., z]) for z in slices
+                    )
                 if not same:
                     lost.append(f"save {save['sequence']} of {save['image']}")
         return lost
@@ -216,7 +242,9 @@ def write_studies(studies: Path, image: Path | None, count: int) -> list[str]:
         body = np.where((i / 0.8) ** 2 + (j / 0.75) ** 2 < 1, 40.0, -1000.0)
         noise = np.random.default_rng(number).normal(0, 8, (*body.shape, 16))
         affine = np.diag([-7.0, 7.0, 5.0, 1.0])
-        nibabel.save(nibabel.Nifti1Image((body[..., None] + noise).astype(np.int16), affine), studies / f"{name}.nii.gz")
+        nibabel.save(
+            nibabel.Nifti1Image((body[..., None] + noise).astype(np.int16), affine), studies / f"{name}.nii.gz"
+        )
     return names
 
 
@@ -229,8 +257,28 @@ def run_server(folder: Path, model: Path, conf: list[str]) -> Iterator[tuple[str
     app = folder / "app"
     shutil.copytree(APP, app, ignore=shutil.ignore_patterns("model", "logs", "__pycache__"))
     (folder / "tmp").mkdir()
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(app), "--studies", str(folder / "studies")]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--conf", "model_dir", str(model), "--conf", "adapters", str(folder / "adapters")]
+    command = [
+        sys.executable,
+        "-m",
+        "monailabel.main",
+        "start_server",
+        "--app",
+        str(app),
+        "--studies",
+        str(folder / "studies"),
+    ]
+    command += [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--conf",
+        "model_dir",
+        str(model),
+        "--conf",
+        "adapters",
+        str(folder / "adapters"),
+    ]
     command += ["--conf", "score_pool", "off", *conf]
     environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "MONAI_LABEL_SESSION_PATH": str(folder / "sessions")}
     log = folder / "server.log"
@@ -263,7 +311,12 @@ def find_percentiles(seconds: list[float]) -> dict[str, float]:
     if not seconds:
         return {"count": 0}
     p50, p95 = np.percentile(seconds, [50, 95])
-    return {"count": len(seconds), "p50_ms": round(1000 * p50, 1), "p95_ms": round(1000 * p95, 1), "max_ms": round(1000 * max(seconds), 1)}
+    return {
+        "count": len(seconds),
+        "p50_ms": round(1000 * p50, 1),
+        "p95_ms": round(1000 * p95, 1),
+        "max_ms": round(1000 * max(seconds), 1),
+    }
 
 
 def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -288,7 +341,9 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         stop = threading.Event()
         poll = threading.Thread(target=load.poll, args=(stop,))
         clients = [threading.Thread(target=load.infer, args=(f"infer-{k}", images)) for k in range(arguments.inferring)]
-        clients += [threading.Thread(target=load.save, args=(f"save-{k}", images, studies)) for k in range(arguments.saving)]
+        clients += [
+            threading.Thread(target=load.save, args=(f"save-{k}", images, studies)) for k in range(arguments.saving)
+        ]
         load.deadline = time.monotonic() + arguments.seconds
         began = time.monotonic()
         for thread in (poll, *clients):
@@ -307,7 +362,11 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         answered = list(load.by_client.values()) or [0]
         report = {
             "command": "python benchmarks/soak.py " + " ".join(sys.argv[1:]),
-            "machine": {"python": platform.python_version(), "cpus": os.cpu_count(), "load_before": round(arguments.load_before, 1)},
+            "machine": {
+                "python": platform.python_version(),
+                "cpus": os.cpu_count(),
+                "load_before": round(arguments.load_before, 1),
+            },
             "model": "toy width" if arguments.model is None else load_card(model).full_name,
             "clients": {"inferring": arguments.inferring, "saving": arguments.saving},
             "requests": load.asked,
@@ -329,14 +388,25 @@ def run(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a model folder, e.g. apps/progidiff/model; left out for one of toy width")
-    parser.add_argument("--image", type=Path, help="a NIfTI volume (.nii.gz) to serve copies of; left out for synthetic ones")
+    parser.add_argument(
+        "--model", type=Path, help="a model folder, e.g. apps/progidiff/model; left out for one of toy width"
+    )
+    parser.add_argument(
+        "--image", type=Path, help="a NIfTI volume (.nii.gz) to serve copies of; left out for synthetic ones"
+    )
     parser.add_argument("--images", type=int, default=6)
     parser.add_argument("--requests", type=int, default=500, help="inferences and saves together")
     parser.add_argument("--seconds", type=float, default=1800.0, help="no new request after so long")
     parser.add_argument("--inferring", type=int, default=8, help="clients")
     parser.add_argument("--saving", type=int, default=2, help="clients")
-    parser.add_argument("--conf", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="option of the app, e.g. --conf device cuda")
+    parser.add_argument(
+        "--conf",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("NAME", "VALUE"),
+        help="option of the app, e.g. --conf device cuda",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "soak.json", help="JSON with the figures")
     arguments = parser.parse_args()
     arguments.load_before = os.getloadavg()[0]

@@ -1,22 +1,24 @@
 """Does the prompt decide what is drawn? The right name against wrong, empty, swapped and never-seen ones.
 
-    python benchmarks/text_controls.py --studies ../shared/data/ct --cases img0024 img0033 img0039 --out benchmarks/results/text_controls.json
+    python benchmarks/text_controls.py --studies ../shared/data/ct --cases img0024 img0033 img0039 --out
+    benchmarks/results/text_controls.json
 
-Every text is drawn on every sixth slice (K = 4, consensus, no clean-up), and its mask is scored against the structure that was *meant*: Dice
-pooled over the slices of a case, mean over cases, mean over structures.
+Every text is drawn on every sixth slice (K = 4, consensus, no clean-up), and its mask is scored against the structure
+that was *meant*: Dice pooled over the slices of a case, mean over cases, mean over structures.
 
-* **right**: the structure's name. **training synonyms**: other phrases that training showed (`prompts.training_phrases`).
-* **unseen synonyms**: phrases that training never showed (`prompts.heldout_phrases`). **descriptions**: a plain sentence that does not name
-  the structure, written for this test before it was run once.
-* **shuffled**: the name of another structure, by one permutation without a fixed point (seed 0). **any other name**: the mean over all other
-  names. **swapped**: "left" for "right" of the four structures that have a side; "swapped, other side" scores the same masks against the side
-  that the text names, which is what right scores on these four.
-* **empty**: no name in the template that every prompt goes through. **unrelated**: things that are not in an abdominal CT or not structures
-  of the model; what counts is the share of slices on which anything is drawn.
+* **right**: the structure's name. **training synonyms**: other phrases that training showed
+  (`prompts.training_phrases`).
+* **unseen synonyms**: phrases that training never showed (`prompts.heldout_phrases`). **descriptions**: a plain
+  sentence that does not name the structure, written for this test before it was run once.
+* **shuffled**: the name of another structure, by one permutation without a fixed point (seed 0). **any other name**:
+  the mean over all other names. **swapped**: "left" for "right" of the four structures that have a side; "swapped,
+  other side" scores the same masks against the side that the text names, which is what right scores on these four.
+* **empty**: no name in the template that every prompt goes through. **unrelated**: things that are not in an abdominal
+  CT or not structures of the model; what counts is the share of slices on which anything is drawn.
 
-The server reads prompts before the model does (`progidiff.prompts.parser`): synonyms that it knows, the unseen ones here among them, become the
-structure's name and give exactly its masks, an empty prompt is refused, and so is an unknown one unless `allow_free_text` is set. Here all
-texts go to the text encoder as they are, as free text does.
+The server reads prompts before the model does (`progidiff.prompts.parser`): synonyms that it knows, the unseen ones
+here among them, become the structure's name and give exactly its masks, an empty prompt is refused, and so is an
+unknown one unless `allow_free_text` is set. Here all texts go to the text encoder as they are, as free text does.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ from typing import Any
 
 import numpy as np
 
-from progidiff.evaluation.evaluate import TRANSUNET_STRUCTURES, list_cases, load_label_names, match_structures, save_report
+from progidiff.evaluation.evaluate import (
+    TRANSUNET_STRUCTURES,
+    list_cases,
+    load_label_names,
+    match_structures,
+    save_report,
+)
 from progidiff.images.volume import load_label, load_volume
 from progidiff.prompts.parser import Query, heldout_phrases, training_phrases
 from progidiff.proposals.engine import Engine
@@ -66,7 +74,11 @@ def list_texts(structures: Sequence[str]) -> list[str]:
     """Every text that is drawn, once."""
     texts = [*structures, EMPTY, *UNRELATED]
     for name in structures:
-        texts += [*training_phrases(name)[1:], *heldout_phrases(name), *([DESCRIPTIONS[name]] if name in DESCRIPTIONS else [])]
+        texts += [
+            *training_phrases(name)[1:],
+            *heldout_phrases(name),
+            *([DESCRIPTIONS[name]] if name in DESCRIPTIONS else []),
+        ]
     return list(dict.fromkeys(texts))
 
 
@@ -86,8 +98,11 @@ def derange(names: Sequence[str], seed: int = 0) -> dict[str, str]:
             return {name: names[other] for name, other in zip(names, order, strict=True)}
 
 
-def measure_case(masks: Mapping[str, np.ndarray], truths: Mapping[str, np.ndarray]) -> tuple[dict[str, dict[str, float | None]], dict[str, float]]:
-    """Dice of every text against every structure (None where the truth is empty), and the share of slices that each text draws on.
+def measure_case(
+    masks: Mapping[str, np.ndarray], truths: Mapping[str, np.ndarray]
+) -> tuple[dict[str, dict[str, float | None]], dict[str, float]]:
+    """Dice of every text against every structure (None where the truth is empty), and the share of slices that each
+    text draws on.
 
     Args:
         masks: Text -> bool of shape (slices, Y, X).
@@ -111,7 +126,8 @@ def summarise(cases: Mapping[str, Mapping[str, Any]], structures: Sequence[str])
         structures: In the order of the model.
 
     Returns:
-        Per control the means over structures ("all", "transunet_8", and "with a side": kidneys and adrenal glands) and `structures`.
+        Per control the means over structures ("all", "transunet_8", and "with a side": kidneys and adrenal glands) and
+        `structures`.
     """
     other = derange(structures)
 
@@ -128,7 +144,9 @@ def summarise(cases: Mapping[str, Mapping[str, Any]], structures: Sequence[str])
         "shuffled": {name: score([other[name]], name) for name in structures},
         "any other name": {name: score([wrong for wrong in structures if wrong != name], name) for name in structures},
         "swapped": {name: score([SIDES[name]], name) for name in structures if SIDES.get(name) in structures},
-        "swapped, other side": {name: score([SIDES[name]], SIDES[name]) for name in structures if SIDES.get(name) in structures},
+        "swapped, other side": {
+            name: score([SIDES[name]], SIDES[name]) for name in structures if SIDES.get(name) in structures
+        },
     }
     table: dict[str, Any] = {}
     for control, values in controls.items():
@@ -142,7 +160,11 @@ def summarise(cases: Mapping[str, Mapping[str, Any]], structures: Sequence[str])
     phrases = {
         name: {
             text: score([text], name)
-            for text in (*training_phrases(name), *heldout_phrases(name), *([DESCRIPTIONS[name]] if name in DESCRIPTIONS else []))
+            for text in (
+                *training_phrases(name),
+                *heldout_phrases(name),
+                *([DESCRIPTIONS[name]] if name in DESCRIPTIONS else []),
+            )
         }
         for name in structures
     }
@@ -151,7 +173,9 @@ def summarise(cases: Mapping[str, Mapping[str, Any]], structures: Sequence[str])
         "right above shuffled": table["right"]["all"] - table["shuffled"]["all"],
         "shuffled to": other,
         "phrases": phrases,
-        "drawn": {text: _mean(case["drawn"][text] for case in cases.values()) for text in (*structures, EMPTY, *UNRELATED)},
+        "drawn": {
+            text: _mean(case["drawn"][text] for case in cases.values()) for text in (*structures, EMPTY, *UNRELATED)
+        },
     }
 
 
@@ -191,11 +215,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for start in range(0, len(texts), options.at_once):
                 part = texts[start : start + options.at_once]
                 queries = [Query(f"text {start + index}", text, known=False) for index, text in enumerate(part)]
-                proposals = engine.propose(volume, queries, num_proposals=options.num_proposals, adapter="none", slices=chosen)
+                proposals = engine.propose(
+                    volume, queries, num_proposals=options.num_proposals, adapter="none", slices=chosen
+                )
                 for query in queries:
                     drawn = [proposals.slice_masks(query.name, z) for z in chosen]
                     masks[query.text] = np.stack([mask.sum(axis=0) * 2 >= len(mask) for mask in drawn])
-            dice, share = measure_case(masks, {name: np.isin(stack[chosen], list(ids)) for name, ids in matched.items()})
+            dice, share = measure_case(
+                masks, {name: np.isin(stack[chosen], list(ids)) for name, ids in matched.items()}
+            )
             cases[case.name] = {"slices": len(chosen), "dice": dice, "drawn": share}
             print(f"{case.name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         report = {
@@ -232,7 +260,10 @@ def print_tables(report: Mapping[str, Any]) -> None:
     shown = ("right", "training synonyms", "unseen synonyms", "descriptions", "empty", "shuffled")
     print(f"\n| structure | {' | '.join(shown)} |\n|---{'|---' * len(shown)}|")
     for name in summary["shuffled to"]:
-        print(f"| {name} | {' | '.join(cell(summary['controls'][control]['structures'].get(name)) for control in shown)} |")
+        print(
+            f"| {name} | "
+            f"{' | '.join(cell(summary['controls'][control]['structures'].get(name)) for control in shown)} |"
+        )
     print("\n| text | drawn on so many of the slices |\n|---|---|")
     for text in (EMPTY, *UNRELATED):
         print(f"| {text or '(empty)'} | {100 * summary['drawn'][text]:.0f} % |")

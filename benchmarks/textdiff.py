@@ -4,30 +4,32 @@
     python benchmarks/textdiff.py --data ../shared/data/monuseg --out benchmarks/results/textdiff.json
     python benchmarks/textdiff.py --summarise benchmarks/results/textdiff.json
 
-The data folder holds train/ and val/, each with images/, labels/ and text.csv. For every seed the training pictures are shuffled
-once and the first 1, 5, 12, 24 of them are a training set, so that smaller sets lie in larger ones. All validation pictures are
-measured at their labels' own resolution. They are the pictures that settings were tried on: TextDiff's recipe at 5 images, and the
-U-Net's learning rate, the better of two at 5 images and one seed. So all figures flatter a little, and differences tell more than
-heights. Steps and threshold (0.5) were fixed before, and are the same for all sizes, seeds and features.
+The data folder holds train/ and val/, each with images/, labels/ and text.csv. For every seed the training pictures are
+shuffled once and the first 1, 5, 12, 24 of them are a training set, so that smaller sets lie in larger ones. All
+validation pictures are measured at their labels' own resolution. They are the pictures that settings were tried on:
+TextDiff's recipe at 5 images, and the U-Net's learning rate, the better of two at 5 images and one seed. So all figures
+flatter a little, and differences tell more than heights. Steps and threshold (0.5) were fixed before, and are the same
+for all sizes, seeds and features.
 
-* "text": TextDiff. The same trained head is also measured with an empty sentence, with the sentence of another picture ("shuffled")
-  and with the text's contribution left out ("no text").
+* "text": TextDiff. The same trained head is also measured with an empty sentence, with the sentence of another picture
+  ("shuffled") and with the text's contribution left out ("no text").
 * "no branch": the head trained without the text branch.
-* "cnn": the same head and the same text branch on the frozen features of EfficientNet-Lite0, trained on ImageNet; four scales at
-  the same strides. Its two packages (the first command; Apache-2.0) are needed for nothing else, so they are in no requirements file;
-  without them these rows are left out.
-* "unet": MONAI's BasicUNet from random weights, on flipped, turned, zoomed and tinted crops, as long as "text" took for the same
-  pictures.
+* "cnn": the same head and the same text branch on the frozen features of EfficientNet-Lite0, trained on ImageNet; four
+  scales at the same strides. Its two packages (the first command; Apache-2.0) are needed for nothing else, so they are
+  in no requirements file; without them these rows are left out.
+* "unet": MONAI's BasicUNet from random weights, on flipped, turned, zoomed and tinted crops, as long as "text" took for
+  the same pictures.
 
-Time is seconds of this process on one core, which other work on the machine does not change as it does the clock. Features are
-cached, and their seconds counted once for every training that uses them. The pre-training of the denoiser (on the unlabelled
-training pictures) and of EfficientNet (on ImageNet) is not counted, nor is the measuring. The working resolution, and the tone that
-pictures are brought to, are the same for all.
+Time is seconds of this process on one core, which other work on the machine does not change as it does the clock.
+Features are cached, and their seconds counted once for every training that uses them. The pre-training of the denoiser
+(on the unlabelled training pictures) and of EfficientNet (on ImageNet) is not counted, nor is the measuring. The
+working resolution, and the tone that pictures are brought to, are the same for all.
 
-Which decoder block and which timestep matter is measured at 5 images and one seed: a head trained on that part of the features alone.
+Which decoder block and which timestep matter is measured at 5 images and one seed: a head trained on that part of the
+features alone.
 
-A run that is stopped goes on where it was: each training is kept in the work folder when it is done. Several runs at once share the
-work, also with other --seeds, --sizes and --arms; --done-only makes the table of what there is.
+A run that is stopped goes on where it was: each training is kept in the work folder when it is done. Several runs at
+once share the work, also with other --seeds, --sizes and --arms; --done-only makes the table of what there is.
 """
 
 from __future__ import annotations
@@ -68,7 +70,9 @@ from progidiff.training.loop import AveragedWeights, derive_seed, find_autocast_
 ROOT = Path(__file__).resolve().parents[1]
 
 STEPS = 120
-"""Of every head. Fewer than the recipe has: all trainings of the table together are to take about an hour of one core."""
+"""Of every head. Fewer than the recipe has: all trainings of the table together are to take about an hour of one
+core.
+"""
 
 ARMS = ("text", "no branch", "cnn", "unet")
 """In the order in which they are trained: the U-Net's time is the first one's."""
@@ -158,8 +162,8 @@ class Cell:
 class ImageNetFeatures:
     """Frozen features of EfficientNet-Lite0 as a `FeatureExtractor`.
 
-    The network halves its input at once; so the working picture is doubled before, and the four maps have the strides 1, 2, 4 and 8
-    of the working picture, as those of the denoiser. What the picture shows is the same for both.
+    The network halves its input at once; so the working picture is doubled before, and the four maps have the strides
+    1, 2, 4 and 8 of the working picture, as those of the denoiser. What the picture shows is the same for both.
     """
 
     BLOCKS = (10, 4, 2, 0)
@@ -208,7 +212,9 @@ class PartOfFeatures:
         picture: Keep the picture that lies beside the finest block's features, if it does.
     """
 
-    def __init__(self, whole: FeatureExtractor, blocks: Sequence[int], timesteps: Sequence[int], label: str, picture: bool) -> None:
+    def __init__(
+        self, whole: FeatureExtractor, blocks: Sequence[int], timesteps: Sequence[int], label: str, picture: bool
+    ) -> None:
         self.whole, self.blocks, self.timesteps, self.picture = whole, tuple(blocks), tuple(timesteps), picture
         self.options = whole.options
         self.channels = tuple(self._pick(torch.empty(1, whole.channels[b], 1, 1), b).shape[1] for b in self.blocks)
@@ -244,7 +250,10 @@ class TimedFeatures:
         """See `FeatureExtractor`."""
         started = time.process_time()
         found = self.inner(pictures, draw)
-        entry = {"seconds": time.process_time() - started, "pixels": pictures.shape[0] * pictures.shape[2] * pictures.shape[3]}
+        entry = {
+            "seconds": time.process_time() - started,
+            "pixels": pictures.shape[0] * pictures.shape[2] * pictures.shape[3],
+        }
         with self.log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(entry) + "\n")
         return found
@@ -269,13 +278,17 @@ class Bench:
     def __init__(self, setup: Setup, data: Path, denoiser: Path, work: Path, log: Callable[[str], None]) -> None:
         self.setup, self.log = setup, log
         self.training, self.validation = (
-            find_cases(data / part / "images", data / part / "labels", data / part / "text.csv") for part in ("train", "val")
+            find_cases(data / part / "images", data / part / "labels", data / part / "text.csv")
+            for part in ("train", "val")
         )
         self.encoder = SentenceEncoder.load()
         features = setup.config.features
         whole = DiffusionFeatures.load(denoiser, features)
         # What the numbers depend on names the folder, so that another size or other weights do not continue an old run.
-        pictures = {case.name: hashlib.sha256(case.image.read_bytes()).hexdigest() for case in (*self.training, *self.validation)}
+        pictures = {
+            case.name: hashlib.sha256(case.image.read_bytes()).hexdigest()
+            for case in (*self.training, *self.validation)
+        }
         parts = json.dumps([asdict(setup), whole.key, sorted(pictures.items())])
         self.folder = work / hashlib.sha256(parts.encode()).hexdigest()[:12]
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -285,10 +298,14 @@ class Bench:
         self.extractors: dict[str, FeatureExtractor] = {"text": self.whole, "no branch": self.whole}
         cached = CachedFeatures(self.whole, self.cache)
         for position, block in enumerate(features.blocks):
-            self.extractors[f"block {block}"] = PartOfFeatures(cached, [position], range(len(features.timesteps)), f"block {block}", picture=False)
+            self.extractors[f"block {block}"] = PartOfFeatures(
+                cached, [position], range(len(features.timesteps)), f"block {block}", picture=False
+            )
         for position, timestep in enumerate(features.timesteps):
             name = f"timestep {timestep}"
-            self.extractors[name] = PartOfFeatures(cached, range(len(features.blocks)), [position], name, picture=features.picture)
+            self.extractors[name] = PartOfFeatures(
+                cached, range(len(features.blocks)), [position], name, picture=features.picture
+            )
         try:
             self.extractors["cnn"] = TimedFeatures(ImageNetFeatures(features), self.folder / "seconds-cnn.jsonl")
         except ImportError as err:
@@ -330,10 +347,15 @@ class Bench:
         cases = self.pick_training(cell.size, cell.seed)
         found = self._train_unet(cell, cases) if cell.arm == "unet" else self._train_head(cell, cases)
         scratch = path.with_suffix(f".{os.getpid()}.tmp")
-        scratch.write_text(json.dumps({**asdict(cell), "cases": [case.name for case in cases], **found}, indent=1) + "\n", encoding="utf-8")
+        scratch.write_text(
+            json.dumps({**asdict(cell), "cases": [case.name for case in cases], **found}, indent=1) + "\n",
+            encoding="utf-8",
+        )
         os.replace(scratch, path)
         dice = mean(score["dice"] for score in found["scores"]["none"].values())
-        self.log(f"{cell.name}: Dice {dice:.4f}, {found['seconds']['counted']:.0f} s counted ({time.strftime('%H:%M:%S')})")
+        self.log(
+            f"{cell.name}: Dice {dice:.4f}, {found['seconds']['counted']:.0f} s counted ({time.strftime('%H:%M:%S')})"
+        )
 
     def _train_head(self, cell: Cell, cases: Sequence[Case]) -> dict[str, Any]:
         extractor = self.extractors[cell.arm]
@@ -342,7 +364,12 @@ class Bench:
         inside = _Stopwatch(extractor)
         started = time.process_time()
         trained = train_textdiff(
-            cases, denoiser=inside, encoder=self.encoder, work=self.folder / "runs" / cell.name, cache=self.cache_folder, config=config
+            cases,
+            denoiser=inside,
+            encoder=self.encoder,
+            work=self.folder / "runs" / cell.name,
+            cache=self.cache_folder,
+            config=config,
         )
         head = time.process_time() - started - inside.seconds
         features = self._count_feature_seconds(extractor, cases, views)
@@ -372,7 +399,10 @@ class Bench:
     def _train_unet(self, cell: Cell, cases: Sequence[Case]) -> dict[str, Any]:
         setup, rate = self.setup, cell.rate
         if rate is None:
-            tried = {r: self.get(Cell("unet", setup.ablation_size, setup.ablation_seed, r)) for r in setup.unet.learning_rates}
+            tried = {
+                r: self.get(Cell("unet", setup.ablation_size, setup.ablation_seed, r))
+                for r in setup.unet.learning_rates
+            }
             rate = max(tried, key=lambda r: mean(score["dice"] for score in tried[r]["scores"]["none"].values()))
             if (cell.size, cell.seed) == (setup.ablation_size, setup.ablation_seed):
                 return {key: tried[rate][key] for key in ("seconds", "steps", "parameters", "learning_rate", "scores")}
@@ -417,15 +447,21 @@ def lock(path: Path, wait: bool) -> Iterator[bool]:
 
 
 def read_working(case: Case, config: TextDiffTrainConfig) -> tuple[Tensor, Tensor]:
-    """A picture, (3, h, w) floats in -1..1, and the share of every class in its pixels, (classes + 1, h, w), at the working resolution."""
+    """A picture, (3, h, w) floats in -1..1, and the share of every class in its pixels, (classes + 1, h, w), at the
+    working resolution.
+    """
     picture = read_picture(case.image)
     pixels = to_working(picture.pixels, config.features.scale, config.features.size, config.features.tone)
     mask = torch.from_numpy(read_classes(case, picture.size, len(config.classes))).long()
-    shares = resize(F.one_hot(mask, len(config.classes) + 1).permute(2, 0, 1)[None].float(), (pixels.shape[1], pixels.shape[2]))[0]
+    shares = resize(
+        F.one_hot(mask, len(config.classes) + 1).permute(2, 0, 1)[None].float(), (pixels.shape[1], pixels.shape[2])
+    )[0]
     return pixels, shares
 
 
-def draw_crops(pictures: Sequence[tuple[Tensor, Tensor]], options: UNetOptions, color: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def draw_crops(
+    pictures: Sequence[tuple[Tensor, Tensor]], options: UNetOptions, color: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """Crops of random pictures with their targets: flipped, turned, zoomed and tinted.
 
     Returns:
@@ -448,7 +484,9 @@ def draw_crops(pictures: Sequence[tuple[Tensor, Tensor]], options: UNetOptions, 
 
 
 def train_unet(cases: Sequence[Case], seconds: float, setup: Setup, rate: float, seed: int) -> tuple[nn.Module, int]:
-    """A U-Net from random weights for so many seconds of this process, reading the pictures included. Returns it and its steps."""
+    """A U-Net from random weights for so many seconds of this process, reading the pictures included. Returns it and
+    its steps.
+    """
     options, config = setup.unet, setup.config
     started = time.process_time()
     torch.manual_seed(seed)
@@ -480,7 +518,9 @@ def train_unet(cases: Sequence[Case], seconds: float, setup: Setup, rate: float,
 
 def make_unet(setup: Setup) -> nn.Module:
     with redirect_stdout(io.StringIO()):  # MONAI prints its sizes
-        return BasicUNet(spatial_dims=2, in_channels=3, out_channels=len(setup.config.classes) + 1, features=setup.unet.features)
+        return BasicUNet(
+            spatial_dims=2, in_channels=3, out_channels=len(setup.config.classes) + 1, features=setup.unet.features
+        )
 
 
 @torch.no_grad()
@@ -490,7 +530,9 @@ def measure_unet(unet: nn.Module, case: Case, setup: Setup) -> dict[str, float]:
     pixels, _ = read_working(case, config)
     dtype = find_autocast_dtype(config.precision, torch.device("cpu"))
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        logits = sliding_window_inference(pixels[None], options.crop, options.batch_size, unet, overlap=0.25, mode="gaussian")
+        logits = sliding_window_inference(
+            pixels[None], options.crop, options.batch_size, unet, overlap=0.25, mode="gaussian"
+        )
     size = read_picture(case.image).size
     probabilities = resize(logits.float().softmax(dim=1), size)[0]
     truth = read_classes(case, size, len(config.classes))
@@ -502,9 +544,9 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
     """Means over seeds and images, and differences to "text" paired by seed.
 
     Returns:
-        {"rows": row -> size -> {"dice", "iou", "sd" (of the seeds' mean Dice), "seconds", "text_minus_this": {"mean", "seeds", "images"}},
-        "ablation": arm -> {"dice", "iou"}, "unet_rates": rate -> Dice}. "seeds" and "images": how many of them (pairs of image and seed)
-        "text" is better in, as "2 of 3".
+        {"rows": row -> size -> {"dice", "iou", "sd" (of the seeds' mean Dice), "seconds", "text_minus_this": {"mean",
+        "seeds", "images"}}, "ablation": arm -> {"dice", "iou"}, "unet_rates": rate -> Dice}. "seeds" and "images": how
+        many of them (pairs of image and seed) "text" is better in, as "2 of 3".
     """
     cells = {(cell["arm"], cell["size"], cell["seed"]): cell for cell in result["cells"] if cell["rate"] is None}
     sizes = sorted({size for _, size, _ in cells})
@@ -526,8 +568,16 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
             if row != "text":
                 ours = [cells["text", size, seed]["scores"]["none"] for seed in seeds]
                 by_seed = [mean(o["dice"] for o in our.values()) - dice for our, dice in zip(ours, dices, strict=True)]
-                by_image = [our[name]["dice"] - images[name]["dice"] for our, images in zip(ours, scores, strict=True) for name in our]
-                found["text_minus_this"] = {"mean": mean(by_seed), "seeds": count_positive(by_seed), "images": count_positive(by_image)}
+                by_image = [
+                    our[name]["dice"] - images[name]["dice"]
+                    for our, images in zip(ours, scores, strict=True)
+                    for name in our
+                ]
+                found["text_minus_this"] = {
+                    "mean": mean(by_seed),
+                    "seeds": count_positive(by_seed),
+                    "images": count_positive(by_image),
+                }
             rows.setdefault(row, {})[str(size)] = found
     chosen = [cell for cell in result["cells"] if cell["arm"].startswith(("block", "timestep"))]
     place = {(cell["size"], cell["seed"]) for cell in chosen}
@@ -539,7 +589,9 @@ def summarise(result: Mapping[str, Any]) -> dict[str, Any]:
         for cell in (*compared, *chosen)
     }
     rates = {
-        f"{cell['rate']:g}": mean(image["dice"] for image in cell["scores"]["none"].values()) for cell in result["cells"] if cell["rate"] is not None
+        f"{cell['rate']:g}": mean(image["dice"] for image in cell["scores"]["none"].values())
+        for cell in result["cells"]
+        if cell["rate"] is not None
     }
     return {"rows": rows, "ablation": ablation, "unet_rates": rates}
 
@@ -557,7 +609,11 @@ def format_table(summary: Mapping[str, Any]) -> str:
     for name, row in summary["rows"].items():
         entries = [f"{row[s]['dice']:.3f} ± {row[s]['sd']:.3f}" if s in row else "" for s in sizes]
         lines.append(f"| {name} | {' | '.join(entries)} |")
-    lines += ["", f"| text minus this (better in seeds; in images) | {' | '.join(heads)} |", f"|---|{'---|' * len(sizes)}"]
+    lines += [
+        "",
+        f"| text minus this (better in seeds; in images) | {' | '.join(heads)} |",
+        f"|---|{'---|' * len(sizes)}",
+    ]
     for name, row in summary["rows"].items():
         if name != "text":
             parts = [row[s]["text_minus_this"] if s in row else None for s in sizes]
@@ -570,7 +626,9 @@ def format_table(summary: Mapping[str, Any]) -> str:
             lines.append(f"| {name} | {' | '.join(entries)} |")
     if summary["ablation"]:
         lines += ["", "| features | Dice | IoU |", "|---|---|---|"]
-        lines += [f"| {name} | {found['dice']:.3f} | {found['iou']:.3f} |" for name, found in summary["ablation"].items()]
+        lines += [
+            f"| {name} | {found['dice']:.3f} | {found['iou']:.3f} |" for name, found in summary["ablation"].items()
+        ]
     return "\n".join(lines)
 
 
@@ -587,14 +645,24 @@ def make_setup(smoke: bool) -> Setup:
     )
     if smoke:
         config = replace(config, schedule=replace(config.schedule, steps=2, warmup=0), crop=32, batch_size=2)
-        return Setup(config, UNetOptions(features=(8, 8, 8, 8, 8, 8), batch_size=2, crop=32), most_views=1, ablation_size=1)
+        return Setup(
+            config, UNetOptions(features=(8, 8, 8, 8, 8, 8), batch_size=2, crop=32), most_views=1, ablation_size=1
+        )
     return Setup(replace(config, schedule=replace(config.schedule, steps=STEPS)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder with train/ and val/, each with images/, labels/ and text.csv")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 12, 24], help="training pictures, in the order in which they are trained on")
+    parser.add_argument(
+        "--data", type=Path, help="folder with train/ and val/, each with images/, labels/ and text.csv"
+    )
+    parser.add_argument(
+        "--sizes",
+        type=int,
+        nargs="+",
+        default=[1, 5, 12, 24],
+        help="training pictures, in the order in which they are trained on",
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--done-only", action="store_true", help="train nothing; the table of what is done")
@@ -614,7 +682,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--data is needed, or --summarise")
     torch.set_num_threads(options.threads)
     setup = make_setup(options.smoke)
-    bench = Bench(setup, options.data, options.denoiser, options.work, lambda text: print(text, file=sys.stderr, flush=True))
+    bench = Bench(
+        setup, options.data, options.denoiser, options.work, lambda text: print(text, file=sys.stderr, flush=True)
+    )
     if max(options.sizes) > len(bench.training):
         sys.exit(f"There are only {len(bench.training)} training pictures; lower --sizes.")
     arms = [arm for arm in options.arms if arm == "unet" or arm in bench.extractors]

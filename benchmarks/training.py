@@ -2,10 +2,11 @@
 
     python benchmarks/training.py --out benchmarks/results/training.json
 
-Step time: the loop of a recipe (drawing, reading and augmenting slices, forward, backward, clipping, AdamW, averaged weights, log)
-against the same networks in a bare PyTorch loop (forward, backward, clipping, AdamW) on batches that lie ready in memory. Blocks of
-both alternate within one process; the figure is the ratio of medians. Memory: a fresh process per pool draws and augments batches;
-resident memory before and after. Volumes are generated; a pool is made of links to a few of them, each prepared on its own.
+Step time: the loop of a recipe (drawing, reading and augmenting slices, forward, backward, clipping, AdamW, averaged
+weights, log) against the same networks in a bare PyTorch loop (forward, backward, clipping, AdamW) on batches that lie
+ready in memory. Blocks of both alternate within one process; the figure is the ratio of medians. Memory: a fresh
+process per pool draws and augments batches; resident memory before and after. Volumes are generated; a pool is made of
+links to a few of them, each prepared on its own.
 """
 
 from __future__ import annotations
@@ -39,7 +40,12 @@ from progidiff.training.proposal_stage import ProposalObjective, ProposalOptions
 from progidiff.training.slice_cache import SliceCache, augment, list_cases
 
 ROOT = Path(__file__).resolve().parents[1]
-ORGANS = {"liver": ((-0.35, 0.0), 0.35), "spleen": ((0.5, -0.2), 0.2), "aorta": ((0.05, -0.35), 0.08), "left kidney": ((0.4, -0.3), 0.15)}
+ORGANS = {
+    "liver": ((-0.35, 0.0), 0.35),
+    "spleen": ((0.5, -0.2), 0.2),
+    "aorta": ((0.05, -0.35), 0.08),
+    "left kidney": ((0.4, -0.3), 0.15),
+}
 
 
 def write_pool(folder: Path, count: int, distinct: int = 4, shape: tuple[int, int, int] = (96, 96, 32)) -> Path:
@@ -71,7 +77,9 @@ def write_pool(folder: Path, count: int, distinct: int = 4, shape: tuple[int, in
 
 
 class Stopwatch:
-    """Times of the steps of both loops; handed to `run_loop` as its question whether to stop, it comes by before every step."""
+    """Times of the steps of both loops; handed to `run_loop` as its question whether to stop, it comes by before every
+    step.
+    """
 
     def __init__(self, bare_step: Callable[[], None], per_block: int) -> None:
         self.wall: dict[str, list[float]] = {"loop": [], "bare": []}
@@ -165,7 +173,10 @@ def measure_recipes(model: Path, pool: Path, blocks: int, per_block: int, slices
 
     proposals = ProposalOptions() if slices is None else ProposalOptions(slices_per_step=slices)
     parts = []
-    for branch, unet in ((pipeline.branch, pipeline.unet), (copy.deepcopy(pipeline.branch), copy.deepcopy(pipeline.unet))):
+    for branch, unet in (
+        (pipeline.branch, pipeline.unet),
+        (copy.deepcopy(pipeline.branch), copy.deepcopy(pipeline.unet)),
+    ):
         branch.requires_grad_(False)
         injection = torch.nn.ModuleDict({n: getattr(branch, n) for n in INJECTION})
         modules = {"unet": unet.requires_grad_(True), "injection": injection.requires_grad_(True)}
@@ -204,7 +215,9 @@ def measure_memory(model: Path, pool: Path, count: int, batches: int) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model", help="the widths that are measured")
+    parser.add_argument(
+        "--model", type=Path, default=ROOT / "apps" / "progidiff" / "model", help="the widths that are measured"
+    )
     parser.add_argument("--blocks", type=int, default=6, help="alternations of the two loops")
     parser.add_argument("--steps", type=int, default=4, help="steps per block")
     parser.add_argument("--slices", type=int, help="slices per step (default: the recipes' own)")
@@ -226,15 +239,30 @@ def main() -> None:
         card = load_card(options.model)
         # Prepared beforehand, so that the processes that are measured only open what is there.
         SliceCache(list_cases(pool), tuple(ORGANS), card.conditioning, pool / "cache")
-        command = [sys.executable, __file__, "--model", str(options.model), "--pool", str(pool), "--batches", str(options.batches)]
+        command = [
+            sys.executable,
+            __file__,
+            "--model",
+            str(options.model),
+            "--pool",
+            str(pool),
+            "--batches",
+            str(options.batches),
+        ]
         memory = [
-            json.loads(subprocess.run([*command, "--memory-of", str(count)], capture_output=True, text=True, encoding="utf-8", check=True).stdout)
+            json.loads(
+                subprocess.run(
+                    [*command, "--memory-of", str(count)], capture_output=True, text=True, encoding="utf-8", check=True
+                ).stdout
+            )
             for count in options.pools
         ]
         steps = measure_recipes(options.model, pool, options.blocks, options.steps, options.slices)
     few, many = memory
     result = {
-        "command": shlex.join(["python", "benchmarks/training.py", *[Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]]),
+        "command": shlex.join(
+            ["python", "benchmarks/training.py", *[Path(a).name if a.startswith("/") else a for a in sys.argv[1:]]]
+        ),
         "model": card.full_name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -243,7 +271,10 @@ def main() -> None:
         "memory": {
             "pools": memory,
             "kb_per_further_volume": round(
-                1e3 * (many["resident_mb_largest_while_drawing"] - few["resident_mb_largest_while_drawing"]) / (many["volumes"] - few["volumes"]), 1
+                1e3
+                * (many["resident_mb_largest_while_drawing"] - few["resident_mb_largest_while_drawing"])
+                / (many["volumes"] - few["volumes"]),
+                1,
             ),
         },
     }

@@ -1,25 +1,30 @@
-"""A model of CT on MR: as it is, after few-shot low-rank adaptation, after fine-tuning of all weights; with and without shading.
+"""A model of CT on MR: as it is, after few-shot low-rank adaptation, after fine-tuning of all weights; with and without
+shading.
 
     python benchmarks/transfer.py --studies ../shared/data/mr --out benchmarks/results/transfer_mr.json
 
-Four volumes are for the test and nothing else, so that all rows compare. The others stand in one fixed order; seed s starts two volumes
-further on, trains on the first 1, 3 or 5 and chooses the number of steps on the last. Rows with few slices take them evenly from those
-five volumes. Training is `progidiff.training.adapt.run_adapt`, the code behind `progidiff adapt`; nothing is published.
+Four volumes are for the test and nothing else, so that all rows compare. The others stand in one fixed order; seed s
+starts two volumes further on, trains on the first 1, 3 or 5 and chooses the number of steps on the last. Rows with few
+slices take them evenly from those five volumes. Training is `progidiff.training.adapt.run_adapt`, the code behind
+`progidiff adapt`; nothing is published.
 
-Tested as `progidiff evaluate` does, on the grid of the input: "single" is the mean over K proposals, "consensus" what at least half of
-them draw, "best" the one with the highest Dice per volume and structure. These are computed on every third slice, to save time. The
-"evidence", which the proposals start from, is computed on all slices; HD95 (mm), "false slices" (those without the structure on which it
-is drawn) and the figures of each mask's largest connected part are of the evidence.
+Tested as `progidiff evaluate` does, on the grid of the input: "single" is the mean over K proposals, "consensus" what
+at least half of them draw, "best" the one with the highest Dice per volume and structure. These are computed on every
+third slice, to save time. The "evidence", which the proposals start from, is computed on all slices; HD95 (mm), "false
+slices" (those without the structure on which it is drawn) and the figures of each mask's largest connected part are of
+the evidence.
 
-Shading: the test volumes are multiplied by a smooth random field before anything else is done with them. Its strength is the
-standard deviation of its logarithm over the volume: at 0.2, 95 % of the voxels keep between 0.67 and 1.5 of their intensity. The strength in
-training is `AdaptConfig.bias_field`, the largest deviation at the control points of a field drawn per slice. Evidence only.
+Shading: the test volumes are multiplied by a smooth random field before anything else is done with them. Its strength
+is the standard deviation of its logarithm over the volume: at 0.2, 95 % of the voxels keep between 0.67 and 1.5 of
+their intensity. The strength in training is `AdaptConfig.bias_field`, the largest deviation at the control points of a
+field drawn per slice. Evidence only.
 
-Wider window: the networks see the MR through a window that reaches `ConditioningConfig.mr_headroom` times higher, so that organs that are
-bright in MR lie where a model of CT expects organs. The rows with it use a copy of the model whose config.json says so.
+Wider window: the networks see the MR through a window that reaches `ConditioningConfig.mr_headroom` times higher, so
+that organs that are bright in MR lie where a model of CT expects organs. The rows with it use a copy of the model whose
+config.json says so.
 
-A run that is stopped goes on where it was: every (row, seed) is kept in the work folder when it is done. Several processes may share
-that folder, each with its --rows; --collect then writes the tables of what is done.
+A run that is stopped goes on where it was: every (row, seed) is kept in the work folder when it is done. Several
+processes may share that folder, each with its --rows; --collect then writes the tables of what is done.
 """
 
 import argparse
@@ -159,15 +164,24 @@ def shade(volume: Volume, strength: float, seed: int) -> Volume:
     if strength == 0:
         return volume
     coarse = torch.randn(1, 1, 4, 4, 3, generator=torch.Generator().manual_seed(seed))
-    field = torch.nn.functional.interpolate(coarse, size=volume.array.shape, mode="trilinear", align_corners=True)[0, 0].numpy()
+    field = torch.nn.functional.interpolate(coarse, size=volume.array.shape, mode="trilinear", align_corners=True)[
+        0, 0
+    ].numpy()
     field = (field - field.mean()) / field.std()
     low = float(volume.array.min())
-    return dataclasses.replace(volume, array=(low + (volume.array.astype(np.float32) - low) * np.exp(strength * field)).astype(np.float32))
+    return dataclasses.replace(
+        volume, array=(low + (volume.array.astype(np.float32) - low) * np.exp(strength * field)).astype(np.float32)
+    )
 
 
 @torch.no_grad()
 def draw_masks(
-    pipeline: ProposalPipeline, card: ModelCard, volume: Volume, structures: Sequence[str], chosen: Sequence[int], num_proposals: int
+    pipeline: ProposalPipeline,
+    card: ModelCard,
+    volume: Volume,
+    structures: Sequence[str],
+    chosen: Sequence[int],
+    num_proposals: int,
 ) -> np.ndarray:
     """What the model draws on some slices, on the grid of the input.
 
@@ -176,30 +190,44 @@ def draw_masks(
     """
     config = card.conditioning
     stack, spacing = volume.to_stack()
-    grid = plan_working_grid(stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range)
+    grid = plan_working_grid(
+        stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range
+    )
     window = compute_window(volume, config.mr_headroom)
     prompts = pipeline.encode_prompts(structures)
-    noise, offsets = (pipeline.draw_noise(num_proposals, 0), pipeline.draw_offsets(num_proposals, 0)) if num_proposals else (None, None)
+    noise, offsets = (
+        (pipeline.draw_noise(num_proposals, 0), pipeline.draw_offsets(num_proposals, 0))
+        if num_proposals
+        else (None, None)
+    )
     masks = np.zeros((1 + num_proposals, len(structures), len(chosen), *stack.shape[1:]), bool)
     for start in range(0, len(chosen), 16):
         part = list(chosen[start : start + 16])
-        features = pipeline.encode_slices(grid.extract_slices(stack, part, window, config.num_neighbours, config.neighbour_mm))
+        features = pipeline.encode_slices(
+            grid.extract_slices(stack, part, window, config.num_neighbours, config.neighbour_mm)
+        )
         evidence = pipeline.predict_evidence(features, prompts)
         for p in range(len(structures)):
             masks[0, p, start : start + len(part)] = (grid.restore_slices(evidence[:, p].cpu()) >= 0.5).numpy()
         if noise is None:
             continue
-        pairs = [(n, p) for p in range(len(structures)) for n in range(len(part)) if float(evidence[n, p].max()) >= card.gate]
+        pairs = [
+            (n, p) for p in range(len(structures)) for n in range(len(part)) if float(evidence[n, p].max()) >= card.gate
+        ]
         for at in range(0, len(pairs), 16):
             some = pairs[at : at + 16]
-            drawn = pipeline.propose(features, evidence, prompts, some, noise, card.num_inference_steps, card.guidance_scale, offsets)
+            drawn = pipeline.propose(
+                features, evidence, prompts, some, noise, card.num_inference_steps, card.guidance_scale, offsets
+            )
             for (n, p), proposals in zip(some, drawn, strict=True):
                 masks[1:, p, start + n] = (grid.restore_slices(proposals) >= 0.5).numpy()
     return masks
 
 
 def score(mask: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None = None) -> dict[str, float]:
-    """Dice of one mask (N, Y, X); given the spacing of all slices in mm, also distances, false slices, and those of its largest part."""
+    """Dice of one mask (N, Y, X); given the spacing of all slices in mm, also distances, false slices, and those of its
+    largest part.
+    """
     figures = {"dice": compute_dice(mask, truth)}
     if spacing is None:
         return figures
@@ -214,7 +242,13 @@ def score(mask: np.ndarray, truth: np.ndarray, spacing: Sequence[float] | None =
 
 
 def measure_volume(
-    pipeline: ProposalPipeline, card: ModelCard, volume: Volume, labels: np.ndarray, ids: Mapping[str, Sequence[int]], every: int, num_proposals: int
+    pipeline: ProposalPipeline,
+    card: ModelCard,
+    volume: Volume,
+    labels: np.ndarray,
+    ids: Mapping[str, Sequence[int]],
+    every: int,
+    num_proposals: int,
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Structure -> "evidence" and, if K > 0, "single", "consensus" and "best" -> figures.
 
@@ -226,7 +260,9 @@ def measure_volume(
     stack, spacing = volume.to_stack()
     truth = np.stack([np.isin(volume.arrange(labels), list(values)) for values in ids.values()])
     evidence = draw_masks(pipeline, card, volume, list(ids), range(len(stack)), 0)[0]
-    found: dict[str, dict[str, dict[str, float]]] = {name: {"evidence": score(evidence[p], truth[p], spacing)} for p, name in enumerate(ids)}
+    found: dict[str, dict[str, dict[str, float]]] = {
+        name: {"evidence": score(evidence[p], truth[p], spacing)} for p, name in enumerate(ids)
+    }
     if not num_proposals:
         return found
     chosen = range(every // 2, len(stack), every)
@@ -251,8 +287,14 @@ def gather(volumes: Mapping[str, Mapping[str, Mapping[str, Mapping[str, float]]]
     per_volume = list(volumes.values())
     figures: dict[str, Any] = {}
     for kind in next(iter(per_volume[0].values())):
-        rows = {name: {key: average([entry[name][kind][key] for entry in per_volume]) for key in per_volume[0][name][kind]} for name in per_volume[0]}
-        figures[kind] = {"mean": {key: average([row[key] for row in rows.values()]) for key in next(iter(rows.values()))}, **rows}
+        rows = {
+            name: {key: average([entry[name][kind][key] for entry in per_volume]) for key in per_volume[0][name][kind]}
+            for name in per_volume[0]
+        }
+        figures[kind] = {
+            "mean": {key: average([row[key] for row in rows.values()]) for key in next(iter(rows.values()))},
+            **rows,
+        }
     return figures
 
 
@@ -290,7 +332,10 @@ class Bench:
                 config["conditioning"]["mr_headroom"] = headroom
                 (folder / "conditioning" / "config.json").write_text(json.dumps(config), encoding="utf-8")
             backbone = Backbone(folder / "backbone", "cpu")
-            self._bases[headroom] = folder, *load_pipeline(folder, backbone, find_autocast_dtype("auto", backbone.device))
+            self._bases[headroom] = (
+                folder,
+                *load_pipeline(folder, backbone, find_autocast_dtype("auto", backbone.device)),
+            )
         return self._bases[headroom]
 
     def find_cell(self, name: str, row: Row, seed: int) -> Path:
@@ -304,13 +349,18 @@ class Bench:
             return dict(json.loads(file.read_text(encoding="utf-8")))
         training, validation = split_volumes(list(self.cases), self.setup.test, seed)
         if row.shots > len(training):
-            sys.exit(f"Row '{name}' trains on {row.shots} volumes, but beside test and validation there are {len(training)}.")
+            sys.exit(
+                f"Row '{name}' trains on {row.shots} volumes, but beside test and validation there are {len(training)}."
+            )
         if row.shots:
             pipeline, cell = self._train(row, training[: row.shots], validation, seed)
         else:
             pipeline, cell = self.load_base(row.headroom)[2], {}
         tested = time.process_time()
-        cell["tests"] = {f"{strength:g}": self._test(row, pipeline, strength) for strength in (self.setup.fields if row.fields else (0.0,))}
+        cell["tests"] = {
+            f"{strength:g}": self._test(row, pipeline, strength)
+            for strength in (self.setup.fields if row.fields else (0.0,))
+        }
         told = {strength: found["means"]["evidence"]["mean"]["dice"] for strength, found in cell["tests"].items()}
         means = cell["tests"]["0"]["means"]
         shown = means.get("consensus", means["evidence"])["mean"]
@@ -325,13 +375,17 @@ class Bench:
         scratch.replace(file)
         return cell
 
-    def _train(self, row: Row, training: Sequence[str], validation: str, seed: int) -> tuple[ProposalPipeline, dict[str, Any]]:
+    def _train(
+        self, row: Row, training: Sequence[str], validation: str, seed: int
+    ) -> tuple[ProposalPipeline, dict[str, Any]]:
         setup = self.setup
         model_dir, _, base = self.load_base(row.headroom)
         config = AdaptConfig(
-            kind="full" if row.kind == "full" else "lora", lora=LoraSettings(setup.rank, 2.0 * setup.rank), steps=setup.steps,
+            kind="full" if row.kind == "full" else "lora", lora=LoraSettings(setup.rank, 2.0 * setup.rank),
+            steps=setup.steps,
             learning_rate=setup.full_rate if row.kind == "full" else setup.lora_rate, batch_size=setup.batch_size,
-            validate_every=setup.validate_every, patience=setup.patience, bias_field=row.bias_field, num_proposals=1, seed=seed,
+            validate_every=setup.validate_every, patience=setup.patience, bias_field=row.bias_field, num_proposals=1,
+            seed=seed,
             random_share=AdaptConfig.random_share if row.random_share is None else row.random_share,
         )  # fmt: skip
         gate: list[float] = []
@@ -345,7 +399,8 @@ class Bench:
             store = AdapterStore(Path(scratch) / "adapters")
             started = time.process_time()
             result = run_adapt(
-                self.studies, model_dir, "transfer", Path(scratch), config, adapters=store.root, cases=list(training), held_out=[validation],
+                self.studies, model_dir, "transfer", Path(scratch), config, adapters=store.root, cases=list(training),
+                held_out=[validation],
                 slices=row.slices, publish=False, device="cpu", report=note,
             )  # fmt: skip
             tensors = store.load(result.card, self.base_digest)
@@ -373,7 +428,9 @@ class Bench:
             # One field per volume, the same for all rows and in both strengths.
             shaded = shade(volume, strength, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
             count = self.setup.num_proposals if row.proposals and strength == 0 else 0
-            volumes[name] = measure_volume(pipeline, self.load_base(row.headroom)[1], shaded, labels, self.ids, self.setup.every, count)
+            volumes[name] = measure_volume(
+                pipeline, self.load_base(row.headroom)[1], shaded, labels, self.ids, self.setup.every, count
+            )
         return {"means": gather(volumes), "volumes": volumes}
 
 
@@ -390,17 +447,26 @@ def summarise(cells: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str,
             "shown": kind,
             "dice": {k: average([means[k]["mean"]["dice"] for means in plain]) for k in plain[0]},
             "dice_of_seeds": dice,
-            "structures": {s: average([means[kind][s]["dice"] for means in plain]) for s in plain[0][kind] if s != "mean"},
-            "evidence": {key: average([means["evidence"]["mean"][key] for means in plain]) for key in plain[0]["evidence"]["mean"]},
+            "structures": {
+                s: average([means[kind][s]["dice"] for means in plain]) for s in plain[0][kind] if s != "mean"
+            },
+            "evidence": {
+                key: average([means["evidence"]["mean"][key] for means in plain])
+                for key in plain[0]["evidence"]["mean"]
+            },
             "evidence_under_shading": {
-                strength: average([test[strength]["means"]["evidence"]["mean"]["dice"] for test in tests]) for strength in tests[0]
+                strength: average([test[strength]["means"]["evidence"]["mean"]["dice"] for test in tests])
+                for strength in tests[0]
             },
         }
         trained = [cell for cell in by_seed.values() if cell.get("training")]
         if trained:
             rows[name] |= {
                 "minutes": average([cell["seconds"] / 60 for cell in trained]),
-                **{key: average([cell[key] for cell in trained]) for key in ("steps", "training_slices", "megabytes", "parameters")},
+                **{
+                    key: average([cell[key] for cell in trained])
+                    for key in ("steps", "training_slices", "megabytes", "parameters")
+                },
             }
     full = rows.get("full, 5 volumes")
     for row in rows.values():
@@ -440,7 +506,11 @@ def format_tables(rows: Mapping[str, Any]) -> str:
     crossed = {name: rows[name]["evidence_under_shading"] for name in CROSSED if name in rows}
     if crossed:
         strengths = list(next(iter(crossed.values())))
-        lines += ["", f"| Dice of the evidence under shading of | {' | '.join(strengths)} |", f"|---|{'---|' * len(strengths)}"]
+        lines += [
+            "",
+            f"| Dice of the evidence under shading of | {' | '.join(strengths)} |",
+            f"|---|{'---|' * len(strengths)}",
+        ]
         lines += [f"| {name} | {' | '.join(f'{dice[s]:.3f}' for s in strengths)} |" for name, dice in crossed.items()]
     return "\n".join(lines)
 
@@ -459,7 +529,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "transfer")
     parser.add_argument("--out", type=Path, help="JSON file to write, anew after every cell")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--smoke", action="store_true", help="a size for tests: 2 steps, 2 proposals, 1 volume or 2 slices")
+    parser.add_argument(
+        "--smoke", action="store_true", help="a size for tests: 2 steps, 2 proposals, 1 volume or 2 slices"
+    )
     parser.add_argument("--collect", action="store_true", help="train nothing: only what is done already")
     parser.add_argument("--summarise", type=Path, help="only the tables, from this JSON file")
     options = parser.parse_args(arguments)
@@ -480,12 +552,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     setup = replace(setup, **{name: value for name, value in sizes.items() if value is not None})
     if options.test:
         setup = replace(setup, test=tuple(options.test))
-    bench = Bench(setup, options.studies, options.model, options.work, lambda text: print(text, file=sys.stderr, flush=True))
+    bench = Bench(
+        setup, options.studies, options.model, options.work, lambda text: print(text, file=sys.stderr, flush=True)
+    )
     cells: dict[str, dict[str, Any]] = {}
     for seed in options.seeds:
         for name, row in rows.items():
             is_missing = options.collect and not bench.find_cell(name, row, seed).is_file()
-            if (row.shots or seed == options.seeds[0]) and not is_missing:  # Nothing is random about the model as it is.
+            if (
+                row.shots or seed == options.seeds[0]
+            ) and not is_missing:  # Nothing is random about the model as it is.
                 cells.setdefault(name, {})[str(seed)] = bench.run_cell(name, row, seed)
                 if options.out:
                     write_result(options.out, bench, rows, cells)
@@ -497,7 +573,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def write_result(path: Path, bench: Bench, rows: Mapping[str, Row], cells: Mapping[str, Mapping[str, Any]]) -> None:
     result = {
         # Where cells were kept and by how many processes they were made is nothing that the figures depend on.
-        "command": re.sub(r" --collect| --work \S+", "", shlex.join(["python", "benchmarks/transfer.py", *sys.argv[1:]])),
+        "command": re.sub(
+            r" --collect| --work \S+", "", shlex.join(["python", "benchmarks/transfer.py", *sys.argv[1:]])
+        ),
         "model": bench.card.full_name,
         "setup": asdict(bench.setup),
         "rows": {name: asdict(rows[name]) for name in cells},

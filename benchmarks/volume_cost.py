@@ -1,11 +1,12 @@
 """Where the time of a whole volume goes, and how much memory a large one takes; no server involved.
 
-    python benchmarks/volume_cost.py --image sample_datastore/sample_ct_abdomen.nii.gz --out benchmarks/results/volume_cost.json
-    python benchmarks/volume_cost.py --image sample_datastore/sample_ct_abdomen.nii.gz --large --out benchmarks/results/volume_cost_large.json
+    python benchmarks/volume_cost.py --image sample_datastore/sample_ct_abdomen.nii.gz --out
+    benchmarks/results/volume_cost.json python benchmarks/volume_cost.py --image
+    sample_datastore/sample_ct_abdomen.nii.gz --large --out benchmarks/results/volume_cost_large.json
 
-Times every call of the networks (text encoder, image encoder and query head, residuals, denoiser, decoder); the rest of the wall time
-between the file on disk and the mask on disk is our own code. `--large` first resamples the image to 512 x 512 x 300 voxels and
-reports the peak resident memory of the process.
+Times every call of the networks (text encoder, image encoder and query head, residuals, denoiser, decoder); the rest of
+the wall time between the file on disk and the mask on disk is our own code. `--large` first resamples the image to 512
+x 512 x 300 voxels and reports the peak resident memory of the process.
 """
 
 import argparse
@@ -47,7 +48,9 @@ class NetworkClock:
         setattr(owner, name, timed)
 
 
-def measure(engine: Engine, clock: NetworkClock, path: Path, prompt: str, num_proposals: int, out: Path) -> dict[str, Any]:
+def measure(
+    engine: Engine, clock: NetworkClock, path: Path, prompt: str, num_proposals: int, out: Path
+) -> dict[str, Any]:
     """From file to file, once."""
     clock.seconds = {}
     started = time.perf_counter()
@@ -71,7 +74,12 @@ def measure(engine: Engine, clock: NetworkClock, path: Path, prompt: str, num_pr
 def enlarge(volume: Volume, shape: tuple[int, int, int]) -> Volume:
     """The same body on a finer grid, linear interpolation, int16."""
     small = torch.from_numpy(np.ascontiguousarray(volume.array, dtype=np.float32))[None, None]
-    large = torch.nn.functional.interpolate(small, size=shape, mode="trilinear", align_corners=False)[0, 0].round().to(torch.int16).numpy()
+    large = (
+        torch.nn.functional.interpolate(small, size=shape, mode="trilinear", align_corners=False)[0, 0]
+        .round()
+        .to(torch.int16)
+        .numpy()
+    )
     scale = np.diag([*(old / new for old, new in zip(volume.array.shape, shape, strict=True)), 1.0])
     return Volume(large, volume.affine @ scale, volume.modality, volume.modality_source, volume.name)
 
@@ -108,7 +116,10 @@ def main() -> None:
             (pipeline.codec, "decode_latents", "decoder"),
         ):
             clock.wrap(owner, method, label)
-        runs = [measure(engine, clock, path, p, options.num_proposals, folder) for p in (options.prompt, options.second_prompt)]
+        runs = [
+            measure(engine, clock, path, p, options.num_proposals, folder)
+            for p in (options.prompt, options.second_prompt)
+        ]
     report = {
         "model": engine.model_version,
         "image": options.image.name,

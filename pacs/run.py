@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
-"""Start Orthanc on this computer only, as a PACS to try things with, and fill it with the sample images as DICOM series.
+"""Start Orthanc on this computer only, as a PACS to try things with, and fill it with the sample images as DICOM
+series.
 
-Debian: apt-get install orthanc orthanc-dicomweb. Orthanc listens on 127.0.0.1, takes no DICOM connections, runs no scripts, and keeps
-everything in one folder, which can be deleted. It has no password: everybody who is logged in on this computer can read it.
+Debian: apt-get install orthanc orthanc-dicomweb. Orthanc listens on 127.0.0.1, takes no DICOM connections, runs no
+scripts, and keeps everything in one folder, which can be deleted. It has no password: everybody who is logged in on
+this computer can read it.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ def find_lack() -> str:
     if shutil.which("Orthanc") is None:
         return "There is no Orthanc: apt-get install orthanc orthanc-dicomweb."
     if find_plugin() is None:
-        return f"Orthanc has no DICOMweb plugin (libOrthancDicomWeb.so in {' or '.join(PLUGIN_FOLDERS)}): apt-get install orthanc-dicomweb."
+        return (
+            "Orthanc has no DICOMweb plugin (libOrthancDicomWeb.so in "
+            f"{' or '.join(PLUGIN_FOLDERS)}): apt-get install orthanc-dicomweb."
+        )
     return ""
 
 
@@ -50,7 +55,12 @@ def write_config(storage: Path, port: int) -> Path:
     """The settings of orthanc.json with what depends on this computer."""
     storage.mkdir(parents=True, exist_ok=True)
     config = json.loads((HERE / "orthanc.json").read_text(encoding="utf-8"))
-    config |= {"HttpPort": port, "StorageDirectory": str(storage), "IndexDirectory": str(storage), "Plugins": [str(find_plugin())]}
+    config |= {
+        "HttpPort": port,
+        "StorageDirectory": str(storage),
+        "IndexDirectory": str(storage),
+        "Plugins": [str(find_plugin())],
+    }
     path = storage / "orthanc.json"
     path.write_text(json.dumps(config, indent=1), encoding="utf-8")
     return path
@@ -58,7 +68,9 @@ def write_config(storage: Path, port: int) -> Path:
 
 def upload(url: str, images: list[Path]) -> None:
     """Send images as DICOM series, those that are not there yet; the UIDs say which."""
-    known = {uid["MainDicomTags"]["SeriesInstanceUID"] for uid in requests.get(f"{url}/series?expand", timeout=60).json()}
+    known = {
+        uid["MainDicomTags"]["SeriesInstanceUID"] for uid in requests.get(f"{url}/series?expand", timeout=60).json()
+    }
     for image in images:
         try:
             entry = describe_file(strip_suffix(image), image)
@@ -67,7 +79,9 @@ def upload(url: str, images: list[Path]) -> None:
             if entry.identity.series_uid in known:
                 continue
             with tempfile.TemporaryDirectory() as folder:
-                files = export_series(Series.of(entry.identity, load_volume(image, entry.identity.modality)), Path(folder) / "series")
+                files = export_series(
+                    Series.of(entry.identity, load_volume(image, entry.identity.modality)), Path(folder) / "series"
+                )
                 for file in files:
                     requests.post(f"{url}/instances", data=file.read_bytes(), timeout=60).raise_for_status()
             print(f"{entry.identity.image}: {entry.identity.modality}, {len(files)} slices", flush=True)
@@ -79,8 +93,12 @@ def main() -> int:
     """Run until interrupted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=8042)
-    parser.add_argument("--storage", type=Path, default=HERE.parent / "cache" / "orthanc", help="where Orthanc keeps its files")
-    parser.add_argument("--images", type=Path, default=HERE.parent / "sample_datastore", help="folder of NIfTI images to put in")
+    parser.add_argument(
+        "--storage", type=Path, default=HERE.parent / "cache" / "orthanc", help="where Orthanc keeps its files"
+    )
+    parser.add_argument(
+        "--images", type=Path, default=HERE.parent / "sample_datastore", help="folder of NIfTI images to put in"
+    )
     given = parser.parse_args()
     lack = find_lack()
     if lack:
@@ -107,7 +125,10 @@ def serve(process: subprocess.Popen[bytes], url: str, images: list[Path]) -> int
                 return 1
             time.sleep(0.2)
         upload(url, images)
-        print(f"Orthanc is at {url}. In another terminal: make serve STUDIES={url}/dicom-web (stop with Ctrl-C)", flush=True)
+        print(
+            f"Orthanc is at {url}. In another terminal: make serve STUDIES={url}/dicom-web (stop with Ctrl-C)",
+            flush=True,
+        )
         process.wait()
     except KeyboardInterrupt:
         process.terminate()

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Fill this folder with real CT and MR volumes, in MONAI Label's local layout.
 
-The volumes come from the source distribution of TotalSegmentator 2.18.0 on PyPI (Apache-2.0, about 38 MB). The archive and
-every file taken from it must have the SHA-256 written below, or nothing of it is kept. pip's own settings are honoured:
-index-url, extra-index-url, cert and proxy, from its configuration files or from PIP_INDEX_URL and its like.
+The volumes come from the source distribution of TotalSegmentator 2.18.0 on PyPI (Apache-2.0, about 38 MB). The archive
+and every file taken from it must have the SHA-256 written below, or nothing of it is kept. pip's own settings are
+honoured: index-url, extra-index-url, cert and proxy, from its configuration files or from PIP_INDEX_URL and its like.
 
-Running it again does nothing when all volumes are in place. Labels are never touched. If no index can be reached, a small
-generated phantom CT takes their place, so that a server still starts, and the exit code is 0.
+Running it again does nothing when all volumes are in place. Labels are never touched. If no index can be reached, a
+small generated phantom CT takes their place, so that a server still starts, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -100,9 +100,18 @@ class UnavailableError(Exception):
 def main(arguments: list[str] | None = None) -> int:
     """Fill the folder; see the module's docstring. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).resolve().parent, help="where the images go (default: the script's own folder)")
-    parser.add_argument("--index-url", help="simple index to use instead of pip's configured ones, for example https://pypi.org/simple")
-    parser.add_argument("--offline", action="store_true", help="do not look for an index; make the phantom if there are no images")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path(__file__).resolve().parent,
+        help="where the images go (default: the script's own folder)",
+    )
+    parser.add_argument(
+        "--index-url", help="simple index to use instead of pip's configured ones, for example https://pypi.org/simple"
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="do not look for an index; make the phantom if there are no images"
+    )
     options = parser.parse_args(arguments)
     folder: Path = options.folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +139,10 @@ def is_in_place(folder: Path, sample: Sample) -> bool:
     image, sidecar = folder / f"{sample.name}.nii.gz", folder / f"{sample.name}.json"
     try:
         stated = json.loads(sidecar.read_text(encoding="utf-8"))
-        return bool(stated["source_sha256"] == sample.sha256 and stated["sha256"] == hashlib.sha256(image.read_bytes()).hexdigest())
+        return bool(
+            stated["source_sha256"] == sample.sha256
+            and stated["sha256"] == hashlib.sha256(image.read_bytes()).hexdigest()
+        )
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -199,7 +211,8 @@ def make_request(address: str, index: str) -> urllib.request.Request:
     """A request; the user name and password of the index's address are sent to its own host only."""
     parts, home = urllib.parse.urlsplit(address), urllib.parse.urlsplit(index)
     request = urllib.request.Request(
-        without_credentials(address), headers={"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5, */*;q=0.1"}
+        without_credentials(address),
+        headers={"Accept": "application/vnd.pypi.simple.v1+json, text/html;q=0.5, */*;q=0.1"},
     )
     if home.username and parts.hostname == home.hostname:
         secret = f"{urllib.parse.unquote(home.username)}:{urllib.parse.unquote(home.password or '')}"
@@ -268,7 +281,12 @@ def write_sample(archive: bytes, sample: Sample, folder: Path) -> None:
             image.write_bytes(files[sample.member.rpartition("/")[2]])
         else:
             convert_series(files, Path(temporary) / "series", image)
-        publish(image, sample.modality, folder, {"source": f"{ARCHIVE}: {sample.member}", "source_sha256": sample.sha256, "shows": sample.shows})
+        publish(
+            image,
+            sample.modality,
+            folder,
+            {"source": f"{ARCHIVE}: {sample.member}", "source_sha256": sample.sha256, "shows": sample.shows},
+        )
 
 
 def read_members(archive: bytes, member: str) -> dict[str, bytes]:
@@ -310,12 +328,19 @@ def write_phantom_instead(folder: Path, reason: str) -> None:
         print(f"{folder} holds {', '.join(images)}; the server can start with that.")
     else:
         write_phantom(folder)
-        print(f"Wrote {PHANTOM}.nii.gz instead: a generated drawing of an abdomen, no patient and no measure of quality.")
-    print("With a network, or PIP_INDEX_URL set to an index that can be reached, run `python sample_datastore/prepare.py` again.")
+        print(
+            f"Wrote {PHANTOM}.nii.gz instead: a generated drawing of an abdomen, no patient and no measure of quality."
+        )
+    print(
+        "With a network, or PIP_INDEX_URL set to an index that can be reached, run "
+        "`python sample_datastore/prepare.py` again."
+    )
 
 
 def write_phantom(folder: Path) -> None:
-    """A small abdomen of ellipsoids in HU with noise: 128 x 96 x 44 voxels of 3 x 3 x 5 mm, LPS order, the same every time."""
+    """A small abdomen of ellipsoids in HU with noise: 128 x 96 x 44 voxels of 3 x 3 x 5 mm, LPS order, the same every
+    time.
+    """
     volume = import_volume()
     import numpy as np
 
@@ -324,7 +349,9 @@ def write_phantom(folder: Path) -> None:
     x, y, z = x[:, None, None], y[None, :, None], z[None, None, :]  # mm to Left, Posterior, Superior of the middle
 
     def ellipsoid(center: tuple[float, float, float], radii: tuple[float, float, float]) -> np.ndarray:
-        return ((x - center[0]) / radii[0]) ** 2 + ((y - center[1]) / radii[1]) ** 2 + ((z - center[2]) / radii[2]) ** 2 <= 1
+        return ((x - center[0]) / radii[0]) ** 2 + ((y - center[1]) / radii[1]) ** 2 + (
+            (z - center[2]) / radii[2]
+        ) ** 2 <= 1
 
     endless = 1e6
     hu = np.full(shape, -1000.0, np.float32)

@@ -1,4 +1,6 @@
-"""Shared fixtures: the real classes at toy width, and a real server process. No hub, no network, no data from outside the repository."""
+"""Shared fixtures: the real classes at toy width, and a real server process. No hub, no network, no data from outside
+the repository.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
 
-
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     import torch
@@ -35,16 +34,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_tiny_model(tmp_path_factory.mktemp("tiny-model"))
 
 
-
-
 @pytest.fixture(scope="session")
 def phantom_writer() -> Callable[..., Path]:
     return write_phantom
-
-
-
-
-
-
-
-

@@ -50,19 +50,29 @@ def index(tmp_path: Path, prepare: ModuleType, monkeypatch: pytest.MonkeyPatch) 
     image = nibabel.Nifti1Image(array, np.eye(4)).to_bytes()
     compressed = io.BytesIO()
     with tarfile.open(fileobj=compressed, mode="w:gz") as tar:
-        for name, content in ((f"x/{prepare.REFERENCE}/example.nii.gz", gzip_bytes(image)), ("x/setup.py", b"raise SystemExit")):
+        for name, content in (
+            (f"x/{prepare.REFERENCE}/example.nii.gz", gzip_bytes(image)),
+            ("x/setup.py", b"raise SystemExit"),
+        ):
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     archive = compressed.getvalue()
-    sample = prepare.Sample("sample_one", f"{prepare.REFERENCE}/example.nii.gz", hashlib.sha256(gzip_bytes(image)).hexdigest(), "CT", "noise")
+    sample = prepare.Sample(
+        "sample_one",
+        f"{prepare.REFERENCE}/example.nii.gz",
+        hashlib.sha256(gzip_bytes(image)).hexdigest(),
+        "CT",
+        "noise",
+    )
     monkeypatch.setattr(prepare, "SAMPLES", (sample,))
     monkeypatch.setattr(prepare, "ARCHIVE_SHA256", hashlib.sha256(archive).hexdigest())
     folder = tmp_path / "index" / prepare.PACKAGE
     folder.mkdir(parents=True)
     (folder / "TotalSegmentator-2.18.0.tar.gz").write_bytes(archive)
     (folder / "index.html").write_text(
-        '<a href="TotalSegmentator-2.17.0.tar.gz">old</a> <a href="TotalSegmentator-2.18.0.tar.gz#sha256=0">new</a>', encoding="utf-8"
+        '<a href="TotalSegmentator-2.17.0.tar.gz">old</a> <a href="TotalSegmentator-2.18.0.tar.gz#sha256=0">new</a>',
+        encoding="utf-8",
     )
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(tmp_path / "index")))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -85,7 +95,9 @@ def list_images(folder: Path) -> list[str]:
     return sorted(path.name for pattern in patterns for path in folder.glob(pattern))
 
 
-def test_without_an_index_there_is_a_phantom_and_the_reason(prepare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_an_index_there_is_a_phantom_and_the_reason(
+    prepare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert prepare.main(["--folder", str(tmp_path), "--index-url", NOWHERE]) == 0
     said = capsys.readouterr().out
     assert "could not be fetched (http://127.0.0.1:9/simple: " in said
@@ -111,17 +123,23 @@ def test_the_phantom_loads_as_ct_with_the_liver_on_the_patients_right(prepare: M
 def test_the_phantom_is_the_same_every_time(prepare: ModuleType, tmp_path: Path) -> None:
     for name in ("a", "b"):
         prepare.main(["--folder", str(tmp_path / name), "--offline"])
-    assert (tmp_path / "a" / "sample_phantom_ct.nii.gz").read_bytes() == (tmp_path / "b" / "sample_phantom_ct.nii.gz").read_bytes()
+    assert (tmp_path / "a" / "sample_phantom_ct.nii.gz").read_bytes() == (
+        tmp_path / "b" / "sample_phantom_ct.nii.gz"
+    ).read_bytes()
 
 
-def test_no_phantom_is_put_beside_somebodys_images(prepare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_phantom_is_put_beside_somebodys_images(
+    prepare: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "mine.nii.gz").write_bytes(b"")
     assert prepare.main(["--folder", str(tmp_path), "--offline"]) == 0
     assert list_images(tmp_path) == ["mine.nii.gz"]
     assert "mine.nii.gz; the server can start with that" in capsys.readouterr().out
 
 
-def test_an_index_fills_the_folder_and_the_phantom_goes(prepare: ModuleType, index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_index_fills_the_folder_and_the_phantom_goes(
+    prepare: ModuleType, index: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "studies"
     prepare.main(["--folder", str(folder), "--offline"])
     assert prepare.main(["--folder", str(folder), "--index-url", index]) == 0
@@ -132,7 +150,9 @@ def test_an_index_fills_the_folder_and_the_phantom_goes(prepare: ModuleType, ind
     assert "All 1 sample volumes are in" in capsys.readouterr().out
 
 
-def test_pips_configured_index_is_used(prepare: ModuleType, index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pips_configured_index_is_used(
+    prepare: ModuleType, index: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", NOWHERE)
     monkeypatch.setenv("PIP_EXTRA_INDEX_URL", f"http://127.0.0.1:9/other {index}")
     assert prepare.main(["--folder", str(tmp_path / "studies")]) == 0
@@ -148,7 +168,9 @@ def test_a_labelled_phantom_stays(prepare: ModuleType, index: str, tmp_path: Pat
     assert list_images(folder) == ["sample_one.nii.gz", "sample_phantom_ct.nii.gz"]
 
 
-def test_a_damaged_image_is_fetched_again_and_labels_are_left_alone(prepare: ModuleType, index: str, tmp_path: Path) -> None:
+def test_a_damaged_image_is_fetched_again_and_labels_are_left_alone(
+    prepare: ModuleType, index: str, tmp_path: Path
+) -> None:
     folder = tmp_path / "studies"
     prepare.main(["--folder", str(folder), "--index-url", index])
     good = (folder / "sample_one.nii.gz").read_bytes()
@@ -198,7 +220,10 @@ def test_an_index_in_json_is_understood(prepare: ModuleType, index: str, tmp_pat
     server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(JsonHandler, directory=str(tmp_path / "index")))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address = f"http://127.0.0.1:{server.server_port}"
-    assert prepare.find_archive(prepare.make_opener({}), address) == f"{address}/{prepare.PACKAGE}/TotalSegmentator-2.18.0.tar.gz"
+    assert (
+        prepare.find_archive(prepare.make_opener({}), address)
+        == f"{address}/{prepare.PACKAGE}/TotalSegmentator-2.18.0.tar.gz"
+    )
     server.shutdown()
     server.server_close()
 

@@ -70,11 +70,15 @@ class ProGiDiffApp(MONAILabelApp):
             self.context.labels = wiring.build_remote_labels(self.context)
             return pacs.open_remote(self)
         context, options = self.context, self.options
-        context.labels = open_local(self.studies, context.annotations, context.infer.store, options.store, context.textdiff.engine.label_ids)
+        context.labels = open_local(
+            self.studies, context.annotations, context.infer.store, options.store, context.textdiff.engine.label_ids
+        )
         return self.context.labels
 
     def init_infers(self) -> dict[str, InferTask]:
-        """Whole volumes, single slices steered by clicks, pictures with a sentence; the models load at the first request."""
+        """Whole volumes, single slices steered by clicks, pictures with a sentence; the models load at the first
+        request.
+        """
         infer = self.context.infer
         return {"progidiff": infer, "progidiff_slice": SliceInferTask(infer), "textdiff": self.context.textdiff}
 

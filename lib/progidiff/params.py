@@ -1,7 +1,7 @@
 """Reading numbers, flags and choices as clients send them.
 
-Viewers send what their widgets hold: numbers as text, a choice as text or as the whole list of choices, booleans as text.
-Everything is read tolerantly where the meaning is clear and refused with a cure where it is not.
+Viewers send what their widgets hold: numbers as text, a choice as text or as the whole list of choices, booleans as
+text. Everything is read tolerantly where the meaning is clear and refused with a cure where it is not.
 """
 
 from __future__ import annotations

@@ -12,7 +12,9 @@ from progidiff.model.folder import ModelCard, compute_backbone_digest, drop_deri
 from progidiff.prompts.parser import STRUCTURES
 from progidiff.training.build_model import BackboneWidths, create_backbone, create_branch
 
-TOY_WIDTHS = BackboneWidths(codec_channels=8, codec_blocks=(1, 1, 1, 1), latent_channels=4, denoiser_channels=(32, 32), heads=2)
+TOY_WIDTHS = BackboneWidths(
+    codec_channels=8, codec_blocks=(1, 1, 1, 1), latent_channels=4, denoiser_channels=(32, 32), heads=2
+)
 
 
 def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0.5) -> Path:
@@ -21,8 +23,8 @@ def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0
     Args:
         folder: Where to write; must not exist.
         seed: Of the random weights.
-        evidence_bias: Shifts the text-query head so that about half of the pixels pass the presence gate; a fresh head finds
-            everything absent, which would leave the denoiser untested.
+        evidence_bias: Shifts the text-query head so that about half of the pixels pass the presence gate; a fresh head
+            finds everything absent, which would leave the denoiser untested.
     """
     folder = Path(folder)
     create_backbone(folder / "backbone", TOY_WIDTHS, seed)
@@ -113,7 +115,9 @@ def write_blob_pictures(folder: str | Path, count: int = 4, size: int = 48, seed
 
 
 def _spread_answers(codec: MaskCodec, seed: int) -> None:
-    """Spread what the random decoder answers around 0.5: as created, it lies close together on the side of "nothing here"."""
+    """Spread what the random decoder answers around 0.5: as created, it lies close together on the side of "nothing
+    here".
+    """
     latents = torch.randn(16, codec.mean.shape[1], 4, 8, generator=torch.Generator().manual_seed(seed))
     answers = codec.decode_signed(latents)
     gain = 1 / float(answers.std())

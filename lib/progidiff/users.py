@@ -1,7 +1,8 @@
 """Who may do what: roles, users with hashed passwords, and tokens, in files that an administrator writes.
 
-Nothing here knows HTTP. A users file is JSON with one scrypt hash per user (`progidiff users add` writes it); a token file has one
-``name:role:token`` per line. Both are secrets: a file that every account of the machine can read is refused.
+Nothing here knows HTTP. A users file is JSON with one scrypt hash per user (`progidiff users add` writes it); a token
+file has one ``name:role:token`` per line. Both are secrets: a file that every account of the machine can read is
+refused.
 """
 
 from __future__ import annotations
@@ -72,7 +73,9 @@ def check_name(name: str, where: str) -> str:
         RequestError: if it holds anything but letters, digits, '.', '_', '@' or '-', or more than 64 of them.
     """
     if not _NAME.fullmatch(name):
-        raise RequestError(f"{where}: '{name[:64]}' is no name of a user; take up to 64 letters, digits, '.', '_', '@' or '-'.")
+        raise RequestError(
+            f"{where}: '{name[:64]}' is no name of a user; take up to 64 letters, digits, '.', '_', '@' or '-'."
+        )
     return name
 
 
@@ -99,7 +102,10 @@ def hash_password(password: str) -> str:
         RequestError: if the password is too short or too long.
     """
     if not MIN_PASSWORD <= len(password) <= MAX_PASSWORD:
-        raise RequestError(f"A password has {MIN_PASSWORD} to {MAX_PASSWORD} characters; this one has {len(password)}. Take another one.")
+        raise RequestError(
+            f"A password has {MIN_PASSWORD} to {MAX_PASSWORD} characters; this one has "
+            f"{len(password)}. Take another one."
+        )
     salt = secrets.token_bytes(16)
     digest = hashlib.scrypt(password.encode(), salt=salt, n=_N, r=_R, p=_P)
     return "$".join(("scrypt", str(_N), str(_R), str(_P), _encode(salt), _encode(digest)))
@@ -112,7 +118,14 @@ def matches_password(password: str, hashed: str) -> bool:
         if kind != "scrypt" or len(password) > MAX_PASSWORD:
             return False
         wanted = base64.b64decode(digest, validate=True)
-        found = hashlib.scrypt(password.encode(), salt=base64.b64decode(salt, validate=True), n=int(n), r=int(r), p=int(p), dklen=len(wanted))
+        found = hashlib.scrypt(
+            password.encode(),
+            salt=base64.b64decode(salt, validate=True),
+            n=int(n),
+            r=int(r),
+            p=int(p),
+            dklen=len(wanted),
+        )
     except ValueError:
         return False  # A line that somebody edited by hand; `UsersFile.read` has said so.
     return hmac.compare_digest(found, wanted)
@@ -188,7 +201,9 @@ class UsersFile:
         """
         accounts = dict(self.read())
         if name not in accounts:
-            raise NotFoundError(f"{self.path} has no user '{name[:64]}'; it has {', '.join(sorted(accounts)) or 'none'}.")
+            raise NotFoundError(
+                f"{self.path} has no user '{name[:64]}'; it has {', '.join(sorted(accounts)) or 'none'}."
+            )
         del accounts[name]
         self._write(accounts)
 
@@ -200,11 +215,17 @@ class UsersFile:
         """
         account = self.read().get(name)
         if not matches_password(password, account.password if account else _NOBODY) or account is None:
-            raise LoginError("The name or the password is wrong. Try again; an administrator sets a new one with `progidiff users add`.")
+            raise LoginError(
+                "The name or the password is wrong. Try again; an administrator sets a "
+                "new one with `progidiff users add`."
+            )
         return account.role
 
     def _write(self, accounts: Mapping[str, Account]) -> None:
-        users = {name: {"role": str(account.role), "password": account.password} for name, account in sorted(accounts.items())}
+        users = {
+            name: {"role": str(account.role), "password": account.password}
+            for name, account in sorted(accounts.items())
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_private(self.path, json.dumps({"format": _FORMAT, "users": users}, indent=1).encode())
 
@@ -214,14 +235,20 @@ def _parse_users(path: Path) -> dict[str, Account]:
     try:
         content = json.loads(path.read_bytes())
         if content["format"] != _FORMAT:
-            raise RequestError(f"The users file {path} has format {content['format']!r}, this version reads {_FORMAT}. {cure}")
+            raise RequestError(
+                f"The users file {path} has format {content['format']!r}, this version reads {_FORMAT}. {cure}"
+            )
         accounts = {}
         for name, entry in content["users"].items():
             if not str(entry["password"]).startswith("scrypt$"):
                 raise ValueError(f"the password of '{name}' is not hashed")
-            accounts[check_name(name, str(path))] = Account(read_role(str(entry["role"]), f"{path}, user {name}"), str(entry["password"]))
+            accounts[check_name(name, str(path))] = Account(
+                read_role(str(entry["role"]), f"{path}, user {name}"), str(entry["password"])
+            )
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as err:
-        raise RequestError(f"The users file {path} is not as `progidiff users` writes it ({type(err).__name__}: {err}). {cure}") from err
+        raise RequestError(
+            f"The users file {path} is not as `progidiff users` writes it ({type(err).__name__}: {err}). {cure}"
+        ) from err
     return accounts
 
 
@@ -260,7 +287,8 @@ class Token:
 
 
 def read_tokens(path: Path) -> tuple[Token, ...]:
-    """The tokens of a file: one ``name:role:token`` per line, or a single line with a token alone, which is an administrator's.
+    """The tokens of a file: one ``name:role:token`` per line, or a single line with a token alone, which is an
+    administrator's.
 
     Empty lines and lines that start with # are skipped.
 
@@ -271,10 +299,14 @@ def read_tokens(path: Path) -> tuple[Token, ...]:
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as err:
-        raise RequestError(f"The token file {path} is not text ({err.reason}). Write one name:role:token per line.") from err
+        raise RequestError(
+            f"The token file {path} is not text ({err.reason}). Write one name:role:token per line."
+        ) from err
     entries = [(number, line) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")]
     if not entries:
-        raise RequestError(f"The token file {path} has no token. `progidiff users token NAME --role annotate` makes a line for it.")
+        raise RequestError(
+            f"The token file {path} has no token. `progidiff users token NAME --role annotate` makes a line for it."
+        )
     if len(entries) == 1 and ":" not in entries[0][1]:
         return (read_token(entries[0][1], f"{path}, line {entries[0][0]}"),)
     tokens = []
@@ -282,7 +314,9 @@ def read_tokens(path: Path) -> tuple[Token, ...]:
         where = f"{path}, line {number}"
         fields = line.split(":", 2)
         if len(fields) != 3:
-            raise RequestError(f"{where} is not name:role:token. `progidiff users token NAME --role annotate` makes such a line.")
+            raise RequestError(
+                f"{where} is not name:role:token. `progidiff users token NAME --role annotate` makes such a line."
+            )
         tokens.append(read_token(fields[2], where, check_name(fields[0].strip(), where), read_role(fields[1], where)))
     return tuple(tokens)
 
@@ -296,7 +330,8 @@ def read_token(secret: str, where: str, name: str = "token", role: Role = Role.A
     secret = secret.strip()
     if len(secret) < MIN_TOKEN or not (secret.isascii() and secret.isprintable()) or " " in secret:
         raise RequestError(
-            f"{where}: a token has at least {MIN_TOKEN} visible ASCII characters without a space. `progidiff users token NAME` makes one."
+            f"{where}: a token has at least {MIN_TOKEN} visible ASCII characters without "
+            "a space. `progidiff users token NAME` makes one."
         )
     return Token.of(name, role, secret)
 

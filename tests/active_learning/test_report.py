@@ -15,7 +15,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from progidiff.active_learning.report import build_report, count_rounds, find_served, format_html, list_queue, list_versions
+from progidiff.active_learning.report import (
+    build_report,
+    count_rounds,
+    find_served,
+    format_html,
+    list_queue,
+    list_versions,
+)
 from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.active_learning.settings import AcquisitionConfig
 from progidiff.cli.main import app
@@ -39,7 +46,15 @@ def studies(tmp_path: Path, phantom_writer: Callable[..., Path]) -> Path:
     store = AnnotationStore(folder / ".progidiff" / "annotations")
     source = Source("0" * 64, "consensus", "ct-base@1", "", 0)
     for slices, edited, seconds in (((1, 2), False, 60.0), ((4,), True, 120.0)):
-        store.record("a", folder / "a.nii.gz", slices=slices, structures=("liver",), source=source, edited=edited, seconds=seconds)
+        store.record(
+            "a",
+            folder / "a.nii.gz",
+            slices=slices,
+            structures=("liver",),
+            source=source,
+            edited=edited,
+            seconds=seconds,
+        )
     scores = SliceScoreStore(folder / ".progidiff" / "scores")
     scores.save(make_entry("a", "ct-base@1"))
     scores.save(make_entry("b", "ct-base@1", seed=1))
@@ -57,7 +72,8 @@ def adapters(tmp_path: Path) -> AdapterStore:
             "verdict": f"Dice {dice} <better>.",
         }
         card = store.add(
-            "ct", "lora", {"branch.x": torch.zeros(1)}, modality="CT", structures=("liver",), base="b", base_name="t@1", run=run,
+            "ct", "lora", {"branch.x": torch.zeros(1)}, modality="CT", structures=("liver",), base="b",
+            base_name="t@1", run=run,
             readme=lambda c: "", lora=LoraSettings(),
         )  # fmt: skip
     store.publish("ct", card.version)
@@ -89,19 +105,25 @@ def test_the_queue_leaves_out_annotated_slices_and_images_that_are_gone(studies:
     assert "disagree" in of_a["reason"]
 
 
-def train(store: AdapterStore, name: str, cases: list[str], dice: float, modality: str = "CT", accepted: bool = True) -> None:
+def train(
+    store: AdapterStore, name: str, cases: list[str], dice: float, modality: str = "CT", accepted: bool = True
+) -> None:
     run = {
-        "training_cases": cases, "training_slices": {case: list(range(round(100 * dice))) for case in cases}, "accepted": accepted,
+        "training_cases": cases, "training_slices": {case: list(range(round(100 * dice))) for case in cases},
+        "accepted": accepted,
         "validation": {"adapted": {"consensus": dice}},
     }  # fmt: skip
     card = store.add(
-        name, "lora", {"branch.x": torch.zeros(1)}, modality=modality, structures=("liver",), base="b", base_name="t@1", run=run,
+        name, "lora", {"branch.x": torch.zeros(1)}, modality=modality, structures=("liver",), base="b",
+        base_name="t@1", run=run,
         readme=lambda c: "", lora=LoraSettings(),
     )  # fmt: skip
     store.publish(name, card.version)
 
 
-def test_the_advice_is_about_what_was_trained_on_these_labels_and_not_about_what_came_along(studies: Path, adapters: AdapterStore):
+def test_the_advice_is_about_what_was_trained_on_these_labels_and_not_about_what_came_along(
+    studies: Path, adapters: AdapterStore
+):
     train(adapters, "mr", ["t2spir13"], 0.9, "MR")  # shipped, and last by name
     report = build_report(AnnotationStore(studies / ".progidiff" / "annotations"), adapters, [])
     assert report["advice_about"] == "ct"
@@ -134,8 +156,18 @@ class Heads(VersionStore[Any]):
         return Head(**values)
 
     def train(self, cases: list[str], dice: float, accepted: bool) -> None:
-        run = {"training_cases": cases, "validation": {"current": {"dice": 0.1}, "adapted": {"dice": dice, "iou": 0.1}}, "accepted": accepted}
-        card = self._add("nuclei", b"", lambda version, created, sha256: Head("nuclei", version, created, sha256), run, lambda card: "")
+        run = {
+            "training_cases": cases,
+            "validation": {"current": {"dice": 0.1}, "adapted": {"dice": dice, "iou": 0.1}},
+            "accepted": accepted,
+        }
+        card = self._add(
+            "nuclei",
+            b"",
+            lambda version, created, sha256: Head("nuclei", version, created, sha256),
+            run,
+            lambda card: "",
+        )
         self.publish("nuclei", card.version)
 
 
@@ -159,7 +191,9 @@ def test_a_folder_of_pictures_has_a_curve_and_an_advice(tmp_path: Path):
     (tmp_path / "label.png").write_bytes(b"label")
     source = Source("0" * 64, "consensus", "nuclei@1", "", 0)
     for number in range(12):
-        annotations.record(f"tissue{number}", tmp_path / "label.png", num_slices=1, source=source, edited=number % 2 == 0)
+        annotations.record(
+            f"tissue{number}", tmp_path / "label.png", num_slices=1, source=source, edited=number % 2 == 0
+        )
     heads = Heads(tmp_path / "heads")
     heads.train(["tissue0", "tissue1"], 0.5, accepted=True)
     heads.train([f"tissue{number}" for number in range(4)], 0.7, accepted=True)
@@ -179,10 +213,14 @@ def test_a_folder_of_pictures_has_a_curve_and_an_advice(tmp_path: Path):
 
 
 def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(studies: Path):
-    annotations, scores = AnnotationStore(studies / ".progidiff" / "annotations"), SliceScoreStore(studies / ".progidiff" / "scores")
+    annotations, scores = (
+        AnnotationStore(studies / ".progidiff" / "annotations"),
+        SliceScoreStore(studies / ".progidiff" / "scores"),
+    )
     scores.save(make_entry("a", "ct-base@1+ct@1", created=2.0, seed=5))  # made by a version that is not served any more
     versions = {
-        entry["image"]: entry["scores_from"] for entry in by_disagreement(scores, annotations, ["a", "b"], wanted=lambda modality: "ct-base@1")
+        entry["image"]: entry["scores_from"]
+        for entry in by_disagreement(scores, annotations, ["a", "b"], wanted=lambda modality: "ct-base@1")
     }
     assert versions == {"a": "ct-base@1", "b": "ct-base@1"}
     settled = AcquisitionConfig(noise=False)
@@ -198,7 +236,9 @@ def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(stud
         for config, rounds in ((None, None), (None, {"CT": 50}), (settled, None))
     )
     assert noisy != without
-    assert sum(a == b for a, b in zip(later, without, strict=True)) > sum(a == b for a, b in zip(noisy, without, strict=True))
+    assert sum(a == b for a, b in zip(later, without, strict=True)) > sum(
+        a == b for a, b in zip(noisy, without, strict=True)
+    )
 
 
 def by_entropy(scores: SliceScoreStore, entry: dict[str, Any]) -> float:
@@ -254,7 +294,9 @@ def test_the_page_shows_everything_and_escapes_it(studies: Path, adapters: Adapt
     assert "http" not in page  # nothing from elsewhere
 
 
-def test_the_command_reports_an_empty_folder_and_writes_both_forms(tmp_path: Path, studies: Path, adapters: AdapterStore, tiny_model: Path):
+def test_the_command_reports_an_empty_folder_and_writes_both_forms(
+    tmp_path: Path, studies: Path, adapters: AdapterStore, tiny_model: Path
+):
     arguments = ["report", "--studies", str(studies), "--model", str(tiny_model), "--adapters", str(adapters.root)]
     told = CliRunner().invoke(app, arguments)
     assert told.exit_code == 0, told.output

@@ -60,16 +60,23 @@ def test_the_version_that_is_served_wins_over_a_newer_one_and_any_over_none(tmp_
     store.save(make_entry("a", name_version("base@1"), created=1.0))
     store.save(make_entry("a", name_version("base@1", "ct@1"), created=2.0))
     store.save(make_entry("b", name_version("base@1", "ct@1"), created=3.0))
-    assert {k: v.scores.version for k, v in store.pick_newest(lambda modality: "base@1").items()} == {"a": "base@1", "b": "base@1+ct@1"}
+    assert {k: v.scores.version for k, v in store.pick_newest(lambda modality: "base@1").items()} == {
+        "a": "base@1",
+        "b": "base@1+ct@1",
+    }
     assert {v.scores.version for v in store.pick_newest(lambda modality: "base@2").values()} == {"base@1+ct@1"}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "other"])
-def test_a_damaged_file_is_moved_aside_and_the_rest_is_read(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_file_is_moved_aside_and_the_rest_is_read(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+):
     store = SliceScoreStore(tmp_path)
     store.save(make_entry("a"))
     store.save(make_entry("b"))
-    path = next(path for path in tmp_path.rglob("*.safetensors") if SliceScoreStore(tmp_path)._read(path).scores.image == "a")  # type: ignore[union-attr]
+    path = next(
+        path for path in tmp_path.rglob("*.safetensors") if SliceScoreStore(tmp_path)._read(path).scores.image == "a"
+    )  # type: ignore[union-attr]
     path.write_bytes({"truncated": path.read_bytes()[:-9], "empty": b"", "other": b"this is no score file"}[damage])
     again = SliceScoreStore(tmp_path)
     assert [entry.scores.image for entry in again.load_all()] == ["b"]
@@ -93,9 +100,13 @@ def test_scores_of_long_gone_versions_are_removed(tmp_path: Path):
     store = SliceScoreStore(tmp_path)
     for number in range(KEPT_VERSIONS + 3):
         store.save(make_entry("a", f"base@{number}", created=number))
-        for age, folder in enumerate(sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)):
+        for age, folder in enumerate(
+            sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        ):
             os.utime(folder, ns=(0, time.time_ns() - age * 10**9))
-    assert sorted(entry.scores.version for entry in store.load_all()) == [f"base@{n}" for n in range(3, KEPT_VERSIONS + 3)]
+    assert sorted(entry.scores.version for entry in store.load_all()) == [
+        f"base@{n}" for n in range(3, KEPT_VERSIONS + 3)
+    ]
 
 
 def test_a_model_that_is_trained_often_does_not_push_out_the_scores_of_another_modality(tmp_path: Path):
@@ -104,7 +115,9 @@ def test_a_model_that_is_trained_often_does_not_push_out_the_scores_of_another_m
     store.save(make_entry("picture", "nuclei@1", modality="picture"))
     for number in range(1, KEPT_VERSIONS + 4):
         store.save(make_entry("mr", name_version("base@1", f"mr@{number}"), modality="MR", created=number))
-        for age, folder in enumerate(sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)):
+        for age, folder in enumerate(
+            sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        ):
             os.utime(folder, ns=(0, time.time_ns() - age * 10**9))
     kept = sorted(entry.scores.version for entry in SliceScoreStore(tmp_path).load_all())
     assert kept == ["base@1", *(f"base@1+mr@{number}" for number in range(4, KEPT_VERSIONS + 4)), "nuclei@1"]
@@ -116,7 +129,9 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path):
         SliceScoreStore(tmp_path / "file").save(make_entry())
 
 
-def test_two_threads_that_go_through_the_pool_at_once_read_no_file_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_two_threads_that_go_through_the_pool_at_once_read_no_file_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     for number, name in enumerate(("a", "b")):
         SliceScoreStore(tmp_path).save(make_entry(name, seed=number))
     store = SliceScoreStore(tmp_path)

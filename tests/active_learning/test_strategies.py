@@ -1,4 +1,6 @@
-"""Scores and choices on made-up proposals; whether a strategy is worth anything is measured by benchmarks/active_learning.py."""
+"""Scores and choices on made-up proposals; whether a strategy is worth anything is measured by
+benchmarks/active_learning.py.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ QUIET = AcquisitionConfig(noise=False)
 
 
 def make_scores(image: str = "a", depth: int = 40, seed: int = 0, slice_mm: float = 5.0) -> ImageScores:
-    """A large liver on slices 10-29 that is nearly certain, a small pancreas on 15-20 that is not, and noise on slice 35."""
+    """A large liver on slices 10-29 that is nearly certain, a small pancreas on 15-20 that is not, and noise on slice
+    35.
+    """
     rng = np.random.default_rng(seed)
     disagreement, foreground = np.zeros((2, depth), np.float32), np.zeros((2, depth), np.float32)
     disagreement[0, 10:30], foreground[0, 10:30] = 0.1, 0.2
@@ -90,15 +94,22 @@ def test_annotated_structures_give_way_to_those_that_are_not():
 
 
 def test_images_with_little_done_come_first_while_they_show_anything():
-    empty = replace(make_scores("empty"), disagreement=np.zeros((2, 40), np.float32), foreground=np.zeros((2, 40), np.float32))
+    empty = replace(
+        make_scores("empty"), disagreement=np.zeros((2, 40), np.float32), foreground=np.zeros((2, 40), np.float32)
+    )
     pool = build_pool([*(make_scores(f"image{n}", seed=n) for n in range(3)), empty])
     annotated = {"image0": [12, 20]}
     spread = [pick.image for pick in pick_slices(pool, 7, config=QUIET, annotated=annotated)]
     assert sorted(spread[:4]) == ["image1", "image1", "image2", "image2"]
     assert sorted(spread[4:]) == ["image0", "image1", "image2"]
     greedy = replace(QUIET, spread_over_images=False)
-    favoured = build_pool([replace(make_scores("image0"), disagreement=make_scores("image0").disagreement * 1.5), make_scores("image1")])
-    assert {pick.image for pick in pick_slices(favoured, 3, config=replace(greedy, stratified_share=0.0, min_distance_mm=0.0))} == {"image0"}
+    favoured = build_pool(
+        [replace(make_scores("image0"), disagreement=make_scores("image0").disagreement * 1.5), make_scores("image1")]
+    )
+    assert {
+        pick.image
+        for pick in pick_slices(favoured, 3, config=replace(greedy, stratified_share=0.0, min_distance_mm=0.0))
+    } == {"image0"}
 
 
 def test_a_power_of_zero_leaves_the_size_to_decide():
@@ -149,7 +160,10 @@ def test_noise_is_strong_first_and_faint_last_and_does_not_depend_on_the_rest_of
     pool = build_pool(scores)
     annealed = AcquisitionConfig(beta_first=0.1, beta_last=1e6, spread_over_images=False)
     quiet = {(p.image, p.index) for p in pick_slices(pool, 8, config=replace(annealed, noise=False))}
-    shared = [len(quiet & {(p.image, p.index) for p in pick_slices(pool, 8, config=annealed, round_index=r, seed=1)}) for r in (0, 4)]
+    shared = [
+        len(quiet & {(p.image, p.index) for p in pick_slices(pool, 8, config=annealed, round_index=r, seed=1)})
+        for r in (0, 4)
+    ]
     assert shared[0] < shared[1]
     alone = build_pool([scores[2]]).gumbel(1, 0)
     np.testing.assert_array_equal(alone, pool.gumbel(1, 0)[:, pool.rows("image2")])

@@ -1,4 +1,6 @@
-"""The active-learning benchmark at a size of seconds: it runs, resumes, and its arithmetic is right. Its figures mean nothing here."""
+"""The active-learning benchmark at a size of seconds: it runs, resumes, and its arithmetic is right. Its figures mean
+nothing here.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,12 @@ def studies(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("task", ["mr", "contrast", "ct"])
 def test_the_smoke_size_runs_and_a_second_run_computes_nothing(
-    benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, task: str, capsys: pytest.CaptureFixture[str]
+    benchmark: ModuleType,
+    studies: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    task: str,
+    capsys: pytest.CaptureFixture[str],
 ):
     out, picture = tmp_path / "out.json", tmp_path / "curve.png"
     arguments = [
@@ -61,7 +68,17 @@ def test_the_smoke_size_runs_and_a_second_run_computes_nothing(
         "0",
         "1",
     ]
-    arguments += ["--out", str(out), "--picture", str(picture), "--strategies", "ours", "uniform random", "foreground random 66 %", "entropy"]
+    arguments += [
+        "--out",
+        str(out),
+        "--picture",
+        str(picture),
+        "--strategies",
+        "ours",
+        "uniform random",
+        "foreground random 66 %",
+        "entropy",
+    ]
     benchmark.main(arguments)
     first = json.loads(out.read_text())
     told = capsys.readouterr()
@@ -72,7 +89,9 @@ def test_the_smoke_size_runs_and_a_second_run_computes_nothing(
         starts = {json.dumps(curve[0]) for curve in curves.values()}
         assert len(starts) == 1  # the same start set and the same first model for every strategy
         assert all([point["slices"] for point in curve] == [4, 8] for curve in curves.values())
-    assert all("consensus" in point for curves in first["curves"].values() for curve in curves.values() for point in curve)
+    assert all(
+        "consensus" in point for curves in first["curves"].values() for curve in curves.values() for point in curve
+    )
     benchmark.main(arguments)
     assert "round" not in capsys.readouterr().err
     assert json.loads(out.read_text())["curves"] == first["curves"]
@@ -82,8 +101,19 @@ def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(
     benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     def run(work: str, *more: str) -> dict:
-        paths = ["--studies", str(studies), "--model", str(tiny_model), "--work", str(tmp_path / work), "--out", str(tmp_path / f"{work}.json")]
-        benchmark.main(["--task", "mr", *paths, "--smoke", "--rounds", "2", "--seeds", "3", "--strategies", "ours", *more])
+        paths = [
+            "--studies",
+            str(studies),
+            "--model",
+            str(tiny_model),
+            "--work",
+            str(tmp_path / work),
+            "--out",
+            str(tmp_path / f"{work}.json"),
+        ]
+        benchmark.main(
+            ["--task", "mr", *paths, "--smoke", "--rounds", "2", "--seeds", "3", "--strategies", "ours", *more]
+        )
         return json.loads((tmp_path / f"{work}.json").read_text())["curves"]
 
     def strip(curves: dict) -> list[dict]:
@@ -122,11 +152,15 @@ def test_folded_updates_compute_what_updates_beside_the_weights_compute(benchmar
     assert (beside - path(slices, pooled)).abs().max() > 0.01
     torch.testing.assert_close(folded, beside, rtol=1e-4, atol=1e-4)
     trained = [p for p in branch.parameters() if p.requires_grad]
-    for one, other in zip(torch.autograd.grad(beside.sum(), trained), torch.autograd.grad(folded.sum(), trained), strict=True):
+    for one, other in zip(
+        torch.autograd.grad(beside.sum(), trained), torch.autograd.grad(folded.sum(), trained), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-5)
 
 
-def test_candidates_of_a_round_are_the_same_for_all_and_never_annotated(benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path):
+def test_candidates_of_a_round_are_the_same_for_all_and_never_annotated(
+    benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path
+):
     setup = replace(benchmark.SETUPS["mr"], pool_volumes=1, query=4, num_proposals=2, candidates=6)
     world = benchmark.World(setup, studies, tiny_model, tmp_path / "work", 0)
     name = world.pool.names[0]

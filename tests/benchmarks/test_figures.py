@@ -63,7 +63,11 @@ def test_the_segmentation_chart_shows_the_tables_of_the_readme(figures: ModuleTy
     (plot,) = figures.chart_segmentation(heldout, rivals).axes
     names = [label.get_text() for label in plot.get_yticklabels()]
     summary = heldout["summary"]
-    for label, kind in (("single proposal (mean)", "single"), ("consensus of 4", "consensus"), ("best of 4, picked with the truth", "best")):
+    for label, kind in (
+        ("single proposal (mean)", "single"),
+        ("consensus of 4", "consensus"),
+        ("best of 4, picked with the truth", "best"),
+    ):
         shown = {name: x for name, (x, _) in zip(names, find_points(plot, label), strict=True)}
         assert shown.pop("mean of 8") == summary["mean"][kind]["dice"]["transunet_8"]
         assert shown.pop("mean of all 13") == summary["mean"][kind]["dice"]["all"]
@@ -85,7 +89,10 @@ def test_the_quality_chart_shows_calibration_and_correlation(figures: ModuleType
     calibration, ranking = figures.chart_quality(report).axes
     lines = {line.get_label(): line.get_xydata() for line in calibration.lines}
     rows = report["voxels"]["reliability"]
-    np.testing.assert_allclose(lines[f"agreement of 8, ECE {report['voxels']['ece']['band']:.3f}"], [(r["agreement"], r["inside"]) for r in rows])
+    np.testing.assert_allclose(
+        lines[f"agreement of 8, ECE {report['voxels']['ece']['band']:.3f}"],
+        [(r["agreement"], r["inside"]) for r in rows],
+    )
     served = report["disagreement_against_error"]["disagreement (served)"]
     assert find_points(ranking, "slice alone, all volumes")[0, 0] == served["slice alone"]["drawn"]
     assert find_points(ranking, "mean of 3 slices, all volumes")[0, 0] == served["mean of 3 slices"]["drawn"]
@@ -114,7 +121,9 @@ def make_cell(dice: float, with_proposals: bool = True) -> dict[str, Any]:
 def test_the_transfer_chart_shows_every_seed_and_only_the_rows_that_there_are(figures: ModuleType):
     transfer = load_script("transfer")
     tried = "LoRA, 5 volumes, half of the slices at random"  # in the table alone
-    assert set(figures.LABELS) | {f"unadapted{figures.WIDER}", f"LoRA, 5 volumes{figures.WIDER}", tried} == set(transfer.MAIN)
+    assert set(figures.LABELS) | {f"unadapted{figures.WIDER}", f"LoRA, 5 volumes{figures.WIDER}", tried} == set(
+        transfer.MAIN
+    )
     assert set(figures.SHADED) == set(transfer.CROSSED)
     cells = {
         "unadapted": {"0": make_cell(0.4)},
@@ -172,7 +181,9 @@ def arrange(volume: Volume, stack: np.ndarray) -> np.ndarray:
     return result.reshape(volume.array.shape)
 
 
-def test_a_missed_pixel_does_not_beat_a_large_error_and_a_missed_slice_does(figures: ModuleType, volume: Volume, truth: np.ndarray):
+def test_a_missed_pixel_does_not_beat_a_large_error_and_a_missed_slice_does(
+    figures: ModuleType, volume: Volume, truth: np.ndarray
+):
     drawn = truth.astype(bool)
     drawn[4] = False  # Dice 0 on one pixel
     drawn[2, 10:20, 10:14] = False  # 60 of 100 pixels: Dice 0.75
@@ -190,7 +201,9 @@ def test_a_missed_pixel_does_not_beat_a_large_error_and_a_missed_slice_does(figu
     assert figures.weigh(1, 4, 4) == 0.04  # a structure of one pixel is held against 1 cm2
 
 
-def test_what_is_drawn_where_nothing_is_counts_and_what_is_right_does_not(figures: ModuleType, volume: Volume, truth: np.ndarray):
+def test_what_is_drawn_where_nothing_is_counts_and_what_is_right_does_not(
+    figures: ModuleType, volume: Volume, truth: np.ndarray
+):
     drawn, labels = truth.astype(bool), arrange(volume, truth)
     assert figures.find_worst("toy", volume, Masks(np.stack([drawn] * 3), [0] * 6), labels, {"liver": [1]}) == []
     masks = np.stack([drawn] * 4)
@@ -201,7 +214,9 @@ def test_what_is_drawn_where_nothing_is_counts_and_what_is_right_does_not(figure
     assert figures.find_worst("toy", volume, Masks(masks, [0] * 6), labels, {"liver": [1]}) == []
 
 
-def test_without_labels_the_disagreement_ranks_and_a_few_pixels_do_not_win(figures: ModuleType, volume: Volume, truth: np.ndarray):
+def test_without_labels_the_disagreement_ranks_and_a_few_pixels_do_not_win(
+    figures: ModuleType, volume: Volume, truth: np.ndarray
+):
     masks = np.stack([truth.astype(bool)] * 2)
     (worst,) = figures.find_worst("toy", volume, Masks(masks, [0, 0.1, 0.4, 0.2, 0.9, 0]))
     assert (worst.z, worst.truth) == (2, None)
@@ -209,13 +224,19 @@ def test_without_labels_the_disagreement_ranks_and_a_few_pixels_do_not_win(figur
     assert worst.disagreement == pytest.approx(0.4)
 
 
-def test_the_truth_is_drawn_beside_the_proposals_and_over_their_consensus(figures: ModuleType, volume: Volume, truth: np.ndarray, tmp_path: Path):
+def test_the_truth_is_drawn_beside_the_proposals_and_over_their_consensus(
+    figures: ModuleType, volume: Volume, truth: np.ndarray, tmp_path: Path
+):
     drawn = truth.astype(bool)
     drawn[2, 10:20, 10:14] = False
-    worst = figures.find_worst("toy", volume, Masks(np.stack([drawn] * 3), [0] * 6), arrange(volume, truth), {"liver": [1]})
+    worst = figures.find_worst(
+        "toy", volume, Masks(np.stack([drawn] * 3), [0] * 6), arrange(volume, truth), {"liver": [1]}
+    )
     picture = np.asarray(Image.open(figures.draw_worst(worst, tmp_path / "worst.png")).convert("RGB")).astype(int)
     white = (picture.min(axis=2) > 245)[30:-30]  # the titles are grey
-    slice_, truth_column, first, second, third, consensus, agreement = np.array_split(white[:, : int(white.shape[1] * 0.965)], 7, axis=1)
+    slice_, truth_column, first, second, third, consensus, agreement = np.array_split(
+        white[:, : int(white.shape[1] * 0.965)], 7, axis=1
+    )
     assert slice_.any()  # the frame
     assert min(part.sum() for part in (truth_column, consensus, agreement)) > 50
     assert not first.any()
@@ -234,14 +255,28 @@ def studies(tmp_path: Path) -> Path:
 
 
 def read_rows(text: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("| ")][1:]
+    return [
+        [cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("| ")
+    ][1:]
 
 
 def test_the_worst_cases_of_a_folder_are_found_with_and_without_labels(
     figures: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "worst.png"
-    arguments = ["worst", "--studies", str(studies), "--model", str(tiny_model), "--num-proposals", "3", "--rows", "3", "--out", str(out)]
+    arguments = [
+        "worst",
+        "--studies",
+        str(studies),
+        "--model",
+        str(tiny_model),
+        "--num-proposals",
+        "3",
+        "--rows",
+        "3",
+        "--out",
+        str(out),
+    ]
     figures.main(arguments)
     told = capsys.readouterr().out
     rows = read_rows(told)
@@ -264,7 +299,22 @@ def test_the_worst_cases_of_a_folder_are_found_with_and_without_labels(
     assert capsys.readouterr().out == told
 
 
-def test_an_unknown_volume_is_refused_with_those_that_there_are(figures: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path):
+def test_an_unknown_volume_is_refused_with_those_that_there_are(
+    figures: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path
+):
     for flag in ([], ["--unlabelled"]):
         with pytest.raises(SystemExit, match=r"there is no image three.*one, two"):
-            figures.main(["worst", "--studies", str(studies), "--model", str(tiny_model), "--cases", "three", "--out", str(tmp_path / "x"), *flag])
+            figures.main(
+                [
+                    "worst",
+                    "--studies",
+                    str(studies),
+                    "--model",
+                    str(tiny_model),
+                    "--cases",
+                    "three",
+                    "--out",
+                    str(tmp_path / "x"),
+                    *flag,
+                ]
+            )

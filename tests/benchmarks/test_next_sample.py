@@ -1,4 +1,6 @@
-"""The benchmark of the next sample with a handful of images: it runs, and asks a server that answers from the scores."""
+"""The benchmark of the next sample with a handful of images: it runs, and asks a server that answers from the
+scores.
+"""
 
 from __future__ import annotations
 

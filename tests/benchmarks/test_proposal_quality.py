@@ -1,4 +1,6 @@
-"""The benchmarks of proposals and prompts at a size of seconds: they run, resume, and their arithmetic is right. Figures mean nothing here."""
+"""The benchmarks of proposals and prompts at a size of seconds: they run, resume, and their arithmetic is right.
+Figures mean nothing here.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +54,25 @@ def forbid_networks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_proposal_quality_runs_and_a_second_run_draws_nothing(
-    quality: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quality: ModuleType,
+    studies: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "quality.json"
-    arguments = ["--studies", str(studies), "--model", str(tiny_model), "--smoke", "--keep", str(tmp_path / "keep"), "--out", str(out)]
+    arguments = [
+        "--studies",
+        str(studies),
+        "--model",
+        str(tiny_model),
+        "--smoke",
+        "--keep",
+        str(tmp_path / "keep"),
+        "--out",
+        str(out),
+    ]
     quality.main(arguments)
     table = capsys.readouterr().out
     report = json.loads(out.read_text(encoding="utf-8"))
@@ -63,7 +80,11 @@ def test_proposal_quality_runs_and_a_second_run_draws_nothing(
     assert set(report["diversity"]["served"]["cases"]) == {"one", "two"}
     for values in report["diversity"].values():
         assert 0 <= values["mean"]["pairwise_dice"] <= 1
-        assert values["mean"]["dice, best of K per slice"] >= values["mean"]["dice, best of K per volume"] >= values["mean"]["dice, single"]
+        assert (
+            values["mean"]["dice, best of K per slice"]
+            >= values["mean"]["dice, best of K per volume"]
+            >= values["mean"]["dice, single"]
+        )
         assert values["mean"]["ged"] >= values["mean"]["ged_unbiased"]
     assert report["pairs"]["drawn"] + report["pairs"]["empty"] == 2 * 3 * 12
     assert report["disagreement_against_error"]["disagreement (served)"]["mean of 3 slices"]["drawn"] is not None
@@ -79,7 +100,9 @@ def test_proposal_quality_runs_and_a_second_run_draws_nothing(
     assert {**again, "versions": None} == {**report, "versions": None}
 
 
-def test_a_setting_changes_what_is_drawn_and_leaves_the_engine_usable(quality: ModuleType, studies: Path, tiny_model: Path):
+def test_a_setting_changes_what_is_drawn_and_leaves_the_engine_usable(
+    quality: ModuleType, studies: Path, tiny_model: Path
+):
     engine = Engine(tiny_model, device="cpu", dtype="fp32")
     engine.load()
     engine._card = type(engine.card)(**{**vars(engine.card), "evidence_spread": (2.0, 2.0)})
@@ -114,7 +137,9 @@ def test_a_pair_is_measured_as_its_definitions_say(quality: ModuleType, maps: np
 
     assert pair.distance_to_truth == pytest.approx(np.mean([distance(mask, truth) for mask in masks]))
     assert pair.distance_with_self == pytest.approx(np.mean([distance(a, b) for a in masks for b in masks]))
-    assert pair.distance == pytest.approx(np.mean([distance(masks[a], masks[b]) for a in range(4) for b in range(4) if a != b]))
+    assert pair.distance == pytest.approx(
+        np.mean([distance(masks[a], masks[b]) for a in range(4) for b in range(4) if a != b])
+    )
     consensus = masks.mean(axis=0) >= 0.5
     assert pair.error == pytest.approx(1 - 2 * (consensus & truth).sum() / (consensus.sum() + truth.sum()))
     np.testing.assert_allclose(pair.dice, [2 * (mask & truth).sum() / (mask.sum() + truth.sum()) for mask in masks])
@@ -148,19 +173,31 @@ def test_correlations_are_scipys_on_the_pairs_that_they_name(quality: ModuleType
     pairs = []
     for z in range(2, 9):
         maps = (square * generator.random((3, 8, 8)) * 400).clip(0, 255).astype(np.float32)
-        pairs.append(quality.measure_pair("liver", z, maps, square if z < 8 else np.zeros_like(square), float(generator.random())))
+        pairs.append(
+            quality.measure_pair(
+                "liver", z, maps, square if z < 8 else np.zeros_like(square), float(generator.random())
+            )
+        )
     missed = quality.measure_pair("liver", 9, np.zeros((3, 8, 8), dtype=np.float32), square, 0.0)
-    found = quality.summarise_correlation({"one": [*pairs, missed]}, {"one": 12}, ["spleen", "liver"])["disagreement (served)"]
+    found = quality.summarise_correlation({"one": [*pairs, missed]}, {"one": 12}, ["spleen", "liver"])[
+        "disagreement (served)"
+    ]
     alone, errors = np.zeros(12), np.zeros(12)
     for pair in (*pairs, missed):
         alone[pair.z], errors[pair.z] = pair.summaries["disagreement (served)"], pair.error
     nearby = [alone[max(0, z - 1) : z + 2].mean() for z in range(12)]
     present = [2, 3, 4, 5, 6, 7, 9]
     assert found["slice alone"]["drawn"] == pytest.approx(spearmanr(alone[2:10], errors[2:10])[0])
-    assert found["mean of 3 slices"]["present"] == pytest.approx(spearmanr(np.array(nearby)[present], errors[present])[0])
+    assert found["mean of 3 slices"]["present"] == pytest.approx(
+        spearmanr(np.array(nearby)[present], errors[present])[0]
+    )
     everything = spearmanr(np.concatenate([np.zeros(12), nearby]), np.concatenate([np.zeros(12), errors]))[0]
     assert found["mean of 3 slices"]["all"] == pytest.approx(everything)
-    assert found["slice alone"]["within structures"] == found["slice alone"]["drawn"] == found["slice alone"]["drawn by case"]["one"]
+    assert (
+        found["slice alone"]["within structures"]
+        == found["slice alone"]["drawn"]
+        == found["slice alone"]["drawn by case"]["one"]
+    )
 
 
 def test_auroc_is_the_share_of_right_orders(quality: ModuleType):
@@ -177,7 +214,9 @@ def test_uncertainty_is_highest_where_half_of_the_proposals_draw(quality: Module
     # Agreement of 4 proposals: rows 0..4; columns: outside, inside of the truth.
     counts = np.array([[10, 1], [4, 2], [3, 5], [2, 6], [1, 20]])
     # Wrong: inside where under half draw, outside where at least half do.
-    np.testing.assert_array_equal(quality.sort_by_uncertainty(counts, range(5)), [[10 + 20, 1 + 1], [4 + 6, 2 + 2], [5, 3]])
+    np.testing.assert_array_equal(
+        quality.sort_by_uncertainty(counts, range(5)), [[10 + 20, 1 + 1], [4 + 6, 2 + 2], [5, 3]]
+    )
     np.testing.assert_array_equal(quality.sort_by_uncertainty(counts, range(1, 5)), [[20, 1], [4 + 6, 2 + 2], [5, 3]])
 
 
@@ -198,13 +237,29 @@ def test_picking_slice_by_slice_pools_the_best_of_every_slice(quality: ModuleTyp
     ]
     ways = quality.summarise_picking(pairs, ["liver", "spleen"])
     assert ways["best of K per slice"] == {"liver": 1.0}
-    assert ways["best of K per volume"]["liver"] == pytest.approx(2 * (16 + 8) / (32 + 32))  # the second one draws nothing where nothing is
+    assert ways["best of K per volume"]["liver"] == pytest.approx(
+        2 * (16 + 8) / (32 + 32)
+    )  # the second one draws nothing where nothing is
     assert ways["single"]["liver"] == pytest.approx((2 * 24 / 80 + 2 * 24 / 64) / 2)
 
 
-def test_islands_scores_every_rule(islands: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_islands_scores_every_rule(
+    islands: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     out, keep = tmp_path / "islands.json", tmp_path / "keep"
-    arguments = ["islands", "--studies", str(studies), "--model", str(tiny_model), "--num-proposals", "2", "--keep", str(keep), "--out", str(out)]
+    arguments = [
+        "islands",
+        "--studies",
+        str(studies),
+        "--model",
+        str(tiny_model),
+        "--num-proposals",
+        "2",
+        "--keep",
+        str(keep),
+        "--out",
+        str(out),
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     islands.main()
     report = json.loads(out.read_text(encoding="utf-8"))
@@ -221,7 +276,12 @@ def controls() -> ModuleType:
 
 
 def test_text_controls_run_and_a_second_run_draws_nothing(
-    controls: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    controls: ModuleType,
+    studies: Path,
+    tiny_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ):
     out = tmp_path / "controls.json"
     arguments = ["--studies", str(studies), "--model", str(tiny_model), "--smoke", "--at-once", "5", "--out", str(out)]
@@ -249,7 +309,9 @@ def test_unseen_synonyms_and_descriptions_are_unseen(controls: ModuleType):
     assert len(texts) == len(set(texts))
     for name, description in controls.DESCRIPTIONS.items():
         assert not seen & {*controls.heldout_phrases(name), description}
-        assert not any(phrase in description for phrase in controls.training_phrases(name)), "a description must not name its structure"
+        assert not any(phrase in description for phrase in controls.training_phrases(name)), (
+            "a description must not name its structure"
+        )
 
 
 def test_a_derangement_leaves_no_name_in_its_place(controls: ModuleType):

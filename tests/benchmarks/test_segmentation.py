@@ -1,4 +1,6 @@
-"""The segmentation benchmark at a size of seconds: rivals train and continue, tables come out, the arithmetic is right. Figures mean nothing here."""
+"""The segmentation benchmark at a size of seconds: rivals train and continue, tables come out, the arithmetic is right.
+Figures mean nothing here.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,19 @@ def test_the_smoke_size_trains_measures_prints_and_a_second_run_computes_nothing
     for name in ("one", "two"):
         write_case(studies, name, BOXES, slices=8)
     write_table(studies, {1: "liver", 2: "spleen"})
-    common = ["--studies", str(studies), "--cases", "two", "--model", str(tiny_model), "--work", str(work), "--out", str(out), "--smoke"]
+    common = [
+        "--studies",
+        str(studies),
+        "--cases",
+        "two",
+        "--model",
+        str(tiny_model),
+        "--work",
+        str(work),
+        "--out",
+        str(out),
+        "--smoke",
+    ]
     for what in ("unet", "gms"):
         benchmark.main([what, *common])
     benchmark.main(["slices", *common, "--every", "2"])
@@ -82,7 +96,9 @@ def test_the_smoke_size_trains_measures_prints_and_a_second_run_computes_nothing
 
 
 def test_counts_give_single_consensus_and_best_of_every_k(benchmark: ModuleType, tmp_path: Path):
-    """Two answers, one structure, two slices of one volume: answer 0 is right on the first slice, answer 1 on the second."""
+    """Two answers, one structure, two slices of one volume: answer 0 is right on the first slice, answer 1 on the
+    second.
+    """
     counts = benchmark.Counts(
         volume=np.array([0, 0, 0]),
         truth=np.array([[10], [30], [0]]),
@@ -135,7 +151,9 @@ def test_training_learns_and_goes_on_where_it_stopped(baselines: ModuleType, tmp
             return (network(x).float()[:, 0] - x.sum(1)).square().mean()
 
         budget = baselines.Budget(minutes=minutes, validate_minutes=0.005, learning_rate=0.02, anneal_minutes=0.002)
-        return network, baselines.train_for(network, compute_loss, lambda: {"bias": float(network.bias.detach())}, budget, tmp_path)
+        return network, baselines.train_for(
+            network, compute_loss, lambda: {"bias": float(network.bias.detach())}, budget, tmp_path
+        )
 
     _, short = train(0.005)
     network, longer = train(0.01)
@@ -143,4 +161,6 @@ def test_training_learns_and_goes_on_where_it_stopped(baselines: ModuleType, tmp
     assert longer[1]["step"] > longer[0]["step"]
     assert longer[1]["minutes"] >= 0.01
     assert float((network.weight - 1).abs().max()) < 0.1
-    assert longer[1]["bias"] == pytest.approx(float(network.bias.detach()))  # the averaged weights are validated, and kept
+    assert longer[1]["bias"] == pytest.approx(
+        float(network.bias.detach())
+    )  # the averaged weights are validated, and kept

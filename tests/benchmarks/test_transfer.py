@@ -1,4 +1,6 @@
-"""The CT -> MR benchmark at a size of seconds: it runs, resumes, and its arithmetic is right. Its figures mean nothing here."""
+"""The CT -> MR benchmark at a size of seconds: it runs, resumes, and its arithmetic is right. Its figures mean nothing
+here.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,17 @@ def test_the_smoke_size_runs_and_a_second_run_computes_nothing(
 ):
     out = tmp_path / "out.json"
     rows = ["unadapted", "unadapted, wider window", "LoRA, 5 volumes", "LoRA, 10 slices", "full, 5 volumes"]
-    arguments = ["--studies", str(studies), "--model", str(tiny_model), "--work", str(tmp_path / "work"), "--out", str(out), "--smoke"]
+    arguments = [
+        "--studies",
+        str(studies),
+        "--model",
+        str(tiny_model),
+        "--work",
+        str(tmp_path / "work"),
+        "--out",
+        str(out),
+        "--smoke",
+    ]
     arguments += ["--seeds", "0", "1", "--test", "three", "--rows", *rows]
     benchmark.main(arguments)
     first, told = json.loads(out.read_text()), capsys.readouterr()
@@ -47,7 +59,9 @@ def test_the_smoke_size_runs_and_a_second_run_computes_nothing(
         assert f"| {row} |" in told.out
     assert list(first["cells"]["unadapted"]) == ["0"]
     trained = first["cells"]["LoRA, 5 volumes"]
-    assert {cell["validation"] for cell in trained.values()} | {name for cell in trained.values() for name in cell["training"]} == {"one", "two"}
+    assert {cell["validation"] for cell in trained.values()} | {
+        name for cell in trained.values() for name in cell["training"]
+    } == {"one", "two"}
     assert all(set(cell["tests"]["0"]["volumes"]) == {"three"} for cell in trained.values())
     assert first["cells"]["LoRA, 10 slices"]["0"]["training_slices"] == 2
     summary = first["summary"]
@@ -101,7 +115,9 @@ def test_the_largest_part_drops_islands_and_false_slices_are_counted(benchmark: 
     assert found["false slices"] == pytest.approx(1 / 5)
 
 
-def test_the_model_as_it_is_answers_as_the_engine_does(benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path):
+def test_the_model_as_it_is_answers_as_the_engine_does(
+    benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path
+):
     from progidiff.images.volume import load_volume
     from progidiff.prompts.parser import parse_prompt
     from progidiff.proposals.engine import Engine
@@ -112,7 +128,9 @@ def test_the_model_as_it_is_answers_as_the_engine_does(benchmark: ModuleType, st
     queries = parse_prompt("spleen, liver", engine.structures)
     expected = engine.propose(volume, queries, num_proposals=2, adapter="none")
     chosen = range(0, 20, 4)
-    drawn = benchmark.draw_masks(bench.load_base(1.0)[2], bench.card, volume, [query.name for query in queries], chosen, 2)
+    drawn = benchmark.draw_masks(
+        bench.load_base(1.0)[2], bench.card, volume, [query.name for query in queries], chosen, 2
+    )
     for p, query in enumerate(queries):
         for k in range(2):
             mask = volume.arrange(expected.mask(volume, query.name, k + 1)).astype(bool)[list(chosen)]
@@ -120,7 +138,9 @@ def test_the_model_as_it_is_answers_as_the_engine_does(benchmark: ModuleType, st
             assert (mask != drawn[1 + k, p]).mean() < 0.01  # the engine keeps probabilities as bytes
 
 
-def test_the_wider_window_reaches_training_slices_and_networks(benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path):
+def test_the_wider_window_reaches_training_slices_and_networks(
+    benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path
+):
     from progidiff.images.volume import load_volume
     from progidiff.training.slice_cache import SliceCache
     from progidiff.training.slice_cache import list_cases as list_labelled
@@ -135,7 +155,9 @@ def test_the_wider_window_reaches_training_slices_and_networks(benchmark: Module
         folder, card, pipeline = bench.load_base(headroom)
         assert card.conditioning.mr_headroom == headroom
         assert (folder == tiny_model) == (headroom == 1)
-        cache = SliceCache(list_labelled(studies, ["three"]), ("liver", "spleen"), card.conditioning, tmp_path / "cache")
+        cache = SliceCache(
+            list_labelled(studies, ["three"]), ("liver", "spleen"), card.conditioning, tmp_path / "cache"
+        )
         means.append(float((cache.read(range(20))[0] + 1).mean()))
         evidence.append(benchmark.draw_masks(pipeline, card, volume, ["liver"], range(20), 0))
     assert means[1] < 0.5 * means[0]

@@ -1,4 +1,6 @@
-"""OHIF in a real browser, on a folder and against Orthanc: open, prompt, step through, accept, submit, export; what is saved is what was accepted."""
+"""OHIF in a real browser, on a folder and against Orthanc: open, prompt, step through, accept, submit, export; what is
+saved is what was accepted.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,6 @@ from support.servers import APP, Server, copy_app, run_server
 pytestmark = needs_browser
 
 
-
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("ohif")
@@ -30,7 +29,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     write_crop(studies / "abdomen.nii.gz")
     (studies / "abdomen.json").write_text(json.dumps({"modality": "CT", "description": "upper abdomen"}))
     with run_server(
-        studies, copy_app(folder), folder / "server.log", "model_dir", str(APP / "model"), "device", "cpu", "score_pool", "off"
+        studies,
+        copy_app(folder),
+        folder / "server.log",
+        "model_dir",
+        str(APP / "model"),
+        "device",
+        "cpu",
+        "score_pool",
+        "off",
     ) as running:
         yield running
 
@@ -50,17 +57,24 @@ def check_round(server: Server, image: str, called: str, tmp_path: Path) -> None
         called: Its patient id.
         tmp_path: For files.
     """
-    seen = drive("ohif.mjs", server.url, tmp_path / "shots", image=called, called=image, prompt="liver", count=3, accept="2")
+    seen = drive(
+        "ohif.mjs", server.url, tmp_path / "shots", image=called, called=image, prompt="liver", count=3, accept="2"
+    )
     print(json.dumps({key: seen[key] for key in ("listed", "firstPixels", "first", "proposals", "switches")}), tmp_path)
     assert seen["shows"] == ["consensus", "1", "2", "3", "disagreement"]
     for show in ("consensus", "1", "2", "3"):
-        assert seen["counts"][show].get("6", 0) == int(read_proposal(server, image, show, tmp_path / "mask.nii.gz").sum()), show
+        assert seen["counts"][show].get("6", 0) == int(
+            read_proposal(server, image, show, tmp_path / "mask.nii.gz").sum()
+        ), show
     assert statistics.median(seen["switches"][1:]) < SWITCH_MS  # the first one fetched its mask
 
     accepted = read_proposal(server, image, "2", tmp_path / "accepted.nii.gz")
     assert accepted.any()
     assert seen["exported"]["status"] == 200, seen["exported"]["text"]
-    saves = sorted(server.get("/progidiff/annotations", params={"image": image}).json()["annotations"], key=lambda entry: entry["sequence"])
+    saves = sorted(
+        server.get("/progidiff/annotations", params={"image": image}).json()["annotations"],
+        key=lambda entry: entry["sequence"],
+    )
     first, second, third = saves
     assert first["slices"] == [seen["slice"]]
     assert first["edited"] is False
@@ -83,7 +97,9 @@ def test_the_whole_round_in_ohif_on_a_folder(server: Server, tmp_path: Path):
     # The file on disk is the accepted proposal, voxel by voxel, on the grid of the image.
     image = load_volume(server.studies / "abdomen.nii.gz")
     label = load_label(next((server.studies / "labels" / "final").glob("abdomen.*")), like=image)
-    np.testing.assert_array_equal(image.arrange(label) == 6, read_proposal(server, "abdomen", "2", tmp_path / "mask.nii.gz"))
+    np.testing.assert_array_equal(
+        image.arrange(label) == 6, read_proposal(server, "abdomen", "2", tmp_path / "mask.nii.gz")
+    )
 
 
 @pytest.mark.skipif(bool(find_lack()), reason=find_lack() or "-")
@@ -94,7 +110,10 @@ def test_the_same_round_against_orthanc(tmp_path: Path, monkeypatch: pytest.Monk
     (images / "abdomen.json").write_text(json.dumps({"modality": "CT", "description": "upper abdomen"}))
     monkeypatch.setenv("MONAI_LABEL_DICOMWEB_CACHE_PATH", str(tmp_path / "cache"))
     conf = ("model_dir", str(APP / "model"), "device", "cpu", "store", str(tmp_path / "state"))
-    with run_orthanc(tmp_path, images) as address, run_server(address, copy_app(tmp_path), tmp_path / "server.log", *conf) as running:  # type: ignore[arg-type]
+    with (
+        run_orthanc(tmp_path, images) as address,
+        run_server(address, copy_app(tmp_path), tmp_path / "server.log", *conf) as running,
+    ):  # type: ignore[arg-type]
         found = running.get("/proxy/dicom/qido/series", params={"PatientID": "abdomen"}).json()
         check_round(running, found[0]["0020000E"]["Value"][0], "abdomen", tmp_path)
         found = running.get("/proxy/dicom/qido/series", params={"Modality": "SEG"}).json()

@@ -42,7 +42,9 @@ class Restartable:
 
     def start(self) -> None:
         self.stack.close()
-        self.server: Server = self.stack.enter_context(run_server(self.studies, self.app, self.folder / "server.log", *self.conf, port=self.port))
+        self.server: Server = self.stack.enter_context(
+            run_server(self.studies, self.app, self.folder / "server.log", *self.conf, port=self.port)
+        )
 
     def kill(self) -> None:
         self.server.process.kill()
@@ -83,7 +85,8 @@ def test_nothing_is_lost_whatever_happens(restartable: Restartable, tmp_path: Pa
         timeout=90000,
     )
     print(json.dumps({key: seen[key] for key in ("switches", "next", "cancelled")}), tmp_path)
-    # Every proposal once its data is here; the best of three times, as other programs of the machine may hold up a frame.
+    # Every proposal once its data is here; the best of three times, as other programs of the machine may hold up a
+    # frame.
     assert np.reshape(seen["switches"], (ROUNDS, -1)).min(axis=0).max() < SWITCH_MS
     assert seen["cancelled"].startswith("Stopped on request")
     assert seen["before"] == seen["afterCancel"] == seen["afterKill"]

@@ -1,4 +1,6 @@
-"""The review page in a real browser: what was accepted there is what lies on disk, voxel by voxel, whatever happens on the way."""
+"""The review page in a real browser: what was accepted there is what lies on disk, voxel by voxel, whatever happens on
+the way.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def read_stack(content: bytes, volume: Volume) -> np.ndarray:
 def read_proposals(server: Server, volume: Volume) -> dict[str, np.ndarray]:
     shows = ("consensus", *(str(k + 1) for k in range(COUNT)))
     request = {"prompt": "liver", "num_proposals": COUNT}
-    return {show: read_stack(server.infer("abdomen", {**request, "show": show}, output="image").content, volume) == 6 for show in shows}
+    return {
+        show: read_stack(server.infer("abdomen", {**request, "show": show}, output="image").content, volume) == 6
+        for show in shows
+    }
 
 
 def read_version(server: Server, saved: dict[str, Any], volume: Volume) -> np.ndarray:
@@ -59,7 +64,11 @@ def test_the_whole_round_on_the_review_page(server: Server, tmp_path: Path):
     assert max(seen["switches"]) < SWITCH_MS
     assert seen["foreign"] == []
     assert not seen["isInjected"]
-    assert [problem for problem in seen["problems"] if "Failed to load resource" not in problem and "inline script" not in problem] == []
+    assert [
+        problem
+        for problem in seen["problems"]
+        if "Failed to load resource" not in problem and "inline script" not in problem
+    ] == []
     assert (seen["isReadOnly"], seen["isTaken"]) == (True, True)
     assert seen["overflow"] <= 0
 
@@ -76,10 +85,20 @@ def test_the_whole_round_on_the_review_page(server: Server, tmp_path: Path):
     assert str(third["z"]) not in seen["decided"].split("slices ")[1].replace("–", ",").split(", ")
     assert seen["restored"] == seen["decided"]
 
-    saves = sorted(server.get("/progidiff/annotations", params={"image": "abdomen"}).json()["annotations"], key=lambda saved: saved["sequence"])
-    assert [saved["slices"] for saved in saves] == [sorted([first["z"], second["z"]]), None, [fourth["z"]]]  # Three saves, none of them twice.
+    saves = sorted(
+        server.get("/progidiff/annotations", params={"image": "abdomen"}).json()["annotations"],
+        key=lambda saved: saved["sequence"],
+    )
+    assert [saved["slices"] for saved in saves] == [
+        sorted([first["z"], second["z"]]),
+        None,
+        [fourth["z"]],
+    ]  # Three saves, none of them twice.
     assert [saved["source"]["shown"] for saved in saves] == ["merged", "consensus", "merged"]
-    assert all(saved["edited"] is False and saved["structures"] == ["liver"] and saved["client"] == "review page" for saved in saves)
+    assert all(
+        saved["edited"] is False and saved["structures"] == ["liver"] and saved["client"] == "review page"
+        for saved in saves
+    )
 
     expected = np.zeros(proposals["consensus"].shape, bool)
     expected[first["z"]] = drawn["2"][first["z"]]

@@ -58,7 +58,8 @@ def prediction(tmp_path_factory, phantom_writer, tiny_model) -> tuple[Path, Path
 def test_predict_writes_what_the_manual_says(prediction):
     _, out = prediction
     assert {path.name for path in out.iterdir()} == {
-        "mask.nii.gz", "agreement.nii.gz", "agreement_liver.nii.gz", "agreement_left_kidney.nii.gz", "proposal_1.nii.gz", "proposal_2.nii.gz",
+        "mask.nii.gz", "agreement.nii.gz", "agreement_liver.nii.gz", "agreement_left_kidney.nii.gz",
+        "proposal_1.nii.gz", "proposal_2.nii.gz",
         "overlay.png", "result.json",
     }  # fmt: skip
     assert (out / "overlay.png").read_bytes().startswith(b"\x89PNG")
@@ -66,7 +67,9 @@ def test_predict_writes_what_the_manual_says(prediction):
 
 def test_an_image_unlike_the_training_data_gives_a_warning_that_is_kept(image, tiny_model, tmp_path):
     out = tmp_path / "out"
-    _, shown = run("predict", image, "--prompt", "liver", "-k", 2, "--modality", "MR", "--out", out, "--model", tiny_model, *FAST)
+    _, shown = run(
+        "predict", image, "--prompt", "liver", "-k", 2, "--modality", "MR", "--out", out, "--model", tiny_model, *FAST
+    )
     (warning,) = json.loads((out / "result.json").read_text())["warnings"]
     assert warning == "The image is MR (option); tiny@1 was trained on CT images."
     assert "was trained on CT images" in " ".join(shown.split())
@@ -91,7 +94,9 @@ def test_labels_volumes_and_settings_are_in_the_result(prediction):
     assert result["labels"] == {"liver": 6, "left kidney": 3}
     assert set(np.unique(mask)) <= {0, 3, 6}
     for name, entry in result["structures"].items():
-        assert entry["mask_ml"] == pytest.approx((mask == result["labels"][name]).sum() * 5.5 * 6.5 * 5 / 1000, abs=1e-3)
+        assert entry["mask_ml"] == pytest.approx(
+            (mask == result["labels"][name]).sum() * 5.5 * 6.5 * 5 / 1000, abs=1e-3
+        )
         assert len(entry["proposals_ml"]) == 2
         assert len(entry["disagreement_per_slice"]) == 5
     assert result["seed"] == 5
@@ -102,7 +107,21 @@ def test_labels_volumes_and_settings_are_in_the_result(prediction):
 
 def test_the_same_seed_gives_the_same_files(prediction, tiny_model, tmp_path):
     image, out = prediction
-    run("predict", image, "--prompt", "liver and left kidney", "-k", 2, "--seed", 5, "--out", tmp_path, "--model", tiny_model, *FAST)
+    run(
+        "predict",
+        image,
+        "--prompt",
+        "liver and left kidney",
+        "-k",
+        2,
+        "--seed",
+        5,
+        "--out",
+        tmp_path,
+        "--model",
+        tiny_model,
+        *FAST,
+    )
     for name in ("mask.nii.gz", "proposal_2.nii.gz", "agreement.nii.gz"):
         first, again = (np.asarray(nibabel.load(folder / name).dataobj) for folder in (out, tmp_path))
         np.testing.assert_array_equal(first, again)
@@ -113,7 +132,14 @@ def test_a_second_run_leaves_no_files_of_the_first(image, tiny_model, tmp_path):
     run("predict", image, "--prompt", "liver, aorta", "-k", 3, "--out", out, "--model", tiny_model, *FAST)
     (out / "mine.txt").write_text("stays")
     run("predict", image, "--prompt", "liver", "-k", 1, "--out", out, "--model", tiny_model, *FAST)
-    assert {path.name for path in out.iterdir()} == {"mask.nii.gz", "agreement.nii.gz", "proposal_1.nii.gz", "overlay.png", "result.json", "mine.txt"}
+    assert {path.name for path in out.iterdir()} == {
+        "mask.nii.gz",
+        "agreement.nii.gz",
+        "proposal_1.nii.gz",
+        "overlay.png",
+        "result.json",
+        "mine.txt",
+    }
 
 
 @pytest.mark.parametrize(
@@ -148,7 +174,9 @@ def test_an_unreadable_image_is_one_line_and_exit_code_2(tmp_path, tiny_model):
 
 
 def test_a_missing_model_is_one_line_and_exit_code_2(image, tmp_path):
-    _, err = run("predict", image, "--prompt", "liver", "--out", tmp_path / "out", "--model", tmp_path / "nothing", code=2)
+    _, err = run(
+        "predict", image, "--prompt", "liver", "--out", tmp_path / "out", "--model", tmp_path / "nothing", code=2
+    )
     assert err.startswith("Error: ")
     assert err.count("\n") == 1
 
@@ -173,10 +201,14 @@ def studies(tmp_path, phantom_writer) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("cases", [["--cases", "one", "three.nii.gz"], ["--cases", "one,three"], ["--cases", "one", "--cases", "three"]])
+@pytest.mark.parametrize(
+    "cases", [["--cases", "one", "three.nii.gz"], ["--cases", "one,three"], ["--cases", "one", "--cases", "three"]]
+)
 def test_evaluate_takes_several_cases_in_any_spelling(studies, tiny_model, tmp_path, cases):
     path = tmp_path / "evaluation.json"
-    out, err = run("evaluate", "--studies", studies, *cases, "--out", path, "-k", 2, "--no-hd95", "--model", tiny_model, *FAST)
+    out, err = run(
+        "evaluate", "--studies", studies, *cases, "--out", path, "-k", 2, "--no-hd95", "--model", tiny_model, *FAST
+    )
     assert out.strip() == str(path)
     assert "liver" in err
     report = json.loads(path.read_text())
@@ -186,7 +218,21 @@ def test_evaluate_takes_several_cases_in_any_spelling(studies, tiny_model, tmp_p
 
 def test_evaluate_takes_several_structures(studies, tiny_model, tmp_path):
     path = tmp_path / "evaluation.json"
-    words = ["evaluate", "--studies", studies, "--cases", "two", "--out", path, "-k", 1, "--no-hd95", "--model", tiny_model, *FAST]
+    words = [
+        "evaluate",
+        "--studies",
+        studies,
+        "--cases",
+        "two",
+        "--out",
+        path,
+        "-k",
+        1,
+        "--no-hd95",
+        "--model",
+        tiny_model,
+        *FAST,
+    ]
     run(*words, "--structures", "hepatic parenchyma", "kidney, left")
     assert set(json.loads(path.read_text())["summary"]["single"]["dice"]) == {"liver", "left kidney"}
     run(*words, "--structures", "liver")
@@ -194,7 +240,9 @@ def test_evaluate_takes_several_structures(studies, tiny_model, tmp_path):
 
 
 def test_evaluate_refuses_unknown_cases_before_it_computes(studies, tiny_model, tmp_path):
-    _, err = run("evaluate", "--studies", studies, "--cases", "four", "--out", tmp_path / "e.json", "--model", tiny_model, code=2)
+    _, err = run(
+        "evaluate", "--studies", studies, "--cases", "four", "--out", tmp_path / "e.json", "--model", tiny_model, code=2
+    )
     assert "there is no image four" in err
     assert not (tmp_path / "e.json").exists()
 
@@ -208,7 +256,11 @@ def test_prompts_lists_the_structures_and_their_words(tiny_model):
 
 
 def test_prompts_says_what_a_prompt_means(tiny_model):
-    assert run("prompts", "both kidneys and liver", "--model", tiny_model)[0].split("\n")[:3] == ["right kidney", "left kidney", "liver"]
+    assert run("prompts", "both kidneys and liver", "--model", tiny_model)[0].split("\n")[:3] == [
+        "right kidney",
+        "left kidney",
+        "liver",
+    ]
     assert "Did you mean 'spleen'" in run("prompts", "spline", "--model", tiny_model, code=2)[1]
 
 
@@ -222,7 +274,16 @@ def test_the_server_command_holds_every_option(tmp_path):
     (tmp_path / "main.py").write_text("")
     command = build_server_command(tmp_path, str(tmp_path), "127.0.0.1", 9000, ["device=cpu", "backbone=a=b c"])
     assert command[1:4] == ["-m", "monailabel.main", "start_server"]
-    assert command[4:12] == ["--app", str(tmp_path), "--studies", str(tmp_path), "--host", "127.0.0.1", "--port", "9000"]
+    assert command[4:12] == [
+        "--app",
+        str(tmp_path),
+        "--studies",
+        str(tmp_path),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "9000",
+    ]
     assert command[12:] == ["--conf", "device", "cpu", "--conf", "backbone", "a=b c"]
 
 
@@ -243,8 +304,13 @@ def test_every_command_explains_itself(command):
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():
-    script = "import sys; import progidiff.cli.main; print(sorted({'torch', 'diffusers', 'monai', 'monailabel', 'matplotlib'} & set(sys.modules)))"
-    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, encoding="utf-8", check=True, env=os.environ)
+    script = (
+        "import sys; import progidiff.cli.main; print(sorted({'torch', 'diffusers', 'monai', 'monailabel', "
+        "'matplotlib'} & set(sys.modules)))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, encoding="utf-8", check=True, env=os.environ
+    )
     assert finished.stdout.strip() == "[]"
 
 

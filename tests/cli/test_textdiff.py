@@ -55,21 +55,55 @@ def test_controls_are_those_of_the_evaluation():
 
 
 def test_from_pictures_without_labels_to_figures(blobs: Path, tmp_path: Path):
-    widths = ["--set", "widths.channels=[8,8,8,8]", "--set", "crops.size=16", "--set", "crops.scale=1.0", "--set", "crops.per_step=2"]
-    made = run("pretrain", "--images", blobs, "--out", tmp_path / "den", "--work", tmp_path / "pw", "--steps", 2, "--device", "cpu", *widths)
+    widths = [
+        "--set",
+        "widths.channels=[8,8,8,8]",
+        "--set",
+        "crops.size=16",
+        "--set",
+        "crops.scale=1.0",
+        "--set",
+        "crops.per_step=2",
+    ]
+    made = run(
+        "pretrain",
+        "--images",
+        blobs,
+        "--out",
+        tmp_path / "den",
+        "--work",
+        tmp_path / "pw",
+        "--steps",
+        2,
+        "--device",
+        "cpu",
+        *widths,
+    )
     assert made.exit_code == 0, made.output
     assert json.loads(made.stdout)["steps"] == 2
     (tmp_path / "mine.yaml").write_text(SETTINGS, encoding="utf-8")
-    options = ["--images", blobs / "images", "--labels", blobs / "labels", "--text", blobs / "text.csv", "--device", "cpu"]
+    options = [
+        "--images",
+        blobs / "images",
+        "--labels",
+        blobs / "labels",
+        "--text",
+        blobs / "text.csv",
+        "--device",
+        "cpu",
+    ]
     trained = run(
-        "train", *options, "--out", tmp_path / "m", "--work", tmp_path / "w", "--config", tmp_path / "mine.yaml", "--steps", 3,
+        "train", *options, "--out", tmp_path / "m", "--work", tmp_path / "w", "--config", tmp_path / "mine.yaml",
+        "--steps", 3,
         "--denoiser", tmp_path / "den", "--hold-out", "a2,a3", "--name", "blobs", "--classes", "blob",
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
     assert set(json.loads(trained.stdout)["figures"]) == {"dice", "iou", "threshold"}
     card = load_textdiff_card(tmp_path / "m")
     assert (card.name, card.classes, card.denoiser) == ("blobs", ("blob",), "../den")
-    measured = run("evaluate", *options, "--model", tmp_path / "m", "--control", "shuffled", "--out", tmp_path / "report.json")
+    measured = run(
+        "evaluate", *options, "--model", tmp_path / "m", "--control", "shuffled", "--out", tmp_path / "report.json"
+    )
     assert measured.exit_code == 0, measured.output
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert report["control"] == "shuffled"
@@ -81,10 +115,26 @@ def test_from_pictures_without_labels_to_figures(blobs: Path, tmp_path: Path):
 def test_a_picture_is_segmented_into_a_folder(training: TextDiffTraining, blobs: Path, tmp_path: Path):
     picture = blobs / "images" / "a3.png"
     found = run(
-        "predict", picture, "--text", blobs / "text.csv", "--model", training.model.folder, "--out", tmp_path, "--draws", 2, "--device", "cpu"
+        "predict",
+        picture,
+        "--text",
+        blobs / "text.csv",
+        "--model",
+        training.model.folder,
+        "--out",
+        tmp_path,
+        "--draws",
+        2,
+        "--device",
+        "cpu",
     )
     assert found.exit_code == 0, found.output
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["disagreement.png", "mask.png", "probability.png", "result.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "disagreement.png",
+        "mask.png",
+        "probability.png",
+        "result.json",
+    ]
     mask = np.asarray(Image.open(tmp_path / "mask.png"))
     assert mask.shape == (48, 48)
     assert set(np.unique(mask)) == {0, 255}
@@ -103,7 +153,8 @@ def test_held_back_pictures_may_lie_in_a_folder_of_their_own(blobs: Path, denois
         (tmp_path / "val" / part).mkdir(parents=True)
         shutil.copy(blobs / part / "a0.png", tmp_path / "val" / part / "v.png")
     trained = run(
-        "train", "--images", blobs, "--case", "a1", "--validation", tmp_path / "val", "--out", tmp_path / "m", "--work", tmp_path / "w",
+        "train", "--images", blobs, "--case", "a1", "--validation", tmp_path / "val", "--out", tmp_path / "m",
+        "--work", tmp_path / "w",
         "--config", tmp_path / "mine.yaml", "--steps", 1, "--denoiser", denoiser, "--without-text", "--device", "cpu",
     )  # fmt: skip
     assert trained.exit_code == 0, trained.output
@@ -123,14 +174,27 @@ def test_versions_are_listed_shown_used_and_rolled_back(training: TextDiffTraini
     assert "nuclei: 1 2*" in run("versions", "list", "--store", tmp_path).stdout
     assert json.loads(run("versions", "list", "--json", "--store", tmp_path).stdout)[0]["current"] == 2
     assert run("versions", "show", "nuclei", "--store", tmp_path).stdout.startswith("# nuclei@2")
-    assert json.loads(run("versions", "show", "nuclei@1", "--json", "--store", tmp_path).stdout)["model"]["version"] == 1
+    assert (
+        json.loads(run("versions", "show", "nuclei@1", "--json", "--store", tmp_path).stdout)["model"]["version"] == 1
+    )
     assert "nuclei@1 is served" in run("versions", "rollback", "nuclei", "--store", tmp_path).stdout
 
 
 def test_a_trained_model_becomes_the_next_version(training: TextDiffTraining, tmp_path: Path):
     (tmp_path / "card.md").write_text("# Blobs\n", encoding="utf-8")
     store = ["--store", tmp_path / "store"]
-    added = run("versions", "add", training.model.folder, "--name", "blobs", "--data", "Toys.", "--readme", tmp_path / "card.md", *store)
+    added = run(
+        "versions",
+        "add",
+        training.model.folder,
+        "--name",
+        "blobs",
+        "--data",
+        "Toys.",
+        "--readme",
+        tmp_path / "card.md",
+        *store,
+    )
     assert added.exit_code == 0, added.output
     assert "blobs@1 is in" in added.stdout
     card = load_textdiff_card(tmp_path / "store" / "blobs")

@@ -62,8 +62,6 @@ def test_a_series_is_the_volume_at_the_same_place_in_the_patient(affine: np.ndar
     assert first.RescaleType == "HU"
 
 
-
-
 @settings(max_examples=60, deadline=None)
 @given(affine=affines(), shape=st.tuples(*[st.integers(2, 6)] * 3))
 def test_any_orientation_comes_back_voxel_by_voxel(affine: np.ndarray, shape: tuple[int, int, int]):
@@ -84,12 +82,20 @@ def test_shear_is_refused_with_its_size():
 
 def test_whole_numbers_are_kept_and_everything_else_is_within_half_a_step():
     rng = np.random.default_rng(0)
-    exact = [np.array([[[-32768, 32767]]], np.int32), np.array([[[0, 65535]]], np.uint16), np.array([[[-1024.0, 3071.0]]], np.float32)]
+    exact = [
+        np.array([[[-32768, 32767]]], np.int32),
+        np.array([[[0, 65535]]], np.uint16),
+        np.array([[[-1024.0, 3071.0]]], np.float32),
+    ]
     for array in exact:
         rescale = Rescale.of(array)
         assert rescale.is_exact
         np.testing.assert_array_equal(rescale.read(rescale.store(array)), array)
-    wide = [rng.normal(0, 1e-3, (3, 4, 5)), rng.normal(1e6, 3, (3, 4, 5)).astype(np.float32), np.array([[[-5, 4_000_000]]])]
+    wide = [
+        rng.normal(0, 1e-3, (3, 4, 5)),
+        rng.normal(1e6, 3, (3, 4, 5)).astype(np.float32),
+        np.array([[[-5, 4_000_000]]]),
+    ]
     for array in wide:
         rescale = Rescale.of(array)
         assert not rescale.is_exact
@@ -126,14 +132,20 @@ def test_uids_depend_on_id_and_bytes_and_on_nothing_else():
 def folder(tmp_path: Path) -> Path:
     volume = make_volume(SAGITTAL, (12, 10, 8))
     save_array(volume.array, volume.affine, tmp_path / "case.nii.gz")
-    (tmp_path / "case.json").write_text(json.dumps({"modality": "CT", "study_date": "20240229", "description": "a spine"}))
+    (tmp_path / "case.json").write_text(
+        json.dumps({"modality": "CT", "study_date": "20240229", "description": "a spine"})
+    )
     return tmp_path
 
 
 def test_the_catalogue_reads_an_image_once_and_again_when_it_changed(folder: Path, monkeypatch: pytest.MonkeyPatch):
     catalogue = Catalogue(folder / "state")
     entry = catalogue.describe("case", folder / "case.nii.gz")
-    assert (entry.identity.modality, entry.identity.study_date, entry.identity.description) == ("CT", "20240229", "a spine")
+    assert (entry.identity.modality, entry.identity.study_date, entry.identity.description) == (
+        "CT",
+        "20240229",
+        "a spine",
+    )
     assert (entry.num_slices, entry.refused) == (10, "")
     with monkeypatch.context() as patch:
         patch.setattr("progidiff.dicomweb.catalogue.describe_file", lambda *_: pytest.fail("read again"))
@@ -152,7 +164,9 @@ def test_the_catalogue_says_why_an_image_cannot_be_served(folder: Path):
     sheared = np.diag([1.0, 1.0, 3.0, 1.0])
     sheared[1, 2] = 0.5
     save_array(make_volume(sheared).array, sheared, folder / "sheared.nii.gz")
-    reasons = {name: catalogue.describe(name, folder / f"{name}.nii.gz").refused for name in ("broken", "four", "sheared")}
+    reasons = {
+        name: catalogue.describe(name, folder / f"{name}.nii.gz").refused for name in ("broken", "four", "sheared")
+    }
     assert "cannot be read as an image" in reasons["broken"]
     assert "single volume" in reasons["four"]
     assert "right angles" in reasons["sheared"]
@@ -199,7 +213,9 @@ def test_damaged_slices_are_made_again_and_old_ones_make_room(folder: Path):
     assert kept == {identity.series_uid for identity in identities[1:]}
     pixels = folder / "frames" / identities[1].series_uid / "pixels.raw"
     pixels.write_bytes(pixels.read_bytes()[:-2])
-    assert FrameStore(folder / "frames").open(identities[1], lambda: volume).frame(9) == Series.of(identities[1], volume).frame(9)
+    assert FrameStore(folder / "frames").open(identities[1], lambda: volume).frame(9) == Series.of(
+        identities[1], volume
+    ).frame(9)
 
 
 def test_pictures_have_square_pixels():
@@ -252,7 +268,10 @@ def test_searches(query: str, found: str):
     assert select(query, STUDIES) == [["Liver_01", "liver_02", "spine"][int(digit)] for digit in found]
 
 
-@pytest.mark.parametrize("query", ["Colour=red", "limit=ten", "offset=-1", "StudyDate=yesterday", "StudyDate=-", "StudyTime=9-10", "0010002=x"])
+@pytest.mark.parametrize(
+    "query",
+    ["Colour=red", "limit=ten", "offset=-1", "StudyDate=yesterday", "StudyDate=-", "StudyTime=9-10", "0010002=x"],
+)
 def test_searches_that_make_no_sense_are_refused(query: str):
     with pytest.raises(RequestError):
         select(query, STUDIES)
@@ -262,7 +281,11 @@ def test_multipart_bodies_that_are_cut_off_are_refused():
     envelope = Envelope.of("application/dicom")
     body = b"".join(envelope.write([b"--one\r\n", b"two"]))
     assert read_parts(envelope.content_type, body) == [b"--one\r\n", b"two"]
-    for wrong, content_type in ((body[:-8], envelope.content_type), (body, "application/dicom"), (b"", envelope.content_type)):
+    for wrong, content_type in (
+        (body[:-8], envelope.content_type),
+        (body, "application/dicom"),
+        (b"", envelope.content_type),
+    ):
         with pytest.raises(RequestError):
             read_parts(content_type, wrong)
 

@@ -30,8 +30,16 @@ def check_same(volume: Volume, dataset: Dataset, masks: dict[str, np.ndarray]) -
 
 
 @settings(max_examples=40, deadline=None)
-@given(affine=affines(), axis=st.integers(0, 2), flips=st.tuples(st.booleans(), st.booleans()), crop=st.booleans(), seed=st.integers(0, 9))
-def test_a_seg_along_any_axis_comes_back_voxel_by_voxel(affine: np.ndarray, axis: int, flips: tuple[bool, bool], crop: bool, seed: int):
+@given(
+    affine=affines(),
+    axis=st.integers(0, 2),
+    flips=st.tuples(st.booleans(), st.booleans()),
+    crop=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_seg_along_any_axis_comes_back_voxel_by_voxel(
+    affine: np.ndarray, axis: int, flips: tuple[bool, bool], crop: bool, seed: int
+):
     volume = make_volume(affine, (5, 6, 4))
     masks = make_masks(volume, seed)
     check_same(volume, make_seg(volume, masks, axis, flips, crop), masks)

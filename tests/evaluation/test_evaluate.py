@@ -33,11 +33,15 @@ SHAPE = (6, 24, 20)  # (Z, Y, X)
 
 def make_volume() -> Volume:
     array = np.random.default_rng(0).integers(-100, 200, SHAPE[::-1]).astype(np.int16)
-    return Volume(array=array, affine=np.diag([-1.5, -2.0, 3.0, 1.0]), modality="CT", modality_source="option", name="toy")
+    return Volume(
+        array=array, affine=np.diag([-1.5, -2.0, 3.0, 1.0]), modality="CT", modality_source="option", name="toy"
+    )
 
 
 def make_proposals(masks: np.ndarray, structures: tuple[str, ...]) -> VolumeProposals:
-    """Proposals whose masks are exactly `masks`, (P, K, Z, Y, X): rows and columns of the window are twice those of the stack."""
+    """Proposals whose masks are exactly `masks`, (P, K, Z, Y, X): rows and columns of the window are twice those of the
+    stack.
+    """
     volume = make_volume()
     _, spacing = volume.to_stack()
     fine = np.zeros((*masks.shape[:3], 96, 64), dtype=np.uint8)
@@ -92,11 +96,15 @@ def test_dice_is_that_of_the_formula():
     assert math.isnan(compute_dice(TRUTH, EMPTY))
 
 
-@pytest.mark.parametrize("prediction", [SMALLER, LARGER, box((0, 6), (0, 24), (0, 20)), box((5, 6), (20, 24), (0, 3)), TRUTH])
+@pytest.mark.parametrize(
+    "prediction", [SMALLER, LARGER, box((0, 6), (0, 24), (0, 20)), box((5, 6), (20, 24), (0, 3)), TRUTH]
+)
 def test_hd95_is_monais_on_the_whole_volume_in_millimetres(prediction):
     spacing = (3.0, 2.0, 1.5)
     tensors = [torch.from_numpy(mask)[None, None].float() for mask in (prediction, TRUTH)]
-    expected = float(compute_hausdorff_distance(*tensors, include_background=True, percentile=95, spacing=list(spacing))[0, 0])
+    expected = float(
+        compute_hausdorff_distance(*tensors, include_background=True, percentile=95, spacing=list(spacing))[0, 0]
+    )
     assert compute_hd95(prediction, TRUTH, spacing) == pytest.approx(expected)
 
 
@@ -148,7 +156,12 @@ def test_an_absent_structure_counts_for_the_false_positives_only():
 
 def test_slices_beyond_the_structure_count_for_the_false_positives_too():
     volume = make_volume()
-    scores = score_case(volume, volume.from_stack(TRUTH.astype(np.uint8)), make_proposals(LARGER[None, None], ("liver",)), {"liver": (1,)})
+    scores = score_case(
+        volume,
+        volume.from_stack(TRUTH.astype(np.uint8)),
+        make_proposals(LARGER[None, None], ("liver",)),
+        {"liver": (1,)},
+    )
     assert scores["liver"]["slices_without"] == 3
     assert scores["liver"]["consensus"]["false_positive_slices"] == 1
 
@@ -168,13 +181,18 @@ def test_the_mean_over_structures_is_kept_apart_from_the_structures():
     volume = make_volume()
     masks = np.stack([SMALLER, TRUTH])[:, None]
     labels = volume.from_stack(TRUTH.astype(np.uint8))
-    scores = score_case(volume, labels, make_proposals(masks, ("liver", "esophagus")), {"liver": (1,), "esophagus": (1,)})
+    scores = score_case(
+        volume, labels, make_proposals(masks, ("liver", "esophagus")), {"liver": (1,), "esophagus": (1,)}
+    )
     summary = summarise([{"structures": scores}], ["liver", "esophagus"])
     small = compute_dice(SMALLER, TRUTH)
     for kind in ("single", "consensus", "best"):
         assert set(summary[kind]) == {"dice", "hd95"}
         assert set(summary[kind]["dice"]) == {"liver", "esophagus"}
-    assert summary["mean"]["consensus"]["dice"] == {"transunet_8": pytest.approx(small), "all": pytest.approx((small + 1) / 2)}
+    assert summary["mean"]["consensus"]["dice"] == {
+        "transunet_8": pytest.approx(small),
+        "all": pytest.approx((small + 1) / 2),
+    }
     assert summary["mean_over"]["transunet_8"] == ["liver"]
 
 
@@ -183,7 +201,12 @@ def test_removing_small_parts_is_done_before_scoring():
     proposals = make_proposals((TRUTH | box((5, 6), (20, 22), (0, 2)))[None, None], ("liver",))
     labels = volume.from_stack(TRUTH.astype(np.uint8))
     assert score_case(volume, labels, proposals, {"liver": (1,)}, hd95=False)["liver"]["consensus"]["dice"] < 1
-    assert score_case(volume, labels, proposals, {"liver": (1,)}, hd95=False, largest_component=True)["liver"]["consensus"]["dice"] == 1
+    assert (
+        score_case(volume, labels, proposals, {"liver": (1,)}, hd95=False, largest_component=True)["liver"][
+            "consensus"
+        ]["dice"]
+        == 1
+    )
 
 
 def test_labels_are_matched_by_name_and_never_by_number():
@@ -276,7 +299,14 @@ def test_a_case_on_another_grid_is_reported_and_left_out(studies, tiny_model):
     label = studies / "labels" / "final" / "case2.nii.gz"
     image = nibabel.load(label)
     nibabel.save(nibabel.Nifti1Image(np.asarray(image.dataobj)[:-1], image.affine), label)
-    report = evaluate(Engine(tiny_model, device="cpu"), studies, num_proposals=1, num_inference_steps=1, structures=["liver"], hd95=False)
+    report = evaluate(
+        Engine(tiny_model, device="cpu"),
+        studies,
+        num_proposals=1,
+        num_inference_steps=1,
+        structures=["liver"],
+        hd95=False,
+    )
     assert report["num_cases"] == 1
     assert "error" in report["cases"][1]
     assert report["summary"]["cases_with"] == {"liver": 1}
@@ -300,4 +330,6 @@ def test_the_eight_structures_of_transunet_are_structures():
 def test_the_examples_have_exactly_the_masks_they_say():
     volume = make_volume()
     for mask in (TRUTH, SMALLER, LARGER, EMPTY):
-        np.testing.assert_array_equal(volume.arrange(make_proposals(mask[None, None], ("liver",)).mask(volume, "liver")), mask)
+        np.testing.assert_array_equal(
+            volume.arrange(make_proposals(mask[None, None], ("liver",)).mask(volume, "liver")), mask
+        )

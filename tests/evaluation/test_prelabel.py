@@ -1,4 +1,6 @@
-"""Labelling a folder ahead of time: resumable, never over other people's labels, on several processes and on a Ray cluster."""
+"""Labelling a folder ahead of time: resumable, never over other people's labels, on several processes and on a Ray
+cluster.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,16 @@ from typer.testing import CliRunner
 from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.cli.main import app
 from progidiff.errors import ModelError, PromptError, RequestError
-from progidiff.evaluation.prelabel import Outcome, Prelabeller, PrelabelSettings, build_report, list_images, pick_share, run_here, write_report
+from progidiff.evaluation.prelabel import (
+    Outcome,
+    Prelabeller,
+    PrelabelSettings,
+    build_report,
+    list_images,
+    pick_share,
+    run_here,
+    write_report,
+)
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.store import ProposalStore
 from support.servers import free_port
@@ -47,7 +58,10 @@ def states(outcomes: dict[str, Outcome]) -> dict[str, str]:
 def test_every_image_gets_a_label_on_its_grid_and_proposals_for_the_server(studies: Path, tiny_model: Path):
     assert states(label_all(studies, tiny_model)) == dict.fromkeys("abc", "made")
     for name in "abc":
-        label, image = nibabel.load(studies / "labels" / "original" / f"{name}.nii.gz"), nibabel.load(studies / f"{name}.nii.gz")
+        label, image = (
+            nibabel.load(studies / "labels" / "original" / f"{name}.nii.gz"),
+            nibabel.load(studies / f"{name}.nii.gz"),
+        )
         assert label.shape == image.shape
         np.testing.assert_allclose(label.affine, image.affine, atol=1e-5)
         assert set(np.unique(np.asarray(label.dataobj))) <= {0, 6}
@@ -56,7 +70,9 @@ def test_every_image_gets_a_label_on_its_grid_and_proposals_for_the_server(studi
     assert not list(studies.rglob(".*.nii.gz"))
 
 
-def test_the_same_command_continues_and_redoes_only_what_changed(studies: Path, tiny_model: Path, phantom_writer: Callable[..., Path]):
+def test_the_same_command_continues_and_redoes_only_what_changed(
+    studies: Path, tiny_model: Path, phantom_writer: Callable[..., Path]
+):
     label_all(studies, tiny_model)
     before = (studies / "labels" / "original" / "b.nii.gz").stat().st_mtime_ns
     assert states(label_all(studies, tiny_model)) == dict.fromkeys("abc", "there")
@@ -65,7 +81,9 @@ def test_the_same_command_continues_and_redoes_only_what_changed(studies: Path, 
     assert states(label_all(studies, tiny_model)) == {"a": "made", "b": "there", "c": "made"}
     assert (studies / "labels" / "original" / "b.nii.gz").stat().st_mtime_ns == before
     assert nibabel.load(studies / "labels" / "original" / "a.nii.gz").shape == (32, 32, 5)
-    assert states(label_all(studies, tiny_model, PrelabelSettings(prompt="spleen", num_proposals=2, steps=1))) == dict.fromkeys("abc", "made")
+    assert states(
+        label_all(studies, tiny_model, PrelabelSettings(prompt="spleen", num_proposals=2, steps=1))
+    ) == dict.fromkeys("abc", "made")
 
 
 def test_a_label_that_somebody_else_made_or_changed_stays_unless_asked(studies: Path, tiny_model: Path):
@@ -78,7 +96,10 @@ def test_a_label_that_somebody_else_made_or_changed_stays_unless_asked(studies: 
     assert states(outcomes) == {"a": "kept", "b": "there", "c": "there"}
     assert "--overwrite replaces it" in outcomes["a"].reason
     assert changed.read_bytes() == content
-    assert states(label_all(studies, tiny_model, PrelabelSettings("liver", "original", 2, 1, overwrite=True)))["a"] == "made"
+    assert (
+        states(label_all(studies, tiny_model, PrelabelSettings("liver", "original", 2, 1, overwrite=True)))["a"]
+        == "made"
+    )
 
 
 def test_an_image_that_cannot_be_read_is_reported_and_the_others_are_labelled(studies: Path, tiny_model: Path):
@@ -107,8 +128,14 @@ def test_what_would_fail_for_every_image_ends_the_run(studies: Path, tiny_model:
 
 def test_processes_share_the_images_and_each_writes_its_own_report(tmp_path: Path):
     images = [Path(name) for name in "abcde"]
-    assert [pick_share(images, index, 2) for index in range(2)] == [[Path("a"), Path("c"), Path("e")], [Path("b"), Path("d")]]
-    assert [write_report({}, tmp_path / "r.json", index, 2).name for index in range(2)] == ["r.0-of-2.json", "r.1-of-2.json"]
+    assert [pick_share(images, index, 2) for index in range(2)] == [
+        [Path("a"), Path("c"), Path("e")],
+        [Path("b"), Path("d")],
+    ]
+    assert [write_report({}, tmp_path / "r.json", index, 2).name for index in range(2)] == [
+        "r.0-of-2.json",
+        "r.1-of-2.json",
+    ]
 
 
 def test_the_command_says_what_failed_by_its_exit_code(studies: Path, tiny_model: Path):
@@ -124,11 +151,35 @@ def test_the_command_says_what_failed_by_its_exit_code(studies: Path, tiny_model
 
 
 def test_two_processes_of_accelerate_label_the_folder_together(studies: Path, tiny_model: Path):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(free_port()), "--module", "progidiff.cli"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
+    command += [
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        str(free_port()),
+        "--module",
+        "progidiff.cli",
+    ]
     command += ["prelabel", "--studies", str(studies), *OPTIONS, "--model", str(tiny_model), "--device", "cpu"]
     done = subprocess.run(
-        command, capture_output=True, text=True, encoding="utf-8", timeout=300, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, check=False
+        command,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=300,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     reports = [json.loads((studies / ".progidiff" / f"prelabel.{index}-of-2.json").read_text()) for index in range(2)]
@@ -140,10 +191,22 @@ def test_two_processes_of_accelerate_label_the_folder_together(studies: Path, ti
 def test_a_ray_cluster_of_two_workers_labels_the_folder(studies: Path, tiny_model: Path):
     pytest.importorskip("ray", reason="ray is not installed; pip install 'progidiff[ray]'")
     (studies / "broken.nii.gz").write_bytes(b"this is no image")
-    command = [sys.executable, "-m", "progidiff.cli", "prelabel", "--studies", str(studies), *OPTIONS, "--model", str(tiny_model)]
+    command = [
+        sys.executable,
+        "-m",
+        "progidiff.cli",
+        "prelabel",
+        "--studies",
+        str(studies),
+        *OPTIONS,
+        "--model",
+        str(tiny_model),
+    ]
     command += ["--device", "cpu", "--ray", "--workers", "2"]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=600, env=environment, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", timeout=600, env=environment, check=False
+    )
     assert done.returncode == 1, done.stderr[-3000:]
     report = json.loads((studies / ".progidiff" / "prelabel.json").read_text())
     assert report["counts"] == {"made": 3, "there": 0, "kept": 0, "failed": 1}

@@ -2,10 +2,11 @@
 
     python store_rounds.py <folder> <seed> <rounds>
 
-Every round forks a writer that saves labels (some slices, whole volumes, undo), adapters, scores and proposals, and says over a pipe
-what was acknowledged. It is killed with SIGKILL: half of the times after a random time, half of the times before its n-th step on
-the disk, where a step that writes is torn in the middle. Then a fresh process opens everything and compares. Time apart, all
-randomness comes from the seed. The last line of the output is a JSON object: rounds, acknowledged, problems.
+Every round forks a writer that saves labels (some slices, whole volumes, undo), adapters, scores and proposals, and
+says over a pipe what was acknowledged. It is killed with SIGKILL: half of the times after a random time, half of the
+times before its n-th step on the disk, where a step that writes is torn in the middle. Then a fresh process opens
+everything and compares. Time apart, all randomness comes from the seed. The last line of the output is a JSON object:
+rounds, acknowledged, problems.
 """
 
 from __future__ import annotations
@@ -73,7 +74,14 @@ def draw_mask(seed: int) -> np.ndarray:
 
 def add_adapter(stores: Stores, tensors: dict[str, torch.Tensor]) -> AdapterCard:
     """A version whose tensors fit no network, which nobody asks for here."""
-    about = {"modality": "MR", "structures": ("liver",), "base": BASE, "base_name": VERSION, "run": {}, "readme": lambda card: "#"}
+    about = {
+        "modality": "MR",
+        "structures": ("liver",),
+        "base": BASE,
+        "base_name": VERSION,
+        "run": {},
+        "readme": lambda card: "#",
+    }
     return stores.adapters.add("mr", "lora", tensors, lora=LoraSettings(2, 4.0, ("encoder",)), **about)
 
 
@@ -90,7 +98,13 @@ def write(studies: Path, scratch: Path, random_: random.Random, acknowledge: Cal
             slices = sorted(random_.sample(range(SHAPE[2]), random_.randint(1, 4))) if kind == "slices" else None
             saved = stores.labels.save_annotated(image, file, "final", {} if slices is None else {"slices": slices})
             content = hashlib.sha256(file.read_bytes()).hexdigest() if slices is None else ""
-            ack = {"image": image, "sequence": saved.annotation.sequence, "seed": seed, "slices": slices, "sent": content}
+            ack = {
+                "image": image,
+                "sequence": saved.annotation.sequence,
+                "seed": seed,
+                "slices": slices,
+                "sent": content,
+            }
             acknowledge({"kind": "label", "sha256": saved.annotation.sha256, **ack})
             file.unlink()
         elif kind == "undo":
@@ -135,7 +149,15 @@ def die_at_step(step: int, root: Path, torn: bool) -> None:
         time.sleep(60)
 
     def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.copyfile", "shutil.move", "tempfile.mkdtemp")
+        changes = event in (
+            "os.rename",
+            "os.remove",
+            "os.mkdir",
+            "os.rmdir",
+            "shutil.copyfile",
+            "shutil.move",
+            "tempfile.mkdtemp",
+        )
         if event == "open" and isinstance(arguments[2], int):
             changes = bool(arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))
         if changes and any(str(argument).startswith(str(root)) for argument in arguments[:2]) and is_last():
@@ -265,7 +287,11 @@ def find_half_files(studies: Path) -> list[str]:
     file = studies.parent / "last.nii.gz"
     nibabel.save(nibabel.Nifti1Image(draw_mask(0), affine), file)
     stores.labels.save_annotated("one", file, "final", {})
-    stores.scores.save(ScoredImage(ImageScores("one", ("liver",), *np.zeros((3, 1, 6), np.float32), 5.0, VERSION), "f00", "CT", time.time()))
+    stores.scores.save(
+        ScoredImage(
+            ImageScores("one", ("liver",), *np.zeros((3, 1, 6), np.float32), 5.0, VERSION), "f00", "CT", time.time()
+        )
+    )
     add_adapter(stores, {"x": torch.zeros(1)})
     found = [*studies.rglob(".writing-*"), *studies.rglob("*damaged*"), *studies.rglob("*.tmp")]
     return [f"half file: {path.relative_to(studies)}" for path in found]
@@ -306,7 +332,10 @@ def main(folder: Path, seed: str, rounds: int) -> int:
         how, new = run_writer(studies, scratch, f"{seed}:{done}")
         acks += new
         problems = in_a_fresh_process(partial(check, studies, new, acks, done))
-        print(f"round {done}, seed {seed}:{done}: killed {how}, {len(new)} acknowledged, {len(problems)} problems", flush=True)
+        print(
+            f"round {done}, seed {seed}:{done}: killed {how}, {len(new)} acknowledged, {len(problems)} problems",
+            flush=True,
+        )
         if problems:
             break
     else:

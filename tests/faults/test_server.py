@@ -1,9 +1,10 @@
 """SIGKILL of the server, of the training and of the scoring, while two clients save labels slice by slice and whole.
 
-Every round waits for a random stage of a training, or for the scoring, and a random moment in it; what is killed then is the process
-that trains or the server (scoring is a thread of it). After the next start: every acknowledged save is there, byte for byte, the
-label in force is the one in the folder, ``progidiff audit verify`` finds nothing, images and versions are listed, no half file counts.
-Three rounds take about a minute on a quiet machine; `make test-faults` runs more, from a seed that it prints.
+Every round waits for a random stage of a training, or for the scoring, and a random moment in it; what is killed then
+is the process that trains or the server (scoring is a thread of it). After the next start: every acknowledged save is
+there, byte for byte, the label in force is the one in the folder, ``progidiff audit verify`` finds nothing, images and
+versions are listed, no half file counts. Three rounds take about a minute on a quiet machine; `make test-faults` runs
+more, from a seed that it prints.
 """
 
 from __future__ import annotations
@@ -79,14 +80,20 @@ class Saver(threading.Thread):
 
     def save(self, image: str) -> None:
         seed = self._random.randrange(2**31)
-        slices = sorted(self._random.sample(range(SHAPE[2]), self._random.randint(1, 5))) if self._random.random() < 0.6 else None
+        slices = (
+            sorted(self._random.sample(range(SHAPE[2]), self._random.randint(1, 5)))
+            if self._random.random() < 0.6
+            else None
+        )
         nibabel.save(nibabel.Nifti1Image(draw_mask(seed), AFFINE), self._file)
         about: dict[str, Any] = {"label_info": [{"name": name, "idx": value} for name, value in IDS.items()]}
         if slices is not None:
             about["slices"] = slices
         content = self._file.read_bytes()
         files = {"label": ("label.nii.gz", content), "params": (None, json.dumps(about))}
-        answer = requests.put(f"{self._url}/datastore/label", params={"image": image, "tag": "final"}, files=files, timeout=120)
+        answer = requests.put(
+            f"{self._url}/datastore/label", params={"image": image, "tag": "final"}, files=files, timeout=120
+        )
         if answer.status_code != 200:
             self.refused.append(f"{answer.status_code}: {answer.text[:300]}")
             return
@@ -116,9 +123,22 @@ class Bench:
 
     def start(self) -> None:
         if self.server is None:
-            conf = ("model_dir", str(self.model), "device", "cpu", "score_pool", "on", "score_prompt", "liver", "training_nice", "0")
+            conf = (
+                "model_dir",
+                str(self.model),
+                "device",
+                "cpu",
+                "score_pool",
+                "on",
+                "score_prompt",
+                "liver",
+                "training_nice",
+                "0",
+            )
             conf += ("adapters", str(self.folder / "adapters"))
-            self.server = self._stack.enter_context(run_server(self.studies, self.app, self.folder / "server.log", *conf))
+            self.server = self._stack.enter_context(
+                run_server(self.studies, self.app, self.folder / "server.log", *conf)
+            )
 
     def kill(self) -> None:
         assert self.server is not None
@@ -186,7 +206,9 @@ class Bench:
         if sorted(listed) != sorted(NAMES) or any("final" not in entry["labels"] for entry in listed.values()):
             problems.append(f"the datastore lists {listed}")
         for adapter in self.get("/progidiff/versions"):
-            problems += [text for text in (adapter["problem"], *(version["problem"] for version in adapter["versions"])) if text]
+            problems += [
+                text for text in (adapter["problem"], *(version["problem"] for version in adapter["versions"])) if text
+            ]
         problems += [f"damaged: {path}" for path in self.folder.rglob("*damaged*")]
         return problems
 
@@ -240,7 +262,9 @@ def carry_out(bench: Bench, kind: str, name: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs SIGKILL and the kernel's parent-death signal")
-def test_whatever_was_acknowledged_is_there_after_a_kill_of_server_training_or_scoring(tmp_path: Path, tiny_model: Path):
+def test_whatever_was_acknowledged_is_there_after_a_kill_of_server_training_or_scoring(
+    tmp_path: Path, tiny_model: Path
+):
     bench = Bench(tmp_path, tiny_model)
     try:
         for number in range(ROUNDS):
@@ -248,8 +272,14 @@ def test_whatever_was_acknowledged_is_there_after_a_kill_of_server_training_or_s
             told = carry_out(bench, kind, f"{SEED}:{number}")
             bench.start()
             problems = bench.check()
-            print(f"round {number}, FAULT_SEED={SEED}: {told}, {len(bench.acknowledged)} in all, {len(problems)} problems", flush=True)
-            assert problems == [], f"FAULT_SEED={SEED} round {number}: {told}\n{(tmp_path / 'server.log').read_text()[-3000:]}"
+            print(
+                f"round {number}, FAULT_SEED={SEED}: {told}, {len(bench.acknowledged)} in "
+                f"all, {len(problems)} problems",
+                flush=True,
+            )
+            assert problems == [], (
+                f"FAULT_SEED={SEED} round {number}: {told}\n{(tmp_path / 'server.log').read_text()[-3000:]}"
+            )
         assert len(bench.acknowledged) >= 2 * ROUNDS
     finally:
         bench.close()

@@ -19,8 +19,16 @@ SEED = os.environ.get("FAULT_SEED", "1")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs processes that start as copies, and SIGKILL")
 def test_whatever_was_acknowledged_is_there_after_a_kill_at_any_step(tmp_path: Path):
-    command = [sys.executable, str(Path(__file__).parent / "store_rounds.py"), str(tmp_path / "work"), SEED, str(ROUNDS)]
-    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120 + 20 * ROUNDS, check=False)
+    command = [
+        sys.executable,
+        str(Path(__file__).parent / "store_rounds.py"),
+        str(tmp_path / "work"),
+        SEED,
+        str(ROUNDS),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, encoding="utf-8", timeout=120 + 20 * ROUNDS, check=False
+    )
     print(done.stdout)
     assert done.stdout, done.stderr[-4000:]
     result = json.loads(done.stdout.splitlines()[-1])

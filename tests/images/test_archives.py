@@ -25,7 +25,9 @@ def make_zip(path: Path, members: dict[str, bytes], link: str = "") -> Path:
     return path
 
 
-def make_tar(path: Path, members: dict[str, bytes], link: str = "", kind: bytes = tarfile.SYMTYPE, mode: str = "w:gz") -> Path:
+def make_tar(
+    path: Path, members: dict[str, bytes], link: str = "", kind: bytes = tarfile.SYMTYPE, mode: str = "w:gz"
+) -> Path:
     with tarfile.open(path, mode) as archive:
         for name, content in members.items():
             entry = tarfile.TarInfo(name)
@@ -61,7 +63,9 @@ def test_the_folder_itself_as_a_member_is_passed_over(folder: Path, tmp_path: Pa
     assert extract_archive(tmp_path / "archive", folder) == 1
 
 
-def assert_refused(archive: Path, folder: Path, reason: str, error: type[Exception] = RequestError, limits: Limits | None = None) -> None:
+def assert_refused(
+    archive: Path, folder: Path, reason: str, error: type[Exception] = RequestError, limits: Limits | None = None
+) -> None:
     with pytest.raises(error, match=reason):
         extract_archive(archive, folder, limits)
     assert list(folder.iterdir()) == []  # Nothing stays of what came before the bad member,
@@ -69,17 +73,33 @@ def assert_refused(archive: Path, folder: Path, reason: str, error: type[Excepti
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.py", "a/../../evil.py", "/tmp/evil.py", "..\\evil.py", "C:\\evil.py", "a/./../../evil", "x" * 300, "a/" * 40 + "b"]
+    "name",
+    [
+        "../evil.py",
+        "a/../../evil.py",
+        "/tmp/evil.py",
+        "..\\evil.py",
+        "C:\\evil.py",
+        "a/./../../evil",
+        "x" * 300,
+        "a/" * 40 + "b",
+    ],
 )
 @pytest.mark.parametrize("make", [make_zip, make_tar])
 def test_a_member_outside_of_the_archive_is_refused(make: Callable[..., Path], name: str, folder: Path, tmp_path: Path):
-    assert_refused(make(tmp_path / "archive", {"good": b"x", name: b"import os"}), folder, "lies outside|name that is too long")
+    assert_refused(
+        make(tmp_path / "archive", {"good": b"x", name: b"import os"}), folder, "lies outside|name that is too long"
+    )
 
 
 def test_links_and_devices_are_refused(folder: Path, tmp_path: Path):
     assert_refused(make_zip(tmp_path / "1", {"good": b"x"}, link="/etc/passwd"), folder, "has a link")
     for number, kind in enumerate((tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE), start=2):
-        assert_refused(make_tar(tmp_path / str(number), {"good": b"x"}, link="/etc/passwd", kind=kind), folder, "a link or a device")
+        assert_refused(
+            make_tar(tmp_path / str(number), {"good": b"x"}, link="/etc/passwd", kind=kind),
+            folder,
+            "a link or a device",
+        )
 
 
 @pytest.mark.parametrize("make", [make_zip, make_tar])

@@ -32,14 +32,6 @@ ALL_ORIENTATIONS = ["".join(letters) for axes in permutations(("LR", "PA", "SI")
 """The 48 ways to order and point three axes, as nibabel's axis codes."""
 
 
-
-
-
-
-
-
-
-
 def make_volume(affine: np.ndarray, array: np.ndarray | None = None) -> Volume:
     return Volume(make_image() if array is None else array, affine, "CT", "option", "case")
 
@@ -47,8 +39,6 @@ def make_volume(affine: np.ndarray, array: np.ndarray | None = None) -> Volume:
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
     nibabel.save(nibabel.Nifti1Image(array, make_affine("LPS") if affine is None else affine), path)
     return path
-
-
 
 
 @pytest.mark.parametrize("codes", ALL_ORIENTATIONS)
@@ -160,7 +150,9 @@ def test_a_dicom_series_is_the_nifti_of_the_same_voxels(tmp_path: Path, codes: s
     expected, expected_spacing = reference.to_stack()
     assert np.array_equal(stack, expected)
     assert spacing == pytest.approx(expected_spacing, abs=1e-4)
-    flip = inv_ornt_aff(io_orientation(np.linalg.inv(affine) @ volume.affine), stored.shape)  # slices may count from the other end
+    flip = inv_ornt_aff(
+        io_orientation(np.linalg.inv(affine) @ volume.affine), stored.shape
+    )  # slices may count from the other end
     assert np.allclose(affine @ flip, volume.affine, atol=1e-3)
     assert (volume.modality, volume.modality_source) == ("CT", "dicom")
 
@@ -186,7 +178,9 @@ def test_two_dicom_series_in_a_folder_are_named_in_the_error(tmp_path: Path) -> 
     write_dicom(tmp_path / "b", make_image(), make_affine("LPS"), uid="1.2.826.0.1.2")
     for path in (tmp_path / "b").iterdir():
         path.rename(tmp_path / "a" / f"b-{path.name}")
-    with pytest.raises(ImageError, match=r"2 DICOM series: 1\.2\.826\.0\.1\.1 \(CT, abdomen, 7 files\).*folder of its own"):
+    with pytest.raises(
+        ImageError, match=r"2 DICOM series: 1\.2\.826\.0\.1\.1 \(CT, abdomen, 7 files\).*folder of its own"
+    ):
         load_volume(tmp_path / "a")
 
 
@@ -248,7 +242,9 @@ def test_integers_are_kept_and_scaled_integers_become_float32(tmp_path: Path) ->
     scaled = load_volume(tmp_path / "scaled.nii.gz").array
     assert scaled.dtype == np.float32
     assert np.array_equal(scaled, make_image().astype(np.float32) / 2 - 10)
-    assert load_volume(write_nifti(tmp_path / "double.nii.gz", make_image().astype(np.float64))).array.dtype == np.float32
+    assert (
+        load_volume(write_nifti(tmp_path / "double.nii.gz", make_image().astype(np.float64))).array.dtype == np.float32
+    )
 
 
 def test_a_big_endian_file_is_read_in_native_order(tmp_path: Path) -> None:
@@ -386,7 +382,9 @@ def test_voxel_volume_is_in_millilitres() -> None:
     assert make_volume(make_affine("PIR", (1.0, 2.0, 5.0), 15)).voxel_ml == pytest.approx(0.01)
 
 
-@pytest.mark.parametrize(("name", "stem"), [("a.nii.gz", "a"), ("a.b.NII", "a.b"), ("a.nrrd", "a"), ("CT.1.2.3", "CT.1.2.3")])
+@pytest.mark.parametrize(
+    ("name", "stem"), [("a.nii.gz", "a"), ("a.b.NII", "a.b"), ("a.nrrd", "a"), ("CT.1.2.3", "CT.1.2.3")]
+)
 def test_a_name_loses_only_an_image_suffix(name: str, stem: str) -> None:
     assert strip_suffix(name) == stem
 
@@ -405,7 +403,9 @@ def make_scan(kind: str) -> np.ndarray:
         return hu.astype(np.int16)
     if kind == "clipped ct":
         return np.clip(hu, -125, 275).astype(np.float32)
-    signal = np.abs(np.interp(hu, [-1000, -200, -100, 50, 700], [0, 0, 800, 300, 60]) + generator.normal(0, 10, hu.shape))
+    signal = np.abs(
+        np.interp(hu, [-1000, -200, -100, 50, 700], [0, 0, 800, 300, 60]) + generator.normal(0, 10, hu.shape)
+    )
     if kind == "normalised mr":
         return ((signal - signal.mean()) / signal.std()).astype(np.float32)
     if kind == "resampled mr":
@@ -413,7 +413,10 @@ def make_scan(kind: str) -> np.ndarray:
     return signal.astype(np.int16)
 
 
-@pytest.mark.parametrize(("kind", "modality"), [("ct", "CT"), ("clipped ct", "CT"), ("mr", "MR"), ("normalised mr", "MR"), ("resampled mr", "MR")])
+@pytest.mark.parametrize(
+    ("kind", "modality"),
+    [("ct", "CT"), ("clipped ct", "CT"), ("mr", "MR"), ("normalised mr", "MR"), ("resampled mr", "MR")],
+)
 def test_the_modality_is_guessed_from_the_intensities(kind: str, modality: str) -> None:
     assert guess_modality(make_scan(kind)) == modality
 

@@ -17,14 +17,22 @@ from progidiff.images.working_grid import BACKGROUND, WorkingGrid, plan_working_
 HEIGHT, WIDTH = 64, 80
 
 
-def make_grid(shape: tuple[int, int, int], spacing: tuple[float, float, float], pixel: float, shift: tuple[float, float] = (0.0, 0.0)) -> WorkingGrid:
+def make_grid(
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    pixel: float,
+    shift: tuple[float, float] = (0.0, 0.0),
+) -> WorkingGrid:
     """A window in the middle of the stack, moved by `shift` (y, x) mm."""
     center = (shape[1] * spacing[1] / 2 + shift[0], shape[2] * spacing[2] / 2 + shift[1])
     return WorkingGrid(shape, spacing, center, pixel, HEIGHT, WIDTH)
 
 
 def make_blob(
-    shape: tuple[int, int, int], spacing: tuple[float, float, float], center: tuple[float, float], radii: tuple[float, float]
+    shape: tuple[int, int, int],
+    spacing: tuple[float, float, float],
+    center: tuple[float, float],
+    radii: tuple[float, float],
 ) -> np.ndarray:
     """An elliptic cylinder on a (Z, Y, X) stack; centre (y, x) and radii in mm from the stack's outer corner."""
     y = (np.arange(shape[1]) + 0.5) * spacing[1] - center[0]
@@ -42,7 +50,9 @@ def compute_centroid(mask: np.ndarray, spacing: tuple[float, float, float]) -> n
     weights = mask.astype(np.float64)
     rows, cols = np.indices(weights.shape[1:])
     total = weights.sum()
-    return np.array([(weights * (rows + 0.5)).sum() / total * spacing[1], (weights * (cols + 0.5)).sum() / total * spacing[2]])
+    return np.array(
+        [(weights * (rows + 0.5)).sum() / total * spacing[1], (weights * (cols + 0.5)).sum() / total * spacing[2]]
+    )
 
 
 STACKS = {
@@ -64,7 +74,9 @@ def test_a_label_comes_back_in_place_and_in_shape(name: str) -> None:
     mask = (restored >= 0.5).numpy()
     assert compute_dice(mask, blob > 0) > (0.94 if max(spacing[1:]) > 3 else 0.97)
     # Hard labels snap to whole pixels of the working grid; the ramps below show that the maps themselves do not.
-    assert compute_centroid(restored.numpy(), spacing) == pytest.approx(compute_centroid(blob, spacing), abs=0.5 * pixel)
+    assert compute_centroid(restored.numpy(), spacing) == pytest.approx(
+        compute_centroid(blob, spacing), abs=0.5 * pixel
+    )
 
 
 @given(
@@ -74,7 +86,9 @@ def test_a_label_comes_back_in_place_and_in_shape(name: str) -> None:
     place=st.tuples(st.floats(-0.2, 0.2), st.floats(-0.2, 0.2)),
 )
 @settings(max_examples=40, deadline=None)
-def test_no_geometry_shifts_a_label(size: tuple[int, int], spacing: tuple[float, float], pixel: float, place: tuple[float, float]) -> None:
+def test_no_geometry_shifts_a_label(
+    size: tuple[int, int], spacing: tuple[float, float], pixel: float, place: tuple[float, float]
+) -> None:
     shape, edges = (1, *size), (3.0, *spacing)
     grid = make_grid(shape, edges, pixel, shift=(1.7, -2.9))
     extent = np.minimum((HEIGHT * pixel, WIDTH * pixel), (size[0] * spacing[0], size[1] * spacing[1]))

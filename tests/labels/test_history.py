@@ -1,4 +1,6 @@
-"""The history of labels: nothing acknowledged is ever lost, whatever happens to the last bytes, the clock or the disk."""
+"""The history of labels: nothing acknowledged is ever lost, whatever happens to the last bytes, the clock or the
+disk.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def write(folder: Path, content: bytes = b"label", name: str = "label.nii.gz") -
 
 def test_a_save_comes_back_as_it_was_recorded_also_in_another_process(store: AnnotationStore, tmp_path: Path):
     saved = store.record(
-        "case_1", write(tmp_path), user="ada", client="slicer", slices=[5, 3, 5], structures=["liver"], source=SOURCE, edited=True, seconds=12.5,
+        "case_1", write(tmp_path), user="ada", client="slicer", slices=[5, 3, 5], structures=["liver"], source=SOURCE,
+        edited=True, seconds=12.5,
         num_slices=8, label_ids={"liver": 6},
     )  # fmt: skip
     assert (saved.sequence, saved.slices, saved.structures, saved.source) == (1, (3, 5), ("liver",), SOURCE)
@@ -106,7 +109,9 @@ def test_restore_goes_back_to_what_counted_right_after_a_save(store: AnnotationS
         store.restore("x", 99)
 
 
-def test_order_is_by_sequence_when_the_clock_goes_back(store: AnnotationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_order_is_by_sequence_when_the_clock_goes_back(
+    store: AnnotationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     times = iter(["2030-01-01T00:00:00.000+00:00", "1999-01-01T00:00:00.000+00:00", "2010-01-01T00:00:00.000+00:00"])
     monkeypatch.setattr(module, "_now", lambda: next(times))
     saves = [store.record("x", write(tmp_path, bytes([k]))) for k in range(3)]
@@ -114,7 +119,9 @@ def test_order_is_by_sequence_when_the_clock_goes_back(store: AnnotationStore, t
     assert store.current("x") == saves[2]
 
 
-@pytest.mark.parametrize("image", ["../../etc/passwd", "..", ".hidden", "a/b", "with space", "1.2.840.1", "ümlaut", "a\\b"])
+@pytest.mark.parametrize(
+    "image", ["../../etc/passwd", "..", ".hidden", "a/b", "with space", "1.2.840.1", "ümlaut", "a\\b"]
+)
 def test_no_id_leads_out_of_the_folder(store: AnnotationStore, tmp_path: Path, image: str):
     saved = store.record(image, write(tmp_path))
     assert store.label_file(saved).resolve().parent.parent == (store.root / "labels").resolve()
@@ -149,7 +156,11 @@ def test_bytes_cut_off_the_end_never_touch_an_earlier_event(cut: int):
         content = log.read_bytes()
         kept = content[: max(0, len(content) - cut)]
         log.write_bytes(kept)
-        whole = sum(1 for line in content.splitlines(keepends=True) if kept.startswith(content[: content.index(line) + len(line)]))
+        whole = sum(
+            1
+            for line in content.splitlines(keepends=True)
+            if kept.startswith(content[: content.index(line) + len(line)])
+        )
         again = AnnotationStore(folder / "annotations")
         assert again.list()[:whole] == saves[:whole]
         if kept and not kept.endswith(b"\n"):
@@ -204,7 +215,9 @@ def test_a_sequence_is_never_given_twice_even_if_the_log_is_lost(store: Annotati
     assert store.label_file(first).read_bytes() == b"first"
 
 
-def test_a_disk_that_fills_up_in_mid_line_leaves_the_log_as_it_was(store: AnnotationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_disk_that_fills_up_in_mid_line_leaves_the_log_as_it_was(
+    store: AnnotationStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     saved = store.record("x", write(tmp_path))
     before = (store.root / "log.jsonl").read_bytes()
     real = os.write
@@ -273,15 +286,37 @@ def test_processes_that_write_at_once_lose_nothing(store: AnnotationStore, tmp_p
 
 
 def test_the_audit_says_who_saved_what_from_which_proposal(store: AnnotationStore, tmp_path: Path):
-    store.record("x", write(tmp_path), user="=cmd()", client="ohif", slices=[1, 2], structures=["liver"], source=SOURCE, edited=False, seconds=3)
+    store.record(
+        "x",
+        write(tmp_path),
+        user="=cmd()",
+        client="ohif",
+        slices=[1, 2],
+        structures=["liver"],
+        source=SOURCE,
+        edited=False,
+        seconds=3,
+    )
     store.skip("y", "bob", "too noisy")
     store.delete("x", "ada", reason="wrong patient")
     rows = list(csv.DictReader(io.StringIO(format_audit(list_audit(store), "csv"))))
     assert tuple(rows[0]) == AUDIT_COLUMNS
     assert [row["event"] for row in rows] == ["label", "skip", "delete"]
     first = rows[0]
-    assert (first["slices"], first["structures"], first["seed"], first["model"], first["adapter"]) == ("1 2", "liver", "7", "ct-base@1", "mr@3")
-    assert (first["proposals"], first["shown"], first["edited"], first["seconds"], first["in_force"]) == ("f" * 64, "2", "False", "3.0", "False")
+    assert (first["slices"], first["structures"], first["seed"], first["model"], first["adapter"]) == (
+        "1 2",
+        "liver",
+        "7",
+        "ct-base@1",
+        "mr@3",
+    )
+    assert (first["proposals"], first["shown"], first["edited"], first["seconds"], first["in_force"]) == (
+        "f" * 64,
+        "2",
+        "False",
+        "3.0",
+        "False",
+    )
     assert first["user"] == "'=cmd()"  # A spreadsheet would run it.
     assert (rows[1]["user"], rows[1]["reason"], rows[2]["reason"]) == ("bob", "too noisy", "wrong patient")
     values = [json.loads(line) for line in format_audit(list_audit(store, "x"), "jsonl").splitlines()]
@@ -306,7 +341,11 @@ def test_what_a_crash_left_stays_listed_after_the_log_is_mended(store: Annotatio
     assert "(6 bytes) is what a crash left of a save that was never acknowledged" in told
     assert store.verify() == []
     result = CliRunner().invoke(app, ["audit", "verify", "--studies", str(tmp_path / "studies")])
-    assert (result.exit_code, "never acknowledged" in result.output, "as they were written" in result.output) == (0, True, True)
+    assert (result.exit_code, "never acknowledged" in result.output, "as they were written" in result.output) == (
+        0,
+        True,
+        True,
+    )
 
 
 def test_the_command_line_writes_the_audit_and_finds_damage(tmp_path: Path):
@@ -323,7 +362,12 @@ def test_the_command_line_writes_the_audit_and_finds_damage(tmp_path: Path):
     out = tmp_path / "audit.csv"
     result = run.invoke(app, ["audit", "export", "--studies", str(tmp_path / "studies"), "--out", str(out)])
     assert (result.exit_code, out.read_text().count(",ada,")) == (0, 1)
-    assert run.invoke(app, ["audit", "export", "--studies", str(tmp_path / "studies"), "--out", str(tmp_path / "audit.pdf")]).exit_code == 2
+    assert (
+        run.invoke(
+            app, ["audit", "export", "--studies", str(tmp_path / "studies"), "--out", str(tmp_path / "audit.pdf")]
+        ).exit_code
+        == 2
+    )
     good = run.invoke(app, ["audit", "verify", "--studies", str(tmp_path / "studies")])
     assert (good.exit_code, "as they were written" in good.output) == (0, True)
     store.label_file(saved).write_bytes(b"other")

@@ -29,8 +29,13 @@ def draw(proposals: VolumeProposals, params: dict[str, Any], orientation: str = 
 
 
 @pytest.mark.parametrize("orientation", AFFINES)
-@pytest.mark.parametrize("pick, shown", [({"rule": "consensus"}, "consensus"), ({"rule": "proposal", "members": [3]}, 3), ({"rule": "best"}, "best")])
-def test_an_accepted_volume_is_what_was_shown(proposals: VolumeProposals, orientation: str, pick: dict[str, Any], shown: str | int):
+@pytest.mark.parametrize(
+    "pick, shown",
+    [({"rule": "consensus"}, "consensus"), ({"rule": "proposal", "members": [3]}, 3), ({"rule": "best"}, "best")],
+)
+def test_an_accepted_volume_is_what_was_shown(
+    proposals: VolumeProposals, orientation: str, pick: dict[str, Any], shown: str | int
+):
     volume = make_volume(orientation)
     plan = Plan.from_params({"volume": dict.fromkeys(proposals.structures, pick)}, proposals)
     label = compose_label(proposals, volume, plan, IDS)
@@ -52,7 +57,11 @@ def test_merging_follows_the_rule_on_its_slice_alone(proposals: VolumeProposals,
 
 def test_a_pick_of_a_slice_wins_over_that_of_the_volume(proposals: VolumeProposals):
     label = draw(
-        proposals, {"volume": {"liver": {"rule": "consensus"}}, "slices": {"2": {"liver": {"rule": "nothing"}}, "4": {"liver": {"rule": "union"}}}}
+        proposals,
+        {
+            "volume": {"liver": {"rule": "consensus"}},
+            "slices": {"2": {"liver": {"rule": "nothing"}}, "4": {"liver": {"rule": "union"}}},
+        },
     )
     assert not label[2].any()
     assert np.array_equal(label[4] > 0, proposals.slice_masks("liver", 4).any(axis=0))
@@ -62,7 +71,9 @@ def test_a_pick_of_a_slice_wins_over_that_of_the_volume(proposals: VolumeProposa
 def test_overlaps_go_to_the_structure_with_the_higher_agreement(proposals: VolumeProposals):
     union = {"rule": "union"}
     label = draw(proposals, {"slices": {"4": {"liver": union, "spleen": union}}})[4]
-    liver, spleen = (compute_agreement(torch.from_numpy(proposals.slice_masks(name, 4))).numpy() for name in ("liver", "spleen"))
+    liver, spleen = (
+        compute_agreement(torch.from_numpy(proposals.slice_masks(name, 4))).numpy() for name in ("liver", "spleen")
+    )
     both = (liver > 0) & (spleen > 0)
     assert both.any()
     assert (label[both & (liver > spleen)] == 6).all()
@@ -95,7 +106,9 @@ def test_what_is_picked_differently_is_called_merged(proposals: VolumeProposals)
         ({"volume": {"liver": {"rule": "threshold", "threshold": 0}}}, "threshold is 0"),
     ],
 )
-def test_a_senseless_plan_is_refused_with_what_it_may_be(proposals: VolumeProposals, params: dict[str, Any], reason: str):
+def test_a_senseless_plan_is_refused_with_what_it_may_be(
+    proposals: VolumeProposals, params: dict[str, Any], reason: str
+):
     with pytest.raises(RequestError, match=reason):
         Plan.from_params(params, proposals)
 

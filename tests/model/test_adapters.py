@@ -1,4 +1,6 @@
-"""Adapters: low-rank updates on real networks of toy width, immutable versions, the pointer, and the engine that follows it."""
+"""Adapters: low-rank updates on real networks of toy width, immutable versions, the pointer, and the engine that
+follows it.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,15 @@ import torch
 from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
 from progidiff.images.volume import Volume, load_volume
 from progidiff.model.adapters import FILES, AdapterCard, AdapterStore, build_networks, compute_base_digest
-from progidiff.model.lora import LoraSettings, collect_full, collect_tensors, inject_lora, load_tensors, merge_lora, named_adapter_parameters
+from progidiff.model.lora import (
+    LoraSettings,
+    collect_full,
+    collect_tensors,
+    inject_lora,
+    load_tensors,
+    merge_lora,
+    named_adapter_parameters,
+)
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
@@ -54,7 +64,10 @@ def store(tmp_path: Path) -> AdapterStore:
 @pytest.fixture(scope="module")
 def volume(tmp_path_factory: pytest.TempPathFactory, phantom_writer: Callable[..., Path]) -> Volume:
     return replace(
-        load_volume(phantom_writer(tmp_path_factory.mktemp("adapters") / "phantom.nii.gz", shape=(40, 30, 4)), modality="CT"), modality="MR"
+        load_volume(
+            phantom_writer(tmp_path_factory.mktemp("adapters") / "phantom.nii.gz", shape=(40, 30, 4)), modality="CT"
+        ),
+        modality="MR",
     )
 
 
@@ -80,7 +93,12 @@ def trained_tensors(model: Path, settings: LoraSettings = SMALL, seed: int = 0) 
 
 
 def add(
-    store: AdapterStore, model: Path, name: str = "mr", tensors: dict[str, torch.Tensor] | None = None, settings: LoraSettings = SMALL, **changes: Any
+    store: AdapterStore,
+    model: Path,
+    name: str = "mr",
+    tensors: dict[str, torch.Tensor] | None = None,
+    settings: LoraSettings = SMALL,
+    **changes: Any,
 ) -> AdapterCard:
     tensors = trained_tensors(model, settings) if tensors is None else tensors
     values: dict[str, Any] = {
@@ -107,10 +125,14 @@ def tensors(tiny_model: Path) -> dict[str, torch.Tensor]:
 def test_a_fresh_adapter_changes_nothing(pipeline: ProposalPipeline, settings: LoraSettings):
     inputs = slices(pipeline.branch)
     before = pipeline.encode_slices(inputs)
-    residuals = pipeline.branch.compute_residuals(before, torch.rand(2, 1, 32, 64, generator=torch.Generator().manual_seed(0)))
+    residuals = pipeline.branch.compute_residuals(
+        before, torch.rand(2, 1, 32, 64, generator=torch.Generator().manual_seed(0))
+    )
     inject_lora(pipeline.branch, pipeline.unet, settings)
     after = pipeline.encode_slices(inputs)
-    again = pipeline.branch.compute_residuals(after, torch.rand(2, 1, 32, 64, generator=torch.Generator().manual_seed(0)))
+    again = pipeline.branch.compute_residuals(
+        after, torch.rand(2, 1, 32, 64, generator=torch.Generator().manual_seed(0))
+    )
     assert torch.equal(before.fine, after.fine)
     assert torch.equal(before.coarse, after.coarse)
     assert all(torch.equal(a, b) for a, b in zip(residuals[0], again[0], strict=True))
@@ -165,7 +187,9 @@ def test_a_tensor_that_does_not_fit_is_named(tensors: dict[str, torch.Tensor], p
 def test_numbers_that_are_not_finite_are_refused(tensors: dict[str, torch.Tensor], pipeline: ProposalPipeline):
     name = next(iter(tensors))
     with pytest.raises(ModelError, match="not finite"):
-        merge_lora({**tensors, name: torch.full_like(tensors[name], float("nan"))}, pipeline.branch, None, SMALL, Path("x"))
+        merge_lora(
+            {**tensors, name: torch.full_like(tensors[name], float("nan"))}, pipeline.branch, None, SMALL, Path("x")
+        )
 
 
 def test_merged_weights_answer_as_the_adapter_beside_them_does(pipeline: ProposalPipeline, tiny_model: Path):
@@ -176,7 +200,9 @@ def test_merged_weights_answer_as_the_adapter_beside_them_does(pipeline: Proposa
     load_tensors(saved, kept.branch, kept.unet, ALL_TARGETS, Path("x"))
     inputs = slices(merged)
     with torch.no_grad():
-        torch.testing.assert_close(merged.encode_slices(inputs).fine, kept.branch.encode_slices(inputs).fine, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(
+            merged.encode_slices(inputs).fine, kept.branch.encode_slices(inputs).fine, rtol=1e-3, atol=1e-4
+        )
         assert unet is not None
         noise, text = torch.randn(1, 4, 4, 8), torch.randn(1, 5, 384)
         torch.testing.assert_close(unet(noise, 5, text).sample, kept.unet(noise, 5, text).sample, rtol=1e-3, atol=1e-4)
@@ -195,7 +221,8 @@ def test_a_full_version_replaces_all_weights(store: AdapterStore, tiny_model: Pa
     other.branch.requires_grad_(True)
     stir({"branch": other.branch}, scale=0.1)
     card = store.add(
-        "all", "full", collect_full(other.branch), modality="CT", structures=("liver",), base=compute_base_digest(tiny_model), base_name="tiny@1",
+        "all", "full", collect_full(other.branch), modality="CT", structures=("liver",),
+        base=compute_base_digest(tiny_model), base_name="tiny@1",
         run={}, readme=lambda c: c.full_name,
     )  # fmt: skip
     branch, unet = build_networks(card, store.load(card, card.base), pipeline.branch, pipeline.unet, Path("x"))
@@ -205,7 +232,12 @@ def test_a_full_version_replaces_all_weights(store: AdapterStore, tiny_model: Pa
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"), [({"rank": 0}, "rank must lie in 1..128"), ({"alpha": 0.0}, "alpha must"), ({"target_modules": ("vae",)}, "Targets vae")]
+    ("changes", "message"),
+    [
+        ({"rank": 0}, "rank must lie in 1..128"),
+        ({"alpha": 0.0}, "alpha must"),
+        ({"target_modules": ("vae",)}, "Targets vae"),
+    ],
 )
 def test_settings_out_of_range_are_refused(pipeline: ProposalPipeline, changes: dict[str, Any], message: str):
     with pytest.raises(RequestError, match=message):
@@ -215,7 +247,9 @@ def test_settings_out_of_range_are_refused(pipeline: ProposalPipeline, changes: 
 # --- versions ---
 
 
-def test_a_version_comes_back_as_it_was_written(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_a_version_comes_back_as_it_was_written(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     card = add(store, tiny_model, tensors=tensors)
     again = AdapterStore(store.root).find("mr@1")
     assert again == card
@@ -227,7 +261,9 @@ def test_a_version_comes_back_as_it_was_written(store: AdapterStore, tiny_model:
     assert (store.folder(again) / "README.md").read_text() == "# mr@1\n"
 
 
-def test_a_new_version_is_not_served_before_it_is_published(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_a_new_version_is_not_served_before_it_is_published(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     add(store, tiny_model, tensors=tensors)
     assert store.current("mr") is None
     with pytest.raises(NotFoundError, match="no published version. Ask for one by number \\(mr@1\\)"):
@@ -242,7 +278,9 @@ def test_version_numbers_are_never_given_twice(store: AdapterStore, tiny_model: 
     assert add(store, tiny_model, tensors=tensors).version == 3
 
 
-def test_rollback_goes_back_through_what_was_served(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_rollback_goes_back_through_what_was_served(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     for _ in range(3):
         add(store, tiny_model, tensors=tensors)
     for version in (1, 3, 2):
@@ -257,7 +295,9 @@ def test_rollback_goes_back_through_what_was_served(store: AdapterStore, tiny_mo
     ]  # fmt: skip
 
 
-def test_publishing_again_what_is_served_adds_nothing_to_go_back_through(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_publishing_again_what_is_served_adds_nothing_to_go_back_through(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     add(store, tiny_model, tensors=tensors)
     store.publish("mr", 1)
     store.publish("mr", 1)
@@ -265,20 +305,26 @@ def test_publishing_again_what_is_served_adds_nothing_to_go_back_through(store: 
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "mr 2", "mr@2", "auto", "None", "x" * 65])
-def test_a_name_that_would_not_do_is_refused(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor], name: str):
+def test_a_name_that_would_not_do_is_refused(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor], name: str
+):
     with pytest.raises(RequestError, match="cannot name an adapter"):
         add(store, tiny_model, name=name, tensors=tensors)
     assert not store.root.exists()
 
 
 @pytest.mark.parametrize("reference", ["mr@", "mr@0", "mr@x", "../mr", "mr@1@2", ""])
-def test_a_reference_that_is_none_is_refused(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor], reference: str):
+def test_a_reference_that_is_none_is_refused(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor], reference: str
+):
     add(store, tiny_model, tensors=tensors)
     with pytest.raises(NotFoundError, match="names no adapter; write name or name@version.*There are: mr"):
         store.find(reference)
 
 
-def test_an_unknown_name_or_version_is_answered_with_those_there_are(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_an_unknown_name_or_version_is_answered_with_those_there_are(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     with pytest.raises(NotFoundError, match="no adapter 'mr'.*holds none yet; `progidiff adapt` trains one"):
         store.find("mr")
     add(store, tiny_model, tensors=tensors)
@@ -303,7 +349,9 @@ def test_a_version_without_one_of_its_files_is_refused_and_listed_as_such(
     assert "is missing" in store.entries()[0].problem
 
 
-def test_a_damaged_file_is_refused_and_not_published(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_a_damaged_file_is_refused_and_not_published(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     for _ in range(2):
         card = add(store, tiny_model, tensors=tensors)
     store.publish("mr", 1)
@@ -318,7 +366,9 @@ def test_a_damaged_file_is_refused_and_not_published(store: AdapterStore, tiny_m
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 1}'])
-def test_an_unreadable_card_is_refused(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor], content: str):
+def test_an_unreadable_card_is_refused(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor], content: str
+):
     card = add(store, tiny_model, tensors=tensors)
     path = store.folder(card) / "adapter.json"
     path.chmod(0o644)
@@ -327,7 +377,9 @@ def test_an_unreadable_card_is_refused(store: AdapterStore, tiny_model: Path, te
         AdapterStore(store.root).find("mr@1")
 
 
-def test_an_unreadable_pointer_is_an_error_that_publishing_cures(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_an_unreadable_pointer_is_an_error_that_publishing_cures(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     add(store, tiny_model, tensors=tensors)
     (store.root / "mr" / "CURRENT").write_text("nonsense")
     with pytest.raises(ModelError, match="progidiff adapters use mr@VERSION"):
@@ -365,7 +417,9 @@ def test_a_full_disk_leaves_nothing_behind_and_no_number_twice(
     assert add(store, tiny_model, tensors=tensors).version == 3
 
 
-def test_the_files_of_a_version_cannot_be_written_by_accident(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_the_files_of_a_version_cannot_be_written_by_accident(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     card = add(store, tiny_model, tensors=tensors)
     assert sorted(p.name for p in store.folder(card).iterdir()) == sorted(FILES)
     assert {os.stat(p).st_mode & 0o777 for p in store.folder(card).iterdir()} == {0o444}
@@ -375,7 +429,8 @@ def _add_and_publish(root: str, count: int) -> None:
     store = AdapterStore(root)
     for _ in range(count):
         card = store.add(
-            "mr", "lora", {"branch.x": torch.zeros(1)}, modality="MR", structures=("liver",), base="b", base_name="t@1", run={},
+            "mr", "lora", {"branch.x": torch.zeros(1)}, modality="MR", structures=("liver",), base="b",
+            base_name="t@1", run={},
             readme=lambda c: "", lora=SMALL,
         )  # fmt: skip
         store.publish("mr", card.version)
@@ -444,7 +499,9 @@ def test_the_adapter_is_chosen_by_the_modality_of_the_image(model: Path, volume:
     assert run(engine, replace(volume, modality="CT"), "mr")[0] == "mr@1"
 
 
-def test_of_several_adapters_for_a_modality_the_one_published_last_is_chosen(store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]):
+def test_of_several_adapters_for_a_modality_the_one_published_last_is_chosen(
+    store: AdapterStore, tiny_model: Path, tensors: dict[str, torch.Tensor]
+):
     base = compute_base_digest(tiny_model)
     for name in ("b", "a", "c"):
         add(store, tiny_model, name=name, tensors=tensors)
@@ -492,7 +549,9 @@ def test_an_adapter_of_another_base_is_passed_over_unless_it_is_named(
         run(engine, volume, "mr")
 
 
-def test_an_adapter_for_other_widths_is_refused_even_if_its_digest_fits(model: Path, volume: Volume, tensors: dict[str, torch.Tensor]):
+def test_an_adapter_for_other_widths_is_refused_even_if_its_digest_fits(
+    model: Path, volume: Volume, tensors: dict[str, torch.Tensor]
+):
     engine = Engine(model, device="cpu", dtype="fp32")
     add(engine.adapters, model, tensors={n: t for n, t in tensors.items() if "norm" not in n})
     with pytest.raises(ModelError, match="missing: branch.encoder.*norm"):
@@ -520,7 +579,9 @@ def test_versions_that_are_no_longer_used_leave_the_memory(model: Path, volume: 
     assert {key[0] for key in engine._features} == {"mr@2", "mr@3"}
 
 
-def test_a_damaged_served_version_is_an_error_with_its_cure_and_info_still_answers(model: Path, volume: Volume, tensors: dict[str, torch.Tensor]):
+def test_a_damaged_served_version_is_an_error_with_its_cure_and_info_still_answers(
+    model: Path, volume: Volume, tensors: dict[str, torch.Tensor]
+):
     engine = Engine(model, device="cpu", dtype="fp32")
     card = add(engine.adapters, model, tensors=tensors)
     engine.adapters.publish("mr", 1)
@@ -547,7 +608,12 @@ def ask(model: Path, tmp_path: Path, phantom_writer: Callable[..., Path]) -> Cal
     from progidiff.server.options import ServerOptions
     from progidiff.server.tasks.volumes import build_task
 
-    conf = {"model_dir": str(model), "store": str(tmp_path / "store"), "adapters": str(tmp_path / "elsewhere"), "device": "cpu"}
+    conf = {
+        "model_dir": str(model),
+        "store": str(tmp_path / "store"),
+        "adapters": str(tmp_path / "elsewhere"),
+        "device": "cpu",
+    }
     task = build_task(ServerOptions.from_conf(conf, str(tmp_path)), model, lambda: None)
     image = phantom_writer(tmp_path / "phantom.nii.gz", shape=(40, 30, 4))
 
@@ -560,7 +626,9 @@ def ask(model: Path, tmp_path: Path, phantom_writer: Callable[..., Path]) -> Cal
     return send
 
 
-def test_a_kept_result_of_an_older_version_is_not_shown_as_new(ask: Callable[..., dict[str, Any]], model: Path, tmp_path: Path):
+def test_a_kept_result_of_an_older_version_is_not_shown_as_new(
+    ask: Callable[..., dict[str, Any]], model: Path, tmp_path: Path
+):
     store = AdapterStore(tmp_path / "elsewhere")
     assert (ask()["adapter"], ask()["cached"]) == ("", True)
     assert ask()["choices"] == ["auto", "none"]

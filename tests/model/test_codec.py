@@ -21,7 +21,13 @@ def tiny_vae(tiny_model: Path) -> AutoencoderTiny:
 def kl_vae() -> AutoencoderKL:
     torch.manual_seed(0)
     block = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
-    vae = AutoencoderKL(down_block_types=block[0], up_block_types=block[1], block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4)
+    vae = AutoencoderKL(
+        down_block_types=block[0],
+        up_block_types=block[1],
+        block_out_channels=(8, 8, 8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+    )
     return vae.eval().requires_grad_(False)
 
 
@@ -33,7 +39,9 @@ def draw_masks(count: int, seed: int = 0, height: int = 32, width: int = 64) -> 
 
 
 @pytest.mark.parametrize("kind", ["tiny_vae", "kl_vae"])
-def test_masks_become_latents_an_eighth_of_their_size_and_come_back_as_memberships(kind: str, request: pytest.FixtureRequest):
+def test_masks_become_latents_an_eighth_of_their_size_and_come_back_as_memberships(
+    kind: str, request: pytest.FixtureRequest
+):
     codec = MaskCodec(request.getfixturevalue(kind))
     latents = codec.encode_masks(draw_masks(3))
     assert latents.shape == (3, 4, 4, 8)

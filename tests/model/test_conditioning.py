@@ -33,10 +33,17 @@ def test_a_fresh_branch_changes_nothing_bit_exact(backbone: Backbone, fresh: Con
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(2, 4, 4, 8, generator=generator)
     tokens, mask, _ = backbone.encode_text(["mask of the liver", "mask of the left kidney"])
-    down, middle = fresh.compute_residuals(fresh.encode_slices(draw_slices(2)), torch.rand(2, 1, 32, 64, generator=generator))
+    down, middle = fresh.compute_residuals(
+        fresh.encode_slices(draw_slices(2)), torch.rand(2, 1, 32, 64, generator=generator)
+    )
     plain = backbone.unet(latents, 500, tokens, encoder_attention_mask=mask).sample
     conditioned = backbone.unet(
-        latents, 500, tokens, encoder_attention_mask=mask, down_block_additional_residuals=tuple(down), mid_block_additional_residual=middle
+        latents,
+        500,
+        tokens,
+        encoder_attention_mask=mask,
+        down_block_additional_residuals=tuple(down),
+        mid_block_additional_residual=middle,
     ).sample
     assert torch.equal(plain, conditioned)
 
@@ -52,7 +59,9 @@ def test_a_fresh_branch_learns_although_its_residuals_are_zero(fresh: Conditioni
 def test_residuals_have_the_shape_of_the_denoisers_slots(backbone: Backbone, fresh: ConditioningBranch):
     down, middle = fresh.compute_residuals(fresh.encode_slices(draw_slices(2)), torch.rand(2, 1, 32, 64))
     channels, strides = backbone.residual_slots()
-    assert [tuple(r.shape) for r in [*down, middle]] == [(2, c, 32 // s, 64 // s) for c, s in zip(channels, strides, strict=True)]
+    assert [tuple(r.shape) for r in [*down, middle]] == [
+        (2, c, 32 // s, 64 // s) for c, s in zip(channels, strides, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -86,7 +95,9 @@ def test_features_of_a_slice_do_not_depend_on_the_other_slices_of_the_batch(fres
 
 @torch.no_grad()
 def test_slots_coarser_than_the_encoder_read_its_average(fresh: ConditioningBranch):
-    deep = replace(fresh.config, slot_channels=(8, 8, 8), slot_strides=(8, 16, 32), height=32, width=64, channels=(8, 8, 16, 16))
+    deep = replace(
+        fresh.config, slot_channels=(8, 8, 8), slot_strides=(8, 16, 32), height=32, width=64, channels=(8, 8, 16, 16)
+    )
     branch = ConditioningBranch(deep).eval()
     features = branch.encode_slices(draw_slices(1))
     assert {s: tuple(f.shape[-2:]) for s, f in features.levels.items()} == {8: (4, 8), 16: (2, 4), 32: (1, 2)}

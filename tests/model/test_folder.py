@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 from progidiff.errors import ModelError, RequestError
 from progidiff.model.backbone import Backbone
 from progidiff.model.conditioning import ConditioningBranch
-from progidiff.model.folder import ModelCard, compute_backbone_digest, load_card, load_pipeline, save_backbone_part, save_conditioning
+from progidiff.model.folder import (
+    ModelCard,
+    compute_backbone_digest,
+    load_card,
+    load_pipeline,
+    save_backbone_part,
+    save_conditioning,
+)
 from progidiff.proposals.engine import Engine
 from progidiff.testing import TOY_WIDTHS, build_tiny_model
 from progidiff.training.build_model import BackboneWidths, create_backbone, create_branch
@@ -34,7 +41,9 @@ def open_backbone(folder: Path) -> Backbone:
 
 
 def fresh_branch(model: Path, seed: int) -> ConditioningBranch:
-    return create_branch(open_backbone(model), 32, 64, (4.0, 12.0), seed, channels=(8, 8, 16, 16, 16), evidence_channels=16)
+    return create_branch(
+        open_backbone(model), 32, 64, (4.0, 12.0), seed, channels=(8, 8, 16, 16, 16), evidence_channels=16
+    )
 
 
 def edit_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -87,7 +96,9 @@ def test_replacing_a_conditioning_keeps_the_one_before_as_previous(model: Path):
 def test_a_conditioning_on_another_backbone_is_refused_with_both_digests(tiny_model: Path, tmp_path: Path):
     other = create_backbone(tmp_path / "other", TOY_WIDTHS, seed=1)
     trained_with, given = compute_backbone_digest(tiny_model / "backbone")[:12], compute_backbone_digest(other)[:12]
-    with pytest.raises(ModelError, match=rf"content {trained_with}\) than '{other}' \(content {given}\).*progidiff train --backbone"):
+    with pytest.raises(
+        ModelError, match=rf"content {trained_with}\) than '{other}' \(content {given}\).*progidiff train --backbone"
+    ):
         Engine(tiny_model, backbone=other, device="cpu").load()
 
 
@@ -125,10 +136,15 @@ def test_a_missing_weight_file_is_named(model: Path):
         (lambda t: t.pop("mix.8.bias"), r"missing: mix\.8\.bias"),
         (lambda t: t.update(stray=torch.zeros(1)), "unknown: stray"),
         (lambda t: t.update({"mix.8.bias": torch.zeros(3)}), r"of another shape: mix\.8\.bias"),
-        (lambda t: [t.pop(n) for n in list(t) if n.startswith("encoder.")], r"missing: encoder\.\S+, \S+, \S+ and \d+ more"),
+        (
+            lambda t: [t.pop(n) for n in list(t) if n.startswith("encoder.")],
+            r"missing: encoder\.\S+, \S+, \S+ and \d+ more",
+        ),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(model: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str):
+def test_tensors_that_do_not_fit_are_named(
+    model: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
+):
     path = model / "conditioning" / "branch.safetensors"
     tensors = load_file(path)
     change(tensors)
@@ -178,7 +194,9 @@ def test_a_backbone_part_is_replaced_in_shards_below_16_mb(tmp_path: Path):
 
 
 def test_a_toy_model_is_the_same_for_the_same_seed_only(tmp_path: Path):
-    first, again, other = (build_tiny_model(tmp_path / name, seed) for name, seed in (("first", 3), ("again", 3), ("other", 4)))
+    first, again, other = (
+        build_tiny_model(tmp_path / name, seed) for name, seed in (("first", 3), ("again", 3), ("other", 4))
+    )
     card = (first / "conditioning" / "config.json").read_text()
     assert (again / "conditioning" / "config.json").read_text() == card
     assert (other / "conditioning" / "config.json").read_text() != card

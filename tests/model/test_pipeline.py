@@ -35,15 +35,25 @@ def features(pipeline: ProposalPipeline) -> SliceFeatures:
     return pipeline.encode_slices(torch.rand(3, 3, 32, 64, generator=torch.Generator().manual_seed(1)) * 2 - 1)
 
 
-def propose(pipeline: ProposalPipeline, features: SliceFeatures, prompts: EncodedPrompts, pairs: list[tuple[int, int]], **options: Any) -> Tensor:
+def propose(
+    pipeline: ProposalPipeline,
+    features: SliceFeatures,
+    prompts: EncodedPrompts,
+    pairs: list[tuple[int, int]],
+    **options: Any,
+) -> Tensor:
     count, seed = options.pop("num_proposals", 2), options.pop("seed", 0)
     evidence = pipeline.predict_evidence(features, prompts)
     noise, offsets = pipeline.draw_noise(count, seed), pipeline.draw_offsets(count, seed)
-    return pipeline.propose(features, evidence, prompts, pairs, noise, options.pop("num_inference_steps", 2), offsets=offsets, **options)
+    return pipeline.propose(
+        features, evidence, prompts, pairs, noise, options.pop("num_inference_steps", 2), offsets=offsets, **options
+    )
 
 
 class ExactDenoiser(nn.Module):
-    """Knows the clean latent and answers with the exact prediction for it: whatever the sampler then misses is the sampler's fault."""
+    """Knows the clean latent and answers with the exact prediction for it: whatever the sampler then misses is the
+    sampler's fault.
+    """
 
     def __init__(self, unet: Any, scheduler: Any, clean: Tensor, prediction_type: str = "v_prediction") -> None:
         super().__init__()
@@ -59,7 +69,9 @@ class ExactDenoiser(nn.Module):
         return SimpleNamespace(sample=v if self.prediction_type == "v_prediction" else self.clean.expand_as(latents))
 
 
-def with_exact_denoiser(pipeline: ProposalPipeline, prediction_type: str = "v_prediction") -> tuple[ProposalPipeline, Tensor]:
+def with_exact_denoiser(
+    pipeline: ProposalPipeline, prediction_type: str = "v_prediction"
+) -> tuple[ProposalPipeline, Tensor]:
     mask = torch.zeros(1, 32, 64)
     mask[:, 8:24, 16:40] = 1
     clean = pipeline.codec.encode_masks(mask)
@@ -70,11 +82,15 @@ def with_exact_denoiser(pipeline: ProposalPipeline, prediction_type: str = "v_pr
 
 
 @pytest.mark.parametrize("steps", range(1, 9))
-def test_with_an_exact_denoiser_1_to_8_steps_end_on_the_clean_latent(pipeline, features, prompts, steps: int, monkeypatch: pytest.MonkeyPatch):
+def test_with_an_exact_denoiser_1_to_8_steps_end_on_the_clean_latent(
+    pipeline, features, prompts, steps: int, monkeypatch: pytest.MonkeyPatch
+):
     exact, clean = with_exact_denoiser(pipeline)
     ends: list[Tensor] = []
     decode = MaskCodec.decode_latents
-    monkeypatch.setattr(MaskCodec, "decode_latents", lambda codec, latents: ends.append(latents) or decode(codec, latents))
+    monkeypatch.setattr(
+        MaskCodec, "decode_latents", lambda codec, latents: ends.append(latents) or decode(codec, latents)
+    )
     result = propose(exact, features, prompts, [(0, 0), (2, 1)], num_inference_steps=steps, num_proposals=3)
     torch.testing.assert_close(ends[0], clean.expand(6, -1, -1, -1), atol=1e-4, rtol=0)
     torch.testing.assert_close(result, decode(exact.codec, clean)[None].expand(2, 3, -1, -1), atol=1e-3, rtol=0)
@@ -106,7 +122,9 @@ def test_1_to_8_steps_give_probabilities(pipeline, features, prompts, steps: int
 
 
 def test_the_same_seed_gives_the_same_proposals_twice(pipeline, features, prompts):
-    assert torch.equal(propose(pipeline, features, prompts, [(0, 0), (1, 2)]), propose(pipeline, features, prompts, [(0, 0), (1, 2)]))
+    assert torch.equal(
+        propose(pipeline, features, prompts, [(0, 0), (1, 2)]), propose(pipeline, features, prompts, [(0, 0), (1, 2)])
+    )
 
 
 def test_the_same_seed_gives_the_same_proposals_alone_and_in_a_batch(pipeline, features, prompts):
@@ -125,7 +143,9 @@ def test_proposal_k_is_the_same_for_any_number_of_proposals(pipeline, features, 
 
 def test_a_prompt_gives_the_same_proposals_alone_and_among_others(pipeline, features, prompts):
     alone = pipeline.encode_prompts(["left kidney"])
-    torch.testing.assert_close(propose(pipeline, features, alone, [(1, 0)]), propose(pipeline, features, prompts, [(1, 1)]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        propose(pipeline, features, alone, [(1, 0)]), propose(pipeline, features, prompts, [(1, 1)]), atol=1e-4, rtol=0
+    )
 
 
 def test_the_noise_is_the_same_on_every_slice(pipeline, features, prompts):
@@ -140,7 +160,9 @@ def test_another_seed_and_another_proposal_draw_other_noise(pipeline, features, 
     assert not torch.equal(noise, pipeline.draw_noise(3, 1))
     # Neither is a shifted copy of the other, as it would be if seed + k made the noise.
     assert not torch.equal(noise[1], pipeline.draw_noise(1, 1)[0])
-    assert not torch.equal(propose(pipeline, features, prompts, [(0, 0)], seed=0), propose(pipeline, features, prompts, [(0, 0)], seed=1))
+    assert not torch.equal(
+        propose(pipeline, features, prompts, [(0, 0)], seed=0), propose(pipeline, features, prompts, [(0, 0)], seed=1)
+    )
 
 
 def test_offsets_belong_to_proposal_and_seed_and_are_stratified(pipeline):
@@ -152,7 +174,9 @@ def test_offsets_belong_to_proposal_and_seed_and_are_stratified(pipeline):
     assert torch.equal(offsets[:3], pipeline.draw_offsets(3, 5))
     assert not torch.equal(offsets, pipeline.draw_offsets(8, 6))
     shifts = pipeline.draw_offsets(4, 5).mean((1, 2))
-    fields_off = ProposalPipeline(pipeline.backbone, pipeline.branch, pipeline.codec, evidence_spread=(0.0, 1.0)).draw_offsets(4, 5)
+    fields_off = ProposalPipeline(
+        pipeline.backbone, pipeline.branch, pipeline.codec, evidence_spread=(0.0, 1.0)
+    ).draw_offsets(4, 5)
     assert torch.equal(fields_off.std((1, 2)), torch.zeros(4))  # a shift alone is the same everywhere
     assert (fields_off[:, 0, 0] > 0).sum() == 2  # four proposals: two generous, two cautious
     assert shifts.std() > 0
@@ -165,7 +189,9 @@ def test_a_generous_offset_draws_more_and_a_cautious_one_less(pipeline, features
     cautious, plain, generous = pipeline.propose(features, evidence, prompts, [(0, 0)], noise, 2, offsets=offsets)[0]
     assert cautious.sum() < plain.sum() < generous.sum()
     # No offset is what an offset of nothing is.
-    torch.testing.assert_close(plain, pipeline.propose(features, evidence, prompts, [(0, 0)], noise[:1], 2)[0, 0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(
+        plain, pipeline.propose(features, evidence, prompts, [(0, 0)], noise[:1], 2)[0, 0], atol=1e-3, rtol=0
+    )
 
 
 def test_other_networks_keep_the_settings(pipeline):
@@ -187,7 +213,12 @@ def test_guidance_drops_the_text_and_never_the_image_evidence(pipeline, features
     full, dropped = exact.unet.calls
     assert torch.equal(dropped["tokens"], prompts.empty_tokens.expand(2, -1, -1))
     assert torch.equal(full["tokens"][0], prompts.tokens[1])
-    assert all(torch.equal(a, b) for a, b in zip(full["down_block_additional_residuals"], dropped["down_block_additional_residuals"], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            full["down_block_additional_residuals"], dropped["down_block_additional_residuals"], strict=True
+        )
+    )
     assert torch.equal(full["mid_block_additional_residual"], dropped["mid_block_additional_residual"])
 
 

@@ -3,7 +3,16 @@
 import pytest
 
 from progidiff.errors import PromptError
-from progidiff.prompts.parser import MAX_PROMPT_CHARACTERS, STRUCTURES, Query, describe, heldout_phrases, parse_prompt, synonyms, training_phrases
+from progidiff.prompts.parser import (
+    MAX_PROMPT_CHARACTERS,
+    STRUCTURES,
+    Query,
+    describe,
+    heldout_phrases,
+    parse_prompt,
+    synonyms,
+    training_phrases,
+)
 
 KIDNEYS = ["right kidney", "left kidney"]
 
@@ -155,9 +164,13 @@ def test_free_text_does_not_make_negation_acceptable():
 
 
 def test_a_structure_the_model_was_not_trained_on_is_refused_although_its_name_is_understood():
-    with pytest.raises(PromptError, match=r"'pancreas', which mr-base@1 was not trained on\. It knows 'liver' and 'spleen'"):
+    with pytest.raises(
+        PromptError, match=r"'pancreas', which mr-base@1 was not trained on\. It knows 'liver' and 'spleen'"
+    ):
         parse_prompt("pancreatic parenchyma", known=("liver", "spleen"), model="mr-base@1")
-    assert parse_prompt("pancreas", known=("liver",), allow_free_text=True) == (Query("pancreas", "pancreas", known=False),)
+    assert parse_prompt("pancreas", known=("liver",), allow_free_text=True) == (
+        Query("pancreas", "pancreas", known=False),
+    )
 
 
 def test_all_means_what_the_model_was_trained_on():

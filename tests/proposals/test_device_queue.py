@@ -22,7 +22,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 class Worker:
     """A thread that holds the device until it is released."""
 
-    def __init__(self, queue: DeviceQueue, image: str, order: list[str] | None = None, job_id: str | None = None) -> None:
+    def __init__(
+        self, queue: DeviceQueue, image: str, order: list[str] | None = None, job_id: str | None = None
+    ) -> None:
         self.release = threading.Event()
         self.error: BaseException | None = None
         self.order = order

@@ -38,7 +38,9 @@ def make_scene(codes: str = "LPS") -> tuple[Volume, np.ndarray]:
     return Volume(array, affine, "CT", "option", "scene"), labels
 
 
-def make_proposals(volume: Volume, labels: np.ndarray, structures: tuple[str, ...] = ("left kidney",)) -> VolumeProposals:
+def make_proposals(
+    volume: Volume, labels: np.ndarray, structures: tuple[str, ...] = ("left kidney",)
+) -> VolumeProposals:
     """Two proposals that agree and one that leaves out the anterior half; structures after the first are absent."""
     stack, spacing = volume.to_stack()
     grid = plan_working_grid(stack, spacing, -120, 48, 56, (2.0, 6.0))
@@ -52,7 +54,9 @@ def make_proposals(volume: Volume, labels: np.ndarray, structures: tuple[str, ..
 
 
 def find_color(path: Path, color: str) -> tuple[float, float]:
-    """Mean (row, column) of the pixels of this colour, as shares of the picture, without its lowest fifth (the legend)."""
+    """Mean (row, column) of the pixels of this colour, as shares of the picture, without its lowest fifth (the
+    legend).
+    """
     pixels = np.asarray(Image.open(path).convert("RGB")).astype(float) / 255
     near = np.abs(pixels - np.array(to_rgb(color))).max(axis=2) < 0.15
     rows, cols = np.nonzero(near[: int(len(near) * 0.8)])

@@ -28,7 +28,9 @@ def volume(tmp_path_factory: pytest.TempPathFactory, phantom_writer: Callable[..
 
 @pytest.fixture(scope="module")
 def long_volume(tmp_path_factory: pytest.TempPathFactory, phantom_writer: Callable[..., Path]) -> Volume:
-    return load_volume(phantom_writer(tmp_path_factory.mktemp("engine") / "long.nii.gz", shape=(40, 30, 37)), modality="CT")
+    return load_volume(
+        phantom_writer(tmp_path_factory.mktemp("engine") / "long.nii.gz", shape=(40, 30, 37)), modality="CT"
+    )
 
 
 @pytest.fixture
@@ -83,7 +85,9 @@ def test_another_volume_under_the_same_name_does_not_reuse_them(engine: Engine, 
     assert sum(encoder) == 16
 
 
-def test_features_are_forgotten_when_they_would_outgrow_the_memory_limit(engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch):
+def test_features_are_forgotten_when_they_would_outgrow_the_memory_limit(
+    engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr("progidiff.proposals.engine.FEATURE_CACHE_BYTES", 1000)
     encoder = count_calls(engine.load().branch.encoder)
     first = engine.propose(volume, [LIVER], num_proposals=1)
@@ -92,7 +96,9 @@ def test_features_are_forgotten_when_they_would_outgrow_the_memory_limit(engine:
 
 
 @pytest.mark.parametrize("kind", ["engine", "fast"])
-def test_remembered_features_give_exactly_the_proposals_of_fresh_ones(kind: str, request: pytest.FixtureRequest, volume: Volume):
+def test_remembered_features_give_exactly_the_proposals_of_fresh_ones(
+    kind: str, request: pytest.FixtureRequest, volume: Volume
+):
     engine = request.getfixturevalue(kind)
     encoder = count_calls(engine.load().branch.encoder)
     first = engine.propose(volume, [LIVER, SPLEEN], num_proposals=2)
@@ -211,7 +217,9 @@ def test_cancelling_raises_and_keeps_nothing(engine: Engine, long_volume: Volume
         ({"adapter": "mr"}, "There is no adapter 'mr'"),
     ],
 )
-def test_options_out_of_range_are_refused_by_name_before_anything_is_loaded(tiny_model: Path, volume: Volume, options: dict[str, Any], message: str):
+def test_options_out_of_range_are_refused_by_name_before_anything_is_loaded(
+    tiny_model: Path, volume: Volume, options: dict[str, Any], message: str
+):
     engine = Engine(tiny_model, device="cpu")
     with pytest.raises(RequestError, match=message):
         engine.propose(volume, [LIVER], **options)
@@ -256,9 +264,13 @@ def test_a_folder_without_weights_is_refused_on_use_with_the_cure(tmp_path: Path
 
 
 class SmallDevice:
-    """A device whose memory holds so many slices while they are encoded, and so many latents while they are denoised."""
+    """A device whose memory holds so many slices while they are encoded, and so many latents while they are
+    denoised.
+    """
 
-    def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, slices: int, latents: int, error: Exception | None = None) -> None:
+    def __init__(
+        self, engine: Engine, monkeypatch: pytest.MonkeyPatch, slices: int, latents: int, error: Exception | None = None
+    ) -> None:
         pipeline = engine.load()
         encode, propose = pipeline.encode_slices, pipeline.propose
         self.refused: list[tuple[int, int]] = []
@@ -291,9 +303,17 @@ def test_a_device_with_little_memory_gets_smaller_batches_and_gives_the_same_ans
     seen: list[int] = []
     options: dict[str, Any] = {"num_proposals": 3, "num_inference_steps": 1, "seed": 3}
     result = engine.propose(
-        long_volume, [LIVER, SPLEEN], **options, progress=lambda *now: told.append(now), on_slices=lambda _, batch: seen.extend(batch)
+        long_volume,
+        [LIVER, SPLEEN],
+        **options,
+        progress=lambda *now: told.append(now),
+        on_slices=lambda _, batch: seen.extend(batch),
     )
-    assert_same(result, Engine(tiny_model, device="cpu", dtype="fp32").propose(long_volume, [LIVER, SPLEEN], **options), tolerance=1)
+    assert_same(
+        result,
+        Engine(tiny_model, device="cpu", dtype="fp32").propose(long_volume, [LIVER, SPLEEN], **options),
+        tolerance=1,
+    )
     assert sorted(seen) == list(range(37))
     assert told[-1] == (37, 37)
     assert 1 <= len(device.refused) <= 8
@@ -317,12 +337,17 @@ def test_what_is_remembered_makes_room_first(engine: Engine, volume: Volume, mon
     assert not engine._features
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("MPS backend out of memory (1 GB)")])
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("MPS backend out of memory (1 GB)")],
+)
 def test_a_device_without_memory_for_one_slice_refuses_with_when_to_come_back(
     engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
     device = SmallDevice(engine, monkeypatch, 0, 0, error)
-    with pytest.raises(MemoryFullError, match=r"not enough memory on cpu for one proposal of one slice.*--conf cpu_fallback true") as refusal:
+    with pytest.raises(
+        MemoryFullError, match=r"not enough memory on cpu for one proposal of one slice.*--conf cpu_fallback true"
+    ) as refusal:
         engine.propose(volume, [LIVER], num_proposals=2)
     assert (refusal.value.status, refusal.value.retry_after) == (503, 30)
     assert device.refused[-1] == (1, 0)

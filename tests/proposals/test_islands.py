@@ -1,4 +1,6 @@
-"""Dropping islands: what counts as one, in three dimensions, and where it happens on the way from the engine to the store."""
+"""Dropping islands: what counts as one, in three dimensions, and where it happens on the way from the engine to the
+store.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ def test_the_soft_edge_of_an_island_goes_with_it_and_the_rest_keeps_its_values()
     generator = np.random.default_rng(0)
     drawn = BODY | SPECK | box((5, 6), (9, 10), (20, 24))  # the last: too far from SPECK to touch it, still an island
     soft = ndimage.binary_dilation(drawn, np.ones((1, 3, 3)), iterations=2) & ~drawn
-    probabilities = np.where(drawn, generator.integers(128, 256, SHAPE), np.where(soft, generator.integers(1, 128, SHAPE), 0)).astype(np.uint8)
+    probabilities = np.where(
+        drawn, generator.integers(128, 256, SHAPE), np.where(soft, generator.integers(1, 128, SHAPE), 0)
+    ).astype(np.uint8)
     before = probabilities.copy()
     drop_islands(probabilities[None, None], SMALL, FAR)
     assert not probabilities[5].any()
@@ -141,7 +145,9 @@ def test_the_engine_cleans_a_whole_volume_as_asked(engine: Engine, volume):
         assert result.clean_up == clean_up
         assert result.summary()["clean_up"] == clean_up
         expected = raw.probabilities.copy()
-        drop_islands(expected, clean_up, (raw.grid.stack_spacing[0], raw.grid.spacing, raw.grid.spacing), raw.grid.covered)
+        drop_islands(
+            expected, clean_up, (raw.grid.stack_spacing[0], raw.grid.spacing, raw.grid.spacing), raw.grid.covered
+        )
         np.testing.assert_array_equal(result.probabilities, expected)
         drawn = [bool(((p >= 128) & raw.grid.covered).any()) for structure in raw.probabilities for p in structure]
         if clean_up == LARGEST:
@@ -151,13 +157,17 @@ def test_the_engine_cleans_a_whole_volume_as_asked(engine: Engine, volume):
 def test_some_slices_alone_are_not_cleaned(engine: Engine, volume):
     some = engine.propose(volume, [LIVER], num_proposals=2, slices=[2, 3, 5], clean_up=LARGEST)
     assert some.clean_up == OFF
-    np.testing.assert_array_equal(some.probabilities, engine.propose(volume, [LIVER], num_proposals=2, slices=[2, 3, 5]).probabilities)
+    np.testing.assert_array_equal(
+        some.probabilities, engine.propose(volume, [LIVER], num_proposals=2, slices=[2, 3, 5]).probabilities
+    )
 
 
 def test_all_slices_by_their_numbers_are_a_whole_volume(engine: Engine, volume):
     depth = len(volume.to_stack()[0])
     named = engine.propose(volume, [LIVER], num_proposals=2, slices=range(depth), clean_up=LARGEST)
-    np.testing.assert_array_equal(named.probabilities, engine.propose(volume, [LIVER], num_proposals=2, clean_up=LARGEST).probabilities)
+    np.testing.assert_array_equal(
+        named.probabilities, engine.propose(volume, [LIVER], num_proposals=2, clean_up=LARGEST).probabilities
+    )
     assert named.clean_up == LARGEST
 
 

@@ -39,7 +39,13 @@ def test_a_shorter_request_is_answered_from_a_longer_one_with_the_same_settings(
     proposals = make_proposals()
     queries = parse_prompt(" and ".join(proposals.structures))
     assert tuple(query.name for query in queries) == proposals.structures
-    settings = {"image_digest": "00", "num_proposals": 4, "num_inference_steps": 4, "guidance_scale": 1.0, "model_version": "toy@1"}
+    settings = {
+        "image_digest": "00",
+        "num_proposals": 4,
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "model_version": "toy@1",
+    }
     whole, other_seed = (ProposalStore.key("image", queries=(), seed=seed, **settings) for seed in (0, 1))
     store.save(ProposalStore.key("image", queries=queries, seed=0, **settings), proposals, "image", queries, whole)
     fresh = ProposalStore(store.root)  # what answers it survives a restart
@@ -62,7 +68,9 @@ def test_a_result_kept_before_texts_were_answers_no_shorter_request(store):
     store.save(make_key(), make_proposals(), "image")
     entry = store.root / make_key() / "entry.json"
     card = json.loads(entry.read_text(encoding="utf-8"))
-    entry.write_text(json.dumps({name: value for name, value in card.items() if name not in ("whole", "texts")}), encoding="utf-8")
+    entry.write_text(
+        json.dumps({name: value for name, value in card.items() if name not in ("whole", "texts")}), encoding="utf-8"
+    )
     fresh = ProposalStore(store.root)
     assert fresh.find_part("image", parse_prompt("liver"), "") is None
     assert fresh.load(make_key()) is not None
@@ -77,11 +85,13 @@ def test_an_unknown_key_is_absent(store):
 
 def test_everything_that_a_result_depends_on_is_in_its_key():
     base = {
-        "image_id": "image", "image_digest": "00", "queries": parse_prompt("liver"), "num_proposals": 4, "num_inference_steps": 4, "seed": 0,
+        "image_id": "image", "image_digest": "00", "queries": parse_prompt("liver"), "num_proposals": 4,
+        "num_inference_steps": 4, "seed": 0,
         "guidance_scale": 1.0, "model_version": "toy@1", "adapter": "", "clean_up": "off",
     }  # fmt: skip
     changes = {
-        "image_id": "other", "image_digest": "01", "queries": parse_prompt("spleen"), "num_proposals": 5, "num_inference_steps": 2, "seed": 1,
+        "image_id": "other", "image_digest": "01", "queries": parse_prompt("spleen"), "num_proposals": 5,
+        "num_inference_steps": 2, "seed": 1,
         "guidance_scale": 2.0, "model_version": "toy@2", "adapter": "mr@1", "clean_up": "small",
     }  # fmt: skip
     keys = {ProposalStore.key(**base)} | {ProposalStore.key(**{**base, name: value}) for name, value in changes.items()}
@@ -89,7 +99,9 @@ def test_everything_that_a_result_depends_on_is_in_its_key():
 
 
 def test_results_kept_before_there_was_a_clean_up_are_still_found_without_one():
-    assert make_key() == "fc7a882fd6a44e72bb2586768bc09e9f7c50fa85ea8c08f2452eadd141dcb316"  # as the version before made it
+    assert (
+        make_key() == "fc7a882fd6a44e72bb2586768bc09e9f7c50fa85ea8c08f2452eadd141dcb316"
+    )  # as the version before made it
 
 
 def test_the_order_of_structures_is_in_the_key():
@@ -146,7 +158,9 @@ def test_a_pickle_in_the_place_of_an_array_is_not_executed(store, tmp_path):
 
     store.save(make_key(), make_proposals(), "image")
     np.savez(
-        store.root / make_key() / "probabilities.npz", structure_0=np.array([Evil()], dtype=object), structure_1=np.array([Evil()], dtype=object)
+        store.root / make_key() / "probabilities.npz",
+        structure_0=np.array([Evil()], dtype=object),
+        structure_1=np.array([Evil()], dtype=object),
     )
     assert ProposalStore(store.root).load(make_key()) is None
     assert not (tmp_path / "executed").exists()
@@ -190,7 +204,9 @@ def test_a_store_killed_while_writing_shows_only_whole_results(tmp_path):
         "module.flush = lambda path: os._exit(9)\n"
         "store.save(make_key(1), make_proposals(), 'image')\n"
     )
-    finished = subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])], check=False)
+    finished = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])], check=False
+    )
     assert finished.returncode == 9
     store = ProposalStore(tmp_path)
     assert [entry.key for entry in store.list()] == [make_key(0)]

@@ -55,7 +55,9 @@ def test_restoring_only_the_box_is_restoring_everything(proposals):
     volume = make_volume()
     for index, name in enumerate(STRUCTURES):
         plain = restore_plainly(proposals, index)
-        np.testing.assert_array_equal(volume.arrange(proposals.agreement(volume, name)), plain.mean(0, dtype=np.float32))
+        np.testing.assert_array_equal(
+            volume.arrange(proposals.agreement(volume, name)), plain.mean(0, dtype=np.float32)
+        )
         np.testing.assert_array_equal(volume.arrange(proposals.mask(volume, name)), plain.sum(0) * 2 >= 4)
 
 
@@ -119,7 +121,9 @@ def test_best_is_the_proposal_nearest_to_the_others(proposals):
     for index, name in enumerate(("liver", "spleen")):
         ranking = rank_proposals(torch.from_numpy(proposals.probabilities[index] >= 128))
         assert list(proposals.ranking[index]) == ranking
-        np.testing.assert_array_equal(proposals.mask(volume, name, "best"), proposals.mask(volume, name, ranking[0] + 1))
+        np.testing.assert_array_equal(
+            proposals.mask(volume, name, "best"), proposals.mask(volume, name, ranking[0] + 1)
+        )
 
 
 def test_disagreement_per_slice_is_that_of_the_working_grid(proposals):

@@ -1,4 +1,5 @@
-"""The main job as a user does it: the stock client against a real server process with the embedded weights, on a real CT.
+"""The main job as a user does it: the stock client against a real server process with the embedded weights, on a real
+CT.
 
 It runs on `sample_ct_abdomen`, or on the generated phantom where that could not be fetched; the test's id says which.
 """
@@ -26,7 +27,9 @@ WEIGHTS = list((APP / "model").rglob("*.safetensors"))
 
 pytestmark = [
     pytest.mark.skipif(not WEIGHTS, reason="apps/progidiff/model holds no weights; `progidiff train` writes them"),
-    pytest.mark.skipif(not (SAMPLES / f"{IMAGE}.nii.gz").is_file(), reason="sample_datastore is empty; run `make setup`"),
+    pytest.mark.skipif(
+        not (SAMPLES / f"{IMAGE}.nii.gz").is_file(), reason="sample_datastore is empty; run `make setup`"
+    ),
     pytest.mark.parametrize("image", [IMAGE]),
 ]
 
@@ -82,7 +85,9 @@ def test_the_mask_of_the_liver_is_on_the_images_grid(consensus: tuple[Path, dict
         assert 200 < params["shown_ml"]["liver"] < 2500
 
 
-def test_switching_the_proposal_computes_nothing_and_shows_another_mask(consensus: tuple[Path, dict], client: MONAILabelClient, image: str):
+def test_switching_the_proposal_computes_nothing_and_shows_another_mask(
+    consensus: tuple[Path, dict], client: MONAILabelClient, image: str
+):
     _, first = consensus
     masks = {}
     for show in ("1", "2", "3", "4", "best", "consensus", "disagreement"):
@@ -100,7 +105,9 @@ def test_switching_the_proposal_computes_nothing_and_shows_another_mask(consensu
         assert np.array_equal(masks["disagreement"] > 0, (drawn > 0) & (drawn < 4))
 
 
-def test_a_label_is_saved_and_read_back_byte_for_byte(consensus: tuple[Path, dict], client: MONAILabelClient, image: str):
+def test_a_label_is_saved_and_read_back_byte_for_byte(
+    consensus: tuple[Path, dict], client: MONAILabelClient, image: str
+):
     file, _ = consensus
     answer = client.save_label(image, str(file), "final", {"label_info": [{"name": "liver", "idx": 6}]})
     assert answer["image"] == image

@@ -1,4 +1,5 @@
-"""The whole loop on a real server: next sample, proposals, accept slices, save, retrain, publish, new scores, next sample; and SIGKILL.
+"""The whole loop on a real server: next sample, proposals, accept slices, save, retrain, publish, new scores, next
+sample; and SIGKILL.
 
 The model is of toy width with random weights: what it draws means nothing, that it is replaced does.
 """
@@ -29,8 +30,26 @@ SECONDS = 600.0
 @contextmanager
 def serve(folder: Path, model: Path) -> Iterator[Server]:
     """The same server on the same folders, again and again."""
-    conf = ("model_dir", str(model), "device", "cpu", "score_pool", "on", "score_prompt", "liver", "adapters", str(folder / "adapters"))
-    conf += ("retrain_after", "8", "retrain_params", "steps=6,validate_every=2,batch_size=2,name=ct", "acquisition", "noise=off")
+    conf = (
+        "model_dir",
+        str(model),
+        "device",
+        "cpu",
+        "score_pool",
+        "on",
+        "score_prompt",
+        "liver",
+        "adapters",
+        str(folder / "adapters"),
+    )
+    conf += (
+        "retrain_after",
+        "8",
+        "retrain_params",
+        "steps=6,validate_every=2,batch_size=2,name=ct",
+        "acquisition",
+        "noise=off",
+    )
     conf += ("next_strategy", "proposal_disagreement")
     if not (folder / "app").is_dir():
         copy_app(folder)
@@ -65,7 +84,11 @@ def wait_for_scores(server: Server) -> dict[str, Any]:
 
 
 def ask(server: Server, client: str) -> dict[str, Any]:
-    return dict(requests.post(f"{server.url}/activelearning/random", json={"client_id": client, "num_slices": 4}, timeout=60).json())
+    return dict(
+        requests.post(
+            f"{server.url}/activelearning/random", json={"client_id": client, "num_slices": 4}, timeout=60
+        ).json()
+    )
 
 
 def accept(server: Server, sample: dict[str, Any]) -> dict[str, Any]:
@@ -87,7 +110,9 @@ def accept(server: Server, sample: dict[str, Any]) -> dict[str, Any]:
     about |= {"shown": "consensus", "edited": True, "seconds": 30, "label_info": [{"name": "liver", "idx": LIVER}]}
     with file.open("rb") as content:
         files = {"label": (file.name, content), "params": (None, json.dumps(about))}
-        response = requests.put(f"{server.url}/datastore/label", params={"image": sample["id"], "tag": "final"}, files=files, timeout=60)
+        response = requests.put(
+            f"{server.url}/datastore/label", params={"image": sample["id"], "tag": "final"}, files=files, timeout=60
+        )
     assert response.status_code == 200, response.text
     return dict(response.json())
 
@@ -145,7 +170,9 @@ def test_the_whole_loop_goes_round_and_a_kill_at_every_stage_loses_nothing(folde
         full_name = f"ct@{version}"
         published = server.get("/progidiff/versions").json()[0]
         assert published["current"] == version
-        assert [entry["version"] for entry in published["versions"]] == [entry["version"] for entry in adapter["versions"]]
+        assert [entry["version"] for entry in published["versions"]] == [
+            entry["version"] for entry in adapter["versions"]
+        ]
         wait_for_scores(server)
         third = ask(server, "anna")
         assert third["scores_from"] == f"tiny@1+{full_name}"

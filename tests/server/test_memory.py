@@ -9,12 +9,16 @@ import pytest
 from progidiff.server import memory
 
 
-@pytest.mark.parametrize(("platform", "variable", "calls"), [("linux", None, [(-8, 1)]), ("linux", "4", []), ("darwin", None, [])])
+@pytest.mark.parametrize(
+    ("platform", "variable", "calls"), [("linux", None, [(-8, 1)]), ("linux", "4", []), ("darwin", None, [])]
+)
 def test_threads_share_a_heap_unless_the_environment_says_otherwise(
     monkeypatch: pytest.MonkeyPatch, platform: str, variable: str | None, calls: list[tuple[int, int]]
 ):
     seen: list[tuple[int, int]] = []
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *values: seen.append(values)))
+    monkeypatch.setattr(
+        memory.ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *values: seen.append(values))
+    )
     monkeypatch.setattr(memory.sys, "platform", platform)
     monkeypatch.delenv("MALLOC_ARENA_MAX", raising=False)
     if variable is not None:

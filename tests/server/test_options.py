@@ -18,10 +18,28 @@ def read(**params: Any) -> InferOptions:
 
 
 def test_defaults_of_the_widgets_fill_in_what_was_not_sent():
-    defaults = {"prompt": "spleen", "num_proposals": 3, "show": ["consensus", "best"], "steps": 4, "adapter": ["base@1"], "modality": ["auto", "CT"]}
+    defaults = {
+        "prompt": "spleen",
+        "num_proposals": 3,
+        "show": ["consensus", "best"],
+        "steps": 4,
+        "adapter": ["base@1"],
+        "modality": ["auto", "CT"],
+    }
     options = InferOptions.from_params({"seed": 7}, defaults, 16, ["base@1"])
-    assert (options.prompt, options.num_proposals, options.show, options.steps, options.seed) == ("spleen", 3, "consensus", 4, 7)
-    assert (options.adapter, options.modality, options.save_original, options.result_extension) == ("base@1", None, False, ".nii.gz")
+    assert (options.prompt, options.num_proposals, options.show, options.steps, options.seed) == (
+        "spleen",
+        3,
+        "consensus",
+        4,
+        7,
+    )
+    assert (options.adapter, options.modality, options.save_original, options.result_extension) == (
+        "base@1",
+        None,
+        False,
+        ".nii.gz",
+    )
 
 
 def test_numbers_and_booleans_are_read_from_text_as_slicer_sends_them():
@@ -39,7 +57,10 @@ def test_an_untouched_choice_arrives_as_the_whole_list_and_means_its_first_entry
 def test_small_islands_are_dropped_unless_the_request_or_the_server_says_otherwise():
     assert read().clean_up == "small"
     assert read(clean_up="Largest").clean_up == "largest"
-    assert InferOptions.from_params({"prompt": "liver"}, {"clean_up": ["off", "small", "largest"]}, 16, []).clean_up == "off"
+    assert (
+        InferOptions.from_params({"prompt": "liver"}, {"clean_up": ["off", "small", "largest"]}, 16, []).clean_up
+        == "off"
+    )
     assert ServerOptions.from_conf({"clean_up": "off"}, "studies").clean_up == "off"
     with pytest.raises(RequestError, match="--conf clean_up"):
         ServerOptions.from_conf({"clean_up": "huge"}, "studies")
@@ -49,7 +70,9 @@ def test_several_prompts_are_one_that_names_them_all():
     assert read(prompt=["liver", "left kidney"]).prompt == "liver; left kidney"
 
 
-@pytest.mark.parametrize(("sent", "prompt"), [([6, 3], "liver; left kidney"), ("6, 3", "liver; left kidney"), (1, "spleen")])
+@pytest.mark.parametrize(
+    ("sent", "prompt"), [([6, 3], "liver; left kidney"), ("6, 3", "liver; left kidney"), (1, "spleen")]
+)
 def test_label_ids_as_ohif_sends_them_are_a_prompt_and_win_over_the_text(sent: object, prompt: str):
     assert read(label_prompt=sent, prompt="aorta").prompt == prompt
     assert read(label_prompt=sent).ignored == ()
@@ -70,7 +93,9 @@ def test_parameters_of_other_clients_are_named_as_ignored():
     assert read(client_id="slicer", result_dtype="uint8").ignored == ("client_id", "result_dtype")
 
 
-@pytest.mark.parametrize("value", ["abc", "", 0, -1, 17, 1000, 2.5, True, None, [4], {}, "9" * 5000, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "value", ["abc", "", 0, -1, 17, 1000, 2.5, True, None, [4], {}, "9" * 5000, float("nan"), float("inf")]
+)
 def test_a_senseless_number_of_proposals_is_refused_with_its_range(value: object):
     if value is None:
         assert read(num_proposals=None).num_proposals == 4
@@ -79,7 +104,10 @@ def test_a_senseless_number_of_proposals_is_refused_with_its_range(value: object
         read(num_proposals=value)
 
 
-@pytest.mark.parametrize("name,value", [("steps", 0), ("steps", "fast"), ("steps", 101), ("seed", -1), ("seed", "x"), ("seed", 2**32), ("seed", 1.5)])
+@pytest.mark.parametrize(
+    "name,value",
+    [("steps", 0), ("steps", "fast"), ("steps", 101), ("seed", -1), ("seed", "x"), ("seed", 2**32), ("seed", 1.5)],
+)
 def test_steps_and_seed_are_refused_out_of_range(name: str, value: object):
     with pytest.raises(RequestError, match=f"Option {name} is .* must be a whole number"):
         read(**{name: value})
@@ -136,7 +164,13 @@ def test_proposals_are_kept_beside_the_studies_unless_they_are_remote(tmp_path: 
 
 
 def test_server_options_are_read_from_their_text(tmp_path: Path):
-    conf = {"device": "CUDA:1", "model_dir": str(tmp_path), "backbone": "some/hub-id", "max_proposals": "8", "store_gb": "0.5"}
+    conf = {
+        "device": "CUDA:1",
+        "model_dir": str(tmp_path),
+        "backbone": "some/hub-id",
+        "max_proposals": "8",
+        "store_gb": "0.5",
+    }
     options = ServerOptions.from_conf({**conf, "store": str(tmp_path / "kept")}, "/studies")
     assert (options.device, options.model_dir, options.backbone) == ("cuda:1", tmp_path, "some/hub-id")
     assert (options.max_proposals, options.store, options.store_gb) == (8, tmp_path / "kept", 0.5)

@@ -1,8 +1,9 @@
-"""TextDiff as a user does it: the stock client against a real server process on a folder of pictures, a real child process that trains.
+"""TextDiff as a user does it: the stock client against a real server process on a folder of pictures, a real child
+process that trains.
 
-The tests follow one story and run in order: nothing but a denoiser is there; labels are saved, a version is trained and served, pictures
-are segmented and ranked, a worse version is refused, versions go back and forth, the training is killed and goes on. The denoiser
-is of toy width with random weights, which is enough to tell dark from bright.
+The tests follow one story and run in order: nothing but a denoiser is there; labels are saved, a version is trained and
+served, pictures are segmented and ranked, a worse version is refused, versions go back and forth, the training is
+killed and goes on. The denoiser is of toy width with random weights, which is enough to tell dark from bright.
 """
 
 from __future__ import annotations
@@ -41,7 +42,15 @@ PICTURES = {
     "tissue_g.png": "right",
 }
 LABELLED = ("tissue_a", "tissue_b", "tissue_c")
-LEARNS = {"name": "nuclei", "structures": "nuclei", "steps": 60, "batch_size": 4, "crop": 32, "learning_rate": 5e-3, "views": 1}
+LEARNS = {
+    "name": "nuclei",
+    "structures": "nuclei",
+    "steps": 60,
+    "batch_size": 4,
+    "crop": 32,
+    "learning_rate": 5e-3,
+    "views": 1,
+}
 UNLEARNS = {"steps": 20, "batch_size": 1, "crop": 32, "learning_rate": 0.5, "views": 1}
 LONG = {"steps": 20_000, "batch_size": 2, "crop": 32, "learning_rate": 1e-4, "views": 1}
 INFO = {"label_info": [{"name": "nuclei", "idx": 1}]}
@@ -53,7 +62,9 @@ class World:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.studies, self.model, self.drawn, self.heads = (folder / name for name in ("studies", "model", "drawn", "textdiff"))
+        self.studies, self.model, self.drawn, self.heads = (
+            folder / name for name in ("studies", "model", "drawn", "textdiff")
+        )
         build_tiny_model(self.model)
         build_denoiser(self.heads / "denoiser")
         self.studies.mkdir()
@@ -74,8 +85,19 @@ class World:
         """A server on this folder; the one before must be gone."""
         self._stack = ExitStack()
         options = ("model_dir", str(self.model), "device", "cpu", "textdiff", str(self.heads), "training_nice", "0")
-        options += ("score_pool", "on", "score_prompt", "liver", "acquisition", "noise=off", "next_strategy", "proposal_disagreement")
-        self.server = self._stack.enter_context(run_server(self.studies, self.app, self.folder / "server.log", *options))
+        options += (
+            "score_pool",
+            "on",
+            "score_prompt",
+            "liver",
+            "acquisition",
+            "noise=off",
+            "next_strategy",
+            "proposal_disagreement",
+        )
+        self.server = self._stack.enter_context(
+            run_server(self.studies, self.app, self.folder / "server.log", *options)
+        )
         return self.server
 
     def close(self) -> None:
@@ -270,7 +292,12 @@ def test_jpeg_and_tiff_are_answered_too(world: World, image: str):
 
 @pytest.mark.parametrize(
     ("image", "note"),
-    [("with_alpha", "alpha channel was blended over white"), ("gray", "gray"), ("sixteen_bit", "scaled to 0..255"), ("small", "no sentence")],
+    [
+        ("with_alpha", "alpha channel was blended over white"),
+        ("gray", "gray"),
+        ("sixteen_bit", "scaled to 0..255"),
+        ("small", "no sentence"),
+    ],
 )
 def test_unusual_pictures_are_answered_and_what_was_done_is_said(world: World, image: str, note: str):
     size = Image.open(world.studies / f"{image}.png").size
@@ -301,7 +328,9 @@ def test_unusual_pictures_are_answered_and_what_was_done_is_said(world: World, i
         ("unknown", {}, 404, "There is no image 'unknown' in the datastore"),
     ],
 )
-def test_bad_input_is_refused_with_the_reason_and_a_cure(world: World, image: str, params: dict[str, Any], status: int, told: str):
+def test_bad_input_is_refused_with_the_reason_and_a_cure(
+    world: World, image: str, params: dict[str, Any], status: int, told: str
+):
     import re
 
     answer = world.ask(image, params)
@@ -323,14 +352,18 @@ def test_a_table_of_sentences_that_cannot_be_read_is_named(world: World):
 
 
 def test_a_slice_of_a_volume_comes_back_on_the_volumes_grid_and_can_be_saved(world: World):
-    file, answer = world.client.infer("textdiff", "volume", {"slice": 3, "sentence": "A bright ball.", "num_proposals": 2})
+    file, answer = world.client.infer(
+        "textdiff", "volume", {"slice": 3, "sentence": "A bright ball.", "num_proposals": 2}
+    )
     mask, image = nibabel.load(file), nibabel.load(world.studies / "volume.nii.gz")
     assert mask.shape == image.shape
     np.testing.assert_allclose(mask.affine, image.affine, atol=1e-4)
     drawn = np.flatnonzero(np.asarray(mask.dataobj).any(axis=(0, 1)))
     assert set(drawn) <= {3}
     assert (answer["slice"], answer["slices"], answer["proposals"]) == (3, [3], None)
-    saved = world.client.save_label("volume", str(file), "final", {"slices": answer["slices"], "label_info": [{"name": "ball", "idx": 1}]})
+    saved = world.client.save_label(
+        "volume", str(file), "final", {"slices": answer["slices"], "label_info": [{"name": "ball", "idx": 1}]}
+    )
     assert saved["annotation"]["slices"] == [3]
     os.unlink(file)
     assert world.client.datastore()["objects"]["volume"]["labels"]
@@ -338,21 +371,27 @@ def test_a_slice_of_a_volume_comes_back_on_the_volumes_grid_and_can_be_saved(wor
 
 def test_an_answer_saved_as_it_is_counts_as_unedited_and_a_changed_one_as_edited(world: World):
     file, answer = world.client.infer("textdiff", "tissue_g", {})
-    saved = world.client.save_label("tissue_g", str(file), "final", {"proposals": answer["proposals"], "label_names": answer["label_names"]})
+    saved = world.client.save_label(
+        "tissue_g", str(file), "final", {"proposals": answer["proposals"], "label_names": answer["label_names"]}
+    )
     assert saved["annotation"]["edited"] is False
     pixels = np.asarray(Image.open(file)).copy()
     os.unlink(file)
     pixels[:5, :5] = 1 - pixels[:5, :5]
     changed = world.folder / "changed.png"
     Image.fromarray(pixels).save(changed)
-    saved = world.client.save_label("tissue_g", str(changed), "final", {"proposals": answer["proposals"], "label_names": answer["label_names"]})
+    saved = world.client.save_label(
+        "tissue_g", str(changed), "final", {"proposals": answer["proposals"], "label_names": answer["label_names"]}
+    )
     assert saved["annotation"]["edited"] is True
     assert np.array_equal(np.asarray(Image.open(world.client.download_label("tissue_g", "final"))), pixels)
 
 
 def test_the_next_sample_is_the_picture_whose_draws_disagree_most_and_says_so(world: World):
     open_pictures = {"tissue_d", "tissue_e", "tissue_f", "with_alpha", "gray", "sixteen_bit", "small"}
-    world.wait_for_scores(len(open_pictures) + len(LABELLED) + 2)  # tissue_g and the volume are labelled, damaged cannot be scored
+    world.wait_for_scores(
+        len(open_pictures) + len(LABELLED) + 2
+    )  # tissue_g and the volume are labelled, damaged cannot be scored
     assert "damaged" in world.get("/progidiff/scoring")["failed"]
     queue = [entry for entry in world.get("/progidiff/queue") if entry["image"] in open_pictures]
     assert {entry["image"] for entry in queue} == open_pictures

@@ -1,8 +1,9 @@
-"""Training as a user does it: the stock client against a real server process, a real child process, a model of toy width.
+"""Training as a user does it: the stock client against a real server process, a real child process, a model of toy
+width.
 
-The tests follow one story and run in order, on one studies folder: labels are saved, a version is trained and served, a worse one is
-refused, versions go back and forth, the training is killed, the server is killed, and nothing is lost. One start of a training
-costs about ten seconds of processor time; the file takes about 90 seconds on a quiet machine.
+The tests follow one story and run in order, on one studies folder: labels are saved, a version is trained and served, a
+worse one is refused, versions go back and forth, the training is killed, the server is killed, and nothing is lost. One
+start of a training costs about ten seconds of processor time; the file takes about 90 seconds on a quiet machine.
 """
 
 from __future__ import annotations
@@ -47,7 +48,12 @@ class World:
         build_tiny_model(self.model)
         self.studies.mkdir()
         for shift, name in enumerate(NAMES):
-            write_case(self.studies, name, {1: np.s_[6:16, 6 + shift : 20, 2:8], 2: np.s_[24:30, 8:16, 1 + shift : 9]}, slices=12)
+            write_case(
+                self.studies,
+                name,
+                {1: np.s_[6:16, 6 + shift : 20, 2:8], 2: np.s_[24:30, 8:16, 1 + shift : 9]},
+                slices=12,
+            )
             (self.studies / f"{name}.json").write_text('{"modality": "MR"}')
         # What somebody draws in a viewer, whose ids are named by what is sent along and by nothing else.
         shutil.move(self.studies / "labels" / "final", self.drawn)
@@ -60,7 +66,9 @@ class World:
         """A server on this folder; the one before must be gone."""
         self._stack = ExitStack()
         options = ("model_dir", str(self.model), "device", "cpu", "score_pool", "off", "training_nice", "0")
-        self.server = self._stack.enter_context(run_server(self.studies, self.app, self.folder / "server.log", *options))
+        self.server = self._stack.enter_context(
+            run_server(self.studies, self.app, self.folder / "server.log", *options)
+        )
         return self.server
 
     def close(self) -> None:

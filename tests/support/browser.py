@@ -1,4 +1,6 @@
-"""A real browser for the tests: Debian's Chromium, driven by playwright-core from npm. `make test-browser` installs the driver."""
+"""A real browser for the tests: Debian's Chromium, driven by playwright-core from npm. `make test-browser` installs the
+driver.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,12 @@ needs_browser = [pytest.mark.browser, pytest.mark.skipif(bool(find_lack()), reas
 
 
 def drive(
-    script: str, url: str, shots: Path, timeout_s: float = 400, actions: Mapping[str, Callable[[], None]] | None = None, **given: Any
+    script: str,
+    url: str,
+    shots: Path,
+    timeout_s: float = 400,
+    actions: Mapping[str, Callable[[], None]] | None = None,
+    **given: Any,
 ) -> dict[str, Any]:
     """Run one script of this folder.
 
@@ -57,7 +64,9 @@ def drive(
     task = json.dumps({"url": url, "chromium": find_chromium(), "shots": str(shots), **given})
     result: dict[str, Any] = {}
     with (shots / "errors.txt").open("w") as errors:
-        process = subprocess.Popen(["node", str(HERE / script), task], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process = subprocess.Popen(
+            ["node", str(HERE / script), task], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True
+        )
         timer = threading.Timer(timeout_s, process.kill)
         timer.start()
         try:

@@ -15,7 +15,9 @@ SWITCH_MS = 300
 
 
 def write_crop(path: Path) -> Path:
-    """The upper abdomen of the sample CT at half its resolution, turned so that files and slices run differently; else a phantom."""
+    """The upper abdomen of the sample CT at half its resolution, turned so that files and slices run differently; else
+    a phantom.
+    """
     source = ROOT / "sample_datastore" / "sample_ct_abdomen.nii.gz"
     if not source.is_file():
         return write_phantom(path, shape=(96, 96, 24))

@@ -13,7 +13,9 @@ SHAPE = (11, 9, 7)
 
 
 def make_affine(codes: str, spacing: tuple[float, float, float] = (1.5, 0.8, 4.0), degrees: float = 0.0) -> np.ndarray:
-    """Voxel index -> RAS mm for a volume with these axis codes and voxel edges, tilted about the patient's z and x axes."""
+    """Voxel index -> RAS mm for a volume with these axis codes and voxel edges, tilted about the patient's z and x
+    axes.
+    """
     orientation = axcodes2ornt(tuple(codes))
     affine = np.zeros((4, 4))
     for axis, (world, sign) in enumerate(orientation):
@@ -50,14 +52,29 @@ def make_image(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:
 
 
 def write_dicom(
-    folder: Path, array: np.ndarray, affine: np.ndarray, *, compressor: str | None = None, uid: str = "1.2.826.0.1.1", **tags: str
+    folder: Path,
+    array: np.ndarray,
+    affine: np.ndarray,
+    *,
+    compressor: str | None = None,
+    uid: str = "1.2.826.0.1.1",
+    **tags: str,
 ) -> Path:
-    """One file per slice of an (I, J, K) array of HU (stored with an offset of 1024), with the tags that place it in the patient."""
+    """One file per slice of an (I, J, K) array of HU (stored with an offset of 1024), with the tags that place it in
+    the patient.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lps = np.diag([-1, -1, 1, 1]) @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     row, column = lps[:3, 0] / spacing[0], lps[:3, 1] / spacing[1]
-    values = {"0008|0060": "CT", "0020|000e": uid, "0020|000d": "1.2.826.0.1", "0008|103e": "abdomen", "0028|1052": "-1024", "0028|1053": "1"}
+    values = {
+        "0008|0060": "CT",
+        "0020|000e": uid,
+        "0020|000d": "1.2.826.0.1",
+        "0008|103e": "abdomen",
+        "0028|1052": "-1024",
+        "0028|1053": "1",
+    }
     values |= {key.replace("x", "|"): value for key, value in tags.items()}
     for k in reversed(range(array.shape[2])):
         image = sitk.GetImageFromArray(np.ascontiguousarray(array[:, :, k].T)[None])

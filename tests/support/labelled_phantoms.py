@@ -11,7 +11,13 @@ import numpy as np
 AFFINE = np.array([[-5.5, 0, 0, 100], [0, 6.5, 0, -80], [0, 0, 5.0, 0], [0, 0, 0, 1.0]])
 
 
-def write_case(studies: Path, name: str, boxes: dict[int, tuple[slice, slice, slice]], slices: int = 20, affine: np.ndarray = AFFINE) -> None:
+def write_case(
+    studies: Path,
+    name: str,
+    boxes: dict[int, tuple[slice, slice, slice]],
+    slices: int = 20,
+    affine: np.ndarray = AFFINE,
+) -> None:
     """A CT-like body; `boxes` are label id -> (i, j, k) in file order, bright in the image."""
     (studies / "labels" / "final").mkdir(parents=True, exist_ok=True)
     image = np.full((40, 28, slices), -1000, np.int16)

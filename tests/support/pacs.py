@@ -15,11 +15,21 @@ from run import find_lack
 
 __all__ = ["find_lack", "run_orthanc"]
 
+
 @contextlib.contextmanager
 def run_orthanc(folder: Path, images: Path) -> Iterator[str]:
     """`pacs/run.py` in a process of its own; gives the address of its DICOMweb."""
     port = free_port()
-    command = [sys.executable, str(ROOT / "pacs" / "run.py"), "--port", str(port), "--storage", str(folder / "orthanc"), "--images", str(images)]
+    command = [
+        sys.executable,
+        str(ROOT / "pacs" / "run.py"),
+        "--port",
+        str(port),
+        "--storage",
+        str(folder / "orthanc"),
+        "--images",
+        str(images),
+    ]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
     try:
         lines = []

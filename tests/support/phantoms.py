@@ -7,8 +7,12 @@ from pathlib import Path
 import numpy as np
 
 
-def write_phantom(path: Path, shape: tuple[int, int, int] = (64, 48, 8), seed: int = 0, affine: np.ndarray | None = None) -> Path:
-    """A CT-like NIfTI in HU: air, an elliptic body with fat and soft tissue, a bright and a dim ball, noise. 5 mm slices by default."""
+def write_phantom(
+    path: Path, shape: tuple[int, int, int] = (64, 48, 8), seed: int = 0, affine: np.ndarray | None = None
+) -> Path:
+    """A CT-like NIfTI in HU: air, an elliptic body with fat and soft tissue, a bright and a dim ball, noise. 5 mm
+    slices by default.
+    """
     import nibabel
 
     rng = np.random.default_rng(seed)

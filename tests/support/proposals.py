@@ -39,14 +39,18 @@ def make_volume(orientation: str = "LPS") -> Volume:
 
 
 def make_grid() -> WorkingGrid:
-    return WorkingGrid(shape=(DEPTH, ROWS, COLS), stack_spacing=SPACING, center=(29.0, 31.0), spacing=2.0, height=32, width=32)
+    return WorkingGrid(
+        shape=(DEPTH, ROWS, COLS), stack_spacing=SPACING, center=(29.0, 31.0), spacing=2.0, height=32, width=32
+    )
 
 
 def make_proposals(num_proposals: int = 4, seed: int = 0) -> VolumeProposals:
     """Smooth random blobs; the pancreas is absent, and liver and spleen overlap."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.rand(3, num_proposals, DEPTH, 10, 10, generator=generator)
-    smooth = torch.nn.functional.interpolate(noise.flatten(0, 1), size=(20, 22), mode="bilinear").reshape(3, num_proposals, DEPTH, 20, 22)
+    smooth = torch.nn.functional.interpolate(noise.flatten(0, 1), size=(20, 22), mode="bilinear").reshape(
+        3, num_proposals, DEPTH, 20, 22
+    )
     probabilities = np.zeros((3, num_proposals, DEPTH, 32, 32), dtype=np.uint8)
     probabilities[0, :, 1:6, 4:24, 5:27] = (smooth[0, :, 1:6] * 255).numpy().astype(np.uint8)
     probabilities[1, :, 2:7, 8:28, 10:32] = (smooth[1, :, 2:7] * 255).numpy().astype(np.uint8)

@@ -16,10 +16,20 @@ from progidiff.images.volume import Volume
 IDENTITY = Identity("case", "d1", "CT")
 
 
-def make_seg(volume: Volume, masks: dict[str, np.ndarray], axis: int = 0, flips: tuple[bool, bool] = (False, False), crop: bool = False) -> Dataset:
-    """A SEG of masks (Z, Y, X) on the axial stack, cut into frames along a stack axis, empty frames left out, as PS3.3 C.8.20 describes it."""
+def make_seg(
+    volume: Volume,
+    masks: dict[str, np.ndarray],
+    axis: int = 0,
+    flips: tuple[bool, bool] = (False, False),
+    crop: bool = False,
+) -> Dataset:
+    """A SEG of masks (Z, Y, X) on the axial stack, cut into frames along a stack axis, empty frames left out, as PS3.3
+    C.8.20 describes it.
+    """
     lps = compute_lps_affine(volume)
-    row_axis, column_axis = [other for other in (0, 1, 2) if other != axis]  # of the stack: a frame is [row_axis, column_axis]
+    row_axis, column_axis = [
+        other for other in (0, 1, 2) if other != axis
+    ]  # of the stack: a frame is [row_axis, column_axis]
     steps = {stack_axis: lps[:3, 2 - stack_axis] for stack_axis in range(3)}
     seg = Dataset()
     seg.SOPClassUID, seg.SOPInstanceUID = SEGMENTATION_STORAGE, make_uid("seg")
@@ -44,19 +54,27 @@ def make_seg(volume: Volume, masks: dict[str, np.ndarray], axis: int = 0, flips:
                 rows, columns = np.nonzero(frame)
                 start[row_axis], start[column_axis] = int(rows.min()), int(columns.min())
                 size = [max(np.ptp(np.nonzero(m.any(axis=axis))[k]) for m in masks.values()) + 1 for k in (0, 1)]
-                frame = np.pad(frame, ((0, size[0]), (0, size[1])))[start[row_axis] :, start[column_axis] :][: size[0], : size[1]]
+                frame = np.pad(frame, ((0, size[0]), (0, size[1])))[start[row_axis] :, start[column_axis] :][
+                    : size[0], : size[1]
+                ]
             row_step, column_step = steps[row_axis].copy(), steps[column_axis].copy()
             if flips[0]:
                 frame, start[row_axis], row_step = frame[::-1], start[row_axis] + frame.shape[0] - 1, -row_step
             if flips[1]:
-                frame, start[column_axis], column_step = frame[:, ::-1], start[column_axis] + frame.shape[1] - 1, -column_step
+                frame, start[column_axis], column_step = (
+                    frame[:, ::-1],
+                    start[column_axis] + frame.shape[1] - 1,
+                    -column_step,
+                )
             frames.append(frame)
             group = Dataset()
             position, orientation, measures, segment_of_frame = Dataset(), Dataset(), Dataset(), Dataset()
             place = lps[:3, 3] + sum(start[k] * steps[k] for k in range(3))
             position.ImagePositionPatient = [f"{value:.10g}" for value in place]
             edges = np.linalg.norm(row_step), np.linalg.norm(column_step)
-            orientation.ImageOrientationPatient = [f"{value:.10f}" for value in (*(column_step / edges[1]), *(row_step / edges[0]))]
+            orientation.ImageOrientationPatient = [
+                f"{value:.10f}" for value in (*(column_step / edges[1]), *(row_step / edges[0]))
+            ]
             measures.PixelSpacing = [f"{value:.10g}" for value in edges]
             segment_of_frame.ReferencedSegmentNumber = number
             group.PlanePositionSequence, group.PlaneOrientationSequence = [position], [orientation]
@@ -70,7 +88,10 @@ def make_seg(volume: Volume, masks: dict[str, np.ndarray], axis: int = 0, flips:
     seg.add_new("PixelData", "OB", packed + b"\0" * (len(packed) % 2))
     seg.file_meta = FileMetaDataset()
     seg.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    seg.file_meta.MediaStorageSOPClassUID, seg.file_meta.MediaStorageSOPInstanceUID = seg.SOPClassUID, seg.SOPInstanceUID
+    seg.file_meta.MediaStorageSOPClassUID, seg.file_meta.MediaStorageSOPInstanceUID = (
+        seg.SOPClassUID,
+        seg.SOPInstanceUID,
+    )
     seg.is_little_endian, seg.is_implicit_VR = True, False
     return seg
 

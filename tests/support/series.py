@@ -17,14 +17,17 @@ SAGITTAL = np.array([[0, 0, 4.0, -60], [-0.9, 0, 0, 80], [0, -0.9, 0, 70], [0, 0
 CORONAL = np.array([[-0.7, 0, 0, 90], [0, 0, 3.0, -100], [0, -0.7, 0, 120], [0, 0, 0, 1.0]])
 
 
-def make_volume(affine: np.ndarray, shape: tuple[int, int, int] = (5, 6, 4), dtype: type = np.int16, name: str = "case") -> Volume:
+def make_volume(
+    affine: np.ndarray, shape: tuple[int, int, int] = (5, 6, 4), dtype: type = np.int16, name: str = "case"
+) -> Volume:
     """Every voxel has another value, so that any mix-up shows."""
     array = (np.arange(np.prod(shape)) * 7 - 1024).astype(dtype).reshape(shape)
     return Volume(array, affine, "CT", "option", name)
 
 
 def rebuild(datasets: list[pydicom.Dataset]) -> tuple[np.ndarray, np.ndarray]:
-    """What a reader makes of files in any order: intensities (Z, Y, X) sorted by position, and index (x, y, z) -> LPS mm.
+    """What a reader makes of files in any order: intensities (Z, Y, X) sorted by position, and index (x, y, z) -> LPS
+    mm.
 
     From the standard's words (PS3.3 C.7.6.2.1.1), with nothing of the code under test.
     """

@@ -55,18 +55,27 @@ class Server:
     def get(self, path: str, **arguments: Any) -> requests.Response:
         return requests.get(self.url + path, timeout=30, **arguments)
 
-    def infer(self, image: str, params: dict[str, Any] | str, output: str = "all", model: str = "progidiff", **query: str) -> requests.Response:
+    def infer(
+        self, image: str, params: dict[str, Any] | str, output: str = "all", model: str = "progidiff", **query: str
+    ) -> requests.Response:
         import json
 
         text = params if isinstance(params, str) else json.dumps(params)
         return requests.post(
-            f"{self.url}/infer/{model}", params={"image": image, "output": output, **query}, files={"params": (None, text)}, timeout=600
+            f"{self.url}/infer/{model}",
+            params={"image": image, "output": output, **query},
+            files={"params": (None, text)},
+            timeout=600,
         )
 
 
 @contextlib.contextmanager
-def run_server(studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 300.0, port: int | None = None) -> Iterator[Server]:
-    """`monailabel start_server` in a process of its own, on the loop-back interface, by default on a free port; killed at the end."""
+def run_server(
+    studies: Path, app: Path, log: Path, *conf: str, wait_s: float = 300.0, port: int | None = None
+) -> Iterator[Server]:
+    """`monailabel start_server` in a process of its own, on the loop-back interface, by default on a free port; killed
+    at the end.
+    """
     port = port or free_port()
     temporary = log.parent / "tmp"
     temporary.mkdir(exist_ok=True)

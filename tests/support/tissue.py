@@ -11,7 +11,9 @@ SIDE = 96
 SENTENCES = {"left": "The nuclei density in the left is high.", "right": "The nuclei density in the right is high."}
 
 
-def draw_tissue(seed: int, side: str = "left", size: tuple[int, int] = (SIDE, SIDE), count: int = 14) -> tuple[np.ndarray, np.ndarray]:
+def draw_tissue(
+    seed: int, side: str = "left", size: tuple[int, int] = (SIDE, SIDE), count: int = 14
+) -> tuple[np.ndarray, np.ndarray]:
     """Dark ellipses on a bright pink ground, most of them on one side.
 
     Returns:

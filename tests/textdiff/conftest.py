@@ -41,11 +41,20 @@ def cases(blobs: Path) -> list[Case]:
 
 
 @pytest.fixture(scope="session")
-def training(cases: list[Case], denoiser: Path, encoder: SentenceEncoder, tmp_path_factory: pytest.TempPathFactory) -> TextDiffTraining:
+def training(
+    cases: list[Case], denoiser: Path, encoder: SentenceEncoder, tmp_path_factory: pytest.TempPathFactory
+) -> TextDiffTraining:
     """Trained on three pictures, the fourth held out; written to a version folder."""
     folder = tmp_path_factory.mktemp("trained")
     return train_textdiff(
-        cases[:3], cases[3:], denoiser=denoiser, encoder=encoder, out=folder / "model", work=folder / "work", config=TOY, device="cpu"
+        cases[:3],
+        cases[3:],
+        denoiser=denoiser,
+        encoder=encoder,
+        out=folder / "model",
+        work=folder / "work",
+        config=TOY,
+        device="cpu",
     )
 
 

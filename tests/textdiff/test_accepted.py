@@ -1,4 +1,6 @@
-"""What a training on accepted labels does with left and right, with structures that nobody annotated, and how versions are judged."""
+"""What a training on accepted labels does with left and right, with structures that nobody annotated, and how versions
+are judged.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,15 @@ from progidiff.errors import RequestError
 from progidiff.images.volume import load_label, load_volume
 from progidiff.testing import build_tiny_denoiser
 from progidiff.textdiff import data
-from progidiff.textdiff.accepted import AcceptedConfig, Chosen, _write_cases, choose, names_side, plan_features, run_accepted
+from progidiff.textdiff.accepted import (
+    AcceptedConfig,
+    Chosen,
+    _write_cases,
+    choose,
+    names_side,
+    plan_features,
+    run_accepted,
+)
 from progidiff.textdiff.features import HISTOLOGY_TONE, FeatureOptions
 from progidiff.textdiff.model import load_textdiff
 from progidiff.textdiff.slices import render_slice
@@ -28,7 +38,9 @@ SHORT = AcceptedConfig(steps=2, batch_size=2, crop=32, views=1)
 
 
 def write_kidneys(folder: Path, name: str, seed: int) -> Case:
-    """A CT-like body with two balls that look the same and a large one, the liver, on one side; only the ball on the other side is labelled."""
+    """A CT-like body with two balls that look the same and a large one, the liver, on one side; only the ball on the
+    other side is labelled.
+    """
     rng = np.random.default_rng(seed)
     i, j, _ = np.meshgrid(np.arange(SIDE), np.arange(SIDE), np.arange(DEPTH), indexing="ij")
     down = 40 + rng.integers(-3, 4)
@@ -38,7 +50,9 @@ def write_kidneys(folder: Path, name: str, seed: int) -> Case:
     balls = [((i - column) ** 2 + (j - down) ** 2) < 49 for column in (18, 46)]
     image[balls[0] | balls[1]] = 220
     affine = np.diag([4.0, 4.0, 5.0, 1.0])
-    nibabel.save(nibabel.Nifti1Image((image + rng.normal(0, 8, image.shape)).astype(np.int16), affine), folder / f"{name}.nii.gz")
+    nibabel.save(
+        nibabel.Nifti1Image((image + rng.normal(0, 8, image.shape)).astype(np.int16), affine), folder / f"{name}.nii.gz"
+    )
     nibabel.save(nibabel.Nifti1Image(balls[1].astype(np.uint8), affine), folder / f"{name}.label.nii.gz")
     return Case(name, folder / f"{name}.nii.gz", folder / f"{name}.label.nii.gz", {1: "left kidney"})
 
@@ -92,12 +106,18 @@ def test_other_names_are_none(name: str):
 def test_what_is_learned_decides_whether_it_is_mirrored(tmp_path: Path):
     volume, (picture, other) = write_kidneys(tmp_path, "ct", 0), write_pictures(tmp_path, {1: "x"})
 
-    def plan(classes: tuple[str, ...], *cases: Case, served: FeatureOptions | None = None, mirror: bool | None = None) -> FeatureOptions:
+    def plan(
+        classes: tuple[str, ...], *cases: Case, served: FeatureOptions | None = None, mirror: bool | None = None
+    ) -> FeatureOptions:
         return plan_features(Chosen("m", None, classes, [cases[0]], list(cases[1:])), served, mirror)
 
     tissue = plan(("nuclei",), picture, other)
     assert (tissue.mirror, tissue.tone, tissue.jitter) == (True, HISTOLOGY_TONE, 0.1)
-    for options in (plan(("liver",), volume, picture), plan(("liver",), picture, volume), plan(("lung", "left lung"), picture, other)):
+    for options in (
+        plan(("liver",), volume, picture),
+        plan(("liver",), picture, volume),
+        plan(("lung", "left lung"), picture, other),
+    ):
         assert (options.mirror, options.tone) == (False, None)
     assert plan(("liver",), volume, picture, mirror=True).mirror
     assert not plan(("nuclei",), picture, other, mirror=False).mirror
@@ -111,7 +131,9 @@ def test_what_is_learned_decides_whether_it_is_mirrored(tmp_path: Path):
 
 def test_training_further_stops_mirroring_and_judges_both_at_the_threshold_that_suits_them(heads: Path, tmp_path: Path):
     cases = [replace(write_kidneys(tmp_path, f"ct{k}", k), structures={1: "liver"}) for k in range(2)]
-    first = run_accepted(cases, {}, heads, tmp_path / "work", replace(SHORT, mirror=True), structures=("liver",), device="cpu")
+    first = run_accepted(
+        cases, {}, heads, tmp_path / "work", replace(SHORT, mirror=True), structures=("liver",), device="cpu"
+    )
     assert first.card.features.mirror
     store = TextDiffStore(heads)
     served = store.load_model(first.card, "cpu")
@@ -125,7 +147,8 @@ def test_training_further_stops_mirroring_and_judges_both_at_the_threshold_that_
 
 
 @pytest.mark.parametrize(
-    ("sent", "read"), [("auto", None), (["auto", "on", "off"], None), ("on", True), ("off", False), (True, True), (False, False)]
+    ("sent", "read"),
+    [("auto", None), (["auto", "on", "off"], None), ("on", True), ("off", False), (True, True), (False, False)],
 )
 def test_mirror_is_an_option_of_a_training(sent: Any, read: bool | None):
     options, ignored = TrainingOptions.from_params("textdiff", {"mirror": sent})
@@ -166,12 +189,18 @@ def test_of_a_volume_every_slice_has_its_own_unknown_classes(tmp_path: Path):
     volume = replace(volume, annotated={"left kidney": frozenset({0, 1}), "liver": frozenset({1})})
     other = replace(write_kidneys(tmp_path, "other", 1), structures={1: "Left Kidney"})
     written = prepare(tmp_path, [volume, other], ("Left Kidney", "liver"))
-    assert {name: case.unknown for name, case in written.items() if name.startswith("ct-")} == {"ct-0000": (2,), "ct-0001": ()}
+    assert {name: case.unknown for name, case in written.items() if name.startswith("ct-")} == {
+        "ct-0000": (2,),
+        "ct-0001": (),
+    }
     assert all(case.unknown == (2,) for name, case in written.items() if name.startswith("other-"))
 
 
 def test_fixed_ids_say_nothing_about_what_is_not_drawn(tmp_path: Path):
-    cases = [replace(write_kidneys(tmp_path, f"ct{k}", k), structures={1: "left kidney", 2: "spleen"}, names_all=False) for k in range(2)]
+    cases = [
+        replace(write_kidneys(tmp_path, f"ct{k}", k), structures={1: "left kidney", 2: "spleen"}, names_all=False)
+        for k in range(2)
+    ]
     assert {case.unknown for case in prepare(tmp_path, cases, ("left kidney", "spleen")).values()} == {(2,)}
 
 

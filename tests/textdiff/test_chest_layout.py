@@ -1,4 +1,6 @@
-"""Chest X-rays as QaTa-COVID19 lays them out (Images/, Ground-truths/mask_*.png, a table of "Image" and "Description"), on a tiny generated set."""
+"""Chest X-rays as QaTa-COVID19 lays them out (Images/, Ground-truths/mask_*.png, a table of "Image" and "Description"),
+on a tiny generated set.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ from progidiff.training.loop import Schedule
 
 SIDE = 64
 CENTRES = {"upper left": (22, 18), "lower left": (44, 18), "upper right": (22, 46), "lower right": (44, 46)}
-FINDINGS = [("upper left",), ("lower right",), ("upper left", "lower right"), (), ("lower left", "upper right"), ("upper right",)]
+FINDINGS = [
+    ("upper left",),
+    ("lower right",),
+    ("upper left", "lower right"),
+    (),
+    ("lower left", "upper right"),
+    ("upper right",),
+]
 
 
 def describe(places: tuple[str, ...]) -> str:
@@ -82,7 +91,9 @@ def test_pictures_masks_and_sentences_are_found_by_the_folder_alone(chests: Path
     assert [case.name for case in cases] == [f"covid_{k}" for k in range(6)]
     assert [case.label.name for case in cases if case.label] == [f"mask_covid_{k}.png" for k in range(6)]
     assert [case.sentence for case in cases] == [describe(places) for places in FINDINGS]
-    assert cases[2].sentence == "Bilateral pulmonary infection, two infected areas, upper left lung and lower right lung."
+    assert (
+        cases[2].sentence == "Bilateral pulmonary infection, two infected areas, upper left lung and lower right lung."
+    )
     named = find_cases(chests / "Images", chests / "Ground-truths", chests / "train_text.csv")
     assert named == cases
 
@@ -93,7 +104,9 @@ def test_a_table_of_other_pictures_is_named(chests: Path, tmp_path: Path):
         find_cases(chests, text=tmp_path / "other.csv")
 
 
-def test_a_head_learns_gray_chests_with_sentences_and_is_measured_with_every_control(chests: Path, denoiser: Path, tmp_path: Path):
+def test_a_head_learns_gray_chests_with_sentences_and_is_measured_with_every_control(
+    chests: Path, denoiser: Path, tmp_path: Path
+):
     cases = find_cases(chests)
     training, held_out = cases[:4], pick_cases(cases, ["covid_4", "covid_5"])
     config = TextDiffTrainConfig(
@@ -106,7 +119,15 @@ def test_a_head_learns_gray_chests_with_sentences_and_is_measured_with_every_con
         views=2,
         tensorboard=False,
     )
-    trained = train_textdiff(training, held_out, denoiser=denoiser, out=tmp_path / "chest", work=tmp_path / "work", config=config, device="cpu")
+    trained = train_textdiff(
+        training,
+        held_out,
+        denoiser=denoiser,
+        out=tmp_path / "chest",
+        work=tmp_path / "work",
+        config=config,
+        device="cpu",
+    )
     assert trained.model.card.gray
     model = load_textdiff(tmp_path / "chest", "cpu")
     reports = {control: evaluate(model, held_out, control) for control in CONTROLS}

@@ -1,7 +1,7 @@
 """Guided-diffusion checkpoints as diffusers folders: the same numbers come out, and what cannot be converted says so.
 
-`GuidedUNet` is that network written down again from its description (Dhariwal and Nichol, arXiv 2105.05233, sections 3 and B; Nichol and
-Dhariwal, arXiv 2102.09672), with the names that its files have, and random weights.
+`GuidedUNet` is that network written down again from its description (Dhariwal and Nichol, arXiv 2105.05233, sections 3
+and B; Nichol and Dhariwal, arXiv 2102.09672), with the names that its files have, and random weights.
 """
 
 from __future__ import annotations
@@ -30,14 +30,18 @@ from progidiff.textdiff.convert import (
 
 
 class Residual(nn.Module):
-    """Norm, SiLU, convolution, twice; the timestep is added between them, or scales and shifts the second norm's output."""
+    """Norm, SiLU, convolution, twice; the timestep is added between them, or scales and shifts the second norm's
+    output.
+    """
 
     def __init__(self, inside: int, outside: int, embedding: int, scale_shift: bool, resize: str | None = None) -> None:
         super().__init__()
         self.scale_shift, self.resize = scale_shift, resize
         self.in_layers = nn.Sequential(nn.GroupNorm(32, inside), nn.SiLU(), nn.Conv2d(inside, outside, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, 2 * outside if scale_shift else outside))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, outside), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(outside, outside, 3, padding=1))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(32, outside), nn.SiLU(), nn.Dropout(0.0), nn.Conv2d(outside, outside, 3, padding=1)
+        )
         self.skip_connection = nn.Identity() if inside == outside else nn.Conv2d(inside, outside, 1)
 
     def _resized(self, x: Tensor) -> Tensor:
@@ -101,8 +105,10 @@ class GuidedUNet(nn.Module):
     """The whole network; tensors are named as in guided-diffusion's files."""
 
     def __init__(
-        self, *, channels: int = 32, mult: tuple[int, ...] = (1, 2), layers: int = 1, attention: tuple[bool, ...] = (False, True),
-        updown: bool = False, scale_shift: bool = False, head_channels: int | None = None, heads: int = 1, new_order: bool = False, outside: int = 3,
+        self, *, channels: int = 32, mult: tuple[int, ...] = (1, 2), layers: int = 1, attention: tuple[bool,
+        ...] = (False, True),
+        updown: bool = False, scale_shift: bool = False, head_channels: int | None = None, heads: int = 1,
+        new_order: bool = False, outside: int = 3,
     ) -> None:  # fmt: skip
         super().__init__()
         self.channels = channels
@@ -170,7 +176,8 @@ def make_network(seed: int = 0, **settings: Any) -> GuidedUNet:
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.copy_(
-                torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5) + (parameter.ndim == 1) * 0.2
+                torch.randn(parameter.shape) * (0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5)
+                + (parameter.ndim == 1) * 0.2
             )
     return network.eval()
 
@@ -182,22 +189,40 @@ def save(network: nn.Module, folder: Path, **changes: Tensor) -> Path:
 
 NETWORKS: dict[str, tuple[dict[str, Any], GuidedDiffusionOptions]] = {
     "the 256 x 256 model's kind": (
-        {"mult": (1, 2, 2), "layers": 2, "attention": (False, True, True), "updown": True, "scale_shift": True, "head_channels": 16, "outside": 6},
+        {
+            "mult": (1, 2, 2),
+            "layers": 2,
+            "attention": (False, True, True),
+            "updown": True,
+            "scale_shift": True,
+            "head_channels": 16,
+            "outside": 6,
+        },
         parse_flags(
-            "--attention_resolutions 8,4 --channel_mult 1,2,2 --class_cond False --image_size 16 --learn_sigma True --noise_schedule linear "
-            "--num_channels 32 --num_head_channels 16 --num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True"
+            "--attention_resolutions 8,4 --channel_mult 1,2,2 --class_cond False "
+            "--image_size 16 --learn_sigma True --noise_schedule linear --num_channels 32 --num_head_channels 16 "
+            "--num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True"
         ),
     ),
     "plain": ({}, GuidedDiffusionOptions(num_heads=1)),
-    "attention everywhere": ({"attention": (True, True), "head_channels": 8, "updown": True}, GuidedDiffusionOptions(num_head_channels=8)),
+    "attention everywhere": (
+        {"attention": (True, True), "head_channels": 8, "updown": True},
+        GuidedDiffusionOptions(num_head_channels=8),
+    ),
     "the new order of heads": (
         {"head_channels": 16, "new_order": True, "scale_shift": True},
         GuidedDiffusionOptions(num_head_channels=16, use_new_attention_order=True),
     ),
     "four heads at one width": ({"heads": 4}, GuidedDiffusionOptions(num_heads=4)),
     "one head at two widths": ({"heads": 1, "attention": (True, True)}, GuidedDiffusionOptions(num_heads=1)),
-    "attention in the middle only": ({"attention": (False, False, False), "mult": (1, 1, 2)}, GuidedDiffusionOptions(num_heads=1)),
-    "one level": ({"mult": (1,), "attention": (False,), "layers": 2}, GuidedDiffusionOptions(num_heads=1, resblock_updown=False)),
+    "attention in the middle only": (
+        {"attention": (False, False, False), "mult": (1, 1, 2)},
+        GuidedDiffusionOptions(num_heads=1),
+    ),
+    "one level": (
+        {"mult": (1,), "attention": (False,), "layers": 2},
+        GuidedDiffusionOptions(num_heads=1, resblock_updown=False),
+    ),
 }
 
 
@@ -225,7 +250,11 @@ def test_the_order_of_heads_matters(tmp_path: Path):
     path = save(network, tmp_path)
     differences = []
     for new_order in (False, True):
-        convert_checkpoint(path, tmp_path / str(new_order), GuidedDiffusionOptions(num_head_channels=16, use_new_attention_order=new_order))
+        convert_checkpoint(
+            path,
+            tmp_path / str(new_order),
+            GuidedDiffusionOptions(num_head_channels=16, use_new_attention_order=new_order),
+        )
         with torch.no_grad():
             found = UNet2DModel.from_pretrained(tmp_path / str(new_order) / "unet")(noisy, times).sample
             differences.append(float((found - network(noisy, times)).abs().max()))
@@ -237,12 +266,19 @@ def test_the_folder_is_a_diffusers_pipeline_with_the_schedule_of_the_flags(tmp_p
     from diffusers import DDPMPipeline
 
     path = save(make_network(outside=6), tmp_path)
-    flags = "--num_heads 1 --diffusion_steps 500 --predict_xstart True --learn_sigma True --image_size 16 --attention_resolutions 8 --num_channels 32"
-    record = convert_checkpoint(path, tmp_path / "converted", parse_flags(flags + " --num_res_blocks 1 --use_scale_shift_norm False"))
+    flags = (
+        "--num_heads 1 --diffusion_steps 500 --predict_xstart True --learn_sigma True --image_size 16 "
+        "--attention_resolutions 8 --num_channels 32"
+    )
+    record = convert_checkpoint(
+        path, tmp_path / "converted", parse_flags(flags + " --num_res_blocks 1 --use_scale_shift_norm False")
+    )
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "converted")
     betas = pipeline.scheduler.betas
     assert len(betas) == 500
-    assert (float(betas[0]), float(betas[-1])) == pytest.approx((0.0002, 0.04))  # guided-diffusion keeps the amount of noise
+    assert (float(betas[0]), float(betas[-1])) == pytest.approx(
+        (0.0002, 0.04)
+    )  # guided-diffusion keeps the amount of noise
     assert pipeline.scheduler.config.prediction_type == "sample"
     assert pipeline.scheduler.config.variance_type == "learned_range"
     assert json.loads((tmp_path / "converted" / "conversion.json").read_text()) == record
@@ -255,7 +291,11 @@ def test_the_folder_is_a_diffusers_pipeline_with_the_schedule_of_the_flags(tmp_p
 def test_the_cosine_schedule_is_that_of_the_paper(tmp_path: Path):
     from diffusers import DDPMScheduler
 
-    convert_checkpoint(save(make_network(), tmp_path), tmp_path / "converted", GuidedDiffusionOptions(num_heads=1, noise_schedule="cosine"))
+    convert_checkpoint(
+        save(make_network(), tmp_path),
+        tmp_path / "converted",
+        GuidedDiffusionOptions(num_heads=1, noise_schedule="cosine"),
+    )
     kept = DDPMScheduler.from_pretrained(tmp_path / "converted" / "scheduler").alphas_cumprod
 
     def wanted(t: int) -> float:  # equation 17 of arXiv 2102.09672
@@ -270,12 +310,15 @@ def test_half_precision_halves_the_file_and_hardly_changes_the_result(tmp_path: 
     path = save(make_network(), tmp_path)
     for name, half in (("full", False), ("half", True)):
         convert_checkpoint(path, tmp_path / name, GuidedDiffusionOptions(num_heads=1), half=half)
-    sizes = [sum(f.stat().st_size for f in (tmp_path / name / "unet").glob("*.safetensors")) for name in ("full", "half")]
+    sizes = [
+        sum(f.stat().st_size for f in (tmp_path / name / "unet").glob("*.safetensors")) for name in ("full", "half")
+    ]
     assert sizes[1] < 0.52 * sizes[0]
     noisy, times = torch.randn(1, 3, 16, 16), torch.tensor([50])
     with torch.no_grad():
         full, half = (
-            UNet2DModel.from_pretrained(tmp_path / name / "unet", torch_dtype=torch.float32)(noisy, times).sample for name in ("full", "half")
+            UNet2DModel.from_pretrained(tmp_path / name / "unet", torch_dtype=torch.float32)(noisy, times).sample
+            for name in ("full", "half")
         )
     assert 0 < (full - half).abs().max() < 0.02 * full.std()
 
@@ -284,7 +327,12 @@ def test_half_precision_halves_the_file_and_hardly_changes_the_result(tmp_path: 
 def test_wrapped_names_and_tensors_are_found(wrapper: str, tmp_path: Path):
     tensors = {f"module.{name}": tensor for name, tensor in make_network().state_dict().items()}
     torch.save({wrapper: tensors, "step": 3}, tmp_path / "model.pt")
-    assert convert_checkpoint(tmp_path / "model.pt", tmp_path / "converted", GuidedDiffusionOptions(num_heads=1))["flags"]["num_channels"] == 32
+    assert (
+        convert_checkpoint(tmp_path / "model.pt", tmp_path / "converted", GuidedDiffusionOptions(num_heads=1))["flags"][
+            "num_channels"
+        ]
+        == 32
+    )
 
 
 @pytest.mark.parametrize(
@@ -293,7 +341,10 @@ def test_wrapped_names_and_tensors_are_found(wrapper: str, tmp_path: Path):
         ({"num_channels": 64}, "num_channels is given as 64, but the weights have 32"),
         ({"num_res_blocks": 2}, "num_res_blocks is given as 2, but the weights have 1"),
         ({"channel_mult": (1, 1)}, r"channel_mult is given as \(1, 1\), but the weights have \[1.0, 2.0\]"),
-        ({"image_size": 16, "attention_resolutions": (16,)}, r"attention_resolutions is given as \(16,\), but the weights have \[8\]"),
+        (
+            {"image_size": 16, "attention_resolutions": (16,)},
+            r"attention_resolutions is given as \(16,\), but the weights have \[8\]",
+        ),
         ({"learn_sigma": True}, "learn_sigma is given as True, but the weights have False"),
         ({"resblock_updown": True}, "resblock_updown"),
         ({"use_scale_shift_norm": True}, "use_scale_shift_norm"),
@@ -307,7 +358,9 @@ def test_wrapped_names_and_tensors_are_found(wrapper: str, tmp_path: Path):
 )
 def test_a_flag_that_contradicts_the_weights_is_named(flags: dict[str, Any], complaint: str, tmp_path: Path):
     with pytest.raises(RequestError, match=complaint):
-        convert_checkpoint(save(make_network(), tmp_path), tmp_path / "converted", GuidedDiffusionOptions(**({"num_heads": 1} | flags)))
+        convert_checkpoint(
+            save(make_network(), tmp_path), tmp_path / "converted", GuidedDiffusionOptions(**({"num_heads": 1} | flags))
+        )
     assert not (tmp_path / "converted").exists()
 
 
@@ -321,7 +374,12 @@ def test_a_flag_that_contradicts_the_weights_is_named(flags: dict[str, Any], com
         ({"mult": (2, 2)}, {}, {}, "channel_mult that does not begin with 1"),
         ({"attention": (True, True)}, {}, {"num_heads": 4}, r"4 attention heads at each of the widths \[32, 64\]"),
         ({}, {"middle_block.1.extra.weight": torch.zeros(3)}, {}, "'middle_block.1.extra.weight' that has no place"),
-        ({}, {"out.2.bias": torch.zeros(7)}, {}, r"'conv_out.bias' should have the shape \(3,\), the checkpoint has \(7,\)"),
+        (
+            {},
+            {"out.2.bias": torch.zeros(7)},
+            {},
+            r"'conv_out.bias' should have the shape \(3,\), the checkpoint has \(7,\)",
+        ),
         ({}, {"input_blocks.2.1.qkv.weight": torch.zeros(192, 64, 1)}, {}, "has no place"),
     ],
 )
@@ -372,7 +430,12 @@ def test_other_files_are_refused(tmp_path: Path):
     (tmp_path / "text.pt").write_text("hello", encoding="utf-8")
     torch.save({"state": {0: {"step": 3}}}, tmp_path / "optimiser.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    for name, complaint in (("text", "cannot be read"), ("missing", "cannot be read"), ("optimiser", "not a mapping"), ("list", "not a mapping")):
+    for name, complaint in (
+        ("text", "cannot be read"),
+        ("missing", "cannot be read"),
+        ("optimiser", "not a mapping"),
+        ("list", "not a mapping"),
+    ):
         with pytest.raises(ModelError, match=complaint):
             convert_checkpoint(tmp_path / f"{name}.pt", tmp_path / "converted")
 
@@ -384,7 +447,10 @@ def test_nothing_is_overwritten(tmp_path: Path):
 
 
 def test_flags_are_read_as_guided_diffusion_reads_them():
-    flags = parse_flags("--channel_mult 1,2.5 --num_head_channels=-1 --use_new_attention_order True --dropout 0.1 --num_heads_upsample -1")
+    flags = parse_flags(
+        "--channel_mult 1,2.5 --num_head_channels=-1 --use_new_attention_order True "
+        "--dropout 0.1 --num_heads_upsample -1"
+    )
     assert flags == GuidedDiffusionOptions(channel_mult=(1.0, 2.5), num_heads=4, use_new_attention_order=True)
     assert parse_flags("").num_heads == 4
 
@@ -410,13 +476,21 @@ def test_the_published_256_pixel_model_fits_name_by_name_and_shape_by_shape():
     from diffusers import UNet2DModel
 
     options = parse_flags(
-        "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 --image_size 256 --learn_sigma True --noise_schedule linear "
-        "--num_channels 256 --num_head_channels 64 --num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True"
+        "--attention_resolutions 32,16,8 --class_cond False --diffusion_steps 1000 "
+        "--image_size 256 --learn_sigma True --noise_schedule linear --num_channels 256 --num_head_channels 64 "
+        "--num_res_blocks 2 --resblock_updown True --use_fp16 True --use_scale_shift_norm True"
     )
     attention = (False, False, False, True, True, True)
     with torch.device("meta"):
         network = GuidedUNet(
-            channels=256, mult=(1, 1, 2, 2, 4, 4), layers=2, attention=attention, updown=True, scale_shift=True, head_channels=64, outside=6
+            channels=256,
+            mult=(1, 1, 2, 2, 4, 4),
+            layers=2,
+            attention=attention,
+            updown=True,
+            scale_shift=True,
+            head_channels=64,
+            outside=6,
         )
         tensors = network.state_dict()
         layout = read_layout(tensors)
@@ -424,5 +498,7 @@ def test_the_published_256_pixel_model_fits_name_by_name_and_shape_by_shape():
         wanted = UNet2DModel(**make_config(options, layout, 64)).state_dict()
     assert layout == Layout((256, 256, 512, 512, 1024, 1024), 2, attention, True, True, 6)
     renamed = rename_tensors(tensors, layout, 64, new_order=False)
-    assert {name: tensor.shape for name, tensor in renamed.items()} == {name: tensor.shape for name, tensor in wanted.items()}
+    assert {name: tensor.shape for name, tensor in renamed.items()} == {
+        name: tensor.shape for name, tensor in wanted.items()
+    }
     assert 552e6 < sum(tensor.numel() for tensor in renamed.values()) < 553e6

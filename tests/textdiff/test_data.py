@@ -42,9 +42,16 @@ def test_a_local_datastore_is_understood(blobs: Path, tmp_path: Path):
 def test_masks_with_a_prefix_and_a_table_that_names_them_are_matched(tmp_path: Path):
     write_mask(tmp_path / "Images" / "covid_1.png", np.zeros((4, 4, 3)))
     write_mask(tmp_path / "Ground-truths" / "mask_covid_1.png", np.zeros((4, 4)))
-    (tmp_path / "train_text.csv").write_text("Image,Description\nmask_covid_1.png,Unilateral infection\n", encoding="utf-8")
+    (tmp_path / "train_text.csv").write_text(
+        "Image,Description\nmask_covid_1.png,Unilateral infection\n", encoding="utf-8"
+    )
     assert find_cases(tmp_path) == [
-        Case("covid_1", tmp_path / "Images" / "covid_1.png", tmp_path / "Ground-truths" / "mask_covid_1.png", "Unilateral infection")
+        Case(
+            "covid_1",
+            tmp_path / "Images" / "covid_1.png",
+            tmp_path / "Ground-truths" / "mask_covid_1.png",
+            "Unilateral infection",
+        )
     ]
 
 

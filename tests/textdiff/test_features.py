@@ -1,4 +1,6 @@
-"""Features depend on picture, weights, timesteps and draw, and on nothing else; the cache gives back what was computed."""
+"""Features depend on picture, weights, timesteps and draw, and on nothing else; the cache gives back what was
+computed.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def test_shapes_are_those_that_are_announced(denoiser: Path):
     maps = extractor(PICTURE)
     assert extractor.channels == (32, 32, 19)
     assert extractor.strides == (8, 2, 1)
-    assert [tuple(m.shape) for m in maps] == [(1, c, 32 // s, 48 // s) for c, s in zip(extractor.channels, extractor.strides, strict=True)]
+    assert [tuple(m.shape) for m in maps] == [
+        (1, c, 32 // s, 48 // s) for c, s in zip(extractor.channels, extractor.strides, strict=True)
+    ]
     assert torch.equal(maps[-1][:, -3:], PICTURE)
 
 
@@ -107,7 +111,9 @@ def test_a_head_on_a_latent_denoiser_is_trained_saved_and_loaded(cases: list[Cas
     backbone = build_tiny_model(tmp_path / "model") / "backbone"
     options = FeatureOptions(timesteps=(50,), blocks=(0, 1), scale=1.0, picture=True)
     config = toy(steps=2, features=options, use_text=False, views=1)
-    trained = train_textdiff(cases[:1], denoiser=backbone, out=tmp_path / "heads" / "1", work=tmp_path / "work", config=config, device="cpu").model
+    trained = train_textdiff(
+        cases[:1], denoiser=backbone, out=tmp_path / "heads" / "1", work=tmp_path / "work", config=config, device="cpu"
+    ).model
     model = load_textdiff(tmp_path / "heads" / "1", "cpu")
     assert model.extractor.strides == model.card.head.strides == (16, 8, 1)
     picture = read_picture(cases[1].image)
@@ -118,7 +124,9 @@ def test_a_head_on_a_latent_denoiser_is_trained_saved_and_loaded(cases: list[Cas
     assert found.probabilities.std() > 0
 
 
-def test_a_denoiser_of_a_hub_is_fetched_and_one_that_cannot_be_says_how_to_do_without(denoiser: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_denoiser_of_a_hub_is_fetched_and_one_that_cannot_be_says_how_to_do_without(
+    denoiser: Path, monkeypatch: pytest.MonkeyPatch
+):
     asked = []
 
     def fetch(name: str, allow_patterns: list[str]) -> str:
@@ -131,7 +139,9 @@ def test_a_denoiser_of_a_hub_is_fetched_and_one_that_cannot_be_says_how_to_do_wi
     extractor = DiffusionFeatures.load("owner/name", device="cpu")
     assert (extractor.source, extractor.folder, extractor.key) == ("owner/name", denoiser, load(denoiser).key)
     assert asked == [("owner/name", list(PATTERNS))]
-    with pytest.raises(ModelError, match="could not be fetched from the model hub .*no route to the hub.*give its folder"):
+    with pytest.raises(
+        ModelError, match="could not be fetched from the model hub .*no route to the hub.*give its folder"
+    ):
         DiffusionFeatures.load("owner/gone", device="cpu")
     with pytest.raises(ModelError, match="does not exist"):
         DiffusionFeatures.load("too/many/parts", device="cpu")
@@ -184,7 +194,12 @@ def test_folders_that_hold_no_denoiser_are_refused(denoiser: Path, tmp_path: Pat
 class Counting:
     def __init__(self, extractor: DiffusionFeatures) -> None:
         self._extractor, self.calls = extractor, 0
-        self.channels, self.strides, self.options, self.key = extractor.channels, extractor.strides, extractor.options, extractor.key
+        self.channels, self.strides, self.options, self.key = (
+            extractor.channels,
+            extractor.strides,
+            extractor.options,
+            extractor.key,
+        )
 
     def __call__(self, pictures: torch.Tensor, draw: int = 0) -> list[torch.Tensor]:
         self.calls += 1
@@ -202,7 +217,9 @@ def test_the_cache_computes_once_and_gives_the_same(counting: Counting, tmp_path
     first, again = cache.get(counting, picture), FeatureCache(tmp_path / "features").get(counting, picture)
     assert counting.calls == 1
     assert [tuple(f.shape[1:]) for f in first] == [(4, 6), (8, 12), (16, 24), (32, 48)]
-    for a, b, direct in zip(first, again, counting(torch.nn.functional.pad(picture[None], (0, 7, 0, 3), mode="reflect")), strict=True):
+    for a, b, direct in zip(
+        first, again, counting(torch.nn.functional.pad(picture[None], (0, 7, 0, 3), mode="reflect")), strict=True
+    ):
         assert a.dtype == torch.float16
         assert torch.equal(a, b)
         assert torch.allclose(a.float(), direct[0], atol=2e-3, rtol=2e-3)

@@ -15,7 +15,14 @@ import torch
 from progidiff.errors import CancelledError, ModelError, NotFoundError, RequestError
 from progidiff.testing import build_tiny_denoiser
 from progidiff.textdiff.data import Case
-from progidiff.textdiff.model import TextDiffCard, TextDiffModel, find_version, load_textdiff, load_textdiff_card, refer_to
+from progidiff.textdiff.model import (
+    TextDiffCard,
+    TextDiffModel,
+    find_version,
+    load_textdiff,
+    load_textdiff_card,
+    refer_to,
+)
 from progidiff.textdiff.pictures import read_picture, to_picture
 from progidiff.textdiff.train import TextDiffTraining
 from progidiff.textdiff.versions import TextDiffStore
@@ -48,7 +55,14 @@ def test_a_picture_in_tiles_is_answered_nearly_as_in_one(model: TextDiffModel, c
 
 def test_progress_counts_all_tiles_of_all_draws(model: TextDiffModel):
     seen = []
-    model.predict(draw(70, 120, 3), SENTENCE, draws=2, tile=64, overlap=8, on_progress=lambda done, total: seen.append((done, total)))
+    model.predict(
+        draw(70, 120, 3),
+        SENTENCE,
+        draws=2,
+        tile=64,
+        overlap=8,
+        on_progress=lambda done, total: seen.append((done, total)),
+    )
     assert seen == [(k, 8) for k in range(1, 9)]
 
 
@@ -79,7 +93,12 @@ def test_later_draws_look_at_the_mirrored_picture_with_the_mirrored_sentence(mod
     seen: list[torch.Tensor] = []
 
     class Watching:
-        channels, strides, options, key = model.extractor.channels, model.extractor.strides, model.extractor.options, model.extractor.key
+        channels, strides, options, key = (
+            model.extractor.channels,
+            model.extractor.strides,
+            model.extractor.options,
+            model.extractor.key,
+        )
 
         def __call__(self, pictures: torch.Tensor, draw: int = 0) -> list[torch.Tensor]:
             seen.append(pictures[0])
@@ -95,7 +114,9 @@ def test_later_draws_look_at_the_mirrored_picture_with_the_mirrored_sentence(mod
 
     watched = TextDiffModel(Watching(), Reading(), model.head, model.card)
     result = watched.predict(picture, SENTENCE, draws=4)
-    assert heard == [f"The density in the {place} is high." for place in ("upper left", "upper right", "lower left", "lower right")]
+    assert heard == [
+        f"The density in the {place} is high." for place in ("upper left", "upper right", "lower left", "lower right")
+    ]
     for found, axes in zip(seen, ([], [-1], [-2], [-1, -2]), strict=True):
         assert torch.equal(found, seen[0].flip(axes))
     # All draws are turned back: they mark the same blobs.
@@ -135,7 +156,9 @@ def test_gray_where_colour_was_learned_is_answered_and_said(model: TextDiffModel
 
 def test_alpha_and_16_bit_are_answered_and_said(model: TextDiffModel):
     assert any("blended over white" in note for note in model.predict(draw(16, 16, 4), SENTENCE).notes)
-    assert any("scaled to 0..255" in note for note in model.predict(draw(16, 16, 3).astype(np.uint16) * 200, SENTENCE).notes)
+    assert any(
+        "scaled to 0..255" in note for note in model.predict(draw(16, 16, 3).astype(np.uint16) * 200, SENTENCE).notes
+    )
 
 
 def test_pictures_tensors_and_arrays_are_all_taken(model: TextDiffModel):
@@ -146,7 +169,9 @@ def test_pictures_tensors_and_arrays_are_all_taken(model: TextDiffModel):
 
 
 def test_several_classes_are_drawn_by_the_likeliest(model: TextDiffModel):
-    two = TextDiffModel(model.extractor, model.encoder, model.head, replace(model.card, classes=("a", "b"), threshold=0.5))
+    two = TextDiffModel(
+        model.extractor, model.encoder, model.head, replace(model.card, classes=("a", "b"), threshold=0.5)
+    )
     probabilities = np.array([[[0.1, 0.4, 0.2, 0.6]], [[0.2, 0.3, 0.5, 0.1]]])
     assert two.draw_mask(probabilities).tolist() == [[0, 1, 2, 1]]
 
@@ -247,7 +272,12 @@ def test_versions_are_added_published_and_rolled_back(training: TextDiffTraining
     loaded = store.load_model(card, "cpu")
     assert loaded.card.full_name == "nuclei@1"
     picture = draw(24, 24, 3)
-    assert np.abs(loaded.predict(picture, SENTENCE).probabilities - training.model.predict(picture, SENTENCE).probabilities).max() < 0.02
+    assert (
+        np.abs(
+            loaded.predict(picture, SENTENCE).probabilities - training.model.predict(picture, SENTENCE).probabilities
+        ).max()
+        < 0.02
+    )
     assert load_textdiff(tmp_path / "nuclei", "cpu").card == card
     assert store.run(card)["training_cases"] == ["a0", "a1", "a2"]
     with pytest.raises(RequestError, match="'denoiser' cannot name a model"):

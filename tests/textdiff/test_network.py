@@ -9,7 +9,17 @@ from progidiff.errors import GeometryError
 from progidiff.textdiff.network import HeadConfig, TextDiffHead, encode_places
 from progidiff.textdiff.train import compute_segmentation_loss
 
-CONFIG = HeadConfig(channels=(24, 16, 11), strides=(8, 4, 1), classes=2, text_features=12, width=16, base=8, heads=2, attend_stride=4, dropout=0.0)
+CONFIG = HeadConfig(
+    channels=(24, 16, 11),
+    strides=(8, 4, 1),
+    classes=2,
+    text_features=12,
+    width=16,
+    base=8,
+    heads=2,
+    attend_stride=4,
+    dropout=0.0,
+)
 
 
 def make(config: HeadConfig = CONFIG, loud: bool = True, seed: int = 0) -> TextDiffHead:
@@ -24,7 +34,9 @@ def make(config: HeadConfig = CONFIG, loud: bool = True, seed: int = 0) -> TextD
 
 def draw_features(count: int = 2, height: int = 16, width: int = 32) -> list[torch.Tensor]:
     torch.manual_seed(1)
-    return [torch.randn(count, c, height // s, width // s) for c, s in zip(CONFIG.channels, CONFIG.strides, strict=True)]
+    return [
+        torch.randn(count, c, height // s, width // s) for c, s in zip(CONFIG.channels, CONFIG.strides, strict=True)
+    ]
 
 
 TOKENS = torch.randn((2, 5, 12), generator=torch.Generator().manual_seed(2))
@@ -73,7 +85,9 @@ def test_with_the_text_left_out_no_sentence_makes_a_difference():
 
 
 def test_a_head_without_text_branch_ignores_sentences():
-    head = make(HeadConfig(**{**CONFIG.to_dict(), "channels": CONFIG.channels, "strides": CONFIG.strides, "text_features": 0}))
+    head = make(
+        HeadConfig(**{**CONFIG.to_dict(), "channels": CONFIG.channels, "strides": CONFIG.strides, "text_features": 0})
+    )
     assert head.text is None
     features = draw_features()
     assert torch.equal(head(features, TOKENS, MASK), head(features))
@@ -98,7 +112,9 @@ def test_places_of_a_crop_are_those_of_the_whole_picture():
 def test_statistics_standardise_the_features():
     head, features = make(), draw_features()
     plain = head(features)
-    head.set_statistics([torch.full((c,), 3.0) for c in CONFIG.channels], [torch.full((c,), 5.0) for c in CONFIG.channels])
+    head.set_statistics(
+        [torch.full((c,), 3.0) for c in CONFIG.channels], [torch.full((c,), 5.0) for c in CONFIG.channels]
+    )
     assert torch.allclose(head([5 * f + 3 for f in features]), plain, atol=1e-3)
 
 

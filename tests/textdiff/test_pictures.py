@@ -12,7 +12,16 @@ from PIL import Image
 
 from progidiff.errors import GeometryError, ImageError, TooLargeError
 from progidiff.textdiff import pictures
-from progidiff.textdiff.pictures import compute_blend, compute_working_size, list_tiles, pad, read_label, read_picture, to_picture, to_working
+from progidiff.textdiff.pictures import (
+    compute_blend,
+    compute_working_size,
+    list_tiles,
+    pad,
+    read_label,
+    read_picture,
+    to_picture,
+    to_working,
+)
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 
@@ -98,7 +107,9 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path):
         read_picture(tmp_path / "q.png")
     with pytest.raises(GeometryError, match="1 to 4 channels"):
         to_picture(np.zeros((4, 4, 7), np.uint8))
-    whole = save(tmp_path, np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8), "whole.png").read_bytes()
+    whole = save(
+        tmp_path, np.random.default_rng(1).integers(0, 255, (64, 64, 3), dtype=np.uint8), "whole.png"
+    ).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ImageError, match=r"'cut\.png' cannot be read"):
         read_picture(tmp_path / "cut.png")

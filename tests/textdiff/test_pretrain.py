@@ -9,7 +9,15 @@ import torch
 from PIL import Image
 
 from progidiff.errors import CancelledError, RequestError
-from progidiff.textdiff.pretrain import CropOptions, DenoiserConfig, DenoiserWidths, draw_crops, draw_timesteps, read_rgb, run_pretrain
+from progidiff.textdiff.pretrain import (
+    CropOptions,
+    DenoiserConfig,
+    DenoiserWidths,
+    draw_crops,
+    draw_timesteps,
+    read_rgb,
+    run_pretrain,
+)
 from progidiff.training.loop import Schedule
 from progidiff.training.settings import check_config
 

@@ -61,14 +61,29 @@ def test_what_is_no_encoder_is_refused(tmp_path: Path):
 
 
 def write_clinical_bert(folder: Path) -> BertModel:
-    """A BERT of toy width as emilyalsentzer/Bio_ClinicalBERT lies on its hub: config.json, vocab.txt, and a pickle of a larger model's weights."""
-    config = BertConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, max_position_embeddings=16)
+    """A BERT of toy width as emilyalsentzer/Bio_ClinicalBERT lies on its hub: config.json, vocab.txt, and a pickle of a
+    larger model's weights.
+    """
+    config = BertConfig(
+        vocab_size=8,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
     torch.manual_seed(0)
     model = BertModel(config).eval()
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({**config.to_dict(), "model_type": "bert", "architectures": None}), encoding="utf-8")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dense", "left", "right"]) + "\n", encoding="utf-8")
-    weights = {f"bert.{name}": tensor for name, tensor in model.state_dict().items()} | {"cls.predictions.bias": torch.zeros(8)}
+    (folder / "config.json").write_text(
+        json.dumps({**config.to_dict(), "model_type": "bert", "architectures": None}), encoding="utf-8"
+    )
+    (folder / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "dense", "left", "right"]) + "\n", encoding="utf-8"
+    )
+    weights = {f"bert.{name}": tensor for name, tensor in model.state_dict().items()} | {
+        "cls.predictions.bias": torch.zeros(8)
+    }
     torch.save(weights, folder / "pytorch_model.bin")
     return model
 
@@ -108,7 +123,9 @@ def test_a_bin_that_holds_more_than_tensors_or_less_than_the_encoder_is_refused(
 
 
 @pytest.mark.parametrize("has_safetensors", [False, True])
-def test_a_hub_id_is_fetched_and_a_pickle_only_where_there_is_nothing_else(has_safetensors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_id_is_fetched_and_a_pickle_only_where_there_is_nothing_else(
+    has_safetensors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     model, asked = write_clinical_bert(tmp_path / "bert"), []
     if has_safetensors:
         model.save_pretrained(tmp_path / "bert")
@@ -121,7 +138,9 @@ def test_a_hub_id_is_fetched_and_a_pickle_only_where_there_is_nothing_else(has_s
     encoder = SentenceEncoder.load("owner/clinical", "cpu")
     assert encoder.source == "owner/clinical"
     assert {name for name, _ in asked} == {"owner/clinical"}
-    assert [any(".bin" in pattern for pattern in patterns) for _, patterns in asked] == ([False] if has_safetensors else [False, True])
+    assert [any(".bin" in pattern for pattern in patterns) for _, patterns in asked] == (
+        [False] if has_safetensors else [False, True]
+    )
     assert "*.safetensors" in asked[0][1]
 
 
@@ -179,7 +198,9 @@ def test_a_sentence_is_found_by_name_with_or_without_suffix():
 def test_a_mirrored_sentence_says_the_same_of_the_mirrored_picture():
     text = "Dense in the upper left, sparse at the BOTTOM; nothing is left out above."
     assert mirror_sentence(text, horizontal=True).startswith("Dense in the upper right")
-    assert mirror_sentence(text, vertical=True) == "Dense in the lower left, sparse at the TOP; nothing is left out below."
+    assert (
+        mirror_sentence(text, vertical=True) == "Dense in the lower left, sparse at the TOP; nothing is left out below."
+    )
     for h in (False, True):
         for v in (False, True):
             assert mirror_sentence(mirror_sentence(text, h, v), h, v) == text

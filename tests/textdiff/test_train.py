@@ -45,19 +45,31 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
     config = toy(steps=12)
-    whole = train_textdiff(cases[:2], denoiser=extractor, encoder=encoder, work=tmp_path / "a", config=config, device="cpu")
+    whole = train_textdiff(
+        cases[:2], denoiser=extractor, encoder=encoder, work=tmp_path / "a", config=config, device="cpu"
+    )
     count = iter(range(1000))
     with pytest.raises(CancelledError, match="step 3 of 12"):
         # Asked once per view of a picture, then before every step.
         train_textdiff(
-            cases[:2], denoiser=extractor, encoder=encoder, work=tmp_path / "b", config=config, device="cpu", is_cancelled=lambda: next(count) >= 7
+            cases[:2],
+            denoiser=extractor,
+            encoder=encoder,
+            work=tmp_path / "b",
+            config=config,
+            device="cpu",
+            is_cancelled=lambda: next(count) >= 7,
         )
-    again = train_textdiff(cases[:2], denoiser=extractor, encoder=encoder, work=tmp_path / "b", config=config, device="cpu")
+    again = train_textdiff(
+        cases[:2], denoiser=extractor, encoder=encoder, work=tmp_path / "b", config=config, device="cpu"
+    )
     for name, tensor in weights(whole.model).items():
         assert torch.equal(tensor, weights(again.model)[name]), name
 
 
-def test_another_picture_sentence_or_mask_is_another_run(cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path):
+def test_another_picture_sentence_or_mask_is_another_run(
+    cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
+):
     config = toy(steps=1)
     train_textdiff(cases[:1], denoiser=extractor, encoder=encoder, work=tmp_path, config=config, device="cpu")
     for other in (cases[1], replace(cases[0], sentence="Sparse."), replace(cases[0], label=cases[1].label)):
@@ -69,29 +81,55 @@ def test_features_are_computed_once_and_cancelling_there_works(
     cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
     seen: list[dict] = []
-    train_textdiff(cases[:2], denoiser=extractor, encoder=encoder, work=tmp_path / "a", config=toy(steps=1), device="cpu", report=seen.append)
+    train_textdiff(
+        cases[:2],
+        denoiser=extractor,
+        encoder=encoder,
+        work=tmp_path / "a",
+        config=toy(steps=1),
+        device="cpu",
+        report=seen.append,
+    )
     assert [(e["step"], e["total"]) for e in seen if e["stage"] == "features"] == [(0, 4), (1, 4), (2, 4), (3, 4)]
     assert any(e["stage"] == "head" and e["total"] == 1 for e in seen)
     assert len(list((tmp_path / "a" / "features").glob("*.safetensors"))) == 4
     with pytest.raises(CancelledError, match="picture 1 of 2"):
-        train_textdiff(cases[:2], denoiser=extractor, encoder=encoder, work=tmp_path / "b", config=toy(), device="cpu", is_cancelled=lambda: True)
+        train_textdiff(
+            cases[:2],
+            denoiser=extractor,
+            encoder=encoder,
+            work=tmp_path / "b",
+            config=toy(),
+            device="cpu",
+            is_cancelled=lambda: True,
+        )
 
 
-def test_without_text_no_encoder_is_needed_and_sentences_change_nothing(cases: list[Case], extractor: DiffusionFeatures, tmp_path: Path):
-    result = train_textdiff(cases[:1], denoiser=extractor, encoder=None, work=tmp_path, config=toy(steps=2, use_text=False), device="cpu")
+def test_without_text_no_encoder_is_needed_and_sentences_change_nothing(
+    cases: list[Case], extractor: DiffusionFeatures, tmp_path: Path
+):
+    result = train_textdiff(
+        cases[:1], denoiser=extractor, encoder=None, work=tmp_path, config=toy(steps=2, use_text=False), device="cpu"
+    )
     assert result.model.encoder is None
     assert result.model.card.head.text_features == 0
     said = result.model.predict(np.zeros((16, 16, 3), np.uint8), "Dense.")
     assert any("trained without sentences" in note for note in said.notes)
 
 
-def test_without_held_out_pictures_the_threshold_is_a_half(cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path):
-    result = train_textdiff(cases[:1], denoiser=extractor, encoder=encoder, work=tmp_path, config=toy(steps=1), device="cpu")
+def test_without_held_out_pictures_the_threshold_is_a_half(
+    cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
+):
+    result = train_textdiff(
+        cases[:1], denoiser=extractor, encoder=encoder, work=tmp_path, config=toy(steps=1), device="cpu"
+    )
     assert result.figures == {}
     assert result.model.card.threshold == 0.5
 
 
-def write_case(folder: Path, picture: np.ndarray, mask: np.ndarray, name: str = "p", sentence: str | None = None) -> Case:
+def write_case(
+    folder: Path, picture: np.ndarray, mask: np.ndarray, name: str = "p", sentence: str | None = None
+) -> Case:
     paths = []
     for kind, array in (("images", picture), ("labels", mask)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
@@ -114,7 +152,9 @@ def test_unusual_pictures_empty_masks_and_no_sentence_are_learned_from(
     picture: np.ndarray, note: str | None, extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
     case = write_case(tmp_path, picture, np.zeros(picture.shape[:2], np.uint8))
-    result = train_textdiff([case], denoiser=extractor, encoder=encoder, work=tmp_path / "work", config=toy(steps=2), device="cpu")
+    result = train_textdiff(
+        [case], denoiser=extractor, encoder=encoder, work=tmp_path / "work", config=toy(steps=2), device="cpu"
+    )
     assert "p: there is no sentence; it is learned from without one." in result.notes
     assert note is None or any(note in n for n in result.notes)
     assert result.model.card.gray == (picture.ndim == 2)
@@ -127,7 +167,9 @@ def test_several_classes_are_learned(extractor: DiffusionFeatures, encoder: Sent
     picture = np.stack([120 * (mask == 1), 120 * (mask == 2), np.full((40, 40), 60)], axis=-1).astype(np.uint8)
     case = write_case(tmp_path, picture, mask)
     config = toy(steps=40, classes=("red", "green"), views=1)
-    result = train_textdiff([case], denoiser=extractor, encoder=encoder, work=tmp_path / "work", config=config, device="cpu")
+    result = train_textdiff(
+        [case], denoiser=extractor, encoder=encoder, work=tmp_path / "work", config=config, device="cpu"
+    )
     answer = result.model.predict(picture)
     assert answer.probabilities.shape == (2, 40, 40)
     assert (answer.mask == mask).mean() > 0.9
@@ -139,7 +181,8 @@ def test_what_makes_no_sense_is_refused_before_anything_is_computed(
 ):
     def run(chosen: list[Case], held_out: list[Case] | None = None, **changes: object) -> None:
         train_textdiff(
-            chosen, held_out or [], denoiser=extractor, encoder=encoder, work=tmp_path / "w", config=toy(steps=1, **changes), device="cpu",
+            chosen, held_out or [], denoiser=extractor, encoder=encoder, work=tmp_path / "w", config=toy(steps=1,
+            **changes), device="cpu",
             report=lambda entry: pytest.fail("computed"),
         )  # fmt: skip
 
@@ -157,7 +200,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_computed(
         run([replace(cases[0], sentence="dense " * 600)])
     (tmp_path / "there").mkdir()
     with pytest.raises(RequestError, match="nothing is overwritten"):
-        train_textdiff(cases[:1], denoiser=extractor, encoder=encoder, out=tmp_path / "there", work=tmp_path / "w", config=TOY)
+        train_textdiff(
+            cases[:1], denoiser=extractor, encoder=encoder, out=tmp_path / "there", work=tmp_path / "w", config=TOY
+        )
 
 
 def test_damaged_pictures_and_masks_of_another_size_are_refused_by_name(
@@ -165,15 +210,24 @@ def test_damaged_pictures_and_masks_of_another_size_are_refused_by_name(
 ):
     wrong = write_case(tmp_path, np.zeros((40, 40, 3), np.uint8), np.zeros((40, 41), np.uint8))
     with pytest.raises(GeometryError, match=r"p\.png"):
-        train_textdiff([wrong], denoiser=extractor, encoder=encoder, work=tmp_path / "w", config=toy(steps=1), device="cpu")
+        train_textdiff(
+            [wrong], denoiser=extractor, encoder=encoder, work=tmp_path / "w", config=toy(steps=1), device="cpu"
+        )
     wrong.image.write_bytes(b"?")
     with pytest.raises(ImageError, match=r"p\.png"):
-        train_textdiff([wrong], denoiser=extractor, encoder=encoder, work=tmp_path / "w", config=toy(steps=1), device="cpu")
+        train_textdiff(
+            [wrong], denoiser=extractor, encoder=encoder, work=tmp_path / "w", config=toy(steps=1), device="cpu"
+        )
 
 
 def test_a_view_mirrors_picture_target_and_sentence_together():
     picture, target = torch.rand(3, 4, 6), torch.rand(2, 4, 6)
-    for view, axes, said in ((0, [], "upper left"), (1, [-1], "upper right"), (2, [-2], "lower left"), (3, [-1, -2], "lower right")):
+    for view, axes, said in (
+        (0, [], "upper left"),
+        (1, [-1], "upper right"),
+        (2, [-2], "lower left"),
+        (3, [-1, -2], "lower right"),
+    ):
         shown, mask, sentence = make_view(picture, target, "Dense in the upper left.", view, 0.0, seed=1)
         assert torch.equal(shown, picture.flip(axes))
         assert torch.equal(mask, target.flip(axes))

@@ -13,7 +13,14 @@ from progidiff.errors import ImageError, RequestError
 from progidiff.labels.history import AnnotationStore
 from progidiff.model.folder import load_card
 from progidiff.prompts.parser import STRUCTURES
-from progidiff.training.accepted_labels import build_cases, find_local_cases, from_json, list_local_labels, read_label_names, to_json
+from progidiff.training.accepted_labels import (
+    build_cases,
+    find_local_cases,
+    from_json,
+    list_local_labels,
+    read_label_names,
+    to_json,
+)
 from progidiff.training.split import AdaptData, prepare_data
 from support.labelled_phantoms import write_case, write_table
 
@@ -29,12 +36,17 @@ def write_study(folder: Path, ids: tuple[int, int], names: tuple[str, ...] = ("a
 
 
 def write_records(folder: Path, records: dict[str, Any]) -> None:
-    objects = {name: {"image": {"info": {}, "ext": ".nii.gz"}, "labels": {"final": {"info": info}}} for name, info in records.items()}
+    objects = {
+        name: {"image": {"info": {}, "ext": ".nii.gz"}, "labels": {"final": {"info": info}}}
+        for name, info in records.items()
+    }
     (folder / "datastore_v2.json").write_text(json.dumps({"name": "x", "objects": objects}))
 
 
 def prepare(folder: Path, model: Path, cases: Any = None, **options: Any) -> AdaptData:
-    return prepare_data(folder if cases is None else cases, load_card(model), folder.parent / "cache", held_out=["b"], **options)
+    return prepare_data(
+        folder if cases is None else cases, load_card(model), folder.parent / "cache", held_out=["b"], **options
+    )
 
 
 def test_the_labels_own_records_name_its_ids(tmp_path: Path, tiny_model: Path):
@@ -87,19 +99,24 @@ def test_what_is_not_drawn_is_unknown_where_nothing_names_the_ids(tmp_path: Path
     assert data.training.weigh([position])[0, spleen] == 0
 
 
-@pytest.mark.parametrize("record", [{}, {"label_info": [{"name": "liver", "idx": 1}]}], ids=["no record", "a record that leaves it out"])
+@pytest.mark.parametrize(
+    "record", [{}, {"label_info": [{"name": "liver", "idx": 1}]}], ids=["no record", "a record that leaves it out"]
+)
 def test_an_unknown_id_is_refused_with_what_to_write_where(tmp_path: Path, tiny_model: Path, record: dict[str, Any]):
     studies = write_study(tmp_path / "studies", (1, 222))
     write_records(studies, {"a": record})
-    with pytest.raises(ImageError, match=r"The label of '[ab]' holds ids 222, which neither.*Write them into labels.json.*\{\"222\": \"liver\"\}"):
+    with pytest.raises(
+        ImageError,
+        match=r"The label of '[ab]' holds ids 222, which neither.*Write them into labels.json.*\{\"222\": \"liver\"\}",
+    ):
         prepare(studies, tiny_model)
 
 
 def test_records_that_are_no_names_are_passed_over():
     assert read_label_names({"label_info": "liver"}) == {}
-    assert read_label_names({"label_info": [{"name": "liver"}, {"idx": 3}, "x", {"name": "aorta", "idx": "4"}, {"name": "air", "idx": 0}]}) == {
-        4: "aorta"
-    }
+    assert read_label_names(
+        {"label_info": [{"name": "liver"}, {"idx": 3}, "x", {"name": "aorta", "idx": "4"}, {"name": "air", "idx": 0}]}
+    ) == {4: "aorta"}
     assert read_label_names({"params": {"label_names": {"liver": 6}}}) == {6: "liver"}
 
 
@@ -116,7 +133,8 @@ def test_a_slice_counts_for_the_structures_that_its_saves_speak_about(tmp_path: 
     weights = cache.weigh([0, 1, 2])
     assert weights[:, liver].tolist() == [1, 1, 0]
     assert weights[:, spleen].tolist() == [0, 1, 1]
-    # The spleen is drawn on slice 3 of the file, but nobody has said so; on slice 10 somebody said that it is not there.
+    # The spleen is drawn on slice 3 of the file, but nobody has said so; on slice 10 somebody said that it is not
+    # there.
     assert cache.by_structure[spleen].tolist() == [1]
     # Made elsewhere, without a record: the whole volume counts.
     assert data.validation.annotated[0].all()

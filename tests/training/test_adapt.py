@@ -26,7 +26,9 @@ from progidiff.training.adapt import AdaptConfig, AdaptResult, judge, run_adapt
 from progidiff.training.split import pick_evenly, prepare_data, restrict_cache, split_slices
 from support.labelled_phantoms import write_case, write_table
 
-QUICK = AdaptConfig(lora=LoraSettings(4, 8), steps=40, validate_every=10, batch_size=6, learning_rate=1e-2, num_proposals=2)
+QUICK = AdaptConfig(
+    lora=LoraSettings(4, 8), steps=40, validate_every=10, batch_size=6, learning_rate=1e-2, num_proposals=2
+)
 BARELY = replace(QUICK, steps=2, validate_every=2, learning_rate=1e-7)
 """Trains nothing that shows: the version is as good as the base, which is not good enough."""
 
@@ -105,7 +107,9 @@ def test_the_engine_serves_the_published_version_for_this_modality(adapted: tupl
     assert engine.propose(volume, [Query("liver", "liver")], num_proposals=1).adapter == "mr@1"
 
 
-def test_the_same_command_again_trains_nothing_and_does_not_undo_a_rollback(adapted: tuple[Path, AdaptResult], tmp_path: Path):
+def test_the_same_command_again_trains_nothing_and_does_not_undo_a_rollback(
+    adapted: tuple[Path, AdaptResult], tmp_path: Path
+):
     folder = Path(shutil.copytree(adapted[0], tmp_path / "copy"))
     again = run_adapt(folder / "studies", folder / "model", "mr", folder / "work", QUICK)
     assert "done before. mr@1 is published" in again.message
@@ -185,7 +189,9 @@ def test_the_proposals_are_trained_on_request_and_kept_only_if_they_gain(studies
     )
 
 
-def test_a_full_disk_publishes_nothing_and_the_training_is_kept(studies: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_publishes_nothing_and_the_training_is_kept(
+    studies: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuse(path: Path, content: bytes) -> None:
         raise OSError(28, "No space left on device")
 
@@ -223,7 +229,10 @@ def test_a_version_of_kind_full_is_trained_published_and_served(studies: Path, m
     assert result.figures["adapted"]["evidence"] > 0.5 > result.figures["base"]["evidence"]
     store = AdapterStore(model / "adapters")
     assert store.run(result.card)["config"]["kind"] == "full"
-    assert "All weights of the conditioning branch (encoder, query_head trained)" in (store.folder(result.card) / "README.md").read_text()
+    assert (
+        "All weights of the conditioning branch (encoder, query_head trained)"
+        in (store.folder(result.card) / "README.md").read_text()
+    )
     volume = load_volume(studies / "one.nii.gz")
     store.publish("mr", 1)
     assert Engine(model, device="cpu").propose(volume, [Query("liver", "liver")], num_proposals=1).adapter == "mr@1"
@@ -244,9 +253,15 @@ def test_kind_full_trains_the_injection_on_request(studies: Path, model: Path):
     lora = LoraSettings(2, 4, ("encoder", "query_head", "injection"))
     result = adapt(studies, model, replace(BARELY, kind="full", lora=lora, proposal_steps=2))
     choice = AdapterStore(model / "adapters").run(result.card)["choice"]
-    assert ("injection" in choice["targets"]) == (choice["consensus_with_proposals"] > choice["consensus_without_proposals"])
+    assert ("injection" in choice["targets"]) == (
+        choice["consensus_with_proposals"] > choice["consensus_without_proposals"]
+    )
     with pytest.raises(RequestError, match="kind full holds the conditioning branch, not the denoiser"):
-        adapt(studies, model, replace(BARELY, kind="full", lora=LoraSettings(target_modules=("denoiser",)), proposal_steps=2))
+        adapt(
+            studies,
+            model,
+            replace(BARELY, kind="full", lora=LoraSettings(target_modules=("denoiser",)), proposal_steps=2),
+        )
 
 
 def test_one_volume_or_a_few_slices_are_enough_and_the_client_is_told(tmp_path: Path, model: Path):
@@ -258,7 +273,9 @@ def test_one_volume_or_a_few_slices_are_enough_and_the_client_is_told(tmp_path: 
     assert sum(len(z) for z in run["training_slices"].values()) == 3
 
 
-def test_a_version_is_compared_with_what_images_of_its_modality_get_now(adapted: tuple[Path, AdaptResult], tmp_path: Path):
+def test_a_version_is_compared_with_what_images_of_its_modality_get_now(
+    adapted: tuple[Path, AdaptResult], tmp_path: Path
+):
     folder = Path(shutil.copytree(adapted[0], tmp_path / "copy"))
     result = run_adapt(folder / "studies", folder / "model", "other-site", folder / "work", BARELY)
     assert "other-site@1 is kept but not published" in result.message
@@ -267,7 +284,10 @@ def test_a_version_is_compared_with_what_images_of_its_modality_get_now(adapted:
 
 def test_held_back_volumes_stay_held_back_as_labels_grow(tmp_path: Path, tiny_model: Path):
     studies = write_study(tmp_path / "studies", ("a", "b"))
-    parent = {"held_out_cases": prepare(studies, tiny_model).held_out, "training_cases": prepare(studies, tiny_model).training.names}
+    parent = {
+        "held_out_cases": prepare(studies, tiny_model).held_out,
+        "training_cases": prepare(studies, tiny_model).training.names,
+    }
     for more in (("a", "b", "c"), ("a", "b", "c", "d")):
         write_study(studies, more)
         assert prepare(studies, tiny_model, parent=parent).held_out == parent["held_out_cases"]
@@ -290,16 +310,23 @@ def test_one_modality_can_be_picked_out_of_several(studies: Path, model: Path):
 def test_a_name_stands_for_one_modality(adapted: tuple[Path, AdaptResult], tmp_path: Path):
     folder = Path(shutil.copytree(adapted[0], tmp_path / "copy"))
     studies = write_study(tmp_path / "ct", modality="CT")
-    with pytest.raises(RequestError, match=r"Adapter 'mr' is for MR images \(mr@1\), but the labelled images are CT; choose another name"):
+    with pytest.raises(
+        RequestError,
+        match=r"Adapter 'mr' is for MR images \(mr@1\), but the labelled images are CT; choose another name",
+    ):
         run_adapt(studies, folder / "model", "mr", folder / "work", BARELY)
 
 
-def test_a_full_disk_during_training_is_told_and_the_run_continues_later(studies: Path, model: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_during_training_is_told_and_the_run_continues_later(
+    studies: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+):
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("progidiff.training.adapt.save_file", refuse)
-    with pytest.raises(StoreError, match="weights of step 2 cannot be written.*No space left.*continues from the last checkpoint"):
+    with pytest.raises(
+        StoreError, match="weights of step 2 cannot be written.*No space left.*continues from the last checkpoint"
+    ):
         adapt(studies, model)
     monkeypatch.undo()
     assert not list((model.parent / "work").glob("mr-*/evidence/best.safetensors"))
@@ -391,14 +418,20 @@ def test_a_held_back_share_can_be_split_from_any_cache(studies: Path, tiny_model
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        (lambda a: np.where(a == 2, 9, a), ImageError, "holds ids 9, which neither the label.s record .label_info. nor labels.json names"),
+        (
+            lambda a: np.where(a == 2, 9, a),
+            ImageError,
+            "holds ids 9, which neither the label.s record .label_info. nor labels.json names",
+        ),
         (lambda a: a * 0, ImageError, "is empty; label a structure, or remove"),
         (lambda a: a.astype(np.float32) + 0.5 * (a > 0), ImageError, "whole numbers|integer"),
         (lambda a: a[:, :, :-1], GeometryError, "grid|shape"),
     ],
     ids=["unknown ids", "empty", "floats", "another grid"],
 )
-def test_labels_that_cannot_be_trained_on_are_refused(studies: Path, model: Path, change: Any, error: type[Exception], message: str):
+def test_labels_that_cannot_be_trained_on_are_refused(
+    studies: Path, model: Path, change: Any, error: type[Exception], message: str
+):
     relabel(studies, "two", change)
     with pytest.raises(error, match=message):
         adapt(studies, model)
@@ -489,10 +522,25 @@ def runner() -> CliRunner:
     return CliRunner()
 
 
-def test_the_commands_train_list_show_use_and_roll_back(adapted: tuple[Path, AdaptResult], tmp_path: Path, runner: CliRunner):
+def test_the_commands_train_list_show_use_and_roll_back(
+    adapted: tuple[Path, AdaptResult], tmp_path: Path, runner: CliRunner
+):
     folder = Path(shutil.copytree(adapted[0], tmp_path / "copy"))
     model = ["--model", str(folder / "model")]
-    small = ["--steps", "2", "--validate-every", "2", "--batch-size", "2", "--learning-rate", "1e-7", "--rank", "2", "--shots", "1"]
+    small = [
+        "--steps",
+        "2",
+        "--validate-every",
+        "2",
+        "--batch-size",
+        "2",
+        "--learning-rate",
+        "1e-7",
+        "--rank",
+        "2",
+        "--shots",
+        "1",
+    ]
     work = ["--studies", str(folder / "studies"), "--work", str(folder / "work"), "--name", "mr"]
     done = runner.invoke(app, ["adapt", *work, *model, *small])
     assert done.exit_code == 3

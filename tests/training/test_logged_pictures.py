@@ -13,7 +13,9 @@ from progidiff.training.logged_pictures import draw_answers, paint, pick_telling
 from progidiff.training.slice_cache import SliceCache, list_cases
 from support.labelled_phantoms import write_case, write_table
 
-CONFIG = ConditioningConfig(height=32, width=64, spacing_range=(4.0, 12.0), text_features=8, slot_channels=(4,), slot_strides=(8,))
+CONFIG = ConditioningConfig(
+    height=32, width=64, spacing_range=(4.0, 12.0), text_features=8, slot_channels=(4,), slot_strides=(8,)
+)
 
 
 def open_cache(folder: Path) -> SliceCache:

@@ -172,7 +172,9 @@ def test_swapping_averaged_and_live_weights_twice_changes_nothing():
 
 def test_other_settings_are_refused_by_name(tmp_path: Path):
     train(tmp_path)
-    with pytest.raises(RequestError, match=r"other settings \(learning_rate, seed differ\); use another folder, or the same settings"):
+    with pytest.raises(
+        RequestError, match=r"other settings \(learning_rate, seed differ\); use another folder, or the same settings"
+    ):
         train(tmp_path, replace(CONFIG, learning_rate=0.1, seed=1))
 
 
@@ -274,14 +276,18 @@ def test_gradients_of_micro_batches_are_averaged(tmp_path: Path):
         total = torch.zeros(())
         for micro in range(3):
             torch.manual_seed(derive_seed(CONFIG.seed, step, "global", micro))
-            total = total + loss(step, torch.Generator().manual_seed(derive_seed(CONFIG.seed, step, micro=micro)))[0] / 3
+            total = (
+                total + loss(step, torch.Generator().manual_seed(derive_seed(CONFIG.seed, step, micro=micro)))[0] / 3
+            )
         return total, {}
 
     run_loop({"net": module}, compute_all, CONFIG, tmp_path / "b")
     for name, tensor in accumulated.state_dict().items():
         torch.testing.assert_close(tensor, module.state_dict()[name], rtol=1e-5, atol=1e-6)
     entry = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])
-    assert entry["loss"] == pytest.approx(json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])["loss"], rel=1e-4)
+    assert entry["loss"] == pytest.approx(
+        json.loads((tmp_path / "b" / "log.jsonl").read_text().splitlines()[-1])["loss"], rel=1e-4
+    )
 
 
 def test_the_networks_run_in_the_precision_that_was_asked_for(tmp_path: Path):
@@ -289,7 +295,9 @@ def test_the_networks_run_in_the_precision_that_was_asked_for(tmp_path: Path):
     for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
         module = build_module()
 
-        def compute_loss(step: int, generator: torch.Generator, module: nn.Module = module, precision: str = precision) -> Any:
+        def compute_loss(
+            step: int, generator: torch.Generator, module: nn.Module = module, precision: str = precision
+        ) -> Any:
             answer = module(torch.randn(16, 4, generator=generator))
             seen[precision] = answer.dtype
             return answer.float().square().mean(), {}
@@ -333,8 +341,15 @@ def test_gradients_that_overflow_at_every_scale_end_a_run_in_fp16(tmp_path: Path
     module = build_module()
     loss = build_loss(module)
     config = replace(CONFIG, precision="fp16", steps=40)
-    with pytest.raises(ModelError, match=r"The gradients became (inf|nan) at step 16; lower the learning rate or use fp32"):
-        run_loop({"net": module}, lambda step, generator: (loss(step, generator)[0] + (0 * module[0].weight.sum()).sqrt(), {}), config, tmp_path)
+    with pytest.raises(
+        ModelError, match=r"The gradients became (inf|nan) at step 16; lower the learning rate or use fp32"
+    ):
+        run_loop(
+            {"net": module},
+            lambda step, generator: (loss(step, generator)[0] + (0 * module[0].weight.sum()).sqrt(), {}),
+            config,
+            tmp_path,
+        )
 
 
 def test_a_resumed_run_in_fp16_ends_as_if_it_had_not_stopped(tmp_path: Path):
@@ -358,7 +373,8 @@ def test_curves_and_pictures_are_written_for_tensorboard(tmp_path: Path):
     config = replace(CONFIG, validate_every=6, log_every=4)
     picture = np.zeros((6, 9, 3), np.uint8)
     run_loop(
-        {"net": module}, build_loss(module), config, tmp_path, lambda: {"consensus": 0.25}, draw=lambda: {"slices/one 3": picture}
+        {"net": module}, build_loss(module), config, tmp_path, lambda: {"consensus": 0.25},
+        draw=lambda: {"slices/one 3": picture}
     )  # fmt: skip
     board = read_board(tmp_path)
     assert [e.step for e in board.Scalars("training/loss")] == [4, 8, 12]
@@ -387,7 +403,14 @@ def test_curves_of_a_killed_run_go_on_where_it_resumed(tmp_path: Path):
 def test_without_tensorboard_no_picture_is_drawn(tmp_path: Path):
     module = build_module()
     config = replace(CONFIG, validate_every=6, tensorboard=False)
-    run_loop({"net": module}, build_loss(module), config, tmp_path, lambda: {}, draw=lambda: pytest.fail("nobody would see it"))
+    run_loop(
+        {"net": module},
+        build_loss(module),
+        config,
+        tmp_path,
+        lambda: {},
+        draw=lambda: pytest.fail("nobody would see it"),
+    )
     assert not (tmp_path / "tensorboard").exists()
 
 
@@ -416,7 +439,10 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_run_goes_on_from_it(tmp
                 stack.enter_context(file_size_limit(100_000))
             return loss(step, generator)
 
-        with pytest.raises(StoreError, match=r"checkpoint of step 8 cannot be written .* Free some disk space there\. The checkpoint before"):
+        with pytest.raises(
+            StoreError,
+            match=r"checkpoint of step 8 cannot be written .* Free some disk space there\. The checkpoint before",
+        ):
             run_loop({"net": module}, compute_loss, CONFIG, tmp_path / "full")
     assert read_step(tmp_path / "full") == 4
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["state.safetensors", "tensorboard"]
@@ -445,7 +471,15 @@ def test_a_checkpoint_of_before_a_setting_existed_is_resumed(tmp_path: Path):
     path = tmp_path / "old" / "state.safetensors"
     metadata, tensors = read_metadata(tmp_path / "old"), load_file(path)
     config = {k: v for k, v in json.loads(metadata["config"]).items() if k != "accumulate"}
-    save_file(tensors, path, {"step": metadata["step"], "history": metadata["history"], "config": json.dumps({**config, "checkpoint_every": 4})})
+    save_file(
+        tensors,
+        path,
+        {
+            "step": metadata["step"],
+            "history": metadata["history"],
+            "config": json.dumps({**config, "checkpoint_every": 4}),
+        },
+    )
     assert_equal(train(tmp_path / "old"), train(tmp_path / "whole"))
 
 

@@ -43,7 +43,8 @@ from progidiff.training.processes import find_team
 
 team, mode, folder = find_team(), sys.argv[1], Path(sys.argv[2])
 torch.manual_seed(team.index)  # every process starts with other weights; those of the first count
-net = nn.ModuleDict({"first": nn.Linear(4, 8), "drop": nn.Dropout(0.3), "last": nn.Linear(8, 1), "rare": nn.Linear(8, 1), "never": nn.Linear(8, 1)})
+net = nn.ModuleDict({"first": nn.Linear(4, 8), "drop": nn.Dropout(0.3), "last": nn.Linear(8, 1)})
+net.update({"rare": nn.Linear(8, 1), "never": nn.Linear(8, 1)})
 micro = team.index
 
 def compute_loss(step, generator):
@@ -61,7 +62,10 @@ def compute_loss(step, generator):
 
 asked = iter(range(100))
 told = []
-config = LoopConfig(10, 0.05, warmup=2, ema_decay=0.9, seed=3, precision="fp32", accumulate=2 // team.count, checkpoint_every=4, validate_every=5)
+config = LoopConfig(
+    10, 0.05, warmup=2, ema_decay=0.9, seed=3, precision="fp32", accumulate=2 // team.count,
+    checkpoint_every=4, validate_every=5,
+)
 stop = (lambda: team.is_first and next(asked) >= 5) if mode == "stops" else None
 try:
     history = run_loop({"net": net}, compute_loss, config, folder, lambda: {"dice": 0.5}, stop, told.append)
@@ -79,12 +83,28 @@ def environment() -> dict[str, str]:
 def launch(count: int, *command: str) -> str:
     """Output of `count` processes started by ``accelerate launch``."""
     if count > 1:
-        options = ["--multi_gpu", "--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        options = [
+            "--multi_gpu",
+            "--num_processes",
+            str(count),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+        ]
         launcher = ["-m", "accelerate.commands.launch", *options, "--main_process_port", str(free_port())]
     else:
         launcher = []
     done = subprocess.run(
-        [sys.executable, *launcher, *command], capture_output=True, text=True, encoding="utf-8", env=environment(), timeout=600, check=False
+        [sys.executable, *launcher, *command],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment(),
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -115,7 +135,9 @@ def test_two_processes_share_a_step_that_one_computes_in_two_micro_batches(toy: 
     assert not [n for n in second if n.startswith("optimizer") and ".never." in n]
     # The first process speaks for both.
     assert sorted(told.splitlines()) == ["process 0: 2 validations, 1 reports", "process 1: 0 validations, 0 reports"]
-    entries = [[json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (alone, tmp_path)]
+    entries = [
+        [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (alone, tmp_path)
+    ]
     assert entries[0][1]["loss"] == pytest.approx(entries[1][1]["loss"], rel=1e-4)
 
 
@@ -140,7 +162,9 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("studies")
     write_table(folder, {6: "liver", 8: "aorta"})
     for shift, name in enumerate(("one", "two")):
-        write_case(folder, name, {6: np.s_[6:16, 6 + shift : 20, 2:8], 8: np.s_[24:28, 10:16, 1 + shift : 9]}, slices=10)
+        write_case(
+            folder, name, {6: np.s_[6:16, 6 + shift : 20, 2:8], 8: np.s_[24:28, 10:16, 1 + shift : 9]}, slices=10
+        )
     return folder
 
 
@@ -151,8 +175,17 @@ def write_settings(folder: Path, **changes: Any) -> Path:
 
 
 def train_command(studies: Path, tiny_model: Path, folder: Path, settings: Path) -> list[str]:
-    options = {"--studies": studies, "--model": folder / "model", "--work": folder / "work", "--continue-from": tiny_model}
-    words = [str(word) for pair in {**options, "--config": settings, "--hold-out": "two", "--threads": 1}.items() for word in pair]
+    options = {
+        "--studies": studies,
+        "--model": folder / "model",
+        "--work": folder / "work",
+        "--continue-from": tiny_model,
+    }
+    words = [
+        str(word)
+        for pair in {**options, "--config": settings, "--hold-out": "two", "--threads": 1}.items()
+        for word in pair
+    ]
     return ["-m", "progidiff.cli", "train", *words]
 
 
@@ -164,7 +197,9 @@ def load_states(folder: Path) -> dict[str, torch.Tensor]:
 def train_here(studies: Path, tiny_model: Path, folder: Path, settings: Path) -> dict[str, torch.Tensor]:
     folder.mkdir(exist_ok=True)
     config = load_config(TrainConfig, settings)
-    run_train(studies, folder / "model", folder / "work", config, held_out=["two"], continue_from=tiny_model, device="cpu")
+    run_train(
+        studies, folder / "model", folder / "work", config, held_out=["two"], continue_from=tiny_model, device="cpu"
+    )
     return load_states(folder)
 
 
@@ -175,13 +210,17 @@ def test_the_recipe_gives_the_same_model_in_two_processes(studies: Path, tiny_mo
     alone = train_here(studies, tiny_model, tmp_path / "alone", write_settings(tmp_path, accumulate=2))
     for name, tensor in alone.items():
         torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
-    first, second = (load_file(f / "model" / "conditioning" / "branch.safetensors") for f in (tmp_path, tmp_path / "alone"))
+    first, second = (
+        load_file(f / "model" / "conditioning" / "branch.safetensors") for f in (tmp_path, tmp_path / "alone")
+    )
     assert all(torch.allclose(first[n].float(), second[n].float(), rtol=1e-2, atol=1e-4) for n in first)
 
 
 def kill_at(command: list[str], log: Path, step: int) -> None:
     """Run a command until a log says that it is at a step, then kill it with no chance to clean up."""
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment())
+    process = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment()
+    )
     try:
         started = time.monotonic()
         while True:
@@ -197,7 +236,9 @@ def kill_at(command: list[str], log: Path, step: int) -> None:
         process.wait()
 
 
-def test_a_training_that_was_killed_twice_gives_the_same_weights_bit_for_bit(studies: Path, tiny_model: Path, tmp_path: Path):
+def test_a_training_that_was_killed_twice_gives_the_same_weights_bit_for_bit(
+    studies: Path, tiny_model: Path, tmp_path: Path
+):
     settings = write_settings(tmp_path)
     command = train_command(studies, tiny_model, tmp_path, settings)
     kill_at(command, tmp_path / "work" / "evidence" / "log.jsonl", 5)

@@ -18,7 +18,9 @@ def draw(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_dice_loss_is_monais(batch: bool):
     probabilities, targets = draw(3, 4, 8, 8)
     reference = DiceLoss(smooth_nr=2.0, smooth_dr=2.0, batch=batch)(probabilities, targets)
-    torch.testing.assert_close(compute_dice_loss(probabilities, targets, (0, 2, 3) if batch else (2, 3), smooth=2.0), reference)
+    torch.testing.assert_close(
+        compute_dice_loss(probabilities, targets, (0, 2, 3) if batch else (2, 3), smooth=2.0), reference
+    )
 
 
 def test_a_perfect_mask_costs_nothing_and_its_opposite_costs_most():

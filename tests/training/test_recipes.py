@@ -1,4 +1,6 @@
-"""`progidiff pretrain` and `progidiff train` from labelled volumes to a model that proposes, at toy width and for a few steps."""
+"""`progidiff pretrain` and `progidiff train` from labelled volumes to a model that proposes, at toy width and for a few
+steps.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,22 @@ from progidiff.testing import TOY_WIDTHS
 from progidiff.training.backbone_stages import crop_around, describe_slice, draw_masks
 from progidiff.training.evidence_stage import PhraseTable, one_hot
 from progidiff.training.losses import ProposalLosses
-from progidiff.training.proposal_stage import ProposalObjective, ProposalOptions, draw_pairs, drop_text, wear_down_evidence
-from progidiff.training.recipe_settings import CodecStage, EvidenceStage, GridSettings, PretrainConfig, ProposalStage, TextToImageStage, TrainConfig
+from progidiff.training.proposal_stage import (
+    ProposalObjective,
+    ProposalOptions,
+    draw_pairs,
+    drop_text,
+    wear_down_evidence,
+)
+from progidiff.training.recipe_settings import (
+    CodecStage,
+    EvidenceStage,
+    GridSettings,
+    PretrainConfig,
+    ProposalStage,
+    TextToImageStage,
+    TrainConfig,
+)
 from progidiff.training.recipes import run_pretrain, run_train
 from progidiff.training.slice_cache import SliceCache, list_cases
 from support.labelled_phantoms import write_case, write_table
@@ -34,10 +50,18 @@ from support.labelled_phantoms import write_case, write_table
 STRUCTURES = ("liver", "aorta")
 GRID = GridSettings(64, 64, (2.0, 6.0))
 PRETRAIN = PretrainConfig(
-    structures=STRUCTURES, grid=GRID, widths=TOY_WIDTHS, codec=CodecStage(steps=2), refine=CodecStage(steps=2), denoiser=TextToImageStage(steps=2)
+    structures=STRUCTURES,
+    grid=GRID,
+    widths=TOY_WIDTHS,
+    codec=CodecStage(steps=2),
+    refine=CodecStage(steps=2),
+    denoiser=TextToImageStage(steps=2),
 )
 TRAIN = TrainConfig(
-    structures=STRUCTURES, grid=GRID, evidence=EvidenceStage(steps=2, validate_every=2), proposals=ProposalStage(steps=2, validate_every=2)
+    structures=STRUCTURES,
+    grid=GRID,
+    evidence=EvidenceStage(steps=2, validate_every=2),
+    proposals=ProposalStage(steps=2, validate_every=2),
 )
 
 
@@ -46,7 +70,9 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("studies")
     write_table(folder, {6: "liver", 8: "aorta"})
     for shift, name in enumerate(("one", "two")):
-        write_case(folder, name, {6: np.s_[6:16, 6 + shift : 20, 2:8], 8: np.s_[24:28, 10:16, 1 + shift : 9]}, slices=10)
+        write_case(
+            folder, name, {6: np.s_[6:16, 6 + shift : 20, 2:8], 8: np.s_[24:28, 10:16, 1 + shift : 9]}, slices=10
+        )
     return folder
 
 
@@ -67,7 +93,9 @@ def folder(pretrained: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_pretraining_and_training_give_a_model_that_proposes(studies: Path, pretrained: tuple[Path, dict[str, Any]], folder: Path):
+def test_pretraining_and_training_give_a_model_that_proposes(
+    studies: Path, pretrained: tuple[Path, dict[str, Any]], folder: Path
+):
     assert set(pretrained[1]["ceiling"]) == set(STRUCTURES)
     card = train(studies, folder, replace(TRAIN, name="toy", version="7"))
     assert card.full_name == "toy@7"
@@ -95,7 +123,9 @@ def test_pretraining_and_training_give_a_model_that_proposes(studies: Path, pret
     assert "Never trained on: two" in text
 
 
-def test_a_frozen_denoiser_stays_as_it_is_and_its_branch_is_trained(studies: Path, pretrained: tuple[Path, dict[str, Any]], tmp_path: Path):
+def test_a_frozen_denoiser_stays_as_it_is_and_its_branch_is_trained(
+    studies: Path, pretrained: tuple[Path, dict[str, Any]], tmp_path: Path
+):
     source = pretrained[0] / "model" / "backbone"
     before = compute_backbone_digest(source)
     card = train(studies, tmp_path, backbone_source=str(source), held_out=[])
@@ -142,19 +172,28 @@ def test_only_the_stages_that_were_chosen_are_trained(studies: Path, tiny_model:
         folder = tmp_path / stage
         config = replace(TRAIN, version="2", stages=(stage,), freeze_denoiser=True)
         card = train(studies, folder, config, continue_from=tiny_model, held_out=[])
-        changed = {n for n, t in load_file(folder / "model" / "conditioning" / "branch.safetensors").items() if not torch.equal(t, start[n].half())}
+        changed = {
+            n
+            for n, t in load_file(folder / "model" / "conditioning" / "branch.safetensors").items()
+            if not torch.equal(t, start[n].half())
+        }
         assert changed
         assert all(name.startswith(trained) for name in changed), stage
         assert card.backbone_digest == load_card(tiny_model).backbone_digest
         assert not (folder / "work" / ("proposals" if stage == "evidence" else "evidence")).exists()
 
 
-def test_what_makes_no_sense_together_is_refused_before_anything_is_read(studies: Path, tiny_model: Path, tmp_path: Path):
+def test_what_makes_no_sense_together_is_refused_before_anything_is_read(
+    studies: Path, tiny_model: Path, tmp_path: Path
+):
     with pytest.raises(RequestError, match="Proposals are trained on top of evidence"):
         train(studies, tmp_path, replace(TRAIN, stages=("proposals",)), backbone_source=str(tiny_model / "backbone"))
     with pytest.raises(RequestError, match=r"its denoiser cannot be trained: set freeze_denoiser=true, or copy it"):
         train(studies, tmp_path, replace(TRAIN, freeze_denoiser=False), backbone_source=str(tiny_model / "backbone"))
-    with pytest.raises(RequestError, match=r"'tiny@1' is what is continued; give the new weights another name, for example --version 1\.1"):
+    with pytest.raises(
+        RequestError,
+        match=r"'tiny@1' is what is continued; give the new weights another name, for example --version 1\.1",
+    ):
         train(studies, tmp_path, replace(TRAIN, name="tiny"), continue_from=tiny_model)
     with pytest.raises(RequestError, match="would be continued and overwritten at once"):
         run_train(studies, tiny_model, tmp_path, TRAIN, continue_from=tiny_model)
@@ -166,13 +205,16 @@ def test_what_makes_no_sense_together_is_refused_before_anything_is_read(studies
 
 
 def test_every_batch_asks_for_something_present_and_something_absent(tiny_model: Path, tmp_path: Path):
-    # The gallbladder has a name in the table and is nowhere: it is absent. Of structures without a name nothing is known.
+    # The gallbladder has a name in the table and is nowhere: it is absent. Of structures without a name nothing is
+    # known.
     write_table(tmp_path, {6: "liver", 8: "aorta", 4: "gallbladder"})
     write_case(tmp_path, "one", {6: np.s_[6:16, 6:20, 1:9], 8: np.s_[24:28, 10:16, 1:9]}, slices=10)
     backbone = Backbone(tiny_model / "backbone", device="cpu", dtype="fp32")
     card, pipeline = load_pipeline(tiny_model, backbone)
     cache = SliceCache(list_cases(tmp_path), card.structures, card.conditioning, tmp_path / "cache")
-    objective = ProposalObjective(pipeline, PhraseTable(backbone, card.structures), cache, ProposalOptions(slices_per_step=4))
+    objective = ProposalObjective(
+        pipeline, PhraseTable(backbone, card.structures), cache, ProposalOptions(slices_per_step=4)
+    )
     asked = set()
     for seed in range(30):
         batch = objective.draw_batch(torch.Generator().manual_seed(seed))
@@ -183,11 +225,15 @@ def test_every_batch_asks_for_something_present_and_something_absent(tiny_model:
     assert asked == {"liver", "aorta", "gallbladder"}
     loss, figures = objective.compute_loss(batch, torch.Generator().manual_seed(0))
     weights = ProposalLosses()
-    parts = weights.diffusion * figures["diffusion"] + weights.latent * figures["latent"] + weights.mask * figures["mask"]
+    parts = (
+        weights.diffusion * figures["diffusion"] + weights.latent * figures["latent"] + weights.mask * figures["mask"]
+    )
     assert float(loss.detach()) == pytest.approx(parts, rel=1e-4)
 
 
-def test_a_stage_that_is_finished_is_loaded_and_gives_the_same_model(studies: Path, pretrained: tuple[Path, dict[str, Any]], tmp_path: Path):
+def test_a_stage_that_is_finished_is_loaded_and_gives_the_same_model(
+    studies: Path, pretrained: tuple[Path, dict[str, Any]], tmp_path: Path
+):
     source = str(pretrained[0] / "model" / "backbone")
     train(studies, tmp_path, backbone_source=source, held_out=[])
     weights = (tmp_path / "model" / "conditioning" / "branch.safetensors").read_bytes()
@@ -198,7 +244,14 @@ def test_a_stage_that_is_finished_is_loaded_and_gives_the_same_model(studies: Pa
 
 def test_a_pretrained_backbone_holds_no_traces_of_its_making(pretrained: tuple[Path, dict[str, Any]]):
     backbone = pretrained[0] / "model" / "backbone"
-    assert sorted(p.name for p in backbone.iterdir()) == ["model_index.json", "scheduler", "text_encoder", "tokenizer", "unet", "vae"]
+    assert sorted(p.name for p in backbone.iterdir()) == [
+        "model_index.json",
+        "scheduler",
+        "text_encoder",
+        "tokenizer",
+        "unet",
+        "vae",
+    ]
     assert Backbone(backbone, device="cpu").vae.config.scaling_factor != 1.0
 
 
@@ -231,7 +284,9 @@ def test_masks_are_drawn_from_what_a_slice_shows():
     labels[2, 3, 3] = 2
     rows, structures, masks = draw_masks(None, torch.zeros(3, 3, 8, 8), labels, 3, np.random.default_rng(0))  # type: ignore[arg-type]
     assert sorted(zip(rows.tolist(), structures.tolist(), strict=True)) == [(0, 0), (0, 2), (2, 1)]
-    assert all(torch.equal(mask, (labels[n] == s + 1).float()) for n, s, mask in zip(rows, structures, masks, strict=True))
+    assert all(
+        torch.equal(mask, (labels[n] == s + 1).float()) for n, s, mask in zip(rows, structures, masks, strict=True)
+    )
     empty = draw_masks(None, torch.zeros(1, 3, 8, 8), labels[1:2], 3, np.random.default_rng(0))  # type: ignore[arg-type]
     assert [len(e) for e in empty] == [0, 0, 0]
 

@@ -62,7 +62,9 @@ def test_flags_win_over_changes_over_the_file_over_defaults(tmp_path: Path):
     file = write(tmp_path, "count: 4\nname: file\ninner:\n  rate: 0.1\n")
     assert load_config(Outer, file) == Outer(4, "file", inner=Inner(0.1))
     assert load_config(Outer, file, ["name=set", "inner.rate=0.2"]) == Outer(4, "set", inner=Inner(0.2))
-    assert load_config(Outer, file, ["name=set", "inner.rate=0.2"], {"name": "flag", "count": None}) == Outer(4, "flag", inner=Inner(0.2))
+    assert load_config(Outer, file, ["name=set", "inner.rate=0.2"], {"name": "flag", "count": None}) == Outer(
+        4, "flag", inner=Inner(0.2)
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,7 +157,9 @@ def test_a_stage_is_its_schedule_with_what_all_stages_share():
 
 def test_the_command_line_prints_settings_without_any_folder():
     runner = CliRunner()
-    shown = runner.invoke(main.app, ["train", "--show-config", "--proposal-steps", "7", "--set", "evidence.steps=9", "--version", "2"])
+    shown = runner.invoke(
+        main.app, ["train", "--show-config", "--proposal-steps", "7", "--set", "evidence.steps=9", "--version", "2"]
+    )
     assert shown.exit_code == 0, shown.output
     config = load_config(TrainConfig, flags=flatten(yaml.safe_load(shown.stdout)))
     assert config == replace(
@@ -168,7 +172,9 @@ def test_the_command_line_prints_settings_without_any_folder():
 
 
 def test_the_rank_flag_alone_keeps_alpha_at_twice_the_rank():
-    shown = CliRunner().invoke(main.app, ["adapt", "--show-config", "--rank", "4", "--targets", "encoder,injection", "--no-norms"])
+    shown = CliRunner().invoke(
+        main.app, ["adapt", "--show-config", "--rank", "4", "--targets", "encoder,injection", "--no-norms"]
+    )
     lora = yaml.safe_load(shown.stdout)["lora"]
     assert lora == {"rank": 4, "alpha": 8.0, "target_modules": ["encoder", "injection"], "norms": False}
 

@@ -15,7 +15,9 @@ from progidiff.model.conditioning import ConditioningConfig
 from progidiff.training.slice_cache import SliceCache, augment, list_cases, simulate_bias_field
 from support.labelled_phantoms import AFFINE, write_case, write_table
 
-CONFIG = ConditioningConfig(height=32, width=64, spacing_range=(4.0, 12.0), text_features=8, slot_channels=(4,), slot_strides=(8,))
+CONFIG = ConditioningConfig(
+    height=32, width=64, spacing_range=(4.0, 12.0), text_features=8, slot_channels=(4,), slot_strides=(8,)
+)
 
 
 @pytest.fixture
@@ -25,7 +27,9 @@ def studies(tmp_path: Path) -> Path:
     folder.mkdir()
     write_table(folder, {6: "liver", 4: "gallbladder", 8: "aorta"})
     for name in ("one", "two"):
-        write_case(folder, name, {6: np.s_[6:16, 6:20, 1:19], 4: np.s_[18:22, 8:12, 9:11], 8: np.s_[24:28, 10:16, 3:13]})
+        write_case(
+            folder, name, {6: np.s_[6:16, 6:20, 1:19], 4: np.s_[18:22, 8:12, 9:11], 8: np.s_[24:28, 10:16, 3:13]}
+        )
     return folder
 
 
@@ -42,7 +46,8 @@ def test_balanced_drawing_sees_each_structure_equally_often(studies: Path):
     rng = np.random.default_rng(0)
     for random_share in (0.0, 0.15):
         drawn = cache.draw_balanced(6000, rng, random_share)
-        # The gallbladder's slices are drawn as often as a third of all draws and then some: every one shows the liver too.
+        # The gallbladder's slices are drawn as often as a third of all draws and then some: every one shows the liver
+        # too.
         share = np.mean([cache.pixels[cache.index[i][0]][cache.index[i][1], 0] > 0 for i in drawn])
         wanted = (1 - random_share) * (1 / 3 + (1 / 3) * (2 / 18) + (1 / 3) * (2 / 10)) + random_share * 0.1
         assert share == pytest.approx(wanted, abs=4 * (wanted * (1 - wanted) / 6000) ** 0.5)
@@ -52,7 +57,9 @@ def test_slices_without_any_structure_are_drawn_too(studies: Path):
     cache = open_cache(studies)
     drawn = Counter(cache.index[i] for i in cache.draw_balanced(4000, np.random.default_rng(0)))
     assert drawn[(0, 0)] > 0
-    assert (0, 0) not in Counter(cache.index[i] for i in cache.draw_balanced(4000, np.random.default_rng(0), random_share=0.0))
+    assert (0, 0) not in Counter(
+        cache.index[i] for i in cache.draw_balanced(4000, np.random.default_rng(0), random_share=0.0)
+    )
 
 
 def test_drawing_follows_the_generator_alone(studies: Path):
@@ -80,7 +87,12 @@ def test_labels_are_mapped_by_name_and_not_by_number(tmp_path: Path):
         folder = tmp_path / str(number)
         folder.mkdir()
         write_table(folder, table)
-        write_case(folder, "case", {next(k for k, v in table.items() if v == name): box for name, box in boxes.items()}, slices=10)
+        write_case(
+            folder,
+            "case",
+            {next(k for k, v in table.items() if v == name): box for name, box in boxes.items()},
+            slices=10,
+        )
         cache = SliceCache(list_cases(folder), ("aorta", "liver"), CONFIG, tmp_path / "cache")
         masks.append(cache.read(range(len(cache)))[1])
     assert torch.equal(masks[0], masks[1])
@@ -95,7 +107,8 @@ def test_structures_not_asked_for_are_background(studies: Path):
 
 
 def test_the_right_of_the_patient_is_on_the_left_of_the_slice(tmp_path: Path):
-    # Voxel i runs towards the patient's left in one file and towards the right in the other; the liver lies right in both.
+    # Voxel i runs towards the patient's left in one file and towards the right in the other; the liver lies right in
+    # both.
     left_to_right = AFFINE @ np.diag([-1.0, 1, 1, 1])
     found = []
     for name, affine, box in (("a", AFFINE, np.s_[6:16, 6:20, 2:8]), ("b", left_to_right, np.s_[24:34, 6:20, 2:8])):
@@ -125,7 +138,9 @@ def test_reading_gives_the_slice_between_its_neighbours(studies: Path):
 
 def test_prepared_slices_stay_on_disk_and_are_reused(studies: Path):
     first = open_cache(studies)
-    assert not any(isinstance(value, np.ndarray) for file in (*first.images, *first.labels) for value in vars(file).values())
+    assert not any(
+        isinstance(value, np.ndarray) for file in (*first.images, *first.labels) for value in vars(file).values()
+    )
     files = {p: p.stat().st_mtime_ns for p in (studies.parent / "cache").rglob("*.npy")}
     second = open_cache(studies)
     assert {p: p.stat().st_mtime_ns for p in (studies.parent / "cache").rglob("*.npy")} == files
@@ -200,7 +215,8 @@ def test_augmentation_never_mirrors():
         where = {v: (moved == v).nonzero().float().mean(0) for v in (1, 2, 3) if (moved == v).sum() > 8}
         if len(where) == 3:
             (ay, ax), (by, bx), (cy, cx) = where[1], where[2], where[3]
-            # The sign of the triangle's area is the same in every rotation, scale, shear and shift, and changes in a mirror.
+            # The sign of the triangle's area is the same in every rotation, scale, shear and shift, and changes in a
+            # mirror.
             assert (bx - ax) * (cy - ay) - (by - ay) * (cx - ax) < 0
             assert ax < bx
             turned += 1
@@ -232,7 +248,9 @@ def test_no_strength_changes_nothing():
 
 def test_image_and_label_move_together():
     _, labels = draw_markers(30)
-    moved_images, moved_labels = augment((labels > 0).float()[:, None] * 2 - 1, labels, torch.Generator().manual_seed(0))
+    moved_images, moved_labels = augment(
+        (labels > 0).float()[:, None] * 2 - 1, labels, torch.Generator().manual_seed(0)
+    )
     bright = moved_images[:, 0] > moved_images[:, 0].amax(dim=(1, 2), keepdim=True) - 0.7
     overlap = 2 * (bright & (moved_labels > 0)).sum() / (bright.sum() + (moved_labels > 0).sum())
     assert float(overlap) > 0.8

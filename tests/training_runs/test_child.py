@@ -32,11 +32,20 @@ class Place:
     """A datastore, a model, and runs on them."""
 
     def __init__(self, folder: Path, model: Path, names: tuple[str, ...] = ("one", "two")) -> None:
-        self.folder, self.model, self.studies = folder, Path(shutil.copytree(model, folder / "model")), folder / "studies"
+        self.folder, self.model, self.studies = (
+            folder,
+            Path(shutil.copytree(model, folder / "model")),
+            folder / "studies",
+        )
         self.studies.mkdir()
         self.names = names
         for shift, name in enumerate(names):
-            write_case(self.studies, name, {1: np.s_[6:16, 6 + shift : 20, 2:8], 2: np.s_[24:30, 8:16, 1 + shift : 9]}, slices=12)
+            write_case(
+                self.studies,
+                name,
+                {1: np.s_[6:16, 6 + shift : 20, 2:8], 2: np.s_[24:30, 8:16, 1 + shift : 9]},
+                slices=12,
+            )
             (self.studies / f"{name}.json").write_text('{"modality": "MR"}')
         self.store = AdapterStore(self.model / "adapters")
         self._count = 0
@@ -109,7 +118,10 @@ def test_a_run_that_is_stopped_continues_and_one_that_is_done_is_not_repeated(pl
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda a: np.where(a == 2, 222, a), "holds ids 222, which neither the label's record .* nor labels.json names"),
+        (
+            lambda a: np.where(a == 2, 222, a),
+            "holds ids 222, which neither the label's record .* nor labels.json names",
+        ),
         (lambda a: a * 0, "The label of 'two' is empty"),
         (lambda a: a.astype(np.float32) + 0.5 * (a > 0), "save it with whole numbers"),
         (lambda a: a[:, :, :-1], "resample it to the image's grid"),

@@ -10,7 +10,9 @@ from progidiff.active_learning.advice import MIN_SAVES, CurvePoint, advise, esti
 from progidiff.training_runs.mark import Mark, MarkFile
 
 
-def test_the_mark_survives_a_restart_and_a_damaged_one_counts_everything_as_new(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_the_mark_survives_a_restart_and_a_damaged_one_counts_everything_as_new(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
     file = tmp_path / "deep" / "retrain.json"
     assert MarkFile(file).load() == Mark()
     MarkFile(file).save(Mark(7, 3))

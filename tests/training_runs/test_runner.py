@@ -71,11 +71,17 @@ def test_the_outcome_arrives_over_the_pipe_and_is_written_down(build: Callable[.
     def fail(version: str) -> None:
         raise RuntimeError(version)
 
-    program = 'progress(); print(json.dumps({"state": "done", "message": "mr@1 is published", "published": True, "version": "mr@1"}))'
+    answer = '{"state": "done", "message": "mr@1 is published", "published": True, "version": "mr@1"}'
+    program = f"progress(); print(json.dumps({answer}))"
     runner = build(program, on_published=[fail, published.append])
     assert runner.status()["state"] == "idle"
     status = run_to_end(runner, steps=40, strange=1, client_id="me")
-    assert (status["state"], status["published"], status["version"], status["message"]) == ("done", True, "mr@1", "mr@1 is published")
+    assert (status["state"], status["published"], status["version"], status["message"]) == (
+        "done",
+        True,
+        "mr@1",
+        "mr@1 is published",
+    )
     assert (status["params"], status["ignored"]) == ({"steps": 40, "strange": 1}, ["strange"])
     wait_for(lambda: published == ["mr@1"])
     again = TrainingRunner(tmp_path / "training", lambda _: {}).status()
@@ -85,20 +91,27 @@ def test_the_outcome_arrives_over_the_pipe_and_is_written_down(build: Callable[.
 @pytest.mark.parametrize(
     ("program", "reason"),
     [
-        ("progress(); os.kill(os.getpid(), signal.SIGKILL)", r"was killed \(signal 9, SIGKILL\) at evidence, step 7 of 40.*start it again"),
+        (
+            "progress(); os.kill(os.getpid(), signal.SIGKILL)",
+            r"was killed \(signal 9, SIGKILL\) at evidence, step 7 of 40.*start it again",
+        ),
         ("os.kill(os.getpid(), signal.SIGSEGV)", r"was killed \(signal 11, SIGSEGV\) at start"),
         ("sys.exit(5)", "ended with code 5.*log.txt"),
         ('print("no JSON"); sys.exit(1)', "ended with code 1"),
     ],
 )
-def test_a_process_that_ends_without_a_word_is_explained(build: Callable[..., TrainingRunner], program: str, reason: str):
+def test_a_process_that_ends_without_a_word_is_explained(
+    build: Callable[..., TrainingRunner], program: str, reason: str
+):
     status = run_to_end(build(program))
     assert status["state"] == "failed"
     assert re.search(reason, status["reason"])
     assert status["message"] == status["reason"]
 
 
-def test_a_process_that_the_kernel_ended_for_memory_is_told_apart(build: Callable[..., TrainingRunner], monkeypatch: pytest.MonkeyPatch):
+def test_a_process_that_the_kernel_ended_for_memory_is_told_apart(
+    build: Callable[..., TrainingRunner], monkeypatch: pytest.MonkeyPatch
+):
     counts = iter((3, 4))
     monkeypatch.setattr("progidiff.training_runs.runner._count_oom_kills", lambda: next(counts))
     status = run_to_end(build("os.kill(os.getpid(), signal.SIGKILL)"), batch_size=9)
@@ -153,7 +166,9 @@ def test_one_training_at_a_time(build: Callable[..., TrainingRunner], tmp_path: 
         runner.start("progidiff_adapt")
 
 
-def test_a_training_that_ends_with_its_server_is_one_to_be_continued(build: Callable[..., TrainingRunner], tmp_path: Path):
+def test_a_training_that_ends_with_its_server_is_one_to_be_continued(
+    build: Callable[..., TrainingRunner], tmp_path: Path
+):
     program = """
 progress()
 sys.stdin.readline()
@@ -179,7 +194,9 @@ def test_what_prevents_a_start_is_told(build: Callable[..., TrainingRunner], tmp
         TrainingRunner(tmp_path / "blocked", refuse).start("progidiff")
 
 
-def test_the_last_run_is_the_last_one_started_whatever_the_clock_says(build: Callable[..., TrainingRunner], tmp_path: Path):
+def test_the_last_run_is_the_last_one_started_whatever_the_clock_says(
+    build: Callable[..., TrainingRunner], tmp_path: Path
+):
     ids = [f"{date}T000000-ffffff" for date in ("20260101", "20990101")]  # The clock was ahead.
     for run_id in ids:
         (tmp_path / "training" / "runs" / run_id).mkdir(parents=True)
@@ -217,7 +234,10 @@ def test_a_run_without_an_outcome_was_interrupted_unless_somebody_works_on_it(tm
 def test_the_defaults_are_what_viewers_can_draw_and_what_is_trained_with():
     for trainer in TRAINERS:
         values = get_defaults(trainer)
-        assert all(isinstance(v, (str, int, float, bool)) or (v and all(isinstance(e, str) for e in v)) for v in values.values())
+        assert all(
+            isinstance(v, (str, int, float, bool)) or (v and all(isinstance(e, str) for e in v))
+            for v in values.values()
+        )
         options, ignored = TrainingOptions.from_params(trainer, values)
         assert ignored == ()
         assert (options.name, options.modality, options.slices, options.publish) == (None, None, None, True)
@@ -242,7 +262,9 @@ def test_options_that_make_no_sense_are_refused(params: dict[str, Any], message:
 
 
 def test_names_are_read_from_text_and_lists():
-    options, _ = TrainingOptions.from_params("progidiff", {"structures": "liver, left kidney", "held_out": ["a"], "name": "site-mr"})
+    options, _ = TrainingOptions.from_params(
+        "progidiff", {"structures": "liver, left kidney", "held_out": ["a"], "name": "site-mr"}
+    )
     assert (options.structures, options.held_out, options.name) == (("liver", "left kidney"), ("a",), "site-mr")
 
 
@@ -311,15 +333,26 @@ def test_progress_that_cannot_be_written_ends_nothing(tmp_path: Path):
     ("error", "reason"),
     [
         (MemoryError(), "ran out of memory.*Lower batch_size .it was 12."),
-        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "ran out of memory .CUDA out of memory"),
-        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), "ran out of memory"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+            "ran out of memory .CUDA out of memory",
+        ),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "ran out of memory",
+        ),
         (OSError(errno.ENOSPC, "No space left on device"), "The disk is full.*Free some space.*Nothing was published"),
         (PermissionError(errno.EACCES, "Permission denied"), "could not be read or written"),
-        (ImageError("The label of 'a' is empty; label a structure."), "^The label of 'a' is empty; label a structure.$"),
+        (
+            ImageError("The label of 'a' is empty; label a structure."),
+            "^The label of 'a' is empty; label a structure.$",
+        ),
         (ValueError("strange"), "broke unexpectedly .ValueError: strange."),
     ],
 )
-def test_every_failure_has_a_reason_and_a_cure(error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_every_failure_has_a_reason_and_a_cure(
+    error: Exception, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     def fail(*_: Any) -> Outcome:
         raise error
 
@@ -355,4 +388,8 @@ def test_what_no_later_run_asks_for_is_removed(tmp_path: Path):
     os.utime(cache / "replaced" / "meta.json", (now - 100, now - 100))
     os.utime(tmp_path / "ct-forgotten", (now - 1e7, now - 1e7))
     tidy_up(tmp_path, cache, tmp_path / "mr-done", since=now - 50)
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("**/*") if p.is_dir()) == ["cache", "cache/read", "mr-stopped"]
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.glob("**/*") if p.is_dir()) == [
+        "cache",
+        "cache/read",
+        "mr-stopped",
+    ]

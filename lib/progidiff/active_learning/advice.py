@@ -51,9 +51,10 @@ class Advice:
     Attributes:
         stop: True if both signs say that more slices hardly help.
         message: Why, with the numbers.
-        unchanged_before, unchanged_now: Rate of masks accepted without a change in the earlier and the later half of the saves; None if
-            too few are known.
-        expected_gain: Validation Dice that as many slices again are expected to bring; None if there are fewer than two versions.
+        unchanged_before, unchanged_now: Rate of masks accepted without a change in the earlier and the later half of
+            the saves; None if too few are known.
+        expected_gain: Validation Dice that as many slices again are expected to bring; None if there are fewer than two
+            versions.
     """
 
     stop: bool
@@ -84,31 +85,44 @@ def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Ad
     Example:
         >>> points = [CurvePoint("mr@1", 20, 0.70), CurvePoint("mr@2", 40, 0.80)]
         >>> advise([True] * 10, points, 20).message
-        '0 % of the last 5 masks were accepted without a change, 0 % before. 20 more slices are expected to bring 0.058 Dice. Go on.'
+        '0 % of the last 5 masks were accepted without a change, 0 % before. 20 more slices are expected to bring 0.058
+        Dice. Go on.'
     """
     half = len(edited) // 2
     before, now = (None, None) if len(edited) < MIN_SAVES else (_rate(edited[:half]), _rate(edited[half:]))
     gain = estimate_gain(curve, more)
     told = []
     if before is None or now is None:
-        told.append(f"Of {len(edited)} saves it is known whether the mask was changed; {MIN_SAVES} are needed to judge by.")
+        told.append(
+            f"Of {len(edited)} saves it is known whether the mask was changed; {MIN_SAVES} are needed to judge by."
+        )
     else:
-        told.append(f"{now:.0%} of the last {len(edited) - half} masks were accepted without a change, {before:.0%} before.".replace("%", " %"))
+        rates = f"{now:.0%} of the last {len(edited) - half} masks were accepted without a change, {before:.0%} before."
+        told.append(rates.replace("%", " %"))
     if gain is None:
         told.append("Two trained versions are needed to expect a gain.")
     else:
         told.append(f"{more} more slices are expected to bring {gain:.3f} Dice.")
-    stop = before is not None and now is not None and gain is not None and abs(now - before) < FLAT_RATE and gain < FLAT_GAIN
+    stop = (
+        before is not None
+        and now is not None
+        and gain is not None
+        and abs(now - before) < FLAT_RATE
+        and gain < FLAT_GAIN
+    )
     if stop:
-        told.append("Both are flat: more slices of this kind hardly help. Review the least certain labels, or add images of another kind.")
+        told.append(
+            "Both are flat: more slices of this kind hardly help. Review the least "
+            "certain labels, or add images of another kind."
+        )
     elif before is not None and gain is not None:
         told.append("Go on.")
     return Advice(stop, " ".join(told), before, now, gain)
 
 
 def estimate_gain(curve: Sequence[CurvePoint], more: int) -> float | None:
-    """What `more` slices are expected to add to the validation Dice: a line through the last four versions over the logarithm of the
-    slices, at least 0. None if fewer than two versions differ in slices.
+    """What `more` slices are expected to add to the validation Dice: a line through the last four versions over the
+    logarithm of the slices, at least 0. None if fewer than two versions differ in slices.
     """
     points = [(math.log(point.slices), point.dice) for point in curve if point.slices > 0][-4:]
     if len({x for x, _ in points}) < 2:

@@ -1,5 +1,6 @@
-"""What annotating has brought so far: validation Dice against annotated slices, how often masks were accepted as they were, how long a
-slice takes, what is queued and why, and whether to go on. From the label history and the versions on disk; no network, no server.
+"""What annotating has brought so far: validation Dice against annotated slices, how often masks were accepted as they
+were, how long a slice takes, what is queued and why, and whether to go on. From the label history and the versions on
+disk; no network, no server.
 """
 
 from __future__ import annotations
@@ -47,23 +48,31 @@ def build_report(
         textdiff: The trained versions for pictures; None if there are none.
 
     Returns:
-        "annotated" {images, whole_images, slices}, "saves" {saves, known, unchanged, minutes_per_slice, by_version}, "versions" [version,
-        name, modality, created, served, slices, dice {structure: Dice}, mean, base_mean, accepted, verdict, cases, here: whether it was trained
-        on images that are labelled here], "advice_by_model" {name: advice, see `retrain.Advice`} of the models that were, "advice" of the one
-        trained last, "advice_about" its name ("" if there is none: then the advice is about all saves), "queue", "problems",
+        "annotated" {images, whole_images, slices}, "saves" {saves, known, unchanged, minutes_per_slice, by_version},
+        "versions" [version, name, modality, created, served, slices, dice {structure: Dice}, mean, base_mean, accepted,
+        verdict, cases, here: whether it was trained on images that are labelled here], "advice_by_model" {name: advice,
+            see `retrain.Advice`} of the models that were, "advice" of the one
+        trained last, "advice_about" its name ("" if there is none: then the advice is about all saves), "queue",
+            "problems",
         "set_aside" (what crashes left, see `AnnotationStore.list_torn`).
     """
     problems: list[str] = []
     saves = [save for save in annotations.list() if save.tag == "final"]
     state = annotations.annotated_images()
     known = {*state, *(save.image for save in saves)}
-    versions = [{**version, "here": is_trained_on(version, known)} for version in list_versions(adapters, textdiff, problems)]
+    versions = [
+        {**version, "here": is_trained_on(version, known)} for version in list_versions(adapters, textdiff, problems)
+    ]
     newest = max((v for v in versions if v["here"]), key=lambda v: v["created"], default=None)
     for_pictures = {v["name"] for v in versions if v["modality"] == PICTURE}
     by_model = {}
     for name in dict.fromkeys(v["name"] for v in versions if v["here"]):
         # A shipped version of the same name learned from other images: its Dice is no point of this curve.
-        curve = [CurvePoint(v["version"], v["slices"], v["mean"]) for v in versions if v["here"] and v["name"] == name and v["mean"] is not None]
+        curve = [
+            CurvePoint(v["version"], v["slices"], v["mean"])
+            for v in versions
+            if v["here"] and v["name"] == name and v["mean"] is not None
+        ]
         edited = [save.edited for save in saves if save.edited is not None and _is_about(save, name, for_pictures)]
         by_model[name] = advise(edited, curve, batch).to_dict()
     about = str(newest["name"]) if newest else ""
@@ -75,7 +84,9 @@ def build_report(
         },
         "saves": _count_saves(saves),
         "versions": versions,
-        "advice": by_model[about] if about else advise([save.edited for save in saves if save.edited is not None], [], batch).to_dict(),
+        "advice": by_model[about]
+        if about
+        else advise([save.edited for save in saves if save.edited is not None], [], batch).to_dict(),
         "advice_about": about,
         "advice_by_model": by_model,
         "queue": [dict(entry) for entry in queue],
@@ -94,7 +105,8 @@ def list_queue(
     wanted: Callable[[str], str] = lambda modality: "",
     rounds: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
-    """The images that are worth annotating next by the scores on disk, best first, as a server without clients would list them.
+    """The images that are worth annotating next by the scores on disk, best first, as a server without clients would
+    list them.
 
     Args:
         scores: Of the background scorer.
@@ -117,21 +129,46 @@ def list_queue(
     counts = {entry.modality: (rounds or {}).get(entry.modality, 0) for entry in entries.values()}
     seed = 0 if strategy in BY_SCORE else annotations.last_sequence()
     order = pick_slices(
-        pool, limit, strategy, config, annotated=annotated, one_per_image=True, round_index=min(counts.values(), default=0), seed=seed
+        pool,
+        limit,
+        strategy,
+        config,
+        annotated=annotated,
+        one_per_image=True,
+        round_index=min(counts.values(), default=0),
+        seed=seed,
     )
     found = []
     for first in order:
         entry = entries[first.image]
         picks = pick_slices(
-            pool, SLICES_SHOWN, strategy, config, annotated=annotated, within=first.image, round_index=counts[entry.modality], seed=seed
+            pool,
+            SLICES_SHOWN,
+            strategy,
+            config,
+            annotated=annotated,
+            within=first.image,
+            round_index=counts[entry.modality],
+            seed=seed,
         )
         slices = [_describe_pick(pick) for pick in picks]
-        found.append({"image": first.image, "slices": slices, "reason": summarise_reasons(picks), "scores_from": entry.scores.version})
+        found.append(
+            {
+                "image": first.image,
+                "slices": slices,
+                "reason": summarise_reasons(picks),
+                "scores_from": entry.scores.version,
+            }
+        )
     return found
 
 
-def find_served(model_dir: Path, adapters: AdapterStore, textdiff: VersionStore[Any] | None = None) -> Callable[[str], str]:
-    """Which version a server with these models would answer with: modality -> version, "" if there is none. Nothing is loaded."""
+def find_served(
+    model_dir: Path, adapters: AdapterStore, textdiff: VersionStore[Any] | None = None
+) -> Callable[[str], str]:
+    """Which version a server with these models would answer with: modality -> version, "" if there is none. Nothing is
+    loaded.
+    """
 
     def find(modality: str) -> str:
         try:
@@ -149,10 +186,20 @@ def find_served(model_dir: Path, adapters: AdapterStore, textdiff: VersionStore[
 
 def format_html(report: Mapping[str, Any], title: str = "ProGiDiff Label: progress") -> str:
     """The report as one page without scripts or anything from elsewhere."""
-    parts = [f"<h1>{html.escape(title)}</h1>", f"<p><b>{_tell_advice(report['advice_about'], report['advice'])}</b></p>"]
-    parts += [f"<p>{_tell_advice(name, advice)}</p>" for name, advice in report["advice_by_model"].items() if name != report["advice_about"]]
+    parts = [
+        f"<h1>{html.escape(title)}</h1>",
+        f"<p><b>{_tell_advice(report['advice_about'], report['advice'])}</b></p>",
+    ]
+    parts += [
+        f"<p>{_tell_advice(name, advice)}</p>"
+        for name, advice in report["advice_by_model"].items()
+        if name != report["advice_about"]
+    ]
     annotated, saves = report["annotated"], report["saves"]
-    parts.append(f"<p>{annotated['slices']} slices of {annotated['images']} images are annotated; {annotated['whole_images']} images wholly.</p>")
+    parts.append(
+        f"<p>{annotated['slices']} slices of {annotated['images']} images are annotated; "
+        f"{annotated['whole_images']} images wholly.</p>"
+    )
     parts += [f"<p class=problem>{html.escape(problem)}</p>" for problem in [*report["problems"], *report["set_aside"]]]
     parts.append("<h2>Validation Dice against annotated slices</h2>")
     versions = report["versions"]
@@ -172,20 +219,36 @@ def format_html(report: Mapping[str, Any], title: str = "ProGiDiff Label: progre
             for version in versions
         ]
         parts.append(_table(header, rows))
-        parts.append("<p>Of the consensus on held-back slices, which also chose the number of steps: no test result.</p>")
+        parts.append(
+            "<p>Of the consensus on held-back slices, which also chose the number of steps: no test result.</p>"
+        )
     else:
         parts.append("<p>No version was trained yet.</p>")
     parts.append("<h2>Masks accepted as they were</h2>")
-    rows = [[entry["version"], entry["saves"], _percent(entry["unchanged"]), _number(entry["minutes_per_slice"])] for entry in saves["by_version"]]
-    parts.append(_table(["proposals by", "saves", "unchanged", "minutes per slice"], rows) if rows else "<p>No label was saved yet.</p>")
+    rows = [
+        [entry["version"], entry["saves"], _percent(entry["unchanged"]), _number(entry["minutes_per_slice"])]
+        for entry in saves["by_version"]
+    ]
+    parts.append(
+        _table(["proposals by", "saves", "unchanged", "minutes per slice"], rows)
+        if rows
+        else "<p>No label was saved yet.</p>"
+    )
     parts.append("<h2>Next</h2>")
-    rows = [[entry["image"], ", ".join(str(item["index"]) for item in entry["slices"]), entry["reason"]] for entry in report["queue"]]
+    rows = [
+        [entry["image"], ", ".join(str(item["index"]) for item in entry["slices"]), entry["reason"]]
+        for entry in report["queue"]
+    ]
     parts.append(_table(["image", "slices", "why"], rows) if rows else "<p>Nothing is queued.</p>")
     style = (
-        "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-        "td,th{border:1px solid #8888;padding:.2em .6em;text-align:left}.problem{color:#b00}:root{color-scheme:light dark}"
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 "
+        "1em}table{border-collapse:collapse}td,th{border:1px solid #8888;padding:.2em "
+        ".6em;text-align:left}.problem{color:#b00}:root{color-scheme:light dark}"
     )
-    head = f"<meta charset=utf-8><meta name=viewport content='width=device-width'><title>{html.escape(title)}</title><style>{style}</style>"
+    head = (
+        "<meta charset=utf-8><meta name=viewport "
+        f"content='width=device-width'><title>{html.escape(title)}</title><style>{style}</style>"
+    )
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
@@ -199,11 +262,25 @@ def draw_curves(versions: Sequence[Mapping[str, Any]], width: int = 640, height:
             if dice is not None:
                 x = left + (width - left - right) * version["slices"] / most
                 lines.setdefault((version["name"], name), []).append((x, top + (height - top - bottom) * (1 - dice)))
-    colours = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+    colours = (
+        "#1f77b4",
+        "#ff7f0e",
+        "#2ca02c",
+        "#d62728",
+        "#9467bd",
+        "#8c564b",
+        "#e377c2",
+        "#7f7f7f",
+        "#bcbd22",
+        "#17becf",
+    )
     drawn = []
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = top + (height - top - bottom) * (1 - share)
-        drawn.append(f"<line x1={left} x2={width - right} y1={y:.0f} y2={y:.0f} stroke=#8884 /><text x=4 y={y + 4:.0f}>{share:g}</text>")
+        drawn.append(
+            f"<line x1={left} x2={width - right} y1={y:.0f} y2={y:.0f} stroke=#8884 "
+            f"/><text x=4 y={y + 4:.0f}>{share:g}</text>"
+        )
     for number, ((adapter, name), points) in enumerate(sorted(lines.items())):
         colour = "currentColor" if name == "mean" else colours[number % len(colours)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in sorted(points))
@@ -212,16 +289,24 @@ def draw_curves(versions: Sequence[Mapping[str, Any]], width: int = 640, height:
         drawn += [f"<circle cx={x:.1f} cy={y:.1f} r={thick + 1} fill='{colour}'/>" for x, y in points]
         x, y = max(points)
         drawn.append(f"<text x={x + 8:.0f} y={y + 4:.0f} fill='{colour}'>{html.escape(f'{adapter}: {name}')}</text>")
-    drawn.append(f"<text x={left} y={height - 6}>0</text><text x={width - right - 60} y={height - 6}>{most} slices</text>")
-    return f"<svg viewBox='0 0 {width} {height}' style='max-width:{width}px;font-size:11px' fill=currentColor role=img>{''.join(drawn)}</svg>"
+    drawn.append(
+        f"<text x={left} y={height - 6}>0</text><text x={width - right - 60} y={height - 6}>{most} slices</text>"
+    )
+    return (
+        f"<svg viewBox='0 0 {width} {height}' style='max-width:{width}px;font-size:11px' "
+        f"fill=currentColor role=img>{''.join(drawn)}</svg>"
+    )
 
 
-def list_versions(adapters: AdapterStore, textdiff: VersionStore[Any] | None, problems: list[str]) -> list[dict[str, Any]]:
-    """All trained versions in one form; adapters first, in the order in which they were trained. What is damaged goes to `problems`.
+def list_versions(
+    adapters: AdapterStore, textdiff: VersionStore[Any] | None, problems: list[str]
+) -> list[dict[str, Any]]:
+    """All trained versions in one form; adapters first, in the order in which they were trained. What is damaged goes
+    to `problems`.
 
     Returns:
-        See "versions" in `build_report`, without "here". Of a version for pictures, "slices" are images and "dice" is empty: its mean is
-        over the images.
+        See "versions" in `build_report`, without "here". Of a version for pictures, "slices" are images and "dice" is
+        empty: its mean is over the images.
     """
     found = []
     stores: list[VersionStore[Any]] = [adapters] if textdiff is None else [adapters, textdiff]
@@ -234,7 +319,11 @@ def list_versions(adapters: AdapterStore, textdiff: VersionStore[Any] | None, pr
                 except (ModelError, NotFoundError) as err:
                     problems.append(str(err))
                     continue
-                figures = _read_adapter_figures(card.structures, run) if isinstance(card, AdapterCard) else _read_picture_figures(run)
+                figures = (
+                    _read_adapter_figures(card.structures, run)
+                    if isinstance(card, AdapterCard)
+                    else _read_picture_figures(run)
+                )
                 found.append(
                     {
                         "version": card.full_name,
@@ -257,11 +346,17 @@ def is_trained_on(version: Mapping[str, Any], images: Collection[str]) -> bool:
 
 
 def count_rounds(versions: Sequence[Mapping[str, Any]], images: Collection[str]) -> dict[str, int]:
-    """How often the model was improved by labels of these images, per modality ("CT", "MR", "picture"): accepted versions.
+    """How often the model was improved by labels of these images, per modality ("CT", "MR", "picture"): accepted
+    versions.
 
-    Versions that came with the package, or that the gate refused, are no rounds: the choice of slices has learned nothing from them.
+    Versions that came with the package, or that the gate refused, are no rounds: the choice of slices has learned
+    nothing from them.
     """
-    return dict(Counter(str(version["modality"]) for version in versions if version["accepted"] and is_trained_on(version, images)))
+    return dict(
+        Counter(
+            str(version["modality"]) for version in versions if version["accepted"] and is_trained_on(version, images)
+        )
+    )
 
 
 def _read_adapter_figures(structures: Sequence[str], run: Mapping[str, Any]) -> dict[str, Any]:
@@ -287,7 +382,9 @@ def _read_picture_figures(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_about(save: Annotation, name: str, for_pictures: Collection[str]) -> bool:
-    """Whether a save says how good proposals of a model are: those of its versions, and for an adapter those of the model without one."""
+    """Whether a save says how good proposals of a model are: those of its versions, and for an adapter those of the
+    model without one.
+    """
     if save.source is None:
         return False
     model, adapter = (reference.partition("@")[0] for reference in (save.source.model, save.source.adapter))
@@ -322,7 +419,12 @@ def _count_slices(save: Annotation) -> int:
 
 
 def _describe_pick(pick: Pick) -> dict[str, Any]:
-    return {"index": pick.index, "score": round(pick.score, 4), "structures": list(pick.structures), "reason": pick.reason}
+    return {
+        "index": pick.index,
+        "score": round(pick.score, 4),
+        "structures": list(pick.structures),
+        "reason": pick.reason,
+    }
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

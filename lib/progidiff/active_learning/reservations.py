@@ -77,7 +77,10 @@ class Reservations:
 
     def _load(self) -> dict[str, tuple[str, float]]:
         try:
-            return {str(image): (str(client), float(until)) for image, (client, until) in json.loads(self._file.read_text(encoding="utf-8")).items()}
+            return {
+                str(image): (str(client), float(until))
+                for image, (client, until) in json.loads(self._file.read_text(encoding="utf-8")).items()
+            }
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, TypeError, AttributeError) as err:

@@ -1,12 +1,14 @@
-"""Scores of slices on disk: what the background scorer found, per image and model version; "what next" is answered from here.
+"""Scores of slices on disk: what the background scorer found, per image and model version; "what next" is answered from
+here.
 
 ::
 
-    <root>/<version>/<sha256 of the image id>.safetensors   disagreement, entropy, foreground; everything else in its header
+    <root>/<version>/<sha256 of the image id>.safetensors   disagreement, entropy, foreground; everything else in its
+    header
 
-One small file per image, written under a temporary name, flushed and renamed: a reader sees all of it or nothing, and a scorer that
-was killed goes on where it was. A file that cannot be read is moved aside and scored again. Files stay in memory once they are read,
-so that a pool of a thousand images costs a thousand `stat` calls.
+One small file per image, written under a temporary name, flushed and renamed: a reader sees all of it or nothing, and a
+scorer that was killed goes on where it was. A file that cannot be read is moved aside and scored again. Files stay in
+memory once they are read, so that a pool of a thousand images costs a thousand `stat` calls.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 KEPT_VERSIONS = 4
-"""Scores of so many model versions are kept per modality, the last ones scored: to go back to after a rollback, and for the report.
+"""Scores of so many model versions are kept per modality, the last ones scored: to go back to after a rollback, and for
+the report.
 
 Per modality, because a model for CT goes on being used while the one for MR is trained ten times."""
 
@@ -102,7 +105,10 @@ class SliceScoreStore:
             "created": entry.created,
         }
         tensors = {"disagreement": scores.disagreement, "entropy": scores.entropy, "foreground": scores.foreground}
-        content = save_safetensors({name: values.astype("float32", order="C") for name, values in tensors.items()}, {"progidiff": json.dumps(header)})
+        content = save_safetensors(
+            {name: values.astype("float32", order="C") for name, values in tensors.items()},
+            {"progidiff": json.dumps(header)},
+        )
         folder = self.root / _fold(scores.version)
         scratch: Path | None = None
         is_new = not folder.is_dir()
@@ -120,7 +126,9 @@ class SliceScoreStore:
         except OSError as err:
             if scratch is not None:
                 scratch.unlink(missing_ok=True)
-            raise StoreError(f"The scores of '{scores.image}' could not be kept in '{self.root}' ({err}). Free some disk space.") from err
+            raise StoreError(
+                f"The scores of '{scores.image}' could not be kept in '{self.root}' ({err}). Free some disk space."
+            ) from err
         self._sweep(folder)
         if is_new:  # which versions are too many changes with a new one, not with every image of the pool
             self._prune(folder)
@@ -162,11 +170,19 @@ class SliceScoreStore:
         return entry.scores.version == versions.get(entry.modality), entry.created
 
     def _folders(self) -> list[Path]:
-        return [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")] if self.root.is_dir() else []
+        return (
+            [path for path in self.root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+            if self.root.is_dir()
+            else []
+        )
 
     def _load_folder(self, folder: Path) -> list[ScoredImage]:
         with contextlib.suppress(FileNotFoundError), os.scandir(folder) as files:
-            return [entry for file in files if file.name.endswith(_SUFFIX) and (entry := self._read(Path(file.path), file.stat()))]
+            return [
+                entry
+                for file in files
+                if file.name.endswith(_SUFFIX) and (entry := self._read(Path(file.path), file.stat()))
+            ]
         return []
 
     def _read(self, path: Path, stat: os.stat_result | None = None) -> ScoredImage | None:
@@ -179,7 +195,8 @@ class SliceScoreStore:
             known = self._known.get(path)
         if known is not None and known[0] == stamp:
             return known[1]
-        # One file at a time: of two threads that go through the pool at once, as when a server starts, none reads what the other has read.
+        # One file at a time: of two threads that go through the pool at once, as when a server starts, none reads what
+        # the other has read.
         with self._reading:
             with self._lock:
                 known = self._known.get(path)

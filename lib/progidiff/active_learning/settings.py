@@ -71,7 +71,10 @@ class AcquisitionConfig:
         for entry in filter(None, (part.strip() for part in text.split(","))):
             name, equals, value = (part.strip() for part in entry.partition("="))
             if not equals or name not in known:
-                raise RequestError(f"'{entry[:60]}' is no setting of the choice of slices; write name=value, with one of {', '.join(known)}.")
+                raise RequestError(
+                    f"'{entry[:60]}' is no setting of the choice of slices; write "
+                    f"name=value, with one of {', '.join(known)}."
+                )
             default = known[name]
             if isinstance(default, bool):
                 if value.lower() not in ("on", "off", "true", "false"):
@@ -104,7 +107,9 @@ DEFAULT_STRATEGY = "foreground_random"
 
 
 STRATEGIES: Mapping[str, str] = {
-    "proposal_disagreement": "Where the model's own proposals disagree, weighted by what they draw and spread over structures",
+    "proposal_disagreement": (
+        "Where the model's own proposals disagree, weighted by what they draw and spread over structures"
+    ),
     "uniform_random": "Any slice, with equal chances",
     "foreground_random": "A third of the slices among those where a structure is predicted, the rest anywhere",
     "evenly_spaced": "As far as possible from what is annotated, volume by volume",

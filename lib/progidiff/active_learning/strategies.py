@@ -1,18 +1,23 @@
-"""Which slices a person should look at next: scores of every slice, and strategies that choose by them. Pure functions on arrays.
+"""Which slices a person should look at next: scores of every slice, and strategies that choose by them. Pure functions
+on arrays.
 
 What a slice is worth is asked per structure, from the K proposals that the model makes of it:
 
-1. *disagreement*, 1 - mean pairwise Dice of the proposals: where they differ, a person decides something. Its square root: a slice
-   on which they differ four times as much is worth twice as much, not four times
-2. times a *foreground weight*, the predicted size: the ends of an organ and three noisy pixels disagree most and teach least
-3. *stratified* over structures (66 % of the choices, after ClaSP-PE): else the structure that is worst everywhere takes them all
-4. *spread over images*: those with the fewest annotated slices first, because patients differ more than slices of a patient
+1. *disagreement*, 1 - mean pairwise Dice of the proposals: where they differ, a person decides something. Its square
+   root: a slice on which they differ four times as much is worth twice as much, not four times
+2. times a *foreground weight*, the predicted size: the ends of an organ and three noisy pixels disagree most and teach
+   least
+3. *stratified* over structures (66 % of the choices, after ClaSP-PE): else the structure that is worst everywhere takes
+   them all
+4. *spread over images*: those with the fewest annotated slices first, because patients differ more than slices of a
+   patient
 5. never closer than a *minimum distance* to what is chosen or annotated: neighbouring slices tell the same
-6. *Gumbel noise* on the logarithm of the score, strong in the first rounds (beta 1) and fainter in the last (beta 10): early models
-   are wrong about what they do not know
+6. *Gumbel noise* on the logarithm of the score, strong in the first rounds (beta 1) and fainter in the last (beta 10):
+   early models are wrong about what they do not know
 
-Every part can be switched off (`AcquisitionConfig`), and the plain rivals are here too: uniform, foreground-aware random, evenly
-spaced, entropy. None of this knows whether a strategy is worth anything; ``benchmarks/active_learning.py`` measures it.
+Every part can be switched off (`AcquisitionConfig`), and the plain rivals are here too: uniform, foreground-aware
+random, evenly spaced, entropy. None of this knows whether a strategy is worth anything;
+``benchmarks/active_learning.py`` measures it.
 
 Axial indices z count from inferior to superior.
 """
@@ -66,7 +71,10 @@ class ImageScores:
     def __post_init__(self) -> None:
         shapes = {self.disagreement.shape, self.entropy.shape, self.foreground.shape}
         if len(shapes) != 1 or self.disagreement.ndim != 2 or len(self.disagreement) != len(self.structures):
-            raise GeometryError(f"The scores of '{self.image}' must all have the shape ({len(self.structures)}, Z), got {sorted(shapes)}.")
+            raise GeometryError(
+                f"The scores of '{self.image}' must all have the shape "
+                f"({len(self.structures)}, Z), got {sorted(shapes)}."
+            )
 
     @property
     def num_slices(self) -> int:
@@ -97,7 +105,8 @@ def compute_scores(
     """
     if probabilities.ndim != 5 or len(probabilities) != len(structures) or probabilities.dtype != np.uint8:
         raise GeometryError(
-            f"Scores need uint8 probabilities of shape ({len(structures)}, K, Z, h, w), got {probabilities.dtype} of {probabilities.shape}."
+            f"Scores need uint8 probabilities of shape ({len(structures)}, K, Z, h, w), "
+            f"got {probabilities.dtype} of {probabilities.shape}."
         )
     count, depth = probabilities.shape[1:3]
     inside = np.ones(probabilities.shape[3:], dtype=bool) if covered is None else covered
@@ -115,8 +124,6 @@ def compute_scores(
         entropy[index, occupied] = (entropy_of_sum[total] * inside).sum(axis=(1, 2)) / pixels
         foreground[index, occupied] = drawn.sum(axis=(0, 2, 3)) / (count * pixels)
     return ImageScores(image, tuple(structures), disagreement, entropy, foreground, float(slice_mm), version)
-
-
 
 
 @dataclass(frozen=True)
@@ -182,12 +189,16 @@ class Pool:
             values = self.disagreement if config.score == "disagreement" else self.entropy
             if config.score_power != 1:
                 # Complete agreement is not worth nothing: proposals that agree can be wrong.
-                values = np.where(self.foreground > 0, np.maximum(values, LEAST) ** np.float32(config.score_power), np.float32(0))
+                values = np.where(
+                    self.foreground > 0, np.maximum(values, LEAST) ** np.float32(config.score_power), np.float32(0)
+                )
             self._values[key] = values * weigh_by_foreground(self.foreground) if config.foreground_weight else values
         return self._values[key]
 
     def noisy_logs(self, config: AcquisitionConfig, round_index: int, seed: int) -> np.ndarray:
-        """What slices are compared by, float32 (P + 1, N): the logarithm of their values with noise; the last row is for all structures."""
+        """What slices are compared by, float32 (P + 1, N): the logarithm of their values with noise; the last row is
+        for all structures.
+        """
         key = (config, round_index, seed)
         logs = self._logs.get(key)
         if logs is None:
@@ -219,15 +230,25 @@ class Pool:
         return part
 
     def gumbel(self, seed: int, round_index: int) -> np.ndarray:
-        """Standard Gumbel noise (P + 1, N), the same for a slice whatever else is in the pool; the last row is for all structures together."""
+        """Standard Gumbel noise (P + 1, N), the same for a slice whatever else is in the pool; the last row is for all
+        structures together.
+        """
         key = (seed, round_index)
         noise = self._noise.get(key)
         if noise is None:
             parts = []
             for image, count in zip(self.images, np.diff(self.starts), strict=True):
                 digest = hashlib.blake2b(f"{seed}:{round_index}:{image}".encode(), digest_size=8).digest()
-                parts.append(np.random.default_rng(int.from_bytes(digest)).gumbel(size=(int(count), len(self.structures) + 1)).astype(np.float32))
-            noise = np.ascontiguousarray(np.concatenate(parts).T) if parts else np.zeros((len(self.structures) + 1, 0), np.float32)
+                parts.append(
+                    np.random.default_rng(int.from_bytes(digest))
+                    .gumbel(size=(int(count), len(self.structures) + 1))
+                    .astype(np.float32)
+                )
+            noise = (
+                np.ascontiguousarray(np.concatenate(parts).T)
+                if parts
+                else np.zeros((len(self.structures) + 1, 0), np.float32)
+            )
             self._noise.clear()  # one round is asked for again and again, an older one never
             self._noise[key] = noise
         return noise
@@ -245,7 +266,10 @@ def build_pool(scores: Sequence[ImageScores]) -> Pool:
         raise RequestError("An image is in the pool twice; give its newest scores only.")
     structures = tuple(dict.fromkeys(name for entry in ordered for name in entry.structures))
     starts = np.cumsum([0, *(entry.num_slices for entry in ordered)])
-    tables = {name: np.zeros((len(structures), int(starts[-1])), dtype=np.float32) for name in ("disagreement", "entropy", "foreground")}
+    tables = {
+        name: np.zeros((len(structures), int(starts[-1])), dtype=np.float32)
+        for name in ("disagreement", "entropy", "foreground")
+    }
     positions = {name: index for index, name in enumerate(structures)}
     for entry, start in zip(ordered, starts, strict=False):
         # Structures mostly come in the same order; a range is filled ten times faster than a list of rows.
@@ -261,8 +285,8 @@ def build_pool(scores: Sequence[ImageScores]) -> Pool:
 def weigh_by_foreground(foreground: np.ndarray) -> np.ndarray:
     """How far the predicted size of a structure on a slice makes its disagreement worth a look.
 
-    a / r, at most 1, with a the predicted area and r what is large for the structure (the upper quartile over the slices that show it):
-    a slice in the middle of an organ weighs 1, its ends and islands next to nothing.
+    a / r, at most 1, with a the predicted area and r what is large for the structure (the upper quartile over the
+    slices that show it): a slice in the middle of an organ weighs 1, its ends and islands next to nothing.
 
     Args:
         foreground: float (P, N), shares of the slice.
@@ -280,10 +304,6 @@ def weigh_by_foreground(foreground: np.ndarray) -> np.ndarray:
         if shown.any():
             row[shown] = np.minimum(1, area[shown] / np.quantile(area[shown], 0.75))
     return weight
-
-
-
-
 
 
 def pick_slices(
@@ -380,7 +400,9 @@ class _Draft:
         self.apart[first:last] = False
 
 
-def _pick_by_score(draft: _Draft, count: int, config: AcquisitionConfig, round_index: int, seed: int, rng: np.random.Generator) -> list[Pick]:
+def _pick_by_score(
+    draft: _Draft, count: int, config: AcquisitionConfig, round_index: int, seed: int, rng: np.random.Generator
+) -> list[Pick]:
     pool = draft.pool
     values = pool.values(config)
     logs = pool.noisy_logs(config, round_index, seed)
@@ -392,10 +414,17 @@ def _pick_by_score(draft: _Draft, count: int, config: AcquisitionConfig, round_i
     picks: list[Pick] = []
     while len(picks) < count and draft.free.any():
         number = len(picks)
-        stratified = math.floor((number + 1) * config.stratified_share + 1e-9) > math.floor(number * config.stratified_share + 1e-9)
+        stratified = math.floor((number + 1) * config.stratified_share + 1e-9) > math.floor(
+            number * config.stratified_share + 1e-9
+        )
         row, structure = None, None
-        # First the images with least done that have something to offer. The distance yields before an empty slice is chosen.
-        for allowed in (*(_levels(draft.apart, done, owners) if config.spread_over_images else ()), draft.apart, draft.free):
+        # First the images with least done that have something to offer. The distance yields before an empty slice is
+        # chosen.
+        for allowed in (
+            *(_levels(draft.apart, done, owners) if config.spread_over_images else ()),
+            draft.apart,
+            draft.free,
+        ):
             if stratified:
                 for candidate in np.argsort(turns, kind="stable"):
                     row = _best(logs[candidate], allowed)
@@ -416,7 +445,9 @@ def _pick_by_score(draft: _Draft, count: int, config: AcquisitionConfig, round_i
 
 
 def _levels(allowed: np.ndarray, done: np.ndarray, owners: np.ndarray) -> Iterator[np.ndarray]:
-    """The allowed rows of the images with the fewest annotated slices, then those of images with more as well, and so on."""
+    """The allowed rows of the images with the fewest annotated slices, then those of images with more as well, and so
+    on.
+    """
     for most in np.unique(done[owners[allowed]])[:-1]:
         yield allowed & (done <= most)[owners]
 
@@ -445,7 +476,10 @@ def _describe(pool: Pool, values: np.ndarray, row: int, structure: int | None, c
     # Further structures only if they are about as uncertain: the list is for people.
     strong = [p for p in order if p == main or values[p, row] >= 0.5 * values[order[0], row]][:4]
     if config.score == "disagreement":
-        reason = f"proposals for {name} disagree on {where} (by {pool.disagreement[main, start + low : start + high + 1].max():.2f} of 1)"
+        reason = (
+            f"proposals for {name} disagree on {where} (by "
+            f"{pool.disagreement[main, start + low : start + high + 1].max():.2f} of 1)"
+        )
     else:
         reason = f"{name} is uncertain on {where}"
     score = float(values[main, row]) if structure is not None else float(values[:, row].mean())
@@ -479,7 +513,9 @@ def _pick_at_random(draft: _Draft, count: int, foreground_share: float, rng: np.
         owner = pool.owner(row)
         name = None if structure is None else pool.structures[structure]
         reason = "drawn at random" if name is None else f"drawn at random where {name} is predicted"
-        picks.append(Pick(pool.images[owner], row - int(pool.starts[owner]), 0.0, () if name is None else (name,), reason))
+        picks.append(
+            Pick(pool.images[owner], row - int(pool.starts[owner]), 0.0, () if name is None else (name,), reason)
+        )
     return picks
 
 
@@ -509,7 +545,8 @@ def pick_farthest(free: np.ndarray, taken: Sequence[int]) -> int:
         taken: Slices.
 
     Example:
-        >>> pick_farthest(np.array([True] * 9), []), pick_farthest(np.array([True] * 9), [4]), pick_farthest(np.array([True] * 9), [4, 0])
+        >>> pick_farthest(np.array([True] * 9), []), pick_farthest(np.array([True] * 9),
+        ...     [4]), pick_farthest(np.array([True] * 9), [4, 0])
         (4, 0, 8)
     """
     rows = np.flatnonzero(free)

@@ -15,11 +15,19 @@ from progidiff.errors import RequestError
 from progidiff.proposals.islands import check_clean_up
 from progidiff.proposals.request import DEFAULT_CLEAN_UP
 
-StudiesOption = Annotated[Path, typer.Option(help="Folder of images, as `progidiff serve` serves it.", show_default=False)]
-ModelFolderOption = Annotated[
-    Path | None, typer.Option("--model", help="Folder of the model. Default: apps/progidiff/model of this checkout.", show_default=False)
+StudiesOption = Annotated[
+    Path, typer.Option(help="Folder of images, as `progidiff serve` serves it.", show_default=False)
 ]
-StoreOption = Annotated[Path | None, typer.Option(help="State folder of the server (--conf store). Default: STUDIES/.progidiff.", show_default=False)]
+ModelFolderOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", help="Folder of the model. Default: apps/progidiff/model of this checkout.", show_default=False
+    ),
+]
+StoreOption = Annotated[
+    Path | None,
+    typer.Option(help="State folder of the server (--conf store). Default: STUDIES/.progidiff.", show_default=False),
+]
 
 FAILED_EXIT_CODE = 1
 """`progidiff prelabel` ends with it if some images failed; 2 is an error that stopped it."""
@@ -34,42 +42,72 @@ def register(app: Any) -> None:
 def prelabel(
     studies: StudiesOption,
     prompt: Annotated[str, typer.Option(help="What to segment on every image: 'liver and spleen', 'all'.")] = "all",
-    out_tag: Annotated[str, typer.Option(help="Tag of the labels; viewers open `original` by themselves.")] = "original",
-    num_proposals: Annotated[int, typer.Option("--num-proposals", "-k", help="K; the server's default, so that its first answers are there.")] = 4,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)] = None,
+    out_tag: Annotated[
+        str, typer.Option(help="Tag of the labels; viewers open `original` by themselves.")
+    ] = "original",
+    num_proposals: Annotated[
+        int, typer.Option("--num-proposals", "-k", help="K; the server's default, so that its first answers are there.")
+    ] = 4,
+    steps: Annotated[
+        int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     adapter: Annotated[
-        str | None, typer.Option(help="Name of an adapter, name@version, or none. Default: by the image's modality.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Name of an adapter, name@version, or none. Default: by the image's modality.", show_default=False
+        ),
     ] = None,
-    modality: Annotated[str | None, typer.Option(help="CT or MR for all images. Default: found out for each.", show_default=False)] = None,
-    clean_up: Annotated[str, typer.Option(help="Islands to drop from every proposal: off, small or largest.")] = DEFAULT_CLEAN_UP,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace labels of this tag that this command did not make.")] = False,
+    modality: Annotated[
+        str | None, typer.Option(help="CT or MR for all images. Default: found out for each.", show_default=False)
+    ] = None,
+    clean_up: Annotated[
+        str, typer.Option(help="Islands to drop from every proposal: off, small or largest.")
+    ] = DEFAULT_CLEAN_UP,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace labels of this tag that this command did not make.")
+    ] = False,
     report_file: Annotated[
         Path | None,
-        typer.Option("--report", help="JSON: what became of every image. Default: prelabel.json in the state folder.", show_default=False),
+        typer.Option(
+            "--report",
+            help="JSON: what became of every image. Default: prelabel.json in the state folder.",
+            show_default=False,
+        ),
     ] = None,
     model: ModelFolderOption = None,
-    backbone: Annotated[str | None, typer.Option(help="Folder or hub id of the backbone. Default: the model's own.", show_default=False)] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Folder or hub id of the backbone. Default: the model's own.", show_default=False)
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)
+    ] = None,
     store: StoreOption = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="Spread over a Ray cluster (pip install 'progidiff[ray]'); every machine sees the folders.")
+        bool,
+        typer.Option(
+            "--ray", help="Spread over a Ray cluster (pip install 'progidiff[ray]'); every machine sees the folders."
+        ),
     ] = False,
-    ray_address: Annotated[str | None, typer.Option(help="Of the cluster. Default: one on this machine.", show_default=False)] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of the cluster. Default: one on this machine.", show_default=False)
+    ] = None,
     workers: Annotated[int, typer.Option(help="With --ray: models at work at the same time.", min=1)] = 2,
 ) -> None:
     """Label a whole folder ahead of time: images open with a first mask, and their proposals are there.
 
-    The same command continues where it was stopped and redoes what a changed image or another model version asks for. Labels that
-    it did not make stay. Start it with `accelerate launch --num_processes N -m progidiff.cli prelabel ...` to share the images among
-    processes (and GPUs); each writes its own report. Exit code 0: all labelled. 1: some failed, the report says why. 2: an error
-    stopped it.
+    The same command continues where it was stopped and redoes what a changed image or another model version asks for.
+    Labels that it did not make stay. Start it with `accelerate launch --num_processes N -m progidiff.cli prelabel ...`
+    to share the images among processes (and GPUs); each writes its own report. Exit code 0: all labelled. 1: some
+    failed, the report says why. 2: an error stopped it.
     """
     from progidiff.evaluation import prelabel as work
     from progidiff.proposals.engine import Engine
     from progidiff.storage.state import default_store
 
-    settings = work.PrelabelSettings(prompt, out_tag, num_proposals, steps, seed, adapter, modality, overwrite, check_clean_up(clean_up))
+    settings = work.PrelabelSettings(
+        prompt, out_tag, num_proposals, steps, seed, adapter, modality, overwrite, check_clean_up(clean_up)
+    )
     settings.check()
     images = work.list_images(studies)
     folder = model or Path(__file__).resolve().parents[2] / "apps" / "progidiff" / "model"
@@ -105,18 +143,29 @@ def prelabel(
 
 def report(
     studies: StudiesOption,
-    out: Annotated[Path | None, typer.Option(help="File to write, .html or .json. Default: JSON to standard output.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write, .html or .json. Default: JSON to standard output.", show_default=False),
+    ] = None,
     model: ModelFolderOption = None,
-    adapters: Annotated[Path | None, typer.Option(help="Folder of adapters. Default: adapters/ in the model folder.", show_default=False)] = None,
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder of adapters. Default: adapters/ in the model folder.", show_default=False),
+    ] = None,
     store: StoreOption = None,
     limit: Annotated[int, typer.Option(help="Images of the queue.", min=1, max=500)] = 20,
     textdiff: Annotated[
-        Path | None, typer.Option(help="Folder of the models for pictures. Default: textdiff/ in the model folder.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Folder of the models for pictures. Default: textdiff/ in the model folder.", show_default=False
+        ),
     ] = None,
     next_strategy: Annotated[str, typer.Option(help="As the server's --conf next_strategy.")] = DEFAULT_STRATEGY,
     acquisition: Annotated[str, typer.Option(help="As the server's --conf acquisition, for example noise=off.")] = "",
 ) -> None:
-    """Say what annotating has brought: Dice against annotated slices, unchanged masks, minutes per slice, what is next, when to stop."""
+    """Say what annotating has brought: Dice against annotated slices, unchanged masks, minutes per slice, what is next,
+    when to stop.
+    """
     from progidiff.active_learning import report as work
     from progidiff.active_learning.scores import SliceScoreStore
     from progidiff.active_learning.settings import AcquisitionConfig
@@ -182,9 +231,13 @@ def _start_ray(address: str | None, workers: int) -> None:
     try:
         import ray
     except ImportError as err:
-        raise RequestError("Ray is not installed. `pip install 'progidiff[ray]'` brings it, or leave --ray out.") from err
+        raise RequestError(
+            "Ray is not installed. `pip install 'progidiff[ray]'` brings it, or leave --ray out."
+        ) from err
     if not ray.is_initialized():
-        ray.init(address=address, num_cpus=None if address else max(workers, 1), include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address=address, num_cpus=None if address else max(workers, 1), include_dashboard=False, log_to_driver=False
+        )
 
 
 def _read_rank(name: str, default: int = 0) -> int:

@@ -17,7 +17,9 @@ from progidiff.storage.state import default_store
 if TYPE_CHECKING:
     from progidiff.labels.history import AnnotationStore
 
-StudiesOption = Annotated[str, typer.Option(help="Folder or DICOMweb address that the server was started with.", show_default=False)]
+StudiesOption = Annotated[
+    str, typer.Option(help="Folder or DICOMweb address that the server was started with.", show_default=False)
+]
 StoreOption = Annotated[Path | None, typer.Option(help="The server's --conf store, if it had one.", show_default=False)]
 
 DAMAGED_EXIT_CODE = 1
@@ -26,7 +28,11 @@ DAMAGED_EXIT_CODE = 1
 
 def register(app: Any) -> None:
     """Add the commands to the command line `app` (a `typer.Typer`)."""
-    audit = typer.Typer(no_args_is_help=True, help="Who saved which label, when and from which proposal: export, verify.", rich_markup_mode=None)
+    audit = typer.Typer(
+        no_args_is_help=True,
+        help="Who saved which label, when and from which proposal: export, verify.",
+        rich_markup_mode=None,
+    )
     audit.command("export")(export)
     audit.command("verify")(verify)
     app.add_typer(audit, name="audit")
@@ -34,7 +40,9 @@ def register(app: Any) -> None:
 
 def export(
     studies: StudiesOption,
-    out: Annotated[Path, typer.Option(help="File to write: .csv, or .jsonl for one JSON object per line.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option(help="File to write: .csv, or .jsonl for one JSON object per line.", show_default=False)
+    ],
     image: Annotated[str | None, typer.Option(help="Only this image.", show_default=False)] = None,
     store: StoreOption = None,
 ) -> None:
@@ -64,7 +72,10 @@ def _open(studies: str, store: Path | None) -> AnnotationStore:
 
     root = (store or default_store(studies)) / "annotations"
     if not root.is_dir():
-        raise NotFoundError(f"There is no '{root}': no label was saved yet, or the server had another --conf store; name it with --store.")
+        raise NotFoundError(
+            f"There is no '{root}': no label was saved yet, or the server had another "
+            "--conf store; name it with --store."
+        )
     return AnnotationStore(root)
 
 

@@ -19,7 +19,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
@@ -52,7 +60,9 @@ class _Commands(TyperGroup):
 
 
 class _ManyValues(TyperCommand):
-    """Lets ``--cases`` and ``--structures`` take several values: ``--cases a b``, ``--cases a --cases b`` and ``--cases a,b``."""
+    """Lets ``--cases`` and ``--structures`` take several values: ``--cases a b``, ``--cases a --cases b`` and ``--cases
+    a,b``.
+    """
 
     several = ("--cases", "--structures")
 
@@ -83,35 +93,66 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[
-    Path | None, typer.Option("--model", help="Folder of the model. Default: apps/progidiff/model of this checkout.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--model", help="Folder of the model. Default: apps/progidiff/model of this checkout.", show_default=False
+    ),
 ]
 BackboneOption = Annotated[
     str | None,
-    typer.Option(help="Another Stable-Diffusion folder or hub id, as the model was trained with. Default: the model's own.", show_default=False),
+    typer.Option(
+        help="Another Stable-Diffusion folder or hub id, as the model was trained with. Default: the model's own.",
+        show_default=False,
+    ),
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)
+]
 ProposalsOption = Annotated[
-    int, typer.Option("--num-proposals", "-k", help="K, how many masks are drawn, each from its own noise. 4 to 8 are useful; time grows with K.")
+    int,
+    typer.Option(
+        "--num-proposals",
+        "-k",
+        help="K, how many masks are drawn, each from its own noise. 4 to 8 are useful; time grows with K.",
+    ),
 ]
 StepsOption = Annotated[
-    int | None, typer.Option("--steps", help="Denoising steps, 1 to 50. More is slower and rarely better. Default: the model's.", show_default=False)
+    int | None,
+    typer.Option(
+        "--steps",
+        help="Denoising steps, 1 to 50. More is slower and rarely better. Default: the model's.",
+        show_default=False,
+    ),
 ]
 SeedOption = Annotated[int, typer.Option(help="Of the noise. The same seed gives the same proposals.")]
 GuidanceOption = Annotated[
-    float | None, typer.Option(help="How strongly the text is enforced; 1 is off and twice as fast. Default: the model's.", show_default=False)
+    float | None,
+    typer.Option(
+        help="How strongly the text is enforced; 1 is off and twice as fast. Default: the model's.", show_default=False
+    ),
 ]
 AdapterOption = Annotated[
-    str | None, typer.Option(help="Name of an adapter, name@version, or none. Default: by the image's modality.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Name of an adapter, name@version, or none. Default: by the image's modality.", show_default=False
+    ),
 ]
 ModalityOption = Annotated[
-    str | None, typer.Option(help="CT or MR. Default: from DICOM or a sidecar <name>.json, else guessed from the intensities.", show_default=False)
+    str | None,
+    typer.Option(
+        help="CT or MR. Default: from DICOM or a sidecar <name>.json, else guessed from the intensities.",
+        show_default=False,
+    ),
 ]
 
 
 CleanUpOption = Annotated[
     str,
     typer.Option(
-        help="Islands to drop from every proposal: off, small (parts under a tenth of the largest, over 10 mm away) or largest (all but that)."
+        help=(
+            "Islands to drop from every proposal: off, small (parts under a tenth of the "
+            "largest, over 10 mm away) or largest (all but that)."
+        )
     ),
 ]
 
@@ -124,10 +165,18 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _main(
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, with tracebacks of errors.")] = False,
-    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log what happens, with tracebacks of errors.")
+    ] = False,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
 ) -> None:
-    logging.basicConfig(level=logging.DEBUG if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.WARNING,
+        format="%(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
     for noisy in ("matplotlib", "PIL", "urllib3", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
@@ -161,11 +210,19 @@ def show_progress(unit: str) -> Iterator[Progress]:
 
 @app.command()
 def serve(
-    app_folder: Annotated[Path, typer.Option("--app", help="Folder of the MONAI Label app.")] = REPOSITORY / "apps" / "progidiff",
-    studies: Annotated[str, typer.Option(help="Folder of images, or the address of a DICOMweb server.")] = str(REPOSITORY / "sample_datastore"),
-    host: Annotated[str, typer.Option(help="Interface to listen on. 0.0.0.0 opens the server to the network, without a password.")] = "127.0.0.1",
+    app_folder: Annotated[Path, typer.Option("--app", help="Folder of the MONAI Label app.")] = REPOSITORY
+    / "apps"
+    / "progidiff",
+    studies: Annotated[str, typer.Option(help="Folder of images, or the address of a DICOMweb server.")] = str(
+        REPOSITORY / "sample_datastore"
+    ),
+    host: Annotated[
+        str, typer.Option(help="Interface to listen on. 0.0.0.0 opens the server to the network, without a password.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8000,
-    conf: Annotated[list[str] | None, typer.Option(help="An option of the app as NAME=VALUE; may be repeated.", show_default=False)] = None,
+    conf: Annotated[
+        list[str] | None, typer.Option(help="An option of the app as NAME=VALUE; may be repeated.", show_default=False)
+    ] = None,
 ) -> None:
     """Start the MONAI Label server. Ctrl-C stops it."""
     command = build_server_command(app_folder, studies, host, port, conf or [])
@@ -182,13 +239,17 @@ def build_server_command(app_folder: Path, studies: str, host: str, port: int, c
         RequestError: if a folder is missing or a `conf` entry has no value.
 
     Example:
-        >>> build_server_command(REPOSITORY / "apps" / "progidiff", "http://127.0.0.1:8042/dicom-web", "127.0.0.1", 8000, ["device=cpu"])[-3:]
+        >>> build_server_command(REPOSITORY / "apps" / "progidiff", "http://127.0.0.1:8042/dicom-web", "127.0.0.1",
+        ...     8000, ["device=cpu"])[-3:]
         ['--conf', 'device', 'cpu']
     """
     if not (app_folder / "main.py").is_file():
         raise RequestError(f"There is no app in '{app_folder}' (no main.py). Name its folder with --app.")
     if "://" not in studies and not Path(studies).is_dir():
-        raise RequestError(f"There is no folder '{studies}' to serve. Name one with --studies, or run `make setup` for the sample images.")
+        raise RequestError(
+            f"There is no folder '{studies}' to serve. Name one with --studies, or run "
+            "`make setup` for the sample images."
+        )
     command = [
         sys.executable,
         "-m",
@@ -213,9 +274,15 @@ def build_server_command(app_folder: Path, studies: str, host: str, port: int, c
 
 @app.command()
 def predict(
-    image: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.", show_default=False)],
+    image: Annotated[
+        Path,
+        typer.Argument(help="NIfTI, NRRD or MetaImage file, or a folder with one DICOM series.", show_default=False),
+    ],
     prompt: Annotated[
-        list[str], typer.Option(help="What to segment: 'left kidney', 'liver and spleen', 'all'. May be repeated.", show_default=False)
+        list[str],
+        typer.Option(
+            help="What to segment: 'left kidney', 'liver and spleen', 'all'. May be repeated.", show_default=False
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; made if absent.", show_default=False)],
     num_proposals: ProposalsOption = 4,
@@ -236,8 +303,8 @@ def predict(
 
     Writes mask.nii.gz (the consensus), proposal_1..K.nii.gz (label maps; result.json names the ids, 0 is background),
     agreement.nii.gz (share of proposals per voxel, 0 to 1; of several structures the highest, and one file each),
-    overlay.png and result.json (volumes in ml, disagreement per axial slice, settings, versions). Everything is on exactly
-    the grid of the image.
+    overlay.png and result.json (volumes in ml, disagreement per axial slice, settings, versions). Everything is on
+    exactly the grid of the image.
     """
     from progidiff.images.volume import load_volume, save_mask
     from progidiff.proposals.drawing import draw_overlay
@@ -268,15 +335,28 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     earlier = _read_earlier_files(out)
     consensus = proposals.label_map(volume, "consensus", ids)
-    files = [save_mask(consensus, volume, out / "mask.nii.gz"), save_mask(proposals.agreement(volume), volume, out / "agreement.nii.gz")]
+    files = [
+        save_mask(consensus, volume, out / "mask.nii.gz"),
+        save_mask(proposals.agreement(volume), volume, out / "agreement.nii.gz"),
+    ]
     if len(queries) > 1:
-        files += [save_mask(proposals.agreement(volume, query.name), volume, out / f"agreement_{_slug(query.name)}.nii.gz") for query in queries]
+        files += [
+            save_mask(proposals.agreement(volume, query.name), volume, out / f"agreement_{_slug(query.name)}.nii.gz")
+            for query in queries
+        ]
     for k in range(1, proposals.num_proposals + 1):
         files.append(save_mask(proposals.label_map(volume, k, ids), volume, out / f"proposal_{k}.nii.gz"))
-    title = f"{volume.name}: consensus of {proposals.num_proposals} proposals, seed {seed}, {proposals.adapter or proposals.model_version}"
-    files.append(draw_overlay(volume, consensus, {value: name for name, value in ids.items()}, out / "overlay.png", title=title))
+    title = (
+        f"{volume.name}: consensus of {proposals.num_proposals} proposals, seed {seed}, "
+        f"{proposals.adapter or proposals.model_version}"
+    )
+    files.append(
+        draw_overlay(volume, consensus, {value: name for name, value in ids.items()}, out / "overlay.png", title=title)
+    )
     summary = {**proposals.summary(), "warnings": warnings}
-    result = _describe_prediction(volume, image, prompt, queries, ids, summary, consensus, [path.name for path in files])
+    result = _describe_prediction(
+        volume, image, prompt, queries, ids, summary, consensus, [path.name for path in files]
+    )
     _save_json(result, out / "result.json")
     for name in set(earlier) - {path.name for path in files} - {"result.json"}:
         (out / name).unlink(missing_ok=True)
@@ -284,7 +364,11 @@ def predict(
     for name, entry in result["structures"].items():
         spread = f"{min(entry['proposals_ml']):.1f} to {max(entry['proposals_ml']):.1f}"
         table.add_row(
-            name, str(ids[name]), f"{entry['consensus_ml']:.1f}" if entry["present"] else "absent", spread, f"{entry['mean_disagreement']:.2f}"
+            name,
+            str(ids[name]),
+            f"{entry['consensus_ml']:.1f}" if entry["present"] else "absent",
+            spread,
+            f"{entry['mean_disagreement']:.2f}",
         )
     console.print(table)
     typer.echo(str(out / "result.json"))
@@ -301,15 +385,26 @@ def parse_prompts(texts: list[str], known: tuple[str, ...], allow_free_text: boo
 
 @app.command(cls=_ManyValues)
 def evaluate(
-    studies: Annotated[Path, typer.Option(help="Folder of images with labels/final and labels.json (label id -> structure).", show_default=False)],
+    studies: Annotated[
+        Path,
+        typer.Option(
+            help="Folder of images with labels/final and labels.json (label id -> structure).", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="JSON file to write.", show_default=False)],
     structures: Annotated[
         list[str] | None,
-        typer.Option(help="Only these, by name or synonym; several values may follow. Default: all labelled ones.", show_default=False),
+        typer.Option(
+            help="Only these, by name or synonym; several values may follow. Default: all labelled ones.",
+            show_default=False,
+        ),
     ] = None,
     cases: Annotated[
         list[str] | None,
-        typer.Option(help="Only these, with or without .nii.gz; several values may follow. Default: all with a label.", show_default=False),
+        typer.Option(
+            help="Only these, with or without .nii.gz; several values may follow. Default: all with a label.",
+            show_default=False,
+        ),
     ] = None,
     num_proposals: ProposalsOption = 4,
     steps: StepsOption = None,
@@ -318,11 +413,18 @@ def evaluate(
     adapter: AdapterOption = None,
     modality: ModalityOption = None,
     hd95: Annotated[
-        bool, typer.Option("--hd95/--no-hd95", help="Compute the 95th percentile Hausdorff distance in mm; slow on large volumes.")
+        bool,
+        typer.Option(
+            "--hd95/--no-hd95", help="Compute the 95th percentile Hausdorff distance in mm; slow on large volumes."
+        ),
     ] = True,
     clean_up: CleanUpOption = DEFAULT_CLEAN_UP,
     largest_component: Annotated[
-        bool, typer.Option("--largest-component", help="Keep only the largest connected part of every mask before scoring; the report says so.")
+        bool,
+        typer.Option(
+            "--largest-component",
+            help="Keep only the largest connected part of every mask before scoring; the report says so.",
+        ),
     ] = False,
     model: ModelOption = None,
     backbone: BackboneOption = None,
@@ -330,10 +432,10 @@ def evaluate(
 ) -> None:
     """Measure a model on labelled volumes: Dice (0 to 1) and HD95 (mm).
 
-    "single" is the mean over the K proposals of each one's score, "consensus" the score of what at least half of them draw,
-    "best" the score of the proposal with the highest Dice per case and structure: what an expert who picks gets at most.
-    A structure that is absent from a case is left out of the means and counts for the false positives; an empty mask of a
-    present structure has Dice 0, no HD95, and counts as missed.
+    "single" is the mean over the K proposals of each one's score, "consensus" the score of what at least half of them
+    draw, "best" the score of the proposal with the highest Dice per case and structure: what an expert who picks gets
+    at most. A structure that is absent from a case is left out of the means and counts for the false positives; an
+    empty mask of a present structure has Dice 0, no HD95, and counts as missed.
     """
     from progidiff.evaluation import evaluate
 
@@ -368,12 +470,17 @@ def evaluate(
     _print_evaluation(result)
     typer.echo(str(out))
     if result["num_cases"] < len(result["cases"]):
-        raise RequestError(f"{len(result['cases']) - result['num_cases']} cases could not be read and are not in the means; see `notes` in '{out}'.")
+        raise RequestError(
+            f"{len(result['cases']) - result['num_cases']} cases could not be read and "
+            f"are not in the means; see `notes` in '{out}'."
+        )
 
 
 @app.command()
 def prompts(
-    text: Annotated[str | None, typer.Argument(help="A prompt to try: prints the structures that it means.", show_default=False)] = None,
+    text: Annotated[
+        str | None, typer.Argument(help="A prompt to try: prints the structures that it means.", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     model: ModelOption = None,
 ) -> None:
@@ -396,13 +503,18 @@ def prompts(
         typer.echo(entry["structure"])
         if entry["synonyms"]:
             typer.echo(f"    {', '.join(entry['synonyms'])}")
-    typer.echo(f"\n{len(known)} structures of {source}. 'all' means all of them, 'kidneys' both; 'all except the liver' leaves one out.")
+    typer.echo(
+        f"\n{len(known)} structures of {source}. 'all' means all of them, 'kidneys' both; "
+        "'all except the liver' leaves one out."
+    )
 
 
 @app.command("export-dicom")
 def export_dicom(
     image: Annotated[Path, typer.Argument(help="NIfTI, NRRD or MetaImage file.", show_default=False)],
-    folder: Annotated[Path, typer.Argument(help="New folder for the DICOM files, one per axial slice.", show_default=False)],
+    folder: Annotated[
+        Path, typer.Argument(help="New folder for the DICOM files, one per axial slice.", show_default=False)
+    ],
     modality: ModalityOption = None,
 ) -> None:
     """Write an image as a DICOM series, on the same grid and with the UIDs that the server gives it."""
@@ -448,7 +560,9 @@ def _describe_prediction(
             "consensus_ml": "ml of the structure's consensus, measured on the working grid",
             "proposals_ml": "ml of proposals 1..K, measured on the working grid",
             "disagreement_per_slice": "1 - mean pairwise Dice, 0 to 1, per axial slice from inferior to superior",
-            "nearby_disagreement_per_slice": "disagreement_per_slice, mean of the slice and its two neighbours; the better guide to errors",
+            "nearby_disagreement_per_slice": (
+                "disagreement_per_slice, mean of the slice and its two neighbours; the better guide to errors"
+            ),
             "agreement": "share of proposals that draw a voxel; not a calibrated probability",
         },
         "command": shlex.join(sys.argv),
@@ -460,7 +574,10 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     summary = result["summary"]
     table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
     table.add_column("structure", no_wrap=True)
-    for header in ("n", *(f"{kind}\n{metric}" for kind in ("single", "consensus", "best") for metric in ("Dice", "HD95"))):
+    for header in (
+        "n",
+        *(f"{kind}\n{metric}" for kind in ("single", "consensus", "best") for metric in ("Dice", "HD95")),
+    ):
         table.add_column(header, justify="right", no_wrap=True)
 
     def cell(value: float | None, digits: int) -> str:
@@ -468,7 +585,9 @@ def _print_evaluation(result: dict[str, Any]) -> None:
 
     for name in summary["consensus"]["dice"]:
         cells = [
-            cell(summary[kind][metric][name], digits) for kind in ("single", "consensus", "best") for metric, digits in (("dice", 3), ("hd95", 1))
+            cell(summary[kind][metric][name], digits)
+            for kind in ("single", "consensus", "best")
+            for metric, digits in (("dice", 3), ("hd95", 1))
         ]
         table.add_row(name, str(summary["cases_with"][name]), *cells)
     for group, names in summary["mean_over"].items():
@@ -495,7 +614,11 @@ def _read_earlier_files(out: Path) -> list[str]:
     """What an earlier run wrote into the folder, so that none of it stays beside the new results."""
     try:
         names = json.loads((out / "result.json").read_text(encoding="utf-8"))["files"]
-        return [name for name in names if isinstance(name, str) and Path(name).name == name and name.endswith((".nii.gz", ".png"))]
+        return [
+            name
+            for name in names
+            if isinstance(name, str) and Path(name).name == name and name.endswith((".nii.gz", ".png"))
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -27,32 +27,62 @@ ImagesOption = Annotated[
     typer.Option(help="Folder of PNG, JPEG or TIFF pictures, or the folder above it. Required.", show_default=False),
 ]
 LabelsOption = Annotated[
-    Path | None, typer.Option(help="Folder of masks, matched by name. Default: labels/, masks/ ... beside the pictures.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="Folder of masks, matched by name. Default: labels/, masks/ ... beside the pictures.", show_default=False
+    ),
 ]
 TextOption = Annotated[
-    Path | None, typer.Option(help="Table (CSV or XLSX) with columns image,text. Default: text.csv beside the pictures.", show_default=False)
+    Path | None,
+    typer.Option(
+        help="Table (CSV or XLSX) with columns image,text. Default: text.csv beside the pictures.", show_default=False
+    ),
 ]
 ModelOption = Annotated[
     Path | None,
-    typer.Option("--model", help="Folder of a model, or of its versions. Default: the shipped one, nuclei.", show_default=False),
+    typer.Option(
+        "--model", help="Folder of a model, or of its versions. Default: the shipped one, nuclei.", show_default=False
+    ),
 ]
 DenoiserOption = Annotated[
-    str | None, typer.Option(help="Folder or hub id of a diffusers denoiser. Default: the shipped one, or the model's own.", show_default=False)
+    str | None,
+    typer.Option(
+        help="Folder or hub id of a diffusers denoiser. Default: the shipped one, or the model's own.",
+        show_default=False,
+    ),
 ]
 ConfigOption = Annotated[
-    Path | None, typer.Option("--config", help="YAML file with settings; those it leaves out keep their defaults.", show_default=False)
+    Path | None,
+    typer.Option(
+        "--config", help="YAML file with settings; those it leaves out keep their defaults.", show_default=False
+    ),
 ]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="A setting, name=value, for example schedule.steps=500; may be repeated.", show_default=False)
+    list[str] | None,
+    typer.Option(
+        "--set", help="A setting, name=value, for example schedule.steps=500; may be repeated.", show_default=False
+    ),
 ]
-ShowConfigOption = Annotated[bool, typer.Option("--show-config", help="Print all settings as a commented YAML file, train nothing.")]
-SeedOption = Annotated[int | None, typer.Option(help="Run seed; the seed of step i is a function of it and i.", show_default=False)]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)]
+ShowConfigOption = Annotated[
+    bool, typer.Option("--show-config", help="Print all settings as a commented YAML file, train nothing.")
+]
+SeedOption = Annotated[
+    int | None, typer.Option(help="Run seed; the seed of step i is a function of it and i.", show_default=False)
+]
+DeviceOption = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.", show_default=False)]
 DrawsOption = Annotated[
-    int | None, typer.Option(help="Noises to average over and compare, 1 to 64; time grows with it. Default: the model's.", show_default=False)
+    int | None,
+    typer.Option(
+        help="Noises to average over and compare, 1 to 64; time grows with it. Default: the model's.",
+        show_default=False,
+    ),
 ]
-StoreOption = Annotated[Path | None, typer.Option("--store", help="Folder of models. Default: the shipped one.", show_default=False)]
+StoreOption = Annotated[
+    Path | None, typer.Option("--store", help="Folder of models. Default: the shipped one.", show_default=False)
+]
 
 
 class ControlName(StrEnum):
@@ -73,7 +103,9 @@ def register(app: Any) -> None:
     )
     for command in (pretrain, convert, train, predict, evaluate):
         group.command()(command)
-    versions = typer.Typer(no_args_is_help=True, help="Versions of TextDiff models: list, show, add, use, rollback.", rich_markup_mode=None)
+    versions = typer.Typer(
+        no_args_is_help=True, help="Versions of TextDiff models: list, show, add, use, rollback.", rich_markup_mode=None
+    )
     versions.command("list")(list_versions)
     versions.command("show")(show_version)
     versions.command("add")(add_version)
@@ -85,12 +117,17 @@ def register(app: Any) -> None:
 
 def pretrain(
     images: Annotated[
-        list[Path] | None, typer.Option(help="Folder of pictures; labels are not looked at. May be repeated. Required.", show_default=False)
+        list[Path] | None,
+        typer.Option(
+            help="Folder of pictures; labels are not looked at. May be repeated. Required.", show_default=False
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to make, in diffusers format. Required.", show_default=False)] = None,
-    work: Annotated[Path, typer.Option(help="Checkpoints and curves. The same command continues a run that was stopped.")] = Path(
-        "runs/textdiff-pretrain"
-    ),
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to make, in diffusers format. Required.", show_default=False)
+    ] = None,
+    work: Annotated[
+        Path, typer.Option(help="Checkpoints and curves. The same command continues a run that was stopped.")
+    ] = Path("runs/textdiff-pretrain"),
     config: ConfigOption = None,
     changes: SetOption = None,
     show_config: ShowConfigOption = False,
@@ -122,9 +159,14 @@ def convert(
     out: Annotated[Path, typer.Option(help="Folder to make, in diffusers format.", show_default=False)],
     flags: Annotated[
         str,
-        typer.Option(help='The flags it was trained with, in quotes, for example "--image_size 256 --num_head_channels 64 ...".', show_default=False),
+        typer.Option(
+            help='The flags it was trained with, in quotes, for example "--image_size 256 --num_head_channels 64 ...".',
+            show_default=False,
+        ),
     ],
-    half: Annotated[bool, typer.Option("--half", help="Store half-precision numbers: half the size, and a rounding.")] = False,
+    half: Annotated[
+        bool, typer.Option("--half", help="Store half-precision numbers: half the size, and a rounding.")
+    ] = False,
 ) -> None:
     """Make a diffusers folder of a checkpoint of OpenAI's guided-diffusion; no number is changed."""
     from progidiff.textdiff.convert import convert_checkpoint, parse_flags
@@ -138,32 +180,45 @@ def train(
     text: TextOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make; the model. Required.", show_default=False)] = None,
     case: Annotated[
-        list[str] | None, typer.Option("--case", help="Learn from this picture; may be repeated. Default: all.", show_default=False)
+        list[str] | None,
+        typer.Option("--case", help="Learn from this picture; may be repeated. Default: all.", show_default=False),
     ] = None,
     hold_out: Annotated[
         list[str] | None,
-        typer.Option(help="Keep this picture back, to choose the threshold and for the figures; may be repeated.", show_default=False),
+        typer.Option(
+            help="Keep this picture back, to choose the threshold and for the figures; may be repeated.",
+            show_default=False,
+        ),
     ] = None,
     validation: Annotated[
-        Path | None, typer.Option(help="Folder with images/, labels/ and text.csv, all of which are kept back.", show_default=False)
+        Path | None,
+        typer.Option(help="Folder with images/, labels/ and text.csv, all of which are kept back.", show_default=False),
     ] = None,
-    work: Annotated[Path, typer.Option(help="Checkpoints, curves and features. The same command continues a run that was stopped.")] = Path(
-        "runs/textdiff"
-    ),
+    work: Annotated[
+        Path, typer.Option(help="Checkpoints, curves and features. The same command continues a run that was stopped.")
+    ] = Path("runs/textdiff"),
     config: ConfigOption = None,
     changes: SetOption = None,
     show_config: ShowConfigOption = False,
     name: Annotated[str | None, typer.Option(help="Name of the model.", show_default=False)] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="Names of the classes in the masks, comma-separated, value 1 first. Default: foreground.", show_default=False),
+        typer.Option(
+            help="Names of the classes in the masks, comma-separated, value 1 first. Default: foreground.",
+            show_default=False,
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Same as --set schedule.steps=N.", show_default=False)] = None,
-    use_text: Annotated[bool | None, typer.Option("--with-text/--without-text", help="Read the sentences. Default: yes.", show_default=False)] = None,
+    use_text: Annotated[
+        bool | None,
+        typer.Option("--with-text/--without-text", help="Read the sentences. Default: yes.", show_default=False),
+    ] = None,
     denoiser: DenoiserOption = None,
     encoder: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of a transformers text encoder. Default: MiniLM from PyPI.", show_default=False),
+        typer.Option(
+            help="Folder or hub id of a transformers text encoder. Default: MiniLM from PyPI.", show_default=False
+        ),
     ] = None,
     seed: SeedOption = None,
     device: DeviceOption = None,
@@ -171,8 +226,8 @@ def train(
 ) -> None:
     """Learn to segment from a few labelled pictures and their sentences; one is enough, minutes on a CPU.
 
-    Pictures without a sentence are learned from without one. With pictures kept back the figures are printed and the threshold is
-    chosen on them; without any it is 0.5.
+    Pictures without a sentence are learned from without one. With pictures kept back the figures are printed and the
+    threshold is chosen on them; without any it is 0.5.
     """
     from progidiff.textdiff.train import TextDiffTrainConfig, train_textdiff
     from progidiff.training.settings import load_config, render_config
@@ -194,7 +249,9 @@ def train(
     cases = find_cases(_require(images, "--images"), labels, text)
     held = pick_cases(cases, _split(hold_out))
     names = {c.name for c in held}
-    chosen = pick_cases(cases, _split(case)) if case else [c for c in cases if c.name not in names and c.label is not None]
+    chosen = (
+        pick_cases(cases, _split(case)) if case else [c for c in cases if c.name not in names and c.label is not None]
+    )
     if validation is not None:
         held += find_cases(validation)
     with _show_progress("pictures") as show:
@@ -223,7 +280,9 @@ def predict(
     image: Annotated[Path, typer.Argument(help="PNG, JPEG or TIFF.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for mask.png, probability.png, result.json.", show_default=False)],
     sentence: Annotated[str | None, typer.Option(help="What a report says of the picture.", show_default=False)] = None,
-    text: Annotated[Path | None, typer.Option(help="Table to take the sentence from, by file name.", show_default=False)] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="Table to take the sentence from, by file name.", show_default=False)
+    ] = None,
     model: ModelOption = None,
     draws: DrawsOption = None,
     denoiser: DenoiserOption = None,
@@ -257,7 +316,9 @@ def predict(
             files.append("disagreement.png")
             _save_gray(out / files[-1], (result.disagreement_map * 255).round().astype("uint8"))
     except OSError as err:
-        raise StoreError(f"The result could not be written to '{out}' ({err}). Choose another place or free some space.") from err
+        raise StoreError(
+            f"The result could not be written to '{out}' ({err}). Choose another place or free some space."
+        ) from err
     save_report(
         {
             "image": str(image),
@@ -294,7 +355,10 @@ def evaluate(
         ControlName,
         typer.Option(help="Of the text: each image's own, empty, another image's, or left out of the network."),
     ] = ControlName.NONE,
-    case: Annotated[list[str] | None, typer.Option("--case", help="Only this picture; may be repeated. Default: all.", show_default=False)] = None,
+    case: Annotated[
+        list[str] | None,
+        typer.Option("--case", help="Only this picture; may be repeated. Default: all.", show_default=False),
+    ] = None,
     draws: DrawsOption = None,
     seed: Annotated[int, typer.Option(help="Of the shuffling.")] = 0,
     denoiser: DenoiserOption = None,
@@ -322,10 +386,15 @@ def evaluate(
         typer.echo(f"{entry['name']}: Dice {entry['dice']:.4f}, IoU {entry['iou']:.4f}", err=True)
     _print_notes(found["notes"])
     summary = found["summary"]
-    typer.echo(f"{summary['images']} pictures, control {control.value}: mean Dice {summary['dice']:.4f}, mean IoU {summary['iou']:.4f}; {target}")
+    typer.echo(
+        f"{summary['images']} pictures, control {control.value}: mean Dice "
+        f"{summary['dice']:.4f}, mean IoU {summary['iou']:.4f}; {target}"
+    )
 
 
-def list_versions(store: StoreOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def list_versions(
+    store: StoreOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
+) -> None:
     """List the models: name, versions, and the one that is served (*)."""
     found = _store(store)
     entries = found.entries()
@@ -342,7 +411,9 @@ def list_versions(store: StoreOption = None, as_json: Annotated[bool, typer.Opti
 
 
 def show_version(
-    reference: Annotated[str, typer.Argument(help="NAME for the version that is served, or NAME@VERSION.", show_default=False)],
+    reference: Annotated[
+        str, typer.Argument(help="NAME for the version that is served, or NAME@VERSION.", show_default=False)
+    ],
     store: StoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print card.json, run.json and the history as JSON.")] = False,
 ) -> None:
@@ -350,7 +421,9 @@ def show_version(
     found = _store(store)
     card = found.find(reference)
     if as_json:
-        typer.echo(json.dumps({"model": card.to_dict(), "run": found.run(card), "history": found.history(card.name)}, indent=1))
+        typer.echo(
+            json.dumps({"model": card.to_dict(), "run": found.run(card), "history": found.history(card.name)}, indent=1)
+        )
     else:
         typer.echo((found.folder(card) / "README.md").read_text(encoding="utf-8"))
 
@@ -358,10 +431,14 @@ def show_version(
 def add_version(
     folder: Annotated[Path, typer.Argument(help="What `train` made.", show_default=False)],
     name: Annotated[
-        str | None, typer.Option(help="Whose next version it becomes. Default: the name it was trained under.", show_default=False)
+        str | None,
+        typer.Option(help="Whose next version it becomes. Default: the name it was trained under.", show_default=False),
     ] = None,
     readme: Annotated[
-        Path | None, typer.Option(help="Model card for people, Markdown. Default: one written from what is known.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Model card for people, Markdown. Default: one written from what is known.", show_default=False
+        ),
     ] = None,
     data: Annotated[str, typer.Option(help="What it was trained on, by name, for the card.")] = "",
     licence: Annotated[str, typer.Option(help="Of the weights, for the card.")] = "",
@@ -386,17 +463,23 @@ def add_version(
     typer.echo(f"{card.full_name} is in {found.folder(card)}{' and is served' if publish else ''}.")
 
 
-def use_version(reference: Annotated[str, typer.Argument(help="NAME@VERSION.", show_default=False)], store: StoreOption = None) -> None:
+def use_version(
+    reference: Annotated[str, typer.Argument(help="NAME@VERSION.", show_default=False)], store: StoreOption = None
+) -> None:
     """Serve this version; a running server picks it up with the next request."""
     found = _store(store)
     if "@" not in reference:
-        raise RequestError(f"Name the version too, for example {reference}@1; `progidiff textdiff versions list` shows what there is.")
+        raise RequestError(
+            f"Name the version too, for example {reference}@1; `progidiff textdiff versions list` shows what there is."
+        )
     card = found.find(reference)
     found.publish(card.name, card.version)
     typer.echo(f"{card.full_name} is served.")
 
 
-def roll_back(name: Annotated[str, typer.Argument(help="Name of the model.", show_default=False)], store: StoreOption = None) -> None:
+def roll_back(
+    name: Annotated[str, typer.Argument(help="Name of the model.", show_default=False)], store: StoreOption = None
+) -> None:
     """Serve what was served before."""
     version = _store(store).rollback(name)
     typer.echo(f"{name}@{version} is served." if version is not None else f"No version of {name} is served now.")

@@ -13,15 +13,21 @@ from progidiff.errors import RequestError
 from progidiff.users import Token, UsersFile, check_name, read_role
 
 NameArgument = Annotated[str, typer.Argument(help="Letters, digits, '.', '_', '@' or '-'.")]
-FileOption = Annotated[Path | None, typer.Option("--file", help="The users file, as in --conf users_file. Required.", show_default=False)]
-RoleOption = Annotated[str, typer.Option(help="read: look; annotate: also ask for proposals and save; administer: everything.")]
+FileOption = Annotated[
+    Path | None, typer.Option("--file", help="The users file, as in --conf users_file. Required.", show_default=False)
+]
+RoleOption = Annotated[
+    str, typer.Option(help="read: look; annotate: also ask for proposals and save; administer: everything.")
+]
 
 _TOKEN_BYTES = 32
 
 
 def register(app: Any) -> None:
     """Add the commands to the command line `app` (a `typer.Typer`)."""
-    users = typer.Typer(no_args_is_help=True, help="Users and tokens that may connect from other hosts.", rich_markup_mode=None)
+    users = typer.Typer(
+        no_args_is_help=True, help="Users and tokens that may connect from other hosts.", rich_markup_mode=None
+    )
     users.command("add")(add_user)
     users.command("list")(list_users)
     users.command("remove")(remove_user)
@@ -30,7 +36,8 @@ def register(app: Any) -> None:
 
 
 def add_user(name: NameArgument, role: RoleOption = "annotate", file: FileOption = None) -> None:
-    """Add a user or set a new password and role; the password is asked for, or read from standard input if that is no terminal.
+    """Add a user or set a new password and role; the password is asked for, or read from standard input if that is no
+    terminal.
 
     A running server sees the change at once.
     """
@@ -52,7 +59,9 @@ def remove_user(name: NameArgument, file: FileOption = None) -> None:
 
 
 def make_token(name: NameArgument, role: RoleOption = "annotate") -> None:
-    """Print a line for the token file (--conf token_file) with a new token; the part after the last colon is what clients send."""
+    """Print a line for the token file (--conf token_file) with a new token; the part after the last colon is what
+    clients send.
+    """
     secret = secrets.token_urlsafe(_TOKEN_BYTES)
     token = Token.of(check_name(name, "NAME"), read_role(role, "--role"), secret)
     typer.echo(f"{token.name}:{token.role}:{secret}")

@@ -1,7 +1,7 @@
 """Which images there are, as DICOM would name them, without reading more of them than needed.
 
-Listing a folder needs of every image its header, a digest of its bytes and its modality. They are kept on disk until the
-file changes. Only an image whose modality nobody states is read as a whole, once, to guess it.
+Listing a folder needs of every image its header, a digest of its bytes and its modality. They are kept on disk until
+the file changes. Only an image whose modality nobody states is read as a whole, once, to guess it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ import numpy as np
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.dicomweb.headers import Identity
 from progidiff.errors import ProGiDiffError
-from progidiff.images.volume import Modality, Volume, find_stated_modality, load_volume, read_grid, read_sidecar, strip_suffix
+from progidiff.images.volume import (
+    Modality,
+    Volume,
+    find_stated_modality,
+    load_volume,
+    read_grid,
+    read_sidecar,
+    strip_suffix,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +97,12 @@ class Catalogue:
             return None
 
     def _save(self, image: str, mark: list[int], entry: Entry) -> None:
-        card = {"mark": mark, "identity": asdict(entry.identity), "num_slices": entry.num_slices, "refused": entry.refused}
+        card = {
+            "mark": mark,
+            "identity": asdict(entry.identity),
+            "num_slices": entry.num_slices,
+            "refused": entry.refused,
+        }
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             handle, temporary = tempfile.mkstemp(dir=self.root, prefix=".writing-")

@@ -27,7 +27,10 @@ def export_series(series: Series, folder: str | os.PathLike[str]) -> list[Path]:
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"'{folder}' is not empty. Name a new folder: files of another series among these would make both unreadable.")
+        raise RequestError(
+            f"'{folder}' is not empty. Name a new folder: files of another series among "
+            "these would make both unreadable."
+        )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
@@ -41,5 +44,7 @@ def export_series(series: Series, folder: str | os.PathLike[str]) -> list[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
     except OSError as err:
-        raise StoreError(f"The DICOM files could not be written to '{folder}' ({err}). Free some space or choose another folder.") from err
+        raise StoreError(
+            f"The DICOM files could not be written to '{folder}' ({err}). Free some space or choose another folder."
+        ) from err
     return [folder / name for name in names]

@@ -55,7 +55,9 @@ class Series:
         stored: Stored numbers as an axial stack, shape (Z, Y, X).
     """
 
-    def __init__(self, identity: Identity, grid: ServedGrid, rescale: Rescale, window: tuple[float, float], stored: np.ndarray) -> None:
+    def __init__(
+        self, identity: Identity, grid: ServedGrid, rescale: Rescale, window: tuple[float, float], stored: np.ndarray
+    ) -> None:
         self.identity = identity
         self.grid = grid
         self.rescale = rescale
@@ -83,7 +85,10 @@ class Series:
         """DICOM JSON of every slice, without pixels."""
         common = headers.to_json(self.common)
         count = self.grid.shape[0]
-        return [headers.join_json(common, headers.to_json(headers.build_own(self.identity, self.grid, index))) for index in range(count)]
+        return [
+            headers.join_json(common, headers.to_json(headers.build_own(self.identity, self.grid, index)))
+            for index in range(count)
+        ]
 
     @cached_property
     def _index_of(self) -> dict[str, int]:
@@ -97,7 +102,9 @@ class Series:
         """
         index = self._index_of.get(instance_uid)
         if index is None:
-            raise NotFoundError(f"Series {self.identity.series_uid} ('{self.identity.image}') has no instance {instance_uid[:64]}.")
+            raise NotFoundError(
+                f"Series {self.identity.series_uid} ('{self.identity.image}') has no instance {instance_uid[:64]}."
+            )
         return index
 
     def frame(self, index: int) -> bytes:
@@ -165,7 +172,10 @@ class FrameStore:
                 series = self._map(identity)
                 self._prune(uid)
         if series is None:
-            raise StoreError(f"The slices of '{identity.image}' were written to '{self.root}' and cannot be read back. Check the disk.")
+            raise StoreError(
+                f"The slices of '{identity.image}' were written to '{self.root}' and "
+                "cannot be read back. Check the disk."
+            )
         with self._lock:
             self._open[uid] = series
             while len(self._open) > _KEPT_OPEN:
@@ -217,7 +227,8 @@ class FrameStore:
                 shutil.rmtree(temporary, ignore_errors=True)
             if not (target / _CARD).is_file():  # else another process was faster
                 raise StoreError(
-                    f"The slices of '{series.identity.image}' could not be written to '{self.root}' ({err}). Free some disk space."
+                    f"The slices of '{series.identity.image}' could not be written to "
+                    f"'{self.root}' ({err}). Free some disk space."
                 ) from err
 
     def _prune(self, keep: str) -> None:

@@ -53,8 +53,9 @@ class ServedGrid:
         corner = np.abs(self.affine - wanted) @ np.array([width - 1, height - 1, depth - 1, 0.0])
         if float(corner.max()) > SHEAR_TOLERANCE * min(self.spacing):
             raise GeometryError(
-                f"The axes of '{name}' are not at right angles (a tilted gantry, or an affine registration in the header): voxels lie up to "
-                f"{float(corner.max()):.2f} mm beside rectangular slices, so it cannot be shown as DICOM. Resample it onto a rectangular grid first."
+                f"The axes of '{name}' are not at right angles (a tilted gantry, or an "
+                f"affine registration in the header): voxels lie up to {float(corner.max()):.2f} mm beside rectangular "
+                "slices, so it cannot be shown as DICOM. Resample it onto a rectangular grid first."
             )
 
     @property
@@ -76,5 +77,7 @@ class ServedGrid:
         return self.affine[:3, 3] + index * self.affine[:3, 2]
 
     def file_order(self, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """An axial stack as an array in the file order (X, Y, Z) of an image file of its own, and its affine to RAS mm."""
+        """An axial stack as an array in the file order (X, Y, Z) of an image file of its own, and its affine to RAS
+        mm.
+        """
         return stack.transpose(2, 1, 0), _RAS_TO_LPS @ self.affine

@@ -38,7 +38,11 @@ class Envelope:
     def write(self, parts: Iterable[bytes]) -> Iterator[bytes]:
         """The body, part by part."""
         for part in parts:
-            yield f"--{self.boundary}\r\nContent-Type: {self.part_type}\r\nContent-Length: {len(part)}\r\n\r\n".encode() + part + b"\r\n"
+            yield (
+                f"--{self.boundary}\r\nContent-Type: {self.part_type}\r\nContent-Length: {len(part)}\r\n\r\n".encode()
+                + part
+                + b"\r\n"
+            )
         yield f"--{self.boundary}--\r\n".encode()
 
 
@@ -56,7 +60,8 @@ def read_parts(content_type: str, body: bytes) -> list[bytes]:
     match = _BOUNDARY.search(content_type)
     if not content_type.lower().lstrip().startswith("multipart/related") or match is None:
         raise RequestError(
-            f"The content type is '{content_type[:100]}'; send DICOM files as multipart/related; type=\"application/dicom\"; boundary=<text>."
+            f"The content type is '{content_type[:100]}'; send DICOM files as "
+            'multipart/related; type="application/dicom"; boundary=<text>.'
         )
     boundary = b"--" + match.group(1).encode()
     parts: list[bytes] = []
@@ -66,7 +71,10 @@ def read_parts(content_type: str, body: bytes) -> list[bytes]:
             return parts
         _, found, content = piece.partition(b"\r\n\r\n")
         if not found:
-            raise RequestError("A part of the multipart/related body has no empty line after its headers; it may be cut off. Send it again.")
+            raise RequestError(
+                "A part of the multipart/related body has no empty line after its "
+                "headers; it may be cut off. Send it again."
+            )
         parts.append(content)
     raise RequestError("The multipart/related body ends before its last boundary; it may be cut off. Send it again.")
 

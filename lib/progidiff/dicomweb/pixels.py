@@ -1,7 +1,7 @@
 """Intensities in 16 bits.
 
-Whole numbers that fit are kept as they are, so Hounsfield units survive. Everything else is scaled onto 65 536 steps over
-its range; the largest error is half a step, `Rescale.slope` / 2.
+Whole numbers that fit are kept as they are, so Hounsfield units survive. Everything else is scaled onto 65 536 steps
+over its range; the largest error is half a step, `Rescale.slope` / 2.
 """
 
 from __future__ import annotations

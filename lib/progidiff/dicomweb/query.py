@@ -1,7 +1,7 @@
 """Searches (QIDO-RS): which data sets match the query of an address, and which page of them.
 
-Attributes are named by keyword or tag. Values match as DICOM's C-FIND says: lists of UIDs, ``*`` and ``?`` as wildcards,
-``from-to`` for dates and times, anything else as equal; names whatever their case.
+Attributes are named by keyword or tag. Values match as DICOM's C-FIND says: lists of UIDs, ``*`` and ``?`` as
+wildcards, ``from-to`` for dates and times, anything else as equal; names whatever their case.
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ class Condition:
             return value == wanted
         if self.vr == "PN":
             wanted, value = wanted.lower(), value.lower()
-        return re.fullmatch("".join(_WILDCARDS.get(letter, re.escape(letter)) for letter in wanted), value, re.DOTALL) is not None
+        return (
+            re.fullmatch("".join(_WILDCARDS.get(letter, re.escape(letter)) for letter in wanted), value, re.DOTALL)
+            is not None
+        )
 
 
 _WILDCARDS = {"*": ".*", "?": "."}
@@ -102,7 +105,9 @@ class Query:
 
     def with_equal(self, keyword: str, value: str) -> Query:
         """The same search, narrowed to one value of one attribute: what a path like ``studies/<uid>/series`` says."""
-        return Query((*self.conditions, Condition(_tag(keyword), _vr(_tag(keyword)), (value,))), self.limit, self.offset)
+        return Query(
+            (*self.conditions, Condition(_tag(keyword), _vr(_tag(keyword)), (value,))), self.limit, self.offset
+        )
 
 
 def _read_condition(name: str, value: str) -> Condition | None:
@@ -117,7 +122,9 @@ def _read_condition(name: str, value: str) -> Condition | None:
     for text in values if pattern is not None else ():
         ends = text.split("-", 1)
         if not any(ends) or any(end and not pattern.fullmatch(end) for end in ends):  # type: ignore[union-attr]
-            kind = "date, 20260131, or a range, 20260101-20260131" if vr == "DA" else "time, 081500, or a range, 08-1230"
+            kind = (
+                "date, 20260131, or a range, 20260101-20260131" if vr == "DA" else "time, 081500, or a range, 08-1230"
+            )
             raise RequestError(f"{name} is '{text[:40]}'; it must be a {kind}.")
     return Condition(tag, vr, values)
 

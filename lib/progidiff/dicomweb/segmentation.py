@@ -1,7 +1,8 @@
 """A DICOM SEG as a label map on the grid of its image.
 
 A SEG keeps one bit per voxel, frame by frame, and leaves out what is empty: frames, and segments without any. What is
-not in it is background here. Its frames may run along any axes of the image and be cropped; every pixel must fall onto a voxel.
+not in it is background here. Its frames may run along any axes of the image and be cropped; every pixel must fall onto
+a voxel.
 
 A label map holds one structure per voxel, so segments that overlap are refused, with their names and the number of
 voxels: whichever of them won, a person's work would be lost without a word.
@@ -53,7 +54,9 @@ def read_dataset(content: bytes) -> Dataset:
     try:
         return pydicom.dcmread(io.BytesIO(content))
     except (InvalidDicomError, OSError, ValueError, KeyError, AttributeError, EOFError, NotImplementedError) as err:
-        raise ImageError(f"This is no DICOM file ({' '.join(str(err).split())[:200]}). Export the segmentation again.") from err
+        raise ImageError(
+            f"This is no DICOM file ({' '.join(str(err).split())[:200]}). Export the segmentation again."
+        ) from err
 
 
 def find_referenced_series(dataset: Dataset) -> str:
@@ -64,11 +67,17 @@ def find_referenced_series(dataset: Dataset) -> str:
     """
     if dataset.get("SOPClassUID") != SEGMENTATION_STORAGE:
         kind = getattr(dataset.get("SOPClassUID"), "name", "") or "unknown"
-        raise ImageError(f"Only DICOM segmentations are stored here, as labels of the images; this is '{kind}'. Put images into the studies folder.")
+        raise ImageError(
+            "Only DICOM segmentations are stored here, as labels of the images; this is "
+            f"'{kind}'. Put images into the studies folder."
+        )
     references = dataset.get("ReferencedSeriesSequence") or []
     uids = {str(reference.get("SeriesInstanceUID", "")) for reference in references} - {""}
     if len(uids) != 1:
-        raise ImageError(f"The segmentation refers to {len(uids)} series; it must be drawn on one. Export it from the viewer with its image open.")
+        raise ImageError(
+            f"The segmentation refers to {len(uids)} series; it must be drawn on one. "
+            "Export it from the viewer with its image open."
+        )
     return uids.pop()
 
 
@@ -85,8 +94,13 @@ def read_segmentation(dataset: Dataset, volume: Volume) -> Segmentation:
         RequestError: if segments overlap.
     """
     if dataset.get("SegmentationType") != "BINARY":
-        raise ImageError(f"The segmentation is {dataset.get('SegmentationType', 'of an unknown type')}; export it as BINARY.")
-    names = {int(segment.SegmentNumber): str(segment.get("SegmentLabel", "")).strip() for segment in dataset.get("SegmentSequence") or []}
+        raise ImageError(
+            f"The segmentation is {dataset.get('SegmentationType', 'of an unknown type')}; export it as BINARY."
+        )
+    names = {
+        int(segment.SegmentNumber): str(segment.get("SegmentLabel", "")).strip()
+        for segment in dataset.get("SegmentSequence") or []
+    }
     if not 1 <= len(names) <= MAX_SEGMENTS or not all(1 <= number <= 65535 for number in names):
         raise ImageError(f"The segmentation has {len(names)} segments; 1 to {MAX_SEGMENTS} can be read.")
     label_of = {number: position + 1 for position, number in enumerate(sorted(names))}
@@ -97,7 +111,10 @@ def read_segmentation(dataset: Dataset, volume: Volume) -> Segmentation:
     for index, frame in enumerate(frames):
         number = _find_segment(dataset, index)
         if number not in names:
-            raise ImageError(f"Frame {index + 1} belongs to segment {number}, which the segmentation does not describe. Export it again.")
+            raise ImageError(
+                f"Frame {index + 1} belongs to segment {number}, which the segmentation "
+                "does not describe. Export it again."
+            )
         places = _locate(dataset, index, frame, to_index, volume)
         before = stack[places]
         for other in np.unique(before[(before != 0) & (before != label_of[number])]):
@@ -106,13 +123,19 @@ def read_segmentation(dataset: Dataset, volume: Volume) -> Segmentation:
         stack[places] = label_of[number]
     by_label = {label_of[number]: name for number, name in names.items()}
     if overlaps:
-        listed = "; ".join(f"'{by_label[a]}' and '{by_label[b]}' in {count} voxels" for (a, b), count in list(overlaps.items())[:5])
+        listed = "; ".join(
+            f"'{by_label[a]}' and '{by_label[b]}' in {count} voxels" for (a, b), count in list(overlaps.items())[:5]
+        )
         raise RequestError(
-            f"Segments overlap: {listed}. A label holds one structure per voxel; erase the overlap in one of them, then store it again."
+            f"Segments overlap: {listed}. A label holds one structure per voxel; erase "
+            "the overlap in one of them, then store it again."
         )
     drawn = {label: by_label[label] for label in map(int, np.unique(stack)) if label}
     if not drawn:
-        raise ImageError("The segmentation is empty. To say that there is nothing, accept an empty proposal; to remove a label, delete it.")
+        raise ImageError(
+            "The segmentation is empty. To say that there is nothing, accept an empty "
+            "proposal; to remove a label, delete it."
+        )
     _check_names(drawn)
     return Segmentation(volume.from_stack(stack), drawn)
 
@@ -122,10 +145,15 @@ def _read_frames(dataset: Dataset) -> np.ndarray:
     try:
         pixels = np.asarray(dataset.pixel_array)
     except Exception as err:  # pydicom raises whatever its decoders do
-        raise ImageError(f"The pixels of the segmentation cannot be read ({' '.join(str(err).split())[:200]}). Export it uncompressed.") from err
+        raise ImageError(
+            "The pixels of the segmentation cannot be read "
+            f"({' '.join(str(err).split())[:200]}). Export it uncompressed."
+        ) from err
     frames = pixels[None] if pixels.ndim == 2 else pixels
     if len(dataset.get("PerFrameFunctionalGroupsSequence") or []) != len(frames):
-        raise ImageError("The segmentation describes another number of frames than it has. It may be cut off; export it again.")
+        raise ImageError(
+            "The segmentation describes another number of frames than it has. It may be cut off; export it again."
+        )
     return frames != 0
 
 
@@ -145,15 +173,29 @@ def _find_segment(dataset: Dataset, index: int) -> int:
     return int(group.ReferencedSegmentNumber) if group is not None else 0
 
 
-def _locate(dataset: Dataset, index: int, frame: np.ndarray, to_index: np.ndarray, volume: Volume) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _locate(
+    dataset: Dataset, index: int, frame: np.ndarray, to_index: np.ndarray, volume: Volume
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The voxels (z, y, x) of the axial stack that the pixels of a frame which are set fall onto."""
-    groups = [_find_group(dataset, index, name) for name in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")]
+    groups = [
+        _find_group(dataset, index, name)
+        for name in ("PlanePositionSequence", "PlaneOrientationSequence", "PixelMeasuresSequence")
+    ]
     position, orientation, measures = groups
     if position is None or orientation is None or measures is None:
-        raise ImageError(f"Frame {index + 1} of the segmentation does not say where it lies in the patient. Export it again, with its geometry.")
+        raise ImageError(
+            f"Frame {index + 1} of the segmentation does not say where it lies in the "
+            "patient. Export it again, with its geometry."
+        )
     directions = np.array(orientation.ImageOrientationPatient, dtype=np.float64)
     spacing = np.array(measures.PixelSpacing, dtype=np.float64)
-    to_world = np.column_stack([directions[:3] * spacing[1], directions[3:] * spacing[0], np.array(position.ImagePositionPatient, dtype=np.float64)])
+    to_world = np.column_stack(
+        [
+            directions[:3] * spacing[1],
+            directions[3:] * spacing[0],
+            np.array(position.ImagePositionPatient, dtype=np.float64),
+        ]
+    )
     # (column, row, 1) -> (x, y, z) of the image: columns and rows must each run along one axis, voxel by voxel.
     exact = to_index[:3, :3] @ to_world
     exact[:, 2] += to_index[:3, 3]
@@ -163,15 +205,19 @@ def _locate(dataset: Dataset, index: int, frame: np.ndarray, to_index: np.ndarra
     steps = np.abs(rounded[:, :2])
     if drift.max() > GRID_TOLERANCE or not (steps.sum(axis=0) == 1).all() or steps.sum(axis=1).max() > 1:
         raise GeometryError(
-            f"Frame {index + 1} of the segmentation lies up to {drift.max():.2f} voxels beside the voxels of '{volume.name}' (another spacing, "
-            "orientation or origin). Draw it on this image, or resample it."
+            f"Frame {index + 1} of the segmentation lies up to {drift.max():.2f} voxels "
+            f"beside the voxels of '{volume.name}' (another spacing, orientation or "
+            "origin). Draw it on this image, or resample it."
         )
     rows, columns = np.nonzero(frame)
     x, y, z = (rounded @ np.stack([columns, rows, np.ones_like(rows)])).astype(np.int64)
     depth, rows_of_image, columns_of_image = volume.to_stack()[0].shape
     outside = (x < 0) | (x >= columns_of_image) | (y < 0) | (y >= rows_of_image) | (z < 0) | (z >= depth)
     if outside.any():
-        raise GeometryError(f"{int(outside.sum())} pixels of frame {index + 1} lie outside of '{volume.name}'. The segmentation is of another image.")
+        raise GeometryError(
+            f"{int(outside.sum())} pixels of frame {index + 1} lie outside of "
+            f"'{volume.name}'. The segmentation is of another image."
+        )
     return z, y, x
 
 
@@ -179,7 +225,8 @@ def _check_names(names: Mapping[int, str]) -> None:
     unnamed = [name or "(empty)" for name in names.values() if _UNNAMED.fullmatch(name)]
     if unnamed:
         raise ImageError(
-            f"Segment '{unnamed[0][:40]}' has no name that says what it is. Rename it in the viewer, for example 'liver', and store it again."
+            f"Segment '{unnamed[0][:40]}' has no name that says what it is. Rename it in "
+            "the viewer, for example 'liver', and store it again."
         )
     repeated = sorted({name for name in names.values() if list(names.values()).count(name) > 1})
     if repeated:

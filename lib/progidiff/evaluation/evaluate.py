@@ -4,15 +4,16 @@ Three numbers per structure, because they answer different questions:
 
 * **single**: the mean over the K proposals of each one's score. What one draw gives.
 * **consensus**: the score of the consensus. What the server shows first.
-* **best**: the score of the proposal with the highest Dice against the ground truth, per case and structure. What an expert
-  who picks gets at most; it rises with K for any noisy model, so compare at equal K only.
+* **best**: the score of the proposal with the highest Dice against the ground truth, per case and structure. What an
+  expert who picks gets at most; it rises with K for any noisy model, so compare at equal K only.
 
 Rules, also written into every report:
 
 * Each structure is scored as asked alone, on the input's own grid; overlaps between structures are not resolved.
-* A structure without a voxel in the ground truth of a case has no Dice and no HD95 there. It counts for the false positives
-  instead: the share of such cases, and of slices without the structure, on which it is drawn all the same.
-* An empty prediction of a present structure has Dice 0 and no HD95; it is left out of the HD95 means and counted as missed.
+* A structure without a voxel in the ground truth of a case has no Dice and no HD95 there. It counts for the false
+  positives instead: the share of such cases, and of slices without the structure, on which it is drawn all the same.
+* An empty prediction of a present structure has Dice 0 and no HD95; it is left out of the HD95 means and counted as
+  missed.
 * HD95 is as MONAI defines it: the larger of the two directed 95th percentiles of surface distances, in mm.
 """
 
@@ -53,13 +54,27 @@ KINDS: tuple[Kind, ...] = ("single", "consensus", "best")
 RULES = {
     "single": "mean over the K proposals of each one's score",
     "consensus": "voxels that at least half of the proposals draw",
-    "best": "the proposal with the highest Dice against the ground truth, per case and structure; its HD95 is that proposal's",
+    "best": (
+        "the proposal with the highest Dice against the ground truth, per case and "
+        "structure; its HD95 is that proposal's"
+    ),
     "overlaps": "each structure is scored as asked alone; overlaps between structures are not resolved",
-    "absent": "a structure without a voxel in the ground truth of a case is left out of Dice and HD95; it counts for the false positives",
-    "missed": "an empty prediction of a present structure has Dice 0 and no HD95; it is left out of the HD95 means and counted as missed",
+    "absent": (
+        "a structure without a voxel in the ground truth of a case is left out of Dice "
+        "and HD95; it counts for the false positives"
+    ),
+    "missed": (
+        "an empty prediction of a present structure has Dice 0 and no HD95; it is left "
+        "out of the HD95 means and counted as missed"
+    ),
     "hd95": "as monai.metrics: the larger of the two directed 95th percentiles of surface distances, mm",
-    "false_positives": "slices: share of the slices without the structure on which it is drawn; cases: share of the cases without the structure",
-    "disagreement": "1 - mean pairwise Dice of the proposals, mean over the slices on which any proposal draws the structure",
+    "false_positives": (
+        "slices: share of the slices without the structure on which it is drawn; cases: share of the cases without the "
+        "structure"
+    ),
+    "disagreement": (
+        "1 - mean pairwise Dice of the proposals, mean over the slices on which any proposal draws the structure"
+    ),
 }
 
 Progress = Callable[[int, int, str, int, int], None]
@@ -90,12 +105,16 @@ def load_label_names(studies: Path) -> dict[int, str]:
     path = studies / "labels.json"
     if not path.is_file():
         raise RequestError(
-            f'\'{studies}\' has no labels.json (label id -> structure), so its labels have no names. Write one, for example {{"1": "liver"}}.'
+            f"'{studies}' has no labels.json (label id -> structure), so its labels "
+            'have no names. Write one, for example {"1": "liver"}.'
         )
     try:
         names = {int(key): str(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (ValueError, AttributeError, UnicodeDecodeError) as err:
-        raise RequestError(f'\'{path}\' does not map label ids to structures ({err}). It should look like {{"1": "liver", "2": "spleen"}}.') from err
+        raise RequestError(
+            f"'{path}' does not map label ids to structures ({err}). It should look "
+            'like {"1": "liver", "2": "spleen"}.'
+        ) from err
     if any(value < 1 for value in names):
         raise RequestError(f"'{path}' names label ids below 1; 0 is the background and has no name.")
     return names
@@ -112,27 +131,40 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
         RequestError: if the folder is absent, nothing is labelled, or a name is unknown or has no label.
     """
     if not studies.is_dir():
-        raise RequestError(f"There is no folder '{studies}'. Name a folder of images with labels/final and labels.json.")
+        raise RequestError(
+            f"There is no folder '{studies}'. Name a folder of images with labels/final and labels.json."
+        )
     images = _find_images(studies)
     final = studies / "labels" / "final"
     labels = _find_images(final) if final.is_dir() else {}
     cases = {name: Case(name, images[name], labels[name]) for name in images if name in labels}
     if not cases:
-        raise RequestError(f"'{studies}' holds no image with a label of the same name in labels/final; there is nothing to compare with.")
+        raise RequestError(
+            f"'{studies}' holds no image with a label of the same name in labels/final; "
+            "there is nothing to compare with."
+        )
     if names is None:
         return list(cases.values())
     wanted = [strip_suffix(name) for name in names]
     unknown = [name for name in wanted if name not in cases]
     if unknown:
         without = [name for name in unknown if name in images]
-        reason = f"{', '.join(without)} has no label in labels/final" if without else f"there is no image {', '.join(unknown)}"
+        reason = (
+            f"{', '.join(without)} has no label in labels/final"
+            if without
+            else f"there is no image {', '.join(unknown)}"
+        )
         raise RequestError(f"In '{studies}' {reason}. The labelled cases are {', '.join(cases)}.")
     return [case for name, case in cases.items() if name in wanted]
 
 
 def _find_images(folder: Path) -> dict[str, Path]:
     """Name without suffix -> path, by name."""
-    return {strip_suffix(path.name): path for path in sorted(folder.iterdir()) if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")}
+    return {
+        strip_suffix(path.name): path
+        for path in sorted(folder.iterdir())
+        if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")
+    }
 
 
 def match_structures(
@@ -140,8 +172,8 @@ def match_structures(
 ) -> tuple[dict[str, tuple[int, ...]], list[str]]:
     """Which label ids are which structure of the model, by name.
 
-    A name of labels.json that is none of the model's is read as a prompt ("kidney_left" is the left kidney); several ids of
-    one structure are taken together.
+    A name of labels.json that is none of the model's is read as a prompt ("kidney_left" is the left kidney); several
+    ids of one structure are taken together.
 
     Args:
         label_names: Label id -> name.
@@ -170,23 +202,20 @@ def match_structures(
             structure = queries[0].name
             notes.append(f"label {value} '{name}' is taken as '{structure}'")
         ids.setdefault(structure, []).append(value)
-    chosen = list(dict.fromkeys(query.name for text in wanted for query in parse_prompt(text, known))) if wanted else list(known)
+    chosen = (
+        list(dict.fromkeys(query.name for text in wanted for query in parse_prompt(text, known)))
+        if wanted
+        else list(known)
+    )
     notes += [f"'{name}' has no label in labels.json; skipped" for name in chosen if name not in ids]
     matched = {name: tuple(ids[name]) for name in known if name in ids and name in chosen}
     if not matched:
         labelled = ", ".join(label_names.values()) or "nothing"
         raise RequestError(
-            f"None of the structures {', '.join(chosen)} has a label; labels.json names {labelled}. Choose structures that are labelled."
+            f"None of the structures {', '.join(chosen)} has a label; labels.json names "
+            f"{labelled}. Choose structures that are labelled."
         )
     return matched, notes
-
-
-
-
-
-
-
-
 
 
 def score_case(
@@ -218,7 +247,9 @@ def score_case(
         empty_slices = ~truth.any(axis=(1, 2))
         present = bool(truth.any())
 
-        def score(shown: str | int, name: str = name, truth: np.ndarray = truth, empty: np.ndarray = empty_slices) -> dict[str, Any]:
+        def score(
+            shown: str | int, name: str = name, truth: np.ndarray = truth, empty: np.ndarray = empty_slices
+        ) -> dict[str, Any]:
             mask = volume.arrange(proposals.mask(volume, name, shown)).astype(bool)
             if largest_component:
                 mask = keep_largest_component(mask)
@@ -232,7 +263,10 @@ def score_case(
         each = [score(k + 1) for k in range(proposals.num_proposals)]
         consensus = score("consensus")
         # Without the structure there is no Dice; the best answer is then the one that draws least.
-        best = max(range(len(each)), key=lambda k, each=each, present=present: each[k]["dice"] if present else -each[k]["voxels"])  # type: ignore[misc]
+        best = max(
+            range(len(each)),
+            key=lambda k, each=each, present=present: each[k]["dice"] if present else -each[k]["voxels"],
+        )  # type: ignore[misc]
         index = proposals.structures.index(name)
         scores[name] = {
             "present": present,
@@ -255,26 +289,35 @@ def summarise(cases: Sequence[Mapping[str, Any]], structures: Sequence[str]) -> 
         structures: Names to report.
 
     Returns:
-        ``{single|consensus|best: {dice|hd95: {structure: mean}}}`` and, beside these, `mean` (over structures), `missed`,
-        `false_positives`, `disagreement` and `cases_with`. A structure that no case holds has no Dice; NaN where a mean has no values.
+        ``{single|consensus|best: {dice|hd95: {structure: mean}}}`` and, beside these, `mean` (over structures),
+        `missed`, `false_positives`, `disagreement` and `cases_with`. A structure that no case holds has no Dice; NaN
+        where a mean has no values.
     """
     summary: dict[str, Any] = {}
     found = {name: [case["structures"][name] for case in cases if name in case["structures"]] for name in structures}
     holding = {name: [entry for entry in entries if entry["present"]] for name, entries in found.items()}
     reported = [name for name in structures if holding[name]]
     for kind in KINDS:
-        summary[kind] = {metric: {name: _mean(entry[kind][metric] for entry in holding[name]) for name in reported} for metric in ("dice", "hd95")}
+        summary[kind] = {
+            metric: {name: _mean(entry[kind][metric] for entry in holding[name]) for name in reported}
+            for metric in ("dice", "hd95")
+        }
     groups = {"transunet_8": [name for name in TRANSUNET_STRUCTURES if name in reported], "all": reported}
     summary["mean"] = {
         kind: {
-            metric: {group: _mean(summary[kind][metric][name] for name in names) for group, names in groups.items()} for metric in ("dice", "hd95")
+            metric: {group: _mean(summary[kind][metric][name] for name in names) for group, names in groups.items()}
+            for metric in ("dice", "hd95")
         }
         for kind in KINDS
     }
     summary["mean_over"] = groups
     summary["missed"] = {
         kind: {
-            name: sum(entry[kind]["missed"] if kind == "single" else int(entry[kind]["voxels"] == 0) for entry in holding[name]) for name in reported
+            name: sum(
+                entry[kind]["missed"] if kind == "single" else int(entry[kind]["voxels"] == 0)
+                for entry in holding[name]
+            )
+            for name in reported
         }
         for kind in KINDS
     }
@@ -287,7 +330,9 @@ def summarise(cases: Sequence[Mapping[str, Any]], structures: Sequence[str]) -> 
             drawn_slices, empty_slices = drawn_slices + drawn, empty_slices + without
             slices[name] = drawn / without if without else math.nan
             absent = [entry for entry in found[name] if not entry["present"]]
-            shares[name] = _mean(entry[kind]["drawn"] if kind == "single" else float(entry[kind]["voxels"] > 0) for entry in absent)
+            shares[name] = _mean(
+                entry[kind]["drawn"] if kind == "single" else float(entry[kind]["voxels"] > 0) for entry in absent
+            )
         summary["false_positives"][kind] = {
             "slices": slices,
             "cases": shares,
@@ -333,7 +378,8 @@ def evaluate(
         modality: "CT" or "MR" for all cases; None to find out.
         hd95: Compute HD95.
         clean_up: How islands are dropped from every proposal, as the server does it; see `progidiff.proposals.islands`.
-        largest_component: Beyond that keep the largest connected part of every mask, the consensus too, before it is scored.
+        largest_component: Beyond that keep the largest connected part of every mask, the consensus too, before it is
+            scored.
         progress: Called after every batch of slices.
         command: What to record as the command; by default that of this process.
 
@@ -377,10 +423,15 @@ def evaluate(
             notes.append(f"case {case.name} could not be read and is left out: {err}")
             continue
         strangers = sorted(
-            set(np.unique(labels).tolist()) - {0} - {value for ids in matched.values() for value in ids} - set(load_label_names(folder))
+            set(np.unique(labels).tolist())
+            - {0}
+            - {value for ids in matched.values() for value in ids}
+            - set(load_label_names(folder))
         )
         if strangers:
-            notes.append(f"case {case.name} holds label ids that labels.json does not name: {strangers}; taken as background")
+            notes.append(
+                f"case {case.name} holds label ids that labels.json does not name: {strangers}; taken as background"
+            )
         settings = {key: value for key, value in proposals.summary().items() if key in _SETTINGS}
         results.append(
             {
@@ -426,7 +477,9 @@ def save_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".writing-", suffix=".json", delete=False) as file:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=".writing-", suffix=".json", delete=False
+        ) as file:
             try:
                 json.dump(report, file, indent=1, allow_nan=False)
                 file.write("\n")
@@ -438,10 +491,10 @@ def save_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
                 os.unlink(file.name)
                 raise
     except OSError as err:
-        raise StoreError(f"The report could not be written to '{path}' ({err}). Choose another place or free some space.") from err
+        raise StoreError(
+            f"The report could not be written to '{path}' ({err}). Choose another place or free some space."
+        ) from err
     return path
-
-
 
 
 def _average_scores(each: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 if TYPE_CHECKING:
     pass
 
+
 def compute_dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Dice of two masks, in [0, 1]; NaN if the truth is empty.
 
@@ -20,15 +21,17 @@ def compute_dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     """
     prediction, truth = prediction.astype(bool, copy=False), truth.astype(bool, copy=False)
     size = int(np.count_nonzero(truth))
-    return 2 * int(np.count_nonzero(prediction & truth)) / (size + int(np.count_nonzero(prediction))) if size else math.nan
+    return (
+        2 * int(np.count_nonzero(prediction & truth)) / (size + int(np.count_nonzero(prediction))) if size else math.nan
+    )
 
 
 def compute_hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
     """95th percentile Hausdorff distance in mm; NaN if either mask is empty.
 
-    The value of `monai.metrics.compute_hausdorff_distance(percentile=95)`: the larger of the two directed 95th percentiles of
-    the distances between surface voxels. Nearest neighbours come from k-d trees of the surfaces, not from distance maps of the
-    volume, which makes it many times faster for masks with stray voxels far away.
+    The value of `monai.metrics.compute_hausdorff_distance(percentile=95)`: the larger of the two directed 95th
+    percentiles of the distances between surface voxels. Nearest neighbours come from k-d trees of the surfaces, not
+    from distance maps of the volume, which makes it many times faster for masks with stray voxels far away.
 
     Args:
         prediction: Mask of any number of axes.
@@ -51,7 +54,11 @@ def _find_surface(mask: np.ndarray) -> np.ndarray:
     from scipy import ndimage
 
     mask = mask.astype(bool, copy=False)
-    found = ndimage.find_objects(mask.view(np.uint8)) if mask.flags.c_contiguous else ndimage.find_objects(mask.astype(np.uint8))
+    found = (
+        ndimage.find_objects(mask.view(np.uint8))
+        if mask.flags.c_contiguous
+        else ndimage.find_objects(mask.astype(np.uint8))
+    )
     if not found:
         return np.zeros((0, mask.ndim), dtype=np.int64)
     inside = mask[found[0]]

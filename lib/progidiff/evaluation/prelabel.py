@@ -1,9 +1,10 @@
-"""Proposals for a whole folder ahead of time: every image opens with a first mask, and a first look at its proposals computes nothing.
+"""Proposals for a whole folder ahead of time: every image opens with a first mask, and a first look at its proposals
+computes nothing.
 
-Each image gets its consensus as a label (tag `original` by default) and its proposals in the store that the server of this folder reads.
-An image is done when its label was made by exactly these settings, which a note beside the store says; so the same command continues
-where it was stopped, redoes what a changed image or another model version asks for, and never replaces what a person or another tool
-made. An image that fails is reported and does not end the run.
+Each image gets its consensus as a label (tag `original` by default) and its proposals in the store that the server of
+this folder reads. An image is done when its label was made by exactly these settings, which a note beside the store
+says; so the same command continues where it was stopped, redoes what a changed image or another model version asks for,
+and never replaces what a person or another tool made. An image that fails is reported and does not end the run.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 
 FINAL = "final"
 STATES = ("made", "there", "kept", "failed")
-"""What became of an image: labelled now; was labelled by the same settings; has a label that somebody else made; not labelled."""
+"""What became of an image: labelled now; was labelled by the same settings; has a label that somebody else made; not
+labelled.
+"""
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,16 @@ class PrelabelSettings:
             RequestError: saying which can.
         """
         if self.tag == FINAL:
-            raise RequestError("Tag 'final' is for labels that a person accepted. Choose another one; viewers open 'original' by themselves.")
-        if not self.tag or len(self.tag) > 64 or self.tag.startswith(".") or not all(c.isascii() and (c.isalnum() or c in "._-") for c in self.tag):
+            raise RequestError(
+                "Tag 'final' is for labels that a person accepted. Choose another one; "
+                "viewers open 'original' by themselves."
+            )
+        if (
+            not self.tag
+            or len(self.tag) > 64
+            or self.tag.startswith(".")
+            or not all(c.isascii() and (c.isalnum() or c in "._-") for c in self.tag)
+        ):
             raise RequestError(f"Tag '{self.tag[:64]}' must be letters, digits, '.', '_' or '-', for example original.")
 
 
@@ -99,7 +110,11 @@ def list_images(studies: Path) -> list[Path]:
     """
     if not studies.is_dir():
         raise RequestError(f"There is no folder '{studies}'. Name one with --studies.")
-    found = {strip_suffix(path): path for path in sorted(studies.iterdir()) if path.is_file() and path.name.lower().endswith(MASK_SUFFIXES)}
+    found = {
+        strip_suffix(path): path
+        for path in sorted(studies.iterdir())
+        if path.is_file() and path.name.lower().endswith(MASK_SUFFIXES)
+    }
     images = [path for image, path in sorted(found.items()) if not image.startswith(".")]
     if not images:
         raise RequestError(f"'{studies}' holds no images; {', '.join(MASK_SUFFIXES)} files directly in it are read.")
@@ -163,7 +178,9 @@ class Prelabeller:
     def _label(self, image: str, path: Path) -> tuple[str, str]:
         engine = self._engine
         target = self._labels / f"{image}.nii.gz"
-        present = next((file for suffix in MASK_SUFFIXES if (file := self._labels / f"{image}{suffix}").is_file()), None)
+        present = next(
+            (file for suffix in MASK_SUFFIXES if (file := self._labels / f"{image}{suffix}").is_file()), None
+        )
         stamp = [path.stat().st_mtime_ns, path.stat().st_size]
         note = self._read_note(image) if present == target else None
         ours = note is not None and note.get("sha256") == _hash(target)
@@ -173,7 +190,11 @@ class Prelabeller:
             if note.get("key") == key:
                 return "there", ""
         if present is not None and not ours and not self._settings.overwrite:
-            return "kept", f"Its label '{self._settings.tag}' was not made by this command, or was changed since; --overwrite replaces it."
+            return (
+                "kept",
+                f"Its label '{self._settings.tag}' was not made by this command, or was "
+                "changed since; --overwrite replaces it.",
+            )
         volume = load_volume(path, self._settings.modality)
         adapter, key = self._find_key(image, volume.digest, volume.modality)
         result = self._proposals.load(key)
@@ -195,13 +216,23 @@ class Prelabeller:
             self._labels.mkdir(parents=True, exist_ok=True)
             save_mask(labels, volume, scratch)
             flush(scratch)
-            made = {"key": key, "sha256": _hash(scratch), "stamp": stamp, "digest": volume.digest, "modality": volume.modality, "image": image}
-            # First the note, then the label: after a crash between them the label is missing or does not match, and is made again.
+            made = {
+                "key": key,
+                "sha256": _hash(scratch),
+                "stamp": stamp,
+                "digest": volume.digest,
+                "modality": volume.modality,
+                "image": image,
+            }
+            # First the note, then the label: after a crash between them the label is missing or does not match, and is
+            # made again.
             self._write_note(image, json.dumps(made))
             os.replace(scratch, target)
             flush(self._labels)
         except OSError as err:
-            raise StoreError(f"The label of '{image}' could not be written into '{self._labels}' ({err}). Free some disk space.") from err
+            raise StoreError(
+                f"The label of '{image}' could not be written into '{self._labels}' ({err}). Free some disk space."
+            ) from err
         finally:
             scratch.unlink(missing_ok=True)
         if present is not None and present != target:
@@ -235,7 +266,11 @@ class Prelabeller:
             values = json.loads(self._note_file(image).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        return values if isinstance(values, dict) and {"key", "sha256", "stamp", "digest", "modality"} <= values.keys() else None
+        return (
+            values
+            if isinstance(values, dict) and {"key", "sha256", "stamp", "digest", "modality"} <= values.keys()
+            else None
+        )
 
     def _write_note(self, image: str, text: str) -> None:
         self._notes.mkdir(parents=True, exist_ok=True)
@@ -246,17 +281,22 @@ class Prelabeller:
         os.replace(scratch, file)
 
 
-def run_here(images: Sequence[Path], make: Callable[[], Prelabeller], index: int = 0, count: int = 1) -> Iterator[Outcome]:
+def run_here(
+    images: Sequence[Path], make: Callable[[], Prelabeller], index: int = 0, count: int = 1
+) -> Iterator[Outcome]:
     """Label this process's share, one image after the other."""
     prelabeller = make()
     for path in pick_share(images, index, count):
         yield prelabeller.label(path)
 
 
-def run_on_ray(images: Sequence[Path], make: Callable[[], Prelabeller], workers: int, gpus_per_worker: float = 0.0) -> Iterator[Outcome]:
+def run_on_ray(
+    images: Sequence[Path], make: Callable[[], Prelabeller], workers: int, gpus_per_worker: float = 0.0
+) -> Iterator[Outcome]:
     """Label through Ray Data: `workers` actors with a model each, wherever the cluster has room.
 
-    Every machine must see the same folders under the same paths. `ray.init` must have been called, or it starts a cluster here.
+    Every machine must see the same folders under the same paths. `ray.init` must have been called, or it starts a
+    cluster here.
 
     Raises:
         RequestError: if ray is not installed.
@@ -264,7 +304,9 @@ def run_on_ray(images: Sequence[Path], make: Callable[[], Prelabeller], workers:
     try:
         import ray.data
     except ImportError as err:
-        raise RequestError("Ray is not installed. `pip install 'progidiff[ray]'` brings it, or leave --ray out.") from err
+        raise RequestError(
+            "Ray is not installed. `pip install 'progidiff[ray]'` brings it, or leave --ray out."
+        ) from err
 
     class Worker:
         """One model in one process of the cluster."""

@@ -1,6 +1,7 @@
 """Unpacking an uploaded archive without trusting it: no path leaves the folder, no links, bounded number and size.
 
-The sizes that an archive states are not believed either: bytes are counted while they are written, so a bomb stops at the limit.
+The sizes that an archive states are not believed either: bytes are counted while they are written, so a bomb stops at
+the limit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,17 @@ SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 _CHUNK = 1 << 20
 _MAX_NAME = 255
-_BROKEN = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, NotImplementedError, ValueError)
+_BROKEN = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    OSError,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+)
 """What the readers of the standard library raise on a damaged or encrypted archive."""
 
 
@@ -52,7 +63,8 @@ def extract_archive(archive: Path, folder: Path, limits: Limits | None = None) -
         The number of files written, at least 1.
 
     Raises:
-        RequestError: if it is no archive, damaged, encrypted, empty, or names a member that is a link, a device, or outside of the folder.
+        RequestError: if it is no archive, damaged, encrypted, empty, or names a member that is a link, a device, or
+            outside of the folder.
         TooLargeError: if it holds more than the limits.
         StoreError: if the disk is full.
     """
@@ -66,10 +78,14 @@ def extract_archive(archive: Path, folder: Path, limits: Limits | None = None) -
         for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError("The archive cannot be unpacked, the disk is full. Free some space, or set TMPDIR to another disk.") from err
+            raise StoreError(
+                "The archive cannot be unpacked, the disk is full. Free some space, or set TMPDIR to another disk."
+            ) from err
         if isinstance(err, _BROKEN):
             reason = err.strerror if isinstance(err, OSError) else str(err)[:200]
-            raise RequestError(f"The archive cannot be unpacked ({type(err).__name__}: {reason}). Pack it again, without a password.") from err
+            raise RequestError(
+                f"The archive cannot be unpacked ({type(err).__name__}: {reason}). Pack it again, without a password."
+            ) from err
         raise
 
 
@@ -89,7 +105,10 @@ def _extract(archive: Path, folder: Path, limits: Limits) -> int:
             while chunk := stream.read(_CHUNK):
                 left -= len(chunk)
                 if left < 0:
-                    raise TooLargeError(f"The archive unpacks to more than {limits.size / 1e9:g} GB. Send one series per archive, or crop the image.")
+                    raise TooLargeError(
+                        f"The archive unpacks to more than {limits.size / 1e9:g} GB. Send "
+                        "one series per archive, or crop the image."
+                    )
                 file.write(chunk)
         files += 1
     return files
@@ -98,10 +117,18 @@ def _extract(archive: Path, folder: Path, limits: Limits) -> int:
 def _check_name(name: str) -> tuple[str, ...]:
     """The parts of a member's path, if it stays inside."""
     parts = PurePosixPath(name.replace("\\", "/")).parts
-    if not parts or name.startswith(("/", "\\")) or any(part in ("..", ".") or ":" in part or "\0" in part for part in parts):
-        raise RequestError(f"The archive has a member '{name[:80]}', which lies outside of it. Pack the folder with relative names.")
+    if (
+        not parts
+        or name.startswith(("/", "\\"))
+        or any(part in ("..", ".") or ":" in part or "\0" in part for part in parts)
+    ):
+        raise RequestError(
+            f"The archive has a member '{name[:80]}', which lies outside of it. Pack the folder with relative names."
+        )
     if any(len(part.encode()) > _MAX_NAME for part in parts) or len(parts) > 32:
-        raise RequestError(f"The archive has a member with a name that is too long, '{name[:80]}...'. Pack the files directly.")
+        raise RequestError(
+            f"The archive has a member with a name that is too long, '{name[:80]}...'. Pack the files directly."
+        )
     return parts
 
 
@@ -117,7 +144,9 @@ def _list_members(archive: Path) -> Iterator[tuple[str, IO[bytes] | None]]:
     with _open_tar(archive) as tar:
         for member in tar:
             if not (member.isfile() or member.isdir()):
-                raise RequestError(f"The archive has a link or a device, '{member.name[:80]}'. Pack the files themselves.")
+                raise RequestError(
+                    f"The archive has a link or a device, '{member.name[:80]}'. Pack the files themselves."
+                )
             yield member.name, None if member.isdir() else tar.extractfile(member)
 
 
@@ -126,6 +155,9 @@ def _open_tar(archive: Path) -> Iterator[tarfile.TarFile]:
     try:
         tar = tarfile.open(archive)  # noqa: SIM115  closed below
     except tarfile.ReadError as err:
-        raise RequestError(f"What was sent is no archive that is read here. Send {', '.join(SUFFIXES)}, or the files without uncompress.") from err
+        raise RequestError(
+            f"What was sent is no archive that is read here. Send {', '.join(SUFFIXES)}, "
+            "or the files without uncompress."
+        ) from err
     with tar:
         yield tar

@@ -1,11 +1,12 @@
 """A picture (PNG, JPEG, TIFF) as a volume of one axial slice: its grid, its label maps, and the way back to a file.
 
-Labels, their history and the choice of what comes next are written for volumes. A picture of W x H pixels is one of shape (W, H, 1) to
-them, 1 mm wide pixels, row y towards Posterior and column x towards the patient's Left: then slice 0 of the axial stack is the
-picture as everybody draws it, and a NIfTI or NRRD that 3D Slicer saves for a picture lies on the same grid. Pixels are read by
-`progidiff.textdiff.pictures`; here are only sizes and label maps.
+Labels, their history and the choice of what comes next are written for volumes. A picture of W x H pixels is one of
+shape (W, H, 1) to them, 1 mm wide pixels, row y towards Posterior and column x towards the patient's Left: then slice 0
+of the axial stack is the picture as everybody draws it, and a NIfTI or NRRD that 3D Slicer saves for a picture lies on
+the same grid. Pixels are read by `progidiff.textdiff.pictures`; here are only sizes and label maps.
 
-The size is that of the picture as it is shown: a turn that a camera notes in EXIF is followed. Of a file with several pages the first counts.
+The size is that of the picture as it is shown: a turn that a camera notes in EXIF is followed. Of a file with several
+pages the first counts.
 """
 
 from __future__ import annotations
@@ -80,8 +81,8 @@ def check_picture(path: str | os.PathLike[str]) -> None:
 def read_picture_label(path: str | os.PathLike[str]) -> np.ndarray:
     """A label map that was saved as a picture.
 
-    The grey values, or the indices of a palette, are the label ids. Where 0 and 255 are the only values, 255 is read as 1: so
-    painting programs write the mask of one structure. An alpha channel is dropped.
+    The grey values, or the indices of a palette, are the label ids. Where 0 and 255 are the only values, 255 is read as
+    1: so painting programs write the mask of one structure. An alpha channel is dropped.
 
     Returns:
         Unsigned integers of shape (W, H, 1).
@@ -103,11 +104,15 @@ def read_picture_label(path: str | os.PathLike[str]) -> np.ndarray:
     elif array.ndim == 3:
         if not (array[..., 0] == array[..., 1]).all() or not (array[..., 0] == array[..., 2]).all():
             raise ImageError(
-                f"'{path.name}' is in colour, so its values are no label ids. Save the label map as a grey PNG whose values are the ids."
+                f"'{path.name}' is in colour, so its values are no label ids. Save the "
+                "label map as a grey PNG whose values are the ids."
             )
         array = array[..., 0]
     if array.ndim != 2 or not (np.issubdtype(array.dtype, np.integer) or np.array_equal(array, np.rint(array))):
-        raise ImageError(f"'{path.name}' holds fractions or several layers, so it is no label map; save it as a grey PNG with whole numbers.")
+        raise ImageError(
+            f"'{path.name}' holds fractions or several layers, so it is no label map; "
+            "save it as a grey PNG with whole numbers."
+        )
     if array.min() < 0:
         raise ImageError(f"'{path.name}' holds negative values; label ids are whole numbers from 0.")
     high = int(array.max())
@@ -132,7 +137,9 @@ def write_picture_label(array: np.ndarray, path: str | os.PathLike[str]) -> None
         raise ImageError(f"A label map of {array.shape[-1]} slices does not fit into a PNG; write it as .nii.gz.")
     if np.issubdtype(array.dtype, np.floating) or array.min() < 0 or array.max() > np.iinfo(np.uint16).max:
         raise ImageError("A PNG takes whole numbers from 0 to 65535; write this map as .nii.gz.")
-    Image.fromarray(np.ascontiguousarray(array[:, :, 0].T).astype(np.uint8 if array.max() <= _MASK_VALUE else np.uint16)).save(path, format="PNG")
+    Image.fromarray(
+        np.ascontiguousarray(array[:, :, 0].T).astype(np.uint8 if array.max() <= _MASK_VALUE else np.uint16)
+    ).save(path, format="PNG")
 
 
 @contextmanager
@@ -148,4 +155,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise
     except (*_READ_ERRORS, Image.DecompressionBombError) as err:
         reason = " ".join(str(err).replace(str(path.parent) + os.sep, "").split())[-200:] or type(err).__name__
-        raise ImageError(f"'{path.name}' cannot be read as a picture ({reason}). It may be cut off or of another format; export it again.") from err
+        raise ImageError(
+            f"'{path.name}' cannot be read as a picture ({reason}). It may be cut off or "
+            "of another format; export it again."
+        ) from err

@@ -1,8 +1,8 @@
 """A medical volume: array, affine and modality together; reading, windowing, and the exact way back to the file's grid.
 
-Everything outside this module sees arrays either in *file order* (I, J, K), exactly as the file stores its voxels, or as
-an *axial stack* (Z, Y, X): z towards Superior, y towards Posterior, x towards the patient's Left. `Volume.to_stack` and
-`Volume.from_stack` swap and flip axes; they never interpolate, so a mask that leaves through `from_stack` is on the
+Everything outside this module sees arrays either in *file order* (I, J, K), exactly as the file stores its voxels, or
+as an *axial stack* (Z, Y, X): z towards Superior, y towards Posterior, x towards the patient's Left. `Volume.to_stack`
+and `Volume.from_stack` swap and flip axes; they never interpolate, so a mask that leaves through `from_stack` is on the
 input's grid voxel by voxel. An oblique volume takes the nearest of the 48 orientations and is not rotated.
 
 Affines map voxel indices to RAS millimetres, as in NIfTI. NRRD, MetaImage and DICOM speak LPS; the sign change happens
@@ -30,7 +30,14 @@ from nibabel.filebasedimages import ImageFileError
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
 from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError, StoreError
-from progidiff.images.pictures import PICTURE_AFFINE, PICTURE_SUFFIXES, is_picture, read_picture_grid, read_picture_label, write_picture_label
+from progidiff.images.pictures import (
+    PICTURE_AFFINE,
+    PICTURE_SUFFIXES,
+    is_picture,
+    read_picture_grid,
+    read_picture_label,
+    write_picture_label,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +47,9 @@ CT_WINDOW = (-125.0, 275.0)
 """Soft-tissue window in HU, the one the TransUNet / BTCV literature uses."""
 
 CT_BODY_HU = -120.0
-"""CT intensity above which a voxel is body: below fat (about -100 HU), above air even where it was clipped at -125 HU."""
+"""CT intensity above which a voxel is body: below fat (about -100 HU), above air even where it was clipped at -125
+HU.
+"""
 
 MAX_VOXELS = 1 << 30
 """Largest volume that is read: 1024 x 1024 x 1024."""
@@ -54,7 +63,19 @@ DICOM_SUFFIXES = (".dcm", ".ima", ".dicom")
 MASK_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_READ_ERRORS = (OSError, EOFError, ValueError, TypeError, RuntimeError, KeyError, IndexError, OverflowError, MemoryError, zlib.error, ImageFileError)
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+    zlib.error,
+    ImageFileError,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +120,8 @@ class Volume:
         """The axial stack, a view of `array`.
 
         Returns:
-            The stack, shape (Z, Y, X) with z -> Superior, y -> Posterior, x -> Left, and its spacing (dz, dy, dx) in mm.
+            The stack, shape (Z, Y, X) with z -> Superior, y -> Posterior, x -> Left, and its spacing (dz, dy, dx) in
+            mm.
 
         Example:
             >>> ras = Volume(np.zeros((4, 5, 6), np.int16), np.diag([1.0, 2.0, 3.0, 1.0]), "CT", "option", "example")
@@ -164,9 +186,14 @@ class Volume:
         """
         shape = self.array.shape
         if not all(0 <= place < size for place, size in zip(index, shape, strict=True)):
-            raise GeometryError(f"The voxel {tuple(index)} is outside of '{self.name}', which has {_times(shape)} voxels counted from 0.")
+            raise GeometryError(
+                f"The voxel {tuple(index)} is outside of '{self.name}', which has "
+                f"{_times(shape)} voxels counted from 0."
+            )
         order, flipped = _orientation(self.affine)
-        x, y, z = (shape[axis] - 1 - index[axis] if flip else index[axis] for axis, flip in zip(order, flipped, strict=True))
+        x, y, z = (
+            shape[axis] - 1 - index[axis] if flip else index[axis] for axis, flip in zip(order, flipped, strict=True)
+        )
         return z, y, x
 
     @property
@@ -177,8 +204,8 @@ class Volume:
     def _check_shape(self, given: tuple[int, ...], wanted: tuple[int, ...], kind: str) -> None:
         if tuple(given) != tuple(wanted):
             raise GeometryError(
-                f"An array of shape {tuple(given)} is not on the grid of '{self.name}', which is {tuple(wanted)} {kind}; "
-                "resample it to the image first."
+                f"An array of shape {tuple(given)} is not on the grid of '{self.name}', "
+                f"which is {tuple(wanted)} {kind}; resample it to the image first."
             )
 
 
@@ -199,11 +226,13 @@ class _Raw:
     modality: str | None = None
 
 
-def load_volume(path: str | os.PathLike[str], modality: str | None = None, info: Mapping[str, Any] | None = None) -> Volume:
+def load_volume(
+    path: str | os.PathLike[str], modality: str | None = None, info: Mapping[str, Any] | None = None
+) -> Volume:
     """Read an image: NIfTI, NRRD, MetaImage, a folder with one DICOM series, or one file of such a series.
 
-    The modality is the `modality` argument if given, else the DICOM tag (of the file, or "Modality" in `info`), else the entry
-    "modality" of `info` or of the file `<name>.json` next to the image, else a guess from the intensities.
+    The modality is the `modality` argument if given, else the DICOM tag (of the file, or "Modality" in `info`), else
+    the entry "modality" of `info` or of the file `<name>.json` next to the image, else a guess from the intensities.
 
     Args:
         path: File or folder.
@@ -218,24 +247,30 @@ def load_volume(path: str | os.PathLike[str], modality: str | None = None, info:
     path = Path(path)
     option = _check_modality(modality, "Option modality")
     if is_picture(path):
-        raise ImageError(f"'{path.name}' is a picture, and structures are found in CT and MR volumes. Ask the model textdiff for it.")
+        raise ImageError(
+            f"'{path.name}' is a picture, and structures are found in CT and MR volumes. Ask the model textdiff for it."
+        )
     raw = _read(path)
     array = _check_voxels(raw.array, path)
     affine = _check_affine(raw.affine, path)
     order, _ = _orientation(affine)
     if min(array.shape[order[0]], array.shape[order[1]]) < 2:
         raise ImageError(
-            f"'{path.name}' is a single sagittal or coronal slice ({_times(array.shape)} voxels), and structures are found on axial slices; "
-            "send the whole volume."
+            f"'{path.name}' is a single sagittal or coronal slice ({_times(array.shape)} "
+            "voxels), and structures are found on axial slices; send the whole volume."
         )
     if array.min() == array.max():
-        raise ImageError(f"All voxels of '{path.name}' have the value {array.flat[0]}; there is nothing to see in it. Check the export.")
+        raise ImageError(
+            f"All voxels of '{path.name}' have the value {array.flat[0]}; there is "
+            "nothing to see in it. Check the export."
+        )
     found, source = _find_modality(option, raw, path, info, array)
     return Volume(array=array, affine=affine, modality=found, modality_source=source, name=strip_suffix(path))
 
 
 def read_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], np.ndarray]:
-    """Shape and affine of a NIfTI, NRRD or MetaImage file from its header alone, as `load_volume` gives them; of a picture see `picture_grid`.
+    """Shape and affine of a NIfTI, NRRD or MetaImage file from its header alone, as `load_volume` gives them; of a
+    picture see `picture_grid`.
 
     Returns:
         (I, J, K), and voxel index (i, j, k, 1) -> RAS mm, shape (4, 4), float64.
@@ -268,7 +303,10 @@ def read_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], np.nd
             affine = _LPS_TO_RAS @ affine
     except _READ_ERRORS as err:
         reason = _explain(err, path)
-        raise ImageError(f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or of another format; export it again.") from err
+        raise ImageError(
+            f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or "
+            "of another format; export it again."
+        ) from err
     if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
         raise ImageError(f"'{path.name}' has {_times(shape)} voxels; a single volume of slices is needed.")
     return (int(shape[0]), int(shape[1]), int(shape[2])), _check_affine(affine, path)
@@ -293,7 +331,10 @@ def load_label(path: str | os.PathLike[str], like: Volume | None = None) -> np.n
     raw = _read(path)
     array = raw.array
     if np.issubdtype(array.dtype, np.floating) and not np.array_equal(array, np.rint(array)):
-        raise ImageError(f"'{path.name}' holds fractions or values that are not numbers, so it is no label map; save it with whole numbers.")
+        raise ImageError(
+            f"'{path.name}' holds fractions or values that are not numbers, so it is no "
+            "label map; save it with whole numbers."
+        )
     low, high = int(array.min()), int(array.max())
     if low < 0 or high > np.iinfo(np.uint32).max:
         raise ImageError(f"'{path.name}' holds the values {low} to {high}; label ids are whole numbers from 0.")
@@ -316,16 +357,16 @@ def check_same_grid(shape: tuple[int, ...], affine: np.ndarray, like: Volume, na
     """
     if tuple(shape) != like.array.shape:
         raise GeometryError(
-            f"'{name}' has {_times(shape)} voxels and the image '{like.name}' {_times(like.array.shape)}; resample it to the image's grid, or save "
-            "it uncropped."
+            f"'{name}' has {_times(shape)} voxels and the image '{like.name}' {_times(like.array.shape)}; resample it "
+            "to the image's grid, or save it uncropped."
         )
     last = np.asarray(shape, dtype=np.float64) - 1
     corners = np.array([[i, j, k, 1.0] for i in (0, last[0]) for j in (0, last[1]) for k in (0, last[2])])
     distance = float(np.abs(corners @ (np.asarray(affine, dtype=np.float64) - like.affine).T).max())
     if not distance <= GRID_TOLERANCE * min(like.spacing):
         raise GeometryError(
-            f"'{name}' lies up to {distance:.2f} mm away from the image '{like.name}' although both have {_times(shape)} voxels (another origin, "
-            "spacing or orientation); resample it to the image's grid."
+            f"'{name}' lies up to {distance:.2f} mm away from the image '{like.name}' although both have "
+            f"{_times(shape)} voxels (another origin, spacing or orientation); resample it to the image's grid."
         )
 
 
@@ -392,7 +433,9 @@ def _write_nifti(array: np.ndarray, affine: np.ndarray, path: Path) -> None:
     image.set_sform(affine, code=1)
     image.set_qform(affine, code=1)
     if not np.allclose(image.get_qform(), affine, atol=1e-3):
-        image.set_qform(None, code=0)  # A quaternion cannot say shear (gantry tilt); no answer is better than a wrong one.
+        image.set_qform(
+            None, code=0
+        )  # A quaternion cannot say shear (gantry tilt); no answer is better than a wrong one.
     nibabel.save(image, path)
 
 
@@ -426,12 +469,15 @@ def _read(path: Path) -> _Raw:
             raw = _read_dicom_file(path)
         else:
             raise ImageError(
-                f"'{path.name}' is no image format that can be read here; send NIfTI (.nii, .nii.gz), NRRD (.nrrd), MetaImage (.mha) or a folder "
-                "with one DICOM series."
+                f"'{path.name}' is no image format that can be read here; send NIfTI (.nii, .nii.gz), NRRD (.nrrd), "
+                "MetaImage (.mha) or a folder with one DICOM series."
             )
     except _READ_ERRORS as err:
         reason = _explain(err, path)
-        raise ImageError(f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or of another format; export it again.") from err
+        raise ImageError(
+            f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or "
+            "of another format; export it again."
+        ) from err
     return _Raw(_squeeze(raw.array, path), np.asarray(raw.affine, dtype=np.float64), raw.modality)
 
 
@@ -455,13 +501,16 @@ def _read_itk(path: Path) -> _Raw:
     _check_size(reader.GetSize(), path)
     if reader.GetNumberOfComponents() > 1:
         raise ImageError(
-            f"'{path.name}' has {reader.GetNumberOfComponents()} values per voxel (colour, several layers or time points); save a single one."
+            f"'{path.name}' has {reader.GetNumberOfComponents()} values per voxel "
+            "(colour, several layers or time points); save a single one."
         )
     return _from_itk(reader.Execute())
 
 
 def _from_itk(image: Any, modality: str | None = None) -> _Raw:
-    """A SimpleITK image of any dimension; beyond three the further axes are dropped if they have one frame (`_squeeze`)."""
+    """A SimpleITK image of any dimension; beyond three the further axes are dropped if they have one frame
+    (`_squeeze`).
+    """
     import SimpleITK as sitk
 
     rank = image.GetDimension()
@@ -496,10 +545,16 @@ def _read_dicom_folder(path: Path) -> _Raw:
 
     series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
     if not series:
-        raise ImageError(f"The folder '{path.name}' holds no DICOM series; send a file, or a folder whose files are one DICOM series.")
+        raise ImageError(
+            f"The folder '{path.name}' holds no DICOM series; send a file, or a folder "
+            "whose files are one DICOM series."
+        )
     if len(series) > 1:
         names = "; ".join(_describe_series(path, uid) for uid in series[:8])
-        raise ImageError(f"The folder '{path.name}' holds {len(series)} DICOM series: {names}. Put the one you want into a folder of its own.")
+        raise ImageError(
+            f"The folder '{path.name}' holds {len(series)} DICOM series: {names}. Put the "
+            "one you want into a folder of its own."
+        )
     return _read_dicom_series(list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])), path)
 
 
@@ -516,7 +571,8 @@ def _describe_series(path: Path, uid: str) -> str:
 
 
 def _read_dicom_series(files: list[str], path: Path) -> _Raw:
-    """Slices sorted by position along the slice normal, rescaled (slope and intercept), with the affine of their own tags.
+    """Slices sorted by position along the slice normal, rescaled (slope and intercept), with the affine of their own
+    tags.
 
     The third column of the affine is the step between slice positions, so gantry tilt is kept as shear.
     """
@@ -529,9 +585,15 @@ def _read_dicom_series(files: list[str], path: Path) -> _Raw:
         header.SetFileName(file)
         header.ReadImageInformation()
         if header.GetDimension() > 2 and header.GetSize()[2] > 1:
-            raise ImageError(f"'{Path(file).name}' is a multi-frame DICOM file; convert it to NIfTI first (for example with dcm2niix).")
+            raise ImageError(
+                f"'{Path(file).name}' is a multi-frame DICOM file; convert it to NIfTI "
+                "first (for example with dcm2niix)."
+            )
         if not (header.HasMetaDataKey("0020|0032") and header.HasMetaDataKey("0020|0037")):
-            raise ImageError(f"'{Path(file).name}' does not say where it lies in the patient (ImagePositionPatient); export the series again.")
+            raise ImageError(
+                f"'{Path(file).name}' does not say where it lies in the patient "
+                "(ImagePositionPatient); export the series again."
+            )
         positions.append([float(v) for v in header.GetMetaData("0020|0032").split("\\")])
         orientations.append([float(v) for v in header.GetMetaData("0020|0037").split("\\")])
         spacings.append(header.GetSpacing()[:2])
@@ -540,7 +602,10 @@ def _read_dicom_series(files: list[str], path: Path) -> _Raw:
     if len(files) < 2:
         raise ImageError(f"'{path.name}' is a single DICOM slice; send the folder with the whole series.")
     if np.ptp(np.asarray(orientations), axis=0).max() > 1e-3 or np.ptp(np.asarray(spacings), axis=0).max() > 1e-3:
-        raise ImageError(f"The slices of the series in '{path.name}' are not parallel or differ in pixel size; remove scouts and localisers.")
+        raise ImageError(
+            f"The slices of the series in '{path.name}' are not parallel or differ in "
+            "pixel size; remove scouts and localisers."
+        )
     row, column = np.asarray(orientations[0])[:3], np.asarray(orientations[0])[3:]
     places = np.asarray(positions)
     height = places @ np.cross(row, column)
@@ -550,15 +615,17 @@ def _read_dicom_series(files: list[str], path: Path) -> _Raw:
     step = float(np.median(gaps))
     if step <= 0 or np.abs(gaps - step).max() > 0.1 * step:
         raise ImageError(
-            f"The slices of the series in '{path.name}' are {gaps.min():.2f} to {gaps.max():.2f} mm apart: some are missing, doubled or belong to "
-            "another phase; send one complete series."
+            f"The slices of the series in '{path.name}' are {gaps.min():.2f} to {gaps.max():.2f} mm apart: some are "
+            "missing, doubled or belong to another phase; send one complete series."
         )
     reader = sitk.ImageSeriesReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileNames([files[index] for index in order])
     image = reader.Execute()
     if image.GetNumberOfComponentsPerPixel() > 1:
-        raise ImageError(f"The series in '{path.name}' is in colour; send the original images, not captures of a screen.")
+        raise ImageError(
+            f"The series in '{path.name}' is in colour; send the original images, not captures of a screen."
+        )
     lps = np.eye(4)
     lps[:3, 0] = row * spacings[0][0]
     lps[:3, 1] = column * spacings[0][1]
@@ -568,16 +635,20 @@ def _read_dicom_series(files: list[str], path: Path) -> _Raw:
 
 
 def _squeeze(array: np.ndarray, path: Path) -> np.ndarray:
-    """Drop trailing axes of one frame; a native-endian real array of three axes, or an error that says how to get one."""
+    """Drop trailing axes of one frame; a native-endian real array of three axes, or an error that says how to get
+    one.
+    """
     if array.dtype.names is not None or np.issubdtype(array.dtype, np.complexfloating):
         raise ImageError(f"'{path.name}' is a colour or complex image; save a single real value per voxel.")
     if array.ndim < 3:
-        raise ImageError(f"'{path.name}' has {array.ndim} axes; a volume of slices is needed, with its spacing and orientation.")
+        raise ImageError(
+            f"'{path.name}' has {array.ndim} axes; a volume of slices is needed, with its spacing and orientation."
+        )
     frames = array.shape[3:]
     if any(size != 1 for size in frames):
         raise ImageError(
-            f"'{path.name}' holds {_times(frames)} volumes (time points, echoes or directions); save the one you want as its own file, for example "
-            "with nibabel's four_to_three."
+            f"'{path.name}' holds {_times(frames)} volumes (time points, echoes or directions); save the one you want "
+            "as its own file, for example with nibabel's four_to_three."
         )
     if min(array.shape) < 1:
         raise ImageError(f"'{path.name}' is empty ({_times(array.shape)} voxels); export it again.")
@@ -590,8 +661,8 @@ def _check_voxels(array: np.ndarray, path: Path) -> np.ndarray:
         bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         if bad:
             raise ImageError(
-                f"{bad} of {array.size} voxels of '{path.name}' are not finite numbers (NaN or infinite); replace them by the value of air "
-                "(for example numpy.nan_to_num) and send it again."
+                f"{bad} of {array.size} voxels of '{path.name}' are not finite numbers "
+                "(NaN or infinite); replace them by the value of air (for example numpy.nan_to_num) and send it again."
             )
     elif array.dtype == np.bool_:
         array = array.astype(np.uint8)
@@ -601,8 +672,8 @@ def _check_voxels(array: np.ndarray, path: Path) -> np.ndarray:
 def _check_affine(affine: np.ndarray, path: Path) -> np.ndarray:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         raise ImageError(
-            f"The header of '{path.name}' gives no usable voxel size and orientation (affine {np.round(affine[:3], 4).tolist()}); convert the "
-            "original images again."
+            f"The header of '{path.name}' gives no usable voxel size and orientation "
+            f"(affine {np.round(affine[:3], 4).tolist()}); convert the original images again."
         )
     return affine
 
@@ -612,7 +683,9 @@ def _check_size(shape: tuple[int, ...], path: Path) -> None:
     for size in shape:
         count *= int(size)
     if count > MAX_VOXELS:
-        raise ImageError(f"'{path.name}' has {_times(shape)} voxels, more than the {MAX_VOXELS} that are read; crop or resample it.")
+        raise ImageError(
+            f"'{path.name}' has {_times(shape)} voxels, more than the {MAX_VOXELS} that are read; crop or resample it."
+        )
 
 
 def _check_modality(value: object, where: str) -> Modality | None:
@@ -626,13 +699,17 @@ def _check_modality(value: object, where: str) -> Modality | None:
     raise RequestError(f"{where} is '{value}'; it must be CT or MR (or auto, to find out from the image).")
 
 
-def _find_modality(option: Modality | None, raw: _Raw, path: Path, info: Mapping[str, Any] | None, array: np.ndarray) -> tuple[Modality, str]:
+def _find_modality(
+    option: Modality | None, raw: _Raw, path: Path, info: Mapping[str, Any] | None, array: np.ndarray
+) -> tuple[Modality, str]:
     if option is not None:
         return option, "option"
     return find_stated_modality(path, info, raw.modality) or (guess_modality(array), "guessed")
 
 
-def find_stated_modality(path: Path, info: Mapping[str, Any] | None = None, tag: str | None = None) -> tuple[Modality, str] | None:
+def find_stated_modality(
+    path: Path, info: Mapping[str, Any] | None = None, tag: str | None = None
+) -> tuple[Modality, str] | None:
     """The modality that is written down somewhere, and where: "dicom" or "sidecar"; see `load_volume`.
 
     Args:
@@ -651,7 +728,10 @@ def find_stated_modality(path: Path, info: Mapping[str, Any] | None = None, tag:
     tag = str(tag or (info or {}).get("Modality") or "").strip().upper()
     if tag and tag not in ("OT", "SC", "SEG", "UNK"):
         if tag not in ("CT", "MR"):
-            raise ImageError(f"'{path.name}' is a {tag} image, and only CT and MR are known here; give modality=CT or MR to try it anyway.")
+            raise ImageError(
+                f"'{path.name}' is a {tag} image, and only CT and MR are known here; give "
+                "modality=CT or MR to try it anyway."
+            )
         return cast(Modality, tag), "dicom"
     stated = info.get("modality") if info else None
     stated = read_sidecar(path).get("modality") if stated is None else stated
@@ -710,7 +790,9 @@ def guess_modality(array: np.ndarray) -> Modality:
     """
     values = _sample(array)
     below = float((values < -40).mean())
-    return "CT" if below > 0.005 and float(np.percentile(values, 99.5)) <= 4096 and float(values.min()) >= -32768 else "MR"
+    return (
+        "CT" if below > 0.005 and float(np.percentile(values, 99.5)) <= 4096 and float(values.min()) >= -32768 else "MR"
+    )
 
 
 def compute_body_threshold(volume: Volume) -> float:
@@ -745,7 +827,8 @@ def _compute_otsu(values: np.ndarray, bins: int = 128) -> float:
 def compute_window(volume: Volume, mr_headroom: float = 1.0) -> tuple[float, float]:
     """The intensities (low, high) that the network sees as -1 and 1.
 
-    CT: `CT_WINDOW` in HU. MR: percentiles 1 and 99 of the body, so that a bright artefact or empty margins do not matter.
+    CT: `CT_WINDOW` in HU. MR: percentiles 1 and 99 of the body, so that a bright artefact or empty margins do not
+    matter.
 
     Args:
         volume: The image.

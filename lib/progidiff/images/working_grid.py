@@ -1,10 +1,10 @@
 """The working grid: where the networks see a volume, and the exact way back.
 
 A volume arrives as an *axial stack*: shape (Z, Y, X), z towards Superior, y towards Posterior, x towards the patient's
-Left, so that slice ``stack[z]`` looks as on a radiologist's screen (patient's right at the left edge, spine at the bottom).
-`plan_working_grid` puts a window of fixed pixel size around the body; `WorkingGrid.extract_slices` resamples slices into
-it; `WorkingGrid.restore_slices` resamples maps back. Only the in-plane axes are resampled: slice z of the working grid is
-slice z of the volume, so nothing is interpolated between slices.
+Left, so that slice ``stack[z]`` looks as on a radiologist's screen (patient's right at the left edge, spine at the
+bottom). `plan_working_grid` puts a window of fixed pixel size around the body; `WorkingGrid.extract_slices` resamples
+slices into it; `WorkingGrid.restore_slices` resamples maps back. Only the in-plane axes are resampled: slice z of the
+working grid is slice z of the volume, so nothing is interpolated between slices.
 """
 
 from __future__ import annotations
@@ -43,7 +43,12 @@ class WorkingGrid:
     width: int
 
     def extract_slices(
-        self, stack: np.ndarray, indices: np.ndarray | list[int], window: tuple[float, float], num_neighbours: int, neighbour_mm: float
+        self,
+        stack: np.ndarray,
+        indices: np.ndarray | list[int],
+        window: tuple[float, float],
+        num_neighbours: int,
+        neighbour_mm: float,
     ) -> torch.Tensor:
         """Windowed slices with their neighbours as channels.
 
@@ -59,7 +64,10 @@ class WorkingGrid:
             float32 tensor of shape (N, C, height, width) in [-1, 1], channels from inferior to superior.
         """
         if tuple(stack.shape) != self.shape:
-            raise GeometryError(f"The stack has shape {tuple(stack.shape)}, the grid was planned for {self.shape}; plan a grid for this stack.")
+            raise GeometryError(
+                f"The stack has shape {tuple(stack.shape)}, the grid was planned for "
+                f"{self.shape}; plan a grid for this stack."
+            )
         z_max = self.shape[0] - 1
         step = max(1, round(neighbour_mm / self.stack_spacing[0]))
         offsets = step * np.arange(-num_neighbours, num_neighbours + 1)
@@ -89,7 +97,9 @@ class WorkingGrid:
         background = torch.ones_like(best)
         shares = []
         for value in present:
-            share = self._resample_to_grid(torch.from_numpy((chosen == value).astype(np.float32))[:, None], fill=0.0)[:, 0]
+            share = self._resample_to_grid(torch.from_numpy((chosen == value).astype(np.float32))[:, None], fill=0.0)[
+                :, 0
+            ]
             background -= share
             shares.append(share)
         best.copy_(background)
@@ -110,7 +120,9 @@ class WorkingGrid:
             Tensor of shape (N, Y, X), the dtype of `maps`.
         """
         if tuple(maps.shape[-2:]) != (self.height, self.width):
-            raise GeometryError(f"Maps of {tuple(maps.shape[-2:])} pixels do not fit the working grid of {(self.height, self.width)}.")
+            raise GeometryError(
+                f"Maps of {tuple(maps.shape[-2:])} pixels do not fit the working grid of {(self.height, self.width)}."
+            )
         _, size_y, size_x = self.shape
         _, dy, dx = self.stack_spacing
         rows, inside_y = _source_coordinates(size_y, dy, self.center[0], self.spacing, self.height)
@@ -121,7 +133,9 @@ class WorkingGrid:
         # Only the part of the stack that the window covers is computed; at 512 x 512 that is often half of it.
         grid_y, grid_x = torch.meshgrid(rows[y0:y1], cols[x0:x1], indexing="ij")
         grid = torch.stack([grid_x, grid_y], -1)[None].expand(len(maps), -1, -1, -1)
-        result[:, y0:y1, x0:x1] = F.grid_sample(maps[:, None], grid.to(maps.dtype), mode="bilinear", padding_mode="border", align_corners=False)[:, 0]
+        result[:, y0:y1, x0:x1] = F.grid_sample(
+            maps[:, None], grid.to(maps.dtype), mode="bilinear", padding_mode="border", align_corners=False
+        )[:, 0]
         return result
 
     @cached_property
@@ -181,7 +195,8 @@ def _source_coordinates(
     window_center: float | None = None,
     window_count: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of `count` target pixels in the source's normalised coordinates (-1..1 = outer edges), and which lie inside.
+    """Positions of `count` target pixels in the source's normalised coordinates (-1..1 = outer edges), and which lie
+    inside.
 
     With `center` the source is the window (placed at `center` mm) and the target the stack; with `window_center` the
     target is the window and the source starts at 0 mm.
@@ -227,7 +242,9 @@ def plan_working_grid(
         ImageError: if the stack is not three-dimensional or empty.
     """
     if stack.ndim != 3 or min(stack.shape) < 1:
-        raise ImageError(f"An axial stack needs three axes, got shape {stack.shape}; 4-D series must be split into volumes first.")
+        raise ImageError(
+            f"An axial stack needs three axes, got shape {stack.shape}; 4-D series must be split into volumes first."
+        )
     _, dy, dx = (float(v) for v in stack_spacing)
     # The share of slices in which a pixel is body: a median outline, blind to arms and tables on single slices.
     sampled = stack[:: max(1, len(stack) // 32)]

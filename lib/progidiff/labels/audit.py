@@ -44,7 +44,8 @@ def describe_origin(label: Annotation) -> str:
     Example:
         >>> from progidiff.labels.history import Source
         >>> source = Source("3f2a9c", "2", "ct-base@2", "mr@1", 7)
-        >>> label = Annotation(4, "2026-01-02T03:04:05Z", "scan", "final", "anna", "", None, ("liver",), source, True, None, "", "")
+        >>> label = Annotation(4, "2026-01-02T03:04:05Z", "scan", "final", "anna", "", None, ("liver",), source, True,
+        ...     None, "", "")
         >>> describe_origin(label)
         'Save 4 of 2026-01-02T03:04:05Z by anna: proposal 2 of 3f2a9c, ct-base@2 with mr@1, seed 7; edited.'
     """
@@ -55,21 +56,31 @@ def describe_origin(label: Annotation) -> str:
     shown = f"proposal {source.shown}" if source.shown.isdigit() else source.shown
     model = f"{source.model} with {source.adapter}" if source.adapter else source.model
     edited = {True: "; edited", False: "; unchanged", None: ""}[label.edited]
-    return f"Save {label.sequence} of {label.time}{who}: {shown} of {source.proposals}, {model}, seed {source.seed}{edited}."
+    return (
+        f"Save {label.sequence} of {label.time}{who}: {shown} of {source.proposals}, "
+        f"{model}, seed {source.seed}{edited}."
+    )
 
 
 def list_audit(store: AnnotationStore, image: str | None = None) -> list[dict[str, Any]]:
     """The audit: one flat row per event, oldest first.
 
     Returns:
-        Rows of `AUDIT_COLUMNS`. "slices" is "all" or numbers with spaces between, "structures" is separated by "; ", "in_force"
-        says whether a saved label counts now. What does not apply or is not known is None.
+        Rows of `AUDIT_COLUMNS`. "slices" is "all" or numbers with spaces between, "structures" is separated by "; ",
+        "in_force" says whether a saved label counts now. What does not apply or is not known is None.
     """
     counting = store.counting()
     rows = []
     for event in store.events(image):
         row: dict[str, Any] = dict.fromkeys(AUDIT_COLUMNS)
-        row |= {"sequence": event.sequence, "time": event.time, "event": event.kind, "image": event.image, "tag": event.tag, "user": event.user}
+        row |= {
+            "sequence": event.sequence,
+            "time": event.time,
+            "event": event.kind,
+            "image": event.image,
+            "tag": event.tag,
+            "user": event.user,
+        }
         row |= {"reason": event.reason or None, "target": event.target}
         label = event.label
         if label is not None:

@@ -1,21 +1,24 @@
-"""Who labelled what, when and from which proposal: slice state, every label version and the audit, in one append-only place.
+"""Who labelled what, when and from which proposal: slice state, every label version and the audit, in one append-only
+place.
 
 ::
 
     <root>/
       log.jsonl                        one JSON object per line and event; only ever appended to
-      labels/<image>/<sequence>.<ext>  every label that was saved, byte for byte; written once, never changed, never removed
-      torn/                            what a crash left of a save that was never acknowledged: part of its line, or its file
+      labels/<image>/<sequence>.<ext>  every label that was saved, byte for byte; written once, never changed, never
+      removed torn/                            what a crash left of a save that was never acknowledged: part of its
+      line, or its file
 
-Order is by sequence number, never by clock. A label's file is on disk (flushed, renamed) before the line that speaks of it,
-and a call returns only after that line is flushed: what was acknowledged is there after a power cut. Every line carries a
-checksum of itself and the checksum of the line before it, so damage and missing lines are found and named by `verify`; what
-can be read is used.
+Order is by sequence number, never by clock. A label's file is on disk (flushed, renamed) before the line that speaks of
+it, and a call returns only after that line is flushed: what was acknowledged is there after a power cut. Every line
+carries a checksum of itself and the checksum of the line before it, so damage and missing lines are found and named by
+`verify`; what can be read is used.
 
-Of each image and tag some saves are *in force*. A save of the whole volume replaces those before it that speak about nothing
-but its structures, one that names slices adds to them, a delete ends them all, an undo goes back one step, and a restore goes
-back to the state right after an earlier save. The file of the last save in force is the whole label as it is: who saves a few
-slices joins them with the label in force first. Deleting or undoing removes nothing from this folder.
+Of each image and tag some saves are *in force*. A save of the whole volume replaces those before it that speak about
+nothing but its structures, one that names slices adds to them, a delete ends them all, an undo goes back one step, and
+a restore goes back to the state right after an earlier save. The file of the last save in force is the whole label as
+it is: who saves a few slices joins them with the label in force first. Deleting or undoing removes nothing from this
+folder.
 """
 
 from __future__ import annotations
@@ -88,7 +91,8 @@ class Annotation:
         tag: Of the datastore; only `FINAL` counts as annotated.
         user: Who saved it, "" if nobody had to log in.
         client: What saved it, as far as known.
-        slices: Axial slices (inferior to superior, from 0) annotated by this save, ascending; None for the whole volume.
+        slices: Axial slices (inferior to superior, from 0) annotated by this save, ascending; None for the whole
+            volume.
         structures: The structures it speaks about; one that is not drawn is stated to be absent.
         source: The proposal it was made from; None if not known.
         edited: Whether it differs from that proposal; None if not known.
@@ -132,7 +136,9 @@ class Annotation:
                 "slices": None if slices is None else tuple(int(z) for z in slices),
                 "structures": tuple(map(str, plain["structures"])),
                 "label_ids": tuple((str(name), int(value)) for name, value in plain.get("label_ids", ())),
-                "source": None if source is None else Source(**{name: source[name] for name in Source.__dataclass_fields__}),
+                "source": None
+                if source is None
+                else Source(**{name: source[name] for name in Source.__dataclass_fields__}),
             }
         )
 
@@ -210,8 +216,8 @@ class AnnotationStore:
 
     Args:
         root: The folder; made at the first event.
-        final_labels: The datastore's folder of labels of tag `FINAL`. Labels in it that have no event were made elsewhere and
-            count as annotated on the whole volume. None to go by the events alone.
+        final_labels: The datastore's folder of labels of tag `FINAL`. Labels in it that have no event were made
+            elsewhere and count as annotated on the whole volume. None to go by the events alone.
     """
 
     def __init__(self, root: str | os.PathLike[str], final_labels: str | os.PathLike[str] | None = None) -> None:
@@ -304,7 +310,8 @@ class AnnotationStore:
             self._refresh()
             if len(self._track(image, tag).states) < 2:
                 raise NotFoundError(
-                    f"There is nothing to undo: no label of '{image[:100]}' with tag '{tag}' was saved, or every save is undone already."
+                    f"There is nothing to undo: no label of '{image[:100]}' with tag "
+                    f"'{tag}' was saved, or every save is undone already."
                 )
             self._record_event("undo", image, user, tag)
             return self.current(image, tag)
@@ -330,7 +337,10 @@ class AnnotationStore:
             if label.sequence == sequence:
                 return label
         numbers = ", ".join(str(label.sequence) for label in self.list(image)[-10:]) or "none"
-        raise NotFoundError(f"Image '{image[:100]}' has no saved label {sequence}; there are {numbers}. GET /progidiff/annotations lists them.")
+        raise NotFoundError(
+            f"Image '{image[:100]}' has no saved label {sequence}; there are {numbers}. "
+            "GET /progidiff/annotations lists them."
+        )
 
     def list(self, image: str | None = None) -> builtins.list[Annotation]:
         """All saves of an image (or of all), oldest first, those in force and those superseded."""
@@ -410,42 +420,55 @@ class AnnotationStore:
             content = self._read_log(0)
             whole, _, torn = content.rpartition(b"\n")
             if torn:
-                problems.append(f"The last {len(torn)} bytes of '{self._log}' are a line that was never finished; the next save sets them aside.")
+                problems.append(
+                    f"The last {len(torn)} bytes of '{self._log}' are a line that was "
+                    "never finished; the next save sets them aside."
+                )
             last_check, damaged_before = "", False
             known: set[str] = set()
             for line in _parse(whole + b"\n" if whole else b"", 1):
                 if line.event is None:
-                    problems.append(f"Line {line.number} of '{self._log}' is damaged ({line.problem}); its event is lost, the others are used.")
+                    problems.append(
+                        f"Line {line.number} of '{self._log}' is damaged "
+                        f"({line.problem}); its event is lost, the others are used."
+                    )
                     damaged_before = True
                     continue
                 if line.after != last_check and not damaged_before:
-                    problems.append(f"Lines before line {line.number} of '{self._log}' are missing: event {line.event.sequence} does not follow.")
+                    problems.append(
+                        f"Lines before line {line.number} of '{self._log}' are missing: "
+                        f"event {line.event.sequence} does not follow."
+                    )
                 last_check, damaged_before = line.check, False
                 if line.event.label is not None:
                     known.add(line.event.label.file)
                     problems += self._check_file(line.event.label)
             kept = sorted((self.root / "labels").glob("*/*")) if (self.root / "labels").is_dir() else []
             problems += [
-                f"'{path}' is a label version that no event speaks of: a save that was never acknowledged, or whose line is damaged."
+                f"'{path}' is a label version that no event speaks of: a save that was "
+                "never acknowledged, or whose line is damaged."
                 for path in kept
                 if path.is_file() and path.relative_to(self.root).as_posix() not in known
             ]
             return problems
 
     def list_torn(self) -> builtins.list[str]:
-        """What crashes left of saves that nobody was told about, one sentence each: no damage, but somebody may miss a click."""
+        """What crashes left of saves that nobody was told about, one sentence each: no damage, but somebody may miss a
+        click.
+        """
         found = sorted(path for path in (self.root / "torn").glob("*") if path.is_file())
         return [
-            f"'{path}' ({path.stat().st_size} bytes) is what a crash left of a save that was never acknowledged; the history goes on from the last "
-            "good state. Save the label again if it is missed, then delete the file."
+            f"'{path}' ({path.stat().st_size} bytes) is what a crash left of a save that was never acknowledged; the "
+            "history goes on from the last good state. Save the label again if it is missed, then delete the file."
             for path in found
         ]
 
     def set_aside_unfinished(self) -> Path | None:
-        """Put away the label version of a save that was cut off before its line was written: nobody was told that it was saved.
+        """Put away the label version of a save that was cut off before its line was written: nobody was told that it
+        was saved.
 
-        There can be one, numbered right after the last event; it goes into `torn`. Files with other numbers, more than one, or any
-        beside a log with damaged lines, mean that lines were lost: they stay, and `verify` names them.
+        There can be one, numbered right after the last event; it goes into `torn`. Files with other numbers, more than
+        one, or any beside a log with damaged lines, mean that lines were lost: they stay, and `verify` names them.
 
         Returns:
             Where it is now; None if there was none.
@@ -455,7 +478,11 @@ class AnnotationStore:
         with self._locked():
             lines = self._lines()
             known = {label.file for label in self._labels.values()}
-            files = [path for path in (self.root / "labels").glob("*/*") if path.relative_to(self.root).as_posix() not in known]
+            files = [
+                path
+                for path in (self.root / "labels").glob("*/*")
+                if path.relative_to(self.root).as_posix() not in known
+            ]
             number = _NUMBER.match(files[0].name) if len(files) == 1 else None
             if number is None or lines != len(self._events) or int(number.group(1)) != self._next_sequence(lines, None):
                 return None
@@ -466,7 +493,9 @@ class AnnotationStore:
                 flush(target.parent)
                 flush(files[0].parent)
             except OSError as err:
-                raise StoreError(f"'{files[0]}' could not be moved to '{target}' ({err}). Check who may write there.") from err
+                raise StoreError(
+                    f"'{files[0]}' could not be moved to '{target}' ({err}). Check who may write there."
+                ) from err
             logger.warning("Set aside '%s' as '%s': its save was cut off and never acknowledged", files[0], target.name)
             return target
 
@@ -474,12 +503,20 @@ class AnnotationStore:
         try:
             found = hash_file(self.root / label.file)
         except OSError as err:
-            return [f"The file of save {label.sequence} of '{label.image}' cannot be read ({err}); restore '{label.file}' from a backup."]
+            return [
+                f"The file of save {label.sequence} of '{label.image}' cannot be read "
+                f"({err}); restore '{label.file}' from a backup."
+            ]
         if found != label.sha256:
-            return [f"The file of save {label.sequence} of '{label.image}' is not what was saved; restore '{label.file}' from a backup."]
+            return [
+                f"The file of save {label.sequence} of '{label.image}' is not what was "
+                f"saved; restore '{label.file}' from a backup."
+            ]
         return []
 
-    def _record_event(self, kind: Kind, image: str, user: str, tag: str, reason: str = "", target: int | None = None) -> Event:
+    def _record_event(
+        self, kind: Kind, image: str, user: str, tag: str, reason: str = "", target: int | None = None
+    ) -> Event:
         with self._locked():
             sequence = self._next_sequence(self._lines(), None)
             event = Event(sequence, _now(), kind, image, tag, user[:_MAX_TEXT], reason[:_MAX_TEXT], target)
@@ -513,7 +550,10 @@ class AnnotationStore:
             for changed in (folder, folder.parent, self.root):
                 flush(changed)
         except OSError as err:
-            raise StoreError(f"The label could not be kept in '{folder}' ({err}); nothing was saved. Free some disk space and save again.") from err
+            raise StoreError(
+                f"The label could not be kept in '{folder}' ({err}); nothing was saved. "
+                "Free some disk space and save again."
+            ) from err
         finally:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -542,7 +582,9 @@ class AnnotationStore:
             if size == 0:
                 flush(self.root)
         except OSError as err:
-            raise StoreError(f"'{self._log}' could not be written ({err}); nothing was saved. Free some disk space and save again.") from err
+            raise StoreError(
+                f"'{self._log}' could not be written ({err}); nothing was saved. Free some disk space and save again."
+            ) from err
         self._refresh()
 
     def _mend_tail(self) -> None:
@@ -566,13 +608,19 @@ class AnnotationStore:
                     aside.mkdir(exist_ok=True)
                     (aside / f"{time.time_ns()}.txt").write_bytes(torn)
                     file.truncate(start)
-                    logger.warning("Set aside the last %d bytes of '%s': a line that was never finished or acknowledged", len(torn), self._log)
+                    logger.warning(
+                        "Set aside the last %d bytes of '%s': a line that was never finished or acknowledged",
+                        len(torn),
+                        self._log,
+                    )
                 file.flush()
                 os.fsync(file.fileno())
         except FileNotFoundError:
             return
         except OSError as err:
-            raise StoreError(f"'{self._log}' could not be mended ({err}); nothing was saved. Free some disk space and save again.") from err
+            raise StoreError(
+                f"'{self._log}' could not be mended ({err}); nothing was saved. Free some disk space and save again."
+            ) from err
 
     def _reset(self) -> None:
         self._offset = 0
@@ -652,9 +700,14 @@ class AnnotationStore:
                 lock = FileLock(self.root / ".lock", timeout=_LOCK_SECONDS)
                 lock.acquire()
             except Timeout as err:
-                raise BusyError(f"Another process has been writing to '{self.root}' for {_LOCK_SECONDS:.0f} s. Try again.", retry_after=30) from err
+                raise BusyError(
+                    f"Another process has been writing to '{self.root}' for {_LOCK_SECONDS:.0f} s. Try again.",
+                    retry_after=30,
+                ) from err
             except OSError as err:
-                raise StoreError(f"'{self.root}' cannot be locked ({err}). Free some disk space or check who may write there.") from err
+                raise StoreError(
+                    f"'{self.root}' cannot be locked ({err}). Free some disk space or check who may write there."
+                ) from err
             self._is_locked = True
             try:
                 self._remove_leftovers()
@@ -678,7 +731,13 @@ def hash_file(path: str | os.PathLike[str]) -> str:
 
 
 def _encode(event: Event, last_check: str) -> bytes:
-    values: dict[str, Any] = {"format": FORMAT, "sequence": event.sequence, "time": event.time, "event": event.kind, "image": event.image}
+    values: dict[str, Any] = {
+        "format": FORMAT,
+        "sequence": event.sequence,
+        "time": event.time,
+        "event": event.kind,
+        "image": event.image,
+    }
     values |= {"tag": event.tag, "user": event.user}
     if event.reason:
         values["reason"] = event.reason
@@ -692,7 +751,9 @@ def _encode(event: Event, last_check: str) -> bytes:
 
 
 def _compute_check(values: Mapping[str, Any]) -> str:
-    body = json.dumps({name: value for name, value in values.items() if name != "check"}, sort_keys=True, separators=(",", ":"))
+    body = json.dumps(
+        {name: value for name, value in values.items() if name != "check"}, sort_keys=True, separators=(",", ":")
+    )
     return hashlib.sha256(body.encode()).hexdigest()[:32]
 
 
@@ -735,7 +796,10 @@ def _check_slices(slices: Iterable[int], num_slices: int | None) -> tuple[int, .
     for z in slices:
         if isinstance(z, bool) or not isinstance(z, int) or z < 0 or (num_slices is not None and z >= num_slices):
             last = "" if num_slices is None else f" to {num_slices - 1}"
-            raise RequestError(f"Slice {str(z)[:40]} is not one of the image's; axial slices are whole numbers from 0{last}, inferior to superior.")
+            raise RequestError(
+                f"Slice {str(z)[:40]} is not one of the image's; axial slices are whole "
+                f"numbers from 0{last}, inferior to superior."
+            )
         chosen.add(z)
     return tuple(sorted(chosen))
 
@@ -744,7 +808,9 @@ def _label_suffix(path: Path) -> str:
     for suffix in LABEL_SUFFIXES:
         if path.name.lower().endswith(suffix):
             return suffix
-    raise RequestError(f"A label named '{path.name[-40:]}' is not kept; its suffix must be one of {', '.join(LABEL_SUFFIXES)}.")
+    raise RequestError(
+        f"A label named '{path.name[-40:]}' is not kept; its suffix must be one of {', '.join(LABEL_SUFFIXES)}."
+    )
 
 
 def _folder_name(image: str) -> str:

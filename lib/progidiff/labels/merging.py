@@ -1,7 +1,9 @@
-"""One label of many decisions: which proposals a person picked, on which slices, and what that draws on the image's grid.
+"""One label of many decisions: which proposals a person picked, on which slices, and what that draws on the image's
+grid.
 
-A decision names a structure and a pick; a plan holds picks for the whole volume and for single slices, which win. Voxels are
-made from the kept proposals when the plan is carried out, so a plan is small enough to wait in a browser for hours.
+A decision names a structure and a pick; a plan holds picks for the whole volume and for single slices, which win.
+Voxels are made from the kept proposals when the plan is carried out, so a plan is small enough to wait in a browser for
+hours.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ class Pick:
     """What is drawn of a structure.
 
     Attributes:
-        rule: "consensus" of all proposals, "best" (the medoid of the volume), one "proposal", "nothing", or how to merge the
-            members: "union", "intersection", "majority" (at least half) or "threshold" (at least this share of them).
+        rule: "consensus" of all proposals, "best" (the medoid of the volume), one "proposal", "nothing", or how to
+            merge the members: "union", "intersection", "majority" (at least half) or "threshold" (at least this share
+            of them).
         members: Proposals 1..K that take part, ascending; empty for all. One for "proposal".
         threshold: With "threshold", above 0 and up to 1.
     """
@@ -57,10 +60,14 @@ class Pick:
         rule = cast(Rule, params["rule"])
         members = params.get("members") or []
         if not isinstance(members, (list, tuple)) or len(members) > num_proposals:
-            raise RequestError(f"The members of a pick are a list of proposals, each from 1 to {num_proposals} and named once.")
+            raise RequestError(
+                f"The members of a pick are a list of proposals, each from 1 to {num_proposals} and named once."
+            )
         numbers = tuple(sorted({read_int(member, "members", 1, num_proposals) for member in members}))
         if rule == "proposal" and len(numbers) != 1:
-            raise RequestError("The rule proposal needs exactly one member, for example {'rule': 'proposal', 'members': [2]}.")
+            raise RequestError(
+                "The rule proposal needs exactly one member, for example {'rule': 'proposal', 'members': [2]}."
+            )
         threshold = read_float(params.get("threshold", 0.5), "threshold", 1e-6, 1.0)
         return cls(rule, numbers, threshold)
 
@@ -119,7 +126,9 @@ class Plan:
         volume = _read_picks(params.get("volume") or {}, result)
         sent = params.get("slices") or {}
         if not isinstance(sent, Mapping):
-            raise RequestError('slices must be an object of axial slices, for example {"12": {"liver": {"rule": "union"}}}.')
+            raise RequestError(
+                'slices must be an object of axial slices, for example {"12": {"liver": {"rule": "union"}}}.'
+            )
         depth = result.grid.shape[0]
         slices = {read_int(z, "slices", 0, depth - 1): _read_picks(picks, result) for z, picks in sent.items()}
         slices = {z: picks for z, picks in sorted(slices.items()) if picks}
@@ -151,8 +160,8 @@ class Plan:
 def compose_label(result: VolumeProposals, volume: Volume, plan: Plan, label_ids: Mapping[str, int]) -> np.ndarray:
     """Carry out a plan.
 
-    Where several structures are drawn on a voxel, the one with the higher agreement of its proposals wins, then the one with
-    the higher mean probability, then the one asked first, as in `VolumeProposals.label_map`.
+    Where several structures are drawn on a voxel, the one with the higher agreement of its proposals wins, then the one
+    with the higher mean probability, then the one asked first, as in `VolumeProposals.label_map`.
 
     Args:
         result: The proposals.
@@ -176,7 +185,9 @@ def compose_label(result: VolumeProposals, volume: Volume, plan: Plan, label_ids
             maps = result.slice_probabilities(name, z)
             masks = maps >= THRESHOLD
             if masks.any():
-                support = masks.sum(axis=0, dtype=np.uint8) + maps.mean(axis=0) / 256  # float32, as there: ties must break the same way
+                support = (
+                    masks.sum(axis=0, dtype=np.uint8) + maps.mean(axis=0) / 256
+                )  # float32, as there: ties must break the same way
                 wins = picks[name].draw(masks, best[name]) & (support > score)
                 score[wins] = support[wins]
                 stack[z][wins] = label_ids[name]
@@ -185,7 +196,10 @@ def compose_label(result: VolumeProposals, volume: Volume, plan: Plan, label_ids
 
 def _read_picks(picks: object, result: VolumeProposals) -> dict[str, Pick]:
     if not isinstance(picks, Mapping):
-        raise RequestError(f"Picks are an object of structures, for example {{'liver': {{'rule': 'consensus'}}}}; got {str(picks)[:60]}.")
+        raise RequestError(
+            "Picks are an object of structures, for example {'liver': {'rule': "
+            f"'consensus'}}}}; got {str(picks)[:60]}."
+        )
     unknown = [str(name) for name in picks if name not in result.structures]
     if unknown:
         raise RequestError(f"These proposals hold no '{unknown[0][:60]}'; they hold {', '.join(result.structures)}.")

@@ -1,12 +1,14 @@
 """A label before it counts: opened, checked against its image, its ids translated, and joined with the label before it.
 
-Ids. What a number in a file means is said by, in this order: the table that came with the save (`label_info`; 3D Slicer numbers
-its segments by position), the fixed ids of this program if the save names the proposal that it was made from, the folder's
-labels.json, and without that the fixed ids again. Kept labels use one set of ids: labels.json, or without it the fixed ids;
-structures that neither knows get the next free id. A file whose ids say otherwise is rewritten, and only then.
+Ids. What a number in a file means is said by, in this order: the table that came with the save (`label_info`; 3D Slicer
+numbers its segments by position), the fixed ids of this program if the save names the proposal that it was made from,
+the folder's labels.json, and without that the fixed ids again. Kept labels use one set of ids: labels.json, or without
+it the fixed ids; structures that neither knows get the next free id. A file whose ids say otherwise is rewritten, and
+only then.
 
-Joining. A save replaces what it speaks about: its slices, if it names slices; its structures, if it names structures. All else
-of the label in force stays, so that work slice by slice, or structure by structure, never loses what was done before.
+Joining. A save replaces what it speaks about: its slices, if it names slices; its structures, if it names structures.
+All else of the label in force stays, so that work slice by slice, or structure by structure, never loses what was done
+before.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ UNKNOWN_SEED = -1
 """Of a `Source` whose proposals are no longer kept."""
 
 KEPT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".png")
-"""Labels in these formats are kept byte for byte; others are rewritten as .nii.gz or .png, because the host does not list them."""
+"""Labels in these formats are kept byte for byte; others are rewritten as .nii.gz or .png, because the host does not
+list them.
+"""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _MAX_NAMES = 255
@@ -93,7 +97,8 @@ class SaveOptions:
         proposals = given.get("proposals", "")
         if proposals and not (isinstance(proposals, str) and _KEY.fullmatch(proposals)):
             raise RequestError(
-                "Option proposals is no key of kept proposals; send the `proposals` of the answer that the mask came with, or nothing."
+                "Option proposals is no key of kept proposals; send the `proposals` of "
+                "the answer that the mask came with, or nothing."
             )
         return cls(
             slices=_read_slices(given.get("slices"), num_slices),
@@ -175,7 +180,8 @@ def open_grid(image: Path) -> Volume:
     """An image without its voxels: all that a label is compared with, read from the header.
 
     Raises:
-        NotFoundError, ImageError: as `volume.read_grid`; for a DICOM folder, which has no header, as `volume.load_volume`.
+        NotFoundError, ImageError: as `volume.read_grid`; for a DICOM folder, which has no header, as
+            `volume.load_volume`.
     """
     if image.is_dir():
         return load_volume(image)
@@ -199,9 +205,14 @@ def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) ->
     except FileNotFoundError:
         return fixed_ids() if served_ids is None else dict(served_ids)
     except (OSError, ValueError, AttributeError) as err:
-        raise RequestError(f"'{path}' does not map label ids to structures ({err}), so no label can be saved. Make it look like {_EXAMPLE}.") from err
+        raise RequestError(
+            f"'{path}' does not map label ids to structures ({err}), so no label can be "
+            f"saved. Make it look like {_EXAMPLE}."
+        ) from err
     if any(not 1 <= value <= MAX_LABEL_ID for value in names.values()):
-        raise RequestError(f"'{path}' has ids outside 1 to {MAX_LABEL_ID}, so no label can be saved. Number the structures from 1.")
+        raise RequestError(
+            f"'{path}' has ids outside 1 to {MAX_LABEL_ID}, so no label can be saved. Number the structures from 1."
+        )
     return names
 
 
@@ -247,7 +258,11 @@ def canonical_name(name: str) -> str:
 
 
 def check_label(
-    file: Path, volume: Volume, options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None = None
+    file: Path,
+    volume: Volume,
+    options: SaveOptions,
+    kept_ids: Mapping[str, int],
+    served_ids: Mapping[str, int] | None = None,
 ) -> CheckedLabel:
     """Open a label and refuse what cannot count.
 
@@ -267,14 +282,17 @@ def check_label(
     try:
         array = load_label(file, like=volume)
     except OverflowError as err:
-        raise ImageError(f"'{file.name}' holds infinite values, so it is no label map; save it with whole numbers.") from err
+        raise ImageError(
+            f"'{file.name}' holds infinite values, so it is no label map; save it with whole numbers."
+        ) from err
     present = _find_present(array)
     meaning = _find_meaning(options, kept_ids, served_ids)
     strange = [value for value in present if value not in meaning]
     if strange:
         known = ", ".join(f"{value} {name}" for value, name in sorted(meaning.items()))
         raise ImageError(
-            f"The label holds the ids {', '.join(map(str, strange[:8]))}, which nothing names. Known are {known[:600]}. Send a table of the others "
+            f"The label holds the ids {', '.join(map(str, strange[:8]))}, which nothing "
+            f"names. Known are {known[:600]}. Send a table of the others "
             'with it, for example params={"label_info": [{"name": "liver", "idx": 6}]}, or name them in labels.json.'
         )
     spoken_of = sorted({*present, *(options.label_names or {})})
@@ -286,7 +304,13 @@ def check_label(
 
 
 def prepare_label(
-    checked: CheckedLabel, volume: Volume, options: SaveOptions, image: str, previous: Previous | None, proposals: ProposalStore | None, scratch: Path
+    checked: CheckedLabel,
+    volume: Volume,
+    options: SaveOptions,
+    image: str,
+    previous: Previous | None,
+    proposals: ProposalStore | None,
+    scratch: Path,
 ) -> ReadyLabel:
     """Find out what a label annotates and join it with the one in force.
 
@@ -322,8 +346,11 @@ def prepare_label(
     is_partial = slices is not None or options.structures is not None
     if is_partial:
         chosen = None if options.structures is None else [ids[name] for name in options.structures]
-        # Slices that were only found by comparing came with a whole label: the rest of it counts where nobody annotated before.
-        replaced = slices if options.slices is not None or slices is None else _add_untouched(slices, previous, num_slices)
+        # Slices that were only found by comparing came with a whole label: the rest of it counts where nobody annotated
+        # before.
+        replaced = (
+            slices if options.slices is not None or slices is None else _add_untouched(slices, previous, num_slices)
+        )
         array = _join(array, previous, volume, replaced, chosen, checked.kept_ids)
         if previous is not None:
             ids = {**{name: checked.kept_ids[name] for name in previous.label_ids}, **ids}
@@ -331,7 +358,9 @@ def prepare_label(
         file = checked.file
     else:
         file = save_mask(array, volume, scratch / ("label.png" if is_picture(checked.file) else "label.nii.gz"))
-    return ReadyLabel(file, slices, structures, source, edited, options.seconds, options.client, num_slices, ids, tuple(warnings))
+    return ReadyLabel(
+        file, slices, structures, source, edited, options.seconds, options.client, num_slices, ids, tuple(warnings)
+    )
 
 
 def translate(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
@@ -348,7 +377,12 @@ def translate(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
 
 
 def _join(
-    new: np.ndarray, previous: Previous | None, volume: Volume, slices: Iterable[int] | None, chosen: list[int] | None, kept_ids: Mapping[str, int]
+    new: np.ndarray,
+    previous: Previous | None,
+    volume: Volume,
+    slices: Iterable[int] | None,
+    chosen: list[int] | None,
+    kept_ids: Mapping[str, int],
 ) -> np.ndarray:
     """`new` on the slices (None: all) and for the ids (None: all), and the label in force elsewhere."""
     before = np.zeros_like(new) if previous is None else _load_previous(previous, volume, kept_ids)
@@ -370,8 +404,8 @@ def _load_previous(previous: Previous, volume: Volume, kept_ids: Mapping[str, in
         array = load_label(previous.file, like=volume)
     except ImageError as err:
         raise ImageError(
-            f"The label in force cannot be joined with this one ({err}) Save a label of the whole volume, without slices and structures, or delete "
-            "the old one first."
+            f"The label in force cannot be joined with this one ({err}) Save a label of the whole volume, without "
+            "slices and structures, or delete the old one first."
         ) from err
     table = {value: kept_ids[name] for name, value in previous.label_ids.items() if kept_ids[name] != value}
     return translate(array, table) if table else array
@@ -392,10 +426,15 @@ def _find_source(
     entries = {} if proposals is None else {entry.key: entry for entry in proposals.list()}
     entry = entries.get(options.proposals)
     if entry is not None and entry.image_id != image:
-        raise RequestError(f"These proposals are of image '{entry.image_id}', not of '{image}'. Save the label under its own image.")
+        raise RequestError(
+            f"These proposals are of image '{entry.image_id}', not of '{image}'. Save the label under its own image."
+        )
     result = proposals.load(options.proposals) if proposals is not None and entry is not None else None
     if result is None:
-        warnings.append("The proposals that this label was made from are no longer kept; whether it was edited is taken from the request.")
+        warnings.append(
+            "The proposals that this label was made from are no longer kept; whether it "
+            "was edited is taken from the request."
+        )
         return Source(options.proposals, options.shown, "", "", UNKNOWN_SEED), None
     return Source(options.proposals, options.shown, result.model_version, result.adapter, result.seed), result
 
@@ -414,8 +453,12 @@ def _find_differing(
     return tuple(int(z) for z in np.flatnonzero(differs))
 
 
-def _find_structures(checked: CheckedLabel, options: SaveOptions, result: VolumeProposals | None, replaced: Previous | None) -> tuple[str, ...]:
-    """What a label speaks about: what it names; else all that it draws, that was asked for, and that it takes the place of."""
+def _find_structures(
+    checked: CheckedLabel, options: SaveOptions, result: VolumeProposals | None, replaced: Previous | None
+) -> tuple[str, ...]:
+    """What a label speaks about: what it names; else all that it draws, that was asked for, and that it takes the place
+    of.
+    """
     if options.structures is not None:
         return options.structures
     asked = () if result is None else result.structures
@@ -423,13 +466,17 @@ def _find_structures(checked: CheckedLabel, options: SaveOptions, result: Volume
 
 
 def _find_present(array: np.ndarray) -> list[int]:
-    """The ids in a label map, ascending, without 0; several times faster than sorting all voxels where ids are small."""
+    """The ids in a label map, ascending, without 0; several times faster than sorting all voxels where ids are
+    small.
+    """
     if array.dtype == np.uint8:
         return [int(value) for value in np.flatnonzero(np.bincount(array.ravel(), minlength=256)) if value]
     return [int(value) for value in np.unique(array) if value]
 
 
-def _find_meaning(options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None) -> dict[int, str]:
+def _find_meaning(
+    options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None
+) -> dict[int, str]:
     """Id in the file -> structure."""
     base = kept_ids if not options.proposals else fixed_ids() if served_ids is None else served_ids
     meaning = {value: name for name, value in base.items()}
@@ -465,14 +512,20 @@ def _check_voxel_count(file: Path, volume: Volume) -> None:
     shape, _ = read_grid(file)
     if shape != volume.array.shape:
         given, wanted = (" x ".join(map(str, size)) for size in (shape, volume.array.shape))
-        raise GeometryError(f"The label has {given} voxels and the image {wanted}; resample it to the image's grid, or save it uncropped.")
+        raise GeometryError(
+            f"The label has {given} voxels and the image {wanted}; resample it to the "
+            "image's grid, or save it uncropped."
+        )
 
 
 def _read_slices(value: object, num_slices: int) -> tuple[int, ...] | None:
     if value is None:
         return None
     if not isinstance(value, (list, tuple)) or not value:
-        raise RequestError("Option slices must be a list of axial slice numbers, for example [12, 13]; leave it out for the whole volume.")
+        raise RequestError(
+            "Option slices must be a list of axial slice numbers, for example [12, 13]; "
+            "leave it out for the whole volume."
+        )
     if len(value) > num_slices * 2:
         raise RequestError(f"Option slices names {len(value)} slices, and the image has {num_slices}. Name each once.")
     return tuple(sorted({read_int(item, "slices", 0, num_slices - 1) for item in value}))
@@ -483,32 +536,47 @@ def _read_structures(value: object) -> tuple[str, ...] | None:
         return None
     items = value.split(",") if isinstance(value, str) else value
     if not isinstance(items, (list, tuple)) or not items or len(items) > _MAX_NAMES:
-        raise RequestError('Option structures must be a list of names, for example ["liver"]; leave it out for all that the label draws.')
+        raise RequestError(
+            'Option structures must be a list of names, for example ["liver"]; leave it '
+            "out for all that the label draws."
+        )
     return tuple(dict.fromkeys(_read_name(item, "structures") for item in items))
 
 
 def _read_name(value: object, option: str) -> str:
     if not isinstance(value, str) or not value.strip() or len(value) > _MAX_NAME or not value.isprintable():
-        raise RequestError(f"Option {option} holds {str(value)[:40]!r}; a structure is named by up to {_MAX_NAME} printable characters.")
+        raise RequestError(
+            f"Option {option} holds {str(value)[:40]!r}; a structure is named by up to "
+            f"{_MAX_NAME} printable characters."
+        )
     return canonical_name(value)
 
 
 def _read_shown(value: object) -> str:
-    if (isinstance(value, str) and value.strip().isdecimal()) or (isinstance(value, int) and not isinstance(value, bool)):
+    if (isinstance(value, str) and value.strip().isdecimal()) or (
+        isinstance(value, int) and not isinstance(value, bool)
+    ):
         return str(read_int(value, "shown", 1, 64))
     return read_choice(value, "shown", (CONSENSUS, BEST, MERGED))
 
 
 def _read_label_info(entries: object, table: object) -> dict[int, str] | None:
-    """Id -> structure, from a viewer's list of {"name", "idx"} or from an object {name: id}, as our own answers hold it."""
+    """Id -> structure, from a viewer's list of {"name", "idx"} or from an object {name: id}, as our own answers hold
+    it.
+    """
     if isinstance(table, Mapping) and entries is None:
         pairs = list(table.items())
     elif entries is None or entries == []:
         return None
-    elif isinstance(entries, (list, tuple)) and all(isinstance(entry, Mapping) and "name" in entry and "idx" in entry for entry in entries):
+    elif isinstance(entries, (list, tuple)) and all(
+        isinstance(entry, Mapping) and "name" in entry and "idx" in entry for entry in entries
+    ):
         pairs = [(entry["name"], entry["idx"]) for entry in entries]
     else:
-        raise RequestError(f"Option label_info must be a list such as {_LABEL_INFO}; leave it out if the label uses the ids of labels.json.")
+        raise RequestError(
+            f"Option label_info must be a list such as {_LABEL_INFO}; leave it out if the "
+            "label uses the ids of labels.json."
+        )
     if len(pairs) > _MAX_NAMES:
         raise RequestError(f"Option label_info names {len(pairs)} structures; at most {_MAX_NAMES} are kept.")
     names: dict[int, str] = {}
@@ -517,7 +585,10 @@ def _read_label_info(entries: object, table: object) -> dict[int, str] | None:
         if number == 0:
             continue  # The background, which some viewers list.
         if names.setdefault(number, structure) != structure:
-            raise RequestError(f"Option label_info gives id {number} to two structures, '{names[number]}' and '{structure}'. Give each its own.")
+            raise RequestError(
+                f"Option label_info gives id {number} to two structures, "
+                f"'{names[number]}' and '{structure}'. Give each its own."
+            )
     return names or None
 
 

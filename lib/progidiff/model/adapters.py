@@ -39,7 +39,8 @@ class AdapterCard:
 
     Attributes:
         name, version: Shown as ``name@version``; versions count 1, 2, 3.
-        kind: "lora": updates of some layers; "full": all weights of the conditioning branch (and maybe of the denoiser).
+        kind: "lora": updates of some layers; "full": all weights of the conditioning branch (and maybe of the
+            denoiser).
         modality: "CT" or "MR", the images it was trained on and is picked for.
         structures: Names it was trained on.
         base: Content of the model it belongs to, see `compute_base_digest`.
@@ -68,18 +69,28 @@ class AdapterCard:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for adapter.json."""
         values = {k: getattr(self, k) for k in self.__dataclass_fields__}
-        return {"format": FORMAT, **values, "structures": list(self.structures), "lora": None if self.lora is None else self.lora.to_dict()}
+        return {
+            "format": FORMAT,
+            **values,
+            "structures": list(self.structures),
+            "lora": None if self.lora is None else self.lora.to_dict(),
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterCard:
         """The inverse of `to_dict`."""
         if values["format"] != FORMAT:
-            raise ModelError(f"This adapter has format {values['format']}, this program reads {FORMAT}; install the version that wrote it.")
+            raise ModelError(
+                f"This adapter has format {values['format']}, this program reads "
+                f"{FORMAT}; install the version that wrote it."
+            )
         plain = {k: values[k] for k in cls.__dataclass_fields__}
         if plain["kind"] not in ("lora", "full"):
             raise ValueError(f"kind {plain['kind']!r}")
         lora = None if plain["lora"] is None else LoraSettings.from_dict(plain["lora"])
-        return cls(**{**plain, "version": int(plain["version"]), "structures": tuple(plain["structures"]), "lora": lora})
+        return cls(
+            **{**plain, "version": int(plain["version"]), "structures": tuple(plain["structures"]), "lora": lora}
+        )
 
 
 class AdapterStore(VersionStore[AdapterCard]):
@@ -132,7 +143,9 @@ class AdapterStore(VersionStore[AdapterCard]):
         """
         self.check_name(name)
         if (kind == "lora") == (lora is None):
-            raise RequestError(f"A version of kind '{kind}' {'needs' if kind == 'lora' else 'has no'} rank, alpha and targets.")
+            raise RequestError(
+                f"A version of kind '{kind}' {'needs' if kind == 'lora' else 'has no'} rank, alpha and targets."
+            )
         content = save_safetensors({n: t.contiguous() for n, t in tensors.items()})
 
         def make_card(version: int, created: str, sha256: str) -> AdapterCard:
@@ -162,15 +175,17 @@ class AdapterStore(VersionStore[AdapterCard]):
         """
         if card.base != base:
             raise ModelError(
-                f"Adapter '{card.full_name}' was trained for another base ({card.base_name}, content {card.base[:12]}) than the one that is loaded "
-                f"(content {base[:12]}). Train one for this base with `progidiff adapt --name {card.name}`, or ask for adapter 'none'."
+                f"Adapter '{card.full_name}' was trained for another base ({card.base_name}, content {card.base[:12]}) "
+                f"than the one that is loaded (content {base[:12]}). Train one for this base with `progidiff adapt "
+                f"--name {card.name}`, or ask for adapter 'none'."
             )
         return load_safetensors(self._read(card))
 
     def pick_for(self, modality: str, base: str) -> AdapterCard | None:
         """The served version for images of a modality: of several the one published last; None if there is none.
 
-        Adapters of another base are passed over with a line in the log: the base was exchanged, and they wait for their own.
+        Adapters of another base are passed over with a line in the log: the base was exchanged, and they wait for their
+        own.
 
         Raises:
             ModelError: if the one that should be served is damaged.
@@ -184,7 +199,9 @@ class AdapterStore(VersionStore[AdapterCard]):
             if card.modality != modality:
                 continue
             if card.base != base:
-                logger.warning("Adapter %s is passed over: it was trained for another base (%s)", card.full_name, card.base_name)
+                logger.warning(
+                    "Adapter %s is passed over: it was trained for another base (%s)", card.full_name, card.base_name
+                )
                 continue
             candidates.append((pointer.time, card))
         return max(candidates, key=lambda c: (c[0], c[1].name))[1] if candidates else None
@@ -204,7 +221,8 @@ def check_name(name: str) -> str:
 
 
 def compute_base_digest(model_dir: Path) -> str:
-    """Identity of the model that an adapter belongs to: content of the conditioning and of the backbone it was trained with.
+    """Identity of the model that an adapter belongs to: content of the conditioning and of the backbone it was trained
+    with.
 
     Raises:
         ModelError: if the model folder holds no conditioning.

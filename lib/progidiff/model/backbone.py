@@ -1,9 +1,9 @@
 """Any Stable-Diffusion folder in diffusers format: vae, unet, text_encoder, tokenizer, scheduler.
 
-A component is loaded when it is first used. Weights are read from safetensors only. One extension of the format: instead
-of weights, ``text_encoder/`` and ``tokenizer/`` may hold a ``package.json`` ``{"package": ..., "path": ...}`` that names an
-installed Python package which carries them; the embedded backbone does so with MiniLM, and `export_backbone` writes
-a self-contained folder for use with plain diffusers.
+A component is loaded when it is first used. Weights are read from safetensors only. One extension of the format:
+instead of weights, ``text_encoder/`` and ``tokenizer/`` may hold a ``package.json`` ``{"package": ..., "path": ...}``
+that names an installed Python package which carries them; the embedded backbone does so with MiniLM, and
+`export_backbone` writes a self-contained folder for use with plain diffusers.
 """
 
 from __future__ import annotations
@@ -38,9 +38,14 @@ def pick_device(device: str | None = None) -> torch.device:
         try:
             picked = torch.device(device)
         except RuntimeError as err:
-            raise BackboneError(f"Device '{device}' is not one that torch knows; use 'cpu', 'cuda' or 'cuda:1'.") from err
+            raise BackboneError(
+                f"Device '{device}' is not one that torch knows; use 'cpu', 'cuda' or 'cuda:1'."
+            ) from err
         if picked.type == "cuda" and not torch.cuda.is_available():
-            raise BackboneError(f"Device '{device}' was asked for, but torch sees no CUDA device; install a CUDA build of torch or use device 'cpu'.")
+            raise BackboneError(
+                f"Device '{device}' was asked for, but torch sees no CUDA device; install "
+                "a CUDA build of torch or use device 'cpu'."
+            )
         if picked.type not in ("cpu", "cuda", "mps"):
             raise BackboneError(f"Device '{device}' is not supported; use 'cpu', 'cuda' or 'cuda:1'.")
         return picked
@@ -48,7 +53,9 @@ def pick_device(device: str | None = None) -> torch.device:
 
 
 def pick_dtype(device: torch.device, dtype: str | None = None) -> torch.dtype:
-    """Precision of the denoiser: bf16 where CUDA has it, fp16 on older CUDA, fp32 on the CPU unless bf16 is asked for."""
+    """Precision of the denoiser: bf16 where CUDA has it, fp16 on older CUDA, fp32 on the CPU unless bf16 is asked
+    for.
+    """
     known = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if dtype:
         if dtype not in known:
@@ -106,7 +113,12 @@ class Backbone:
         config = _read_json(folder / "config.json")
         # CLIP checkpoints name a text-and-image class; only its text half belongs to the backbone.
         name = (config.get("architectures") or ["AutoModel"])[0]
-        cls = getattr(transformers, name if name in {"CLIPTextModel", "CLIPTextModelWithProjection", "BertModel", "T5EncoderModel"} else "AutoModel")
+        cls = getattr(
+            transformers,
+            name
+            if name in {"CLIPTextModel", "CLIPTextModelWithProjection", "BertModel", "T5EncoderModel"}
+            else "AutoModel",
+        )
         try:
             model = cls.from_pretrained(folder, dtype=self.dtype, use_safetensors=True, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as err:
@@ -127,7 +139,11 @@ class Backbone:
     @cached_property
     def scheduler_config(self) -> dict[str, Any]:
         """The backbone's own scheduler settings (betas, number of training steps, prediction type)."""
-        return {k: v for k, v in _read_json(self.folder / "scheduler" / "scheduler_config.json").items() if not k.startswith("_")}
+        return {
+            k: v
+            for k, v in _read_json(self.folder / "scheduler" / "scheduler_config.json").items()
+            if not k.startswith("_")
+        }
 
     @cached_property
     def latent_stride(self) -> int:
@@ -154,15 +170,19 @@ class Backbone:
             texts: P texts; the empty text is the one dropped for classifier-free guidance.
 
         Returns:
-            tokens (P, L, D); mask (P, L) of real tokens, or None for a CLIP-like encoder, which is trained to read its own
-            padding; pooled (P, D): the mean over real tokens, in fp32.
+            tokens (P, L, D); mask (P, L) of real tokens, or None for a CLIP-like encoder, which is trained to read its
+            own padding; pooled (P, D): the mean over real tokens, in fp32.
         """
         tokenizer, encoder = self.tokenizer, self.text_encoder
         is_clip = "clip" in type(encoder).__name__.lower()
         limit = min(77, tokenizer.model_max_length)
-        batch = tokenizer(list(texts), padding="max_length" if is_clip else True, max_length=limit, truncation=True, return_tensors="pt").to(
-            self.device
-        )
+        batch = tokenizer(
+            list(texts),
+            padding="max_length" if is_clip else True,
+            max_length=limit,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.device)
         mask = batch["attention_mask"]
         tokens = encoder(input_ids=batch["input_ids"], attention_mask=None if is_clip else mask).last_hidden_state
         weight = mask[..., None].float()
@@ -191,7 +211,13 @@ class Backbone:
 
     def _load(self, cls: Any, part: str, dtype: torch.dtype) -> Any:
         try:
-            model = cls.from_pretrained(self.folder / part, torch_dtype=dtype, use_safetensors=True, local_files_only=True, low_cpu_mem_usage=True)
+            model = cls.from_pretrained(
+                self.folder / part,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                low_cpu_mem_usage=True,
+            )
         except (OSError, ValueError, RuntimeError) as err:
             raise BackboneError(f"Part '{part}' of the backbone '{self.source}' cannot be loaded: {err}") from err
         logger.info("Loaded %s of %s in %s on %s", part, self.source, dtype, self.device)
@@ -218,22 +244,27 @@ def check_backbone_folder(folder: Path) -> None:
         if (folder / part / "config.json").is_file() and not any((folder / part).glob("*.safetensors")):
             pickled = any((folder / part).glob("*.bin"))
             why = (
-                " (there is a .bin: only safetensors are loaded; convert it with `save_pretrained(..., safe_serialization=True)`)" if pickled else ""
+                " (there is a .bin: only safetensors are loaded; convert it with "
+                "`save_pretrained(..., safe_serialization=True)`)"
+                if pickled
+                else ""
             )
             missing.append(f"{part}/*.safetensors{why}")
     if missing:
         raise BackboneError(
             f"'{folder}' is not a complete Stable-Diffusion folder in diffusers format. Missing: {'; '.join(missing)}. "
-            "Give a folder that StableDiffusionPipeline.save_pretrained() wrote, or leave the backbone option out to use the embedded one."
+            "Give a folder that StableDiffusionPipeline.save_pretrained() wrote, or leave "
+            "the backbone option out to use the embedded one."
         )
 
 
 def export_backbone(folder: str | Path, target: str | Path) -> Path:
     """Write a self-contained copy of a backbone: parts that live in a Python package are copied in.
 
-    ``diffusers.StableDiffusionPipeline.from_pretrained(target)`` loads and runs it. Plain diffusers masks the padding of a
-    prompt in a text encoder that is not CLIP's only if its config.json says ``use_attention_mask``, which the copy does, and
-    never in the denoiser: for the pictures that this package would draw, hand it ``prompt_embeds`` without padding.
+    ``diffusers.StableDiffusionPipeline.from_pretrained(target)`` loads and runs it. Plain diffusers masks the padding
+    of a prompt in a text encoder that is not CLIP's only if its config.json says ``use_attention_mask``, which the copy
+    does, and never in the denoiser: for the pictures that this package would draw, hand it ``prompt_embeds`` without
+    padding.
 
     Args:
         folder: A complete backbone folder.
@@ -271,7 +302,10 @@ def _resolve_folder(source: str) -> Path:
     if path.is_dir():
         return path
     if source.count("/") != 1 or source.startswith((".", "/", "~")):
-        raise BackboneError(f"The backbone folder '{source}' does not exist. Give a folder in diffusers format or a hub id like 'owner/name'.")
+        raise BackboneError(
+            f"The backbone folder '{source}' does not exist. Give a folder in diffusers "
+            "format or a hub id like 'owner/name'."
+        )
     from huggingface_hub import snapshot_download
 
     patterns = [
@@ -284,8 +318,9 @@ def _resolve_folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=patterns))
     except Exception as err:  # the hub client raises a dozen unrelated types; the cure is the same for all
         raise BackboneError(
-            f"The backbone '{source}' is no local folder and could not be fetched from the model hub ({type(err).__name__}: {err}). "
-            "Download it on a machine with network access and give its folder."
+            f"The backbone '{source}' is no local folder and could not be fetched from "
+            f"the model hub ({type(err).__name__}: {err}). Download it on a machine with "
+            "network access and give its folder."
         ) from err
 
 
@@ -309,18 +344,23 @@ def find_in_package(entry: Mapping[str, Any], what: object) -> Path:
     """
     package, path = entry.get("package"), entry.get("path")
     if not isinstance(package, str) or not isinstance(path, str):
-        raise BackboneError(f'\'{what}/package.json\' must name a Python package and a path in it: {{"package": ..., "path": ...}}.')
+        raise BackboneError(
+            f'\'{what}/package.json\' must name a Python package and a path in it: {{"package": ..., "path": ...}}.'
+        )
     try:
         spec = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # the parent of a dotted name is not there
         spec = None
     if spec is None or spec.origin is None:
         raise BackboneError(
-            f"'{what}' takes its files from the Python package '{package}', which is not installed; run `pip install {entry.get('pip', package)}`."
+            f"'{what}' takes its files from the Python package '{package}', which is not installed; run `pip install "
+            f"{entry.get('pip', package)}`."
         )
     target = Path(spec.origin).parent / path
     if not target.is_dir():
-        raise BackboneError(f"The Python package '{package}' has no folder '{path}'; run `pip install {entry.get('pip', package)}`.")
+        raise BackboneError(
+            f"The Python package '{package}' has no folder '{path}'; run `pip install {entry.get('pip', package)}`."
+        )
     return target
 
 

@@ -1,8 +1,8 @@
 """Masks as latents: the backbone's autoencoder, with statistics of masks instead of pictures.
 
-A mask is encoded as a picture, -1 outside and +1 inside, in three equal channels, so that any Stable-Diffusion autoencoder
-serves. Latents are standardised per channel by the statistics of *mask* latents: the 0.18215 of Stable Diffusion is a
-constant of photographs and leaves mask latents far from unit variance.
+A mask is encoded as a picture, -1 outside and +1 inside, in three equal channels, so that any Stable-Diffusion
+autoencoder serves. Latents are standardised per channel by the statistics of *mask* latents: the 0.18215 of Stable
+Diffusion is a constant of photographs and leaves mask latents far from unit variance.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class MaskCodec(nn.Module):
         super().__init__()
         self.vae = vae
         channels = vae.config.latent_channels
-        self.register_buffer("mean", torch.tensor(list(mean) if mean is not None else [0.0] * channels).view(1, -1, 1, 1))
+        self.register_buffer(
+            "mean", torch.tensor(list(mean) if mean is not None else [0.0] * channels).view(1, -1, 1, 1)
+        )
         self.register_buffer("std", torch.tensor(list(std) if std is not None else [1.0] * channels).view(1, -1, 1, 1))
         self.to(next(vae.parameters()).device)
         self._nothing: Tensor | None = None
@@ -59,9 +61,9 @@ class MaskCodec(nn.Module):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Standardised latents (M, c, h, w) -> membership (M, H, W) in [0, 1]; the mask is where it is at least 0.5.
 
-        A codec without normalisation and attention (`AutoencoderTiny`) sees only a neighbourhood, so of each mask only the box is
-        decoded in which its latents differ from those of an empty mask; most organs fill a small part of a slice. The box depends
-        on that mask alone, so a mask comes out the same in any batch.
+        A codec without normalisation and attention (`AutoencoderTiny`) sees only a neighbourhood, so of each mask only
+        the box is decoded in which its latents differ from those of an empty mask; most organs fill a small part of a
+        slice. The box depends on that mask alone, so a mask comes out the same in any batch.
         """
         if not self.is_local:
             return ((self.decode_signed(latents) + 1) / 2).clamp(0, 1)
@@ -74,7 +76,9 @@ class MaskCodec(nn.Module):
             rows, columns = _plan_crop(active[m].any(dim=1)), _plan_crop(active[m].any(dim=0))
             crops.setdefault((rows.size, columns.size), []).append((m, rows, columns))
         for group in crops.values():
-            part = torch.stack([latents[m, :, y.start : y.start + y.size, x.start : x.start + x.size] for m, y, x in group])
+            part = torch.stack(
+                [latents[m, :, y.start : y.start + y.size, x.start : x.start + x.size] for m, y, x in group]
+            )
             decoded = ((self.vae.decode(self._restore(part)).sample.float().mean(dim=1) + 1) / 2).clamp(0, 1)
             for picture, (m, y, x) in zip(decoded, group, strict=True):
                 result[m, y.kept(stride), x.kept(stride)] = picture[y.kept(stride, y.start), x.kept(stride, x.start)]
@@ -92,7 +96,9 @@ class MaskCodec(nn.Module):
         """Latents of an empty mask, (1, c, height, width)."""
         if self._nothing is None or self._nothing.shape[-2:] != (height, width):
             with torch.no_grad():
-                self._nothing = self.encode_masks(torch.zeros(1, height * stride, width * stride, device=self.mean.device))
+                self._nothing = self.encode_masks(
+                    torch.zeros(1, height * stride, width * stride, device=self.mean.device)
+                )
         return self._nothing
 
     @torch.no_grad()

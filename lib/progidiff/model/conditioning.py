@@ -4,10 +4,12 @@ After ControlNet (arXiv 2302.05543) and ProGiDiff (arXiv 2601.16060), with two d
 
 * The branch is not a copy of the denoiser that runs at every step. A U-shaped encoder runs **once per slice**, and its
   features enter the denoiser's skip connections through zero-initialised 1 x 1 convolutions, the same contract as
-  ControlNet's (`down_block_additional_residuals`, `mid_block_additional_residual`). Every prompt, proposal and step reuses them.
-* A **text-query head** turns a prompt into query vectors and compares them with the pixel features. Its map, the *evidence*, is
-  supervised directly, so it learns as fast as a plain U-Net; the denoiser receives it as one more condition and spends
-  itself on the plausible alternatives. The evidence is also the presence gate: what is plainly absent is not denoised.
+  ControlNet's (`down_block_additional_residuals`, `mid_block_additional_residual`). Every prompt, proposal and step
+  reuses them.
+* A **text-query head** turns a prompt into query vectors and compares them with the pixel features. Its map, the
+  *evidence*, is supervised directly, so it learns as fast as a plain U-Net; the denoiser receives it as one more
+  condition and spends itself on the plausible alternatives. The evidence is also the presence gate: what is plainly
+  absent is not denoised.
 
 Shape letters: N slices, P prompts, C channels, H W pixels, h w latent pixels, D features.
 """
@@ -34,12 +36,13 @@ class ConditioningConfig:
         spacing_range: Smallest and largest pixel size of the working grid in mm.
         num_neighbours: Neighbouring slices on each side that enter as channels.
         neighbour_mm: Distance between these channels in mm.
-        mr_headroom: Where the brightest of an MR lie: its 99th percentile at 1 / mr_headroom of the range that the networks see. A model
-            of CT knows organs in the middle of that range, not at its end.
+        mr_headroom: Where the brightest of an MR lie: its 99th percentile at 1 / mr_headroom of the range that the
+            networks see. A model of CT knows organs in the middle of that range, not at its end.
         channels: Features of the encoder's levels; level i has stride 2**i.
         query_level: The coarse level that the query head reads in addition to full resolution.
         text_features: D of the text encoder.
-        slot_channels, slot_strides: Channels and image stride of each of the denoiser's residual slots (skips, then mid).
+        slot_channels, slot_strides: Channels and image stride of each of the denoiser's residual slots (skips, then
+            mid).
         evidence_channels: Width of the path that carries the evidence into the denoiser.
         latent_stride: Image pixels per latent pixel (the codec's factor).
     """
@@ -65,7 +68,9 @@ class ConditioningConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ConditioningConfig:
         """The inverse of `to_dict`."""
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in cls.__dataclass_fields__}
+        known: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in cls.__dataclass_fields__
+        }
         return cls(**known)
 
 
@@ -101,8 +106,12 @@ class ImageEncoder(nn.Module):
         super().__init__()
         levels = len(channels)
         inputs = [in_channels, *channels[:-1]]
-        self.down = nn.ModuleList(ConvBlock(inputs[i], channels[i], dropout if i >= levels - 2 else 0.0) for i in range(levels))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(channels[i + 1], channels[i], 2, stride=2) for i in range(levels - 1))
+        self.down = nn.ModuleList(
+            ConvBlock(inputs[i], channels[i], dropout if i >= levels - 2 else 0.0) for i in range(levels)
+        )
+        self.up = nn.ModuleList(
+            nn.ConvTranspose2d(channels[i + 1], channels[i], 2, stride=2) for i in range(levels - 1)
+        )
         self.merge = nn.ModuleList(ConvBlock(2 * channels[i], channels[i]) for i in range(levels - 1))
 
     def forward(self, slices: Tensor) -> list[Tensor]:
@@ -122,7 +131,8 @@ class ImageEncoder(nn.Module):
 class QueryHead(nn.Module):
     """Compares a prompt with every pixel: free text works, and a further prompt costs a dot product.
 
-    The logit of a pixel is ``q_fine . f_fine + up(q_coarse . f_coarse) + b`` with q and b predicted from the pooled text.
+    The logit of a pixel is ``q_fine . f_fine + up(q_coarse . f_coarse) + b`` with q and b predicted from the pooled
+    text.
     """
 
     def __init__(self, text_features: int, fine: int, coarse: int, hidden: int = 256) -> None:
@@ -193,7 +203,9 @@ class SliceFeatures:
 
     def to(self, dtype: torch.dtype) -> SliceFeatures:
         """The same in another precision."""
-        return SliceFeatures(self.fine.to(dtype), self.coarse.to(dtype), {s: f.to(dtype) for s, f in self.levels.items()})
+        return SliceFeatures(
+            self.fine.to(dtype), self.coarse.to(dtype), {s: f.to(dtype) for s, f in self.levels.items()}
+        )
 
 
 class ConditioningBranch(nn.Module):
@@ -205,13 +217,18 @@ class ConditioningBranch(nn.Module):
         channels = config.channels
         stride = 2 ** (len(channels) - 1)
         if config.height % stride or config.width % stride:
-            raise GeometryError(f"A working grid of {config.height} x {config.width} does not divide by {stride}; use multiples of {stride}.")
+            raise GeometryError(
+                f"A working grid of {config.height} x {config.width} does not divide by "
+                f"{stride}; use multiples of {stride}."
+            )
         self.encoder = ImageEncoder(2 * config.num_neighbours + 1, channels)
         self.query_head = QueryHead(config.text_features, channels[0], channels[config.query_level])
         self.slot_levels = tuple(sorted(set(config.slot_strides)))
         width = config.evidence_channels
         self.evidence_in = nn.Conv2d(config.latent_stride**2, width, 3, padding=1)
-        self.image_in = nn.ModuleDict({str(s): nn.Conv2d(channels[self._encoder_level(s)], width, 1) for s in self.slot_levels})
+        self.image_in = nn.ModuleDict(
+            {str(s): nn.Conv2d(channels[self._encoder_level(s)], width, 1) for s in self.slot_levels}
+        )
         self.evidence_down = nn.ModuleDict({str(s): nn.Conv2d(width, width, 3, padding=1) for s in self.slot_levels})
         self.mix = nn.ModuleDict({str(s): nn.Conv2d(width, width, 3, padding=1) for s in self.slot_levels})
         self.zero = nn.ModuleList(zero_conv(width, c) for c in config.slot_channels)
@@ -231,7 +248,9 @@ class ConditioningBranch(nn.Module):
         """
         wanted = (2 * self.config.num_neighbours + 1, self.config.height, self.config.width)
         if tuple(slices.shape[1:]) != wanted:
-            raise GeometryError(f"Slices of shape {tuple(slices.shape[1:])} do not fit this branch, which was built for {wanted}.")
+            raise GeometryError(
+                f"Slices of shape {tuple(slices.shape[1:])} do not fit this branch, which was built for {wanted}."
+            )
         pyramid = self.encoder(slices)
         levels = {}
         for s in self.slot_levels:
@@ -261,7 +280,8 @@ class ConditioningBranch(nn.Module):
             evidence: (M, 1, H, W) in [0, 1].
 
         Returns:
-            Residuals of the down slots and of the middle slot, as diffusers' U-Net takes them. Exactly zero for a fresh branch.
+            Residuals of the down slots and of the middle slot, as diffusers' U-Net takes them. Exactly zero for a fresh
+            branch.
         """
         signal = self.evidence_in(F.pixel_unshuffle(evidence * 2 - 1, self.config.latent_stride))
         mixed = {}

@@ -48,7 +48,8 @@ class ModelCard:
         scheduler: Overrides of the backbone's scheduler.
         gate: Evidence under which a structure counts as absent from a slice and is not denoised.
         num_inference_steps, guidance_scale: Defaults for inference.
-        evidence_weight, evidence_spread: See `progidiff.model.pipeline.fuse_evidence` and `ProposalPipeline.draw_offsets`.
+        evidence_weight, evidence_spread: See `progidiff.model.pipeline.fuse_evidence` and
+            `ProposalPipeline.draw_offsets`.
         backbone_digest: Content of the backbone it was trained with, see `compute_backbone_digest`.
     """
 
@@ -81,7 +82,10 @@ class ModelCard:
     def from_dict(cls, values: dict[str, Any]) -> ModelCard:
         """The inverse of `to_dict`."""
         if values.get("format") != FORMAT:
-            raise ModelError(f"This model has format {values.get('format')}, this program reads {FORMAT}; install the version that wrote it.")
+            raise ModelError(
+                f"This model has format {values.get('format')}, this program reads "
+                f"{FORMAT}; install the version that wrote it."
+            )
         plain = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
         for key in ("structures", "codec_mean", "codec_std"):
             plain[key] = tuple(plain[key])
@@ -101,13 +105,16 @@ def load_card(folder: Path) -> ModelCard:
         return ModelCard.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as err:
         raise ModelError(
-            f"'{folder}' holds no trained conditioning ('{path.name}' is missing in conditioning/); train one with `progidiff train`."
+            f"'{folder}' holds no trained conditioning ('{path.name}' is missing in "
+            "conditioning/); train one with `progidiff train`."
         ) from err
     except (ValueError, KeyError, TypeError) as err:
         raise ModelError(f"'{path}' cannot be read: {err}. Restore it from the version it came with.") from err
 
 
-def load_pipeline(folder: Path, backbone: Backbone, autocast: torch.dtype | None = None) -> tuple[ModelCard, ProposalPipeline]:
+def load_pipeline(
+    folder: Path, backbone: Backbone, autocast: torch.dtype | None = None
+) -> tuple[ModelCard, ProposalPipeline]:
     """Load the conditioning of a model folder onto a backbone.
 
     Raises:
@@ -117,9 +124,9 @@ def load_pipeline(folder: Path, backbone: Backbone, autocast: torch.dtype | None
     digest = compute_backbone_digest(backbone.folder)
     if card.backbone_digest and card.backbone_digest != digest:
         raise ModelError(
-            f"Conditioning '{card.full_name}' was trained with another backbone (content {card.backbone_digest[:12]}) than '{backbone.source}' "
-            f"(content {digest[:12]}). Train one for this backbone with `progidiff train --backbone {backbone.source}`, "
-            "or leave the backbone option out."
+            f"Conditioning '{card.full_name}' was trained with another backbone (content "
+            f"{card.backbone_digest[:12]}) than '{backbone.source}' (content {digest[:12]}). Train one for this "
+            f"backbone with `progidiff train --backbone {backbone.source}`, or leave the backbone option out."
         )
     path = folder / "conditioning" / "branch.safetensors"
     try:
@@ -157,12 +164,16 @@ def check_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], pat
     }
     if any(problems.values()):
         told = "; ".join(
-            f"{kind}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}" for kind, names in problems.items() if names
+            f"{kind}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for kind, names in problems.items()
+            if names
         )
         raise ModelError(f"'{path}' does not fit its config.json ({told}). Restore both from one version.")
 
 
-def save_conditioning(folder: Path, card: ModelCard, branch: ConditioningBranch, run: dict[str, Any], readme: str, half: bool = True) -> Path:
+def save_conditioning(
+    folder: Path, card: ModelCard, branch: ConditioningBranch, run: dict[str, Any], readme: str, half: bool = True
+) -> Path:
     """Write ``conditioning/`` of a model folder; an existing one is moved aside, never overwritten.
 
     Args:
@@ -174,7 +185,10 @@ def save_conditioning(folder: Path, card: ModelCard, branch: ConditioningBranch,
     folder.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=".conditioning.", dir=folder))
     dtype = torch.float16 if half else torch.float32
-    save_file({k: v.detach().to("cpu", dtype).contiguous() for k, v in branch.state_dict().items()}, scratch / "branch.safetensors")
+    save_file(
+        {k: v.detach().to("cpu", dtype).contiguous() for k, v in branch.state_dict().items()},
+        scratch / "branch.safetensors",
+    )
     (scratch / "config.json").write_text(json.dumps(card.to_dict(), indent=1) + "\n", encoding="utf-8")
     (scratch / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
     (scratch / "README.md").write_text(readme, encoding="utf-8")
@@ -196,7 +210,9 @@ def save_backbone_part(folder: Path, part: str, model: Any, shard: str = "15MB")
 
 
 def drop_derived_settings(folder: Path) -> None:
-    """Remove from config.json the path a model was loaded from, and what `AutoencoderTiny` writes but warns about when it reads it back."""
+    """Remove from config.json the path a model was loaded from, and what `AutoencoderTiny` writes but warns about when
+    it reads it back.
+    """
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8"))
     values.pop("_name_or_path", None)

@@ -1,8 +1,9 @@
 """Low-rank adapters on the conditioning branch and, where asked, on the denoiser's attention; built with peft.
 
-An adapter's tensors are named after what they change: ``branch.<module>.lora_A.weight``, ``branch.<module>.lora_B.weight``
-(``unet.`` for the denoiser), and ``branch.<module>.weight`` / ``.bias`` for norm layers that were trained along. The names
-follow from the settings and the base alone, so loading compares two complete lists and refuses anything between.
+An adapter's tensors are named after what they change: ``branch.<module>.lora_A.weight``,
+``branch.<module>.lora_B.weight`` (``unet.`` for the denoiser), and ``branch.<module>.weight`` / ``.bias`` for norm
+layers that were trained along. The names follow from the settings and the base alone, so loading compares two complete
+lists and refuses anything between.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from progidiff.model.conditioning import ConditioningBranch
 from progidiff.model.folder import check_tensors
 
 TARGETS = ("encoder", "query_head", "injection", "denoiser")
-"""Parts that can be adapted: the image encoder, the text-query head, the layers that feed the denoiser, the denoiser's attention."""
+"""Parts that can be adapted: the image encoder, the text-query head, the layers that feed the denoiser, the denoiser's
+attention.
+"""
 
 INJECTION = ("evidence_in", "image_in", "evidence_down", "mix", "zero")
 
@@ -54,10 +57,14 @@ class LoraSettings:
         if not 1 <= self.rank <= 128:
             raise RequestError(f"The rank must lie in 1..128, got {self.rank}; 4 to 16 are useful.")
         if not 0 < self.alpha <= 1024:
-            raise RequestError(f"alpha must lie above 0 and up to 1024, got {self.alpha}; once or twice the rank is useful.")
+            raise RequestError(
+                f"alpha must lie above 0 and up to 1024, got {self.alpha}; once or twice the rank is useful."
+            )
         unknown = [t for t in self.target_modules if t not in TARGETS]
         if unknown or not self.target_modules:
-            raise RequestError(f"Targets {', '.join(unknown) or '(none)'} cannot be adapted; choose some of {', '.join(TARGETS)}.")
+            raise RequestError(
+                f"Targets {', '.join(unknown) or '(none)'} cannot be adapted; choose some of {', '.join(TARGETS)}."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -66,10 +73,17 @@ class LoraSettings:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> LoraSettings:
         """The inverse of `to_dict`."""
-        return cls(int(values["rank"]), float(values["alpha"]), tuple(map(str, values["target_modules"])), bool(values["norms"]))
+        return cls(
+            int(values["rank"]),
+            float(values["alpha"]),
+            tuple(map(str, values["target_modules"])),
+            bool(values["norms"]),
+        )
 
 
-def inject_lora(branch: ConditioningBranch, unet: nn.Module | None, settings: LoraSettings, seed: int = 0) -> dict[str, nn.Module]:
+def inject_lora(
+    branch: ConditioningBranch, unet: nn.Module | None, settings: LoraSettings, seed: int = 0
+) -> dict[str, nn.Module]:
     """Put adapters into the networks, in place; everything but them (and the norms) is frozen.
 
     A fresh adapter changes nothing: the second factor of every update is zero.
@@ -92,12 +106,18 @@ def inject_lora(branch: ConditioningBranch, unet: nn.Module | None, settings: Lo
         torch.manual_seed(seed)
         for prefix, network, names in (
             ("branch", branch, _branch_targets(branch, settings)),
-            ("unet", unet, _denoiser_targets(unet) if unet is not None and "denoiser" in settings.target_modules else []),
+            (
+                "unet",
+                unet,
+                _denoiser_targets(unet) if unet is not None and "denoiser" in settings.target_modules else [],
+            ),
         ):
             if network is None or not names:
                 continue
             network.requires_grad_(False)
-            config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=names, bias="none")  # type: ignore[arg-type]
+            config = LoraConfig(
+                r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=names, bias="none"
+            )  # type: ignore[arg-type]
             inject_adapter_in_model(config, network, adapter_name=_ADAPTER)
             networks[prefix] = network
     for parameter in _norm_parameters(branch, settings).values():
@@ -106,7 +126,9 @@ def inject_lora(branch: ConditioningBranch, unet: nn.Module | None, settings: Lo
     return networks
 
 
-def named_adapter_parameters(branch: nn.Module, unet: nn.Module | None, settings: LoraSettings) -> dict[str, nn.Parameter]:
+def named_adapter_parameters(
+    branch: nn.Module, unet: nn.Module | None, settings: LoraSettings
+) -> dict[str, nn.Parameter]:
     """The parameters that an adapter consists of, in networks that `inject_lora` has changed."""
     found: dict[str, nn.Parameter] = {}
     for prefix, network in (("branch", branch), ("unet", unet)):
@@ -118,13 +140,20 @@ def named_adapter_parameters(branch: nn.Module, unet: nn.Module | None, settings
     return found
 
 
-def collect_tensors(branch: nn.Module, unet: nn.Module | None, settings: LoraSettings, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def collect_tensors(
+    branch: nn.Module, unet: nn.Module | None, settings: LoraSettings, dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
     """The adapter's tensors on the CPU, as they are kept on disk."""
-    return {n: p.detach().to("cpu", dtype).contiguous().clone() for n, p in named_adapter_parameters(branch, unet, settings).items()}
+    return {
+        n: p.detach().to("cpu", dtype).contiguous().clone()
+        for n, p in named_adapter_parameters(branch, unet, settings).items()
+    }
 
 
 @torch.no_grad()
-def load_tensors(tensors: Mapping[str, Tensor], branch: nn.Module, unet: nn.Module | None, settings: LoraSettings, path: Path) -> None:
+def load_tensors(
+    tensors: Mapping[str, Tensor], branch: nn.Module, unet: nn.Module | None, settings: LoraSettings, path: Path
+) -> None:
     """Copy an adapter's tensors into networks that `inject_lora` has changed.
 
     Args:
@@ -141,14 +170,19 @@ def load_tensors(tensors: Mapping[str, Tensor], branch: nn.Module, unet: nn.Modu
 
 
 def merge_lora(
-    tensors: Mapping[str, Tensor], branch: ConditioningBranch, unet: nn.Module | None, settings: LoraSettings, path: Path
+    tensors: Mapping[str, Tensor],
+    branch: ConditioningBranch,
+    unet: nn.Module | None,
+    settings: LoraSettings,
+    path: Path,
 ) -> tuple[ConditioningBranch, nn.Module | None]:
     """Adapted copies of the networks, with the updates merged into their weights.
 
-    Merged and not kept beside the weights: inference then costs exactly what the base costs (two further convolutions per layer
-    would make the encoder about 1.4 times slower), and nothing of peft is left in a network that serves. Into copies and not in
-    place: the base stays bit for bit what it was, so requests may go back and forth between adapters, and no rounding piles up
-    from merging and unmerging. A copy of the branch takes some 20 MB.
+    Merged and not kept beside the weights: inference then costs exactly what the base costs (two further convolutions
+    per layer would make the encoder about 1.4 times slower), and nothing of peft is left in a network that serves. Into
+    copies and not in
+    place: the base stays bit for bit what it was, so requests may go back and forth between adapters, and no rounding
+    piles up from merging and unmerging. A copy of the branch takes some 20 MB.
 
     Returns:
         The branch, and the denoiser if the adapter changes it, else None.
@@ -194,16 +228,24 @@ def copy_full(tensors: Mapping[str, Tensor], branch: nn.Module, unet: nn.Module 
         tensor.copy_(tensors[name].to(tensor.dtype))
 
 
-def collect_full(branch: nn.Module, unet: nn.Module | None = None, dtype: torch.dtype = torch.float16) -> dict[str, Tensor]:
+def collect_full(
+    branch: nn.Module, unet: nn.Module | None = None, dtype: torch.dtype = torch.float16
+) -> dict[str, Tensor]:
     """All tensors of the branch (and of the denoiser), for a version of kind "full"."""
     networks = {"branch": branch} if unet is None else {"branch": branch, "unet": unet}
-    return {f"{p}.{n}": t.detach().to("cpu", dtype).contiguous().clone() for p, m in networks.items() for n, t in m.state_dict().items()}
+    return {
+        f"{p}.{n}": t.detach().to("cpu", dtype).contiguous().clone()
+        for p, m in networks.items()
+        for n, t in m.state_dict().items()
+    }
 
 
 def _check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ModelError(f"'{path}' holds numbers that are not finite ({broken[0]} and {len(broken) - 1} more); use another version.")
+        raise ModelError(
+            f"'{path}' holds numbers that are not finite ({broken[0]} and {len(broken) - 1} more); use another version."
+        )
 
 
 def _merge(network: nn.Module) -> None:
@@ -217,11 +259,17 @@ def _merge(network: nn.Module) -> None:
 
 
 def _branch_targets(branch: nn.Module, settings: LoraSettings) -> list[str]:
-    """Full names of the branch's linear and convolution layers that are targets; transposed ones are left as they are."""
+    """Full names of the branch's linear and convolution layers that are targets; transposed ones are left as they
+    are.
+    """
     roots: list[str] = []
     for target in settings.target_modules:
         roots += {"encoder": ["encoder"], "query_head": ["query_head"], "injection": list(INJECTION)}.get(target, [])
-    return [name for name, module in branch.named_modules() if type(module) in (nn.Conv2d, nn.Linear) and name.split(".")[0] in roots]
+    return [
+        name
+        for name, module in branch.named_modules()
+        if type(module) in (nn.Conv2d, nn.Linear) and name.split(".")[0] in roots
+    ]
 
 
 def _denoiser_targets(unet: nn.Module) -> list[str]:

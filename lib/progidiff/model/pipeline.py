@@ -8,9 +8,9 @@
 6. decode    latents                        -> probabilities (M, K, H, W)
 7. fuse      probabilities, worn evidence   -> probabilities (M, K, H, W)
 
-Two things make proposals differ: the noise that the denoiser starts from, and smooth offsets on the evidence ("worn" evidence,
-as in training, see `progidiff.training.proposal_stage`). With few steps a denoiser's samples hug their mean, so that noise alone
-moves edges; the offsets make it commit to different readings of what the evidence leaves open.
+Two things make proposals differ: the noise that the denoiser starts from, and smooth offsets on the evidence ("worn"
+evidence, as in training, see `progidiff.training.proposal_stage`). With few steps a denoiser's samples hug their mean,
+so that noise alone moves edges; the offsets make it commit to different readings of what the evidence leaves open.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class ProposalPipeline:
         scheduler_config: Overrides of the backbone's scheduler that the branch was trained with.
         unet: The denoiser, if it is not the backbone's own.
         autocast: Precision for the networks; None for the weights' own.
-        evidence_weight: How much the evidence counts in the final mask beside the decoded proposal, see `fuse_evidence`.
-        evidence_spread: Standard deviations (field, shift), in logits, of the offsets that set proposals apart, see `draw_offsets`;
-            None for noise alone.
+        evidence_weight: How much the evidence counts in the final mask beside the decoded proposal, see
+            `fuse_evidence`.
+        evidence_spread: Standard deviations (field, shift), in logits, of the offsets that set proposals apart, see
+            `draw_offsets`; None for noise alone.
     """
 
     def __init__(
@@ -123,19 +124,23 @@ class ProposalPipeline:
     def draw_noise(self, num_proposals: int, seed: int) -> Tensor:
         """The noise of proposals 0..K-1, (K, c, h, w).
 
-        Proposal k depends on (seed, k) alone: it is the same for every slice, so that proposal k is one coherent volume, the
-        same for every K, and the same alone or in a batch.
+        Proposal k depends on (seed, k) alone: it is the same for every slice, so that proposal k is one coherent
+        volume, the same for every K, and the same alone or in a batch.
         """
         config = self.branch.config
-        shape = (self.unet.config.in_channels, config.height // config.latent_stride, config.width // config.latent_stride)
+        shape = (
+            self.unet.config.in_channels,
+            config.height // config.latent_stride,
+            config.width // config.latent_stride,
+        )
         return torch.stack([torch.randn(shape, generator=_seed_generator(f"{seed}:{k}")) for k in range(num_proposals)])
 
     def draw_offsets(self, num_proposals: int, seed: int) -> Tensor | None:
         """What proposals 0..K-1 add to the evidence's logits, (K, H, W); None if `evidence_spread` is.
 
-        Offset k is a smooth random field plus a constant. The constants are stratified (a golden-ratio sequence through the normal
-        quantiles), so that already four proposals hold cautious and generous readings. Like the noise they depend on (seed, k)
-        alone and are the same on every slice and for every prompt.
+        Offset k is a smooth random field plus a constant. The constants are stratified (a golden-ratio sequence through
+        the normal quantiles), so that already four proposals hold cautious and generous readings. Like the noise they
+        depend on (seed, k) alone and are the same on every slice and for every prompt.
         """
         if self.evidence_spread is None:
             return None
@@ -171,8 +176,8 @@ class ProposalPipeline:
             pairs: M indices (n, p).
             noise: (K, c, h, w) from `draw_noise`.
             num_inference_steps: T, 1 to 8 are useful.
-            guidance_scale: Strength of the text; 1 costs nothing, other values double the work. Only the text is dropped: the
-                image evidence always stays.
+            guidance_scale: Strength of the text; 1 costs nothing, other values double the work. Only the text is
+                dropped: the image evidence always stays.
             offsets: (K, H, W) from `draw_offsets`, or None.
 
         Returns:
@@ -192,7 +197,9 @@ class ProposalPipeline:
                 down = [r.repeat_interleave(count, dim=0) for r in down]
                 middle = middle.repeat_interleave(count, dim=0)
             else:
-                down, middle = self.branch.compute_residuals(features[rows.repeat_interleave(count)], worn.flatten(0, 1)[:, None])
+                down, middle = self.branch.compute_residuals(
+                    features[rows.repeat_interleave(count)], worn.flatten(0, 1)[:, None]
+                )
             latents = noise.to(self.device).repeat(len(pairs), 1, 1, 1)
             tokens = prompts.tokens[columns].repeat_interleave(count, dim=0)
             mask = None if prompts.mask is None else prompts.mask[columns].repeat_interleave(count, dim=0)
@@ -206,14 +213,17 @@ class ProposalPipeline:
                     predicted = without + guidance_scale * (predicted - without)
                 step = self.scheduler.step(predicted, timestep, latents)
                 latents = step.prev_sample
-            # Where T does not divide the training steps, the scheduler's last step stops just short of the clean latent.
+            # Where T does not divide the training steps, the scheduler's last step stops just short of the clean
+            # latent.
             probabilities = self.codec.decode_latents(step.pred_original_sample)
         probabilities = probabilities.view(len(pairs), count, *probabilities.shape[-2:]).float()
         if self.evidence_weight:
             probabilities = fuse_evidence(probabilities, worn, self.evidence_weight)
         return probabilities.cpu()
 
-    def _predict(self, latents: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor | None, down: list[Tensor], middle: Tensor) -> Tensor:
+    def _predict(
+        self, latents: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor | None, down: list[Tensor], middle: Tensor
+    ) -> Tensor:
         dtype = self.unet.dtype
         return self.unet(
             latents.to(dtype),
@@ -229,7 +239,13 @@ def draw_smooth_field(count: int, height: int, width: int, generator: torch.Gene
     """Low-frequency random fields (count, H, W): errors as large as organs and as their parts, not as pixels."""
     coarse = torch.randn(count, 1, 8, 10, generator=generator)
     fine = torch.randn(count, 1, 16, 20, generator=generator)
-    return sum((F.interpolate(part, size=(height, width), mode="bicubic", align_corners=False)[:, 0] for part in (coarse, fine)), torch.zeros(()))
+    return sum(
+        (
+            F.interpolate(part, size=(height, width), mode="bicubic", align_corners=False)[:, 0]
+            for part in (coarse, fine)
+        ),
+        torch.zeros(()),
+    )
 
 
 def _seed_generator(text: str) -> torch.Generator:
@@ -239,8 +255,9 @@ def _seed_generator(text: str) -> torch.Generator:
 def fuse_evidence(probabilities: Tensor, evidence: Tensor, weight: float, sharpness: float = 6.0) -> Tensor:
     """A product of experts in logit space: the decoded proposal, and the evidence it came from.
 
-    The denoiser works at an eighth of the resolution; where it is indifferent, thin structures and boundaries are better known to
-    the full-resolution evidence. Where proposals differ clearly, the evidence is weak and does not decide.
+    The denoiser works at an eighth of the resolution; where it is indifferent, thin structures and boundaries are
+    better known to the full-resolution evidence. Where proposals differ clearly, the evidence is weak and does not
+    decide.
 
     Args:
         probabilities: (..., H, W) in [0, 1], decoded proposals.
@@ -259,8 +276,8 @@ def fuse_evidence(probabilities: Tensor, evidence: Tensor, weight: float, sharpn
 def create_scheduler(backbone: Backbone, overrides: dict[str, Any] | None = None) -> Any:
     """The DDIM scheduler that training and use share.
 
-    Zero terminal SNR and trailing spacing make the first of few steps start from pure noise (arXiv 2305.08891); the last
-    step ends on the clean latent.
+    Zero terminal SNR and trailing spacing make the first of few steps start from pure noise (arXiv 2305.08891); the
+    last step ends on the clean latent.
     """
     from diffusers import DDIMScheduler
 
@@ -274,5 +291,7 @@ def create_scheduler(backbone: Backbone, overrides: dict[str, Any] | None = None
         **(overrides or {}),
     }
     if settings["prediction_type"] == "epsilon" and settings["rescale_betas_zero_snr"]:
-        raise RequestError("prediction_type 'epsilon' is undefined at zero terminal SNR; use 'v_prediction' or 'sample'.")
+        raise RequestError(
+            "prediction_type 'epsilon' is undefined at zero terminal SNR; use 'v_prediction' or 'sample'."
+        )
     return DDIMScheduler.from_config(settings)

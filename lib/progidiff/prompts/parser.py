@@ -3,14 +3,15 @@
 A prompt is read in five steps:
 
 1. words: lower case, accents off, ``_`` and ``-`` as spaces, punctuation and "and" as separators;
-2. phrases: the longest known phrase wins, so "portal and splenic veins" is one structure and "left and right kidney" two;
+2. phrases: the longest known phrase wins, so "portal and splenic veins" is one structure and "left and right kidney"
+   two;
 3. sides: "left kidney", "kidney, left", "lt renal", "kidney on the left" are the same; no side means both;
 4. "all", and "all except ...";
 5. anything left over makes its clause unknown. A known word does not rescue it: "liver tumour" is not "liver".
 
-What this does not do: negation ("no liver") and alternatives ("liver or spleen") are refused, because drawing a structure
-that the user excluded is worse than asking again. Typing errors are never corrected silently; the error names the nearest
-structures instead.
+What this does not do: negation ("no liver") and alternatives ("liver or spleen") are refused, because drawing a
+structure that the user excluded is worse than asking again. Typing errors are never corrected silently; the error names
+the nearest structures instead.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Query:
 
     Attributes:
         name: What the answer is called: a structure's name, or the user's own words for free text.
-        text: What the text encoder reads. For a known structure its canonical name, so that all its synonyms give the same answer.
+        text: What the text encoder reads. For a known structure its canonical name, so that all its synonyms give the
+            same answer.
         known: False for free text, which no training example vouches for.
     """
 
@@ -67,7 +69,8 @@ class _Phrases:
     Attributes:
         training: Shown to the text encoder in training.
         heldout: Never shown in training, so that they measure whether the text encoder generalises.
-        parsing: Understood by the parser only: abbreviations, bare adjectives, spellings that mean nothing to a text encoder.
+        parsing: Understood by the parser only: abbreviations, bare adjectives, spellings that mean nothing to a text
+            encoder.
     """
 
     training: tuple[str, ...]
@@ -99,7 +102,8 @@ _VOCABULARY: dict[str, _Phrases] = {
     "esophagus": _Phrases(
         training=("oesophagus", "esophageal tube", "distal esophagus"),
         heldout=("abdominal esophagus", "gullet", "food pipe"),
-        parsing=("esophageal", "oesophageal", "distal oesophagus", "abdominal oesophagus", "lower esophagus", "lower oesophagus"),
+        parsing=("esophageal", "oesophageal", "distal oesophagus", "abdominal oesophagus", "lower esophagus",
+        "lower oesophagus"),
     ),
     "liver": _Phrases(
         training=("hepatic parenchyma", "hepatic organ", "whole liver"),
@@ -125,9 +129,12 @@ _VOCABULARY: dict[str, _Phrases] = {
         training=("portal vein and splenic vein", "portal vein", "splenic vein", "portal venous system"),
         heldout=("portosplenic veins", "splenoportal axis", "splenic and portal veins"),
         parsing=(
-            "portal and splenic vein", "splenic and portal vein", "splenic vein and portal vein", "portal veins and splenic veins", "portal veins",
-            "splenic veins", "portosplenic vein", "splenoportal veins", "splenoportal vein", "splenoportal confluence", "portosplenic confluence",
-            "portal splenic confluence", "vena portae", "portal and splenic venous system", "portosplenic venous system",
+            "portal and splenic vein", "splenic and portal vein", "splenic vein and portal vein",
+            "portal veins and splenic veins", "portal veins",
+            "splenic veins", "portosplenic vein", "splenoportal veins", "splenoportal vein",
+            "splenoportal confluence", "portosplenic confluence",
+            "portal splenic confluence", "vena portae", "portal and splenic venous system",
+            "portosplenic venous system",
         ),
     ),
     "pancreas": _Phrases(
@@ -140,10 +147,12 @@ _VOCABULARY: dict[str, _Phrases] = {
 }  # fmt: skip
 
 _PAIRED_NOUNS: dict[str, tuple[str, ...]] = {
-    "kidney": ("kidney", "kidneys", "renal", "renal parenchyma", "renal organ", "renal organs", "renal tissue", "nephros", "kidney parenchyma"),
+    "kidney": ("kidney", "kidneys", "renal", "renal parenchyma", "renal organ", "renal organs", "renal tissue",
+    "nephros", "kidney parenchyma"),
     "adrenal gland": (
         "adrenal gland", "adrenal glands", "adrenal", "adrenals", "adrenal tissue", "adrenal body", "adrenal bodies",
-        "suprarenal gland", "suprarenal glands", "suprarenal", "suprarenals", "suprarenal body", "glandula suprarenalis",
+        "suprarenal gland", "suprarenal glands", "suprarenal", "suprarenals", "suprarenal body",
+        "glandula suprarenalis",
     ),
 }  # fmt: skip
 """Nouns that need a side; without one they mean both."""
@@ -151,18 +160,36 @@ _PAIRED_NOUNS: dict[str, tuple[str, ...]] = {
 _SIDES = {"left": "left", "lt": "left", "l": "left", "right": "right", "rt": "right", "r": "right", "bilateral": "both"}
 _SEPARATORS = {"and", "plus", "with", "then", "also", "et"}
 _NEGATIONS = {
-    "no", "not", "none", "never", "neither", "nor", "dont", "isnt", "absent", "ignore", "omit", "skip", "remove", "exclude",
+    "no", "not", "none", "never", "neither", "nor", "dont", "isnt", "absent", "ignore", "omit", "skip", "remove",
+    "exclude",
     "except", "excluding", "without", "minus", "but",
 }  # fmt: skip
-_EXCEPTIONS = ("except for", "except", "excluding", "without", "minus", "apart from", "other than", "aside from", "leaving out", "but not", "but")
+_EXCEPTIONS = (
+    "except for",
+    "except",
+    "excluding",
+    "without",
+    "minus",
+    "apart from",
+    "other than",
+    "aside from",
+    "leaving out",
+    "but not",
+    "but",
+)
 _QUANTIFIERS = {"all", "every", "each"}
 _EVERYTHING = {"everything", "organs", "structures", "organ", "structure", "labels"}
 _FILLERS = {
-    "the", "a", "an", "of", "in", "on", "at", "for", "from", "to", "this", "that", "these", "those", "it", "its", "is", "are", "please",
-    "segment", "segmentation", "segmentations", "mask", "masks", "show", "me", "find", "draw", "outline", "delineate", "contour", "label",
-    "annotate", "give", "get", "want", "need", "i", "we", "you", "can", "could", "image", "images", "scan", "scans", "slice", "slices",
-    "volume", "ct", "mr", "mri", "axial", "patient", "patients", "my", "his", "her", "their", "side", "sided", "hand", "region", "area",
-    "whole", "entire", "full", "complete", "both", "known", "available", "abdominal", "abdomen", "one", "ones", "only", "just",
+    "the", "a", "an", "of", "in", "on", "at", "for", "from", "to", "this", "that", "these", "those", "it", "its",
+    "is", "are", "please",
+    "segment", "segmentation", "segmentations", "mask", "masks", "show", "me", "find", "draw", "outline", "delineate",
+    "contour", "label",
+    "annotate", "give", "get", "want", "need", "i", "we", "you", "can", "could", "image", "images", "scan", "scans",
+    "slice", "slices",
+    "volume", "ct", "mr", "mri", "axial", "patient", "patients", "my", "his", "her", "their", "side", "sided", "hand",
+    "region", "area",
+    "whole", "entire", "full", "complete", "both", "known", "available", "abdominal", "abdomen", "one", "ones",
+    "only", "just",
 }  # fmt: skip
 _LIGATURES = {"\u0153": "oe", "\u0152": "oe", "\u00e6": "ae", "\u00c6": "ae"}
 _ABBREVIATED = {"l", "r", "lt", "rt", "inf", "gb"}
@@ -175,7 +202,11 @@ def synonyms(structure: str) -> tuple[str, ...]:
         PromptError: if the structure has no vocabulary here.
     """
     phrases = _phrases_of(structure)
-    return tuple(dict.fromkeys((structure, *_expand(phrases.training, structure), *_expand(phrases.heldout, structure), *phrases.parsing)))
+    return tuple(
+        dict.fromkeys(
+            (structure, *_expand(phrases.training, structure), *_expand(phrases.heldout, structure), *phrases.parsing)
+        )
+    )
 
 
 def training_phrases(structure: str) -> tuple[str, ...]:
@@ -185,7 +216,9 @@ def training_phrases(structure: str) -> tuple[str, ...]:
         >>> training_phrases("left kidney")[:3]
         ('left kidney', 'left renal parenchyma', 'kidney on the left')
     """
-    return (structure, *_expand(_phrases_of(structure).training, structure)) if structure in _VOCABULARY else (structure,)
+    return (
+        (structure, *_expand(_phrases_of(structure).training, structure)) if structure in _VOCABULARY else (structure,)
+    )
 
 
 def heldout_phrases(structure: str) -> tuple[str, ...]:
@@ -199,7 +232,8 @@ def heldout_phrases(structure: str) -> tuple[str, ...]:
 
 
 def compute_label_ids(queries: Iterable[Query]) -> dict[str, int]:
-    """Label ids of what a prompt asks for: the place in `STRUCTURES` from 1, whatever the prompt; others follow in their order.
+    """Label ids of what a prompt asks for: the place in `STRUCTURES` from 1, whatever the prompt; others follow in
+    their order.
 
     Example:
         >>> compute_label_ids(parse_prompt("liver and spleen"))
@@ -217,11 +251,15 @@ def compute_label_ids(queries: Iterable[Query]) -> dict[str, int]:
 
 
 def describe(known: Iterable[str] = STRUCTURES) -> list[dict[str, Any]]:
-    """One entry per structure of a model: ``{"structure": name, "synonyms": [...]}``, for `progidiff prompts` and the server."""
+    """One entry per structure of a model: ``{"structure": name, "synonyms": [...]}``, for `progidiff prompts` and the
+    server.
+    """
     return [{"structure": name, "synonyms": list(synonyms(name)[1:]) if name in _VOCABULARY else []} for name in known]
 
 
-def parse_prompt(text: str, known: Sequence[str] = STRUCTURES, allow_free_text: bool = False, model: str = "the loaded model") -> tuple[Query, ...]:
+def parse_prompt(
+    text: str, known: Sequence[str] = STRUCTURES, allow_free_text: bool = False, model: str = "the loaded model"
+) -> tuple[Query, ...]:
     """Read the structures that a prompt asks for, in its order, each once.
 
     Args:
@@ -231,7 +269,8 @@ def parse_prompt(text: str, known: Sequence[str] = STRUCTURES, allow_free_text: 
         model: What to call the model in messages.
 
     Raises:
-        PromptError: if the prompt is empty, contradictory, negated, or names anything unknown. `suggestions` holds the nearest names.
+        PromptError: if the prompt is empty, contradictory, negated, or names anything unknown. `suggestions` holds the
+            nearest names.
 
     Example:
         >>> [query.name for query in parse_prompt("hepatic parenchyma and both kidneys")]
@@ -240,15 +279,22 @@ def parse_prompt(text: str, known: Sequence[str] = STRUCTURES, allow_free_text: 
         ['left kidney', 'liver']
     """
     if not isinstance(text, str):
-        raise PromptError(f"A prompt is text, got {type(text).__name__}. Write for example 'left kidney' or 'liver and spleen'.")
+        raise PromptError(
+            f"A prompt is text, got {type(text).__name__}. Write for example 'left kidney' or 'liver and spleen'."
+        )
     if not text.strip():
         raise PromptError("The prompt is empty. Name a structure, for example 'liver', or write 'all'.", tuple(known))
     if len(text) > MAX_PROMPT_CHARACTERS:
-        raise PromptError(f"The prompt has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are read. Name the structures only.")
+        raise PromptError(
+            f"The prompt has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are "
+            "read. Name the structures only."
+        )
     reader = _Reader(text, tuple(known), allow_free_text, model)
     queries = reader.read()
     if not queries:
-        raise PromptError(f"Prompt {text.strip()!r} names no structure. Write for example 'liver and spleen', or 'all'.", tuple(known))
+        raise PromptError(
+            f"Prompt {text.strip()!r} names no structure. Write for example 'liver and spleen', or 'all'.", tuple(known)
+        )
     return queries
 
 
@@ -288,17 +334,23 @@ class _Reader:
         if not wanted:
             raise self._refuse_negation(exception)
         if not excluded:
-            raise PromptError(f"Prompt {self.text.strip()!r} ends after '{exception}'. Say which structure to leave out.", self.known)
+            raise PromptError(
+                f"Prompt {self.text.strip()!r} ends after '{exception}'. Say which structure to leave out.", self.known
+            )
         strangers = [name for name in excluded if name not in [query.name for query in wanted]]
         if strangers:
             asked = " and ".join(query.name for query in wanted)
             raise PromptError(
-                f"Prompt {self.text.strip()!r} leaves out {_quote(strangers)}, which it does not ask for. Name only what you want: '{asked}'.",
+                f"Prompt {self.text.strip()!r} leaves out {_quote(strangers)}, which it "
+                f"does not ask for. Name only what you want: '{asked}'.",
                 [query.name for query in wanted],
             )
         left = tuple(query for query in wanted if query.name not in excluded)
         if not left:
-            raise PromptError(f"Prompt {self.text.strip()!r} leaves out everything that it asks for. Name at least one structure.", self.known)
+            raise PromptError(
+                f"Prompt {self.text.strip()!r} leaves out everything that it asks for. Name at least one structure.",
+                self.known,
+            )
         return left
 
     def _complete_exception(self, items: list[_Item], wanted: tuple[Query, ...]) -> list[_Item]:
@@ -319,7 +371,15 @@ class _Reader:
             length, meaning = self._longest_phrase(words, index)
             if length:
                 end = words[index + length - 1].end
-                items.append(_Item(meaning.kind, word.start, end, " ".join(w.value for w in words[index : index + length]), meaning.names))
+                items.append(
+                    _Item(
+                        meaning.kind,
+                        word.start,
+                        end,
+                        " ".join(w.value for w in words[index : index + length]),
+                        meaning.names,
+                    )
+                )
                 index += length
                 continue
             exception = self._exception_at(words, index, items)
@@ -333,7 +393,10 @@ class _Reader:
             elif word.value in _SIDES:
                 items.append(_Item("side", word.start, word.end, _SIDES[word.value]))
             elif word.value == "or":
-                raise PromptError(f"Prompt {self.text.strip()!r} leaves a choice open. Write 'and' to get both structures, or name one.")
+                raise PromptError(
+                    f"Prompt {self.text.strip()!r} leaves a choice open. Write 'and' to "
+                    "get both structures, or name one."
+                )
             elif word.value in _NEGATIONS:
                 raise self._refuse_negation(word.value)
             elif word.value in _QUANTIFIERS:
@@ -379,7 +442,10 @@ class _Reader:
                 queries += self._known_queries(item.names, item.value)
             elif item.kind == "noun":
                 queries += self._known_queries(self._paired_names(item), item.value)
-        return tuple({query.name: query for query in reversed(queries)}[name] for name in dict.fromkeys(query.name for query in queries))
+        return tuple(
+            {query.name: query for query in reversed(queries)}[name]
+            for name in dict.fromkeys(query.name for query in queries)
+        )
 
     def _mark_unknown_clauses(self, items: list[_Item]) -> list[_Item]:
         """Clauses with unknown words become one free-text item or an error; quantifiers become "all" or nothing."""
@@ -419,7 +485,13 @@ class _Reader:
             adjacent = previous is not None and index > 0 and items[index - 1] is previous
             following = items[index + 1] if index + 1 < len(items) else None
             forward = following is not None and following.kind == "noun"
-            if adjacent and previous is not None and previous.kind == "noun" and not previous.sides and not (forward and _is_plural(previous)):
+            if (
+                adjacent
+                and previous is not None
+                and previous.kind == "noun"
+                and not previous.sides
+                and not (forward and _is_plural(previous))
+            ):
                 previous.sides.append(item.value)  # "kidney left"
                 index += 1
                 continue
@@ -436,12 +508,16 @@ class _Reader:
                 continue
             if following is not None and following.kind == "side":
                 raise self._refuse_contradiction(f"'{item.value} {following.value}'")
-            if (following is not None and following.kind == "struct") or (adjacent and previous is not None and previous.kind == "struct"):
+            if (following is not None and following.kind == "struct") or (
+                adjacent and previous is not None and previous.kind == "struct"
+            ):
                 unpaired = following if following is not None and following.kind == "struct" else previous
                 assert unpaired is not None
                 name = unpaired.names[0]
                 raise PromptError(
-                    f"Prompt {self.text.strip()!r} asks for a {item.value} side of '{name}', which is drawn as a whole. Ask for '{name}'.", (name,)
+                    f"Prompt {self.text.strip()!r} asks for a {item.value} side of "
+                    f"'{name}', which is drawn as a whole. Ask for '{name}'.",
+                    (name,),
                 )
             if previous is not None and previous.kind == "noun" and not adjacent:
                 previous.sides += run  # "kidney, left", "left kidney and right"
@@ -450,7 +526,11 @@ class _Reader:
             if adjacent and previous is not None and previous.kind == "noun":
                 raise self._refuse_contradiction(f"'{previous.sides[0]}' and '{item.value}'")
             near = tuple(name for name in self.known if name.startswith(item.value))
-            raise PromptError(f"Prompt {self.text.strip()!r} says '{item.value}' but not of what. Write for example '{item.value} kidney'.", near)
+            raise PromptError(
+                f"Prompt {self.text.strip()!r} says '{item.value}' but not of what. Write "
+                f"for example '{item.value} kidney'.",
+                near,
+            )
 
     def _paired_names(self, item: _Item) -> tuple[str, ...]:
         base = item.names[0]
@@ -464,39 +544,62 @@ class _Reader:
         missing = [name for name in names if name not in self.known]
         if missing and not self.allow_free_text:
             raise PromptError(
-                f"Prompt {self.text.strip()!r} asks for {_quote(missing)}, which {self.model} was not trained on. It knows {_quote(self.known)}; "
-                "send allow_free_text=true to try it anyway.",
+                f"Prompt {self.text.strip()!r} asks for {_quote(missing)}, which {self.model} was not trained on. It "
+                f"knows {_quote(self.known)}; send allow_free_text=true to try it anyway.",
                 self._suggest(words, names),
             )
         return [Query(name, name, known=name in self.known) for name in names]
 
     def _refuse_unknown(self, words: str, content: list[_Item]) -> PromptError:
         sides = {item.value for item in content if item.kind == "side"} - {"both"}
-        near = tuple(dict.fromkeys(name for item in content if item.kind in {"struct", "noun"} for name in self._names_near(item, sides)))
+        near = tuple(
+            dict.fromkeys(
+                name for item in content if item.kind in {"struct", "noun"} for name in self._names_near(item, sides)
+            )
+        )
         suggestions = tuple(dict.fromkeys((*near, *self._suggest(words, ()))))[:3]
         did_you_mean = f" Did you mean {_quote(suggestions, 'or')}?" if suggestions else ""
         clause = "" if words.strip() == self.text.strip() else f" (in {self.text.strip()!r})"
         return PromptError(
-            f"Prompt {words!r}{clause} names no structure that {self.model} was trained on.{did_you_mean} `progidiff prompts` lists them; "
-            "send allow_free_text=true to try it anyway.",
+            f"Prompt {words!r}{clause} names no structure that {self.model} was trained "
+            f"on.{did_you_mean} `progidiff prompts` lists them; send allow_free_text=true to try it anyway.",
             suggestions,
         )
 
     def _names_near(self, item: _Item, sides: set[str]) -> tuple[str, ...]:
-        names = item.names if item.kind == "struct" else tuple(f"{side} {item.names[0]}" for side in ("right", "left") if side in sides or not sides)
+        names = (
+            item.names
+            if item.kind == "struct"
+            else tuple(f"{side} {item.names[0]}" for side in ("right", "left") if side in sides or not sides)
+        )
         return tuple(name for name in names if name in self.known)
 
     def _suggest(self, words: str, instead_of: tuple[str, ...]) -> tuple[str, ...]:
         """Up to three known names near to the words, by difflib over all their synonyms and single words."""
-        wanted = " ".join(word.value for word in _split_words(words) if word.kind != "sep" and word.value not in _FILLERS | _SIDES.keys())
+        wanted = " ".join(
+            word.value
+            for word in _split_words(words)
+            if word.kind != "sep" and word.value not in _FILLERS | _SIDES.keys()
+        )
         scores: dict[str, float] = {}
         for name in self.known:
             if name in instead_of:
                 continue
-            phrases = [re.sub(r"\b(left|right)\b ?", "", phrase) for phrase in (synonyms(name) if name in _VOCABULARY else (name,))]
-            # Word by word as well: "livr segment four" is near to "liver". Only against words that mean this structure alone.
-            single = {*(phrase for phrase in phrases if " " not in phrase), *name.split()} - _FILLERS - _SIDES.keys() - {"and"}
-            pairs = [(wanted, phrase, 0.6) for phrase in phrases] + [(word, part, 0.7) for word in wanted.split() if len(word) > 3 for part in single]
+            phrases = [
+                re.sub(r"\b(left|right)\b ?", "", phrase)
+                for phrase in (synonyms(name) if name in _VOCABULARY else (name,))
+            ]
+            # Word by word as well: "livr segment four" is near to "liver". Only against words that mean this structure
+            # alone.
+            single = (
+                {*(phrase for phrase in phrases if " " not in phrase), *name.split()}
+                - _FILLERS
+                - _SIDES.keys()
+                - {"and"}
+            )
+            pairs = [(wanted, phrase, 0.6) for phrase in phrases] + [
+                (word, part, 0.7) for word in wanted.split() if len(word) > 3 for part in single
+            ]
             pairs.append((wanted, name, 0.75))
             for ours, theirs, enough in pairs:
                 ratio = difflib.SequenceMatcher(None, ours, theirs).ratio()
@@ -515,7 +618,10 @@ class _Reader:
         )
 
     def _refuse_contradiction(self, what: str) -> PromptError:
-        return PromptError(f"Prompt {self.text.strip()!r} contradicts itself: {what}. Write 'left kidney', 'right kidney' or 'both kidneys'.")
+        return PromptError(
+            f"Prompt {self.text.strip()!r} contradicts itself: {what}. Write 'left "
+            "kidney', 'right kidney' or 'both kidneys'."
+        )
 
 
 def _split_words(text: str) -> list[_Item]:
@@ -571,7 +677,10 @@ def _phrase_table(known: tuple[str, ...]) -> dict[tuple[str, ...], _Item]:
 
 def _phrases_of(structure: str) -> _Phrases:
     if structure not in _VOCABULARY:
-        raise PromptError(f"'{structure}' has no synonyms here; the structures with a vocabulary are {_quote(STRUCTURES)}.", STRUCTURES)
+        raise PromptError(
+            f"'{structure}' has no synonyms here; the structures with a vocabulary are {_quote(STRUCTURES)}.",
+            STRUCTURES,
+        )
     return _VOCABULARY[structure]
 
 

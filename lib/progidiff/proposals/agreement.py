@@ -1,8 +1,8 @@
 """Agreement, disagreement, ranking and merging of K proposals: pure functions on tensors.
 
-Proposals come first: axis 0 is K, everything after it is the picture, ``(K, H, W)`` or ``(K, Z, H, W)``. The agreement map
-is the share of proposals that draw a pixel. It is *not* a calibrated probability: ten proposals of an overconfident model
-agree and are wrong together.
+Proposals come first: axis 0 is K, everything after it is the picture, ``(K, H, W)`` or ``(K, Z, H, W)``. The agreement
+map is the share of proposals that draw a pixel. It is *not* a calibrated probability: ten proposals of an overconfident
+model agree and are wrong together.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def compute_disagreement_per_slice(masks: Tensor) -> Tensor:
     _check_masks(masks, 2)
     if masks.ndim != 4:
         raise GeometryError(
-            f"Disagreement per slice needs masks of shape (K, Z, H, W), got {tuple(masks.shape)}; use compute_disagreement for one slice."
+            "Disagreement per slice needs masks of shape (K, Z, H, W), got "
+            f"{tuple(masks.shape)}; use compute_disagreement for one slice."
         )
     num_proposals, depth = masks.shape[:2]
     per_slice = masks.transpose(0, 1).reshape(depth, num_proposals, -1)
@@ -152,19 +153,27 @@ def resolve_overlaps(agreement: Tensor, mean_probability: Tensor | None = None) 
     """
     if agreement.ndim < 1 or not 1 <= len(agreement) <= 255:
         raise GeometryError(
-            f"Between 1 and 255 structures fit a label map, got agreement of shape {tuple(agreement.shape)}; ask for fewer at a time."
+            "Between 1 and 255 structures fit a label map, got agreement of shape "
+            f"{tuple(agreement.shape)}; ask for fewer at a time."
         )
     if mean_probability is not None and mean_probability.shape != agreement.shape:
         raise GeometryError(
-            f"Agreement has shape {tuple(agreement.shape)} and mean probability {tuple(mean_probability.shape)}; both need one map per structure."
+            f"Agreement has shape {tuple(agreement.shape)} and mean probability {tuple(mean_probability.shape)}; both "
+            "need one map per structure."
         )
     best_agreement = torch.zeros(agreement.shape[1:], dtype=agreement.dtype, device=agreement.device)
     best_probability = torch.zeros_like(best_agreement)
     labels = torch.zeros(agreement.shape[1:], dtype=torch.uint8, device=agreement.device)
     for index in range(len(agreement)):
         share = agreement[index]
-        probability = best_probability.new_zeros(()) if mean_probability is None else mean_probability[index].to(best_probability.dtype)
-        wins = (share >= 0.5) & ((share > best_agreement) | ((share == best_agreement) & (probability > best_probability)))
+        probability = (
+            best_probability.new_zeros(())
+            if mean_probability is None
+            else mean_probability[index].to(best_probability.dtype)
+        )
+        wins = (share >= 0.5) & (
+            (share > best_agreement) | ((share == best_agreement) & (probability > best_probability))
+        )
         labels[wins] = index + 1
         best_agreement = torch.where(wins, share, best_agreement)
         best_probability = torch.where(wins, probability, best_probability)
@@ -206,16 +215,22 @@ def merge_masks(masks: Tensor, how: MergeRule = "majority", threshold: float = 0
 
 def _check_masks(masks: Tensor, at_least: int) -> None:
     if masks.ndim < 2:
-        raise GeometryError(f"Proposals need the shape (K, ...), got {tuple(masks.shape)}; put the proposals on the first axis.")
+        raise GeometryError(
+            f"Proposals need the shape (K, ...), got {tuple(masks.shape)}; put the proposals on the first axis."
+        )
     if len(masks) < at_least:
-        raise GeometryError(f"{len(masks)} proposals are too few, at least {at_least} are needed here. Raise num_proposals.")
+        raise GeometryError(
+            f"{len(masks)} proposals are too few, at least {at_least} are needed here. Raise num_proposals."
+        )
 
 
 def _pairwise_dice(masks: Tensor) -> Tensor:
     """(N, K, pixels) -> (N, K, K)."""
     pixels = masks.bool().float()  # counts are exact in float32 up to 2 ** 24 pixels; larger pictures go in pieces
     if pixels.shape[-1] > 1 << 24:
-        overlap = torch.stack([piece @ piece.transpose(1, 2) for piece in pixels.split(1 << 24, dim=-1)]).double().sum(0)
+        overlap = (
+            torch.stack([piece @ piece.transpose(1, 2) for piece in pixels.split(1 << 24, dim=-1)]).double().sum(0)
+        )
     else:
         overlap = pixels @ pixels.transpose(1, 2)
     size = overlap.diagonal(dim1=1, dim2=2)

@@ -18,8 +18,8 @@ class Choice:
     """What clicks make of K proposals.
 
     Attributes:
-        mask: bool of shape (Y, X): what at least half of the kept proposals draw. If they fit, so does the mask: all of them
-            draw every foreground click and none draws a background click.
+        mask: bool of shape (Y, X): what at least half of the kept proposals draw. If they fit, so does the mask: all of
+            them draw every foreground click and none draws a background click.
         kept: Indices of the proposals it was made from: all that fit, or, if none does, the one that fits best.
         missed: Clicks that the mask contradicts.
     """
@@ -34,7 +34,9 @@ class Choice:
         return self.missed == 0
 
 
-def choose_by_clicks(probabilities: np.ndarray, masks: np.ndarray, foreground: Sequence[Pixel], background: Sequence[Pixel]) -> Choice:
+def choose_by_clicks(
+    probabilities: np.ndarray, masks: np.ndarray, foreground: Sequence[Pixel], background: Sequence[Pixel]
+) -> Choice:
     """Keep the proposals that contain the foreground clicks and avoid the background clicks.
 
     If none does, the one that contradicts the fewest clicks is kept; among several of those the one whose probabilities
@@ -56,7 +58,10 @@ def choose_by_clicks(probabilities: np.ndarray, masks: np.ndarray, foreground: S
         ((0,), [[True, False]], True)
     """
     if masks.ndim != 3 or len(masks) < 1 or masks.shape != probabilities.shape:
-        raise GeometryError(f"Masks and probabilities need one shape (K, Y, X) with K >= 1, got {masks.shape} and {probabilities.shape}.")
+        raise GeometryError(
+            "Masks and probabilities need one shape (K, Y, X) with K >= 1, got "
+            f"{masks.shape} and {probabilities.shape}."
+        )
     missed = np.zeros(len(masks), dtype=np.int64)
     doubt = np.zeros(len(masks))
     for clicks, wanted in ((foreground, True), (background, False)):

@@ -1,13 +1,14 @@
 """One queue per device: who computes, who waits, how far it is, and how to stop it.
 
-The concurrency design in full: every inference request has a thread of its own (the web framework's pool), and exactly one
-of them at a time is between `DeviceQueue.job`'s enter and exit. The others wait there, first come, first served. Nothing else in
-the server takes the queue's lock for longer than a dictionary look-up, so other requests are never held up by an inference.
+The concurrency design in full: every inference request has a thread of its own (the web framework's pool), and exactly
+one of them at a time is between `DeviceQueue.job`'s enter and exit. The others wait there, first come, first served.
+Nothing else in the server takes the queue's lock for longer than a dictionary look-up, so other requests are never held
+up by an inference.
 
 A waiting request holds a thread, therefore the queue is short: beyond `max_waiting` it answers `BusyError` at once.
 
-Work that nobody waits for (`DeviceQueue.background_job`) gets the device only while it is idle, and is cancelled by the first request
-that comes; it takes no place in the queue and is not listed.
+Work that nobody waits for (`DeviceQueue.background_job`) gets the device only while it is idle, and is cancelled by the
+first request that comes; it takes no place in the queue and is not listed.
 """
 
 from __future__ import annotations
@@ -83,11 +84,15 @@ class Job:
         self._slices_done = min(max(0, int(done)), self._slices_total)
 
     def cancelled(self) -> bool:
-        """Whether someone asked to stop it; the worker looks between two batches of slices and raises `CancelledError`."""
+        """Whether someone asked to stop it; the worker looks between two batches of slices and raises
+        `CancelledError`.
+        """
         return self._cancel.is_set()
 
     def cancel(self) -> None:
-        """Ask to stop it. A waiting job leaves the queue at once, a running one after its current batch of slices; no effect on a finished one."""
+        """Ask to stop it. A waiting job leaves the queue at once, a running one after its current batch of slices; no
+        effect on a finished one.
+        """
         self._cancel.set()
         self._turn.set()
 
@@ -95,8 +100,8 @@ class Job:
         """State as plain values.
 
         Returns:
-            id, kind, image, device, state, position (see `position`), percent (0..100), slices_done, slices_total, waited_s and
-            running_s (seconds), created (Unix time), reason.
+            id, kind, image, device, state, position (see `position`), percent (0..100), slices_done, slices_total,
+            waited_s and running_s (seconds), created (Unix time), reason.
         """
         now = time.time()
         started, ended, state = self._started, self._ended, self._state
@@ -128,8 +133,9 @@ class DeviceQueue:
         keep: Finished jobs that stay pollable; the oldest are forgotten first.
 
     Attributes:
-        on_demand: Called with True when the first request wants the device and with False when the last one has had it, so that
-            other processes on the device can pause; background work does not count. They must return at once and not raise.
+        on_demand: Called with True when the first request wants the device and with False when the last one has had it,
+            so that other processes on the device can pause; background work does not count. They must return at once
+            and not raise.
 
     Example:
         >>> queue = DeviceQueue("cpu")
@@ -183,20 +189,27 @@ class DeviceQueue:
         try:
             job._turn.wait()
             if job.cancelled():
-                raise CancelledError(f"Job {job.id} on image '{image}' was cancelled while it waited; send the request again to restart it.")
+                raise CancelledError(
+                    f"Job {job.id} on image '{image}' was cancelled while it waited; send "
+                    "the request again to restart it."
+                )
             with self._lock:
                 job._state = JobState.RUNNING
                 job._started = time.time()
             yield job
         except BaseException as err:
-            self._leave(job, JobState.CANCELLED if isinstance(err, CancelledError) else JobState.FAILED, str(err) or type(err).__name__)
+            self._leave(
+                job,
+                JobState.CANCELLED if isinstance(err, CancelledError) else JobState.FAILED,
+                str(err) or type(err).__name__,
+            )
             raise
         self._leave(job, JobState.DONE, "")
 
     @contextmanager
     def background_job(self, kind: str, image: str) -> Iterator[Job]:
-        """Hold the device for the `with` block if it is idle, until a request wants it: then the job is cancelled, and the worker,
-        who looks between two batches of slices, raises `CancelledError`.
+        """Hold the device for the `with` block if it is idle, until a request wants it: then the job is cancelled, and
+        the worker, who looks between two batches of slices, raises `CancelledError`.
 
         Args:
             kind: What the work is, e.g. ``"score"``.
@@ -215,7 +228,11 @@ class DeviceQueue:
         try:
             yield job
         except BaseException as err:
-            self._leave(job, JobState.CANCELLED if isinstance(err, CancelledError) else JobState.FAILED, str(err) or type(err).__name__)
+            self._leave(
+                job,
+                JobState.CANCELLED if isinstance(err, CancelledError) else JobState.FAILED,
+                str(err) or type(err).__name__,
+            )
             raise
         self._leave(job, JobState.DONE, "")
 
@@ -233,7 +250,10 @@ class DeviceQueue:
         with self._lock:
             job = self._jobs.get(job_id)
         if job is None:
-            raise NotFoundError(f"There is no job '{job_id}'; the last {self._keep} finished ones are remembered. GET /progidiff/jobs lists them.")
+            raise NotFoundError(
+                f"There is no job '{job_id}'; the last {self._keep} finished ones are "
+                "remembered. GET /progidiff/jobs lists them."
+            )
         return job
 
     def list(self, image: str | None = None) -> list[Job]:
@@ -246,19 +266,25 @@ class DeviceQueue:
             raise RequestError("A job id has 1 to 64 letters, digits, '-' or '_'; leave job_id out to get one made up.")
         with self._lock:
             if self._closed:
-                raise BusyError("The server is stopping and takes no more work; send the request again when it is back.", retry_after=30)
+                raise BusyError(
+                    "The server is stopping and takes no more work; send the request again when it is back.",
+                    retry_after=30,
+                )
             # The first request behind background work is next at once: it does not count as waiting.
             places = self.max_waiting + (self._background is not None)
             if len(self._waiting) >= places:
                 retry_after = max(1, round(self._seconds_of_last_job))
                 raise BusyError(
-                    f"{len(self._waiting)} requests already wait for {self.device}, more would time out. Try again in about {retry_after} s, "
-                    "or cancel some with DELETE /progidiff/jobs/<id>.",
+                    f"{len(self._waiting)} requests already wait for {self.device}, more "
+                    f"would time out. Try again in about {retry_after} s, or cancel some "
+                    "with DELETE /progidiff/jobs/<id>.",
                     retry_after=retry_after,
                 )
             known = self._jobs.get(job_id) if job_id else None
             if known is not None and known.state in (JobState.QUEUED, JobState.RUNNING):
-                raise RequestError(f"Job '{job_id}' is still {known.state.value}; choose another job_id or leave it out.")
+                raise RequestError(
+                    f"Job '{job_id}' is still {known.state.value}; choose another job_id or leave it out."
+                )
             job = Job(self, job_id or uuid.uuid4().hex[:12], kind, image)
             self._jobs.pop(job.id, None)
             self._jobs[job.id] = job
@@ -292,7 +318,9 @@ class DeviceQueue:
             self._tell_demand()
 
     def _tell_demand(self) -> None:
-        """Call `on_demand` if the demand changed; under the lock, so that the calls come in the order of the changes."""
+        """Call `on_demand` if the demand changed; under the lock, so that the calls come in the order of the
+        changes.
+        """
         demanded = bool(self._waiting) or (self._running is not None and self._running is not self._background)
         if demanded != self._demanded:
             self._demanded = demanded
@@ -304,6 +332,8 @@ class DeviceQueue:
             return self._waiting.index(job) + 1 if job in self._waiting else 0
 
     def _forget_old(self) -> None:
-        finished = [job_id for job_id, job in self._jobs.items() if job.state not in (JobState.QUEUED, JobState.RUNNING)]
+        finished = [
+            job_id for job_id, job in self._jobs.items() if job.state not in (JobState.QUEUED, JobState.RUNNING)
+        ]
         for job_id in finished[: max(0, len(finished) - self._keep)]:
             del self._jobs[job_id]

@@ -1,8 +1,8 @@
 """Pictures of masks and proposals on axial slices, for people.
 
-Slices are drawn as on a radiologist's screen: the patient's right at the picture's left, the spine at the bottom, pixels in
-their true proportions. A structure has the same colour in every picture. matplotlib is imported when a picture is drawn, without its
-global state, so that a server's threads may draw as well.
+Slices are drawn as on a radiologist's screen: the patient's right at the picture's left, the spine at the bottom,
+pixels in their true proportions. A structure has the same colour in every picture. matplotlib is imported when a
+picture is drawn, without its global state, so that a server's threads may draw as well.
 """
 
 from __future__ import annotations
@@ -90,9 +90,14 @@ def draw_overlay(
             if value:
                 _paint(axis, found[z] == value, rows, cols, spacing, pick_color(names.get(int(value), ""), int(value)))
     present = [int(value) for value in np.unique(labels) if value]
-    patches = [Patch(color=pick_color(names.get(value, ""), value), label=names.get(value, f"label {value}")) for value in present]
+    patches = [
+        Patch(color=pick_color(names.get(value, ""), value), label=names.get(value, f"label {value}"))
+        for value in present
+    ]
     if patches:
-        figure.legend(handles=patches, loc="lower center", ncols=min(len(patches), 7), frameon=False, labelcolor=TEXT, fontsize=8)
+        figure.legend(
+            handles=patches, loc="lower center", ncols=min(len(patches), 7), frameon=False, labelcolor=TEXT, fontsize=8
+        )
     else:
         figure.text(0.5, 0.03, "nothing found", color=TEXT, ha="center", fontsize=8)
     if title:
@@ -108,7 +113,8 @@ def draw_proposals(
     slices: Sequence[int] | None = None,
     max_proposals: int = 4,
 ) -> Path:
-    """One row per structure: the slice, the proposals side by side, their consensus, and the share of proposals per pixel.
+    """One row per structure: the slice, the proposals side by side, their consensus, and the share of proposals per
+    pixel.
 
     The first column shows the whole slice, the others the part of it in the white frame.
 
@@ -144,9 +150,18 @@ def draw_proposals(
         index = proposals.structures.index(name)
         row[0].set_ylabel(name, color=TEXT, fontsize=9)
         row[0].set_xlabel(
-            f"z = {z}, disagreement {proposals.disagreement[index, z]:.2f}" if share[z].any() else f"z = {z}, not found", color=TEXT, fontsize=7
+            f"z = {z}, disagreement {proposals.disagreement[index, z]:.2f}"
+            if share[z].any()
+            else f"z = {z}, not found",
+            color=TEXT,
+            fontsize=7,
         )
-    headings = ["slice", *(f"proposal {k + 1}" for k in range(shown)), f"consensus of {proposals.num_proposals}", "agreement"]
+    headings = [
+        "slice",
+        *(f"proposal {k + 1}" for k in range(shown)),
+        f"consensus of {proposals.num_proposals}",
+        "agreement",
+    ]
     for axis, heading in zip(axes[0], headings, strict=True):
         axis.set_title(heading, color=TEXT, fontsize=9, pad=4)
     bar = figure.colorbar(heat, ax=axes[:, -1].tolist(), fraction=0.05, pad=0.02, ticks=[0, 0.5, 1])
@@ -195,7 +210,9 @@ def pick_slices(labels: np.ndarray, count: int) -> list[int]:
 
 
 def _pick_telling_slice(share: np.ndarray) -> int:
-    """The slice with the most doubt among those with at least half of the largest area; the middle one if nothing is drawn."""
+    """The slice with the most doubt among those with at least half of the largest area; the middle one if nothing is
+    drawn.
+    """
     area = (share >= 0.5).sum(axis=(1, 2))
     if not area.any():
         area = (share > 0).sum(axis=(1, 2))
@@ -212,8 +229,12 @@ def _check_slices(slices: Sequence[int], count: int) -> list[int]:
     return list(slices)
 
 
-def _find_body(volume: Volume, stack: np.ndarray, also: np.ndarray | None, spacing: tuple[float, float, float]) -> tuple[slice, slice]:
-    """Rows and columns that hold the body in most slices and everything in `also` (boolean stack), with a small margin."""
+def _find_body(
+    volume: Volume, stack: np.ndarray, also: np.ndarray | None, spacing: tuple[float, float, float]
+) -> tuple[slice, slice]:
+    """Rows and columns that hold the body in most slices and everything in `also` (boolean stack), with a small
+    margin.
+    """
     sampled = stack[:: max(1, len(stack) // 24)]
     body = (sampled > compute_body_threshold(volume)).mean(axis=0) > 0.5
     shape = body.shape
@@ -232,7 +253,9 @@ def _grow(positions: np.ndarray, margin: float, size: int) -> slice:
     return slice(max(0, int(positions[0] - margin)), min(size, int(positions[-1] + margin) + 1))
 
 
-def _frame_around(mask: np.ndarray, body: tuple[slice, slice], spacing: tuple[float, float, float]) -> tuple[slice, slice]:
+def _frame_around(
+    mask: np.ndarray, body: tuple[slice, slice], spacing: tuple[float, float, float]
+) -> tuple[slice, slice]:
     """A box around the mask with a margin, in the proportions of the body's box and not smaller than a third of it."""
     if not mask.any():
         return body
@@ -244,7 +267,9 @@ def _frame_around(mask: np.ndarray, body: tuple[slice, slice], spacing: tuple[fl
     for axis, places in enumerate((rows, cols)):
         length = max(2, round(scale * (body[axis].stop - body[axis].start)))
         middle = (int(places.min()) + int(places.max()) + 1) / 2
-        start = int(np.clip(round(middle - length / 2), body[axis].start, max(body[axis].start, body[axis].stop - length)))
+        start = int(
+            np.clip(round(middle - length / 2), body[axis].start, max(body[axis].start, body[axis].stop - length))
+        )
         spans.append(slice(start, start + length))
     return spans[0], spans[1]
 
@@ -282,11 +307,27 @@ def _extent(rows: slice, cols: slice, spacing: tuple[float, float, float]) -> tu
     return cols.start * spacing[2], cols.stop * spacing[2], rows.stop * spacing[1], rows.start * spacing[1]
 
 
-def _show_slice(axis: Any, pixels: np.ndarray, rows: slice, cols: slice, spacing: tuple[float, float, float], window: tuple[float, float]) -> None:
-    axis.imshow(pixels[rows, cols], cmap="gray", vmin=window[0], vmax=window[1], extent=_extent(rows, cols, spacing), interpolation="bilinear")
+def _show_slice(
+    axis: Any,
+    pixels: np.ndarray,
+    rows: slice,
+    cols: slice,
+    spacing: tuple[float, float, float],
+    window: tuple[float, float],
+) -> None:
+    axis.imshow(
+        pixels[rows, cols],
+        cmap="gray",
+        vmin=window[0],
+        vmax=window[1],
+        extent=_extent(rows, cols, spacing),
+        interpolation="bilinear",
+    )
 
 
-def _paint(axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple[float, float, float], color: str) -> None:
+def _paint(
+    axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple[float, float, float], color: str
+) -> None:
     """Tint a mask (Y, X) and draw its outline."""
     from matplotlib.colors import to_rgb
 
@@ -299,8 +340,12 @@ def _paint(axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple
     _outline(axis, mask, rows, cols, spacing, color)
 
 
-def _outline(axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple[float, float, float], color: str) -> None:
-    """Draw the outline of a mask (Y, X), which must have a pixel in the box, in the scale that the slice was shown in."""
+def _outline(
+    axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple[float, float, float], color: str
+) -> None:
+    """Draw the outline of a mask (Y, X), which must have a pixel in the box, in the scale that the slice was shown
+    in.
+    """
     part, extent = mask[rows, cols], _extent(rows, cols, spacing)
     padded = np.pad(part.astype(np.float32), 1)  # so that an outline closes at the edge of the box
     x = (np.arange(padded.shape[1]) - 0.5 + cols.start) * spacing[2]

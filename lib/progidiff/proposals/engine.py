@@ -1,9 +1,11 @@
 """From a volume and prompts to proposals on the working grid; slices are streamed, features are remembered.
 
-Not thread-safe: callers take turns (see `progidiff.proposals.device_queue`). Networks are loaded on first use; `Engine.info` never loads.
+Not thread-safe: callers take turns (see `progidiff.proposals.device_queue`). Networks are loaded on first use;
+`Engine.info` never loads.
 
-When the device's memory does not suffice, everything that is only remembered goes, and slices and proposals are computed in batches of
-half the size, down to one proposal of one slice; then the processor answers, if that is allowed; then the request is refused.
+When the device's memory does not suffice, everything that is only remembered goes, and slices and proposals are
+computed in batches of half the size, down to one proposal of one slice; then the processor answers, if that is allowed;
+then the request is refused.
 """
 
 from __future__ import annotations
@@ -110,7 +112,14 @@ class Engine:
                 "error": "",
             }
         except ProGiDiffError as err:
-            return {"model_version": "", "modality": "", "structures": [], "loaded": False, "adapters": [], "error": str(err)}
+            return {
+                "model_version": "",
+                "modality": "",
+                "structures": [],
+                "loaded": False,
+                "adapters": [],
+                "error": str(err),
+            }
 
     def load(self) -> ProposalPipeline:
         """Load the networks if they are not loaded yet.
@@ -132,8 +141,8 @@ class Engine:
         """Which version a request gets: reads a few small files, loads nothing, and may be asked from any thread.
 
         Args:
-            adapter: None, "" or "auto": the served version for this modality, if there is one; "none": the model itself; a name:
-                its served version; ``name@version``: that one.
+            adapter: None, "" or "auto": the served version for this modality, if there is one; "none": the model
+                itself; a name: its served version; ``name@version``: that one.
             modality: Of the image.
 
         Returns:
@@ -150,7 +159,9 @@ class Engine:
         try:
             return self.adapters.find(adapter)
         except NotFoundError as err:
-            raise RequestError(f"{err} Leave the adapter option empty to have one picked, or send 'none' for the model itself.") from err
+            raise RequestError(
+                f"{err} Leave the adapter option empty to have one picked, or send 'none' for the model itself."
+            ) from err
 
     def find_warnings(self, volume: Volume, queries: Sequence[Query], adapter: AdapterCard | None = None) -> list[str]:
         """What a user should know before trusting an answer, as sentences; empty if everything is as in training."""
@@ -159,7 +170,9 @@ class Engine:
             name, modality, trained = adapter.full_name, adapter.modality, adapter.structures
         warnings = []
         if volume.modality != modality:
-            warnings.append(f"The image is {volume.modality} ({volume.modality_source}); {name} was trained on {modality} images.")
+            warnings.append(
+                f"The image is {volume.modality} ({volume.modality_source}); {name} was trained on {modality} images."
+            )
         unseen = [query.name for query in queries if query.known and query.name not in trained]
         if unseen:
             warnings.append(f"{name} was trained on {', '.join(trained)}, not on {', '.join(unseen)}.")
@@ -173,7 +186,9 @@ class Engine:
         base = self.load()
         if card.full_name not in self._adapted:
             tensors = self.adapters.load(card, compute_base_digest(self.model_dir))
-            branch, unet = build_networks(card, tensors, base.branch, base.unet, self.adapters.folder(card) / "adapter.safetensors")
+            branch, unet = build_networks(
+                card, tensors, base.branch, base.unet, self.adapters.folder(card) / "adapter.safetensors"
+            )
             self._adapted[card.full_name] = base.with_networks(branch, unet)
             logger.info("Loaded adapter %s", card.full_name)
             while len(self._adapted) > ADAPTED_PIPELINES:
@@ -212,15 +227,17 @@ class Engine:
             guidance_scale: 1 for none; None for the model's default.
             adapter: See `pick_adapter`.
             slices: Only these axial indices; None for all.
-            first: Somebody looks at this axial index: the slices around it are computed first, the others by their distance. The
-                proposals are the same in any order.
+            first: Somebody looks at this axial index: the slices around it are computed first, the others by their
+                distance. The proposals are the same in any order.
             progress: Called with (slices done, slices in all).
-            on_slices: Called after every batch with the proposals so far and the axial indices that are new in them. Their
-                `probabilities` are filled further by later batches; everything derived belongs to this moment.
+            on_slices: Called after every batch with the proposals so far and the axial indices that are new in them.
+                Their `probabilities` are filled further by later batches; everything derived belongs to this moment.
             is_cancelled: Asked between batches.
-            remember: Keep the features of the slices in memory for the next prompt; work that nobody watches leaves that to others.
-            clean_up: How to drop islands from every proposal (`progidiff.proposals.islands`), once all slices are there: what `on_slices` gets is
-                not cleaned yet, and some `slices` alone never are, since what they hold may hang together on the others.
+            remember: Keep the features of the slices in memory for the next prompt; work that nobody watches leaves
+                that to others.
+            clean_up: How to drop islands from every proposal (`progidiff.proposals.islands`), once all slices are
+                there: what `on_slices` gets is not cleaned yet, and some `slices` alone never are, since what they hold
+                may hang together on the others.
 
         Raises:
             RequestError: if an option is out of range.
@@ -254,11 +271,17 @@ class Engine:
         device = pick_device(self._device)
         if not self._cpu_fallback or device.type == "cpu":
             raise MemoryFullError(
-                f"There is not enough memory on {device} for one proposal of one slice of '{volume.name}' ({reason}). Wait until other work has left "
-                "it, ask for fewer structures, crop the image, or start the server with --conf cpu_fallback true or --conf device cpu.",
+                f"There is not enough memory on {device} for one proposal of one slice of '{volume.name}' ({reason}). "
+                "Wait until other work has left it, ask for fewer structures, crop the image, or start the server with "
+                "--conf cpu_fallback true or --conf device cpu.",
                 retry_after=30,
             )
-        logger.warning("'%s' does not fit into the memory of %s (%s); the processor computes it, slowly", volume.name, device, reason)
+        logger.warning(
+            "'%s' does not fit into the memory of %s (%s); the processor computes it, slowly",
+            volume.name,
+            device,
+            reason,
+        )
         if self._on_cpu is None:
             self._on_cpu = Engine(self.model_dir, self._backbone_source, "cpu", adapters=self.adapters.root)
         return self._on_cpu.propose(volume, queries, **asked)
@@ -281,7 +304,9 @@ class Engine:
         remember: bool,
         clean_up: str,
     ) -> VolumeProposals:
-        """`propose` on this device, in smaller and smaller batches; raises what torch raises if the smallest do not fit."""
+        """`propose` on this device, in smaller and smaller batches; raises what torch raises if the smallest do not
+        fit.
+        """
         started = time.monotonic()
         check_options(num_proposals, num_inference_steps, seed, guidance_scale, len(queries))
         check_clean_up(clean_up)
@@ -294,7 +319,9 @@ class Engine:
         guidance = card.guidance_scale if guidance_scale is None else guidance_scale
 
         stack, spacing = volume.to_stack()
-        grid = plan_working_grid(stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range)
+        grid = plan_working_grid(
+            stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range
+        )
         wanted = np.arange(len(stack)) if slices is None else np.unique(np.asarray(slices, dtype=np.int64))
         if len(wanted) == 0 or wanted[0] < 0 or wanted[-1] >= len(stack):
             raise RequestError(f"Slices must lie in 0..{len(stack) - 1}, the axial indices of '{volume.name}'.")
@@ -326,7 +353,9 @@ class Engine:
 
         def check_cancelled() -> None:
             if is_cancelled is not None and is_cancelled():
-                raise CancelledError(f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept.")
+                raise CancelledError(
+                    f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept."
+                )
 
         def compute(batch: np.ndarray, features: SliceFeatures | None, samples: int) -> SliceFeatures:
             """Fill `result` on some slices, `samples` latents at once; the features, for the next prompt."""
@@ -334,14 +363,18 @@ class Engine:
             if features is None:
                 inputs = grid.extract_slices(stack, batch, window, config.num_neighbours, config.neighbour_mm)
                 if not torch.isfinite(inputs).all():
-                    raise ImageError(f"'{volume.name}' holds values that are not finite; replace NaN and infinity before segmenting.")
+                    raise ImageError(
+                        f"'{volume.name}' holds values that are not finite; replace NaN and infinity before segmenting."
+                    )
                 features = pipeline.encode_slices(inputs)
                 # What is remembered is what is used the first time too: the second prompt must not see rounder numbers.
                 features = features.to(torch.bfloat16 if pipeline.device.type == "cpu" else features.fine.dtype)
             used = features.to(next(pipeline.branch.parameters()).dtype)
             evidence = pipeline.predict_evidence(used, prompts)
             strongest = evidence.amax(dim=(2, 3)).cpu()
-            pairs = [(n, p) for p in range(len(queries)) for n in range(len(batch)) if float(strongest[n, p]) >= card.gate]
+            pairs = [
+                (n, p) for p in range(len(queries)) for n in range(len(batch)) if float(strongest[n, p]) >= card.gate
+            ]
             at_once = max(1, samples // num_proposals)
             for start in range(0, len(pairs), at_once):
                 check_cancelled()
@@ -349,7 +382,9 @@ class Engine:
                 drawn = []
                 for k in range(0, num_proposals, samples):
                     worn = None if offsets is None else offsets[k : k + samples]
-                    drawn.append(pipeline.propose(used, evidence, prompts, part, noise[k : k + samples], steps, guidance, worn))
+                    drawn.append(
+                        pipeline.propose(used, evidence, prompts, part, noise[k : k + samples], steps, guidance, worn)
+                    )
                 probabilities = torch.cat(drawn, dim=1)
                 quantised = (probabilities * 255).round().to(torch.uint8).numpy()
                 for (n, p), masks in zip(part, quantised, strict=True):
@@ -374,8 +409,16 @@ class Engine:
                     raise
                 is_full = True
             if is_full:  # After the except clause: its error holds what was computed so far.
-                size, samples = max(1, len(batch) // 2), max(1, min(samples, len(batch) * len(queries) * num_proposals) // 2)
-                logger.warning("Not enough memory on %s: going on with %d slices and %d samples at once", pipeline.device, size, samples)
+                size, samples = (
+                    max(1, len(batch) // 2),
+                    max(1, min(samples, len(batch) * len(queries) * num_proposals) // 2),
+                )
+                logger.warning(
+                    "Not enough memory on %s: going on with %d slices and %d samples at once",
+                    pipeline.device,
+                    size,
+                    samples,
+                )
                 remembered = fresh = None
                 self._free_memory()
                 todo.appendleft((number, batch))
@@ -426,7 +469,9 @@ class Engine:
             self._features.popitem(last=False)
 
 
-def check_options(num_proposals: int, num_inference_steps: int | None, seed: int, guidance_scale: float | None, num_queries: int) -> None:
+def check_options(
+    num_proposals: int, num_inference_steps: int | None, seed: int, guidance_scale: float | None, num_queries: int
+) -> None:
     """Refuse options out of range before anything is computed.
 
     Raises:
@@ -437,7 +482,9 @@ def check_options(num_proposals: int, num_inference_steps: int | None, seed: int
     if not 1 <= num_proposals <= MAX_PROPOSALS:
         raise RequestError(f"num_proposals must lie in 1..{MAX_PROPOSALS}, got {num_proposals}; 4 to 8 are useful.")
     if num_inference_steps is not None and not 1 <= num_inference_steps <= MAX_STEPS:
-        raise RequestError(f"num_inference_steps must lie in 1..{MAX_STEPS}, got {num_inference_steps}; 1 to 8 are useful.")
+        raise RequestError(
+            f"num_inference_steps must lie in 1..{MAX_STEPS}, got {num_inference_steps}; 1 to 8 are useful."
+        )
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed must lie in 0..2**63 - 1, got {seed}.")
     if guidance_scale is not None and not 0.0 <= guidance_scale <= 20.0:
@@ -448,7 +495,9 @@ def is_out_of_memory(err: BaseException) -> bool:
     """Whether an error of torch or numpy means that memory did not suffice; not every device has a class for it."""
     text = str(err).lower()
     signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    return isinstance(err, (torch.OutOfMemoryError, MemoryError)) or (isinstance(err, RuntimeError) and any(sign in text for sign in signs))
+    return isinstance(err, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(err, RuntimeError) and any(sign in text for sign in signs)
+    )
 
 
 def _order_batches(batches: Sequence[np.ndarray], first: int | None) -> list[int]:

@@ -1,8 +1,9 @@
-"""Islands: parts of a proposal that hang together with nothing, far from the organ. Found in three dimensions, dropped on request.
+"""Islands: parts of a proposal that hang together with nothing, far from the organ. Found in three dimensions, dropped
+on request.
 
-A slice alone cannot say what is an island: the top of a kidney is a spot that touches the rest on the next slice only. So proposals
-are cleaned once all slices of a volume are there, each proposal by itself, before anything is derived from them: masks, consensus,
-agreement, disagreement and millilitres then tell the same story.
+A slice alone cannot say what is an island: the top of a kidney is a spot that touches the rest on the next slice only.
+So proposals are cleaned once all slices of a volume are there, each proposal by itself, before anything is derived from
+them: masks, consensus, agreement, disagreement and millilitres then tell the same story.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ SMALL_SHARE = 0.1
 """Small: fewer voxels than this share of the largest part's."""
 
 APART_MM = 10.0
-"""Apart: farther than this from every part that is not small. A piece of a vessel beyond a slice that the model missed is nearer."""
+"""Apart: farther than this from every part that is not small. A piece of a vessel beyond a slice that the model missed
+is nearer.
+"""
 
 _DRAWN = 128
 """Probability, of 255, from which a voxel is drawn (as in `progidiff.proposals.volume_proposals`)."""
@@ -47,10 +50,13 @@ def check_clean_up(clean_up: str) -> str:
     return clean_up
 
 
-def find_islands(mask: np.ndarray, clean_up: str, spacing: Sequence[float], share: float = SMALL_SHARE, apart_mm: float = APART_MM) -> np.ndarray:
+def find_islands(
+    mask: np.ndarray, clean_up: str, spacing: Sequence[float], share: float = SMALL_SHARE, apart_mm: float = APART_MM
+) -> np.ndarray:
     """The parts of a 3-D mask that a clean-up drops.
 
-    Parts hang together by faces, edges or corners, so that a thin vessel is not torn where it runs aslant through slices.
+    Parts hang together by faces, edges or corners, so that a thin vessel is not torn where it runs aslant through
+    slices.
 
     Args:
         mask: bool of shape (Z, H, W).
@@ -110,7 +116,8 @@ def drop_islands(
         probabilities: uint8 of shape (P, K, Z, h, w), all slices there; 255 is probability 1.
         clean_up: One of `CLEAN_UPS`.
         spacing: (dz, dy, dx) of the working grid in mm.
-        covered: bool of shape (h, w): the part of the working grid that lies in the image. What is drawn beyond it counts for nothing.
+        covered: bool of shape (h, w): the part of the working grid that lies in the image. What is drawn beyond it
+            counts for nothing.
         share, apart_mm: See `find_islands`.
 
     Raises:

@@ -92,8 +92,8 @@ class InferOptions:
     """What one request asks for.
 
     Attributes:
-        prompt: Free text naming structures. OHIF's "Class Prompts" send their label ids as `label_prompt` instead, which wins:
-            OHIF sends along what was once typed into the options.
+        prompt: Free text naming structures. OHIF's "Class Prompts" send their label ids as `label_prompt` instead,
+            which wins: OHIF sends along what was once typed into the options.
         num_proposals: K.
         show: "consensus", "best", "1".."K" or "disagreement".
         steps: Denoising steps; None for the model's default.
@@ -102,8 +102,8 @@ class InferOptions:
         adapter: A name, ``name@version`` or "none"; None to have it chosen by the image's modality.
         modality: "CT", "MR", or None to find out.
         allow_free_text: Send an unknown prompt through the text encoder instead of refusing it.
-        clean_up: How islands are dropped from every proposal once all slices are there: "off", "small" or "largest", see
-            `progidiff.proposals.islands`.
+        clean_up: How islands are dropped from every proposal once all slices are there: "off", "small" or "largest",
+            see `progidiff.proposals.islands`.
         save_original: Also save the consensus as the image's label of tag `original`.
         save_proposals: The same, and every proposal as tag `proposal_1` .. `proposal_K`.
         first_slice: The axial index that somebody looks at, to be computed first; None for any order.
@@ -130,7 +130,9 @@ class InferOptions:
     ignored: tuple[str, ...]
 
     @classmethod
-    def from_params(cls, params: Mapping[str, Any], defaults: Mapping[str, Any], max_proposals: int, adapters: Sequence[str]) -> InferOptions:
+    def from_params(
+        cls, params: Mapping[str, Any], defaults: Mapping[str, Any], max_proposals: int, adapters: Sequence[str]
+    ) -> InferOptions:
         """Read the parameters of a request.
 
         Args:
@@ -143,14 +145,18 @@ class InferOptions:
             RequestError: if a parameter is reserved, malformed or out of range.
 
         Example:
-            >>> options = InferOptions.from_params({"prompt": "liver", "num_proposals": "4", "show": 2}, {}, 16, ["base"])
+            >>> options = InferOptions.from_params({"prompt": "liver", "num_proposals": "4", "show": 2}, {}, 16,
+            ...     ["base"])
             >>> options.num_proposals, options.show, options.seed
             (4, '2', 0)
         """
         sent = {_ALIASES.get(name, name): value for name, value in params.items()}
         for name in _RESERVED:
             if name in sent:
-                raise RequestError(f"Option {name} cannot be set by a request; image, session and model go into the address, the rest into --conf.")
+                raise RequestError(
+                    f"Option {name} cannot be set by a request; image, session and model "
+                    "go into the address, the rest into --conf."
+                )
         values = {**defaults, **{name: value for name, value in sent.items() if value is not None}}
         num_proposals = read_int(values.get("num_proposals", 4), "num_proposals", 1, max_proposals)
         steps = values.get("steps")
@@ -173,7 +179,9 @@ class InferOptions:
             save_original=read_bool(values.get("save_original", False), "save_original"),
             save_proposals=read_bool(values.get("save_proposals", False), "save_proposals"),
             first_slice=None if first_slice is None else read_int(first_slice, "first_slice", 0, MAX_SLICE),
-            result_extension=read_choice(values.get("result_extension", RESULT_EXTENSIONS[0]), "result_extension", RESULT_EXTENSIONS),
+            result_extension=read_choice(
+                values.get("result_extension", RESULT_EXTENSIONS[0]), "result_extension", RESULT_EXTENSIONS
+            ),
             job_id=None if job_id is None else str(job_id),
             ignored=tuple(sorted(name for name in sent if name not in OPTION_NAMES)),
         )
@@ -185,7 +193,9 @@ def _read_adapter(value: object, choices: Sequence[str]) -> str | None:
         value = value[0] if value else AUTO
     if value == "":
         return None
-    name, at, version = value.strip().partition("@") if isinstance(value, str) and value not in choices else (value, "", "")
+    name, at, version = (
+        value.strip().partition("@") if isinstance(value, str) and value not in choices else (value, "", "")
+    )
     choice = read_choice(name if at and name not in (AUTO, NONE) else value, "adapter", choices)
     return None if choice == AUTO else choice + at + version
 
@@ -220,5 +230,11 @@ def _read_show(value: object, num_proposals: int) -> str:
         if 1 <= index <= num_proposals:
             return str(index)
         if index > num_proposals:
-            raise RequestError(f"Proposal {index} cannot be shown, only {num_proposals} are asked for. Raise num_proposals or show a lower one.")
-    raise RequestError(f"Option show is {show_value(value)}; it must be consensus, best, disagreement, or a proposal from 1 to {num_proposals}.")
+            raise RequestError(
+                f"Proposal {index} cannot be shown, only {num_proposals} are asked for. "
+                "Raise num_proposals or show a lower one."
+            )
+    raise RequestError(
+        f"Option show is {show_value(value)}; it must be consensus, best, disagreement, "
+        f"or a proposal from 1 to {num_proposals}."
+    )

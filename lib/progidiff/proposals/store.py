@@ -1,9 +1,9 @@
 """Results on disk: switching the shown proposal is a read, and survives a restart.
 
-One folder per result, named by its key, which is a hash of everything that the result depends on. A folder is written under
-a temporary name, flushed to disk and renamed, so a reader sees all of it or nothing, also after a power cut and also from
-another process. What cannot be read is moved aside, logged and treated as absent: it is computed again. When the store grows
-beyond its limit, the results that were not used for longest go first.
+One folder per result, named by its key, which is a hash of everything that the result depends on. A folder is written
+under a temporary name, flushed to disk and renamed, so a reader sees all of it or nothing, also after a power cut and
+also from another process. What cannot be read is moved aside, logged and treated as absent: it is computed again. When
+the store grows beyond its limit, the results that were not used for longest go first.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ class ProposalStore:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
         except OSError as err:
-            raise StoreError(f"The folder '{self.root}' for results cannot be made ({err}). Choose another one or free it.") from err
+            raise StoreError(
+                f"The folder '{self.root}' for results cannot be made ({err}). Choose another one or free it."
+            ) from err
         self._remove_leftovers()
 
     @staticmethod
@@ -116,13 +118,24 @@ class ProposalStore:
             False
         """
         asked = [[query.name, query.text, query.known] for query in queries]
-        parts: list[Any] = [FORMAT, image_id, image_digest, asked, int(num_proposals), int(num_inference_steps), int(seed), float(guidance_scale)]
+        parts: list[Any] = [
+            FORMAT,
+            image_id,
+            image_digest,
+            asked,
+            int(num_proposals),
+            int(num_inference_steps),
+            int(seed),
+            float(guidance_scale),
+        ]
         parts += [model_version, adapter or ""]
         if clean_up != OFF:  # Results kept before there was a choice were not cleaned; their keys still find them.
             parts.append(clean_up)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def save(self, key: str, proposals: VolumeProposals, image_id: str, queries: Sequence[Query] = (), whole: str = "") -> StoredResult:
+    def save(
+        self, key: str, proposals: VolumeProposals, image_id: str, queries: Sequence[Query] = (), whole: str = ""
+    ) -> StoredResult:
         """Keep a result, in place of an older one with the same key.
 
         Args:
@@ -130,7 +143,8 @@ class ProposalStore:
             proposals: The result.
             image_id: The image it belongs to.
             queries: What was asked for, in the order of its structures.
-            whole: The `key` of the same request with no queries; with it, `find_part` answers shorter requests from this result.
+            whole: The `key` of the same request with no queries; with it, `find_part` answers shorter requests from
+                this result.
 
         Raises:
             StoreError: if the key is none of `ProposalStore.key`, or the disk refuses; nothing is left behind then.
@@ -155,7 +169,9 @@ class ProposalStore:
             except OSError as err:
                 if temporary is not None:
                     shutil.rmtree(temporary, ignore_errors=True)
-                raise StoreError(f"The result for '{image_id}' could not be kept in '{self.root}' ({err}). Free some disk space.") from err
+                raise StoreError(
+                    f"The result for '{image_id}' could not be kept in '{self.root}' ({err}). Free some disk space."
+                ) from err
             self._entries[key] = entry
             self._remember(key, proposals)
             self._prune(keep=key)
@@ -183,7 +199,8 @@ class ProposalStore:
             return proposals
 
     def find_part(self, image_id: str, queries: Sequence[Query], whole: str) -> VolumeProposals | None:
-        """The answer to a request from a kept one that asked for more structures of the same image with the same settings.
+        """The answer to a request from a kept one that asked for more structures of the same image with the same
+        settings.
 
         Args:
             image_id: The image.
@@ -191,8 +208,8 @@ class ProposalStore:
             whole: The `key` of the request with no queries: image, settings and weights.
 
         Returns:
-            The structures asked for, in their order; None if no kept result holds them all. A structure's proposals do not depend on
-            what else was asked for: noise and offsets are drawn for the slice, not for the structure.
+            The structures asked for, in their order; None if no kept result holds them all. A structure's proposals do
+            not depend on what else was asked for: noise and offsets are drawn for the slice, not for the structure.
         """
         asked = [(query.name, query.text) for query in queries]
         for entry in self.list(image_id):
@@ -203,17 +220,24 @@ class ProposalStore:
             if result is not None:
                 chosen = [kept.index(one) for one in asked]
                 names = tuple(name for name, _ in asked)
-                return replace(result, structures=names, probabilities=np.ascontiguousarray(result.probabilities[chosen]))
+                return replace(
+                    result, structures=names, probabilities=np.ascontiguousarray(result.probabilities[chosen])
+                )
         return None
 
     def list(self, image_id: str | None = None) -> list[StoredResult]:
         """The results of an image (or of all), the newest first."""
         with self._lock:
-            present = [path.name for path in self.root.iterdir() if _KEY.fullmatch(path.name)] if self.root.is_dir() else []
+            present = (
+                [path.name for path in self.root.iterdir() if _KEY.fullmatch(path.name)] if self.root.is_dir() else []
+            )
             for key in self._entries.keys() - set(present):
                 self._forget(key)
             entries = [entry for entry in map(self._entry, present) if entry is not None]
-        return sorted((entry for entry in entries if image_id in (None, entry.image_id)), key=lambda entry: (-entry.created, entry.key))
+        return sorted(
+            (entry for entry in entries if image_id in (None, entry.image_id)),
+            key=lambda entry: (-entry.created, entry.key),
+        )
 
     def latest(self, image_id: str) -> StoredResult | None:
         """The newest result of an image; `load` its key to open it."""
@@ -228,7 +252,13 @@ class ProposalStore:
             card = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
             structures, texts = (tuple(map(str, card.get(name, ()))) for name in ("structures", "texts"))
             entry = StoredResult(
-                key, str(card["image_id"]), float(card["created"]), structures, int(card["num_bytes"]), str(card.get("whole", "")), texts
+                key,
+                str(card["image_id"]),
+                float(card["created"]),
+                structures,
+                int(card["num_bytes"]),
+                str(card.get("whole", "")),
+                texts,
             )
         except (OSError, ValueError, KeyError, TypeError) as err:
             if not folder.is_dir():
@@ -270,7 +300,9 @@ class ProposalStore:
                 shutil.rmtree(self.root / entry.key, ignore_errors=True)
                 self._forget(entry.key)
                 total -= entry.num_bytes
-                logger.info("Removed the result %s of '%s' to stay under %d bytes", entry.key, entry.image_id, self.max_bytes)
+                logger.info(
+                    "Removed the result %s of '%s' to stay under %d bytes", entry.key, entry.image_id, self.max_bytes
+                )
 
     def _last_use(self, entry: StoredResult) -> float:
         try:

@@ -1,13 +1,14 @@
 """The proposals of one volume: kept small on the working grid, brought to the input's grid when somebody looks.
 
 What is stored are the probabilities of every structure and proposal on the working grid, 8 bits each. Everything else
-(masks, consensus, agreement, label maps, scores) is derived, so that showing another proposal costs a resampling and never
-a network. Resampling touches only the box around a structure and works slice by slice (whose maps stay in the processor's
-cache): a volume of 512 x 512 x 300 voxels needs its output and a few MB.
+(masks, consensus, agreement, label maps, scores) is derived, so that showing another proposal costs a resampling and
+never a network. Resampling touches only the box around a structure and works slice by slice (whose maps stay in the
+processor's cache): a volume of 512 x 512 x 300 voxels needs its output and a few MB.
 
-On the input's grid, proposal k is where its resampled probability is at least 0.5; the agreement is the share of proposals
-that draw a voxel; the consensus is an agreement of at least 0.5. Disagreement, ranking and millilitres come from the part of the
-working grid that lies in the image. z is the axial index from inferior to superior, whatever the order of the file.
+On the input's grid, proposal k is where its resampled probability is at least 0.5; the agreement is the share of
+proposals that draw a voxel; the consensus is an agreement of at least 0.5. Disagreement, ranking and millilitres come
+from the part of the working grid that lies in the image. z is the axial index from inferior to superior, whatever the
+order of the file.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ FORMAT = 1
 
 _DRAWN = 128
 THRESHOLD = 127.475
-"""0.5 on the scale 0..255, a little lower: resampled 8-bit values that tie at exactly 127.5 must not depend on rounding."""
+"""0.5 on the scale 0..255, a little lower: resampled 8-bit values that tie at exactly 127.5 must not depend on
+rounding.
+"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +48,8 @@ class VolumeProposals:
 
     Attributes:
         structures: The P names asked for, in order.
-        probabilities: uint8 of shape (P, K, Z, h, w) on the working grid; 255 is probability 1. Slices of zeros are where the
-            structure was found absent.
+        probabilities: uint8 of shape (P, K, Z, h, w) on the working grid; 255 is probability 1. Slices of zeros are
+            where the structure was found absent.
         grid: Where the working grid lies in the axial stack.
         seed: Of the noise; proposal k is the same whatever K.
         num_inference_steps: Denoising steps.
@@ -75,10 +78,15 @@ class VolumeProposals:
     def __post_init__(self) -> None:
         expected = (len(self.structures), self.grid.shape[0], self.grid.height, self.grid.width)
         shape = self.probabilities.shape
-        if len(shape) != 5 or (shape[0], *shape[2:]) != expected or shape[1] < 1 or self.probabilities.dtype != np.uint8:
+        if (
+            len(shape) != 5
+            or (shape[0], *shape[2:]) != expected
+            or shape[1] < 1
+            or self.probabilities.dtype != np.uint8
+        ):
             raise GeometryError(
-                f"Probabilities must be uint8 of shape (P, K, Z, h, w) = ({expected[0]}, K, {expected[1]}, {expected[2]}, {expected[3]}), "
-                f"got {self.probabilities.dtype} of {shape}."
+                f"Probabilities must be uint8 of shape (P, K, Z, h, w) = ({expected[0]}, "
+                f"K, {expected[1]}, {expected[2]}, {expected[3]}), got {self.probabilities.dtype} of {shape}."
             )
 
     @property
@@ -88,7 +96,9 @@ class VolumeProposals:
 
     @cached_property
     def disagreement(self) -> np.ndarray:
-        """1 - mean pairwise Dice of the proposals, float32 of shape (P, Z); 0 where nothing is drawn, and everywhere if K = 1."""
+        """1 - mean pairwise Dice of the proposals, float32 of shape (P, Z); 0 where nothing is drawn, and everywhere if
+        K = 1.
+        """
         result = np.zeros((len(self.structures), self.grid.shape[0]), dtype=np.float32)
         for index, box in enumerate(self._boxes):
             if box is not None and self.num_proposals > 1:
@@ -98,7 +108,9 @@ class VolumeProposals:
 
     @cached_property
     def mean_disagreement(self) -> np.ndarray:
-        """Mean of `disagreement` over the slices on which any proposal draws the structure, float32 of shape (P,); 0 if none."""
+        """Mean of `disagreement` over the slices on which any proposal draws the structure, float32 of shape (P,); 0 if
+        none.
+        """
         drawn = self._drawn_slices
         return (self.disagreement * drawn).sum(1) / np.maximum(drawn.sum(1), 1)
 
@@ -106,8 +118,8 @@ class VolumeProposals:
     def nearby_disagreement(self) -> np.ndarray:
         """Mean of `disagreement` over the slice and its two neighbours, float32 of shape (P, Z), from 0 to 1.
 
-        It ranks slices by the error of the consensus better than the slice alone does (benchmarks/proposal_quality.py): all proposals
-        may miss where a structure ends, and then it is the neighbour that they disagree about.
+        It ranks slices by the error of the consensus better than the slice alone does (benchmarks/proposal_quality.py):
+        all proposals may miss where a structure ends, and then it is the neighbour that they disagree about.
         """
         depth = self.grid.shape[0]
         around = np.ones(3, dtype=np.float32)
@@ -127,7 +139,9 @@ class VolumeProposals:
 
     @cached_property
     def ranking(self) -> tuple[tuple[int, ...], ...]:
-        """Per structure the proposals 0..K-1 by mean Dice to the others, the medoid first (`proposals.rank_proposals`)."""
+        """Per structure the proposals 0..K-1 by mean Dice to the others, the medoid first
+        (`proposals.rank_proposals`).
+        """
         orders = []
         for dice in self.pairwise_dice.astype(np.float64):
             mean = (dice.sum(1) - 1) / max(1, len(dice) - 1)
@@ -208,7 +222,9 @@ class VolumeProposals:
                 maps[:, rows, cols] = restored
         return maps
 
-    def label_map(self, volume: Volume, shown: str | int = "consensus", label_ids: dict[str, int] | None = None) -> np.ndarray:
+    def label_map(
+        self, volume: Volume, shown: str | int = "consensus", label_ids: dict[str, int] | None = None
+    ) -> np.ndarray:
         """All structures on the input's grid, one per voxel.
 
         Where several are shown on a voxel, the one with the higher agreement wins, then the one with the higher mean
@@ -217,7 +233,8 @@ class VolumeProposals:
         Args:
             volume: The image that the proposals were made for.
             shown: See `mask`. "best" picks the medoid of each structure.
-            label_ids: Label id 1..255 of each structure; by default 1..P in the order asked. Structures without an id are left out.
+            label_ids: Label id 1..255 of each structure; by default 1..P in the order asked. Structures without an id
+                are left out.
 
         Returns:
             uint8, shape (I, J, K) in file order.
@@ -228,7 +245,11 @@ class VolumeProposals:
         """
         self._check_volume(volume)
         shown = check_shown(shown, self.num_proposals)
-        ids = label_ids if label_ids is not None else {name: position + 1 for position, name in enumerate(self.structures)}
+        ids = (
+            label_ids
+            if label_ids is not None
+            else {name: position + 1 for position, name in enumerate(self.structures)}
+        )
         wrong = {name: value for name, value in ids.items() if not 1 <= value <= 255}
         if wrong:
             raise RequestError(f"Label ids must be 1 to 255 to fit 8 bits, got {wrong}.")
@@ -294,7 +315,9 @@ class VolumeProposals:
         return volume.from_stack(stack)
 
     def summary(self) -> dict[str, Any]:
-        """Everything but the pictures, as plain values for JSON: settings, and per structure volumes, ranking and disagreement."""
+        """Everything but the pictures, as plain values for JSON: settings, and per structure volumes, ranking and
+        disagreement.
+        """
         structures = {}
         for index, name in enumerate(self.structures):
             structures[name] = {
@@ -324,7 +347,9 @@ class VolumeProposals:
         }
 
     def to_files(self, folder: str | os.PathLike[str]) -> None:
-        """Write `probabilities.npz` (the box around each structure, lightly compressed) and `proposals.json` into a folder."""
+        """Write `probabilities.npz` (the box around each structure, lightly compressed) and `proposals.json` into a
+        folder.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         boxes = []
@@ -333,7 +358,9 @@ class VolumeProposals:
                 boxes.append(None if box is None else [[part.start, part.stop] for part in box])
                 if box is not None:
                     with archive.open(f"structure_{index}.npy", "w", force_zip64=True) as file:
-                        np.lib.format.write_array(file, np.ascontiguousarray(_inside(self.probabilities[index], box)), allow_pickle=False)
+                        np.lib.format.write_array(
+                            file, np.ascontiguousarray(_inside(self.probabilities[index], box)), allow_pickle=False
+                        )
         card = {
             "format": FORMAT,
             "structures": list(self.structures),
@@ -355,12 +382,18 @@ class VolumeProposals:
         try:
             card = json.loads((folder / "proposals.json").read_text(encoding="utf-8"))
             if card["format"] != FORMAT:
-                raise ImageError(f"'{folder}' holds proposals in format {card['format']}, this version reads {FORMAT}; compute them again.")
+                raise ImageError(
+                    f"'{folder}' holds proposals in format {card['format']}, this version "
+                    f"reads {FORMAT}; compute them again."
+                )
             grid = WorkingGrid.from_dict(card["grid"])
             structures = tuple(str(name) for name in card["structures"])
             count = int(card["num_proposals"])
             if not 1 <= count <= MAX_PROPOSALS or len(card["boxes"]) != len(structures):
-                raise ImageError(f"'{folder}' is inconsistent: {count} proposals, {len(card['boxes'])} boxes for {len(structures)} structures.")
+                raise ImageError(
+                    f"'{folder}' is inconsistent: {count} proposals, {len(card['boxes'])} "
+                    f"boxes for {len(structures)} structures."
+                )
             # Zero pages cost nothing until they are written, so an absent structure stays free.
             probabilities = np.zeros((len(structures), count, grid.shape[0], grid.height, grid.width), dtype=np.uint8)
             with np.load(folder / "probabilities.npz", allow_pickle=False) as archive:
@@ -371,7 +404,8 @@ class VolumeProposals:
                         stored = archive[f"structure_{index}"]
                         if stored.shape != target.shape or stored.dtype != np.uint8:
                             raise ImageError(
-                                f"'{folder}' is inconsistent: '{structures[index]}' is {stored.dtype} of {stored.shape}, not {target.shape}."
+                                f"'{folder}' is inconsistent: '{structures[index]}' is "
+                                f"{stored.dtype} of {stored.shape}, not {target.shape}."
                             )
                         target[...] = stored
             return cls(
@@ -388,12 +422,23 @@ class VolumeProposals:
                 seconds=float(card["seconds"]),
                 clean_up=str(card.get("clean_up", OFF)),  # proposals kept by earlier versions were not cleaned
             )
-        except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, AttributeError, zipfile.BadZipFile) as err:
+        except (
+            OSError,
+            EOFError,
+            ValueError,
+            KeyError,
+            TypeError,
+            IndexError,
+            AttributeError,
+            zipfile.BadZipFile,
+        ) as err:
             raise ImageError(f"The proposals in '{folder}' cannot be read ({err}); compute them again.") from err
 
     @cached_property
     def _boxes(self) -> tuple[tuple[slice, slice, slice] | None, ...]:
-        """Per structure the half-open box (z, row, column) of the working grid that holds everything but zeros; None if all are zero."""
+        """Per structure the half-open box (z, row, column) of the working grid that holds everything but zeros; None if
+        all are zero.
+        """
         boxes: list[tuple[slice, slice, slice] | None] = []
         for structure in self.probabilities:
             footprint = np.zeros(structure.shape[1:], dtype=np.uint8)
@@ -409,7 +454,9 @@ class VolumeProposals:
         return tuple(boxes)
 
     def _drawn(self, index: int, box: tuple[slice, slice, slice]) -> np.ndarray:
-        """The masks inside a box of the working grid, bool (K, z, h, w). What lies beyond the edge of the image is nobody's organ."""
+        """The masks inside a box of the working grid, bool (K, z, h, w). What lies beyond the edge of the image is
+        nobody's organ.
+        """
         return (_inside(self.probabilities[index], box) >= _DRAWN) & self.grid.covered[box[1], box[2]]
 
     @cached_property
@@ -457,11 +504,18 @@ class VolumeProposals:
         source = self.probabilities[index]
         chosen = slice(None) if proposals is None else list(proposals)
         for z in np.flatnonzero(self._occupied[index]) if slices is None else slices:
-            yield int(z), (place.rows.covered, place.cols.covered), place.resample(source[chosen, z, place.rows.window, place.cols.window])
+            yield (
+                int(z),
+                (place.rows.covered, place.cols.covered),
+                place.resample(source[chosen, z, place.rows.window, place.cols.window]),
+            )
 
     def _index(self, structure: str) -> int:
         if structure not in self.structures:
-            raise RequestError(f"These proposals hold no '{structure}'; they hold {', '.join(self.structures)}. Send a prompt that asks for it.")
+            raise RequestError(
+                f"These proposals hold no '{structure}'; they hold "
+                f"{', '.join(self.structures)}. Send a prompt that asks for it."
+            )
         return self.structures.index(structure)
 
     def _proposal(self, index: int, shown: str | int) -> int:
@@ -470,7 +524,10 @@ class VolumeProposals:
     def _check_volume(self, volume: Volume) -> None:
         shape = volume.to_stack()[0].shape
         if tuple(shape) != self.grid.shape:
-            raise GeometryError(f"These proposals were made for an axial stack of {self.grid.shape}, the image '{volume.name}' has {tuple(shape)}.")
+            raise GeometryError(
+                f"These proposals were made for an axial stack of {self.grid.shape}, the "
+                f"image '{volume.name}' has {tuple(shape)}."
+            )
 
 
 def check_shown(shown: str | int, num_proposals: int) -> str | int:
@@ -527,7 +584,9 @@ class _Place:
     cols: _Axis
 
     def resample(self, maps: np.ndarray) -> np.ndarray:
-        """The same bilinear lookup as `WorkingGrid.restore_slices`, one axis after the other: (K, h, w) -> float32 (K, y, x)."""
+        """The same bilinear lookup as `WorkingGrid.restore_slices`, one axis after the other: (K, h, w) -> float32 (K,
+        y, x).
+        """
         # In NumPy and slice by slice: the arrays fit the cache, and nothing waits for threads on a busy machine.
         rows = _interpolate(maps.astype(np.float32), self.rows)
         # Columns as rows: gathering whole rows is several times faster than single elements.
@@ -553,13 +612,17 @@ def _count(drawn: np.ndarray) -> np.ndarray:
 
 
 def _place_box(grid: WorkingGrid, rows: slice, cols: slice) -> _Place | None:
-    """Place the rows and columns of a box, with one pixel of zeros on each side; None if it covers no pixel of the stack."""
+    """Place the rows and columns of a box, with one pixel of zeros on each side; None if it covers no pixel of the
+    stack.
+    """
     along_rows = _place_axis(rows, grid.height, grid.center[0], grid.spacing, grid.stack_spacing[1], grid.shape[1])
     along_cols = _place_axis(cols, grid.width, grid.center[1], grid.spacing, grid.stack_spacing[2], grid.shape[2])
     return None if along_rows is None or along_cols is None else _Place(along_rows, along_cols)
 
 
-def _place_axis(part: slice, window_count: int, center: float, spacing: float, stack_spacing: float, stack_count: int) -> _Axis | None:
+def _place_axis(
+    part: slice, window_count: int, center: float, spacing: float, stack_spacing: float, stack_count: int
+) -> _Axis | None:
     """Stack pixels whose middles lie in the part of the window, and the window pixels between which they lie."""
     window = slice(max(0, part.start - 1), min(window_count, part.stop + 1))
     low = center - window_count * spacing / 2 + window.start * spacing

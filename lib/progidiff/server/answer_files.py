@@ -31,8 +31,8 @@ def write_temporary(labels: np.ndarray, volume: Volume, extension: str) -> Path:
 def _find_folder() -> Path:
     """A folder of this process.
 
-    Not the temporary folder itself: there MONAILabelClient saves an answer under the name of the server's file. On the same host that is
-    the same file, and when the server removes its own, the client's is gone.
+    Not the temporary folder itself: there MONAILabelClient saves an answer under the name of the server's file. On the
+    same host that is the same file, and when the server removes its own, the client's is gone.
     """
     global _folder
     with _lock:

@@ -18,12 +18,13 @@ _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run a task on an image of the datastore; what `MONAILabelApp.infer` does, without its way to any file of the server.
+    """Run a task on an image of the datastore; what `MONAILabelApp.infer` does, without its way to any file of the
+    server.
 
     Args:
         app: The app.
-        request: "model" (task name), "image" (id in the datastore), "params" (dict), and optionally "path", set only by this
-            module: the file of a session or upload, which then has no id.
+        request: "model" (task name), "image" (id in the datastore), "params" (dict), and optionally "path", set only by
+            this module: the file of a session or upload, which then has no id.
 
     Returns:
         "file" (path of the mask), "label" (the same), "tag", "params" (dict).
@@ -39,7 +40,9 @@ def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
     if path is None:
         path = find_image(app, image_id)
         info = app.datastore().get_image_info(image_id)
-    file, params = task({"model": name, "image": path, "image_id": image_id, "image_info": info, "params": request.get("params", {})})
+    file, params = task(
+        {"model": name, "image": path, "image_id": image_id, "image_info": info, "params": request.get("params", {})}
+    )
     return {"file": file, "label": file, "tag": "original", "params": params}
 
 
@@ -51,7 +54,10 @@ def find_model(app: MONAILabelApp, name: str) -> InferTask:
     """
     task = app._infers.get(name)
     if task is None:
-        raise NotFoundError(f"There is no model '{name}'; this server has {', '.join(sorted(app._infers)) or 'none'}. GET /info/ lists them.")
+        raise NotFoundError(
+            f"There is no model '{name}'; this server has "
+            f"{', '.join(sorted(app._infers)) or 'none'}. GET /info/ lists them."
+        )
     return task
 
 
@@ -68,5 +74,7 @@ def check_tag(tag: object) -> str:
     """
     text = str(getattr(tag, "value", tag))  # The host's own tags are an enumeration.
     if not _TAG.fullmatch(text):
-        raise RequestError(f"Option label_tag is '{text[:40]}'; it must be letters, digits, '.', '_' or '-', for example original.")
+        raise RequestError(
+            f"Option label_tag is '{text[:40]}'; it must be letters, digits, '.', '_' or '-', for example original."
+        )
     return text

@@ -1,4 +1,6 @@
-"""Our routes and error answers in the host's web application, and the end of running jobs when the server is told to stop."""
+"""Our routes and error answers in the host's web application, and the end of running jobs when the server is told to
+stop.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ _closers: list[Callable[[], None]] = []
 
 
 def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> None:
-    """Put our routes before the host's, our error answers in place, and end running jobs when the server is told to stop.
+    """Put our routes before the host's, our error answers in place, and end running jobs when the server is told to
+    stop.
 
     Safe to call again after a reload of the app.
 
@@ -49,7 +52,9 @@ def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> N
 
 
 def _end_jobs_on_signals(closers: list[Callable[[], None]]) -> None:
-    """On Ctrl-C or SIGTERM cancel all jobs and the training before the web server, which waits for open requests, sees the signal."""
+    """On Ctrl-C or SIGTERM cancel all jobs and the training before the web server, which waits for open requests, sees
+    the signal.
+    """
     _closers[:] = closers
     if threading.current_thread() is not threading.main_thread():
         return  # A reload, served by a thread: the handlers are there since the start.

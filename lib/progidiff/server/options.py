@@ -1,7 +1,8 @@
-"""Options as they arrive, checked and typed: of the server (`--conf name value`) and of one request (form field `params`).
+"""Options as they arrive, checked and typed: of the server (`--conf name value`) and of one request (form field
+`params`).
 
-Viewers send what their widgets hold: numbers as text, a choice as text or as the whole list of choices, booleans as text.
-Everything is read tolerantly where the meaning is clear and refused with a cure where it is not.
+Viewers send what their widgets hold: numbers as text, a choice as text or as the whole list of choices, booleans as
+text. Everything is read tolerantly where the meaning is clear and refused with a cure where it is not.
 """
 
 from __future__ import annotations
@@ -22,19 +23,13 @@ from progidiff.storage.state import default_store
 from progidiff.users import Role
 
 _HOST_CONF = ("server_mode",)
-"""Names of `--conf` that MONAI Label's base class reads. Others that it knows belong to its bundles, which this app has none of."""
+"""Names of `--conf` that MONAI Label's base class reads. Others that it knows belong to its bundles, which this app has
+none of.
+"""
 
 _ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
-
-
-
-
-
-
-
-
 
 
 @dataclass(frozen=True)
@@ -42,12 +37,13 @@ class ServerOptions:
     """What `--conf` sets for the life of the server.
 
     Attributes:
-        store: Folder of the kept proposals. Default: `.progidiff` in the studies folder, where MONAI Label does not look for images,
-            or `~/.cache/progidiff/<hash>` if the studies are behind a DICOMweb address.
+        store: Folder of the kept proposals. Default: `.progidiff` in the studies folder, where MONAI Label does not
+            look for images, or `~/.cache/progidiff/<hash>` if the studies are behind a DICOMweb address.
         model_dir: Folder of backbone and conditioning weights; None for the embedded ones.
         backbone: A Stable-Diffusion folder or hub id to use instead of the backbone in `model_dir`; None for that one.
         device: "cpu", "cuda", "cuda:<n>" or "mps"; None to take the best there is.
-        cpu_fallback: Whether a request that does not fit into the device's memory, one slice at a time, is answered by the processor.
+        cpu_fallback: Whether a request that does not fit into the device's memory, one slice at a time, is answered by
+            the processor.
         max_proposals: Largest K of a request, 1..64.
         max_waiting: Requests that may wait for the device, 0..30.
         adapters: Folder of adapters; None for `adapters` in the model folder.
@@ -55,21 +51,26 @@ class ServerOptions:
         store_gb: Size that the store may grow to before the oldest proposals go, in GB.
         token_file: Tokens that open the server to other hosts, see `progidiff.users.read_tokens`.
         users_file: Users with hashed passwords, see `progidiff.users.UsersFile`.
-        allow_anonymous: What somebody without a login may do from another host; None for nothing. "true" means annotate.
+        allow_anonymous: What somebody without a login may do from another host; None for nothing. "true" means
+            annotate.
         session_hours: How long a login lasts, in hours, 0.1..720.
         hosts: Names, without a port, that browsers may call this server by, beside localhost and addresses.
-        cors_origins: Pages of these origins ("https://viewer.example.org") may call this server from a browser; otherwise only its own.
+        cors_origins: Pages of these origins ("https://viewer.example.org") may call this server from a browser;
+            otherwise only its own.
         max_upload_gb: Largest body of a request that brings an image or a label, in GB.
-        score_pool: Whether images are scored in the background: "on", "off", or "auto": if they lie in a folder (behind a DICOMweb
-            address all of them would have to be fetched).
+        score_pool: Whether images are scored in the background: "on", "off", or "auto": if they lie in a folder (behind
+            a DICOMweb address all of them would have to be fetched).
         score_prompt: The structures to score, as a request names them.
         reserve_minutes: How long an image stays with the client that got it as next sample, 0.1..1440.
         training_nice: How far trainings step back from requests on the processor, 0 (not at all) to 19.
         next_strategy: What the strategy `random` stands for, see `progidiff.active_learning.settings.STRATEGIES`.
-        acquisition: Settings of the choice of slices, "name=value,name=value", see `progidiff.active_learning.settings.AcquisitionConfig`.
+        acquisition: Settings of the choice of slices, "name=value,name=value", see
+            `progidiff.active_learning.settings.AcquisitionConfig`.
         retrain_after: Newly annotated slices after which a training starts by itself; 0 for never.
-        retrain_task: The trainer that starts then; "auto" for textdiff where pictures and progidiff_adapt where volumes were labelled.
-        clean_up: How islands are dropped from proposals where a request does not say, see `progidiff.proposals.islands`.
+        retrain_task: The trainer that starts then; "auto" for textdiff where pictures and progidiff_adapt where volumes
+            were labelled.
+        clean_up: How islands are dropped from proposals where a request does not say, see
+            `progidiff.proposals.islands`.
         retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_runs.options.TrainingOptions`.
     """
 
@@ -106,7 +107,8 @@ class ServerOptions:
         """Read the strings of `--conf name value`.
 
         Raises:
-            RequestError: if a name is neither ours nor MONAI Label's, or a value makes no sense; the message names the option.
+            RequestError: if a name is neither ours nor MONAI Label's, or a value makes no sense; the message names the
+                option.
         """
         _check_names(conf, [field.name for field in dataclasses.fields(cls)])
         given = {name: str(value).strip() for name, value in conf.items() if str(value).strip()}
@@ -115,14 +117,19 @@ class ServerOptions:
             raise RequestError(f"--conf device {device}: it must be auto, cpu, mps, cuda or cuda:<number>.")
         model_dir = Path(given["model_dir"]).expanduser() if "model_dir" in given else None
         if model_dir is not None and not model_dir.is_dir():
-            raise RequestError(f"--conf model_dir {model_dir}: no such folder. `progidiff train` writes one; leave it out for the embedded model.")
+            raise RequestError(
+                f"--conf model_dir {model_dir}: no such folder. `progidiff train` writes "
+                "one; leave it out for the embedded model."
+            )
         return cls(
             store=Path(given["store"]).expanduser() if "store" in given else default_store(studies),
             model_dir=model_dir,
             backbone=given.get("backbone"),
             device=None if device == "auto" else device,
             cpu_fallback=read_bool(given.get("cpu_fallback", cls.cpu_fallback), "--conf cpu_fallback"),
-            max_proposals=read_int(given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, MAX_PROPOSALS),
+            max_proposals=read_int(
+                given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, MAX_PROPOSALS
+            ),
             max_waiting=read_int(given.get("max_waiting", cls.max_waiting), "--conf max_waiting", 0, 30),
             adapters=Path(given["adapters"]).expanduser() if "adapters" in given else None,
             textdiff=Path(given["textdiff"]).expanduser() if "textdiff" in given else None,
@@ -131,12 +138,23 @@ class ServerOptions:
             users_file=Path(given["users_file"]).expanduser() if "users_file" in given else None,
             allow_anonymous=_read_anonymous(given.get("allow_anonymous", "false")),
             session_hours=read_float(given.get("session_hours", cls.session_hours), "--conf session_hours", 0.1, 720),
-            hosts=_read_list(given.get("hosts", ""), "hosts", _HOST, "names without port, for example labels.example.org"),
-            cors_origins=_read_list(given.get("cors_origins", ""), "cors_origins", _ORIGIN, "origins such as https://viewer.example.org:3000"),
-            max_upload_gb=read_float(given.get("max_upload_gb", cls.max_upload_gb), "--conf max_upload_gb", 0.001, 1000),
+            hosts=_read_list(
+                given.get("hosts", ""), "hosts", _HOST, "names without port, for example labels.example.org"
+            ),
+            cors_origins=_read_list(
+                given.get("cors_origins", ""),
+                "cors_origins",
+                _ORIGIN,
+                "origins such as https://viewer.example.org:3000",
+            ),
+            max_upload_gb=read_float(
+                given.get("max_upload_gb", cls.max_upload_gb), "--conf max_upload_gb", 0.001, 1000
+            ),
             score_pool=read_choice(given.get("score_pool", cls.score_pool), "--conf score_pool", ("auto", "on", "off")),
             score_prompt=given.get("score_prompt", cls.score_prompt),
-            reserve_minutes=read_float(given.get("reserve_minutes", cls.reserve_minutes), "--conf reserve_minutes", 0.1, 1440),
+            reserve_minutes=read_float(
+                given.get("reserve_minutes", cls.reserve_minutes), "--conf reserve_minutes", 0.1, 1440
+            ),
             next_strategy=given.get("next_strategy", cls.next_strategy),
             training_nice=read_int(given.get("training_nice", cls.training_nice), "--conf training_nice", 0, 19),
             acquisition=given.get("acquisition", cls.acquisition),
@@ -167,17 +185,3 @@ def _read_list(text: str, name: str, pattern: re.Pattern[str], what: str) -> tup
         if not pattern.fullmatch(entry):
             raise RequestError(f"--conf {name} has '{entry[:80]}'; it must be a comma-separated list of {what}.")
     return entries
-
-
-
-
-
-
-
-
-
-
-
-
-
-

@@ -39,13 +39,15 @@ class Context:
         served: The images of a local folder as DICOM series.
         annotations: The history of labels.
         labels: Saves, deletes and undoes labels; set when the datastore is opened.
-        on_saved: Asked after every new label of tag `final`; what they return goes into the answer. One that raises is logged.
+        on_saved: Asked after every new label of tag `final`; what they return goes into the answer. One that raises is
+            logged.
         scorer: Scores the pool in the background.
         selection: Chooses what is annotated next.
         retraining: Starts trainings after so many annotated slices.
         auth: Finds out who sends a request.
         training: Starts and watches trainings.
-        on_published: Called with ``name@version`` after another version is served, "" for the model itself; one that raises is logged.
+        on_published: Called with ``name@version`` after another version is served, "" for the model itself; one that
+            raises is logged.
         on_ended: Called with the status of a training that ended.
     """
 

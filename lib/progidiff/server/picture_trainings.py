@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 _UNNAMED = "foreground"
 
 
-def collect(task: TextDiffInferTask, options: TrainingOptions, cases: Sequence[Case], device: str | None) -> dict[str, Any]:
+def collect(
+    task: TextDiffInferTask, options: TrainingOptions, cases: Sequence[Case], device: str | None
+) -> dict[str, Any]:
     """What a run needs to know: the accepted labels with their sentences, and where the models are.
 
     Args:
@@ -35,7 +37,10 @@ def collect(task: TextDiffInferTask, options: TrainingOptions, cases: Sequence[C
     # What a label without names means: somebody put it into the folder by hand.
     classes = options.structures or tuple(task.engine.label_ids()) or (options.name or _UNNAMED,)
     ids = {value: name for name, value in number_classes(classes).items()}
-    named = [replace(case, structures=ids, names_all=True) if is_picture(case.image) and not case.names_all else case for case in cases]
+    named = [
+        replace(case, structures=ids, names_all=True) if is_picture(case.image) and not case.names_all else case
+        for case in cases
+    ]
     sentences = {case.name: task.find_sentence(case.image, None)[0] for case in named}
     return {
         "cases": to_json(named),
@@ -46,7 +51,9 @@ def collect(task: TextDiffInferTask, options: TrainingOptions, cases: Sequence[C
 
 
 def list_versions(engine: TextDiffEngine) -> list[dict[str, Any]]:
-    """All textdiff models with their versions, in the form of `server.training.list_versions`; "trainer" tells them from adapters."""
+    """All textdiff models with their versions, in the form of `server.training.list_versions`; "trainer" tells them
+    from adapters.
+    """
     entries = engine.entries()
     return [
         {
@@ -119,4 +126,8 @@ def _describe_dice(figures: Any) -> dict[str, dict[str, float]]:
     if not isinstance(figures, Mapping):
         return {}
     parts = {"base": figures.get("current"), "adapted": figures.get("adapted", figures)}
-    return {kind: {"consensus": float(values["dice"])} for kind, values in parts.items() if isinstance(values, Mapping) and "dice" in values}
+    return {
+        kind: {"consensus": float(values["dice"])}
+        for kind, values in parts.items()
+        if isinstance(values, Mapping) and "dice" in values
+    }

@@ -21,7 +21,13 @@ from progidiff.training_runs.runner import ACTIVE, TrainingRunner
 
 logger = logging.getLogger(__name__)
 
-HOST_STATES = {**dict.fromkeys(ACTIVE, "RUNNING"), "done": "DONE", "failed": "ERROR", "interrupted": "ERROR", "stopped": "STOPPED"}
+HOST_STATES = {
+    **dict.fromkeys(ACTIVE, "RUNNING"),
+    "done": "DONE",
+    "failed": "ERROR",
+    "interrupted": "ERROR",
+    "stopped": "STOPPED",
+}
 """What the host's clients call the state of a run: they look for RUNNING and show the other words."""
 
 _HOST_TIME = "%Y-%m-%d %H:%M:%S"
@@ -32,7 +38,10 @@ def build_runner(context: Context) -> TrainingRunner:
 
     def check() -> None:
         if not _list_labelled(context):
-            raise RequestError("No image has an accepted label yet. Save a label with tag final (Submit Label in 3D Slicer), then train.")
+            raise RequestError(
+                "No image has an accepted label yet. Save a label with tag final (Submit "
+                "Label in 3D Slicer), then train."
+            )
 
     runner = TrainingRunner(
         context.options.store / "training",
@@ -74,13 +83,21 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
     table = Path(context.app.studies) if local else context.options.store
     cases = build_cases(labels, load_folder_names(table), context.annotations)
     if not cases:
-        raise RequestError("No slice of any image is annotated, or the images are gone. Save a label with tag final, then train.")
+        raise RequestError(
+            "No slice of any image is annotated, or the images are gone. Save a label with tag final, then train."
+        )
     engine = context.infer.engine
     if TRAINERS[options.trainer] == "head":
-        return {**picture_trainings.collect(context.textdiff, options, cases, context.options.device), "sequence": sequence}
+        return {
+            **picture_trainings.collect(context.textdiff, options, cases, context.options.device),
+            "sequence": sequence,
+        }
     cases = [case for case in cases if not is_picture(case.image)]
     if not cases:
-        raise RequestError("Only pictures have accepted labels, and this trainer learns from volumes. POST /train/textdiff trains on them.")
+        raise RequestError(
+            "Only pictures have accepted labels, and this trainer learns from volumes. "
+            "POST /train/textdiff trains on them."
+        )
     return {
         "cases": to_json(cases),
         "model_dir": str(engine.model_dir),
@@ -92,7 +109,9 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
 
 
 def describe_for_host(status: dict[str, Any]) -> dict[str, Any]:
-    """A run as the host describes a task, with ours beside it: viewers read id, status, start_ts, end_ts, result and the last of details."""
+    """A run as the host describes a task, with ours beside it: viewers read id, status, start_ts, end_ts, result and
+    the last of details.
+    """
     told = status["message"] or status["state"]
     task = {
         "id": status["id"],
@@ -108,10 +127,14 @@ def describe_for_host(status: dict[str, Any]) -> dict[str, Any]:
 
 
 def describe_stats(status: dict[str, Any]) -> dict[str, Any]:
-    """A run as an entry of the host's ``train_stats``: a step counts as an epoch, and ``total_time`` is empty while it lasts."""
+    """A run as an entry of the host's ``train_stats``: a step counts as an epoch, and ``total_time`` is empty while it
+    lasts.
+    """
     running = status["state"] in ACTIVE
     ours = ("trainer", "state", "stage", "step", "total", "eta_seconds", "message", "reason", "published", "version")
-    total_time = "" if running else str(timedelta(seconds=max(0, round((status.get("ended") or 0) - status.get("started", 0)))))
+    total_time = (
+        "" if running else str(timedelta(seconds=max(0, round((status.get("ended") or 0) - status.get("started", 0)))))
+    )
     return {
         "epoch": status.get("step", 0),
         "total_epochs": max(1, status.get("total", 0)),
@@ -126,8 +149,10 @@ def list_versions(store: AdapterStore, model_dir: Path) -> list[dict[str, Any]]:
     """All adapters with their versions; one that is damaged is named and does not end the list.
 
     Returns:
-        Per adapter: name, modality, current (number or None), published (seconds since 1970), problem, history and versions, newest
-        first: version, kind, created, structures, fits (whether it belongs to the loaded base), accepted, verdict, parent, cases,
+        Per adapter: name, modality, current (number or None), published (seconds since 1970), problem, history and
+            versions, newest
+        first: version, kind, created, structures, fits (whether it belongs to the loaded base), accepted, verdict,
+            parent, cases,
         dice {"base", "current", "adapted"}, problem.
     """
     base = compute_base_digest(model_dir)

@@ -25,7 +25,8 @@ def keep_upload(file: UploadFile, uploads: ExitStack) -> str:
     if match is None:
         name = (file.filename or "")[-40:]
         raise RequestError(
-            f"An upload named '{name}' is not read. Send .nii.gz, .nii, .nrrd or .mha, or a picture; a DICOM series goes to PUT /session/."
+            f"An upload named '{name}' is not read. Send .nii.gz, .nii, .nrrd or .mha, or "
+            "a picture; a DICOM series goes to PUT /session/."
         )
     folder = uploads.enter_context(tempfile.TemporaryDirectory(prefix="progidiff-upload-"))
     path = Path(folder) / f"image{match.group(1).lower()}"
@@ -43,5 +44,7 @@ def find_session(app: MONAILabelApp, session_id: str) -> str:
     sessions = app.sessions()
     session = sessions.get_session(session_id) if sessions is not None and _SESSION_ID.fullmatch(session_id) else None
     if session is None:
-        raise NotFoundError(f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/.")
+        raise NotFoundError(
+            f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/."
+        )
     return str(session.image)

@@ -1,4 +1,6 @@
-"""The loop of annotating and training, put together: scores -> what is next -> saved labels -> training -> new scores."""
+"""The loop of annotating and training, put together: scores -> what is next -> saved labels -> training -> new
+scores.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,10 @@ def build(context: Context) -> None:
     """
     options = context.options
     if options.next_strategy not in STRATEGIES:
-        raise RequestError(f"--conf next_strategy {options.next_strategy[:60]}: there is no such strategy; there are {', '.join(STRATEGIES)}.")
+        raise RequestError(
+            f"--conf next_strategy {options.next_strategy[:60]}: there is no such "
+            f"strategy; there are {', '.join(STRATEGIES)}."
+        )
     config = AcquisitionConfig.from_text(options.acquisition)
     scores = SliceScoreStore(options.store / "scores")
 
@@ -40,7 +45,9 @@ def build(context: Context) -> None:
             label = context.annotations.current(image)
             return label.num_slices if label else None
 
-        return {image for image, slices in context.annotations.annotated_images().items() if is_whole(slices, count(image))}
+        return {
+            image for image, slices in context.annotations.annotated_images().items() if is_whole(slices, count(image))
+        }
 
     context.scorer = PoolScorer(
         context.app,
@@ -78,9 +85,11 @@ def build(context: Context) -> None:
 
 
 def start(context: Context, studies: str) -> None:
-    """Begin to score in the background and continue an interrupted training, if the options say so. The scorer of a reloaded app ends.
+    """Begin to score in the background and continue an interrupted training, if the options say so. The scorer of a
+    reloaded app ends.
 
-    Scores that are on disk are read ahead of the first request, in the background too: the server is ready without them.
+    Scores that are on disk are read ahead of the first request, in the background too: the server is ready without
+    them.
     """
     for scorer in _running:
         scorer.stop()
@@ -96,7 +105,9 @@ def build_remote_labels(context: Context) -> RemoteLabels:
     """The labels of an app whose studies are behind an address."""
     app, store = context.app, context.options.store
     context.annotations.set_aside_unfinished()
-    return RemoteLabels(app.datastore, lambda image_id: find_image(app, image_id), store, context.annotations, context.infer.store)
+    return RemoteLabels(
+        app.datastore, lambda image_id: find_image(app, image_id), store, context.annotations, context.infer.store
+    )
 
 
 def _release(context: Context, annotation: Annotation) -> dict[str, Any]:

@@ -18,7 +18,8 @@ def flush(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a small file by rename: whoever reads it finds the old text or the new one, never a part. One writer at a time.
+    """Write a small file by rename: whoever reads it finds the old text or the new one, never a part. One writer at a
+    time.
 
     Raises:
         OSError: if the disk refuses; the old text stays.

@@ -13,6 +13,7 @@ import progidiff
 if TYPE_CHECKING:
     pass
 
+
 def describe_versions() -> dict[str, str]:
     """Versions of what the numbers depend on, and the commit if this is a git checkout."""
     versions = {"progidiff": progidiff.__version__, "python": platform.python_version()}

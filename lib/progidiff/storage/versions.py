@@ -7,8 +7,9 @@
       CURRENT          which version is served, and which ones were before it; moved into place by a rename
       history.jsonl    what happened and when; only ever appended to
 
-A reader sees a version whole or not at all, also after a power cut and from another process: a folder is written under a
-temporary name, flushed and renamed. Numbers count up and are never given twice, not even after somebody deleted a folder.
+A reader sees a version whole or not at all, also after a power cut and from another process: a folder is written under
+a temporary name, flushed and renamed. Numbers count up and are never given twice, not even after somebody deleted a
+folder.
 """
 
 from __future__ import annotations
@@ -147,14 +148,25 @@ class VersionStore(ABC, Generic[C]):
         """
         what = f"{'an' if self.noun[0] in 'AEIOU' else 'a'} {self.noun.lower()}"
         if not _NAME.fullmatch(name):
-            raise RequestError(f"'{name[:64]}' cannot name {what}: use letters, digits, '.', '_' and '-', start with a letter or digit, at most 64.")
+            raise RequestError(
+                f"'{name[:64]}' cannot name {what}: use letters, digits, '.', '_' and "
+                "'-', start with a letter or digit, at most 64."
+            )
         if name.lower() in self.reserved:
             raise RequestError(
-                f"'{name}' cannot name {what}: requests use this word for something else. Choose another, for example '{self.example}'."
+                f"'{name}' cannot name {what}: requests use this word for something else. "
+                f"Choose another, for example '{self.example}'."
             )
         return name
 
-    def _add(self, name: str, content: bytes, make_card: Callable[[int, str, str], C], run: Mapping[str, Any], readme: Callable[[C], str]) -> C:
+    def _add(
+        self,
+        name: str,
+        content: bytes,
+        make_card: Callable[[int, str, str], C],
+        run: Mapping[str, Any],
+        readme: Callable[[C], str],
+    ) -> C:
         """Write a new version. It is not published.
 
         Args:
@@ -171,11 +183,18 @@ class VersionStore(ABC, Generic[C]):
         self.check_name(name)
         folder = self.root / name
         scratch: Path | None = None
-        with self._locked(name), disk_errors(f"A new version of {self.noun.lower()} '{name}' could not be written into '{folder}'"):
+        with (
+            self._locked(name),
+            disk_errors(f"A new version of {self.noun.lower()} '{name}' could not be written into '{folder}'"),
+        ):
             try:
                 self._remove_leftovers(folder)
-                version = 1 + max([0, *self._version_numbers(name), *(int(e["version"] or 0) for e in self.history(name))])
-                card = make_card(version, datetime.now(UTC).isoformat(timespec="seconds"), hashlib.sha256(content).hexdigest())
+                version = 1 + max(
+                    [0, *self._version_numbers(name), *(int(e["version"] or 0) for e in self.history(name))]
+                )
+                card = make_card(
+                    version, datetime.now(UTC).isoformat(timespec="seconds"), hashlib.sha256(content).hexdigest()
+                )
                 scratch = Path(tempfile.mkdtemp(prefix=_WRITING, dir=folder))
                 write_file(scratch / self.weights_file, content)
                 write_file(scratch / "run.json", to_json(run))
@@ -214,7 +233,9 @@ class VersionStore(ABC, Generic[C]):
                 logger.warning("%s It is replaced.", err)
                 pointer = _Pointer(None, (), 0.0)
             if pointer.version != version:
-                self._move(name, _Pointer(version, (*pointer.before, pointer.version), self._publication_time()), "published")
+                self._move(
+                    name, _Pointer(version, (*pointer.before, pointer.version), self._publication_time()), "published"
+                )
         return card
 
     def rollback(self, name: str) -> int | None:
@@ -232,7 +253,10 @@ class VersionStore(ABC, Generic[C]):
         with self._locked(name):
             pointer = self._pointer(name)
             if not pointer.before:
-                raise NotFoundError(f"{self.noun} '{name}' has no earlier version to go back to. `{self.command} list` shows what there is.")
+                raise NotFoundError(
+                    f"{self.noun} '{name}' has no earlier version to go back to. "
+                    f"`{self.command} list` shows what there is."
+                )
             *before, version = pointer.before
             if version is not None:
                 self._read(self.card(name, version))
@@ -264,7 +288,10 @@ class VersionStore(ABC, Generic[C]):
             raise NotFoundError(f"{self.noun} '{name}' has no version {version}; there are: {there}.")
         missing = [file for file in self.files if not (folder / file).is_file()]
         if missing:
-            raise ModelError(f"Version {name}@{version} is incomplete: {', '.join(missing)} is missing in '{folder}'. {self.cure(name)}")
+            raise ModelError(
+                f"Version {name}@{version} is incomplete: {', '.join(missing)} is missing "
+                f"in '{folder}'. {self.cure(name)}"
+            )
         path = folder / self.card_file
         stat = path.stat()
         key = (path, stat.st_mtime_ns, stat.st_size)
@@ -274,7 +301,9 @@ class VersionStore(ABC, Generic[C]):
             except (OSError, ValueError, KeyError, TypeError) as err:
                 raise ModelError(f"'{path}' cannot be read ({type(err).__name__}: {err}). {self.cure(name)}") from err
             if (card.name, card.version) != (name, version):
-                raise ModelError(f"'{path}' says {card.full_name}; a version folder must keep its name. {self.cure(name)}")
+                raise ModelError(
+                    f"'{path}' says {card.full_name}; a version folder must keep its name. {self.cure(name)}"
+                )
             self._cards[key] = card
         return self._cards[key]
 
@@ -288,7 +317,8 @@ class VersionStore(ABC, Generic[C]):
         name, at, version = reference.partition("@")
         if not _NAME.fullmatch(name) or (at and not _VERSION.fullmatch(version)):
             raise NotFoundError(
-                f"'{reference[:64]}' names no {self.noun.lower()}; write name or name@version, for example {self.example}@2. {self._available()}"
+                f"'{reference[:64]}' names no {self.noun.lower()}; write name or name@version, for example "
+                f"{self.example}@2. {self._available()}"
             )
         if at:
             return self.card(name, int(version))
@@ -297,7 +327,10 @@ class VersionStore(ABC, Generic[C]):
         current = self._pointer(name).version
         if current is None:
             there = ", ".join(f"{name}@{v}" for v in self._version_numbers(name))
-            raise NotFoundError(f"{self.noun} '{name}' has no published version. Ask for one by number ({there}), or `{self.command} use` one.")
+            raise NotFoundError(
+                f"{self.noun} '{name}' has no published version. Ask for one by number "
+                f"({there}), or `{self.command} use` one."
+            )
         return self.card(name, current)
 
     def folder(self, card: C) -> Path:
@@ -328,7 +361,9 @@ class VersionStore(ABC, Generic[C]):
         return VersionEntry(name, versions, pointer.version, pointer.time)
 
     def history(self, name: str) -> list[dict[str, Any]]:
-        """What happened, oldest first: "time" (ISO, UTC), "event", "version", "before". Lines that cannot be read are left out."""
+        """What happened, oldest first: "time" (ISO, UTC), "event", "version", "before". Lines that cannot be read are
+        left out.
+        """
         try:
             lines = (self.root / name / "history.jsonl").read_text(encoding="utf-8").splitlines()
         except OSError:
@@ -353,7 +388,9 @@ class VersionStore(ABC, Generic[C]):
             raise ModelError(f"'{path}' cannot be read ({err}). {self.cure(card.name)}") from err
 
     def find_run(self, name: str, fingerprint: str) -> C | None:
-        """The newest version whose run.json has this "fingerprint": the version that the very same training made, if it was done before."""
+        """The newest version whose run.json has this "fingerprint": the version that the very same training made, if it
+        was done before.
+        """
         for version in reversed(self.entry(name).versions):
             try:
                 card = self.card(name, version)
@@ -364,23 +401,32 @@ class VersionStore(ABC, Generic[C]):
         return None
 
     def publish_once(self, card: C) -> None:
-        """Publish a version unless it ever was, so that a rollback is not undone by repeating the training that made it.
+        """Publish a version unless it ever was, so that a rollback is not undone by repeating the training that made
+        it.
 
         Raises:
             NotFoundError, ModelError, StoreError: see `publish`.
         """
-        if not any(event["event"] == "published" and event["version"] == card.version for event in self.history(card.name)):
+        if not any(
+            event["event"] == "published" and event["version"] == card.version for event in self.history(card.name)
+        ):
             self.publish(card.name, card.version)
 
     def _names(self) -> list[str]:
         try:
-            return sorted(p.name for p in self.root.iterdir() if p.is_dir() and _NAME.fullmatch(p.name) and self._version_numbers(p.name))
+            return sorted(
+                p.name
+                for p in self.root.iterdir()
+                if p.is_dir() and _NAME.fullmatch(p.name) and self._version_numbers(p.name)
+            )
         except OSError:
             return []
 
     def _version_numbers(self, name: str) -> tuple[int, ...]:
         try:
-            return tuple(sorted(int(p.name) for p in (self.root / name).iterdir() if _VERSION.fullmatch(p.name) and p.is_dir()))
+            return tuple(
+                sorted(int(p.name) for p in (self.root / name).iterdir() if _VERSION.fullmatch(p.name) and p.is_dir())
+            )
         except OSError:
             return ()
 
@@ -390,7 +436,11 @@ class VersionStore(ABC, Generic[C]):
 
     def _available(self) -> str:
         names = [entry.name for entry in self.entries()]
-        return f"There are: {', '.join(names)}." if names else f"'{self.root}' holds none yet; `{self.trainer}` trains one."
+        return (
+            f"There are: {', '.join(names)}."
+            if names
+            else f"'{self.root}' holds none yet; `{self.trainer}` trains one."
+        )
 
     def _no_such(self, name: str) -> str:
         return f"There is no {self.noun.lower()} '{name}'. {self._available()}"
@@ -402,7 +452,10 @@ class VersionStore(ABC, Generic[C]):
         except OSError as err:
             raise ModelError(f"'{path}' cannot be read ({err}). {self.cure(card.name)}") from err
         if hashlib.sha256(content).hexdigest() != card.sha256:
-            raise ModelError(f"'{path}' is damaged: its content is not the one that {self.card_file} vouches for. {self.cure(card.name)}")
+            raise ModelError(
+                f"'{path}' is damaged: its content is not the one that {self.card_file} "
+                f"vouches for. {self.cure(card.name)}"
+            )
         return content
 
     def _pointer(self, name: str) -> _Pointer:
@@ -415,7 +468,10 @@ class VersionStore(ABC, Generic[C]):
         except (FileNotFoundError, NotADirectoryError):
             return _Pointer(None, (), 0.0)
         except (OSError, ValueError, KeyError, TypeError) as err:
-            raise ModelError(f"'{path}' cannot be read ({type(err).__name__}). Set it again with `{self.command} use {name}@VERSION`.") from err
+            raise ModelError(
+                f"'{path}' cannot be read ({type(err).__name__}). Set it again with "
+                f"`{self.command} use {name}@VERSION`."
+            ) from err
 
     def _move(self, name: str, pointer: _Pointer, event: str) -> None:
         folder = self.root / name
@@ -424,7 +480,9 @@ class VersionStore(ABC, Generic[C]):
             handle, scratch = tempfile.mkstemp(prefix=".current-", dir=folder)
             try:
                 with os.fdopen(handle, "wb") as file:
-                    file.write(to_json({"version": pointer.version, "before": list(pointer.before), "time": pointer.time}))
+                    file.write(
+                        to_json({"version": pointer.version, "before": list(pointer.before), "time": pointer.time})
+                    )
                     file.flush()
                     os.fsync(file.fileno())
                 os.chmod(scratch, 0o644)
@@ -443,7 +501,12 @@ class VersionStore(ABC, Generic[C]):
         return max(time.time(), latest + 1e-3)
 
     def _log(self, name: str, event: str, version: int | None, before: tuple[int | None, ...] = ()) -> None:
-        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, "version": version, "before": list(before)}
+        line = {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": event,
+            "version": version,
+            "before": list(before),
+        }
         with (self.root / name / "history.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
@@ -462,7 +525,8 @@ class VersionStore(ABC, Generic[C]):
                 lock.acquire()
         except Timeout as err:
             raise BusyError(
-                f"Another process has been changing {self.noun.lower()} '{name}' for 30 s. Try again when it is done.", retry_after=30
+                f"Another process has been changing {self.noun.lower()} '{name}' for 30 s. Try again when it is done.",
+                retry_after=30,
             ) from err
         try:
             yield
@@ -497,4 +561,6 @@ def disk_errors(what: str) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        raise StoreError(f"{what} ({err}). Free some disk space or check who may write there; what was there before is untouched.") from err
+        raise StoreError(
+            f"{what} ({err}). Free some disk space or check who may write there; what was there before is untouched."
+        ) from err

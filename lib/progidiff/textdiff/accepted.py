@@ -1,16 +1,17 @@
 """From the accepted labels of a folder to the next version of a model, as `training.adapt` does it for adapters.
 
-1. choose    the labelled pictures (or annotated slices of volumes) that name a class of the model; some images are held back
+1. choose    the labelled pictures (or annotated slices of volumes) that name a class of the model; some images are held
+   back
 2. write     their masks as class numbers, and slices as pictures, into the run's folder
 3. train     the served version's head further, or a fresh one, on the frozen features of its denoiser
 4. judge     the new and the served version on the held-back images, each at the threshold that suits these images best
 5. version   always written; published only if it beats what is served
 
-The threshold of the new version is chosen on the held-back images. So that this does not favour it, the served version is judged at the
-one that would be chosen for it on the same images, whatever threshold it is served with.
+The threshold of the new version is chosen on the held-back images. So that this does not favour it, the served version
+is judged at the one that would be chosen for it on the same images, whatever threshold it is served with.
 
-A label that says nothing about a class (nobody named it for this image, or not on this slice) teaches nothing about it: its
-background may be that class there, see `train.compute_segmentation_loss`.
+A label that says nothing about a class (nobody named it for this image, or not on this slice) teaches nothing about it:
+its background may be that class there, see `train.compute_segmentation_loss`.
 """
 
 from __future__ import annotations
@@ -67,8 +68,8 @@ class AcceptedConfig:
 
     Attributes:
         steps, learning_rate, batch_size, crop, views, seed: See `train.TextDiffTrainConfig`.
-        mirror: Whether views of a training, and draws after the first, are mirrored; None to decide by what is learned, see
-            `plan_features`.
+        mirror: Whether views of a training, and draws after the first, are mirrored; None to decide by what is learned,
+            see `plan_features`.
     """
 
     steps: int = 300
@@ -88,7 +89,8 @@ class AcceptedResult:
         card: The version that was written.
         published: Whether it is served now.
         message: The verdict in a sentence.
-        figures: Held-back "dice" and "iou" of "current" (if one was served) and "adapted", and the "threshold" they were judged at.
+        figures: Held-back "dice" and "iou" of "current" (if one was served) and "adapted", and the "threshold" they
+            were judged at.
         folder: What the run left behind, which nothing needs any more.
     """
 
@@ -139,8 +141,8 @@ def run_accepted(
 ) -> AcceptedResult:
     """Train a version and publish it if it is better than what is served.
 
-    The same call continues a run that was stopped or killed: its checkpoints lie in `work` under a name made of everything that the
-    result depends on. A training that is done is not repeated.
+    The same call continues a run that was stopped or killed: its checkpoints lie in `work` under a name made of
+    everything that the result depends on. A training that is done is not repeated.
 
     Args:
         cases: Labelled pictures and volumes, see `training.labels.build_cases`.
@@ -227,7 +229,10 @@ def run_accepted(
     tell({"stage": "gate"})
     figures = {"adapted": _round(trained.figures)}
     if current is not None:
-        figures = {"current": _round(choose_threshold(current, kept_back, FeatureCache(work / FEATURES), is_cancelled)[1]), **figures}
+        figures = {
+            "current": _round(choose_threshold(current, kept_back, FeatureCache(work / FEATURES), is_cancelled)[1]),
+            **figures,
+        }
     tell({"stage": "version", **{kind: values["dice"] for kind, values in figures.items()}})
     accepted, verdict = judge(figures, None if chosen.served is None else chosen.served.full_name)
     record = {
@@ -270,19 +275,25 @@ def choose(
     classes = tuple(structures) or (served.classes if served is not None else tuple(labelled))
     if served is not None and classes != served.classes:
         raise RequestError(
-            f"'{served.full_name}' draws {', '.join(served.classes)}, and {', '.join(classes)} was asked for. Leave structures out, or give the new "
-            "model another name."
+            f"'{served.full_name}' draws {', '.join(served.classes)}, and {', '.join(classes)} was asked for. Leave "
+            "structures out, or give the new model another name."
         )
     usable = [case for case in cases if _speaks(case, classes)]
     if not usable:
-        told = f"The accepted labels name {', '.join(labelled) or 'nothing'}, and none of them {', '.join(classes) or 'a class'}."
+        told = (
+            f"The accepted labels name {', '.join(labelled) or 'nothing'}, and none of "
+            f"them {', '.join(classes) or 'a class'}."
+        )
         raise RequestError(
-            f"{told} Train a model of another name on them with the options name and structures, or name the classes when saving labels."
+            f"{told} Train a model of another name on them with the options name and "
+            "structures, or name the classes when saving labels."
         )
     kept_back, picked = pick_named(usable, held_out), pick_named(usable, wanted)
     both = {c.name for c in kept_back} & {c.name for c in picked}
     if both:
-        raise RequestError(f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each image once.")
+        raise RequestError(
+            f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each image once."
+        )
     shuffled = sorted(usable, key=lambda c: hashlib.sha256(f"{seed}:{c.name}".encode()).digest())
     if not kept_back:
         run = {} if served is None else store.run(served)
@@ -294,28 +305,35 @@ def choose(
     training = picked or [c for c in shuffled if c.name not in {k.name for k in kept_back}]
     if not training or not kept_back:
         raise RequestError(
-            f"{len(usable)} image has an accepted label of {', '.join(classes)}: one is learned from and another one decides whether the result is "
-            "served. Label a second image, then train."
+            f"{len(usable)} image has an accepted label of {', '.join(classes)}: one is learned from and another one "
+            "decides whether the result is served. Label a second image, then train."
         )
     if shots is not None:
         if shots > len(training):
-            raise RequestError(f"{shots} images were asked for, but {len(training)} are labelled and not held back. Label more, or lower shots.")
+            raise RequestError(
+                f"{shots} images were asked for, but {len(training)} are labelled and not "
+                "held back. Label more, or lower shots."
+            )
         training = training[:shots]
     used = {c.name for c in (*training, *kept_back)}
     model = served.name if served is not None else name or _make_name(classes[0])
-    return Chosen(store.check_name(model), served, classes, training, kept_back, [c.name for c in cases if c.name not in used])
+    return Chosen(
+        store.check_name(model), served, classes, training, kept_back, [c.name for c in cases if c.name not in used]
+    )
 
 
 def plan_features(chosen: Chosen, served: FeatureOptions | None, mirror: bool | None = None) -> FeatureOptions:
     """How the pictures of a run are looked at.
 
-    Pictures of tissue look the same mirrored, and more views help. A slice of a body does not: its left is always on the same side of
-    the picture, and a class like "left kidney" would be taught, and drawn, on both sides. So nothing is mirrored if a case is a slice of a
-    volume or a class names a side, and a first version brings such pictures to no tone either: the usual one is that of stained tissue.
-    `own_scale`, which was measured on tissue only, is off there too.
+    Pictures of tissue look the same mirrored, and more views help. A slice of a body does not: its left is always on
+    the same side of the picture, and a class like "left kidney" would be taught, and drawn, on both sides. So nothing
+    is mirrored if a case is a slice of a volume or a class names a side, and a first version brings such pictures to no
+    tone either: the usual one is that of stained tissue. `own_scale`, which was measured on tissue only, is off there
+    too.
 
     Args:
-        served: Those of the version that is trained further; None for a first one. All but `mirror` stay: the head knows them.
+        served: Those of the version that is trained further; None for a first one. All but `mirror` stay: the head
+            knows them.
         mirror: As asked for; None to decide so.
 
     Raises:
@@ -324,20 +342,27 @@ def plan_features(chosen: Chosen, served: FeatureOptions | None, mirror: bool | 
     sided = [name for name in chosen.classes if names_side(name)]
     if mirror and sided:
         raise RequestError(
-            f"Option mirror is on, but {', '.join(sided)} names a side, which a mirrored picture would teach wrong. Set mirror to auto."
+            f"Option mirror is on, but {', '.join(sided)} names a side, which a mirrored "
+            "picture would teach wrong. Set mirror to auto."
         )
     has_sides = bool(sided) or not all(is_picture(case.image) for case in (*chosen.training, *chosen.held_out))
     if served is not None:
         return replace(served, mirror=(served.mirror and not has_sides) if mirror is None else mirror)
     options = FeatureOptions(jitter=JITTER)
-    return replace(options, mirror=not has_sides if mirror is None else mirror, tone=None if has_sides else options.tone, own_scale=not has_sides)
+    return replace(
+        options,
+        mirror=not has_sides if mirror is None else mirror,
+        tone=None if has_sides else options.tone,
+        own_scale=not has_sides,
+    )
 
 
 def names_side(name: str) -> bool:
     """Whether a class is another one in a mirrored picture.
 
     Example:
-        >>> [names_side(name) for name in ("left kidney", "kidney_R", "rightVentricle", "upper-lobe", "nuclei", "cleft")]
+        >>> [names_side(name) for name in ("left kidney", "kidney_R", "rightVentricle", "upper-lobe", "nuclei",
+        ...     "cleft")]
         [True, True, True, True, False, False]
     """
     words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)
@@ -381,8 +406,9 @@ def _find_denoiser(store: TextDiffStore, root: Path) -> Path:
     if (root / DENOISER).is_dir():
         return root / DENOISER
     raise ModelError(
-        f"There is no textdiff model to continue and no '{DENOISER}' in '{root}' to train a first one with. Put a denoiser there "
-        "(`progidiff textdiff pretrain` makes one), or name another folder with --conf textdiff."
+        f"There is no textdiff model to continue and no '{DENOISER}' in '{root}' to train "
+        "a first one with. Put a denoiser there (`progidiff textdiff pretrain` makes "
+        "one), or name another folder with --conf textdiff."
     )
 
 
@@ -403,7 +429,9 @@ def _write_cases(chosen: Chosen, sentences: Mapping[str, str], folder: Path) -> 
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(cases: Sequence[Case]) -> list[data.Case]:
-        return [found for case in cases for found in _write_case(case, chosen.classes, sentences.get(case.name), folder)]
+        return [
+            found for case in cases for found in _write_case(case, chosen.classes, sentences.get(case.name), folder)
+        ]
 
     return write(chosen.training), write(chosen.held_out)
 
@@ -425,7 +453,9 @@ def _write_case(case: Case, classes: Sequence[str], sentence: str | None, folder
         name = f"{case.name}-{z:04d}"
         Image.fromarray(render_slice(volume, z)).save(folder / f"{name}.png")
         Image.fromarray(_number_classes(label[z], case, classes, table[z])).save(folder / f"{name}.label.png")
-        found.append(data.Case(name, folder / f"{name}.png", folder / f"{name}.label.png", sentence, _list_unknown(table[z])))
+        found.append(
+            data.Case(name, folder / f"{name}.png", folder / f"{name}.label.png", sentence, _list_unknown(table[z]))
+        )
     return found
 
 
@@ -437,7 +467,9 @@ def _speaks(case: Case, classes: Sequence[str]) -> bool:
 
 
 def _is_annotated(case: Case, name: str, count: int) -> np.ndarray:
-    """`Case.is_annotated` of a name as the label has it, or as the history does, which knows synonyms as one structure."""
+    """`Case.is_annotated` of a name as the label has it, or as the history does, which knows synonyms as one
+    structure.
+    """
     return np.asarray(case.is_annotated(name, count) | case.is_annotated(canonical(name), count), dtype=bool)
 
 
@@ -459,7 +491,9 @@ def _list_unknown(spoken: np.ndarray) -> tuple[int, ...]:
 
 
 def _pick_slices(case: Case, label: np.ndarray, classes: Sequence[str], table: np.ndarray) -> list[int]:
-    """Annotated slices that show a class, at most `MAX_SLICES`, evenly spread; of a volume that shows none, an annotated one."""
+    """Annotated slices that show a class, at most `MAX_SLICES`, evenly spread; of a volume that shows none, an
+    annotated one.
+    """
     spoken = table.any(axis=1)
     shown = np.zeros(len(label), dtype=bool)
     for value, name in case.structures.items():
@@ -467,17 +501,26 @@ def _pick_slices(case: Case, label: np.ndarray, classes: Sequence[str], table: n
             shown |= table[:, classes.index(name)] & (label == value).any(axis=(1, 2))
     chosen = np.flatnonzero(shown if shown.any() else spoken)
     if len(chosen) == 0:
-        raise ImageError(f"No slice of '{case.name}' is annotated with {', '.join(classes)}. Annotate one, or leave the image out with option cases.")
-    return [int(z) for z in chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_SLICES)).round().astype(int))]]
+        raise ImageError(
+            f"No slice of '{case.name}' is annotated with {', '.join(classes)}. Annotate "
+            "one, or leave the image out with option cases."
+        )
+    return [
+        int(z)
+        for z in chosen[np.unique(np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_SLICES)).round().astype(int))]
+    ]
 
 
 def _number_classes(label: np.ndarray, case: Case, classes: Sequence[str], spoken: np.ndarray) -> np.ndarray:
-    """Label ids as class numbers: 1 is the first class; other structures, and classes that nobody vouches for here, are background."""
+    """Label ids as class numbers: 1 is the first class; other structures, and classes that nobody vouches for here, are
+    background.
+    """
     strange = sorted({int(value) for value in np.unique(label) if value} - case.structures.keys())
     if strange:
         raise ImageError(
-            f"The label of '{case.name}' holds the ids {', '.join(map(str, strange[:8]))}, which nothing names. Save it again with label_info, "
-            "or name them in labels.json."
+            f"The label of '{case.name}' holds the ids "
+            f"{', '.join(map(str, strange[:8]))}, which nothing names. Save it again with "
+            "label_info, or name them in labels.json."
         )
     numbers = np.zeros(label.shape, dtype=np.uint8)
     for value, name in case.structures.items():
@@ -489,7 +532,13 @@ def _number_classes(label: np.ndarray, case: Case, classes: Sequence[str], spoke
 def _fingerprint(chosen: Chosen, config: AcceptedConfig, sentences: Mapping[str, str]) -> str:
     """Of everything that the result depends on."""
     described = [
-        [part, case.name, hash_file(case.image) if case.image.is_file() else "", hash_file(case.label), sentences.get(case.name)]
+        [
+            part,
+            case.name,
+            hash_file(case.image) if case.image.is_file() else "",
+            hash_file(case.label),
+            sentences.get(case.name),
+        ]
         for part, cases in (("training", chosen.training), ("held_out", chosen.held_out))
         for case in cases
     ]
@@ -498,18 +547,30 @@ def _fingerprint(chosen: Chosen, config: AcceptedConfig, sentences: Mapping[str,
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _finish(store: TextDiffStore, card: TextDiffCard, run: Mapping[str, Any], publish: bool, folder: Path, repeated: bool = False) -> AcceptedResult:
+def _finish(
+    store: TextDiffStore,
+    card: TextDiffCard,
+    run: Mapping[str, Any],
+    publish: bool,
+    folder: Path,
+    repeated: bool = False,
+) -> AcceptedResult:
     """Publish a version if the gate accepted it; once, so that a rollback is not undone by repeating the training."""
     shutil.rmtree(folder / "cases", ignore_errors=True)
     name, verdict = card.full_name, run["verdict"]
     before = "This very training was done before. " if repeated else ""
     if not run["accepted"]:
-        return AcceptedResult(card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder)
+        return AcceptedResult(
+            card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder
+        )
     if publish:
         store.publish_once(card)
     served = store.current(card.name) == card.version
     if served:
         message = f"{before}{name} is published: {verdict}"
     else:
-        message = f"{before}{name} is kept and not published, as asked; POST /progidiff/versions/{card.name}/{card.version}/use serves it. {verdict}"
+        message = (
+            f"{before}{name} is kept and not published, as asked; POST "
+            f"/progidiff/versions/{card.name}/{card.version}/use serves it. {verdict}"
+        )
     return AcceptedResult(card, served, message, run["validation"], folder)

@@ -1,11 +1,11 @@
 """`progidiff textdiff convert`: a checkpoint of OpenAI's guided-diffusion as a diffusers folder.
 
-The denoisers of Dhariwal and Nichol (arXiv 2105.05233) and the many that were trained with the same program are `.pt` files of
-names and tensors; what the network looks like is said by flags on a command line. TextDiff's own features come from such a file.
-`diffusers.UNet2DModel` computes the same function under other names, so a conversion renames tensors, takes the joined
-query-key-value matrices apart and changes no number. Almost every flag can be read off the tensors' names and shapes; those that are
-given nevertheless are compared with what is found. Only the number of attention heads, the noise schedule and the picture's size
-leave no trace.
+The denoisers of Dhariwal and Nichol (arXiv 2105.05233) and the many that were trained with the same program are `.pt`
+files of names and tensors; what the network looks like is said by flags on a command line. TextDiff's own features come
+from such a file. `diffusers.UNet2DModel` computes the same function under other names, so a conversion renames tensors,
+takes the joined query-key-value matrices apart and changes no number. Almost every flag can be read off the tensors'
+names and shapes; those that are given nevertheless are compared with what is found. Only the number of attention heads,
+the noise schedule and the picture's size leave no trace.
 """
 
 from __future__ import annotations
@@ -47,7 +47,17 @@ OUTER_NAMES = {
 }
 
 IGNORED_FLAGS = frozenset(
-    ("dropout", "use_fp16", "use_checkpoint", "timestep_respacing", "use_kl", "rescale_learned_sigmas", "batch_size", "num_samples", "model_path")
+    (
+        "dropout",
+        "use_fp16",
+        "use_checkpoint",
+        "timestep_respacing",
+        "use_kl",
+        "rescale_learned_sigmas",
+        "batch_size",
+        "num_samples",
+        "model_path",
+    )
 )
 """Flags of guided-diffusion's programs that change neither the network nor the noise of a given timestep."""
 
@@ -107,13 +117,13 @@ class GuidedDiffusionOptions:
             raise RequestError(f"noise_schedule must be linear or cosine, got '{self.noise_schedule}'.")
         if self.class_cond:
             raise ModelError(
-                "A class-conditional denoiser (class_cond) needs a class for every picture, which pictures to be segmented do not have; give "
-                "an unconditional one."
+                "A class-conditional denoiser (class_cond) needs a class for every "
+                "picture, which pictures to be segmented do not have; give an unconditional one."
             )
         if self.rescale_timesteps and self.diffusion_steps != 1000:
             raise ModelError(
-                f"rescale_timesteps with {self.diffusion_steps} diffusion_steps feeds the network fractions of timesteps, which diffusers "
-                "does not; only 1000 steps can be converted."
+                f"rescale_timesteps with {self.diffusion_steps} diffusion_steps feeds the "
+                "network fractions of timesteps, which diffusers does not; only 1000 steps can be converted."
             )
 
 
@@ -143,11 +153,14 @@ class Layout:
         return self.layers + 1
 
 
-def convert_checkpoint(checkpoint: Path, target: Path, options: GuidedDiffusionOptions | None = None, half: bool = False) -> dict[str, Any]:
+def convert_checkpoint(
+    checkpoint: Path, target: Path, options: GuidedDiffusionOptions | None = None, half: bool = False
+) -> dict[str, Any]:
     """Write a guided-diffusion denoiser as a diffusers folder (model_index.json, unet/, scheduler/, conversion.json).
 
     Args:
-        checkpoint: `.pt` file of names and tensors, as guided-diffusion saves it (also inside {"state_dict": ...} or {"model": ...}).
+        checkpoint: `.pt` file of names and tensors, as guided-diffusion saves it (also inside {"state_dict": ...} or
+            {"model": ...}).
         target: Folder to make; it must not exist.
         options: Flags it was trained with; the number of heads is required, the others are compared with the weights.
         half: Store half-precision numbers; half the size, and a rounding.
@@ -187,7 +200,13 @@ def convert_checkpoint(checkpoint: Path, target: Path, options: GuidedDiffusionO
         "flags": describe_layout(layout, options.image_size)
         | {
             name: getattr(options, name)
-            for name in ("num_head_channels", "num_heads", "use_new_attention_order", "diffusion_steps", "noise_schedule")
+            for name in (
+                "num_head_channels",
+                "num_heads",
+                "use_new_attention_order",
+                "diffusion_steps",
+                "noise_schedule",
+            )
         },
         "parameters": sum(p.numel() for p in unet.parameters()),
         "half": half,
@@ -197,7 +216,8 @@ def convert_checkpoint(checkpoint: Path, target: Path, options: GuidedDiffusionO
 
 
 def parse_flags(text: str) -> GuidedDiffusionOptions:
-    """Options from flags as they stand in guided-diffusion's instructions; what is not said there has that program's default.
+    """Options from flags as they stand in guided-diffusion's instructions; what is not said there has that program's
+    default.
 
     Args:
         text: For example "--attention_resolutions 32,16,8 --image_size 256 --num_head_channels 64 ...".
@@ -215,18 +235,22 @@ def parse_flags(text: str) -> GuidedDiffusionOptions:
     for flag, value in zip(words[::2], [*words[1::2], ""], strict=False):
         name = flag.removeprefix("--")
         if not flag.startswith("--") or not value or value.startswith("--"):
-            raise RequestError(f"Flags must be pairs '--name value', as in guided-diffusion's instructions; '{flag} {value}' is none.")
+            raise RequestError(
+                f"Flags must be pairs '--name value', as in guided-diffusion's instructions; '{flag} {value}' is none."
+            )
         if name not in known:
             if name in IGNORED_FLAGS or (name == "num_heads_upsample" and value == "-1"):
                 continue
             raise RequestError(
-                f"'{flag}' is no flag of an unconditional guided-diffusion network that can be converted; leave it out if it only concerns "
-                "its training."
+                f"'{flag}' is no flag of an unconditional guided-diffusion network that "
+                "can be converted; leave it out if it only concerns its training."
             )
         try:
             values[name] = _parse_value(value, known[name])
         except ValueError as err:
-            raise RequestError(f"'{flag} {value}' is not of the right kind ({known[name].removesuffix(' | None')}).") from err
+            raise RequestError(
+                f"'{flag} {value}' is not of the right kind ({known[name].removesuffix(' | None')})."
+            ) from err
     values = {name: value for name, value in values.items() if value not in (-1, ())}  # guided-diffusion's "not said"
     if "num_head_channels" not in values:
         values.setdefault("num_heads", 4)
@@ -254,14 +278,18 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as err:
         raise ModelError(
-            f"'{path}' cannot be read as a PyTorch checkpoint of tensors ({str(err).splitlines()[0] if str(err) else type(err).__name__}); "
-            "give the .pt file that guided-diffusion saved."
+            f"'{path}' cannot be read as a PyTorch checkpoint of tensors "
+            f"({str(err).splitlines()[0] if str(err) else type(err).__name__}); give the "
+            ".pt file that guided-diffusion saved."
         ) from err
     for wrapper in ("state_dict", "model"):
         if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
             found = found[wrapper]
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
-        raise ModelError(f"'{path}' is not a mapping of names to tensors; give the model's or the averaged (ema) weights, not the optimiser's.")
+        raise ModelError(
+            f"'{path}' is not a mapping of names to tensors; give the model's or the "
+            "averaged (ema) weights, not the optimiser's."
+        )
     return {str(name).removeprefix("module."): tensor.float() for name, tensor in found.items()}
 
 
@@ -269,7 +297,8 @@ def read_layout(tensors: Mapping[str, Tensor]) -> Layout:
     """The network that the names and shapes describe.
 
     Raises:
-        ModelError: if they are not those of an unconditional RGB denoiser of guided-diffusion that `UNet2DModel` can compute.
+        ModelError: if they are not those of an unconditional RGB denoiser of guided-diffusion that `UNet2DModel` can
+            compute.
     """
     absent = [f"{name}.weight" for name in OUTER_NAMES if f"{name}.weight" not in tensors]
     if absent:
@@ -278,24 +307,27 @@ def read_layout(tensors: Mapping[str, Tensor]) -> Layout:
             if "out.2.c_proj.weight" in tensors or "out.2.positional_embedding" in tensors
             else "no guided-diffusion denoiser"
         )
-        raise ModelError(f"The checkpoint is {what}: it has no tensor '{absent[0]}'. Give the weights of a diffusion model.")
+        raise ModelError(
+            f"The checkpoint is {what}: it has no tensor '{absent[0]}'. Give the weights of a diffusion model."
+        )
     if "label_emb.weight" in tensors:
         raise ModelError(
-            "The checkpoint is class-conditional (it has 'label_emb.weight'); pictures to be segmented have no class. Give an unconditional one."
+            "The checkpoint is class-conditional (it has 'label_emb.weight'); pictures to be segmented have no class. "
+            "Give an unconditional one."
         )
     in_channels, out_channels = tensors["input_blocks.0.0.weight"].shape[1], tensors["out.2.weight"].shape[0]
     if in_channels != 3 or out_channels not in (3, 6):
         raise ModelError(
-            f"The network takes {in_channels} channels and gives {out_channels} (a super-resolution or single-channel one?); only RGB ones (3 "
-            "in, 3 or 6 out) are converted."
+            f"The network takes {in_channels} channels and gives {out_channels} (a "
+            "super-resolution or single-channel one?); only RGB ones (3 in, 3 or 6 out) are converted."
         )
     encoder, decoder = (_count_blocks(tensors, side) for side in ("input_blocks", "output_blocks"))
     ups = [i for i in range(decoder) if _find_upsampler(tensors, i) is not None]
     per_level = ups[0] + 1 if ups else decoder
     if encoder != decoder or decoder % per_level or ups != list(range(per_level - 1, decoder - 1, per_level)):
         raise ModelError(
-            f"The checkpoint has {encoder} blocks going down and {decoder} going up, with upsampling after {ups}: not guided-diffusion's "
-            "arrangement of levels of equal depth."
+            f"The checkpoint has {encoder} blocks going down and {decoder} going up, with "
+            f"upsampling after {ups}: not guided-diffusion's arrangement of levels of equal depth."
         )
     firsts = range(1, encoder, per_level) if per_level > 1 else range(0)
     try:
@@ -303,13 +335,15 @@ def read_layout(tensors: Mapping[str, Tensor]) -> Layout:
         doubled = tensors["input_blocks.1.0.emb_layers.1.weight"].shape[0] == 2 * channels[0]
     except (KeyError, IndexError) as err:
         raise ModelError(
-            f"The checkpoint has no tensor {err} where guided-diffusion has a residual block; it was changed, or is of another program."
+            f"The checkpoint has no tensor {err} where guided-diffusion has a residual "
+            "block; it was changed, or is of another program."
         ) from err
     model_channels = tensors["time_embed.0.weight"].shape[1]
     if channels[0] != model_channels or tensors["input_blocks.0.0.weight"].shape[0] != model_channels:
         raise ModelError(
-            f"The first level has {channels[0]} channels and the timestep {model_channels} (a channel_mult that does not begin with 1, as in "
-            "the 512 x 512 model); diffusers' UNet2DModel has one number for both. Use a smaller model, such as the 256 x 256 one."
+            f"The first level has {channels[0]} channels and the timestep "
+            f"{model_channels} (a channel_mult that does not begin with 1, as in the 512 x 512 model); diffusers' "
+            "UNet2DModel has one number for both. Use a smaller model, such as the 256 x 256 one."
         )
     return Layout(
         channels=channels,
@@ -327,18 +361,24 @@ def _count_blocks(tensors: Mapping[str, Tensor], side: str) -> int:
     gaps = sorted(set(range(max(found, default=-1) + 1)) - found)
     if gaps or not found:
         what = f"'{side}.{gaps[0]}' has no weights (conv_resample off?)" if gaps else f"there is no '{side}'"
-        raise ModelError(f"The checkpoint cannot be converted: {what}. Levels must be joined by convolutions or residual blocks.")
+        raise ModelError(
+            f"The checkpoint cannot be converted: {what}. Levels must be joined by convolutions or residual blocks."
+        )
     return len(found)
 
 
 def _find_upsampler(tensors: Mapping[str, Tensor], block: int) -> str | None:
     """The first tensor of what leads up from a decoder block; None if it does not."""
-    names = (f"output_blocks.{block}.{place}.{part}" for place in (1, 2) for part in ("conv.weight", "in_layers.0.weight"))
+    names = (
+        f"output_blocks.{block}.{place}.{part}" for place in (1, 2) for part in ("conv.weight", "in_layers.0.weight")
+    )
     return next((name for name in names if name in tensors), None)
 
 
 def describe_layout(layout: Layout, image_size: int | None = None) -> dict[str, Any]:
-    """The flags that the weights tell, by guided-diffusion's names; `attention_resolutions` only if the picture's size is known."""
+    """The flags that the weights tell, by guided-diffusion's names; `attention_resolutions` only if the picture's size
+    is known.
+    """
     flags: dict[str, Any] = {
         "image_size": image_size,
         "num_channels": layout.channels[0],
@@ -370,12 +410,15 @@ def check_options(options: GuidedDiffusionOptions, layout: Layout) -> None:
             else given == (tuple(value) if isinstance(value, list) else value)
         )
         if given is not None and not same:
-            raise RequestError(f"{name} is given as {given}, but the weights have {value}; leave the flag out, or check that this is the right file.")
+            raise RequestError(
+                f"{name} is given as {given}, but the weights have {value}; leave the "
+                "flag out, or check that this is the right file."
+            )
     halvings = 2 ** (len(layout.channels) - 1)
     if options.image_size is not None and options.image_size % halvings:
         raise RequestError(
-            f"image_size {options.image_size} cannot be halved {len(layout.channels) - 1} times, as the network does; give the size it was "
-            "trained with."
+            f"image_size {options.image_size} cannot be halved {len(layout.channels) - 1} "
+            "times, as the network does; give the size it was trained with."
         )
 
 
@@ -386,26 +429,31 @@ def find_head_channels(options: GuidedDiffusionOptions, layout: Layout) -> int |
         RequestError: if the number of heads is not given, or the widths do not divide into heads.
         ModelError: if the same number of heads is asked for at several widths, which `UNet2DModel` cannot.
     """
-    widths = sorted({c for c, has in zip(layout.channels, layout.attention, strict=True) if has} | {layout.channels[-1]})
+    widths = sorted(
+        {c for c, has in zip(layout.channels, layout.attention, strict=True) if has} | {layout.channels[-1]}
+    )
     if options.num_head_channels is None:
         if options.num_heads is None:
             raise RequestError(
-                "The weights do not tell the number of attention heads; give num_head_channels or num_heads as it was in training "
-                "(guided-diffusion's default is num_heads 4)."
+                "The weights do not tell the number of attention heads; give "
+                "num_head_channels or num_heads as it was in training (guided-diffusion's default is num_heads 4)."
             )
         if options.num_heads == 1:
             return None
         if len(widths) > 1:
             raise ModelError(
-                f"{options.num_heads} attention heads at each of the widths {widths} cannot be converted: diffusers' UNet2DModel has one "
-                "width of a head for all levels. Checkpoints trained with num_head_channels, or with one head, can."
+                f"{options.num_heads} attention heads at each of the widths {widths} "
+                "cannot be converted: diffusers' UNet2DModel has one width of a head for all levels. Checkpoints "
+                "trained with num_head_channels, or with one head, can."
             )
         if widths[0] % options.num_heads:
             raise RequestError(f"{widths[0]} channels do not divide into {options.num_heads} heads; check num_heads.")
         return widths[0] // options.num_heads
     uneven = [w for w in widths if w % options.num_head_channels]
     if uneven:
-        raise RequestError(f"{uneven[0]} channels do not divide into heads of {options.num_head_channels}; check num_head_channels.")
+        raise RequestError(
+            f"{uneven[0]} channels do not divide into heads of {options.num_head_channels}; check num_head_channels."
+        )
     return options.num_head_channels
 
 
@@ -433,7 +481,9 @@ def make_config(options: GuidedDiffusionOptions, layout: Layout, head_channels: 
     }
 
 
-def rename_tensors(tensors: Mapping[str, Tensor], layout: Layout, head_channels: int, new_order: bool) -> dict[str, Tensor]:
+def rename_tensors(
+    tensors: Mapping[str, Tensor], layout: Layout, head_channels: int, new_order: bool
+) -> dict[str, Tensor]:
     """The tensors under diffusers' names.
 
     Args:
@@ -464,11 +514,13 @@ def rename_tensors(tensors: Mapping[str, Tensor], layout: Layout, head_channels:
             converted[f"{prefixes[block]}.to_out.0.{kind}"] = tensor.flatten(1) if kind == "weight" else tensor
         elif block is not None and part == "qkv":
             split = split_heads(tensor.flatten(1) if kind == "weight" else tensor, head_channels, new_order)
-            converted.update({f"{prefixes[block]}.to_{letter}.{kind}": rows for letter, rows in zip("qkv", split, strict=True)})
+            converted.update(
+                {f"{prefixes[block]}.to_{letter}.{kind}": rows for letter, rows in zip("qkv", split, strict=True)}
+            )
         else:
             raise ModelError(
-                f"The checkpoint has a tensor '{name}' that has no place in guided-diffusion's network as its other tensors describe it; it "
-                "was changed, or is of another program."
+                f"The checkpoint has a tensor '{name}' that has no place in "
+                "guided-diffusion's network as its other tensors describe it; it was changed, or is of another program."
             )
     return converted
 
@@ -484,7 +536,11 @@ def name_blocks(layout: Layout) -> Iterator[tuple[str, str]]:
             yield f"{theirs}.1", f"down_blocks.{level}.attentions.{layer}"
         if level < levels - 1:
             yield f"input_blocks.{(level + 1) * per_level}.0", f"down_blocks.{level}.{downs}"
-    yield from (("middle_block.0", "mid_block.resnets.0"), ("middle_block.1", "mid_block.attentions.0"), ("middle_block.2", "mid_block.resnets.1"))
+    yield from (
+        ("middle_block.0", "mid_block.resnets.0"),
+        ("middle_block.1", "mid_block.attentions.0"),
+        ("middle_block.2", "mid_block.resnets.1"),
+    )
     for level in range(levels):
         attends = layout.attention[levels - 1 - level]
         for layer in range(per_level):
@@ -499,8 +555,8 @@ def name_blocks(layout: Layout) -> Iterator[tuple[str, str]]:
 def split_heads(joined: Tensor, head_channels: int, new_order: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of all heads, each (C, ...), from the (3 C, ...) rows of a joined projection.
 
-    The old order is head by head (queries, keys and values of the first head, then of the second); the new one is all queries, all
-    keys, all values.
+    The old order is head by head (queries, keys and values of the first head, then of the second); the new one is all
+    queries, all keys, all values.
 
     Example:
         >>> [rows.tolist() for rows in split_heads(torch.arange(12), 2, new_order=False)]
@@ -508,7 +564,11 @@ def split_heads(joined: Tensor, head_channels: int, new_order: bool) -> tuple[Te
     """
     width = joined.shape[0] // 3
     heads = width // (head_channels or width)
-    grouped = joined.unflatten(0, (3, width)) if new_order else joined.unflatten(0, (heads, 3, width // heads)).transpose(0, 1).flatten(1, 2)
+    grouped = (
+        joined.unflatten(0, (3, width))
+        if new_order
+        else joined.unflatten(0, (heads, 3, width // heads)).transpose(0, 1).flatten(1, 2)
+    )
     queries, keys, values = (rows.contiguous() for rows in grouped)
     return queries, keys, values
 
@@ -517,7 +577,10 @@ def _check_shapes(converted: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
     """Every tensor of the new network, and no other, in its shape."""
     for name, tensor in wanted.items():
         if name not in converted:
-            raise ModelError(f"The checkpoint lacks what diffusers calls '{name}', {tuple(tensor.shape)}; it is incomplete or was changed.")
+            raise ModelError(
+                f"The checkpoint lacks what diffusers calls '{name}', "
+                f"{tuple(tensor.shape)}; it is incomplete or was changed."
+            )
         if converted[name].shape != tensor.shape:
             raise ModelError(
                 f"What diffusers calls '{name}' should have the shape {tuple(tensor.shape)}, the checkpoint has "
@@ -526,7 +589,8 @@ def _check_shapes(converted: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
     extra = sorted(set(converted) - set(wanted))
     if extra:
         raise ModelError(
-            f"The checkpoint has what diffusers would call '{extra[0]}', which this network has not; it was changed, or is of another program."
+            f"The checkpoint has what diffusers would call '{extra[0]}', which this "
+            "network has not; it was changed, or is of another program."
         )
 
 

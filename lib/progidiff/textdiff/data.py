@@ -29,7 +29,8 @@ class Case:
         image: Where it lies.
         label: Its mask; None if there is none.
         sentence: What a report says of it; None if there is none.
-        unknown: Numbers of the classes that the label says nothing about: what it shows as background may be one of them.
+        unknown: Numbers of the classes that the label says nothing about: what it shows as background may be one of
+            them.
     """
 
     name: str
@@ -45,22 +46,22 @@ def find_cases(images: Path, labels: Path | None = None, text: Path | None = Non
     Layouts, recognised by what is there (folder names in any case):
 
     * ``images/ labels/ text.csv`` (MoNuSeg): give `images` and, if they lie elsewhere, `labels` and `text`;
-    * ``Images/ Masks/``, ``Images/ Ground-truths/mask_<name>.png`` or ``Images/ GTs/`` with a table of "Image" and "Description"
-      (QaTa-COVID19), and ``img/ labelcol/`` as LViT's code lays it out;
+    * ``Images/ Masks/``, ``Images/ Ground-truths/mask_<name>.png`` or ``Images/ GTs/`` with a table of "Image" and
+      "Description" (QaTa-COVID19), and ``img/ labelcol/`` as LViT's code lays it out;
     * a MONAI Label local datastore: pictures at the top, ``labels/final/``, ``text.csv`` beside them.
 
     Args:
         images: The folder of the pictures, or the folder above it.
-        labels: Folder of the masks; None to look for it. Matched by name without suffix, ``mask_`` before it or ``_mask`` after it
-            allowed.
+        labels: Folder of the masks; None to look for it. Matched by name without suffix, ``mask_`` before it or
+            ``_mask`` after it allowed.
         text: Table of the sentences, see `sentences.read_sentences`; None to look for it.
 
     Returns:
         Cases by name; those without a label or a sentence too.
 
     Raises:
-        RequestError: if a folder or table does not exist, there are no pictures, two files claim one name, or none of the labels or
-            sentences that were asked for belongs to a picture.
+        RequestError: if a folder or table does not exist, there are no pictures, two files claim one name, or none of
+            the labels or sentences that were asked for belongs to a picture.
     """
     folder = _find_pictures(images)
     pictures = _by_name(_list_pictures(folder), folder)
@@ -75,12 +76,20 @@ def find_cases(images: Path, labels: Path | None = None, text: Path | None = Non
             label_folder /= "final"
         masks = _match_masks(_list_pictures(label_folder), pictures, label_folder)
         if labels is not None and not masks:
-            raise RequestError(f"No label in '{label_folder}' has the name of a picture in '{folder}'; labels and pictures are matched by name.")
+            raise RequestError(
+                f"No label in '{label_folder}' has the name of a picture in '{folder}'; "
+                "labels and pictures are matched by name."
+            )
     table = text if text is not None else _find_table(above, folder)
     sentences = {} if table is None else read_sentences(table)
-    found = {name: find_sentence(sentences, path.name) or _find_masked_sentence(sentences, masks.get(name)) for name, path in pictures.items()}
+    found = {
+        name: find_sentence(sentences, path.name) or _find_masked_sentence(sentences, masks.get(name))
+        for name, path in pictures.items()
+    }
     if text is not None and not any(found.values()):
-        raise RequestError(f"No row of '{text}' names a picture in '{folder}'; its column 'image' must hold file names.")
+        raise RequestError(
+            f"No row of '{text}' names a picture in '{folder}'; its column 'image' must hold file names."
+        )
     return [Case(name, path, masks.get(name), found[name]) for name, path in sorted(pictures.items())]
 
 
@@ -93,14 +102,18 @@ def pick_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     known = {case.name: case for case in cases} | {case.image.name: case for case in cases}
     strange = [name for name in names if name not in known]
     if strange:
-        raise RequestError(f"There is no picture {', '.join(repr(n) for n in strange[:5])}; there are: {_some(case.name for case in cases)}.")
+        raise RequestError(
+            f"There is no picture {', '.join(repr(n) for n in strange[:5])}; there are: "
+            f"{_some(case.name for case in cases)}."
+        )
     return list({known[name].name: known[name] for name in names}.values())
 
 
 def read_classes(case: Case, size: tuple[int, int], classes: int) -> np.ndarray:
     """The mask of a case as class numbers.
 
-    0 stays background. With one class everything above 0 is it (masks of 0 and 255); with more, values are class numbers.
+    0 stays background. With one class everything above 0 is it (masks of 0 and 255); with more, values are class
+    numbers.
 
     Args:
         case: With a label.
@@ -119,15 +132,20 @@ def read_classes(case: Case, size: tuple[int, int], classes: int) -> np.ndarray:
     values, _ = read_label(case.label)
     if values.shape != tuple(size):
         raise GeometryError(
-            f"The label '{case.label.name}' has {values.shape[0]} x {values.shape[1]} pixels, its picture '{case.image.name}' {size[0]} x {size[1]} "
-            "(height x width); they must lie on one grid."
+            f"The label '{case.label.name}' has {values.shape[0]} x {values.shape[1]} pixels, its picture "
+            f"'{case.image.name}' {size[0]} x {size[1]} (height x width); they must lie on one grid."
         )
     if values.min() < 0:
-        raise ImageError(f"The label '{case.label.name}' holds {values.min()}; class numbers start at 0, the background.")
+        raise ImageError(
+            f"The label '{case.label.name}' holds {values.min()}; class numbers start at 0, the background."
+        )
     if classes == 1:
         return (values > 0).astype(np.uint8)
     if values.max() > classes:
-        raise ImageError(f"The label '{case.label.name}' holds class {values.max()}; {classes} were named. Name all with --classes, in their order.")
+        raise ImageError(
+            f"The label '{case.label.name}' holds class {values.max()}; {classes} were "
+            "named. Name all with --classes, in their order."
+        )
     return values.astype(np.uint8)
 
 
@@ -143,7 +161,9 @@ def _find_pictures(images: Path) -> Path:
 
 
 def _list_pictures(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith("."))
+    return sorted(
+        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
+    )
 
 
 def _find_below(folder: Path, names: Sequence[str]) -> Path | None:
@@ -169,7 +189,8 @@ def _by_name(paths: Iterable[Path], folder: Path) -> dict[str, Path]:
     for path in paths:
         if path.stem in named:
             raise RequestError(
-                f"'{named[path.stem].name}' and '{path.name}' in '{folder}' have one name without suffix, by which labels are matched; rename one."
+                f"'{named[path.stem].name}' and '{path.name}' in '{folder}' have one name without suffix, by which "
+                "labels are matched; rename one."
             )
         named[path.stem] = path
     return named
@@ -183,7 +204,9 @@ def _match_masks(masks: Sequence[Path], pictures: dict[str, Path], folder: Path)
         if name is None:
             continue
         if name in matched:
-            raise RequestError(f"'{matched[name].name}' and '{path.name}' in '{folder}' are both labels of '{name}'; keep one.")
+            raise RequestError(
+                f"'{matched[name].name}' and '{path.name}' in '{folder}' are both labels of '{name}'; keep one."
+            )
         matched[name] = path
     return matched
 

@@ -32,17 +32,19 @@ def evaluate(
     Args:
         model: What answers.
         cases: With labels.
-        control: "none": each image with its own sentence; "empty": without one; "shuffled": with the sentence of another image that
-            says something else where there is one (a derangement); "no-text": the text's contribution left out of the network.
+        control: "none": each image with its own sentence; "empty": without one; "shuffled": with the sentence of
+            another image that says something else where there is one (a derangement); "no-text": the text's
+            contribution left out of the network.
         draws: Noises to average over; None for the model's.
         seed: Of the shuffling.
         on_progress: (images done, images in all).
         is_cancelled: Asked before every image.
 
     Returns:
-        {"summary": {"dice", "iou", "images", "per_class"}, "images": [{"name", "dice", "iou", "sentence", "empty_label"}], "control",
-        "model", "reads_text" (whether the head has a text branch), "settings", "notes"}. An image whose label and answer are both
-        empty counts 1; empty label and non-empty answer 0. Classes that a label says nothing about count neither way.
+        {"summary": {"dice", "iou", "images", "per_class"}, "images": [{"name", "dice", "iou", "sentence",
+        "empty_label"}], "control", "model", "reads_text" (whether the head has a text branch), "settings", "notes"}. An
+        image whose label and answer are both empty counts 1; empty label and non-empty answer 0. Classes that a label
+        says nothing about count neither way.
 
     Raises:
         RequestError: if there is no labelled case, or "shuffled" has fewer than two sentences.
@@ -65,8 +67,9 @@ def evaluate(
     if control != "none" and not reads_text:
         notes.insert(
             0,
-            f"'{model.card.full_name}' reads no text, so control {control} gives the figures of control none and says nothing about text. Name a "
-            "head that reads it with --model; of the shipped ones that is nuclei@1 (--model apps/progidiff/model/textdiff/nuclei/1).",
+            f"'{model.card.full_name}' reads no text, so control {control} gives the figures of control none and says "
+            "nothing about text. Name a head that reads it with --model; of the shipped ones that is nuclei@1 (--model "
+            "apps/progidiff/model/textdiff/nuclei/1).",
         )
     for number, (case, sentence) in enumerate(zip(labelled, sentences, strict=True)):
         if is_cancelled is not None and is_cancelled():
@@ -136,7 +139,8 @@ def shuffle_sentences(sentences: Sequence[str | None], seed: int = 0) -> list[st
         raise RequestError(f"The control 'shuffled' needs at least two pictures with sentences, got {len(spoken)}.")
     order = list(spoken)
     random.Random(seed).shuffle(order)
-    # Sorted by words, half a turn apart: as few images as possible meet their own words again, and none its own sentence.
+    # Sorted by words, half a turn apart: as few images as possible meet their own words again, and none its own
+    # sentence.
     order.sort(key=lambda i: str(sentences[i]))
     groups = [str(sentences[i]) for i in order]
     turn = max(1, min(len(order) - 1, max(groups.count(words) for words in groups)))

@@ -29,8 +29,8 @@ class FeatureCache:
 
     Args:
         folder: Made when needed; None keeps nothing.
-        limit_gb: Beyond it the entries that were not used for longest are removed. Those just asked for stay readable: on POSIX a
-            removed file lives on while it is mapped.
+        limit_gb: Beyond it the entries that were not used for longest are removed. Those just asked for stay readable:
+            on POSIX a removed file lives on while it is mapped.
     """
 
     def __init__(self, folder: Path | None, limit_gb: float = 20.0) -> None:
@@ -46,8 +46,9 @@ class FeatureCache:
             draw: Which noise.
 
         Returns:
-            (C_b, H' / s_b, W' / s_b) fp16 each, coarse first, H' and W' the padded size; memory-mapped where they come from the disk.
-            All features of a pixel lie side by side: a crop then touches few pages, and convolutions are faster.
+            (C_b, H' / s_b, W' / s_b) fp16 each, coarse first, H' and W' the padded size; memory-mapped where they come
+            from the disk. All features of a pixel lie side by side: a crop then touches few pages, and convolutions are
+                faster.
 
         Raises:
             StoreError: if the disk refuses.
@@ -60,7 +61,9 @@ class FeatureCache:
         path = self.folder / f"{state.hexdigest()[:40]}.safetensors"
         found = _read(path)
         if found is not None:
-            with contextlib.suppress(OSError):  # removed meanwhile, or a read-only folder: the age is only for tidying up
+            with contextlib.suppress(
+                OSError
+            ):  # removed meanwhile, or a read-only folder: the age is only for tidying up
                 os.utime(path)
             return found
         features = _compute(extractor, padded, draw)
@@ -80,7 +83,10 @@ class FeatureCache:
                 raise
             self._tidy(keep=path)
         except (OSError, SafetensorError) as err:
-            raise StoreError(f"Features could not be kept in '{path.parent}' ({err}). Free some disk space there, or name another folder.") from err
+            raise StoreError(
+                f"Features could not be kept in '{path.parent}' ({err}). Free some disk "
+                "space there, or name another folder."
+            ) from err
 
     def _tidy(self, keep: Path) -> None:
         """Remove the entries that were not used for longest, until the rest fits."""
@@ -111,7 +117,12 @@ class CachedFeatures:
         self._extractor, self._cache = extractor, cache
         self.source: str = getattr(extractor, "source", "")
         self.digest: str = getattr(extractor, "digest", extractor.key)
-        self.channels, self.strides, self.options, self.key = extractor.channels, extractor.strides, extractor.options, extractor.key
+        self.channels, self.strides, self.options, self.key = (
+            extractor.channels,
+            extractor.strides,
+            extractor.options,
+            extractor.key,
+        )
 
     def __call__(self, pictures: Tensor, draw: int = 0) -> list[Tensor]:
         """See `FeatureExtractor`; rounded to fp16."""
@@ -120,7 +131,10 @@ class CachedFeatures:
 
 
 def _compute(extractor: FeatureExtractor, padded: Tensor, draw: int) -> list[Tensor]:
-    return [f[0].clamp(-HALF_MAX, HALF_MAX).half().permute(1, 2, 0).contiguous().permute(2, 0, 1).cpu() for f in extractor(padded[None], draw)]
+    return [
+        f[0].clamp(-HALF_MAX, HALF_MAX).half().permute(1, 2, 0).contiguous().permute(2, 0, 1).cpu()
+        for f in extractor(padded[None], draw)
+    ]
 
 
 def _read(path: Path) -> list[Tensor] | None:

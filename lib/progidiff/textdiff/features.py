@@ -1,8 +1,8 @@
 """Frozen diffusion features: noise a picture a little, let a denoiser look at it, keep what its decoder saw.
 
-After Baranchuk et al. (arXiv 2112.03126) and TextDiff (arXiv 2407.05323): activations of some decoder blocks at some small
-timesteps, the timesteps of a block concatenated on channels. The noise is one fixed tensor per draw, repeated over space, so that
-what a pixel's features are does not depend on the size of the picture it lies in.
+After Baranchuk et al. (arXiv 2112.03126) and TextDiff (arXiv 2407.05323): activations of some decoder blocks at some
+small timesteps, the timesteps of a block concatenated on channels. The noise is one fixed tensor per draw, repeated
+over space, so that what a pixel's features are does not depend on the size of the picture it lies in.
 """
 
 from __future__ import annotations
@@ -33,13 +33,19 @@ NOISE_SIDE = 256
 REVISION = 1
 """Of how features are computed; part of their key."""
 
-PATTERNS = ("*.json", "*.safetensors", *(f"{part}/*.{kind}" for part in ("unet", "vae", "text_encoder") for kind in ("json", "safetensors")))
+PATTERNS = (
+    "*.json",
+    "*.safetensors",
+    *(f"{part}/*.{kind}" for part in ("unet", "vae", "text_encoder") for kind in ("json", "safetensors")),
+)
 PATTERNS += ("scheduler/*", "tokenizer/*")
 """Files of a hub's repository that are fetched."""
 
 
 HISTOLOGY_TONE = (0.23, -0.16, 0.16, 0.40, 0.38, 0.30)
-"""Mean of red, green, blue in -1..1, then their standard deviations: averages over the 24 training pictures of MoNuSeg."""
+"""Mean of red, green, blue in -1..1, then their standard deviations: averages over the 24 training pictures of
+MoNuSeg.
+"""
 
 
 @dataclass(frozen=True)
@@ -50,17 +56,19 @@ class FeatureOptions:
         timesteps: How much noise; small ones keep the picture. 0..999 for the usual 1000 steps.
         blocks: Decoder blocks, 0 is the coarsest.
         draws: Noises that serving averages over (and training sees).
-        jitter: Draws after the first shift each timestep by up to this share of it, so that they differ in timestep too.
+        jitter: Draws after the first shift each timestep by up to this share of it, so that they differ in timestep
+            too.
         seed: Of the noise.
         scale: Working pixels per picture pixel along a side; None to fit the longest side to `size`.
         size: Longest side of the working picture if `scale` is None.
         picture: Add the working picture itself to the finest block's features: the denoiser sees a noised one.
-        tone: Mean of each channel, then standard deviation of each, that every picture is brought to: staining, lamps and scanners
-            differ more than tissue does. None leaves pictures as they are.
-        mirror: Draws after the first look at the picture mirrored, and so do the views of a training; sentences are mirrored with it.
-            For pictures where left and right, or top and bottom, could be exchanged.
-        own_scale: Standardise every feature over the picture itself (a tile of it, if it is large), as instance normalisation does, so that
-            a picture of another tint than those of the training is not all unusual. How much of it a feature covers is lost.
+        tone: Mean of each channel, then standard deviation of each, that every picture is brought to: staining, lamps
+            and scanners differ more than tissue does. None leaves pictures as they are.
+        mirror: Draws after the first look at the picture mirrored, and so do the views of a training; sentences are
+            mirrored with it. For pictures where left and right, or top and bottom, could be exchanged.
+        own_scale: Standardise every feature over the picture itself (a tile of it, if it is large), as instance
+            normalisation does, so that a picture of another tint than those of the training is not all unusual. How
+            much of it a feature covers is lost.
     """
 
     timesteps: tuple[int, ...] = (50, 150, 250)
@@ -81,14 +89,27 @@ class FeatureOptions:
         Raises:
             RequestError: if there is nothing to extract, or neither or both of `scale` and `size` are given.
         """
-        if not self.timesteps or not self.blocks or len(set(self.blocks)) < len(self.blocks) or list(self.blocks) != sorted(self.blocks):
-            raise RequestError("features.timesteps and features.blocks need at least one number each, blocks ascending without repetition.")
+        if (
+            not self.timesteps
+            or not self.blocks
+            or len(set(self.blocks)) < len(self.blocks)
+            or list(self.blocks) != sorted(self.blocks)
+        ):
+            raise RequestError(
+                "features.timesteps and features.blocks need at least one number each, "
+                "blocks ascending without repetition."
+            )
         if min(self.timesteps) < 0:
             raise RequestError(f"features.timesteps must not be negative, got {min(self.timesteps)}.")
         if (self.scale is None) == (self.size is None):
-            raise RequestError("Give one of features.scale (working pixels per picture pixel) and features.size (longest side); the other is null.")
+            raise RequestError(
+                "Give one of features.scale (working pixels per picture pixel) and "
+                "features.size (longest side); the other is null."
+            )
         if self.tone is not None and (len(self.tone) != 6 or min(self.tone[3:]) <= 0 or max(map(abs, self.tone)) > 1):
-            raise RequestError("features.tone must be three means in -1..1 and three standard deviations above 0, or null.")
+            raise RequestError(
+                "features.tone must be three means in -1..1 and three standard deviations above 0, or null."
+            )
 
 
 class FeatureExtractor(Protocol):
@@ -107,12 +128,15 @@ class FeatureExtractor(Protocol):
     key: str
 
     def __call__(self, pictures: Tensor, draw: int = 0) -> list[Tensor]:
-        """(N, 3, H, W) floats in -1..1, H and W multiples of the largest stride -> (N, C_b, H / s_b, W / s_b) each, coarse first."""
+        """(N, 3, H, W) floats in -1..1, H and W multiples of the largest stride -> (N, C_b, H / s_b, W / s_b) each,
+        coarse first.
+        """
         ...
 
 
 class DiffusionFeatures:
-    """Features of a diffusers denoiser: `UNet2DModel` in pixel space, or `UNet2DConditionModel` with a VAE in latent space.
+    """Features of a diffusers denoiser: `UNet2DModel` in pixel space, or `UNet2DConditionModel` with a VAE in latent
+    space.
 
     Attributes:
         folder: Where the weights lie.
@@ -123,15 +147,28 @@ class DiffusionFeatures:
     """
 
     def __init__(
-        self, folder: Path, source: str, unet: nn.Module, scheduler: Any, options: FeatureOptions, digest: str, latent: _Latent | None
+        self,
+        folder: Path,
+        source: str,
+        unet: nn.Module,
+        scheduler: Any,
+        options: FeatureOptions,
+        digest: str,
+        latent: _Latent | None,
     ) -> None:
         config: Any = unet.config
         levels = len(config.block_out_channels)
         if max(options.blocks) >= levels:
-            raise RequestError(f"features.blocks asks for block {max(options.blocks)}; the decoder of '{source}' has blocks 0 to {levels - 1}.")
+            raise RequestError(
+                f"features.blocks asks for block {max(options.blocks)}; the decoder of "
+                f"'{source}' has blocks 0 to {levels - 1}."
+            )
         steps = int(scheduler.config.num_train_timesteps)
         if max(options.timesteps) >= steps:
-            raise RequestError(f"features.timesteps asks for {max(options.timesteps)}; '{source}' was trained with timesteps 0 to {steps - 1}.")
+            raise RequestError(
+                f"features.timesteps asks for {max(options.timesteps)}; '{source}' was "
+                f"trained with timesteps 0 to {steps - 1}."
+            )
         self.folder, self.source, self.options, self.digest = folder, source, options, digest
         self.device = next(unet.parameters()).device
         # Twice as fast in bf16 on a CPU, and no slower elsewhere.
@@ -154,11 +191,13 @@ class DiffusionFeatures:
         self._noises: dict[int, Tensor] = {}
 
     @classmethod
-    def load(cls, source: str | Path, options: FeatureOptions | None = None, device: str | None = None) -> DiffusionFeatures:
+    def load(
+        cls, source: str | Path, options: FeatureOptions | None = None, device: str | None = None
+    ) -> DiffusionFeatures:
         """Load a diffusers folder or hub id.
 
-        Read are folders with ``unet/`` and ``scheduler/`` (and for latent diffusion ``vae/``, ``text_encoder/``, ``tokenizer/``), and
-        those of a `UNet2DModel` alone. Weights are read from safetensors only.
+        Read are folders with ``unet/`` and ``scheduler/`` (and for latent diffusion ``vae/``, ``text_encoder/``,
+        ``tokenizer/``), and those of a `UNet2DModel` alone. Weights are read from safetensors only.
 
         Raises:
             ModelError: if it is no denoiser this can read, or a file is missing or damaged.
@@ -175,19 +214,31 @@ class DiffusionFeatures:
         kind = config.get("_class_name")
         if kind not in ("UNet2DModel", "UNet2DConditionModel"):
             raise ModelError(
-                f"'{source}' holds a {kind or 'model without a name'}; features come from a diffusers UNet2DModel or UNet2DConditionModel. "
-                "`progidiff textdiff convert` makes one of a guided-diffusion checkpoint."
+                f"'{source}' holds a {kind or 'model without a name'}; features come from "
+                "a diffusers UNet2DModel or UNet2DConditionModel. `progidiff textdiff "
+                "convert` makes one of a guided-diffusion checkpoint."
             )
         if config.get("class_embed_type") or config.get("num_class_embeds"):
-            raise ModelError(f"The denoiser '{source}' wants a class label with each picture; give one that was trained without classes.")
+            raise ModelError(
+                f"The denoiser '{source}' wants a class label with each picture; give one "
+                "that was trained without classes."
+            )
         files = sorted(part.glob("*.safetensors"))
         if not files:
-            pickled = " There is a .bin: convert it with `save_pretrained(..., safe_serialization=True)`." if any(part.glob("*.bin")) else ""
+            pickled = (
+                " There is a .bin: convert it with `save_pretrained(..., safe_serialization=True)`."
+                if any(part.glob("*.bin"))
+                else ""
+            )
             raise ModelError(f"'{part}' holds no *.safetensors, and nothing else is loaded.{pickled}")
         try:
-            unet = getattr(diffusers, kind).from_pretrained(part, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32)
+            unet = getattr(diffusers, kind).from_pretrained(
+                part, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+            )
         except Exception as err:  # diffusers and safetensors raise their own untyped errors for damaged files
-            raise ModelError(f"The denoiser in '{part}' cannot be loaded ({err}); restore it from where it came.") from err
+            raise ModelError(
+                f"The denoiser in '{part}' cannot be loaded ({err}); restore it from where it came."
+            ) from err
         unet = unet.to(place).eval().requires_grad_(False)
         scheduler = _load_scheduler(folder, source)
         latent = _Latent.load(folder, str(place)) if kind == "UNet2DConditionModel" else None
@@ -195,7 +246,10 @@ class DiffusionFeatures:
             files += sorted((folder / "vae").glob("*.safetensors"))
         channels = config.get("in_channels")
         if channels != (latent.channels if latent else 3):
-            raise ModelError(f"The denoiser '{source}' takes {channels} channels; one of {latent.channels if latent else '3 (RGB)'} is needed.")
+            raise ModelError(
+                f"The denoiser '{source}' takes {channels} channels; one of "
+                f"{latent.channels if latent else '3 (RGB)'} is needed."
+            )
         # fp16 weights under other names are the same weights: contents and settings count.
         digest = compute_digest([*files, part / "config.json"])
         return cls(folder, str(source), unet, scheduler, options, digest, latent)
@@ -233,7 +287,9 @@ class DiffusionFeatures:
         return standardise(features) if self.options.own_scale else features
 
     def pick_timesteps(self, draw: int) -> list[int]:
-        """The timesteps of a draw: those of the options, shifted a little from the second draw on if `jitter` says so."""
+        """The timesteps of a draw: those of the options, shifted a little from the second draw on if `jitter` says
+        so.
+        """
         options, last = self.options, int(self._scheduler.config.num_train_timesteps) - 1
         if draw == 0 or not options.jitter:
             return list(options.timesteps)
@@ -245,7 +301,9 @@ class DiffusionFeatures:
         """The noise of a draw over the size of `like`, the same for every picture of a batch."""
         if draw not in self._noises:
             generator = torch.Generator().manual_seed(derive_seed(self.options.seed, draw, "noise"))
-            self._noises[draw] = torch.randn((like.shape[1], NOISE_SIDE, NOISE_SIDE), generator=generator).to(self.device)
+            self._noises[draw] = torch.randn((like.shape[1], NOISE_SIDE, NOISE_SIDE), generator=generator).to(
+                self.device
+            )
         height, width = like.shape[2:]
         repeats = (1, -(-height // NOISE_SIDE), -(-width // NOISE_SIDE))
         return self._noises[draw].repeat(repeats)[None, :, :height, :width].expand_as(like).to(like.dtype)
@@ -317,8 +375,14 @@ def _load_scheduler(folder: Path, source: str | Path) -> Any:
     """The noise that the denoiser knows; only its betas are used."""
     from diffusers import DDPMScheduler
 
-    path = next((p for p in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json") if p.is_file()), None)
+    path = next(
+        (p for p in (folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json") if p.is_file()),
+        None,
+    )
     if path is None:
-        raise ModelError(f"'{source}' has no scheduler/scheduler_config.json, so how it was noised is unknown; add the one it was trained with.")
+        raise ModelError(
+            f"'{source}' has no scheduler/scheduler_config.json, so how it was noised is "
+            "unknown; add the one it was trained with."
+        )
     config = {k: v for k, v in read_json(path).items() if not k.startswith("_")}
     return DDPMScheduler.from_config(config)

@@ -8,7 +8,8 @@
       run.json           what made it
       README.md          the model card for people
 
-The denoiser lies beside it (``../../denoiser`` of the shipped one) or is a hub id; card.json names it and vouches for its content.
+The denoiser lies beside it (``../../denoiser`` of the shipped one) or is a hub id; card.json names it and vouches for
+its content.
 """
 
 from __future__ import annotations
@@ -113,13 +114,24 @@ class TextDiffCard:
             ModelError: if it has another format.
         """
         if values["format"] != FORMAT:
-            raise ModelError(f"This model has format {values['format']}, this program reads {FORMAT}; install the version that wrote it.")
+            raise ModelError(
+                f"This model has format {values['format']}, this program reads {FORMAT}; "
+                "install the version that wrote it."
+            )
         plain = {f.name: values[f.name] for f in fields(cls)}
         asked = plain["features"]
         listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()}
         features = FeatureOptions(**listed)
         head = HeadConfig.from_dict(plain["head"])
-        return cls(**{**plain, "version": int(plain["version"]), "classes": tuple(plain["classes"]), "features": features, "head": head})
+        return cls(
+            **{
+                **plain,
+                "version": int(plain["version"]),
+                "classes": tuple(plain["classes"]),
+                "features": features,
+                "head": head,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +143,8 @@ class TextDiffResult:
         mask: (H, W) uint8: 0, or the number of the class (1 upwards).
         masks: (K, H, W) uint8, one per draw.
         disagreement: 1 - mean pairwise Dice of the draws' foregrounds; 0 for one draw.
-        disagreement_map: (H, W) float32, standard deviation of the foreground probability over the draws times two: 0..1.
+        disagreement_map: (H, W) float32, standard deviation of the foreground probability over the draws times two:
+            0..1.
         notes: What the user should know (no sentence, alpha blended, padded ...), one sentence each.
         sentence: What was read; None if there was none.
         seconds: Time it took.
@@ -159,7 +172,12 @@ class TextDiffModel:
     """
 
     def __init__(
-        self, extractor: FeatureExtractor, encoder: SentenceEncoder | None, head: TextDiffHead, card: TextDiffCard, folder: Path | None = None
+        self,
+        extractor: FeatureExtractor,
+        encoder: SentenceEncoder | None,
+        head: TextDiffHead,
+        card: TextDiffCard,
+        folder: Path | None = None,
     ) -> None:
         self.extractor, self.encoder, self.head, self.card, self.folder = extractor, encoder, head, card, folder
 
@@ -195,7 +213,9 @@ class TextDiffModel:
         started = time.monotonic()
         draws = self.card.features.draws if draws is None else draws
         if not 1 <= draws <= MAX_DRAWS:
-            raise RequestError(f"draws must lie in 1..{MAX_DRAWS}, got {draws}; 1 is fast, 4 to 8 show where the answer is unsure.")
+            raise RequestError(
+                f"draws must lie in 1..{MAX_DRAWS}, got {draws}; 1 is fast, 4 to 8 show where the answer is unsure."
+            )
         if overlap < 0 or tile <= 2 * overlap:
             raise RequestError(f"tile must be larger than twice the overlap ({overlap}), got {tile}.")
         picture = _as_picture(picture)
@@ -217,9 +237,14 @@ class TextDiffModel:
             sums, weights = torch.zeros(len(self.card.classes), height, width), torch.zeros(height, width)
             for number, box in enumerate(tiles):
                 if is_cancelled is not None and is_cancelled():
-                    raise CancelledError(f"The segmentation was stopped on request after {draw * len(tiles) + number} of {draws * len(tiles)} tiles.")
+                    raise CancelledError(
+                        "The segmentation was stopped on request after "
+                        f"{draw * len(tiles) + number} of {draws * len(tiles)} tiles."
+                    )
                 blend = compute_blend(box, height, width, overlap)
-                box.crop(sums).add_(self._answer(box.crop(shown), box.place(height, width), tokens, mask, draw, attend) * blend)
+                box.crop(sums).add_(
+                    self._answer(box.crop(shown), box.place(height, width), tokens, mask, draw, attend) * blend
+                )
                 box.crop(weights).add_(blend)
                 if on_progress is not None:
                     on_progress(draw * len(tiles) + number + 1, draws * len(tiles))
@@ -252,20 +277,30 @@ class TextDiffModel:
 
     @torch.no_grad()
     def _answer(
-        self, working: Tensor, place: tuple[float, float, float, float], tokens: Tensor | None, mask: Tensor | None, draw: int, attend: bool
+        self,
+        working: Tensor,
+        place: tuple[float, float, float, float],
+        tokens: Tensor | None,
+        mask: Tensor | None,
+        draw: int,
+        attend: bool,
     ) -> Tensor:
         """(classes, h, w) foreground probabilities of a tile."""
         device = next(self.head.parameters()).device
         dtype = find_autocast_dtype("auto", device)
         features = self.extractor(pad(working, max(self.extractor.strides))[None], draw)
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = self.head([f.to(device) for f in features], tokens, mask, torch.tensor([place], device=device), attend)
+            logits = self.head(
+                [f.to(device) for f in features], tokens, mask, torch.tensor([place], device=device), attend
+            )
         return logits[0].softmax(dim=0)[1:, : working.shape[1], : working.shape[2]].float().cpu()
 
     def pack_weights(self) -> bytes:
         """The head as a safetensors file, fp16; statistics of the features stay fp32."""
         tensors = {n: t.detach().cpu() for n, t in self.head.state_dict().items()}
-        return save_safetensors({n: (t if n.startswith(("mean_", "std_")) else t.half()).contiguous() for n, t in tensors.items()})
+        return save_safetensors(
+            {n: (t if n.startswith(("mean_", "std_")) else t.half()).contiguous() for n, t in tensors.items()}
+        )
 
     def save(self, folder: Path, run: Mapping[str, Any], readme: str | None = None) -> TextDiffModel:
         """Write a version folder by one rename; it must not exist. Returns the model as it lies there.
@@ -302,7 +337,10 @@ class TextDiffModel:
             os.replace(scratch, folder)
             flush(folder.parent)
         except OSError as err:
-            raise StoreError(f"The model could not be written to '{folder}' ({err}). Free some disk space or check who may write there.") from err
+            raise StoreError(
+                f"The model could not be written to '{folder}' ({err}). Free some disk "
+                "space or check who may write there."
+            ) from err
         finally:
             if scratch is not None:
                 shutil.rmtree(scratch, ignore_errors=True)
@@ -310,7 +348,9 @@ class TextDiffModel:
 
 
 def find_notes(card: TextDiffCard, picture: Picture, sentence: str | None, attend: bool = True) -> list[str]:
-    """What the user should know about a picture and a sentence that a model answers, beside `Picture.notes`; no weights are needed."""
+    """What the user should know about a picture and a sentence that a model answers, beside `Picture.notes`; no weights
+    are needed.
+    """
     notes = []
     if picture.gray and not card.gray:
         notes.append(f"The picture is gray, '{card.full_name}' learned from colour pictures: expect a worse answer.")
@@ -339,12 +379,14 @@ def default_folder() -> Path:
     return Path(__file__).resolve().parents[3] / "apps" / "progidiff" / "model" / "textdiff"
 
 
-def load_textdiff(folder: str | Path | None = None, device: str | None = None, denoiser: str | Path | None = None) -> TextDiffModel:
+def load_textdiff(
+    folder: str | Path | None = None, device: str | None = None, denoiser: str | Path | None = None
+) -> TextDiffModel:
     """Load a model.
 
     Args:
-        folder: A version's folder (it has card.json), or a folder of versions with a CURRENT pointer, whose served version is taken;
-            None for the shipped one.
+        folder: A version's folder (it has card.json), or a folder of versions with a CURRENT pointer, whose served
+            version is taken; None for the shipped one.
         device: "cpu", "cuda"; None to pick.
         denoiser: Where the denoiser lies now, if not where the card says; its content must be the same.
 
@@ -359,24 +401,30 @@ def load_textdiff(folder: str | Path | None = None, device: str | None = None, d
     except OSError as err:
         raise ModelError(f"'{path}' cannot be read ({err}); restore the folder from the version it came with.") from err
     if hashlib.sha256(content).hexdigest() != card.sha256:
-        raise ModelError(f"'{path}' is damaged: its content is not the one that {CARD_FILE} vouches for. Restore the folder.")
+        raise ModelError(
+            f"'{path}' is damaged: its content is not the one that {CARD_FILE} vouches for. Restore the folder."
+        )
     source = _find_denoiser(card, place) if denoiser is None else denoiser
     extractor = DiffusionFeatures.load(source, card.features, device)
     if extractor.digest != card.denoiser_digest:
         raise ModelError(
-            f"Model '{card.full_name}' was trained with another denoiser (content {card.denoiser_digest[:12]}) than '{source}' "
-            f"(content {extractor.digest[:12]}). Name the folder of its own with --denoiser, or train one for this denoiser."
+            f"Model '{card.full_name}' was trained with another denoiser (content "
+            f"{card.denoiser_digest[:12]}) than '{source}' (content {extractor.digest[:12]}). Name the folder of its "
+            "own with --denoiser, or train one for this denoiser."
         )
     encoder = None
     if card.head.text_features:
         encoder = SentenceEncoder.load(card.encoder, device)
         if encoder.digest != card.encoder_digest:
             raise ModelError(
-                f"Model '{card.full_name}' was trained with another sentence encoder (content {card.encoder_digest[:12]}) than "
-                f"'{card.encoder or 'the offline default'}' is now (content {encoder.digest[:12]}). Install the version that run.json names."
+                f"Model '{card.full_name}' was trained with another sentence encoder "
+                f"(content {card.encoder_digest[:12]}) than '{card.encoder or 'the offline default'}' is now (content "
+                f"{encoder.digest[:12]}). Install the version that run.json names."
             )
     if extractor.channels != card.head.channels or extractor.strides != card.head.strides:
-        raise ModelError(f"The card of '{card.full_name}' contradicts itself: its features do not fit its head. Restore '{place}'.")
+        raise ModelError(
+            f"The card of '{card.full_name}' contradicts itself: its features do not fit its head. Restore '{place}'."
+        )
     head = TextDiffHead(card.head)
     tensors = load_safetensors(content)
     check_tensors(tensors, head.state_dict(), path)
@@ -395,11 +443,15 @@ def load_textdiff_card(folder: str | Path) -> TextDiffCard:
     try:
         return TextDiffCard.from_dict(read_json(place / CARD_FILE))
     except (KeyError, TypeError, ValueError) as err:
-        raise ModelError(f"'{place / CARD_FILE}' cannot be read ({type(err).__name__}: {err}); restore it from the version it came with.") from err
+        raise ModelError(
+            f"'{place / CARD_FILE}' cannot be read ({type(err).__name__}: {err}); restore "
+            "it from the version it came with."
+        ) from err
 
 
 def find_version(folder: str | Path | None) -> Path:
-    """The folder that holds card.json: `folder` itself, or the version in it that CURRENT names; None for the shipped model.
+    """The folder that holds card.json: `folder` itself, or the version in it that CURRENT names; None for the shipped
+    model.
 
     Raises:
         ModelError: if there is none.
@@ -411,7 +463,9 @@ def find_version(folder: str | Path | None) -> Path:
         raise ModelError(f"'{place}' holds no model ({CARD_FILE} is missing); `progidiff textdiff train` makes one.")
     version = read_json(place / "CURRENT").get("version")
     if not isinstance(version, int) or not (place / str(version) / CARD_FILE).is_file():
-        raise ModelError(f"'{place}' serves no version that is there (CURRENT names {version}); name a version's folder.")
+        raise ModelError(
+            f"'{place}' serves no version that is there (CURRENT names {version}); name a version's folder."
+        )
     return place / str(version)
 
 
@@ -438,13 +492,21 @@ def write_model_card(card: TextDiffCard, run: Mapping[str, Any]) -> str:
     figures = "\n".join(f"| {name} | {value:.3f} |" for name, value in card.figures.items())
     return f"""# {card.full_name}
 
-Segments {", ".join(card.classes)} in 2-D pictures{" with a report sentence" if card.head.text_features else ""}: a small head
+Segments {", ".join(card.classes)} in 2-D pictures{
+        " with a report sentence" if card.head.text_features else ""
+    }: a small head
 on the frozen features of a diffusion model.
 
-* Trained on {len(run.get("training_cases", []))} labelled pictures: {", ".join(run.get("training_cases", [])) or "not said"}. {card.data}
+* Trained on {len(run.get("training_cases", []))} labelled pictures: {
+        ", ".join(run.get("training_cases", [])) or "not said"
+    }. {card.data}
 * Held out: {", ".join(run.get("held_out_cases", [])) or "none"}.
-* Licence of these weights: {card.licence or "that of the data they learned from. Write its name and terms here before you pass them on."}
-* Denoiser: content {card.denoiser_digest[:12]}; sentence encoder: {card.encoder or "all-MiniLM-L6-v2" if card.head.text_features else "none"}.
+* Licence of these weights: {
+        card.licence or "that of the data they learned from. Write its name and terms here before you pass them on."
+    }
+* Denoiser: content {card.denoiser_digest[:12]}; sentence encoder: {
+        card.encoder or "all-MiniLM-L6-v2" if card.head.text_features else "none"
+    }.
 
 | on the held-out pictures | |
 |---|---|
@@ -455,14 +517,16 @@ A probability here is not calibrated. For research only: nothing here may guide 
 
 
 def _find_denoiser(card: TextDiffCard, place: Path) -> str | Path:
-    """Where the denoiser of a card lies: as it says, or the shipped one if the folder was moved and the content is said to be the same."""
+    """Where the denoiser of a card lies: as it says, or the shipped one if the folder was moved and the content is said
+    to be the same.
+    """
     beside = place.resolve() / card.denoiser
     if beside.is_dir():
         return beside
     if card.denoiser.startswith((".", "/")):
         raise ModelError(
-            f"The denoiser of '{card.full_name}' is not at '{card.denoiser}' beside '{place}'. Move both together, or name its folder with "
-            "--denoiser."
+            f"The denoiser of '{card.full_name}' is not at '{card.denoiser}' beside "
+            f"'{place}'. Move both together, or name its folder with --denoiser."
         )
     return card.denoiser
 

@@ -1,8 +1,8 @@
 """What is trained: a cross-attention block that all scales share, and a pixel classifier; about one million parameters.
 
-After TextDiff (arXiv 2407.05323), with three differences: image tokens attend at a pooled resolution (a report sentence says nothing
-of single pixels), positions are those in the whole picture, also of a crop or tile, and the classifier merges the scales from coarse to
-fine instead of upsampling all of them to full size first, which costs a tenth.
+After TextDiff (arXiv 2407.05323), with three differences: image tokens attend at a pooled resolution (a report sentence
+says nothing of single pixels), positions are those in the whole picture, also of a crop or tile, and the classifier
+merges the scales from coarse to fine instead of upsampling all of them to full size first, which costs a tenth.
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class TextDiffHead(nn.Module):
             self.register_buffer(f"std_{i}", torch.ones(channels))
         self.enter = nn.ModuleList(nn.Conv2d(c, w, 1) for c, w in zip(config.channels, config.widths, strict=True))
         self.text = _TextBranch(config) if config.text_features else None
-        self.merge = nn.ModuleList(_Merge(coarse, fine) for coarse, fine in zip((0, *config.widths[:-1]), config.widths, strict=True))
+        self.merge = nn.ModuleList(
+            _Merge(coarse, fine) for coarse, fine in zip((0, *config.widths[:-1]), config.widths, strict=True)
+        )
         self.classify = nn.Conv2d(config.widths[-1], 1 + config.classes, 1)
 
     def set_statistics(self, mean: Sequence[Tensor], std: Sequence[Tensor]) -> None:
@@ -85,7 +87,12 @@ class TextDiffHead(nn.Module):
             getattr(self, f"std_{i}").copy_(s.clamp_min(1e-4))
 
     def forward(
-        self, features: Sequence[Tensor], tokens: Tensor | None = None, mask: Tensor | None = None, boxes: Tensor | None = None, attend: bool = True
+        self,
+        features: Sequence[Tensor],
+        tokens: Tensor | None = None,
+        mask: Tensor | None = None,
+        boxes: Tensor | None = None,
+        attend: bool = True,
     ) -> Tensor:
         """Class scores.
 
@@ -104,7 +111,10 @@ class TextDiffHead(nn.Module):
             GeometryError: if the features do not fit the head.
         """
         if tuple(f.shape[1] for f in features) != self.config.channels:
-            raise GeometryError(f"This head takes features of {self.config.channels} channels, got {tuple(f.shape[1] for f in features)}.")
+            raise GeometryError(
+                f"This head takes features of {self.config.channels} channels, got "
+                f"{tuple(f.shape[1] for f in features)}."
+            )
         scales = []
         for i, (found, enter) in enumerate(zip(features, self.enter, strict=True)):
             scales.append(self._enter(found, enter, getattr(self, f"mean_{i}"), getattr(self, f"std_{i}")))
@@ -114,10 +124,13 @@ class TextDiffHead(nn.Module):
         for scale, merge in zip(scales, self.merge, strict=True):
             merged = merge(merged, scale)
         logits, finest = self.classify(merged).float(), min(self.config.strides)
-        return logits if finest == 1 else F.interpolate(logits, scale_factor=finest, mode="bilinear", align_corners=False)
+        return (
+            logits if finest == 1 else F.interpolate(logits, scale_factor=finest, mode="bilinear", align_corners=False)
+        )
 
     def _enter(self, found: Tensor, enter: nn.Module, mean: Tensor, std: Tensor) -> Tensor:
-        """Standardise, drop channels, and mix them to the classifier's width, all in one matrix product: full-size maps are large.
+        """Standardise, drop channels, and mix them to the classifier's width, all in one matrix product: full-size maps
+        are large.
 
         Dropped channels are the same for the whole batch.
         """
@@ -138,9 +151,17 @@ class _Merge(nn.Module):
         super().__init__()
         self.narrow = nn.Conv2d(coarse, fine, 1) if coarse else None
         self.first = nn.Sequential(
-            nn.GroupNorm(GROUPS, fine * (2 if coarse else 1)), nn.SiLU(), nn.Conv2d(fine * (2 if coarse else 1), fine, 3, padding=1)
+            nn.GroupNorm(GROUPS, fine * (2 if coarse else 1)),
+            nn.SiLU(),
+            nn.Conv2d(fine * (2 if coarse else 1), fine, 3, padding=1),
         )
-        self.second = nn.Sequential(nn.GroupNorm(GROUPS, fine), nn.SiLU(), nn.Conv2d(fine, fine, 3, padding=1), nn.GroupNorm(GROUPS, fine), nn.SiLU())
+        self.second = nn.Sequential(
+            nn.GroupNorm(GROUPS, fine),
+            nn.SiLU(),
+            nn.Conv2d(fine, fine, 3, padding=1),
+            nn.GroupNorm(GROUPS, fine),
+            nn.SiLU(),
+        )
 
     def forward(self, coarse: Tensor | None, fine: Tensor) -> Tensor:
         """(N, C, h, w) or None, (N, F, H, W) -> (N, F, H, W)."""
@@ -152,7 +173,9 @@ class _Merge(nn.Module):
 
 
 class _TextBranch(nn.Module):
-    """The block that all scales share: image tokens ask the sentence; what they learn is added back, at first nothing."""
+    """The block that all scales share: image tokens ask the sentence; what they learn is added back, at first
+    nothing.
+    """
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -164,12 +187,16 @@ class _TextBranch(nn.Module):
         self.no_sentence = nn.Parameter(torch.randn(width) * 0.02)
         self.ask, self.listen = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, config.heads, batch_first=True)
-        self.digest = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.digest = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.leave = nn.ModuleList(nn.Conv2d(width, w, 1) for w in config.widths)
         for parameter in self.leave.parameters():
             nn.init.zeros_(parameter)
 
-    def forward(self, scales: Sequence[Tensor], tokens: Tensor | None, mask: Tensor | None, boxes: Tensor | None, attend: bool) -> list[Tensor]:
+    def forward(
+        self, scales: Sequence[Tensor], tokens: Tensor | None, mask: Tensor | None, boxes: Tensor | None, attend: bool
+    ) -> list[Tensor]:
         count = len(scales[0])
         if boxes is None:
             boxes = torch.tensor([0.0, 0.0, 1.0, 1.0], device=scales[0].device).expand(count, 4)
@@ -188,11 +215,15 @@ class _TextBranch(nn.Module):
                 image = image + self.attention(asked, words, words, key_padding_mask=silent, need_weights=False)[0]
             image = image + self.digest(image)
             back = leave(image.transpose(1, 2).unflatten(2, tuple(size)))
-            told.append(scale + (F.interpolate(back, size=scale.shape[2:], mode="nearest") if stride < finest else back))
+            told.append(
+                scale + (F.interpolate(back, size=scale.shape[2:], mode="nearest") if stride < finest else back)
+            )
         return told
 
     def _gather(self, tokens: Tensor | None, mask: Tensor | None, count: int) -> tuple[Tensor, Tensor]:
-        """Words (N, 1 + L, width) with the token for "no sentence" in front, and what must not be listened to (N, 1 + L)."""
+        """Words (N, 1 + L, width) with the token for "no sentence" in front, and what must not be listened to (N, 1 +
+        L).
+        """
         nothing = self.no_sentence.expand(count, 1, -1)
         if tokens is None:
             return self.listen(nothing), torch.zeros(count, 1, dtype=torch.bool, device=nothing.device)
@@ -204,7 +235,9 @@ class _TextBranch(nn.Module):
 
 
 _FREQUENCIES = 3
-"""Few: a sentence speaks of quarters and halves of a picture, and finer places would only help to learn pictures by heart."""
+"""Few: a sentence speaks of quarters and halves of a picture, and finer places would only help to learn pictures by
+heart.
+"""
 _PLACE_FEATURES = 2 + 4 * _FREQUENCIES
 
 
@@ -224,6 +257,8 @@ def encode_places(boxes: Tensor, height: int, width: int) -> Tensor:
         return (start[:, None] + (stop - start)[:, None] * steps) * 2 - 1
 
     rows, columns = centres(boxes[:, 0], boxes[:, 2], height), centres(boxes[:, 1], boxes[:, 3], width)
-    grid = torch.stack([rows[:, :, None].expand(-1, -1, width), columns[:, None].expand(-1, height, -1)], dim=-1).flatten(1, 2)
+    grid = torch.stack(
+        [rows[:, :, None].expand(-1, -1, width), columns[:, None].expand(-1, height, -1)], dim=-1
+    ).flatten(1, 2)
     waves = grid[..., None] * (math.pi / 2 * 2.0 ** torch.arange(_FREQUENCIES, device=boxes.device))
     return torch.cat([grid, waves.sin().flatten(-2), waves.cos().flatten(-2)], dim=-1)

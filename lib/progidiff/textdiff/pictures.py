@@ -94,7 +94,8 @@ def to_picture(array: np.ndarray, name: str = "the picture") -> Picture:
     """An array as a picture.
 
     Args:
-        array: (H, W), (H, W, 1) gray; (H, W, 2) gray with alpha; (H, W, 3) RGB; (H, W, 4) RGB with alpha. bool, integer or float.
+        array: (H, W), (H, W, 1) gray; (H, W, 2) gray with alpha; (H, W, 3) RGB; (H, W, 4) RGB with alpha. bool, integer
+            or float.
         name: For messages.
 
     Raises:
@@ -107,7 +108,8 @@ def to_picture(array: np.ndarray, name: str = "the picture") -> Picture:
         array = array[..., None]
     if array.ndim != 3 or array.shape[2] not in (1, 2, 3, 4) or 0 in array.shape:
         raise GeometryError(
-            f"{name} has shape {tuple(array.shape)}; a picture is (H, W) or (H, W, channels) with 1 to 4 channels. Send one slice or one page of it."
+            f"{name} has shape {tuple(array.shape)}; a picture is (H, W) or (H, W, "
+            "channels) with 1 to 4 channels. Send one slice or one page of it."
         )
     alpha = None
     if array.shape[2] in (2, 4):
@@ -144,14 +146,18 @@ def read_label(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[str, ...
     if array.ndim == 3:
         channels = array[..., :-1] if array.shape[2] in (2, 4) else array
         if bool((channels != channels[..., :1]).any()):
-            raise ImageError(f"The label '{path.name}' is a colour picture; write class numbers (or 0 and 255) as a gray PNG.")
+            raise ImageError(
+                f"The label '{path.name}' is a colour picture; write class numbers (or 0 and 255) as a gray PNG."
+            )
         array = channels[..., 0]
     if array.dtype == np.bool_:
         array = array.astype(np.uint8)
     if not np.issubdtype(array.dtype, np.integer):
         whole = np.round(array)
         if not bool(np.isfinite(array).all()) or bool((whole != array).any()):
-            raise ImageError(f"The label '{path.name}' holds values that are no whole numbers; write class numbers (or 0 and 255).")
+            raise ImageError(
+                f"The label '{path.name}' holds values that are no whole numbers; write class numbers (or 0 and 255)."
+            )
         array = whole
     return array.astype(np.int64), tuple(notes)
 
@@ -178,8 +184,8 @@ def to_working(pixels: Tensor, scale: float | None, size: int | None, tone: Sequ
     Args:
         pixels: (3, H, W) uint8.
         scale, size: See `compute_working_size`.
-        tone: Mean and then standard deviation of each channel that the picture is brought to; None for its own. A channel of one value
-            gets the mean.
+        tone: Mean and then standard deviation of each channel that the picture is brought to; None for its own. A
+            channel of one value gets the mean.
 
     Returns:
         (3, h, w) floats, -1..1.
@@ -203,7 +209,8 @@ def resize(tensor: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pad(picture: Tensor, multiple: int, least: int = 1) -> Tensor:
-    """Grow a picture at its bottom and right edges, mirroring what is there; a side too short to mirror repeats its last pixel.
+    """Grow a picture at its bottom and right edges, mirroring what is there; a side too short to mirror repeats its
+    last pixel.
 
     Args:
         picture: (..., H, W) floats.
@@ -231,7 +238,11 @@ def list_tiles(height: int, width: int, largest: int, overlap: int) -> list[Tile
         >>> [(t.left, t.right) for t in list_tiles(10, 500, 300, 32)]
         [(0, 266), (234, 500)]
     """
-    return [Tile(top, left, bottom, right) for top, bottom in _cut(height, largest, overlap) for left, right in _cut(width, largest, overlap)]
+    return [
+        Tile(top, left, bottom, right)
+        for top, bottom in _cut(height, largest, overlap)
+        for left, right in _cut(width, largest, overlap)
+    ]
 
 
 def compute_blend(tile: Tile, height: int, width: int, overlap: int) -> Tensor:
@@ -268,7 +279,8 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
         with Image.open(path) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise TooLargeError(
-                    f"'{path.name}' has {image.width} x {image.height} pixels; cut it into pictures of at most {MAX_PIXELS:,} pixels."
+                    f"'{path.name}' has {image.width} x {image.height} pixels; cut it "
+                    f"into pictures of at most {MAX_PIXELS:,} pixels."
                 )
             if getattr(image, "n_frames", 1) > 1:
                 notes.append(f"The file has {image.n_frames} pages; the first one was read.")
@@ -280,7 +292,10 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
     except FileNotFoundError as err:
         raise ImageError(f"The picture '{path}' does not exist; check its path.") from err
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
-        raise ImageError(f"'{path.name}' cannot be read as a picture ({err}); PNG, JPEG and TIFF can. Export it again if it is damaged.") from err
+        raise ImageError(
+            f"'{path.name}' cannot be read as a picture ({err}); PNG, JPEG and TIFF can. "
+            "Export it again if it is damaged."
+        ) from err
 
 
 def _full_scale(array: np.ndarray) -> float:

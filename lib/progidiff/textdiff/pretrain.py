@@ -1,8 +1,10 @@
-"""`progidiff textdiff pretrain`: a small pixel-space denoiser, trained without labels on pictures like those to be segmented.
+"""`progidiff textdiff pretrain`: a small pixel-space denoiser, trained without labels on pictures like those to be
+segmented.
 
-It is a `diffusers.UNet2DModel` beside a `DDPMScheduler`, the folder format of any unconditional diffusion model. What is wanted of
-it are its decoder's activations at small timesteps (Baranchuk et al., arXiv 2112.03126), so that is where most of its training
-goes; it was not made for drawing pictures from noise. Without attention it takes any size, so it learns on small crops.
+It is a `diffusers.UNet2DModel` beside a `DDPMScheduler`, the folder format of any unconditional diffusion model. What
+is wanted of it are its decoder's activations at small timesteps (Baranchuk et al., arXiv 2112.03126), so that is where
+most of its training goes; it was not made for drawing pictures from noise. Without attention it takes any size, so it
+learns on small crops.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ class DenoiserConfig(RunConfig):
         widths: The network.
     """
 
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=4000, learning_rate=5e-4, warmup=200, checkpoint_every=200))
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(steps=4000, learning_rate=5e-4, warmup=200, checkpoint_every=200)
+    )
     crops: CropOptions = field(default_factory=CropOptions)
     widths: DenoiserWidths = field(default_factory=DenoiserWidths)
 
@@ -86,14 +90,20 @@ class DenoiserConfig(RunConfig):
         """Check what must fit together.
 
         Raises:
-            RequestError: if a crop cannot be halved as often as the network has levels, or its widths do not divide into groups.
+            RequestError: if a crop cannot be halved as often as the network has levels, or its widths do not divide
+                into groups.
         """
         halved = 2 ** (len(self.widths.channels) - 1)
         if self.crops.size % halved:
-            raise RequestError(f"crops.size must be a multiple of {halved} for {len(self.widths.channels)} levels, got {self.crops.size}.")
+            raise RequestError(
+                f"crops.size must be a multiple of {halved} for "
+                f"{len(self.widths.channels)} levels, got {self.crops.size}."
+            )
         uneven = [c for c in self.widths.channels if c % self.widths.norm_groups]
         if uneven:
-            raise RequestError(f"widths.channels must be multiples of widths.norm_groups ({self.widths.norm_groups}), got {uneven[0]}.")
+            raise RequestError(
+                f"widths.channels must be multiples of widths.norm_groups ({self.widths.norm_groups}), got {uneven[0]}."
+            )
 
 
 def run_pretrain(
@@ -133,7 +143,11 @@ def run_pretrain(
     images = [read_rgb(p) for p in pictures]
     small = [p for p, image in zip(pictures, images, strict=True) if min(image.shape[1:]) < largest]
     if not images or small:
-        what = f"'{small[0]}' is smaller than the largest crop, {largest} pixels" if small else "There are no pictures to learn from"
+        what = (
+            f"'{small[0]}' is smaller than the largest crop, {largest} pixels"
+            if small
+            else "There are no pictures to learn from"
+        )
         raise RequestError(f"{what}; give larger ones, or set crops.size, crops.zoom or crops.scale.")
     torch.manual_seed(config.seed)
     widths = config.widths
@@ -168,12 +182,18 @@ def run_pretrain(
             report(entry)
 
     run_loop(
-        {"unet": unet}, compute_loss, LoopConfig.of(config.schedule, config), work, is_cancelled=is_cancelled, report=keep,
+        {"unet": unet}, compute_loss, LoopConfig.of(config.schedule, config), work, is_cancelled=is_cancelled,
+        report=keep,
         settings={"crops": asdict(crops), "widths": asdict(widths), "pictures": [p.name for p in pictures]},
     )  # fmt: skip
     write_denoiser(unet, scheduler, target)
     figures = {"loss": last.get("loss"), "error_low": last.get("error_low")}
-    return {**figures, "steps": config.schedule.steps, "pictures": len(images), "parameters": sum(p.numel() for p in unet.parameters())}
+    return {
+        **figures,
+        "steps": config.schedule.steps,
+        "pictures": len(images),
+        "parameters": sum(p.numel() for p in unet.parameters()),
+    }
 
 
 def read_rgb(path: Path) -> Tensor:
@@ -207,7 +227,9 @@ def draw_crops(images: Sequence[Tensor], options: CropOptions, generator: torch.
         side = max(1, round(options.size * zoom / options.scale))
         top, left = (int(torch.randint(n - side + 1, (), generator=generator)) for n in image.shape[1:])
         crop = image[:, top : top + side, left : left + side].float()[None] / 127.5 - 1
-        crop = F.interpolate(crop, size=(options.size, options.size), mode="bilinear", antialias=True, align_corners=False)[0]
+        crop = F.interpolate(
+            crop, size=(options.size, options.size), mode="bilinear", antialias=True, align_corners=False
+        )[0]
         turns, mirrored = (int(v) for v in torch.randint(4, (2,), generator=generator))
         crop = torch.rot90(crop, turns, (1, 2))
         crops.append(crop.flip(2) if mirrored % 2 else crop)
@@ -223,14 +245,20 @@ def draw_timesteps(count: int, options: CropOptions, generator: torch.Generator)
     return torch.where(low, drawn * options.low_timesteps, drawn * 1000).long()
 
 
-def write_denoiser(unet: Any, scheduler: Any, target: Path, half: bool = True, extra: Mapping[str, str] | None = None) -> None:
+def write_denoiser(
+    unet: Any, scheduler: Any, target: Path, half: bool = True, extra: Mapping[str, str] | None = None
+) -> None:
     """Write the folder, in half precision if `half`, by one rename; `extra` are texts by file name."""
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         (unet.half() if half else unet).save_pretrained(scratch / "unet", max_shard_size=SHARD_SIZE)
         scheduler.save_pretrained(scratch / "scheduler")
-        index = {"_class_name": "DDPMPipeline", "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"]}
+        index = {
+            "_class_name": "DDPMPipeline",
+            "scheduler": ["diffusers", "DDPMScheduler"],
+            "unet": ["diffusers", "UNet2DModel"],
+        }
         (scratch / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         for name, text in (extra or {}).items():
             (scratch / name).write_text(text, encoding="utf-8")

@@ -33,7 +33,12 @@ MAX_TABLE_BYTES = 256 * 2**20
 """Of a table, unpacked; report sentences of a million images fit."""
 
 _MIRRORED = {
-    "horizontal": (("left", "right"), ("leftmost", "rightmost"), ("leftward", "rightward"), ("left-sided", "right-sided")),
+    "horizontal": (
+        ("left", "right"),
+        ("leftmost", "rightmost"),
+        ("leftward", "rightward"),
+        ("left-sided", "right-sided"),
+    ),
     "vertical": (
         ("upper", "lower"),
         ("top", "bottom"),
@@ -65,7 +70,8 @@ class SentenceEncoder:
 
     @classmethod
     def load(cls, source: str | Path | None = None, device: str | None = None) -> SentenceEncoder:
-        """Load a transformers folder or hub id, or a folder whose package.json names a Python package; None or "" for the offline default.
+        """Load a transformers folder or hub id, or a folder whose package.json names a Python package; None or "" for
+        the offline default.
 
         Raises:
             ModelError: if it cannot be loaded.
@@ -76,7 +82,10 @@ class SentenceEncoder:
         name = "" if source is None else str(source)
         if name:
             folder = find_folder(name, "sentence encoder", (*SETTINGS, "*.safetensors"))
-            if not any((folder / file).exists() for file in ("package.json", "model.safetensors", "model.safetensors.index.json")):
+            if not any(
+                (folder / file).exists()
+                for file in ("package.json", "model.safetensors", "model.safetensors.index.json")
+            ):
                 # Older repositories, Bio_ClinicalBERT among them, have nothing else; fetched only then.
                 folder = find_folder(name, "sentence encoder", (*SETTINGS, "pytorch_model*.bin"))
             if (folder / "package.json").is_file():
@@ -87,20 +96,38 @@ class SentenceEncoder:
         is_safe = bool(files)
         files = files or sorted(folder.glob("pytorch_model*.bin"))
         if not files:
-            raise ModelError(f"'{folder}' holds no *.safetensors and no pytorch_model.bin; save the encoder with `save_pretrained`.")
+            raise ModelError(
+                f"'{folder}' holds no *.safetensors and no pytorch_model.bin; save the encoder with `save_pretrained`."
+            )
         try:
-            # Of a .bin, which is a pickle, only tensors are read: transformers loads it with torch.load(weights_only=True).
+            # Of a .bin, which is a pickle, only tensors are read: transformers loads it with
+            # torch.load(weights_only=True).
             model, report = AutoModel.from_pretrained(
-                folder, dtype=torch.float32, use_safetensors=is_safe, weights_only=True, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=torch.float32,
+                use_safetensors=is_safe,
+                weights_only=True,
+                local_files_only=True,
+                output_loading_info=True,
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except Exception as err:  # transformers and safetensors raise their own untyped errors for damaged files
-            raise ModelError(f"The sentence encoder in '{folder}' cannot be loaded ({' '.join(str(err).split())}); restore it.") from err
+            raise ModelError(
+                f"The sentence encoder in '{folder}' cannot be loaded ({' '.join(str(err).split())}); restore it."
+            ) from err
         missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
         if missing:
-            raise ModelError(f"The sentence encoder in '{folder}' lacks {len(missing)} weights, {missing[0]} among them; restore it.")
+            raise ModelError(
+                f"The sentence encoder in '{folder}' lacks {len(missing)} weights, {missing[0]} among them; restore it."
+            )
         # Of text-and-image models and of translators only the part that reads text is wanted.
-        model = model.text_model if hasattr(model, "text_model") else model.get_encoder() if model.config.is_encoder_decoder else model
+        model = (
+            model.text_model
+            if hasattr(model, "text_model")
+            else model.get_encoder()
+            if model.config.is_encoder_decoder
+            else model
+        )
         positions = getattr(model.config, "max_position_embeddings", None)
         if positions and getattr(model.config, "model_type", "") in ("roberta", "xlm-roberta", "camembert"):
             positions -= 2  # their positions count from the padding mark
@@ -134,16 +161,16 @@ class SentenceEncoder:
             if count > self.limit:
                 start = " ".join(sentence.split())[:40]
                 raise RequestError(
-                    f"The sentence '{start}...' has {count} tokens, the sentence encoder reads {self.limit} at most; shorten it to what the "
-                    "picture shows."
+                    f"The sentence '{start}...' has {count} tokens, the sentence encoder "
+                    f"reads {self.limit} at most; shorten it to what the picture shows."
                 )
 
 
 def read_sentences(path: str | os.PathLike[str]) -> dict[str, str]:
     """Read the sentences of a CSV or XLSX table.
 
-    Columns "image" and "text" (also "Image" and "Description", as QaTa-COVID19 has them); more columns are left alone. A row without a
-    text is an image without a sentence and is left out.
+    Columns "image" and "text" (also "Image" and "Description", as QaTa-COVID19 has them); more columns are left alone.
+    A row without a text is an image without a sentence and is left out.
 
     Returns:
         What stands under "image", a file name with or without suffix -> sentence.
@@ -160,8 +187,9 @@ def read_sentences(path: str | os.PathLike[str]) -> dict[str, str]:
         found = [names.index(name) for name in wanted if name in names]
         if not found:
             raise RequestError(
-                f"The table '{path.name}' has no column '{wanted[0]}' (its columns: {', '.join(header)[:200] or 'none'}); write one row 'image,text' "
-                "at the top and one row for each picture."
+                f"The table '{path.name}' has no column '{wanted[0]}' (its columns: "
+                f"{', '.join(header)[:200] or 'none'}); write one row 'image,text' at the "
+                "top and one row for each picture."
             )
         columns.append(found[0])
     sentences: dict[str, str] = {}
@@ -170,7 +198,9 @@ def read_sentences(path: str | os.PathLike[str]) -> dict[str, str]:
         if not image or not text:
             continue
         if sentences.setdefault(image, text) != text:
-            raise RequestError(f"The table '{path.name}' has two sentences for '{image[:80]}' (row {number}); keep one.")
+            raise RequestError(
+                f"The table '{path.name}' has two sentences for '{image[:80]}' (row {number}); keep one."
+            )
     return sentences
 
 
@@ -178,7 +208,8 @@ def find_sentence(sentences: Mapping[str, str], name: str) -> str | None:
     """The sentence of an image by its file name, else by its name without suffix; None if there is none.
 
     Example:
-        >>> find_sentence({"a.png": "Dense."}, "a.png"), find_sentence({"a": "Dense."}, "a.png"), find_sentence({}, "a.png")
+        >>> find_sentence({"a.png": "Dense."}, "a.png"), find_sentence({"a": "Dense."}, "a.png"), find_sentence({},
+        ...     "a.png")
         ('Dense.', 'Dense.', None)
     """
     name = Path(name).name
@@ -230,7 +261,9 @@ def _read_csv(path: Path) -> Iterator[list[str]]:
     try:
         yield from csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     except csv.Error as err:
-        raise RequestError(f"The table '{path.name}' is no CSV ({err}); put texts that hold a comma in double quotes.") from err
+        raise RequestError(
+            f"The table '{path.name}' is no CSV ({err}); put texts that hold a comma in double quotes."
+        ) from err
 
 
 def _read_xlsx(path: Path) -> Iterator[list[str]]:
@@ -239,13 +272,19 @@ def _read_xlsx(path: Path) -> Iterator[list[str]]:
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(entry.file_size for entry in archive.infolist()) > MAX_TABLE_BYTES:
-                raise RequestError(f"The table '{path.name}' is larger than {MAX_TABLE_BYTES >> 20} MB unpacked; save the two columns as CSV.")
+                raise RequestError(
+                    f"The table '{path.name}' is larger than {MAX_TABLE_BYTES >> 20} MB "
+                    "unpacked; save the two columns as CSV."
+                )
             names = archive.namelist()
             shared = []
             if "xl/sharedStrings.xml" in names:
                 entries = _parse_xml(archive.read("xl/sharedStrings.xml"), path).iter(f"{space}si")
                 shared = ["".join(part.text or "" for part in entry.iter(f"{space}t")) for entry in entries]
-            sheets = sorted((n for n in names if re.fullmatch(r"xl/worksheets/sheet\d+\.xml", n)), key=lambda n: int(re.findall(r"\d+", n)[0]))
+            sheets = sorted(
+                (n for n in names if re.fullmatch(r"xl/worksheets/sheet\d+\.xml", n)),
+                key=lambda n: int(re.findall(r"\d+", n)[0]),
+            )
             if not sheets:
                 raise RequestError(f"The table '{path.name}' has no sheet; save it as CSV.")
             for row in _parse_xml(archive.read(sheets[0]), path).iter(f"{space}row"):

@@ -62,8 +62,8 @@ class TextDiffTrainConfig(RunConfig):
         use_text: False leaves the text branch out.
         crop: Side of a crop in working pixels; a multiple of the coarsest stride.
         batch_size: Crops per micro-batch.
-        views: Versions of each picture whose features are computed: the first is the picture itself, others are mirrored (and their
-            sentences with them) and tinted.
+        views: Versions of each picture whose features are computed: the first is the picture itself, others are
+            mirrored (and their sentences with them) and tinted.
         color: Strength of the tint of views.
         sentence_dropout: Share of crops that are shown without their sentence, so that images without one work.
         cross_entropy, dice: Weights of the losses.
@@ -73,7 +73,9 @@ class TextDiffTrainConfig(RunConfig):
     precision: Precision = "auto"
     name: str = "textdiff"
     classes: tuple[str, ...] = ("foreground",)
-    schedule: Schedule = field(default_factory=lambda: Schedule(steps=300, learning_rate=5e-3, warmup=20, ema_decay=0.98, checkpoint_every=100))
+    schedule: Schedule = field(
+        default_factory=lambda: Schedule(steps=300, learning_rate=5e-3, warmup=20, ema_decay=0.98, checkpoint_every=100)
+    )
     features: FeatureOptions = field(default_factory=lambda: FeatureOptions(own_scale=True))
     head: HeadOptions = field(default_factory=HeadOptions)
     use_text: bool = True
@@ -126,16 +128,19 @@ def train_textdiff(
     Args:
         cases: Labelled pictures to learn from; those without a label are refused. One is enough.
         held_out: Labelled pictures that choose the threshold and are reported; never learned from.
-        denoiser: Folder or hub id, or an extractor (its options then count, not the configuration's); None for the shipped one.
+        denoiser: Folder or hub id, or an extractor (its options then count, not the configuration's); None for the
+            shipped one.
         encoder: Folder or hub id, or a loaded encoder; None for the offline default.
-        start: A model of the same features, encoder and classes whose head is trained further, shapes and all; None for a fresh head.
+        start: A model of the same features, encoder and classes whose head is trained further, shapes and all; None for
+            a fresh head.
         out: Version folder to write; None to leave that to the caller (`TextDiffModel.save`, `TextDiffStore.add`).
         work: Checkpoints and curves.
         cache: Of features; None for ``features/`` in `work`.
         config: Settings.
         device: "cpu", "cuda"; None to pick.
         is_cancelled: Asked before every picture and every step.
-        report: Receives {"stage": "features", "step", "total"} and then the training's log entries with {"stage": "head"}.
+        report: Receives {"stage": "features", "step", "total"} and then the training's log entries with {"stage":
+            "head"}.
 
     Raises:
         RequestError: if settings and cases make no sense together, or `out` exists.
@@ -144,7 +149,9 @@ def train_textdiff(
     """
     config = config or TextDiffTrainConfig()
     if isinstance(denoiser, str | Path) or denoiser is None:
-        extractor: FeatureExtractor = DiffusionFeatures.load(default_folder() / "denoiser" if denoiser is None else denoiser, config.features, device)
+        extractor: FeatureExtractor = DiffusionFeatures.load(
+            default_folder() / "denoiser" if denoiser is None else denoiser, config.features, device
+        )
     else:
         extractor = denoiser
         config = replace(config, features=extractor.options)
@@ -156,7 +163,9 @@ def train_textdiff(
         reader.check([case.sentence for case in (*cases, *held_out) if case.sentence])
     place = pick_device(device)
     started = time.monotonic()
-    pool = _prepare(cases, extractor, FeatureCache(cache or work / "features", config.cache_gb), config, is_cancelled, report)
+    pool = _prepare(
+        cases, extractor, FeatureCache(cache or work / "features", config.cache_gb), config, is_cancelled, report
+    )
     feature_seconds = time.monotonic() - started
     words = _Words(reader, [piece.sentence for piece in pool.pieces], place)
 
@@ -177,8 +186,13 @@ def train_textdiff(
         head = TextDiffHead(shapes)
         head.set_statistics(*pool.measure())
     else:
-        if replace(shapes, **{name: getattr(start.head.config, name) for name in to_values(options)}) != start.head.config:
-            raise RequestError(f"'{start.card.full_name}' has other features or classes than this training; start with a fresh head.")
+        if (
+            replace(shapes, **{name: getattr(start.head.config, name) for name in to_values(options)})
+            != start.head.config
+        ):
+            raise RequestError(
+                f"'{start.card.full_name}' has other features or classes than this training; start with a fresh head."
+            )
         shapes = start.head.config
         head = TextDiffHead(shapes)
         head.load_state_dict(start.head.state_dict())
@@ -192,14 +206,26 @@ def train_textdiff(
         known = None if known is None else known.to(place)
         return compute_segmentation_loss(logits, targets.to(place), config.cross_entropy, config.dice, known)
 
-    settings = {k: v for k, v in to_values(config).items() if k not in ("schedule", "name", "cache_gb", *to_values(RunConfig()))}
+    settings = {
+        k: v for k, v in to_values(config).items() if k not in ("schedule", "name", "cache_gb", *to_values(RunConfig()))
+    }
     if start is not None:
         settings["start"] = start.card.sha256
-    settings |= {"pictures": pool.digest, "features_key": extractor.key, "encoder": reader.digest if reader is not None else ""}
+    settings |= {
+        "pictures": pool.digest,
+        "features_key": extractor.key,
+        "encoder": reader.digest if reader is not None else "",
+    }
     loop_report = None if report is None else lambda entry: report({"stage": "head", **entry})
     started = time.monotonic()
     run_loop(
-        {"head": head}, compute_loss, LoopConfig.of(config.schedule, config), work, is_cancelled=is_cancelled, report=loop_report, settings=settings
+        {"head": head},
+        compute_loss,
+        LoopConfig.of(config.schedule, config),
+        work,
+        is_cancelled=is_cancelled,
+        report=loop_report,
+        settings=settings,
     )
     head_seconds = time.monotonic() - started
     head.requires_grad_(False)
@@ -219,7 +245,9 @@ def train_textdiff(
     model = TextDiffModel(extractor, reader, head, card)
     figures: dict[str, float] = {}
     if held_out:
-        threshold, figures = choose_threshold(model, held_out, FeatureCache(cache or work / "features", config.cache_gb), is_cancelled)
+        threshold, figures = choose_threshold(
+            model, held_out, FeatureCache(cache or work / "features", config.cache_gb), is_cancelled
+        )
         model.card = replace(card, threshold=threshold, figures=figures)
     run = {
         **describe_run(),
@@ -247,13 +275,13 @@ def compute_segmentation_loss(
         logits: (N, 1 + classes, H, W), background first.
         targets: The same shape: the share of each class in a pixel, sums to 1.
         cross_entropy, dice: Their weights.
-        known: Bool (N, classes), which foreground classes a label speaks about; None: all. For the others "background or one of these"
-            is one class (the marginal loss of Shi et al., arXiv 2007.03868), and they do not count for the Dice: what nobody looked
-            for is not taught to be absent.
+        known: Bool (N, classes), which foreground classes a label speaks about; None: all. For the others "background
+            or one of these" is one class (the marginal loss of Shi et al., arXiv 2007.03868), and they do not count for
+            the Dice: what nobody looked for is not taught to be absent.
 
     Returns:
-        The loss; {"cross_entropy", "dice"}. The Dice is that of each foreground class over the whole batch, so that a crop without it
-        does not count as all wrong.
+        The loss; {"cross_entropy", "dice"}. The Dice is that of each foreground class over the whole batch, so that a
+        crop without it does not count as all wrong.
     """
     logits = logits.float()
     if known is None:
@@ -309,12 +337,14 @@ class _Pool:
         for piece in pieces:
             self._of_case.setdefault(piece.case, []).append(piece)
 
-    def draw(self, count: int, side: int, generator: torch.Generator) -> tuple[list[Tensor], Tensor, Tensor, list[str | None], Tensor | None]:
+    def draw(
+        self, count: int, side: int, generator: torch.Generator
+    ) -> tuple[list[Tensor], Tensor, Tensor, list[str | None], Tensor | None]:
         """Random crops: every picture as often, whatever its size.
 
         Returns:
-            Features (N, C_b, side / s_b, side / s_b) each; targets (N, 1 + classes, side, side); boxes (N, 4); sentences; which classes the
-            labels speak about, bool (N, classes), None if all of all.
+            Features (N, C_b, side / s_b, side / s_b) each; targets (N, 1 + classes, side, side); boxes (N, 4);
+            sentences; which classes the labels speak about, bool (N, classes), None if all of all.
         """
         coarsest = max(self._strides)
 
@@ -323,7 +353,8 @@ class _Pool:
 
         sides = [side // stride for stride in self._strides]
         features = [
-            torch.empty((count, len(found), n, n), memory_format=torch.channels_last) for found, n in zip(self.pieces[0].features, sides, strict=True)
+            torch.empty((count, len(found), n, n), memory_format=torch.channels_last)
+            for found, n in zip(self.pieces[0].features, sides, strict=True)
         ]
         targets, boxes, sentences, unknown = [], [], [], []
         for number in range(count):
@@ -374,7 +405,9 @@ class _Words:
             self._numbers = {sentence: number for number, sentence in enumerate(known)}
 
     def look_up(self, sentences: Sequence[str | None]) -> tuple[Tensor | None, Tensor | None]:
-        """Tokens (N, L, D) and mask (N, L); all False in rows without a sentence. None, None if no sentence is known at all."""
+        """Tokens (N, L, D) and mask (N, L); all False in rows without a sentence. None, None if no sentence is known at
+        all.
+        """
         if self._tokens is None or self._mask is None:
             return None, None
         rows = torch.tensor([self._numbers[s] if s else 0 for s in sentences], device=self._tokens.device)
@@ -383,7 +416,11 @@ class _Words:
 
 
 def _check_request(
-    cases: Sequence[Case], held_out: Sequence[Case], extractor: FeatureExtractor, out: Path | None, config: TextDiffTrainConfig
+    cases: Sequence[Case],
+    held_out: Sequence[Case],
+    extractor: FeatureExtractor,
+    out: Path | None,
+    config: TextDiffTrainConfig,
 ) -> None:
     """Refuse what cannot be trained before anything is computed."""
     if out is not None and out.exists():
@@ -392,14 +429,21 @@ def _check_request(
         raise RequestError("There is no labelled picture to learn from; one is enough.")
     bare = [case.name for case in (*cases, *held_out) if case.label is None]
     if bare:
-        raise RequestError(f"{', '.join(bare[:5])} {'has' if len(bare) == 1 else 'have'} no label; add one, or leave the picture out.")
+        raise RequestError(
+            f"{', '.join(bare[:5])} {'has' if len(bare) == 1 else 'have'} no label; add one, or leave the picture out."
+        )
     both = sorted({case.name for case in cases} & {case.name for case in held_out})
     if both:
         raise RequestError(f"{', '.join(both[:5])} cannot be learned from and held out at once; leave it out of one.")
     if config.crop % max(extractor.strides):
-        raise RequestError(f"Setting crop must be a multiple of {max(extractor.strides)}, the coarsest stride of the features, got {config.crop}.")
+        raise RequestError(
+            f"Setting crop must be a multiple of {max(extractor.strides)}, the coarsest "
+            f"stride of the features, got {config.crop}."
+        )
     if not config.classes or len(set(config.classes)) < len(config.classes):
-        raise RequestError(f"Setting classes needs one or more different names, got {', '.join(config.classes) or 'none'}.")
+        raise RequestError(
+            f"Setting classes needs one or more different names, got {', '.join(config.classes) or 'none'}."
+        )
 
 
 def _prepare(
@@ -423,7 +467,11 @@ def _prepare(
         if config.use_text and not case.sentence:
             notes.append(f"{case.name}: there is no sentence; it is learned from without one.")
         grays.append(picture.gray)
-        state.update(json.dumps([case.name, picture.size, case.sentence]).encode() + picture.pixels.numpy().tobytes() + classes.tobytes())
+        state.update(
+            json.dumps([case.name, picture.size, case.sentence]).encode()
+            + picture.pixels.numpy().tobytes()
+            + classes.tobytes()
+        )
         if case.unknown:
             state.update(json.dumps(sorted(case.unknown)).encode())
         plain = to_working(picture.pixels, options.scale, options.size, options.tone)
@@ -431,11 +479,19 @@ def _prepare(
         target = resize(shares[None], (int(plain.shape[1]), int(plain.shape[2])))[0]
         for view in range(config.views):
             if is_cancelled is not None and is_cancelled():
-                raise CancelledError(f"Training stopped on request at picture {number + 1} of {len(cases)}; start it again to continue.")
+                raise CancelledError(
+                    f"Training stopped on request at picture {number + 1} of {len(cases)}; start it again to continue."
+                )
             if report is not None:
                 report({"stage": "features", "step": number * config.views + view, "total": len(cases) * config.views})
             working, shown, sentence = make_view(
-                plain, target, case.sentence, view, config.color, derive_seed(config.seed, view, case.name), options.mirror
+                plain,
+                target,
+                case.sentence,
+                view,
+                config.color,
+                derive_seed(config.seed, view, case.name),
+                options.mirror,
             )
             height, width = int(working.shape[1]), int(working.shape[2])
             for tile in list_tiles(height, width, TILE, OVERLAP):
@@ -468,7 +524,9 @@ def make_view(
     if sentence:
         sentence = mirror_sentence(sentence, -1 in axes, -2 in axes)
     if view and color:
-        gain, offset = (color * (2 * torch.rand((2, 3, 1, 1), generator=torch.Generator().manual_seed(seed)) - 1)).unbind(0)
+        gain, offset = (
+            color * (2 * torch.rand((2, 3, 1, 1), generator=torch.Generator().manual_seed(seed)) - 1)
+        ).unbind(0)
         working = working * (1 + gain) + offset
     return working, target, sentence
 
@@ -496,4 +554,8 @@ def choose_threshold(
             scores[k, number] = compute_scores(foreground > threshold, truth)
     means = scores.mean(axis=1)
     best = int(means[:, 0].argmax())
-    return THRESHOLDS[best], {"dice": float(means[best, 0]), "iou": float(means[best, 1]), "threshold": THRESHOLDS[best]}
+    return THRESHOLDS[best], {
+        "dice": float(means[best, 0]),
+        "iou": float(means[best, 1]),
+        "threshold": THRESHOLDS[best],
+    }

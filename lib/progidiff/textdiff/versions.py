@@ -1,4 +1,6 @@
-"""Versions of TextDiff models on disk: immutable folders and a pointer to the one that is served, see `progidiff.storage.versions`."""
+"""Versions of TextDiff models on disk: immutable folders and a pointer to the one that is served, see
+`progidiff.storage.versions`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from progidiff.storage.versions import VersionStore
-from progidiff.textdiff.model import CARD_FILE, WEIGHTS_FILE, TextDiffCard, TextDiffModel, load_textdiff, refer_to, write_model_card
+from progidiff.textdiff.model import (
+    CARD_FILE,
+    WEIGHTS_FILE,
+    TextDiffCard,
+    TextDiffModel,
+    load_textdiff,
+    refer_to,
+    write_model_card,
+)
 
 
 class TextDiffStore(VersionStore[TextDiffCard]):
@@ -50,7 +60,9 @@ class TextDiffStore(VersionStore[TextDiffCard]):
 
         return self._add(name, model.pack_weights(), make_card, run, lambda card: readme or write_model_card(card, run))
 
-    def load_model(self, card: TextDiffCard, device: str | None = None, denoiser: str | Path | None = None) -> TextDiffModel:
+    def load_model(
+        self, card: TextDiffCard, device: str | None = None, denoiser: str | Path | None = None
+    ) -> TextDiffModel:
         """A version, ready to answer.
 
         Raises:

@@ -35,8 +35,9 @@ def find_folder(source: str | Path, what: str, patterns: Sequence[str]) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
     except Exception as err:  # the hub client raises a dozen unrelated types; the cure is the same for all
         raise ModelError(
-            f"The {what} '{name}' is no local folder and could not be fetched from the model hub ({type(err).__name__}: {err}). "
-            "Download it on a machine with network access and give its folder."
+            f"The {what} '{name}' is no local folder and could not be fetched from the "
+            f"model hub ({type(err).__name__}: {err}). Download it on a machine with "
+            "network access and give its folder."
         ) from err
 
 

@@ -1,8 +1,8 @@
 """From a datastore's accepted labels to training cases: what every id means, and which slices somebody vouches for.
 
-The meaning of an id comes from, in this order: the label's history, the label's record in the datastore (`label_info`, as viewers
-send it), the folder's labels.json, and only if there is none of these, the fixed ids that our own server hands out. An id that none of them names is
-refused when the label is read, never guessed.
+The meaning of an id comes from, in this order: the label's history, the label's record in the datastore (`label_info`,
+as viewers send it), the folder's labels.json, and only if there is none of these, the fixed ids that our own server
+hands out. An id that none of them names is refused when the label is read, never guessed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class AcceptedLabel:
         name: Image id.
         image: File, or folder of one DICOM series.
         label: File on the image's grid.
-        label_info: The label's record; viewers send "label_info" [{"name", "idx"}], our own answers hold "label_names" {name: id}.
+        label_info: The label's record; viewers send "label_info" [{"name", "idx"}], our own answers hold "label_names"
+            {name: id}.
         image_info: The image's record.
     """
 
@@ -63,7 +64,15 @@ def list_local_labels(studies: Path) -> list[AcceptedLabel]:
     for case in evaluate.list_cases(studies):
         record = objects.get(case.name) or {}
         label = (record.get("labels") or {}).get("final") or {}
-        found.append(AcceptedLabel(case.name, case.image, case.label, label.get("info") or {}, (record.get("image") or {}).get("info") or {}))
+        found.append(
+            AcceptedLabel(
+                case.name,
+                case.image,
+                case.label,
+                label.get("info") or {},
+                (record.get("image") or {}).get("info") or {},
+            )
+        )
     return found
 
 
@@ -82,7 +91,9 @@ def find_local_cases(studies: Path, annotations: AnnotationStore | None = None) 
     return build_cases(list_local_labels(studies), load_folder_names(studies), annotations)
 
 
-def build_cases(labels: Iterable[AcceptedLabel], folder_names: Mapping[int, str] | None, annotations: AnnotationStore | None) -> list[Case]:
+def build_cases(
+    labels: Iterable[AcceptedLabel], folder_names: Mapping[int, str] | None, annotations: AnnotationStore | None
+) -> list[Case]:
     """Training cases of accepted labels.
 
     Args:
@@ -124,13 +135,17 @@ def read_label_names(info: Mapping[str, Any]) -> dict[int, str]:
     entries = info.get("label_info")
     for entry in entries if isinstance(entries, (list, tuple)) else ():
         if isinstance(entry, Mapping) and entry.get("name"):
-            number = next((entry[key] for key in ("idx", "id", "value", "labelValue") if entry.get(key) is not None), None)
+            number = next(
+                (entry[key] for key in ("idx", "id", "value", "labelValue") if entry.get(key) is not None), None
+            )
             if isinstance(number, (int, str)) and str(number).isdecimal() and int(number) > 0:
                 names[int(number)] = str(entry["name"])
     params = info.get("params")
     table = info.get("label_names") or (params.get("label_names") if isinstance(params, Mapping) else None)
     if not names and isinstance(table, Mapping):
-        names = {int(number): str(name) for name, number in table.items() if str(number).isdecimal() and int(number) > 0}
+        names = {
+            int(number): str(name) for name, number in table.items() if str(number).isdecimal() and int(number) > 0
+        }
     return names
 
 
@@ -151,7 +166,9 @@ def to_json(cases: Iterable[Case]) -> list[dict[str, Any]]:
             "image": str(case.image),
             "label": str(case.label),
             "structures": {str(value): name for value, name in case.structures.items()},
-            "annotated": None if case.annotated is None else {k: None if v is None else sorted(v) for k, v in case.annotated.items()},
+            "annotated": None
+            if case.annotated is None
+            else {k: None if v is None else sorted(v) for k, v in case.annotated.items()},
             "info": dict(case.info),
             "names_all": case.names_all,
         }
@@ -167,7 +184,9 @@ def from_json(values: Iterable[Mapping[str, Any]]) -> list[Case]:
             Path(entry["image"]),
             Path(entry["label"]),
             {int(value): str(name) for value, name in entry["structures"].items()},
-            None if entry["annotated"] is None else {k: None if v is None else frozenset(v) for k, v in entry["annotated"].items()},
+            None
+            if entry["annotated"] is None
+            else {k: None if v is None else frozenset(v) for k, v in entry["annotated"].items()},
             dict(entry["info"]),
             bool(entry["names_all"]),
         )
@@ -189,7 +208,9 @@ def _read_slices(store: AnnotationStore, image: str) -> dict[str, frozenset[int]
 
 
 def canonical(text: str) -> str:
-    """The structure that a name means; the name itself if it means none, so that it is refused where the label is read."""
+    """The structure that a name means; the name itself if it means none, so that it is refused where the label is
+    read.
+    """
     try:
         queries = parse_prompt(text)
     except (PromptError, RequestError):

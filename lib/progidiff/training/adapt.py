@@ -6,9 +6,9 @@
 4. gate        what is served now, the model itself and the new version on the same held-back slices
 5. version     always written; published only if it beats both
 
-A version of kind "lora" holds low-rank updates, one of kind "full" all weights of the conditioning branch. Training always
-starts from the model itself, never from the version that is served: all labels are trained on together, and a bad version
-leaves no trace in the next one.
+A version of kind "lora" holds low-rank updates, one of kind "full" all weights of the conditioning branch. Training
+always starts from the model itself, never from the version that is served: all labels are trained on together, and a
+bad version leaves no trace in the next one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,15 @@ from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, 
 from progidiff.model.backbone import Backbone
 from progidiff.model.conditioning import ConditioningBranch
 from progidiff.model.folder import ModelCard, load_pipeline
-from progidiff.model.lora import INJECTION, LoraSettings, collect_full, collect_tensors, copy_full, inject_lora, load_tensors
+from progidiff.model.lora import (
+    INJECTION,
+    LoraSettings,
+    collect_full,
+    collect_tensors,
+    copy_full,
+    inject_lora,
+    load_tensors,
+)
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.storage.atomic import flush, replace_text
 from progidiff.training.dice_tally import DiceTally, one_hot
@@ -75,17 +83,18 @@ class AdaptConfig:
         validate_every: Steps between validations.
         patience: Validations without a gain after which training stops.
         augmentation: Strength of affine and intensity augmentation; 1 is the recipe of the base.
-        bias_field: Standard deviation of the logarithm of a smooth random shading (coil sensitivity); None: 0.3 for MR, 0 for CT.
+        bias_field: Standard deviation of the logarithm of a smooth random shading (coil sensitivity); None: 0.3 for MR,
+            0 for CT.
         proposal_steps: Steps of stage 3; 0 leaves it out.
         proposal_rate: Its learning rate.
         num_proposals: K of the consensus that the gate compares.
-        random_share: Share of the slices that are drawn from all annotated ones; the others show a structure that is drawn first. More of
-            them teach where nothing is.
+        random_share: Share of the slices that are drawn from all annotated ones; the others show a structure that is
+            drawn first. More of them teach where nothing is.
         seed: Run seed.
         precision, accumulate: See `progidiff.training.loop.RunConfig`.
         ema_decay: Of the averaged weights.
-        keep: Weight of the loss that holds the answers for structures that nobody labelled to the base's, on images of the base's
-            modality; 0 switches it off. On another modality the base's answers are not worth keeping.
+        keep: Weight of the loss that holds the answers for structures that nobody labelled to the base's, on images of
+            the base's modality; 0 switches it off. On another modality the base's answers are not worth keeping.
     """
 
     kind: Kind = "lora"
@@ -117,9 +126,12 @@ class AdaptConfig:
         if self.kind not in ("lora", "full"):
             raise RequestError(f"Setting kind must be lora or full, got {self.kind!r}.")
         ranges: dict[str, tuple[float, float]] = {
-            "steps": (1, 100_000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 256), "validate_every": (1, 10_000), "patience": (1, 1000),
-            "augmentation": (0, 3), "bias_field": (0, 2), "proposal_steps": (0, 100_000), "proposal_rate": (1e-7, 1.0), "num_proposals": (1, 16),
-            "keep": (0, 100), "random_share": (0, 1), "seed": (0, 2**62), "accumulate": (1, 1024), "ema_decay": (0, 0.999999),
+            "steps": (1, 100_000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 256), "validate_every": (1,
+            10_000), "patience": (1, 1000),
+            "augmentation": (0, 3), "bias_field": (0, 2), "proposal_steps": (0, 100_000), "proposal_rate": (1e-7,
+            1.0), "num_proposals": (1, 16),
+            "keep": (0, 100), "random_share": (0, 1), "seed": (0, 2**62), "accumulate": (1, 1024), "ema_decay": (0,
+            0.999999),
         }  # fmt: skip
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
@@ -128,12 +140,19 @@ class AdaptConfig:
         targets = set(self.lora.target_modules)
         if self.kind == "full" and "denoiser" in targets:
             raise RequestError(
-                "A version of kind full holds the conditioning branch, not the denoiser; leave the target denoiser out, or use kind lora."
+                "A version of kind full holds the conditioning branch, not the denoiser; "
+                "leave the target denoiser out, or use kind lora."
             )
         if self.proposal_steps and not {"injection", "denoiser"} & targets:
-            raise RequestError("proposal_steps train 'injection' or 'denoiser', but neither is a target; add one, or set proposal_steps to 0.")
+            raise RequestError(
+                "proposal_steps train 'injection' or 'denoiser', but neither is a target; "
+                "add one, or set proposal_steps to 0."
+            )
         if not self.proposal_steps and not {"encoder", "query_head"} & targets:
-            raise RequestError("Nothing would be trained: 'injection' and 'denoiser' learn from proposals only; set proposal_steps, for example 200.")
+            raise RequestError(
+                "Nothing would be trained: 'injection' and 'denoiser' learn from "
+                "proposals only; set proposal_steps, for example 200."
+            )
 
     def complete(self, modality: str) -> AdaptConfig:
         """The same with every None replaced by what it stands for."""
@@ -187,12 +206,12 @@ def run_adapt(
 ) -> AdaptResult:
     """Train a version of an adapter and publish it if it is better than what is served.
 
-    The same call continues a run that was stopped or killed: checkpoints lie in `work` under a name made of everything that the
-    result depends on. A training that is done is not repeated.
+    The same call continues a run that was stopped or killed: checkpoints lie in `work` under a name made of everything
+    that the result depends on. A training that is done is not repeated.
 
     Args:
-        studies: Folder of a local datastore (images, ``labels/final/``, names of the label ids in ``labels.json`` or in the
-            labels' records), or cases collected elsewhere.
+        studies: Folder of a local datastore (images, ``labels/final/``, names of the label ids in ``labels.json`` or in
+            the labels' records), or cases collected elsewhere.
         model_dir: The base: ``backbone/`` and ``conditioning/``.
         name: Of the adapter; None for the modality in lower case.
         work: Checkpoints and cached slices.
@@ -202,9 +221,10 @@ def run_adapt(
         shots: Train on so many volumes.
         slices: Train on so many labelled slices, evenly spaced over all training volumes.
         structures: Only these; empty for all that are labelled.
-        annotated: case -> axial slices that count (None for all of them), instead of what the datastore says; other slices and
-            other cases are not used.
-        modality: Only images of this one, "CT" or "MR"; "newest": that of the label saved last; None: there must be only one.
+        annotated: case -> axial slices that count (None for all of them), instead of what the datastore says; other
+            slices and other cases are not used.
+        modality: Only images of this one, "CT" or "MR"; "newest": that of the label saved last; None: there must be
+            only one.
         publish: False to keep the version unpublished whatever the gate says.
         command: How the run was started, for its record; None for this process's command line.
         is_cancelled: Asked before every step and between validation batches; a clean checkpoint is written first.
@@ -255,27 +275,46 @@ def run_adapt(
     folder = work / f"{name}-{fingerprint[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
     logger.info(
-        "Training on %d slices of %s; held back: %s", len(data.training), ", ".join(data.training.names), ", ".join(data.held_out) or "slices of it"
+        "Training on %d slices of %s; held back: %s",
+        len(data.training),
+        ", ".join(data.training.names),
+        ", ".join(data.held_out) or "slices of it",
     )
     tell({"stage": "prepare", "name": name, "modality": data.modality, **_describe_data(data)})
     earlier = store.find_run(name, fingerprint)
     if earlier is not None:
         return _finish(store, earlier, store.run(earlier), publish, folder, repeated=True)
 
-    run = _Run(base, data, PhraseTable(backbone, data.training.structures), card, config, folder, is_cancelled or (lambda: False), tell)
+    run = _Run(
+        base,
+        data,
+        PhraseTable(backbone, data.training.structures),
+        card,
+        config,
+        folder,
+        is_cancelled or (lambda: False),
+        tell,
+    )
     tensors, settings, choice = run.train()
     tell({"stage": "gate"})
     figures = {"base": run.measure(base)}
     served = store.pick_for(data.modality, base_digest)
     if served is not None:
-        figures["current"] = run.measure(base.with_networks(*build_networks(served, store.load(served, base_digest), base.branch, base.unet, folder)))
-    draft = AdapterCard(name, 1, config.kind, data.modality, data.training.structures, base_digest, card.full_name, "", "", settings)
-    figures["adapted"] = run.measure(base.with_networks(*build_networks(draft, tensors, base.branch, base.unet, folder)))
+        figures["current"] = run.measure(
+            base.with_networks(*build_networks(served, store.load(served, base_digest), base.branch, base.unet, folder))
+        )
+    draft = AdapterCard(
+        name, 1, config.kind, data.modality, data.training.structures, base_digest, card.full_name, "", "", settings
+    )
+    figures["adapted"] = run.measure(
+        base.with_networks(*build_networks(draft, tensors, base.branch, base.unet, folder))
+    )
     tell({"stage": "version", **{k: v["consensus"] for k, v in figures.items()}})
 
     accepted, verdict = judge(figures, None if served is None else served.full_name, card.full_name)
     if "kept" in figures["adapted"]:
-        verdict += f" For the structures without labels it agrees with {card.full_name} to {figures['adapted']['kept']:.3f} (Dice)."
+        kept = figures["adapted"]["kept"]
+        verdict += f" For the structures without labels it agrees with {card.full_name} to {kept:.3f} (Dice)."
     if data.same_patient:
         verdict += " Only one volume is labelled: some of its slices were held back, so the figures flatter."
     record = {
@@ -286,7 +325,9 @@ def run_adapt(
         "base": card.full_name,
         "parent": None if served is None else served.full_name,
         "training_cases": data.training.names,
-        "training_slices": {n: [z for v, z in data.training.index if v == i] for i, n in enumerate(data.training.names)},
+        "training_slices": {
+            n: [z for v, z in data.training.index if v == i] for i, n in enumerate(data.training.names)
+        },
         "held_out_cases": data.held_out,
         "same_patient": data.same_patient,
         "data_sha256": {**data.training.digests, **data.validation.digests},
@@ -311,13 +352,15 @@ def run_adapt(
 
 
 def _check_modality_of_name(store: AdapterStore, name: str, modality: str) -> None:
-    """A name stands for one modality: publishing an MR version of a CT adapter would take the adapter from all CT images."""
+    """A name stands for one modality: publishing an MR version of a CT adapter would take the adapter from all CT
+    images.
+    """
     for version in store.entry(name).versions[-1:]:
         card = store.card(name, version)
         if card.modality != modality:
             raise RequestError(
-                f"Adapter '{name}' is for {card.modality} images ({card.full_name}), but the labelled images are {modality}; choose another name, "
-                f"for example '{modality.lower()}'."
+                f"Adapter '{name}' is for {card.modality} images ({card.full_name}), but the labelled images are "
+                f"{modality}; choose another name, for example '{modality.lower()}'."
             )
 
 
@@ -334,19 +377,26 @@ def _describe_data(data: AdaptData) -> dict[str, Any]:
     }
 
 
-def _finish(store: AdapterStore, card: AdapterCard, run: Mapping[str, Any], publish: bool, folder: Path, repeated: bool = False) -> AdaptResult:
+def _finish(
+    store: AdapterStore, card: AdapterCard, run: Mapping[str, Any], publish: bool, folder: Path, repeated: bool = False
+) -> AdaptResult:
     """Publish a version if the gate accepted it; once, so that a rollback is not undone by repeating the command."""
     name, verdict = card.full_name, run["verdict"]
     before = "This very training was done before. " if repeated else ""
     if not run["accepted"]:
-        return AdaptResult(card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder)
+        return AdaptResult(
+            card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder
+        )
     if publish:
         store.publish_once(card)
     served = store.current(card.name) == card.version
     if served:
         message = f"{before}{name} is published: {verdict}"
     else:
-        message = f"{before}{name} is kept and not published, as asked; `progidiff adapters use {name}` publishes it. {verdict}"
+        message = (
+            f"{before}{name} is kept and not published, as asked; `progidiff adapters use "
+            f"{name}` publishes it. {verdict}"
+        )
     return AdaptResult(card, served, message, run["validation"], folder)
 
 
@@ -368,12 +418,17 @@ def measure_dice(
         between: Called between batches; may raise to end it.
 
     Returns:
-        "evidence" and, if K > 0, "consensus": means over the structures; "evidence <structure>", "consensus <structure>".
+        "evidence" and, if K > 0, "consensus": means over the structures; "evidence <structure>", "consensus
+        <structure>".
     """
     pipeline.branch.eval()
     count = len(cache.structures)
     prompts = phrases.pick_canonical()
-    noise, offsets = (pipeline.draw_noise(num_proposals, seed=0), pipeline.draw_offsets(num_proposals, seed=0)) if num_proposals else (None, None)
+    noise, offsets = (
+        (pipeline.draw_noise(num_proposals, seed=0), pipeline.draw_offsets(num_proposals, seed=0))
+        if num_proposals
+        else (None, None)
+    )
     kinds = ("evidence", "consensus") if num_proposals else ("evidence",)
     tally = DiceTally(cache)
     chosen = list(range(0, len(cache), max(1, -(-len(cache) // limit))))
@@ -386,10 +441,17 @@ def measure_dice(
         masks = {"evidence": (evidence >= 0.5).cpu()}
         if noise is not None:
             masks["consensus"] = torch.zeros(len(batch), count, *labels.shape[-2:], dtype=torch.bool)
-            pairs = [(n, p) for n in range(len(batch)) for p in range(count) if float(evidence[n, p].max()) >= card.gate]
+            pairs = [
+                (n, p) for n in range(len(batch)) for p in range(count) if float(evidence[n, p].max()) >= card.gate
+            ]
             for at in range(0, len(pairs), 16):
                 part = pairs[at : at + 16]
-                drawn = pipeline.propose(features, evidence, prompts, part, noise, card.num_inference_steps, card.guidance_scale, offsets) >= 0.5
+                drawn = (
+                    pipeline.propose(
+                        features, evidence, prompts, part, noise, card.num_inference_steps, card.guidance_scale, offsets
+                    )
+                    >= 0.5
+                )
                 for (n, p), proposals in zip(part, drawn, strict=True):
                     masks["consensus"][n, p] = proposals.float().mean(0) >= 0.5
         tally.add(batch, labels, masks)
@@ -405,7 +467,11 @@ def measure_dice(
 
 @torch.no_grad()
 def measure_agreement(
-    base: ProposalPipeline, adapted: ProposalPipeline, cache: SliceCache, structures: Sequence[str], between: Callable[[], object] = lambda: None
+    base: ProposalPipeline,
+    adapted: ProposalPipeline,
+    cache: SliceCache,
+    structures: Sequence[str],
+    between: Callable[[], object] = lambda: None,
 ) -> float | None:
     """How far the evidence for structures without labels is still the base's, on the slices of a cache.
 
@@ -414,7 +480,8 @@ def measure_agreement(
         between: Called between batches; may raise to end it.
 
     Returns:
-        Dice between the two, pooled over the slices, averaged over the structures that the base sees; None if it sees none.
+        Dice between the two, pooled over the slices, averaged over the structures that the base sees; None if it sees
+        none.
     """
     prompts = base.encode_prompts(structures)
     overlap, total, seen = (torch.zeros(len(structures)) for _ in range(3))
@@ -463,30 +530,39 @@ def write_adapter_card(card: AdapterCard, run: Mapping[str, Any], data: AdaptDat
     )
     lora = card.lora
     if lora is None:
-        what = f"All weights of the conditioning branch ({', '.join(run['choice']['targets'])} trained), in place of those"
+        what = (
+            f"All weights of the conditioning branch ({', '.join(run['choice']['targets'])} trained), in place of those"
+        )
     else:
         norms = ", with group norms" if lora.norms else ""
         what = f"Low-rank adapter (rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}{norms})"
     proposals = "trained too" if run["choice"]["proposals"] else "as in the base"
-    warning = "Only one volume was labelled: the held-back slices are of the same patient, so these figures flatter.\n\n" if data.same_patient else ""
+    warning = (
+        "Only one volume was labelled: the held-back slices are of the same patient, so these figures flatter.\n\n"
+        if data.same_patient
+        else ""
+    )
+    held_back = ", ".join(data.held_out) or "slices of the same volume"
     return f"""# {card.full_name}
 
 {what}
 of {card.base_name} for {card.modality} images. Structures: {", ".join(card.structures)}.
 
 * Trained on {len(data.training)} slices of {len(data.training.names)} volumes: {", ".join(data.training.names)}.
-* Held back, to pick the number of steps and to decide about publishing: {", ".join(data.held_out) or "slices of the same volume"}.
+* Held back, to pick the number of steps and to decide about publishing: {held_back}.
 * {run["choice"]["steps"]} steps, chosen among {len(run["choice"]["history"])} validations. Proposals: {proposals}.
 * Made by `{run["command"]}` at commit {run["commit"][:12] or "unknown"} on {run["date"]}.
 * Verdict: {run["verdict"]} {"Accepted." if run["accepted"] else "Not published."}
 
-Dice of the consensus on the held-back slices, at working resolution. They were used for choices, so they are no test result:
+Dice of the consensus on the held-back slices, at working resolution. They were used for choices, so they are no test
+result:
 
 | structure | {" | ".join(titles[k] for k in kinds)} |
 |---|{"---|" * len(kinds)}
 {rows}
 
-{warning}For research, not for diagnosis. Weights inherit the terms of the images that they and {card.base_name} were trained on.
+{warning}For research, not for diagnosis. Weights inherit the terms of the images that they and {card.base_name}
+were trained on.
 """
 
 
@@ -513,7 +589,9 @@ class _BestWeights:
 
     def note(self, step: int, score: float, collect: Callable[[], dict[str, Tensor]]) -> None:
         """Take a validation into account; after a resumed run it may be one that was seen before."""
-        self.history = sorted([e for e in self.history if e["step"] != step] + [{"step": step, "score": score}], key=lambda e: e["step"])
+        self.history = sorted(
+            [e for e in self.history if e["step"] != step] + [{"step": step, "score": score}], key=lambda e: e["step"]
+        )
         if self.best is not None and self.best["step"] == step:
             scratch = self.file.with_name(".best.safetensors.tmp")
             try:
@@ -523,21 +601,27 @@ class _BestWeights:
             except Exception as err:  # safetensors raises its own untyped error for a full disk
                 scratch.unlink(missing_ok=True)
                 raise StoreError(
-                    f"The weights of step {step} cannot be written to '{self.file.parent}' ({err}). Free some disk space there; the same command "
-                    "continues from the last checkpoint."
+                    f"The weights of step {step} cannot be written to '{self.file.parent}' ({err}). Free some disk "
+                    "space there; the same command continues from the last checkpoint."
                 ) from err
         _write_json(self._log, {"history": self.history})
 
     def should_stop(self) -> bool:
         """Whether the last `patience` validations brought no gain; not before there is something to gain on."""
-        return self.best is not None and self.best["score"] > 0 and sum(e["step"] > self.best["step"] for e in self.history) >= self._patience
+        return (
+            self.best is not None
+            and self.best["score"] > 0
+            and sum(e["step"] > self.best["step"] for e in self.history) >= self._patience
+        )
 
     def load(self) -> dict[str, Tensor]:
         """The best weights."""
         try:
             return load_file(self.file)
         except Exception as err:  # safetensors raises its own untyped error for a truncated file
-            raise ModelError(f"'{self.file}' cannot be read ({err}); remove the folder '{self.file.parent}' to train again.") from err
+            raise ModelError(
+                f"'{self.file}' cannot be read ({err}); remove the folder '{self.file.parent}' to train again."
+            ) from err
 
 
 class _Trainee:
@@ -547,7 +631,9 @@ class _Trainee:
         settings: Of its low-rank updates; None for kind "full".
     """
 
-    def __init__(self, config: AdaptConfig, targets: tuple[str, ...], branch: ConditioningBranch, unet: nn.Module) -> None:
+    def __init__(
+        self, config: AdaptConfig, targets: tuple[str, ...], branch: ConditioningBranch, unet: nn.Module
+    ) -> None:
         self.branch, self.unet = branch, unet
         self.settings = replace(config.lora, target_modules=targets) if config.kind == "lora" else None
         if self.settings is not None:
@@ -557,7 +643,9 @@ class _Trainee:
         else:
             own, self._of_unet = list(branch.named_parameters()), []
         roots = {"encoder": "encoder", "query_head": "query_head", **dict.fromkeys(INJECTION, "injection")}
-        self._parameters = {t: [p for n, p in own if roots.get(n.split(".")[0]) == t] for t in targets if t != "denoiser"}
+        self._parameters = {
+            t: [p for n, p in own if roots.get(n.split(".")[0]) == t] for t in targets if t != "denoiser"
+        }
         self._parameters["denoiser"] = self._of_unet
 
     def select(self, targets: Collection[str]) -> None:
@@ -570,7 +658,11 @@ class _Trainee:
 
     def collect(self) -> dict[str, Tensor]:
         """Its tensors, as they are kept on disk."""
-        return collect_full(self.branch) if self.settings is None else collect_tensors(self.branch, self.unet, self.settings)
+        return (
+            collect_full(self.branch)
+            if self.settings is None
+            else collect_tensors(self.branch, self.unet, self.settings)
+        )
 
     def load(self, tensors: Mapping[str, Tensor], path: Path) -> None:
         """Put tensors of `collect` back."""
@@ -596,7 +688,11 @@ class _Run:
     @property
     def unlabelled(self) -> tuple[str, ...]:
         """Structures that the base can do and that are not trained; none on images of another modality."""
-        return tuple(s for s in self.card.structures if s not in self.data.training.structures) if self.data.modality == self.card.modality else ()
+        return (
+            tuple(s for s in self.card.structures if s not in self.data.training.structures)
+            if self.data.modality == self.card.modality
+            else ()
+        )
 
     def measure(self, pipeline: ProposalPipeline) -> dict[str, float]:
         """Dice of evidence and consensus on the held-back slices, and "kept", see `measure_agreement`.
@@ -607,9 +703,13 @@ class _Run:
 
         def check() -> None:
             if self.is_cancelled():
-                raise CancelledError("Training stopped on request while its result was measured; start it again to continue there.")
+                raise CancelledError(
+                    "Training stopped on request while its result was measured; start it again to continue there."
+                )
 
-        figures = measure_dice(pipeline, self.data.validation, self.phrases, self.card, self.config.num_proposals, between=check)
+        figures = measure_dice(
+            pipeline, self.data.validation, self.phrases, self.card, self.config.num_proposals, between=check
+        )
         if self.unlabelled and pipeline is not self.base:
             kept = measure_agreement(self.base, pipeline, self.data.validation, self.unlabelled, check)
             figures.update({} if kept is None else {"kept": kept})
@@ -661,18 +761,25 @@ class _Run:
             images, labels = augment(images, labels, generator, config.augmentation, config.bias_field or 0.0)
             features = branch.encode_slices(images.to(device))
             logits = branch.predict_evidence(features, self.phrases.pooled[self.phrases.draw(generator)])
-            loss, figures = compute_evidence_loss(logits, one_hot(labels, count).to(device), training.weigh(chosen).to(device))
+            loss, figures = compute_evidence_loss(
+                logits, one_hot(labels, count).to(device), training.weigh(chosen).to(device)
+            )
             if others is None:
                 return loss, figures
             some = others[torch.from_numpy(rng.permutation(len(others))[:KEPT_PER_STEP])]
             with torch.no_grad():
-                before = self.base.branch.predict_evidence(self.base.branch.encode_slices(images.to(device)), some).float().sigmoid()
+                before = (
+                    self.base.branch.predict_evidence(self.base.branch.encode_slices(images.to(device)), some)
+                    .float()
+                    .sigmoid()
+                )
             kept = F.binary_cross_entropy_with_logits(branch.predict_evidence(features, some).float(), before)
             # The factor is that of the cross-entropy beside it in `compute_evidence_loss`.
             return loss + 10 * config.keep * kept, {**figures, "kept": float(kept.detach())}
 
         def validate() -> dict[str, float]:
-            # A stop request waits for the end of a validation: ending it here would lose the steps since the last checkpoint.
+            # A stop request waits for the end of a validation: ending it here would lose the steps since the last
+            # checkpoint.
             figures = measure_dice(pipeline, self.data.validation, self.phrases, self.card, between=self.is_cancelled)
             best.note(position, figures["evidence"], trainee.collect)
             self.tell({"stage": "validation", "step": position, "total": config.steps, **figures})
@@ -685,7 +792,15 @@ class _Run:
         trainee.select(targets)
         loop = self._loop_config(config.steps, config.learning_rate or 0.0)
         try:
-            run_loop({"branch": branch}, compute_loss, loop, folder, validate, stop, lambda e: self.tell({"stage": "evidence", **e}))
+            run_loop(
+                {"branch": branch},
+                compute_loss,
+                loop,
+                folder,
+                validate,
+                stop,
+                lambda e: self.tell({"stage": "evidence", **e}),
+            )
         except CancelledError:
             if not best.should_stop():
                 raise
@@ -695,7 +810,9 @@ class _Run:
             validate()
         return best
 
-    def _train_proposals(self, pipeline: ProposalPipeline, trainee: _Trainee, targets: tuple[str, ...]) -> tuple[float, float]:
+    def _train_proposals(
+        self, pipeline: ProposalPipeline, trainee: _Trainee, targets: tuple[str, ...]
+    ) -> tuple[float, float]:
         """Dice of the consensus before and after."""
         config = self.config
         without = self.measure(pipeline)["consensus"]
@@ -723,7 +840,13 @@ class _Run:
         )
         gained = self.measure(pipeline)["consensus"]
         self.tell(
-            {"stage": "proposals", "step": config.proposal_steps, "total": config.proposal_steps, "consensus_without": without, "consensus": gained}
+            {
+                "stage": "proposals",
+                "step": config.proposal_steps,
+                "total": config.proposal_steps,
+                "consensus_without": without,
+                "consensus": gained,
+            }
         )
         return without, gained
 
@@ -744,7 +867,8 @@ class _Run:
 def _fingerprint(config: AdaptConfig, base: str, data: AdaptData) -> str:
     """Of everything that the result depends on."""
     parts = [
-        asdict(config), base, data.modality, data.training.structures, sorted(data.training.digests.items()), sorted(data.validation.digests.items()),
+        asdict(config), base, data.modality, data.training.structures, sorted(data.training.digests.items()),
+        sorted(data.validation.digests.items()),
         data.training.index, data.validation.index,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

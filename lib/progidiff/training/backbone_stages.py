@@ -1,8 +1,8 @@
 """`progidiff pretrain`: an embedded backbone from scratch, in two stages.
 
 1. *codec*: the autoencoder, on masks and on slices. Its encode-decode Dice is the ceiling of everything that follows.
-2. *denoiser*: the U-Net as a text-to-image model of slices ("axial CT slice showing liver and spleen") and of their masks
-   ("mask of the left kidney"), v-prediction, zero-terminal-SNR betas (arXiv 2305.08891).
+2. *denoiser*: the U-Net as a text-to-image model of slices ("axial CT slice showing liver and spleen") and of their
+   masks ("mask of the left kidney"), v-prediction, zero-terminal-SNR betas (arXiv 2305.08891).
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class CodecOptions:
         slices_per_step: Slices of a micro-batch, each a crop.
         masks_per_slice: Masks of each slice, each a crop.
         crop: Pixels of a crop's side.
-        latent_noise: Noise on the latents before decoding, in their standard deviations: the decoder learns to forgive what a
-            denoiser leaves over.
+        latent_noise: Noise on the latents before decoding, in their standard deviations: the decoder learns to forgive
+            what a denoiser leaves over.
         augmentation: Strength of affine and intensity augmentation.
         bias_field: Strength of simulated shading.
         losses: Their weights.
@@ -95,7 +95,9 @@ def draw_masks(
 
 @torch.no_grad()
 def compute_codec_ceiling(vae: Any, cache: SliceCache, every: int = 1, per_structure: int = 400) -> dict[str, float]:
-    """Encode-decode Dice of ground-truth masks at the working resolution, per structure (voxels pooled over all slices)."""
+    """Encode-decode Dice of ground-truth masks at the working resolution, per structure (voxels pooled over all
+    slices).
+    """
     codec = MaskCodec(vae)
     device = codec.mean.device
     ceiling = {}
@@ -125,7 +127,9 @@ def crop_around(stack: Tensor, masks: Tensor, size: int, rng: np.random.Generato
     crops = []
     for picture, mask in zip(stack, masks, strict=True):
         inside = mask.nonzero()
-        y, x = inside[rng.integers(len(inside))].tolist() if len(inside) else (rng.integers(height), rng.integers(width))
+        y, x = (
+            inside[rng.integers(len(inside))].tolist() if len(inside) else (rng.integers(height), rng.integers(width))
+        )
         top = int(np.clip(y - rng.integers(size), 0, height - size))
         left = int(np.clip(x - rng.integers(size), 0, width - size))
         crops.append(picture[top : top + size, left : left + size])
@@ -146,7 +150,8 @@ def train_codec(
 ) -> list[dict[str, float]]:
     """Train the autoencoder on crops of masks (Dice + cross-entropy + L1) and of slices (L1 + gradients).
 
-    With `refine` the encoder stays as it is, so that latents keep their meaning, and the decoder sees the smallest structures most.
+    With `refine` the encoder stays as it is, so that latents keep their meaning, and the decoder sees the smallest
+    structures most.
 
     Args:
         options: What a step sees.
@@ -167,7 +172,9 @@ def train_codec(
         images, labels = augment(images, labels, generator, options.augmentation, options.bias_field)
         _, _, masks = draw_masks(training, images, labels, options.masks_per_slice, rng, smallest=refine)
         masks = crop_around(masks, masks, crop, rng).to(device)
-        pictures = crop_around(images[:, images.shape[1] // 2], labels, crop, rng)[:, None].expand(-1, 3, -1, -1).to(device)
+        pictures = (
+            crop_around(images[:, images.shape[1] // 2], labels, crop, rng)[:, None].expand(-1, 3, -1, -1).to(device)
+        )
         inputs = torch.cat([(masks * 2 - 1)[:, None].expand(-1, 3, -1, -1), pictures])
         latents = vae.encode(inputs).latents
         noisy = latents + options.latent_noise * latents.detach().float().std() * torch.randn_like(latents)
@@ -178,10 +185,18 @@ def train_codec(
         signed = F.l1_loss(decoded[: len(masks)], inputs[: len(masks)])
         drawn = decoded[len(masks) :]
         picture = (
-            F.l1_loss(drawn, pictures) + F.l1_loss(drawn.diff(dim=-1), pictures.diff(dim=-1)) + F.l1_loss(drawn.diff(dim=-2), pictures.diff(dim=-2))
+            F.l1_loss(drawn, pictures)
+            + F.l1_loss(drawn.diff(dim=-1), pictures.diff(dim=-1))
+            + F.l1_loss(drawn.diff(dim=-2), pictures.diff(dim=-2))
         )
         size = latents.float().square().mean()
-        loss = weights.dice * dice + weights.cross_entropy * cross_entropy + weights.mask * signed + weights.picture * picture + weights.size * size
+        loss = (
+            weights.dice * dice
+            + weights.cross_entropy * cross_entropy
+            + weights.mask * signed
+            + weights.picture * picture
+            + weights.size * size
+        )
         return loss, {
             "dice": float(dice.detach()),
             "ce": float(cross_entropy.detach()),
@@ -251,7 +266,9 @@ def train_text_to_image(
         captions = []
         for n in range(slices):
             present = [training.structures[int(v) - 1] for v in torch.unique(labels[n]) if v > 0]
-            captions.append(describe_slice(list(rng.permutation(present)[: rng.integers(1, 5)]) if present else [], modality))
+            captions.append(
+                describe_slice(list(rng.permutation(present)[: rng.integers(1, 5)]) if present else [], modality)
+            )
         captions += [PROMPT_TEMPLATE.format(training.structures[int(s)]) for s in picked]
         captions = ["" if rng.random() < options.text_dropout else c for c in captions]
         pictures = torch.cat([images[:, images.shape[1] // 2], masks * 2 - 1])[:, None].expand(-1, 3, -1, -1)

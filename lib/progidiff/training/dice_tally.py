@@ -1,4 +1,6 @@
-"""Dice during training: voxels pooled over the slices of a volume, so that a slice with three pixels does not weigh as much as a full one."""
+"""Dice during training: voxels pooled over the slices of a volume, so that a slice with three pixels does not weigh as
+much as a full one.
+"""
 
 from __future__ import annotations
 

@@ -97,7 +97,9 @@ class EvidenceObjective:
         options: What a step sees.
     """
 
-    def __init__(self, branch: ConditioningBranch, phrases: PhraseTable, training: SliceCache, options: EvidenceOptions) -> None:
+    def __init__(
+        self, branch: ConditioningBranch, phrases: PhraseTable, training: SliceCache, options: EvidenceOptions
+    ) -> None:
         self.branch, self.phrases, self.training, self.options = branch, phrases, training, options
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -108,21 +110,29 @@ class EvidenceObjective:
         """Draw, read and augment slices."""
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         chosen = self.training.draw_balanced(self.options.slices_per_step, rng)
-        images, labels = augment(*self.training.read(chosen), generator, self.options.augmentation, self.options.bias_field)
+        images, labels = augment(
+            *self.training.read(chosen), generator, self.options.augmentation, self.options.bias_field
+        )
         return EvidenceBatch(images, labels, self.training.weigh(chosen))
 
     def compute_loss(self, batch: EvidenceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Run the networks on a batch: a slice is encoded once for all its prompts."""
         device = self.phrases.pooled.device
         features = self.branch.encode_slices(batch.images.to(device))
-        logits = self.branch.predict_evidence(features, self.phrases.pooled[self.phrases.draw(generator, self.options.canonical_share)])
+        logits = self.branch.predict_evidence(
+            features, self.phrases.pooled[self.phrases.draw(generator, self.options.canonical_share)]
+        )
         targets = one_hot(batch.labels, len(self.training.structures))
         return compute_evidence_loss(logits, targets.to(device), batch.spoken.to(device), self.options.losses)
 
 
 @torch.no_grad()
 def validate_evidence(
-    branch: ConditioningBranch, cache: SliceCache, phrases: PhraseTable, every: int = 2, autocast: torch.dtype | None = torch.bfloat16
+    branch: ConditioningBranch,
+    cache: SliceCache,
+    phrases: PhraseTable,
+    every: int = 2,
+    autocast: torch.dtype | None = torch.bfloat16,
 ) -> dict[str, float]:
     """Dice of the thresholded evidence per structure, pooled over the slices of a volume and averaged over volumes."""
     branch.eval()
@@ -137,7 +147,9 @@ def validate_evidence(
 
 
 @torch.no_grad()
-def _find_masks(branch: ConditioningBranch, images: Tensor, phrases: PhraseTable, autocast: torch.dtype | None) -> Tensor:
+def _find_masks(
+    branch: ConditioningBranch, images: Tensor, phrases: PhraseTable, autocast: torch.dtype | None
+) -> Tensor:
     """Where the evidence is above one half: (N, P, H, W) bool on the CPU."""
     pooled = phrases.pooled[phrases.canonical()]
     with torch.autocast(pooled.device.type, autocast, enabled=autocast is not None):

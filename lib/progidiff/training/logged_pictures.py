@@ -18,7 +18,9 @@ COUNT = 4
 
 
 def pick_telling_slices(cache: SliceCache, count: int = COUNT) -> list[int]:
-    """Positions of slices that show many structures, spread evenly over the cache; the same ones at every validation."""
+    """Positions of slices that show many structures, spread evenly over the cache; the same ones at every
+    validation.
+    """
     shown = np.array([int((cache.pixels[v][z] > 0).sum()) for v, z in cache.index])
     parts = [part for part in np.array_split(np.arange(len(cache)), min(count, len(cache))) if len(part)]
     return [int(part[shown[part].argmax()]) for part in parts]

@@ -1,8 +1,9 @@
 """One training loop for every recipe: micro-batches -> backward -> sum over processes -> clip -> step -> average.
 
-The randomness of micro-batch m of step i is a function of (run seed, i, m) alone, so a run that was killed and resumed is the run
-that was not, and a step is the same whether one process computes all its micro-batches or several share them (micro-batch m goes
-to process m mod count). A checkpoint is one safetensors file, written to a temporary name and renamed.
+The randomness of micro-batch m of step i is a function of (run seed, i, m) alone, so a run that was killed and resumed
+is the run that was not, and a step is the same whether one process computes all its micro-batches or several share them
+(micro-batch m goes to process m mod count). A checkpoint is one safetensors file, written to a temporary name and
+renamed.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class RunConfig:
 
     Attributes:
         seed: Run seed.
-        precision: Of the networks under autocast: "bf16"; "fp16" with a loss that is scaled so that small gradients survive; "fp32";
-            or "auto", bf16 where the hardware is fast at it and fp32 elsewhere.
+        precision: Of the networks under autocast: "bf16"; "fp16" with a loss that is scaled so that small gradients
+            survive; "fp32"; or "auto", bf16 where the hardware is fast at it and fp32 elsewhere.
         accumulate: Micro-batches per step and process; their gradients are averaged.
         log_every: Steps between log entries.
         tensorboard: Write curves and pictures beside the log.
@@ -114,14 +115,20 @@ def compute_learning_rate(step: int, config: Schedule) -> float:
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     done = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.learning_rate * (config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done))))
+    return config.learning_rate * (
+        config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+    )
 
 
 def pick_precision(precision: Precision, device: torch.device) -> Literal["bf16", "fp16", "fp32"]:
     """What "auto" means on a device: bf16 on CUDA and on CPUs with units for it, else fp32."""
     if precision != "auto":
         return precision
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    fast = (
+        torch.cuda.is_bf16_supported()
+        if device.type == "cuda"
+        else device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    )
     return "bf16" if fast else "fp32"
 
 
@@ -171,13 +178,13 @@ def run_loop(
 ) -> list[dict[str, float]]:
     """Train until `config.steps`, resuming from `folder` if it holds a checkpoint of the same configuration.
 
-    Started by ``accelerate launch``, every process calls this with the same arguments. Only the first one validates, reports and
-    writes; the others need to see the same `folder`.
+    Started by ``accelerate launch``, every process calls this with the same arguments. Only the first one validates,
+    reports and writes; the others need to see the same `folder`.
 
     Args:
         modules: What is trained. On return they hold the averaged weights.
-        compute_loss: (step, generator) -> (loss, figures to log), once per micro-batch. All randomness must come from the generator
-            or from torch's global state, which is seeded before each call.
+        compute_loss: (step, generator) -> (loss, figures to log), once per micro-batch. All randomness must come from
+            the generator or from torch's global state, which is seeded before each call.
         config: Length, rate, precision.
         folder: Checkpoint, ``log.jsonl`` and TensorBoard's files.
         validate: Called with the averaged weights in place; its figures go into the log.
@@ -201,7 +208,13 @@ def run_loop(
     first = run.step
     log = RunLog(folder, first, config.tensorboard) if team.is_first else None
     bar = tqdm(
-        range(first, config.steps), initial=first, total=config.steps, unit="step", dynamic_ncols=True, mininterval=5.0, disable=not team.is_first
+        range(first, config.steps),
+        initial=first,
+        total=config.steps,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=5.0,
+        disable=not team.is_first,
     )
     smoothed: dict[str, float] = {}
     started = time.monotonic()
@@ -210,7 +223,8 @@ def run_loop(
             if team.agree(is_cancelled is not None and is_cancelled(), run.device):
                 run.save()
                 raise CancelledError(
-                    f"Training stopped on request at step {step} of {config.steps}; start it again with the same folder to continue."
+                    f"Training stopped on request at step {step} of {config.steps}; start "
+                    "it again with the same folder to continue."
                 )
             figures = run.train_step(compute_loss)
             if log is not None:
@@ -219,12 +233,21 @@ def run_loop(
                 if run.step % config.log_every == 0 or run.step == config.steps:
                     seconds = time.monotonic() - started
                     left = seconds / (run.step - first) * (config.steps - run.step)
-                    entry = {"step": run.step, "total": config.steps, "rate": compute_learning_rate(step, config), "seconds": round(seconds, 1)}
+                    entry = {
+                        "step": run.step,
+                        "total": config.steps,
+                        "rate": compute_learning_rate(step, config),
+                        "seconds": round(seconds, 1),
+                    }
                     entry |= {"eta_seconds": round(left, 1), **{k: round(v, 5) for k, v in smoothed.items()}}
                     log.add(entry)
                     if report is not None:
                         report(entry)
-                if validate is not None and config.validate_every and (run.step % config.validate_every == 0 or run.step == config.steps):
+                if (
+                    validate is not None
+                    and config.validate_every
+                    and (run.step % config.validate_every == 0 or run.step == config.steps)
+                ):
                     with run.averaged():
                         found = {"step": run.step, **validate()}
                         pictures = draw() if draw is not None and config.tensorboard else None
@@ -249,11 +272,20 @@ class _Run:
         history: Validations so far.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], config: LoopConfig, folder: Path, team: Team, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        config: LoopConfig,
+        folder: Path,
+        team: Team,
+        settings: Mapping[str, Any],
+    ) -> None:
         self.modules, self.config, self.folder, self.team = modules, config, folder, team
         self.parameters = named_parameters(modules)
         if not self.parameters:
-            raise RequestError("Nothing would be trained: all parameters are frozen. Unfreeze a part, or leave this stage out.")
+            raise RequestError(
+                "Nothing would be trained: all parameters are frozen. Unfreeze a part, or leave this stage out."
+            )
         self.device = next(iter(self.parameters.values())).device
         self.precision = pick_precision(config.precision, self.device)
         # A step's weights follow from its micro-batches, whoever computes them.
@@ -281,7 +313,9 @@ class _Run:
         figures = self._accumulate(compute_loss)
         kept = f"The last checkpoint is kept in '{self.folder}'."
         if not math.isfinite(figures["loss"]):
-            raise ModelError(f"The loss became {figures['loss']} at step {step}; lower the learning rate or use fp32. {kept}")
+            raise ModelError(
+                f"The loss became {figures['loss']} at step {step}; lower the learning rate or use fp32. {kept}"
+            )
         self.team.sum_gradients(self.parameters.values())
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip))
@@ -289,8 +323,8 @@ class _Run:
         if finite:
             self.scaler.step(self.optimizer)
         self.scaler.update()
-        # In fp16 gradients overflow now and then: the step is left out and the next loss scaled less. Everywhere else one step with such
-        # gradients would end up in every weight, and in the next checkpoint.
+        # In fp16 gradients overflow now and then: the step is left out and the next loss scaled less. Everywhere else
+        # one step with such gradients would end up in every weight, and in the next checkpoint.
         if not finite and not 1 <= self.scaler.get_scale() < scale:
             raise ModelError(f"The gradients became {norm} at step {step}; lower the learning rate or use fp32. {kept}")
         if finite:
@@ -354,8 +388,8 @@ class _Run:
                 scratch.unlink(missing_ok=True)
             before = "The checkpoint before it is untouched, and the" if target.is_file() else "The"
             raise StoreError(
-                f"The checkpoint of step {self.step} cannot be written to '{self.folder}' ({err}). Free some disk space there. {before} same command "
-                "continues the training."
+                f"The checkpoint of step {self.step} cannot be written to '{self.folder}' "
+                f"({err}). Free some disk space there. {before} same command continues the training."
             ) from err
 
     def _identity(self) -> dict[str, Any]:
@@ -374,7 +408,11 @@ class _Run:
             # Checkpoints of before a setting existed were made with what is its default now.
             saved = {**asdict(LoopConfig()), **json.loads(metadata["config"])}
             settings = json.loads(metadata.get("settings", "null"))
-            step, history, scaler = int(metadata["step"]), json.loads(metadata["history"]), json.loads(metadata.get("scaler", "{}"))
+            step, history, scaler = (
+                int(metadata["step"]),
+                json.loads(metadata["history"]),
+                json.loads(metadata.get("scaler", "{}")),
+            )
         except Exception as err:  # safetensors raises its own untyped error for a truncated file
             raise ModelError(f"'{path}' is damaged ({err}); remove it to start this run again.") from err
         changed = [k for k, v in self._identity().items() if saved.get(k) != v]
@@ -383,8 +421,8 @@ class _Run:
             changed += [k for k in {**now, **then} if now.get(k) != then.get(k)]
         if changed:
             raise RequestError(
-                f"'{self.folder}' holds a run with other settings ({', '.join(sorted(changed))} differ); use another folder, or the same settings to "
-                "resume."
+                f"'{self.folder}' holds a run with other settings ({', '.join(sorted(changed))} differ); use another "
+                "folder, or the same settings to resume."
             )
         self._restore(tensors)
         if scaler:
@@ -397,16 +435,24 @@ class _Run:
         """Put live weights, averaged weights and the optimizer's moments back."""
         stored = {n.removeprefix("live."): t for n, t in tensors.items() if n.startswith("live.")}
         parameters = self.parameters
-        other = sorted(n for n in {*stored, *parameters} if n not in stored or n not in parameters or stored[n].shape != parameters[n].shape)
+        other = sorted(
+            n
+            for n in {*stored, *parameters}
+            if n not in stored or n not in parameters or stored[n].shape != parameters[n].shape
+        )
         if other:
-            raise RequestError(f"'{self.folder}' holds a run of another network ({other[0]} does not fit); use another folder.")
+            raise RequestError(
+                f"'{self.folder}' holds a run of another network ({other[0]} does not fit); use another folder."
+            )
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"live.{name}"])
             self.average.shadow[name].copy_(tensors[f"average.{name}"])
             found = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
             # The step counter stays on the CPU, where AdamW keeps it.
             state = {
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True) for key, value in found.items() if value is not None
+                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                for key, value in found.items()
+                if value is not None
             }
             if state:
                 self.optimizer.state[parameter] = state

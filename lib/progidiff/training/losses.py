@@ -19,7 +19,8 @@ class EvidenceLosses:
     """Weights of the text-query head's losses.
 
     Attributes:
-        cross_entropy: Pixels are mostly background: the cross-entropy of one structure is small, so it needs weight beside the Dice.
+        cross_entropy: Pixels are mostly background: the cross-entropy of one structure is small, so it needs weight
+            beside the Dice.
         dice: Of every structure, pooled over the batch.
     """
 

@@ -1,9 +1,10 @@
 """The processes that share one training: those that ``accelerate launch`` started, or this one alone.
 
-What is shared is the batch, not the networks: every process holds all weights, computes its part of the micro-batches of a step,
-and the gradients are summed. They are summed by hand and not by `DistributedDataParallel`, because the recipes call several
-methods of a network per step and its wrapper knows `forward` only. accelerate's own `Accelerator` fixes device and precision once
-per Python process, which a server that trains one model after the other cannot use; its `PartialState` is all that is needed.
+What is shared is the batch, not the networks: every process holds all weights, computes its part of the micro-batches
+of a step, and the gradients are summed. They are summed by hand and not by `DistributedDataParallel`, because the
+recipes call several methods of a network per step and its wrapper knows `forward` only. accelerate's own `Accelerator`
+fixes device and precision once per Python process, which a server that trains one model after the other cannot use; its
+`PartialState` is all that is needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 from progidiff.errors import RequestError
 
 BUCKET = 1 << 24
-"""Gradients are summed in pieces of about so many numbers: one message for many small layers, no copy of all gradients."""
+"""Gradients are summed in pieces of about so many numbers: one message for many small layers, no copy of all
+gradients.
+"""
 
 TIMEOUT = timedelta(hours=2)
 """How long a process waits for the others; the first one validates while the others wait."""
@@ -81,7 +84,8 @@ class Team:
         torch.distributed.all_reduce(extremes, torch.distributed.ReduceOp.MAX)
         if extremes[0] != -extremes[1]:
             raise RequestError(
-                f"The processes do not see the same {what} ({int(-extremes[1])} to {int(extremes[0])}); put the work folder on a disk that all share."
+                f"The processes do not see the same {what} ({int(-extremes[1])} to {int(extremes[0])}); put the work "
+                "folder on a disk that all share."
             )
 
     def sum_numbers(self, numbers: Sequence[float], device: torch.device) -> list[float]:

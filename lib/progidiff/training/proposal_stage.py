@@ -1,8 +1,8 @@
 """Recipe 2 of `progidiff train`: the denoiser learns to propose masks from noise, evidence and image features.
 
 Per step: slices are encoded once (no gradient), several (slice, structure) pairs share the encoding, present and absent
-structures alike. The evidence is *worn down* at random before the denoiser sees it: on training patients it is better than it
-will ever be on new ones, and a denoiser that trusted it blindly would propose one mask K times.
+structures alike. The evidence is *worn down* at random before the denoiser sees it: on training patients it is better
+than it will ever be on new ones, and a denoiser that trusted it blindly would propose one mask K times.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from progidiff.training.slice_cache import SliceCache, augment
 def wear_down_evidence(logits: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
     """Random, smooth errors on evidence logits, like those of a new patient.
 
-    A low-frequency field shifts the logits (false and missing parts), a random temperature changes the confidence, and now and
-    then the evidence is blurred or goes missing altogether.
+    A low-frequency field shifts the logits (false and missing parts), a random temperature changes the confidence, and
+    now and then the evidence is blurred or goes missing altogether.
 
     Args:
         logits: (M, H, W).
@@ -48,14 +48,20 @@ def wear_down_evidence(logits: Tensor, generator: torch.Generator, strength: flo
         return torch.rand(count, 1, 1, generator=generator) * (high - low) + low
 
     field = draw_smooth_field(count, height, width, generator)
-    noisy = logits * torch.exp(uniform(-0.5, 0.2) * strength) + field * uniform(0.0, 2.0) * strength + uniform(-0.7, 0.7) * strength
+    noisy = (
+        logits * torch.exp(uniform(-0.5, 0.2) * strength)
+        + field * uniform(0.0, 2.0) * strength
+        + uniform(-0.7, 0.7) * strength
+    )
     blurred = F.avg_pool2d(noisy[:, None], 5, stride=1, padding=2)[:, 0]
     noisy = torch.where(uniform(0, 1) < 0.25 * strength, blurred, noisy)
     evidence = noisy.sigmoid()
     return torch.where(uniform(0, 1) < 0.05 * strength, torch.full_like(evidence, 0.5), evidence)
 
 
-def draw_pairs(labels: Tensor, spoken: Tensor, present_per_slice: int, absent_per_slice: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def draw_pairs(
+    labels: Tensor, spoken: Tensor, present_per_slice: int, absent_per_slice: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
     """(slice, structure) pairs: structures that are there, and some that are not.
 
     Args:
@@ -70,7 +76,9 @@ def draw_pairs(labels: Tensor, spoken: Tensor, present_per_slice: int, absent_pe
         known = {s for s in range(spoken.shape[1]) if spoken[n, s] > 0}
         there = {int(v) - 1 for v in torch.unique(labels[n]) if v > 0} & known
         gone = sorted(known - there)
-        picked = list(rng.permutation(sorted(there))[:present_per_slice]) + list(rng.permutation(gone)[:absent_per_slice])
+        picked = list(rng.permutation(sorted(there))[:present_per_slice]) + list(
+            rng.permutation(gone)[:absent_per_slice]
+        )
         rows += [n] * len(picked)
         structures += [int(s) for s in picked]
     return torch.tensor(rows), torch.tensor(structures)
@@ -84,7 +92,8 @@ class ProposalOptions:
         slices_per_step: Slices of a micro-batch, each encoded once.
         present_per_slice, absent_per_slice: Structures asked for per slice: that are there, and that are not.
         text_dropout: Share of the prompts replaced by the empty text, for classifier-free guidance.
-        noise_share: Share of the pairs that start from pure noise: with few inference steps that is where most of the work is done.
+        noise_share: Share of the pairs that start from pure noise: with few inference steps that is where most of the
+            work is done.
         decode_share: Share of the pairs whose mask is decoded for the mask loss.
         evidence_wear: Strength of `wear_down_evidence`.
         augmentation: Strength of affine and intensity augmentation.
@@ -123,7 +132,8 @@ class ProposalBatch:
 
 
 class ProposalObjective:
-    """Loss of denoiser and injection on a batch: v-prediction MSE, L1 of the implied clean latent, Dice and cross-entropy of some masks.
+    """Loss of denoiser and injection on a batch: v-prediction MSE, L1 of the implied clean latent, Dice and
+    cross-entropy of some masks.
 
     Args:
         pipeline: The networks.
@@ -132,7 +142,9 @@ class ProposalObjective:
         options: What a step sees.
     """
 
-    def __init__(self, pipeline: ProposalPipeline, phrases: PhraseTable, training: SliceCache, options: ProposalOptions) -> None:
+    def __init__(
+        self, pipeline: ProposalPipeline, phrases: PhraseTable, training: SliceCache, options: ProposalOptions
+    ) -> None:
         self.pipeline, self.phrases, self.training, self.options = pipeline, phrases, training, options
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -145,13 +157,20 @@ class ProposalObjective:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         chosen = training.draw_balanced(options.slices_per_step, rng)
         images, labels = augment(*training.read(chosen), generator, options.augmentation, options.bias_field)
-        rows, picked = draw_pairs(labels, training.weigh(chosen), options.present_per_slice, options.absent_per_slice, rng)
+        rows, picked = draw_pairs(
+            labels, training.weigh(chosen), options.present_per_slice, options.absent_per_slice, rng
+        )
         return ProposalBatch(images, rows, picked, one_hot(labels, len(training.structures))[rows, picked], rng)
 
     def compute_loss(self, batch: ProposalBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Run the networks on a batch."""
         options, phrases = self.options, self.phrases
-        branch, unet, codec, device = self.pipeline.branch, self.pipeline.unet, self.pipeline.codec, self.pipeline.device
+        branch, unet, codec, device = (
+            self.pipeline.branch,
+            self.pipeline.unet,
+            self.pipeline.codec,
+            self.pipeline.device,
+        )
         alphas = self.pipeline.scheduler.alphas_cumprod
         rows, picked, masks = batch.rows, batch.picked, batch.masks
         texts = phrases.draw(generator)[picked]
@@ -191,7 +210,11 @@ class ProposalObjective:
         mask_loss = compute_mask_loss(*crops, options.losses.cross_entropy)
         weights = options.losses
         loss = weights.diffusion * diffusion + weights.latent * latent + weights.mask * mask_loss
-        return loss, {"diffusion": float(diffusion.detach()), "latent": float(latent.detach()), "mask": float(mask_loss.detach())}
+        return loss, {
+            "diffusion": float(diffusion.detach()),
+            "latent": float(latent.detach()),
+            "mask": float(mask_loss.detach()),
+        }
 
 
 def train_proposals(
@@ -225,7 +248,11 @@ def train_proposals(
             module.requires_grad_(False)
         unet.requires_grad_(not freeze_denoiser)
         injection = torch.nn.ModuleDict({n: getattr(branch, n) for n in INJECTION})
-        trained = {"injection": injection.requires_grad_(True)} if freeze_denoiser else {"unet": unet, "injection": injection.requires_grad_(True)}
+        trained = (
+            {"injection": injection.requires_grad_(True)}
+            if freeze_denoiser
+            else {"unet": unet, "injection": injection.requires_grad_(True)}
+        )
     objective = ProposalObjective(pipeline, phrases, training, options or ProposalOptions())
     if validation is None:
         return run_loop(trained, objective, config, folder, None, is_cancelled, report, settings=settings)
@@ -243,7 +270,9 @@ def train_proposals(
     )
 
 
-def _propose(pipeline: ProposalPipeline, images: Tensor, phrases: PhraseTable, num_proposals: int = 4, gate: float = 0.2) -> list[Tensor]:
+def _propose(
+    pipeline: ProposalPipeline, images: Tensor, phrases: PhraseTable, num_proposals: int = 4, gate: float = 0.2
+) -> list[Tensor]:
     """Evidence, one proposal and the consensus of some slices, each (N, P, H, W) bool."""
     prompts = phrases.pick_canonical()
     features = pipeline.encode_slices(images)
@@ -253,13 +282,18 @@ def _propose(pipeline: ProposalPipeline, images: Tensor, phrases: PhraseTable, n
     noise, offsets = pipeline.draw_noise(num_proposals, seed=0), pipeline.draw_offsets(num_proposals, seed=0)
     for at in range(0, len(pairs), 16):
         part = pairs[at : at + 16]
-        for (n, p), masks in zip(part, pipeline.propose(features, evidence, prompts, part, noise, 2, offsets=offsets) >= 0.5, strict=True):
+        for (n, p), masks in zip(
+            part, pipeline.propose(features, evidence, prompts, part, noise, 2, offsets=offsets) >= 0.5, strict=True
+        ):
             drawn[n, p] = masks
     return [evidence >= 0.5, drawn[:, :, 0], drawn.float().mean(2) >= 0.5]
 
 
-def decode_crops(codec: MaskCodec, latents: Tensor, masks: Tensor, rng: np.random.Generator, size: int = 8) -> tuple[Tensor, Tensor]:
-    """Decode a square of each latent, placed on the mask's foreground if there is any: a fifth of the work of the whole.
+def decode_crops(
+    codec: MaskCodec, latents: Tensor, masks: Tensor, rng: np.random.Generator, size: int = 8
+) -> tuple[Tensor, Tensor]:
+    """Decode a square of each latent, placed on the mask's foreground if there is any: a fifth of the work of the
+    whole.
 
     Args:
         latents: (M, c, h, w) standardised.
@@ -276,14 +310,23 @@ def decode_crops(codec: MaskCodec, latents: Tensor, masks: Tensor, rng: np.rando
     parts, truths = [], []
     for latent, mask in zip(latents, masks, strict=True):
         inside = mask.nonzero()
-        y, x = (inside[rng.integers(len(inside))] // stride).tolist() if len(inside) else (rng.integers(height), rng.integers(width))
-        top, left = int(np.clip(y - rng.integers(size), 0, height - size)), int(np.clip(x - rng.integers(size), 0, width - size))
+        y, x = (
+            (inside[rng.integers(len(inside))] // stride).tolist()
+            if len(inside)
+            else (rng.integers(height), rng.integers(width))
+        )
+        top, left = (
+            int(np.clip(y - rng.integers(size), 0, height - size)),
+            int(np.clip(x - rng.integers(size), 0, width - size)),
+        )
         parts.append(latent[:, top : top + size, left : left + size])
         truths.append(mask[top * stride : (top + size) * stride, left * stride : (left + size) * stride])
     return codec.decode_soft(torch.stack(parts)), torch.stack(truths).to(latents.device)
 
 
-def drop_text(tokens: Tensor, mask: Tensor | None, dropped: Tensor, phrases: PhraseTable) -> tuple[Tensor, Tensor | None]:
+def drop_text(
+    tokens: Tensor, mask: Tensor | None, dropped: Tensor, phrases: PhraseTable
+) -> tuple[Tensor, Tensor | None]:
     """Replace the text of some samples by the empty one, padded to the same length."""
     length = tokens.shape[1]
     empty = F.pad(phrases.empty_tokens, (0, 0, 0, length - phrases.empty_tokens.shape[1]))
@@ -303,7 +346,9 @@ def validate_proposals(
     num_inference_steps: int = 2,
     gate: float = 0.2,
 ) -> dict[str, float]:
-    """Dice of evidence, single proposals, consensus and best of K on every n-th slice, pooled per volume, averaged over volumes."""
+    """Dice of evidence, single proposals, consensus and best of K on every n-th slice, pooled per volume, averaged over
+    volumes.
+    """
     branch, structures = pipeline.branch, len(cache.structures)
     branch.eval()
     prompts = phrases.pick_canonical()
@@ -320,14 +365,19 @@ def validate_proposals(
         pairs = [(n, p) for n in range(len(batch)) for p in range(structures) if float(evidence[n, p].max()) >= gate]
         for at in range(0, len(pairs), 16):
             part = pairs[at : at + 16]
-            result = pipeline.propose(features, evidence, prompts, part, noise, num_inference_steps, offsets=offsets) >= 0.5
+            result = (
+                pipeline.propose(features, evidence, prompts, part, noise, num_inference_steps, offsets=offsets) >= 0.5
+            )
             for (n, p), masks in zip(part, result, strict=True):
                 drawn[n, p] = masks
                 if num_proposals > 1 and masks.any():
                     spread.append(compute_disagreement(masks))
         masks_of = {f"proposal {k}": drawn[:, :, k] for k in range(num_proposals)}
-        tally.add(batch, labels, {"evidence": evidence.cpu() >= 0.5, "consensus": drawn.float().mean(2) >= 0.5, **masks_of})
-    # A structure that the volume has but none of the chosen slices shows counts as 0 for every kind alike: choose enough slices.
+        tally.add(
+            batch, labels, {"evidence": evidence.cpu() >= 0.5, "consensus": drawn.float().mean(2) >= 0.5, **masks_of}
+        )
+    # A structure that the volume has but none of the chosen slices shows counts as 0 for every kind alike: choose
+    # enough slices.
     present = np.stack([p.sum(0) for p in cache.pixels]) > 0
     evidence_dice, consensus = tally.compute_dice("evidence", present), tally.compute_dice("consensus", present)
     singles = np.stack([tally.compute_dice(f"proposal {k}", present) for k in range(num_proposals)])

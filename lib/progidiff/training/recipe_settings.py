@@ -1,4 +1,5 @@
-"""All settings of `progidiff pretrain` and `progidiff train` with their defaults; ``configs/*.yaml`` say what they are for.
+"""All settings of `progidiff pretrain` and `progidiff train` with their defaults; ``configs/*.yaml`` say what they are
+for.
 
 Those of `progidiff adapt` are in `progidiff.training.adapt`.
 """
@@ -40,7 +41,9 @@ class GridSettings:
             RequestError: naming the setting.
         """
         if not 0 < self.spacing_range[0] <= self.spacing_range[1]:
-            raise RequestError(f"Setting grid.spacing_range must be two rising numbers above 0, in mm, got {list(self.spacing_range)}.")
+            raise RequestError(
+                f"Setting grid.spacing_range must be two rising numbers above 0, in mm, got {list(self.spacing_range)}."
+            )
 
 
 @dataclass(frozen=True)
@@ -82,9 +85,13 @@ class TrainConfig(RunConfig):
     structures: tuple[str, ...] = STRUCTURES
     grid: GridSettings = field(default_factory=GridSettings)
     freeze_denoiser: bool | None = None
-    evidence: EvidenceStage = field(default_factory=lambda: EvidenceStage(steps=3000, learning_rate=2e-3, validate_every=500))
+    evidence: EvidenceStage = field(
+        default_factory=lambda: EvidenceStage(steps=3000, learning_rate=2e-3, validate_every=500)
+    )
     proposals: ProposalStage = field(
-        default_factory=lambda: ProposalStage(steps=1000, learning_rate=5e-4, ema_decay=0.998, checkpoint_every=50, validate_every=250)
+        default_factory=lambda: ProposalStage(
+            steps=1000, learning_rate=5e-4, ema_decay=0.998, checkpoint_every=50, validate_every=250
+        )
     )
 
     def check(self) -> None:
@@ -94,7 +101,9 @@ class TrainConfig(RunConfig):
             RequestError: naming the setting.
         """
         if not self.stages or list(self.stages) != [s for s in ("evidence", "proposals") if s in self.stages]:
-            raise RequestError(f"Setting stages must be [evidence], [proposals] or [evidence, proposals], got {list(self.stages)}.")
+            raise RequestError(
+                f"Setting stages must be [evidence], [proposals] or [evidence, proposals], got {list(self.stages)}."
+            )
         if not self.structures:
             raise RequestError("Setting structures is empty; name at least one structure, for example [liver].")
 
@@ -106,7 +115,8 @@ class PretrainConfig(RunConfig):
     Attributes:
         modality, structures, grid: Of the images and labels.
         widths: Sizes of the networks.
-        codec, refine, denoiser: The stages; `refine` trains the codec's decoder on the smallest structures, 0 steps leave it out.
+        codec, refine, denoiser: The stages; `refine` trains the codec's decoder on the smallest structures, 0 steps
+            leave it out.
     """
 
     modality: Modality = "CT"
@@ -114,9 +124,15 @@ class PretrainConfig(RunConfig):
     grid: GridSettings = field(default_factory=GridSettings)
     widths: BackboneWidths = field(default_factory=BackboneWidths)
     codec: CodecStage = field(
-        default_factory=lambda: CodecStage(steps=1300, learning_rate=1.5e-3, ema_decay=0.998, checkpoint_every=100, validate_every=500)
+        default_factory=lambda: CodecStage(
+            steps=1300, learning_rate=1.5e-3, ema_decay=0.998, checkpoint_every=100, validate_every=500
+        )
     )
     refine: CodecStage = field(
-        default_factory=lambda: CodecStage(steps=400, learning_rate=6e-4, ema_decay=0.99, checkpoint_every=100, validate_every=200)
+        default_factory=lambda: CodecStage(
+            steps=400, learning_rate=6e-4, ema_decay=0.99, checkpoint_every=100, validate_every=200
+        )
     )
-    denoiser: TextToImageStage = field(default_factory=lambda: TextToImageStage(steps=500, learning_rate=8e-4, ema_decay=0.998, checkpoint_every=100))
+    denoiser: TextToImageStage = field(
+        default_factory=lambda: TextToImageStage(steps=500, learning_rate=8e-4, ema_decay=0.998, checkpoint_every=100)
+    )

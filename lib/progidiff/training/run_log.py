@@ -33,7 +33,10 @@ class RunLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._draw(lambda: SummaryWriter(str(folder / BOARD), purge_step=first + 1 if first else None, flush_secs=30), keep=True)
+            self._draw(
+                lambda: SummaryWriter(str(folder / BOARD), purge_step=first + 1 if first else None, flush_secs=30),
+                keep=True,
+            )
 
     def add(self, entry: Mapping[str, Any]) -> None:
         """Note the figures of a training step; ``step`` must be among them."""
@@ -69,7 +72,8 @@ class RunLog:
                 file.write(json.dumps(entry) + "\n")
         except OSError as err:
             raise StoreError(
-                f"'{self._file}' cannot be written ({err}). Free some disk space and start the training again: it continues at its last checkpoint."
+                f"'{self._file}' cannot be written ({err}). Free some disk space and start the training again: it "
+                "continues at its last checkpoint."
             ) from err
 
     def _draw(self, act: Any, keep: bool = False) -> None:

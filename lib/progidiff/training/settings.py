@@ -1,8 +1,8 @@
 """Settings of a training as dataclasses, YAML files and ``key=value`` on the command line.
 
-A setting is a field of a dataclass; its type is what it accepts, `Range` its bounds. Files and command line may leave settings out
-and never add any: a name that does not exist is refused with the nearest that does. Nothing of a training's *place* (folders,
-cases, threads) is a setting, so that a file means the same on every machine.
+A setting is a field of a dataclass; its type is what it accepts, `Range` its bounds. Files and command line may leave
+settings out and never add any: a name that does not exist is refused with the nearest that does. Nothing of a
+training's *place* (folders, cases, threads) is a setting, so that a file means the same on every machine.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ class Range:
     high: float
 
 
-def load_config(kind: type[C], file: Path | None = None, changes: Sequence[str] = (), flags: Mapping[str, Any] | None = None) -> C:
+def load_config(
+    kind: type[C], file: Path | None = None, changes: Sequence[str] = (), flags: Mapping[str, Any] | None = None
+) -> C:
     """Put a configuration together; what comes later wins: defaults, file, changes, flags.
 
     Args:
@@ -43,7 +45,8 @@ def load_config(kind: type[C], file: Path | None = None, changes: Sequence[str] 
         flags: dotted name -> value; None stands for a flag that was not given.
 
     Raises:
-        RequestError: if the file cannot be read, a setting does not exist, or a value is of another type or out of range.
+        RequestError: if the file cannot be read, a setting does not exist, or a value is of another type or out of
+            range.
     """
     default = kind()
     known = list(flatten(to_values(default)))
@@ -51,7 +54,9 @@ def load_config(kind: type[C], file: Path | None = None, changes: Sequence[str] 
     for change in changes:
         name, separator, text = (part.strip() for part in change.partition("="))
         if not separator:
-            raise RequestError(f"'--set {change}' is no setting; write --set name=value, for example --set {known[0]}=1.")
+            raise RequestError(
+                f"'--set {change}' is no setting; write --set name=value, for example --set {known[0]}=1."
+            )
         _check_name(name, known, "--set")
         given[name] = text if _find_type(kind, name) is str else _parse(text, name)
     given.update({name: value for name, value in (flags or {}).items() if value is not None})
@@ -101,7 +106,9 @@ def read_template(recipe: str) -> str:
 
 
 def render_config(config: Any, recipe: str) -> str:
-    """The commented file of a recipe with the values of `config` in it: what ``--show-config`` prints and ``--config`` reads."""
+    """The commented file of a recipe with the values of `config` in it: what ``--show-config`` prints and ``--config``
+    reads.
+    """
     values = flatten(to_values(config))
     path: list[tuple[int, str]] = []
     lines = []
@@ -131,9 +138,14 @@ def _read_file(file: Path, known: Sequence[str]) -> dict[str, Any]:
     except OSError as err:
         raise RequestError(f"The configuration '{file}' cannot be read ({err}); check its path.") from err
     except (yaml.YAMLError, UnicodeDecodeError) as err:
-        raise RequestError(f"The configuration '{file}' is no YAML ({' '.join(str(err).split())}); --show-config prints one that is.") from err
+        raise RequestError(
+            f"The configuration '{file}' is no YAML ({' '.join(str(err).split())}); --show-config prints one that is."
+        ) from err
     if not isinstance(values, Mapping | None):
-        raise RequestError(f"The configuration '{file}' must hold names with values, got {_describe(values)}; --show-config prints an example.")
+        raise RequestError(
+            f"The configuration '{file}' must hold names with values, got "
+            f"{_describe(values)}; --show-config prints an example."
+        )
     flat = flatten(values or {})
     for name in flat:
         _check_name(name, known, f"'{file}'")
@@ -146,8 +158,13 @@ def _check_name(name: str, known: Sequence[str], source: str) -> None:
         return
     inside = [k for k in known if k.startswith(f"{name}.")]
     if inside:
-        raise RequestError(f"{name} in {source} is a group of settings and has no value itself; set one of {', '.join(inside)}.")
-    raise RequestError(f"There is no setting '{name}' (in {source}); did you mean '{_find_nearest(name, known)}'? --show-config prints all settings.")
+        raise RequestError(
+            f"{name} in {source} is a group of settings and has no value itself; set one of {', '.join(inside)}."
+        )
+    raise RequestError(
+        f"There is no setting '{name}' (in {source}); did you mean "
+        f"'{_find_nearest(name, known)}'? --show-config prints all settings."
+    )
 
 
 def _find_nearest(name: str, known: Sequence[str]) -> str:
@@ -173,7 +190,11 @@ def _find_ranges(hint: Any) -> list[Range]:
     """The bounds of a type, or of its alternatives."""
     if get_origin(hint) is Annotated:
         return [a for a in get_args(hint)[1:] if isinstance(a, Range)]
-    return [r for alternative in get_args(hint) for r in _find_ranges(alternative)] if get_origin(hint) in (Union, types.UnionType) else []
+    return (
+        [r for alternative in get_args(hint) for r in _find_ranges(alternative)]
+        if get_origin(hint) in (Union, types.UnionType)
+        else []
+    )
 
 
 def _unwrap(hint: Any) -> Any:
@@ -197,7 +218,10 @@ def _parse(text: str, name: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as err:
-        raise RequestError(f"The value of --set {name}={text} cannot be read ({' '.join(str(err).split())}); write it as in the YAML file.") from err
+        raise RequestError(
+            f"The value of --set {name}={text} cannot be read "
+            f"({' '.join(str(err).split())}); write it as in the YAML file."
+        ) from err
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:
@@ -234,7 +258,12 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
                 return number
     if hint is str and isinstance(value, str):
         return value
-    wanted = {bool: "true or false", int: "a whole number", float: "a number", str: "text (in quotes if it looks like a number)"}[hint]
+    wanted = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text (in quotes if it looks like a number)",
+    }[hint]
     raise RequestError(f"Setting {name} must be {wanted}, got {_describe(value)}.")
 
 

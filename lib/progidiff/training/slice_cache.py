@@ -35,10 +35,12 @@ class Case(evaluate.Case):
 
     Attributes:
         structures: label id -> structure name.
-        annotated: structure name -> axial slices on which somebody said where it is or that it is not there, None for all of
-            them; under "" the slices that count for every structure of the table. None: every structure on every slice.
+        annotated: structure name -> axial slices on which somebody said where it is or that it is not there, None for
+            all of them; under "" the slices that count for every structure of the table. None: every structure on every
+            slice.
         info: What a datastore knows about the image, for its modality.
-        names_all: Whether a name of the table that the label does not show is absent; otherwise nothing is known about it.
+        names_all: Whether a name of the table that the label does not show is absent; otherwise nothing is known about
+            it.
     """
 
     structures: dict[int, str]
@@ -77,8 +79,8 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
 class SliceFile:
     """A uint8 array (Z, H, W) on disk, in NumPy's format.
 
-    It is mapped for the moment of a read only: pages of a lasting map stay resident once they were touched, and after an epoch
-    that is the whole pool.
+    It is mapped for the moment of a read only: pages of a lasting map stay resident once they were touched, and after
+    an epoch that is the whole pool.
     """
 
     def __init__(self, path: Path) -> None:
@@ -103,7 +105,9 @@ class SliceCache:
         folder: Where the uint8 files are kept; a case is prepared once per content and configuration.
     """
 
-    def __init__(self, cases: Sequence[Case], structures: Sequence[str], config: ConditioningConfig, folder: Path) -> None:
+    def __init__(
+        self, cases: Sequence[Case], structures: Sequence[str], config: ConditioningConfig, folder: Path
+    ) -> None:
         self.structures = tuple(structures)
         self.config = config
         self.images: list[SliceFile] = []
@@ -132,7 +136,8 @@ class SliceCache:
         self.annotated = spoken
         self.index = [(v, z) for v, p in enumerate(spoken) for z in range(len(p)) if p[z].any()]
         self.by_structure = [
-            np.array([i for i, (v, z) in enumerate(self.index) if present[v][z, s] > 0], dtype=np.int64) for s in range(len(self.structures))
+            np.array([i for i, (v, z) in enumerate(self.index) if present[v][z, s] > 0], dtype=np.int64)
+            for s in range(len(self.structures))
         ]
 
     def __len__(self) -> int:
@@ -164,12 +169,14 @@ class SliceCache:
     def draw_balanced(self, count: int, rng: np.random.Generator, random_share: float = 0.15) -> list[int]:
         """Draw slices so that small structures are seen as often as large ones.
 
-        A structure is drawn uniformly, then one of its slices; `random_share` of the slices are drawn from everything, so that
-        slices without any structure are seen too.
+        A structure is drawn uniformly, then one of its slices; `random_share` of the slices are drawn from everything,
+        so that slices without any structure are seen too.
         """
         usable = [s for s, slices in enumerate(self.by_structure) if len(slices)]
         if not usable:
-            raise ImageError("None of the training labels holds a structure; accept at least one label that is not empty.")
+            raise ImageError(
+                "None of the training labels holds a structure; accept at least one label that is not empty."
+            )
         chosen = []
         for _ in range(count):
             if rng.random() < random_share:
@@ -184,7 +191,15 @@ class SliceCache:
         for path in (case.image, case.label):
             digest.update(_hash_content(path))
         content = digest.hexdigest()
-        parts = (self.structures, sorted(case.structures.items()), sorted(case.info.items()), config.height, config.width, config.spacing_range, 2)
+        parts = (
+            self.structures,
+            sorted(case.structures.items()),
+            sorted(case.info.items()),
+            config.height,
+            config.width,
+            config.spacing_range,
+            2,
+        )
         # A setting that came later must not make what was prepared before it stale.
         digest.update(repr(parts if config.mr_headroom == 1 else (*parts, config.mr_headroom)).encode())
         target = folder / f"{case.name}-{digest.hexdigest()[:16]}"
@@ -193,7 +208,9 @@ class SliceCache:
             return target, content
         volume = load_volume(case.image, info=case.info)
         stack, spacing = volume.to_stack()
-        grid = plan_working_grid(stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range)
+        grid = plan_working_grid(
+            stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range
+        )
         raw = load_label(case.label, volume)
         table = np.zeros(max(int(raw.max()), *case.structures) + 1, np.uint8)
         for value, name in case.structures.items():
@@ -214,7 +231,8 @@ class SliceCache:
         np.save(scratch / "image.npy", image)
         np.save(scratch / "label.npy", label)
         (scratch / "meta.json").write_text(
-            json.dumps({"dz": spacing[0], "pixels": pixels_per_slice.tolist(), "grid": grid.to_dict()}), encoding="utf-8"
+            json.dumps({"dz": spacing[0], "pixels": pixels_per_slice.tolist(), "grid": grid.to_dict()}),
+            encoding="utf-8",
         )
         try:
             os.replace(scratch, target)
@@ -227,12 +245,16 @@ class SliceCache:
 def _hash_content(path: Path) -> bytes:
     """SHA-256 of a file, or of the files of a folder that holds one DICOM series."""
     if path.is_dir():
-        return hashlib.sha256(b"".join(_hash_content(file) for file in sorted(path.iterdir()) if file.is_file())).digest()
+        return hashlib.sha256(
+            b"".join(_hash_content(file) for file in sorted(path.iterdir()) if file.is_file())
+        ).digest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
 
 
-def augment(images: Tensor, labels: Tensor, generator: torch.Generator, strength: float = 1.0, bias_field: float = 0.0) -> tuple[Tensor, Tensor]:
+def augment(
+    images: Tensor, labels: Tensor, generator: torch.Generator, strength: float = 1.0, bias_field: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Random affine, intensity, blur, noise and shading. Never mirrors: left and right are part of the question.
 
     Args:
@@ -263,9 +285,15 @@ def augment(images: Tensor, labels: Tensor, generator: torch.Generator, strength
     grid = torch.nn.functional.affine_grid(theta, [n, 1, height, width], align_corners=False)
     # A smooth random deformation: a coarse field of displacements, at most a few pixels.
     field = torch.randn(n, 2, 5, 6, generator=generator) * 0.022 * strength
-    grid = grid + torch.nn.functional.interpolate(field, size=(height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
-    warped = torch.nn.functional.grid_sample(images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-    moved = torch.nn.functional.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)[:, 0].long()
+    grid = grid + torch.nn.functional.interpolate(
+        field, size=(height, width), mode="bicubic", align_corners=True
+    ).permute(0, 2, 3, 1)
+    warped = torch.nn.functional.grid_sample(
+        images + 1, grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+    moved = torch.nn.functional.grid_sample(
+        labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False
+    )[:, 0].long()
 
     unit = (warped / 2).clamp(0, 1)
     gamma = torch.exp(uniform(-0.4, 0.4) * strength)[:, None, None, None]

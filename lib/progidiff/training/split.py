@@ -1,4 +1,6 @@
-"""What an adapter is trained on and judged by: which volumes, which slices, and whether their labels can be used at all."""
+"""What an adapter is trained on and judged by: which volumes, which slices, and whether their labels can be used at
+all.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,8 @@ def prepare_data(
     """Choose and check the labelled volumes; see `run_adapt` for the other arguments.
 
     Args:
-        parent: run.json of the version that is served now. Volumes that it held back are held back again, and those that it was
-            trained on are the last to be: it would look better on them than it is.
+        parent: run.json of the version that is served now. Volumes that it held back are held back again, and those
+            that it was trained on are the last to be: it would look better on them than it is.
 
     Raises:
         RequestError: if a case, structure or number makes no sense.
@@ -78,7 +80,9 @@ def prepare_data(
     kept_back, chosen = pick_named(everything, held_out), pick_named(everything, cases)
     both = {c.name for c in kept_back} & {c.name for c in chosen}
     if both:
-        raise RequestError(f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each volume once.")
+        raise RequestError(
+            f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each volume once."
+        )
     # An order that depends on the names and the seed alone: the same volumes are picked on every machine.
     shuffled = sorted(everything, key=lambda c: hashlib.sha256(f"{seed}:{c.name}".encode()).digest())
     if not kept_back:
@@ -93,7 +97,10 @@ def prepare_data(
         raise RequestError("All labelled volumes are held back; leave at least one for training.")
     if shots is not None:
         if shots > len(training):
-            raise RequestError(f"{shots} volumes were asked for, but {len(training)} are labelled and not held back: {_names(training)}.")
+            raise RequestError(
+                f"{shots} volumes were asked for, but {len(training)} are labelled and "
+                f"not held back: {_names(training)}."
+            )
         training = training[:shots]
     used = [*training, *kept_back]
     names = [parse_structure(s, card) for s in structures] or None
@@ -105,7 +112,9 @@ def prepare_data(
     first = SliceCache(training, order, card.conditioning, cache)
     present = [s for s, positions in zip(order, first.by_structure, strict=True) if len(positions)]
     if not present:
-        raise ImageError(f"The training labels hold none of {', '.join(order)}; accept at least one label that is not empty.")
+        raise ImageError(
+            f"The training labels hold none of {', '.join(order)}; accept at least one label that is not empty."
+        )
     train = SliceCache(training, present, card.conditioning, cache)
     valid = SliceCache(kept_back, present, card.conditioning, cache) if kept_back else None
     same_patient = valid is None
@@ -116,12 +125,17 @@ def prepare_data(
     if not any(len(p) for p in train.by_structure):
         raise ImageError("None of the slices to train on holds a structure; label more slices.")
     if not any(len(p) for p in valid.by_structure):
-        raise ImageError(f"The held-back volumes ({_names(kept_back)}) hold none of {', '.join(present)}; hold back others with --hold-out.")
+        raise ImageError(
+            f"The held-back volumes ({_names(kept_back)}) hold none of "
+            f"{', '.join(present)}; hold back others with --hold-out."
+        )
     unused = [c.name for c in labelled if c.name not in {u.name for u in used}]
     return AdaptData(train, valid, found_modality, [c.name for c in kept_back], unused, same_patient)
 
 
-def find_cases(studies: Path | Sequence[Case], annotated: Mapping[str, Collection[int] | None] | None = None) -> list[Case]:
+def find_cases(
+    studies: Path | Sequence[Case], annotated: Mapping[str, Collection[int] | None] | None = None
+) -> list[Case]:
     """The labelled volumes of a folder, or those that were collected from a datastore.
 
     Args:
@@ -133,9 +147,15 @@ def find_cases(studies: Path | Sequence[Case], annotated: Mapping[str, Collectio
     cases = find_local_cases(studies) if isinstance(studies, Path) else list(studies)
     if annotated is not None:
         limits = {name: None if slices is None else frozenset(map(int, slices)) for name, slices in annotated.items()}
-        cases = [replace(c, annotated={EVERYTHING: limits[c.name]}) for c in cases if c.name in limits and limits[c.name] != frozenset()]
+        cases = [
+            replace(c, annotated={EVERYTHING: limits[c.name]})
+            for c in cases
+            if c.name in limits and limits[c.name] != frozenset()
+        ]
     if not cases:
-        raise RequestError("No slice is labelled yet. Save a label with tag final (Submit Label in 3D Slicer), then train.")
+        raise RequestError(
+            "No slice is labelled yet. Save a label with tag final (Submit Label in 3D Slicer), then train."
+        )
     return cases
 
 
@@ -149,7 +169,9 @@ def pick_named(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     wanted = [strip_suffix(name) for name in names]
     unknown = [name for name in wanted if name not in found]
     if unknown:
-        raise RequestError(f"Among the labelled images there is no image {', '.join(unknown)}; there are {_names(cases)}.")
+        raise RequestError(
+            f"Among the labelled images there is no image {', '.join(unknown)}; there are {_names(cases)}."
+        )
     return [found[name] for name in wanted]
 
 
@@ -166,7 +188,10 @@ def keep_modality(cases: Sequence[Case], modality: str) -> list[Case]:
     wanted = found[max(cases, key=lambda c: c.label.stat().st_mtime_ns).name] if modality == NEWEST else modality
     kept = [c for c in cases if found[c.name] == wanted]
     if not kept:
-        raise RequestError(f"No labelled image is {wanted}: {', '.join(f'{n} is {m}' for n, m in found.items())}. Leave the option modality out.")
+        raise RequestError(
+            f"No labelled image is {wanted}: "
+            f"{', '.join(f'{n} is {m}' for n, m in found.items())}. Leave the option modality out."
+        )
     return kept
 
 
@@ -178,7 +203,9 @@ def parse_structure(text: str, card: ModelCard) -> str:
     """
     queries = parse_prompt(text, card.structures, model=card.full_name)
     if len(queries) != 1:
-        raise PromptError(f"'{text}' means {len(queries)} structures ({', '.join(q.name for q in queries)}); a label can be one only.")
+        raise PromptError(
+            f"'{text}' means {len(queries)} structures ({', '.join(q.name for q in queries)}); a label can be one only."
+        )
     return queries[0].name
 
 
@@ -192,8 +219,8 @@ def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | No
         The cases with the model's own names for their structures, and their modality.
 
     Raises:
-        ImageError: for a label that cannot be read, lies on another grid, has unknown ids, no foreground or numbers that are no
-            ids; for volumes of several modalities.
+        ImageError: for a label that cannot be read, lies on another grid, has unknown ids, no foreground or numbers
+            that are no ids; for volumes of several modalities.
         RequestError: if a label has a name that the model does not know.
     """
     checked = []
@@ -208,8 +235,10 @@ def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | No
         strange = [v for v in values if v not in case.structures]
         if strange:
             raise ImageError(
-                f"The label of '{case.name}' holds ids {', '.join(map(str, strange[:5]))}, which neither the label's record (label_info) nor "
-                f'labels.json names. Write them into labels.json in the studies folder, for example {{"{strange[0]}": "liver"}}, or remove '
+                f"The label of '{case.name}' holds ids "
+                f"{', '.join(map(str, strange[:5]))}, which neither the label's record (label_info) nor "
+                "labels.json names. Write them into labels.json in the studies folder, "
+                f'for example {{"{strange[0]}": "liver"}}, or remove '
                 "them from the label."
             )
         names: dict[int, str] = {}
@@ -220,22 +249,30 @@ def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | No
                 if only is not None:
                     continue
                 raise RequestError(
-                    f"Label id {value} of '{case.name}' is named '{case.structures[value]}', which '{card.full_name}' does not know"
-                    f"{f' (did you mean {err.suggestions[0]!r}?)' if err.suggestions else ''}. Rename it in labels.json or in the viewer to one of "
-                    f"{', '.join(card.structures)}, "
-                    "or choose what to train with --structures; an adapter cannot teach new structures, `progidiff train` can."
+                    f"Label id {value} of '{case.name}' is named "
+                    f"'{case.structures[value]}', which '{card.full_name}' does not "
+                    f"know{f' (did you mean {err.suggestions[0]!r}?)' if err.suggestions else ''}. Rename it in "
+                    "labels.json or in the viewer to one of "
+                    f"{', '.join(card.structures)}, or choose what to train with --structures; an adapter cannot teach "
+                    "new structures, `progidiff train` can."
                 ) from err
             if only is None or found in only:
                 names[value] = found
         if not names and not named:
-            raise ImageError(f"The label of '{case.name}' holds none of {', '.join(only or ())}; leave this volume out or choose other structures.")
+            raise ImageError(
+                f"The label of '{case.name}' holds none of {', '.join(only or ())}; leave "
+                "this volume out or choose other structures."
+            )
         # What is not asked for, or absent from this volume, keeps its place in the table as background.
         absent = _absent(case, card, only, names) if case.names_all else {}
         checked.append(replace(case, structures={**dict.fromkeys(values, ""), **names, **absent}))
     if len(set(modalities.values())) > 1:
-        told = "; ".join(f"{m}: {', '.join(n for n, k in modalities.items() if k == m)}" for m in sorted(set(modalities.values())))
+        told = "; ".join(
+            f"{m}: {', '.join(n for n, k in modalities.items() if k == m)}" for m in sorted(set(modalities.values()))
+        )
         raise ImageError(
-            f"One adapter is for one modality, but the volumes are {told}. Choose some with --case or the option modality, or, if the guess is "
+            f"One adapter is for one modality, but the volumes are {told}. Choose some "
+            "with --case or the option modality, or, if the guess is "
             'wrong, write {"modality": "MR"} into a file <name>.json beside the image.'
         )
     return checked, next(iter(modalities.values()))
@@ -266,7 +303,8 @@ def restrict_cache(cache: SliceCache, kept: Sequence[int]) -> SliceCache:
     for v, z in part.index:
         part.pixels[v][z] = cache.pixels[v][z]
     part.by_structure = [
-        np.array([i for i, (v, z) in enumerate(part.index) if part.pixels[v][z, s] > 0], dtype=np.int64) for s in range(len(part.structures))
+        np.array([i for i, (v, z) in enumerate(part.index) if part.pixels[v][z, s] > 0], dtype=np.int64)
+        for s in range(len(part.structures))
     ]
     return part
 
@@ -282,8 +320,8 @@ def split_slices(cache: SliceCache, share: float = HELD_BACK_SHARE) -> tuple[Sli
     labelled = [i for i, (v, z) in enumerate(cache.index) if cache.pixels[v][z].any()]
     if len(labelled) < 4:
         raise ImageError(
-            f"Only one volume is labelled, with {len(labelled)} slices that hold a structure. Label at least 4 slices, so that some can be held "
-            "back, or a second volume."
+            f"Only one volume is labelled, with {len(labelled)} slices that hold a structure. Label at least 4 slices, "
+            "so that some can be held back, or a second volume."
         )
     count = max(1, round(share * len(labelled)))
     runs = max(1, count // 3)
@@ -303,7 +341,10 @@ def pick_evenly(cache: SliceCache, count: int) -> list[int]:
     """
     labelled = [i for i, (v, z) in enumerate(cache.index) if cache.pixels[v][z].any()]
     if count > len(labelled):
-        raise RequestError(f"{count} slices were asked for, but only {len(labelled)} of the training slices hold a structure; lower --slices.")
+        raise RequestError(
+            f"{count} slices were asked for, but only {len(labelled)} of the training "
+            "slices hold a structure; lower --slices."
+        )
     return [labelled[int(i)] for i in np.floor((np.arange(count) + 0.5) * len(labelled) / count)]
 
 

@@ -1,12 +1,14 @@
-"""The process that trains for a server: ``python -m progidiff.training_runs.child <run folder> <pid of the server> <niceness>``.
+"""The process that trains for a server: ``python -m progidiff.training_runs.child <run folder> <pid of the server>
+<niceness>``.
 
-It talks to the server over two pipes. On standard input come the lines ``pause``, ``resume`` and ``stop``; the end of input means
-that the server is gone, and then this process ends at once, as it does by the kernel's parent-death signal where there is one: a
-training never outlives its server. On standard output goes one line at the end, the outcome as JSON, so that the reason of
-a failure arrives also when the disk is full. In between ``progress.json`` in the run folder, replaced by rename, says how far it is.
+It talks to the server over two pipes. On standard input come the lines ``pause``, ``resume`` and ``stop``; the end of
+input means that the server is gone, and then this process ends at once, as it does by the kernel's parent-death signal
+where there is one: a training never outlives its server. On standard output goes one line at the end, the outcome as
+JSON, so that the reason of a failure arrives also when the disk is full. In between ``progress.json`` in the run
+folder, replaced by rename, says how far it is.
 
-Between two steps it waits while the server wants the device for a request, but for `MAX_PAUSE_SECONDS` at a time at most, so
-that requests without end cannot starve it.
+Between two steps it waits while the server wants the device for a request, but for `MAX_PAUSE_SECONDS` at a time at
+most, so that requests without end cannot starve it.
 """
 
 from __future__ import annotations
@@ -117,7 +119,9 @@ class Progress:
             self._values["best_metric"] = max(self._values["best_metric"], round(float(entry["evidence"]), 4))
         if "adapted" in entry:
             self._values["best_metric"] = round(float(entry["adapted"]), 4)
-        self._values["eta_seconds"] = self._estimate(stage) if stage in ("evidence", "proposals", "features", "head") else None
+        self._values["eta_seconds"] = (
+            self._estimate(stage) if stage in ("evidence", "proposals", "features", "head") else None
+        )
         self._values["message"] = self._describe(stage)
         if new_stage or time.monotonic() - self._written > _WRITE_EVERY_SECONDS:
             self.write()
@@ -126,7 +130,10 @@ class Progress:
         """Replace the file; a full disk is no reason to end the training."""
         self._written = time.monotonic()
         with contextlib.suppress(OSError):
-            write_json(self._path, {**self._values, "paused_seconds": round(self._control.paused_seconds, 1), "time": time.time()})
+            write_json(
+                self._path,
+                {**self._values, "paused_seconds": round(self._control.paused_seconds, 1), "time": time.time()},
+            )
 
     def _estimate(self, stage: str) -> float | None:
         """Seconds left of this stage, from the steps since this process began with it."""
@@ -138,7 +145,11 @@ class Progress:
 
     def _describe(self, stage: str) -> str:
         step = f"step {self._values['step']} of {self._values['total']}"
-        best = f", Dice {self._values['best_metric']:.3f} on the held-back slices at best" if self._values["best_metric"] else ""
+        best = (
+            f", Dice {self._values['best_metric']:.3f} on the held-back slices at best"
+            if self._values["best_metric"]
+            else ""
+        )
         return {
             "prepare": "Reading the labelled images.",
             "evidence": f"Image encoder and query head, {step}{best}.",
@@ -182,7 +193,11 @@ def run(folder: Path, control: Control, progress: Progress) -> Outcome:
     except CancelledError as err:
         logger.info("%s", err)
         where = f"at {progress.values['stage']}, step {progress.values['step']} of {progress.values['total']}"
-        return Outcome("stopped", f"Stopped on request {where}; start it again with the same options to continue there.", best_metric=_best(progress))
+        return Outcome(
+            "stopped",
+            f"Stopped on request {where}; start it again with the same options to continue there.",
+            best_metric=_best(progress),
+        )
     except BaseException as err:
         logger.exception("The training failed")
         return Outcome("failed", reason=explain(err, batch_size), best_metric=_best(progress))
@@ -247,7 +262,10 @@ def _train(folder: Path, request: Mapping[str, Any], control: Control, progress:
         published=result.published,
         version=result.card.full_name,
         best_metric=round(result.figures["adapted"]["consensus"], 4),
-        figures={kind: {k: round(v, 4) for k, v in values.items() if k in ("evidence", "consensus")} for kind, values in result.figures.items()},
+        figures={
+            kind: {k: round(v, 4) for k, v in values.items() if k in ("evidence", "consensus")}
+            for kind, values in result.figures.items()
+        },
     )
 
 
@@ -264,7 +282,15 @@ def _train_head(folder: Path, request: Mapping[str, Any], control: Control, prog
         request["sentences"],
         Path(request["textdiff"]),
         work,
-        AcceptedConfig(options.steps, options.learning_rate, options.batch_size, options.crop, options.views, options.seed, options.mirror),
+        AcceptedConfig(
+            options.steps,
+            options.learning_rate,
+            options.batch_size,
+            options.crop,
+            options.views,
+            options.seed,
+            options.mirror,
+        ),
         name=options.name,
         structures=options.structures,
         wanted=options.cases,
@@ -289,14 +315,18 @@ def _train_head(folder: Path, request: Mapping[str, Any], control: Control, prog
 
 def forget_old_runs(work: Path, done: Path, keep: Sequence[str]) -> None:
     """Remove the checkpoints of a version that is written, and runs that nobody continued for weeks."""
-    old = [path for path in work.iterdir() if path.name not in keep and time.time() - path.stat().st_mtime > _FORGET_SECONDS]
+    old = [
+        path
+        for path in work.iterdir()
+        if path.name not in keep and time.time() - path.stat().st_mtime > _FORGET_SECONDS
+    ]
     for entry in (done, *old):
         shutil.rmtree(entry, ignore_errors=True)
 
 
 def tidy_up(work: Path, cache: Path, done: Path, since: float) -> None:
-    """Remove what no later run will ask for: checkpoints of a version that is written, runs that nobody continued for weeks, and
-    slices that were not read since the run began (their labels were replaced, or their images are gone)."""
+    """Remove what no later run will ask for: checkpoints of a version that is written, runs that nobody continued for
+    weeks, and slices that were not read since the run began (their labels were replaced, or their images are gone)."""
     forget_old_runs(work, done, keep=(cache.name,))
     for entry in cache.glob("*"):
         with contextlib.suppress(OSError):
@@ -317,11 +347,16 @@ def explain(err: BaseException, batch_size: int) -> str:
         return f"The disk is full ({text}). Free some space. {again}"
     if isinstance(err, OSError):
         return f"A file could not be read or written ({text}). {again}"
-    return f"The training broke unexpectedly ({type(err).__name__}: {text[:300]}). Its log has the details; please report them. {again}"
+    return (
+        f"The training broke unexpectedly ({type(err).__name__}: {text[:300]}). Its log "
+        f"has the details; please report them. {again}"
+    )
 
 
 def die_with_parent(server: int) -> None:
-    """Have the kernel end this process when the server's thread that started it ends; where it cannot, `Control` notices."""
+    """Have the kernel end this process when the server's thread that started it ends; where it cannot, `Control`
+    notices.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != server:  # It ended before the kernel was told.

@@ -1,7 +1,8 @@
-"""When the next training is due, and when annotating more is hardly worth it: counting and arithmetic, no HTTP and no network.
+"""When the next training is due, and when annotating more is hardly worth it: counting and arithmetic, no HTTP and no
+network.
 
-A training is due after so many *newly annotated* slices: the count is taken from the label history, so that saving a slice again,
-deleting or undoing moves it as it should, and a restart forgets nothing.
+A training is due after so many *newly annotated* slices: the count is taken from the label history, so that saving a
+slice again, deleting or undoing moves it as it should, and a restart forgets nothing.
 """
 
 from __future__ import annotations
@@ -16,12 +17,10 @@ from progidiff.storage.atomic import flush, replace_text
 logger = logging.getLogger(__name__)
 
 
-
-
-
 @dataclass(frozen=True)
 class Mark:
-    """Up to which event of the label history labels have been trained on; a training that failed has learned nothing and moves nothing.
+    """Up to which event of the label history labels have been trained on; a training that failed has learned nothing
+    and moves nothing.
 
     Attributes:
         adapters: By trainings of the model for volumes.
@@ -43,7 +42,9 @@ class MarkFile:
         self._path = path
 
     def load(self) -> Mark:
-        """The mark; of a file that cannot be read, the first one: labels are then trained on once too often, never too seldom."""
+        """The mark; of a file that cannot be read, the first one: labels are then trained on once too often, never too
+        seldom.
+        """
         try:
             values = json.loads(self._path.read_text(encoding="utf-8"))
             earlier = values.get("sequence", 0)  # Version 0.1 had one for all.
@@ -63,15 +64,3 @@ class MarkFile:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self._path, json.dumps({"adapters": mark.adapters, "textdiff": mark.textdiff}))
         flush(self._path.parent)
-
-
-
-
-
-
-
-
-
-
-
-

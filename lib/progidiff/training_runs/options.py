@@ -14,9 +14,16 @@ TRAINERS = {"progidiff": "full", "progidiff_adapt": "lora", "textdiff": "head"}
 """The server's trainers, and the kind of version that each one makes."""
 
 DESCRIPTIONS = {
-    "progidiff": "Continue the training of image encoder and query head on all accepted labels; the better version is served",
-    "progidiff_adapt": "Low-rank adapter (LoRA) for another modality or site from a few accepted labels; the better version is served",
-    "textdiff": "Head on frozen diffusion features for pictures with a sentence, from a few accepted labels; the better version is served",
+    "progidiff": (
+        "Continue the training of image encoder and query head on all accepted labels; the better version is served"
+    ),
+    "progidiff_adapt": (
+        "Low-rank adapter (LoRA) for another modality or site from a few accepted labels; the better version is served"
+    ),
+    "textdiff": (
+        "Head on frozen diffusion features for pictures with a sentence, from a few "
+        "accepted labels; the better version is served"
+    ),
 }
 
 _LEARNING_RATES = {"progidiff": 3e-4, "progidiff_adapt": 2e-3, "textdiff": 5e-3}
@@ -77,18 +84,24 @@ class TrainingOptions:
             RequestError: if there is no such trainer, or a parameter is malformed or out of range.
 
         Example:
-            >>> options, ignored = TrainingOptions.from_params("progidiff_adapt", {"steps": "50", "slices": 0, "max_epochs": 3})
+            >>> options, ignored = TrainingOptions.from_params("progidiff_adapt", {"steps": "50", "slices": 0,
+            ...     "max_epochs": 3})
             >>> options.steps, options.slices, options.learning_rate, ignored
             (50, None, 0.002, ('max_epochs',))
         """
         if trainer not in TRAINERS:
             raise RequestError(f"There is no trainer '{trainer[:64]}'; this server has {', '.join(TRAINERS)}.")
-        defaults = {**get_defaults(next(iter(TRAINERS))), **get_defaults(trainer)}  # What a trainer does not offer has a value all the same.
+        defaults = {
+            **get_defaults(next(iter(TRAINERS))),
+            **get_defaults(trainer),
+        }  # What a trainer does not offer has a value all the same.
         values = {**defaults, **{k: v for k, v in params.items() if v is not None}}
         name = str(values["name"]).strip()
         modality = read_choice(values["modality"], "modality", (AUTO, "CT", "MR"))
         mirror = values.get("mirror", AUTO)
-        mirror = read_choice("on" if mirror is True else "off" if mirror is False else mirror, "mirror", (AUTO, "on", "off"))
+        mirror = read_choice(
+            "on" if mirror is True else "off" if mirror is False else mirror, "mirror", (AUTO, "on", "off")
+        )
         options = cls(
             trainer=trainer,
             name=None if name.lower() in ("", AUTO) else name,
@@ -127,7 +140,9 @@ class TrainingOptions:
 
 
 def get_defaults(trainer: str) -> dict[str, Any]:
-    """The options as viewers draw them: text and numbers as cells, booleans as boxes, lists as menus; 0 and "" stand for "all"."""
+    """The options as viewers draw them: text and numbers as cells, booleans as boxes, lists as menus; 0 and "" stand
+    for "all".
+    """
     if TRAINERS[trainer] == "head":
         return {
             "name": AUTO,

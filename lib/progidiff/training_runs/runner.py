@@ -7,9 +7,10 @@
       work/                checkpoints and cached slices; a run that was stopped or killed continues from them
       runs/<id>/           request.json, progress.json (by the process), outcome.json (by the server), log.txt
 
-A run is started, watched and ended by one thread of its own (the kernel ends the process when that thread does). Its outcome
-reaches the server over a pipe and is then written down; a run without an outcome that nobody works on was interrupted by the
-end of its server. The other direction of the pipe tells the process to pause while requests want the device, and to stop.
+A run is started, watched and ended by one thread of its own (the kernel ends the process when that thread does). Its
+outcome reaches the server over a pipe and is then written down; a run without an outcome that nobody works on was
+interrupted by the end of its server. The other direction of the pipe tells the process to pause while requests want the
+device, and to stop.
 """
 
 from __future__ import annotations
@@ -106,11 +107,12 @@ class TrainingRunner:
 
     Args:
         root: Folder of all this; made at the first start.
-        collect: Gathers the labels when a run starts, in the run's thread: "cases" (see `training.labels.to_json`), "model_dir",
-            "adapters", "backbone", "device".
+        collect: Gathers the labels when a run starts, in the run's thread: "cases" (see `training.labels.to_json`),
+            "model_dir", "adapters", "backbone", "device".
         check: Asked before a start; raises if there is nothing to train on.
         on_published: Called with ``name@version`` when another version is served, with "" for the model itself.
-        on_ended: Called with the status of a run that ended, after that; not at the end of the server. One that raises is logged.
+        on_ended: Called with the status of a run that ended, after that; not at the end of the server. One that raises
+            is logged.
         stop_seconds: See `STOP_SECONDS`.
         nice: How far the process steps back on the processor, 0 to 19.
         module: What the process runs.
@@ -165,14 +167,24 @@ class TrainingRunner:
             self._check_free()
             run_id = self._make_run_id()
             shown = {k: params[k] for k in params if k not in ("model", "client_id")}
-            request = {"id": run_id, "trainer": trainer, "params": shown, "ignored": list(ignored), "user": user, "started": time.time()}
+            request = {
+                "id": run_id,
+                "trainer": trainer,
+                "params": shown,
+                "ignored": list(ignored),
+                "user": user,
+                "started": time.time(),
+            }
             request["options"] = options.to_dict()
             folder = self.root / "runs" / run_id
             try:
                 folder.mkdir(parents=True)
                 write_json(folder / REQUEST, request)
             except OSError as err:
-                raise StoreError(f"The training cannot be written down in '{folder}' ({err}). Free some disk space; nothing was started.") from err
+                raise StoreError(
+                    f"The training cannot be written down in '{folder}' ({err}). Free "
+                    "some disk space; nothing was started."
+                ) from err
             active = self._active = _Active(folder, request, time.time())
         # The kernel ends the process when the thread that started it does: it must not be one of the web server's.
         threading.Thread(target=self._supervise, args=(active, options), name=f"training-{run_id}", daemon=True).start()
@@ -182,10 +194,11 @@ class TrainingRunner:
         """The run under way, or else the last one.
 
         Returns:
-            "state": "idle" if there never was one, "starting", "running", "stopping", "done", "failed", "stopped" or "interrupted";
-            "id", "trainer", "params", "user", "stage", "step", "total", "eta_seconds", "best_metric", "message", "reason",
-            "published", "version", "figures", "data", "paused", "started", "ended" (seconds since 1970, None while it lasts), "log",
-            "sequence" (of the last event of the label history that it read; 0 if not known).
+            "state": "idle" if there never was one, "starting", "running", "stopping", "done", "failed", "stopped" or
+            "interrupted"; "id", "trainer", "params", "user", "stage", "step", "total", "eta_seconds", "best_metric",
+            "message", "reason", "published", "version", "figures", "data", "paused", "started", "ended" (seconds since
+            1970, None while it lasts), "log", "sequence" (of the last event of the label history that it read; 0 if not
+            known).
         """
         runs = self._run_ids()
         return self._describe(runs[-1]) if runs else {"state": "idle", "message": "No training was started yet."}
@@ -199,7 +212,8 @@ class TrainingRunner:
         return self._active is not None
 
     def stop(self, wait: float = 0.0) -> dict[str, Any] | None:
-        """Ask the run under way for a clean checkpoint and its end; if it has not ended after `stop_seconds`, it is ended.
+        """Ask the run under way for a clean checkpoint and its end; if it has not ended after `stop_seconds`, it is
+        ended.
 
         Args:
             wait: Seconds to wait for that.
@@ -241,12 +255,15 @@ class TrainingRunner:
             left = told["eta_seconds"]
             about = f" and takes about {left / 60:.0f} more minutes" if left else ""
             raise BusyError(
-                f"Trainer '{told['trainer']}' is under way: {told['message']} One training at a time uses the device{about}. Wait for it, or stop it "
-                "with DELETE /train/.",
+                f"Trainer '{told['trainer']}' is under way: {told['message']} One training at a time uses the "
+                f"device{about}. Wait for it, or stop it with DELETE /train/.",
                 retry_after=max(5, min(600, round(left or 30))),
             )
         if self._is_locked():
-            raise BusyError("Another server trains on this store. Wait for it, or start this one with another --conf store.", retry_after=60)
+            raise BusyError(
+                "Another server trains on this store. Wait for it, or start this one with another --conf store.",
+                retry_after=60,
+            )
 
     def _supervise(self, active: _Active, options: TrainingOptions) -> None:
         """The run's thread: gather, start, watch, write down."""
@@ -255,11 +272,20 @@ class TrainingRunner:
         except ProGiDiffError as err:
             outcome = Outcome("failed", reason=str(err))
         except OSError as err:
-            told = f"The training could not be started: '{active.folder}' cannot be written or the process not be made ({err})."
+            told = (
+                f"The training could not be started: '{active.folder}' cannot be written "
+                f"or the process not be made ({err})."
+            )
             outcome = Outcome("failed", reason=f"{told} Free some disk space or memory; nothing was changed.")
         except Exception as err:
             logger.exception("The training could not be started")
-            outcome = Outcome("failed", reason=f"The training could not be started ({type(err).__name__}: {err}). The server's log has the details.")
+            outcome = Outcome(
+                "failed",
+                reason=(
+                    f"The training could not be started ({type(err).__name__}: {err}). "
+                    "The server's log has the details."
+                ),
+            )
         values = {**outcome.to_dict(), "ended": time.time()}
         self._outcomes[active.folder.name] = values
         # Stopped because the server ends: nobody asked for that, so it stays a run to be continued.
@@ -322,7 +348,9 @@ class TrainingRunner:
                 return
             waited = 0.0 if active.stop_asked is None else time.monotonic() - active.stop_asked
             if waited > self._stop_seconds:
-                logger.warning("Training %s did not stop within %g s and is ended", active.folder.name, self._stop_seconds)
+                logger.warning(
+                    "Training %s did not stop within %g s and is ended", active.folder.name, self._stop_seconds
+                )
                 process.kill()
 
     def _explain_end(self, active: _Active, code: int, out_of_memory: bool) -> Outcome:
@@ -330,15 +358,25 @@ class TrainingRunner:
         best = float(progress.get("best_metric", 0.0))
         place = f"at {progress.get('stage', 'start')}, step {progress.get('step', 0)} of {progress.get('total', 0)}"
         if active.stop_asked is not None:
-            return Outcome("stopped", f"Ended {place}: it did not stop by itself within {self._stop_seconds:g} s. {_AGAIN}", best_metric=best)
+            return Outcome(
+                "stopped",
+                f"Ended {place}: it did not stop by itself within {self._stop_seconds:g} s. {_AGAIN}",
+                best_metric=best,
+            )
         if code == -signal.SIGKILL and out_of_memory:
             batch_size = active.request["options"]["batch_size"]
-            reason = f"The training ran out of memory and the operating system ended it {place}. Lower batch_size (it was {batch_size}). {_AGAIN}"
+            reason = (
+                f"The training ran out of memory and the operating system ended it {place}. Lower batch_size (it was "
+                f"{batch_size}). {_AGAIN}"
+            )
         elif code < 0:
             name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
             reason = f"The training was killed (signal {-code}, {name}) {place}. {_AGAIN}"
         else:
-            reason = f"The training ended with code {code} {place} and did not say why; '{active.folder / LOG}' may tell. {_AGAIN}"
+            reason = (
+                f"The training ended with code {code} {place} and did not say why; "
+                f"'{active.folder / LOG}' may tell. {_AGAIN}"
+            )
         return Outcome("failed", reason=reason, best_metric=best)
 
     def _say(self, active: _Active, word: str) -> None:
@@ -390,7 +428,9 @@ class TrainingRunner:
         else:
             place = f"at {told['stage']}, step {told['step']} of {told['total']}"
             reason = f"The server ended while the training was {place}. {_AGAIN}"
-            told.update(state="interrupted", reason=reason, message=reason, ended=progress.get("time") or told["started"])
+            told.update(
+                state="interrupted", reason=reason, message=reason, ended=progress.get("time") or told["started"]
+            )
         return told
 
     def _run_ids(self) -> list[str]:
@@ -400,7 +440,9 @@ class TrainingRunner:
             return []
 
     def _make_run_id(self) -> str:
-        """A name that sorts behind those of all runs before, whatever the clock says: the last one is the one that is asked about."""
+        """A name that sorts behind those of all runs before, whatever the clock says: the last one is the one that is
+        asked about.
+        """
         now = datetime.now(UTC)
         for last in self._run_ids()[-1:]:
             now = max(now, datetime.strptime(last[:_STAMP_LENGTH], _STAMP).replace(tzinfo=UTC) + timedelta(seconds=1))
@@ -458,7 +500,9 @@ def _make_environment() -> dict[str, str]:
 
 
 def _count_oom_kills() -> int:
-    """Processes that the kernel has ended for memory, on this machine and in this container; 0 where it does not say."""
+    """Processes that the kernel has ended for memory, on this machine and in this container; 0 where it does not
+    say.
+    """
     total = 0
     for path, word in (("/proc/vmstat", "oom_kill"), ("/sys/fs/cgroup/memory.events", "oom_kill")):
         with contextlib.suppress(OSError, ValueError):

@@ -30,7 +30,9 @@ SLICES = 7
 class Pool:
     """Images a, b... with scores by base@1, their history, adapters, and the chooser."""
 
-    def __init__(self, folder: Path, images: Sequence[str] = ("a", "b"), modality: Callable[[str], str] = lambda image: "CT") -> None:
+    def __init__(
+        self, folder: Path, images: Sequence[str] = ("a", "b"), modality: Callable[[str], str] = lambda image: "CT"
+    ) -> None:
         self.folder = folder
         self.annotations = AnnotationStore(folder / "annotations")
         self.adapters = AdapterStore(folder / "adapters")
@@ -62,7 +64,8 @@ class Pool:
     def train(self, modality: str, cases: Sequence[str], accepted: bool = True) -> None:
         run = {"training_cases": list(cases), "accepted": accepted}
         self.adapters.add(
-            modality.lower(), "lora", {"branch.x": torch.zeros(1)}, modality=modality, structures=("liver",), base="b", base_name="t@1", run=run,
+            modality.lower(), "lora", {"branch.x": torch.zeros(1)}, modality=modality, structures=("liver",),
+            base="b", base_name="t@1", run=run,
             readme=lambda card: "", lora=LoraSettings(),
         )  # fmt: skip
 
@@ -134,7 +137,9 @@ def test_an_image_that_is_wholly_labelled_is_not_queued(tmp_path: Path, slices: 
 
 
 class Look:
-    """What a starting server reads and puts together, and in which thread; and its scorer, which finds a training running."""
+    """What a starting server reads and puts together, and in which thread; and its scorer, which finds a training
+    running.
+    """
 
     def __init__(self, pool: Pool, score_pool: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.events: list[str] = []

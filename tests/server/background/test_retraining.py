@@ -1,4 +1,6 @@
-"""When a training starts by itself: the real counting, runner and history; only the process that trains is a stand-in."""
+"""When a training starts by itself: the real counting, runner and history; only the process that trains is a
+stand-in.
+"""
 
 from __future__ import annotations
 
@@ -49,12 +51,19 @@ class Place:
         self.studies.mkdir(exist_ok=True)
         (folder / "stand_in.py").write_text(PROGRAM, encoding="utf-8")
         self.annotations = AnnotationStore(folder / "store" / "annotations")
-        self.options = ServerOptions.from_conf({"retrain_after": "4", "store": str(folder / "store"), **conf}, str(self.studies))
+        self.options = ServerOptions.from_conf(
+            {"retrain_after": "4", "store": str(folder / "store"), **conf}, str(self.studies)
+        )
         ended: list[Callable[[dict[str, Any]], None]] = []
         self.runner = TrainingRunner(
-            self.options.store / "training", lambda _: {"sequence": self.annotations.last_sequence()}, module="stand_in", on_ended=ended
+            self.options.store / "training",
+            lambda _: {"sequence": self.annotations.last_sequence()},
+            module="stand_in",
+            on_ended=ended,
         )
-        self.retraining = Retraining(self.options, self.annotations, self.runner, lambda image: image.endswith(".png"), lambda: None)
+        self.retraining = Retraining(
+            self.options, self.annotations, self.runner, lambda image: image.endswith(".png"), lambda: None
+        )
         self.over: list[str] = []
         ended += [self.retraining.on_ended, lambda run: self.over.append(run["id"])]
 
@@ -62,7 +71,9 @@ class Place:
         """Save slices of an image; what the client is told."""
         label = self.folder / ("label.png" if image.endswith(".png") else "label.nii.gz")
         label.write_bytes(b"label")
-        annotation = self.annotations.record(image, label, slices=slices or None, num_slices=1 if image.endswith(".png") else 100)
+        annotation = self.annotations.record(
+            image, label, slices=slices or None, num_slices=1 if image.endswith(".png") else 100
+        )
         return dict(self.retraining.on_saved(annotation)["retrain"])
 
     def end(self, state: str = "done", **values: Any) -> None:
@@ -114,11 +125,15 @@ def test_a_failed_training_uses_up_no_slices_and_the_next_save_tries_again(open_
     assert place.save("b.nii.gz", 1)["message"] == "1 of 4 slices until the next training."
 
 
-def test_what_comes_together_during_a_training_starts_the_next_one_without_another_save(open_place: Callable[..., Place]):
+def test_what_comes_together_during_a_training_starts_the_next_one_without_another_save(
+    open_place: Callable[..., Place],
+):
     place = open_place()
     place.save("a.nii.gz", 1, 2, 3, 4)
     wait_for(lambda: place.runner.status()["sequence"] == 1)
-    assert place.save("a.nii.gz", 5)["message"] == "1 of 4 slices until the next training."  # the others are being trained on
+    assert (
+        place.save("a.nii.gz", 5)["message"] == "1 of 4 slices until the next training."
+    )  # the others are being trained on
     told = place.save("b.nii.gz", 1, 2, 3)
     assert (told["slices"], told["started"]) == (4, False)
     assert "starts when the one under way ends" in told["message"]
@@ -129,7 +144,9 @@ def test_what_comes_together_during_a_training_starts_the_next_one_without_anoth
     assert place.save("b.nii.gz", 4)["slices"] == 1
 
 
-def test_a_manual_training_resets_the_count_only_if_it_is_done_learned_from_all_and_makes_the_same_kind(open_place: Callable[..., Place]):
+def test_a_manual_training_resets_the_count_only_if_it_is_done_learned_from_all_and_makes_the_same_kind(
+    open_place: Callable[..., Place],
+):
     place = open_place()
     place.save("a.nii.gz", 1, 2, 3)
     for trainer, params, state in (
@@ -174,7 +191,10 @@ def test_the_trainer_follows_what_was_labelled(open_place: Callable[..., Place])
     wait_for(lambda: place.runner.status()["sequence"] == 3)
     place.end()
     assert place.save("a.nii.gz", 2)["started"] is True
-    assert (place.runner.status()["trainer"], place.runner.status()["params"]) == ("progidiff_adapt", {"steps": "9", "rank": "4"})
+    assert (place.runner.status()["trainer"], place.runner.status()["params"]) == (
+        "progidiff_adapt",
+        {"steps": "9", "rank": "4"},
+    )
 
 
 def test_a_named_trainer_counts_what_it_can_learn_from(open_place: Callable[..., Place]):
@@ -202,7 +222,9 @@ def test_a_server_that_comes_back_knows_what_is_done_due_or_interrupted(open_pla
     third = open_place()
     third.retraining.resume()
     assert third.save("a.nii.gz", 5)["slices"] == 1
-    third.annotations.record("b.nii.gz", third.folder / "label.nii.gz", slices=[1, 2, 3])  # killed between the save and the count
+    third.annotations.record(
+        "b.nii.gz", third.folder / "label.nii.gz", slices=[1, 2, 3]
+    )  # killed between the save and the count
     fourth = open_place()
     fourth.retraining.resume()
     wait_for(lambda: fourth.runner.status()["sequence"] == 3)

@@ -25,14 +25,20 @@ class Pacs:
     base_url = "http://pacs.example/dicom-web"
 
     def __init__(self, **folders: Path) -> None:
-        self.series = {uid: [pydicom.dcmread(file) for file in sorted(folder.iterdir())] for uid, folder in folders.items()}
+        self.series = {
+            uid: [pydicom.dcmread(file) for file in sorted(folder.iterdir())] for uid, folder in folders.items()
+        }
         self.down = False
 
     def search_for_series(self, search_filters: dict[str, Any]) -> list[dict[str, Any]]:
         if self.down:
             raise requests.ConnectionError("connection refused")
         heads = (files[0] for files in self.series.values())
-        return [head.to_json_dict() for head in heads if all(str(getattr(head, key)) == value for key, value in search_filters.items())]
+        return [
+            head.to_json_dict()
+            for head in heads
+            if all(str(getattr(head, key)) == value for key, value in search_filters.items())
+        ]
 
     def retrieve_series(self, study: str, series: str) -> list[pydicom.Dataset]:
         return self.series[series]

@@ -1,4 +1,6 @@
-"""The local datastore: what counts as a label, what a save keeps, and what is there after everything that can go wrong."""
+"""The local datastore: what counts as a label, what a save keeps, and what is there after everything that can go
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,15 @@ from watchdog.events import (
     FileOpenedEvent,
 )
 
-from progidiff.errors import BusyError, GeometryError, ImageError, NotFoundError, ProGiDiffError, RequestError, StoreError
+from progidiff.errors import (
+    BusyError,
+    GeometryError,
+    ImageError,
+    NotFoundError,
+    ProGiDiffError,
+    RequestError,
+    StoreError,
+)
 from progidiff.labels.history import AnnotationStore
 from progidiff.server.datastores import local as module
 from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
@@ -59,7 +69,9 @@ def store(studies: Path) -> SafeLocalDatastore:
     return opened
 
 
-def write_label(studies: Path, name: str, values: dict[int, int], image: str = "one", dtype: Any = np.uint8, suffix: str = ".nii.gz") -> Path:
+def write_label(
+    studies: Path, name: str, values: dict[int, int], image: str = "one", dtype: Any = np.uint8, suffix: str = ".nii.gz"
+) -> Path:
     """A label with a 3 x 3 square of `value` on file slices k; the phantom's k runs from inferior to superior."""
     affine = nibabel.load(studies / f"{image}.nii.gz").affine
     array = np.zeros(SHAPE, dtype)
@@ -121,17 +133,23 @@ def test_ids_that_slicer_numbers_by_position_become_the_ids_of_the_folder(store:
     assert dict(saved.annotation.label_ids) == {"liver": LIVER, "tumour 1": 14}
     assert set(np.unique(read_final(studies))) == {0, LIVER, 14}
     (studies / "labels.json").write_text('{"1": "liver", "2": "spleen"}')
-    store.save_annotated("two", write_label(studies, "b", {2: 7}, "two"), "final", {"label_info": [{"name": "liver", "idx": 7}]})
+    store.save_annotated(
+        "two", write_label(studies, "b", {2: 7}, "two"), "final", {"label_info": [{"name": "liver", "idx": 7}]}
+    )
     assert set(np.unique(read_final(studies, "two"))) == {0, 1}
     store.save_annotated("one", write_label(studies, "c", {6: 1}), "final", {"slices": [6]})
     final = read_final(studies)
     assert [int(final[5, 5, k]) for k in (2, 3, 6)] == [1, 14, 1]  # The old ids moved along with labels.json.
-    saved = store.save_annotated("one", write_label(studies, "d", {}), "final", {"structures": ["spleen"], "slices": [0]})
+    saved = store.save_annotated(
+        "one", write_label(studies, "d", {}), "final", {"structures": ["spleen"], "slices": [0]}
+    )
     assert dict(saved.annotation.label_ids) == {"liver": 1, "tumour 1": 14, "spleen": 2}
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nrrd", ".mha"])
-def test_labels_of_every_format_are_taken_and_replace_one_another(store: SafeLocalDatastore, studies: Path, suffix: str):
+def test_labels_of_every_format_are_taken_and_replace_one_another(
+    store: SafeLocalDatastore, studies: Path, suffix: str
+):
     from progidiff.images.volume import load_label, save_array
 
     store.save_annotated("one", write_label(studies, "a", {3: LIVER}), "final", {})
@@ -205,12 +223,16 @@ def refused_labels(studies: Path) -> list[tuple[str, Path, dict[str, Any], type[
 
 def test_labels_that_cannot_count_are_refused_and_change_nothing(store: SafeLocalDatastore, studies: Path):
     store.save_annotated("one", write_label(studies, "first", {3: SPLEEN}), "final", {})
-    before = {path: path.read_bytes() for path in studies.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    before = {
+        path: path.read_bytes() for path in studies.rglob("*") if path.is_file() and not path.name.endswith(".lock")
+    }
     for name, file, params, error, words in refused_labels(studies):
         with pytest.raises(error) as caught:
             store.save_annotated("one", file, "final", params)
         assert words in str(caught.value), (name, str(caught.value))
-    after = {path: path.read_bytes() for path in studies.rglob("*") if path.is_file() and not path.name.endswith(".lock")}
+    after = {
+        path: path.read_bytes() for path in studies.rglob("*") if path.is_file() and not path.name.endswith(".lock")
+    }
     assert after == before
 
 
@@ -223,7 +245,9 @@ def test_tags_that_leave_the_folder_are_refused(store: SafeLocalDatastore, studi
         store.save_label("one", str(label), tag, {})
 
 
-@pytest.mark.parametrize("image_id", ["../evil", "..", ".hidden", "a/b", "a\\b", "/etc/passwd", "x" * 129, "-rf", "a\0b", "a b"])
+@pytest.mark.parametrize(
+    "image_id", ["../evil", "..", ".hidden", "a/b", "a\\b", "/etc/passwd", "x" * 129, "-rf", "a\0b", "a b"]
+)
 def test_ids_that_leave_the_folder_are_refused(store: SafeLocalDatastore, studies: Path, image_id: str):
     with pytest.raises(RequestError, match="cannot name an image"):
         store.add_image(image_id, str(studies / "one.nii.gz"), {})
@@ -282,7 +306,9 @@ def test_a_removed_image_goes_to_the_trash_with_its_history_kept(store: SafeLoca
         store.remove_image("one")
 
 
-def test_a_label_that_somebody_put_into_the_folder_is_kept_before_it_is_replaced(store: SafeLocalDatastore, studies: Path):
+def test_a_label_that_somebody_put_into_the_folder_is_kept_before_it_is_replaced(
+    store: SafeLocalDatastore, studies: Path
+):
     foreign = write_label(studies, "foreign", {5: SPLEEN})
     final = studies / "labels/final/one.nii.gz"
     shutil.copyfile(foreign, final)
@@ -296,7 +322,9 @@ def test_a_label_that_somebody_put_into_the_folder_is_kept_before_it_is_replaced
     assert (int(merged[5, 5, 1]), int(merged[5, 5, 5])) == (LIVER, SPLEEN)
 
 
-def test_files_that_vanish_behind_its_back_count_no_more_and_come_back_by_undo(store: SafeLocalDatastore, studies: Path):
+def test_files_that_vanish_behind_its_back_count_no_more_and_come_back_by_undo(
+    store: SafeLocalDatastore, studies: Path
+):
     label = write_label(studies, "a", {1: LIVER})
     store.save_annotated("one", label, "final", {})
     (studies / "labels/final/one.nii.gz").unlink()
@@ -326,7 +354,9 @@ def test_a_folder_that_is_not_mounted_any_more_loses_nothing(store: SafeLocalDat
 
 
 @pytest.mark.parametrize("content", [b"", b'{"name": "x", "obj', b"\xff\xfe\x00", b"[]", b"null"])
-def test_a_damaged_list_recovers_from_its_backup(store: SafeLocalDatastore, studies: Path, content: bytes, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_list_recovers_from_its_backup(
+    store: SafeLocalDatastore, studies: Path, content: bytes, caplog: pytest.LogCaptureFixture
+):
     store.update_image_info("one", {"note": "kept"})
     store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {})
     (studies / "datastore_v2.json").write_bytes(content)
@@ -338,7 +368,9 @@ def test_a_damaged_list_recovers_from_its_backup(store: SafeLocalDatastore, stud
     assert [path.read_bytes() for path in studies.glob("datastore_v2.json.damaged-*")] == [content]
 
 
-def test_without_list_and_backup_the_folders_are_looked_through(store: SafeLocalDatastore, studies: Path, caplog: pytest.LogCaptureFixture):
+def test_without_list_and_backup_the_folders_are_looked_through(
+    store: SafeLocalDatastore, studies: Path, caplog: pytest.LogCaptureFixture
+):
     store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {})
     (studies / "datastore_v2.json").write_bytes(b"{")
     (studies / "datastore_v2.json.bak").write_bytes(b"{")
@@ -364,7 +396,9 @@ def test_entries_of_a_list_that_leave_the_folder_are_left_out(studies: Path):
     assert again.get_label_uri("one", "../x") == ""
 
 
-def test_a_full_disk_is_said_and_the_label_before_stays(store: SafeLocalDatastore, studies: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_full_disk_is_said_and_the_label_before_stays(
+    store: SafeLocalDatastore, studies: Path, monkeypatch: pytest.MonkeyPatch
+):
     first = write_label(studies, "a", {1: LIVER})
     store.save_annotated("one", first, "final", {})
     second = write_label(studies, "b", {2: LIVER})
@@ -439,7 +473,9 @@ def test_a_second_server_on_the_folder_refuses_until_the_first_is_dead(studies: 
 
 
 def save_and_crash(studies: Path, label: Path, step: int) -> bool:
-    """Save in a child process that ends, without any clean-up, before its n-th write, flush, rename or copy; whether the save was acknowledged."""
+    """Save in a child process that ends, without any clean-up, before its n-th write, flush, rename or copy; whether
+    the save was acknowledged.
+    """
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
@@ -509,7 +545,9 @@ def test_an_annotation_store_without_a_datastore_still_sees_labels_made_elsewher
 def test_files_that_are_only_read_do_not_keep_the_watcher_busy(studies: Path, monkeypatch: pytest.MonkeyPatch):
     state = studies / ".progidiff"
     monkeypatch.setattr(module, "_claim", lambda folder: None)  # it belongs to the process and not to a test
-    watching = SafeLocalDatastore(str(studies), state, open_annotations(state, str(studies)), serves=True, auto_reload=True)
+    watching = SafeLocalDatastore(
+        str(studies), state, open_annotations(state, str(studies)), serves=True, auto_reload=True
+    )
     watching._observer.stop()
     watching._observer.join(20)
     matched: list[str] = []

@@ -1,4 +1,6 @@
-"""A server on Orthanc: MR too, labels as DICOM SEG and back, proposals that label nothing. Skipped where Orthanc is missing."""
+"""A server on Orthanc: MR too, labels as DICOM SEG and back, proposals that label nothing. Skipped where Orthanc is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,6 @@ pytestmark = pytest.mark.skipif(bool(find_lack()), reason=find_lack() or "-")
 SAGITTAL = np.array([[0, 0, 5.5, -160], [-6.5, 0, 0, 150], [0, -5.0, 0, 70], [0, 0, 0, 1.0]])
 
 
-
-
 @pytest.fixture(scope="module")
 def pacs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     folder = tmp_path_factory.mktemp("pacs")
@@ -49,7 +49,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pacs: tup
     folder = tmp_path_factory.mktemp("server")
     before = dict(os.environ)
     os.environ["MONAI_LABEL_DICOMWEB_CACHE_PATH"] = str(folder / "cache")
-    os.environ["PATH"] = os.pathsep.join(part for part in os.environ["PATH"].split(os.pathsep) if not shutil.which("itkimage2segimage", path=part))
+    os.environ["PATH"] = os.pathsep.join(
+        part for part in os.environ["PATH"].split(os.pathsep) if not shutil.which("itkimage2segimage", path=part)
+    )
     conf = ("model_dir", str(tiny_model), "device", "cpu", "store", str(folder / "state"))
     try:
         with run_server(pacs[1], copy_app(folder), folder / "server.log", *conf) as running:  # type: ignore[arg-type]
@@ -62,7 +64,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pacs: tup
 @pytest.fixture(scope="module")
 def series(server: Server) -> dict[str, tuple[str, str]]:
     found = DICOMwebClient(server.url + "/proxy/dicom/qido").search_for_series()
-    return {entry["00100020"]["Value"][0]: (entry["0020000D"]["Value"][0], entry["0020000E"]["Value"][0]) for entry in found}
+    return {
+        entry["00100020"]["Value"][0]: (entry["0020000D"]["Value"][0], entry["0020000E"]["Value"][0]) for entry in found
+    }
 
 
 def wait_for(condition, seconds: float = 40) -> None:
@@ -101,7 +105,9 @@ def test_searches_keep_their_query_and_nothing_else_is_reached(server: Server, s
 
 
 @pytest.mark.parametrize("image", ["axial", "sagittal"])
-def test_the_image_is_the_one_that_was_put_in(server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]], image: str, tmp_path: Path):
+def test_the_image_is_the_one_that_was_put_in(
+    server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]], image: str, tmp_path: Path
+):
     _, uid = series[image]
     answer = server.infer(uid, {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="image")
     assert answer.status_code == 200, answer.text
@@ -118,11 +124,18 @@ def test_a_label_that_draws_nothing_is_refused_and_counts_for_nothing(
     server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]], tmp_path: Path
 ):
     _, uid = series["sagittal"]
-    (tmp_path / "mask.nii.gz").write_bytes(server.infer(uid, {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="image").content)
+    (tmp_path / "mask.nii.gz").write_bytes(
+        server.infer(uid, {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="image").content
+    )
     image = load_volume(tmp_path / "mask.nii.gz", "MR")
     file = save_mask(np.zeros(image.array.shape, np.uint8), image, tmp_path / "label.nii.gz")
-    form = {"params": (None, json.dumps({"structures": ["liver"], "slices": [1]})), "label": ("label.nii.gz", file.read_bytes())}
-    answer = requests.put(f"{server.url}/datastore/label", params={"image": uid, "tag": "final"}, files=form, timeout=120)
+    form = {
+        "params": (None, json.dumps({"structures": ["liver"], "slices": [1]})),
+        "label": ("label.nii.gz", file.read_bytes()),
+    }
+    answer = requests.put(
+        f"{server.url}/datastore/label", params={"image": uid, "tag": "final"}, files=form, timeout=120
+    )
     assert (answer.status_code, answer.json()["error"]) == (422, "RequestError"), answer.text
     assert "skip" in answer.json()["detail"]
     assert server.get("/info/").json()["datastore"]["completed"] == 0
@@ -141,9 +154,15 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
     stack[4:6, 3:9, 5:20] = 6  # two of twelve slices
     stack[5, 12:15, 5:20] = 1
     file = save_mask(labels, image, tmp_path / "label.nii.gz")
-    names = [{"name": "aorta", "idx": 8}, {"name": "liver", "idx": 6}, {"name": "spleen", "idx": 1}]  # more than is drawn, in another order
+    names = [
+        {"name": "aorta", "idx": 8},
+        {"name": "liver", "idx": 6},
+        {"name": "spleen", "idx": 1},
+    ]  # more than is drawn, in another order
     form = {"params": (None, json.dumps({"label_info": names})), "label": ("label.nii.gz", file.read_bytes())}
-    answer = requests.put(f"{server.url}/datastore/label", params={"image": uid, "tag": "final"}, files=form, timeout=120)
+    answer = requests.put(
+        f"{server.url}/datastore/label", params={"image": uid, "tag": "final"}, files=form, timeout=120
+    )
     assert answer.status_code == 200, answer.text
 
     client = DICOMwebClient(pacs[1])
@@ -154,16 +173,22 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
         ("spleen", "SEMIAUTOMATIC"),
     }
     assert dataset.NumberOfFrames < 12  # empty frames are left out
-    saved = max(server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"], key=lambda entry: entry["sequence"])
+    saved = max(
+        server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"],
+        key=lambda entry: entry["sequence"],
+    )
     for segment in dataset.SegmentSequence:
-        assert segment.SegmentDescription.startswith(f"{segment.SegmentLabel}. Save {saved['sequence']} of {saved['time']}")
+        assert segment.SegmentDescription.startswith(
+            f"{segment.SegmentLabel}. Save {saved['sequence']} of {saved['time']}"
+        )
     assert server.get("/info/").json()["datastore"]["completed"] == 1  # saving a label has the lists read anew
 
     # What another server makes of the PACS alone, with nothing kept.
     code = (
-        "import sys; from progidiff.server import pacs_datastore as p; from monailabel.datastore.dicom import DICOMwebClientX as C;"
-        "d = p.PacsDatastore(client=C(url=sys.argv[1]), search_filter={'Modality': 'CT'}, cache_path=sys.argv[2]);"
-        "d.get_image_uri(sys.argv[3]); print('FILE', d.get_label_uri(sys.argv[3], 'final', sys.argv[3]))"
+        "import sys; from progidiff.server import pacs_datastore as p; from "
+        "monailabel.datastore.dicom import DICOMwebClientX as C;d = p.PacsDatastore(client=C(url=sys.argv[1]), "
+        "search_filter={'Modality': 'CT'}, cache_path=sys.argv[2]);d.get_image_uri(sys.argv[3]); print('FILE', "
+        "d.get_label_uri(sys.argv[3], 'final', sys.argv[3]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, pacs[1], str(tmp_path / "cache"), uid],
@@ -179,14 +204,18 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
     assert nibabel.load(back).shape == image.array.shape
 
 
-def test_a_drawn_segmentation_in_the_pacs_labels_its_image(server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]]):
+def test_a_drawn_segmentation_in_the_pacs_labels_its_image(
+    server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]]
+):
     assert server.get("/info/").json()["datastore"]["completed"] == 1
     store_segmentation(pacs, series["axial"], "MANUAL", "2.25.92")
     wait_for(lambda: server.get("/info/").json()["datastore"]["completed"] != 1)
     assert server.get("/info/").json()["datastore"]["completed"] == 2
 
 
-def test_a_segmentation_stored_through_the_server_is_a_label(server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]]):
+def test_a_segmentation_stored_through_the_server_is_a_label(
+    server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]]
+):
     study, uid = series["axial"]
     volume = load_volume(pacs[0] / "axial.nii.gz")
     mask = np.zeros(volume.to_stack()[0].shape, bool)
@@ -202,5 +231,8 @@ def test_a_segmentation_stored_through_the_server_is_a_label(server: Server, pac
         timeout=120,
     )
     assert answer.status_code == 200, answer.text
-    saved = max(server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"], key=lambda entry: entry["sequence"])
+    saved = max(
+        server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"],
+        key=lambda entry: entry["sequence"],
+    )
     assert saved["structures"] == ["liver"]

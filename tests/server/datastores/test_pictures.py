@@ -11,7 +11,14 @@ from PIL import Image
 
 from progidiff.active_learning.strategies import ImageScores, build_pool, pick_slices
 from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError
-from progidiff.images.pictures import PICTURE_AFFINE, check_picture, is_picture, read_picture_grid, read_picture_label, write_picture_label
+from progidiff.images.pictures import (
+    PICTURE_AFFINE,
+    check_picture,
+    is_picture,
+    read_picture_grid,
+    read_picture_label,
+    write_picture_label,
+)
 from progidiff.images.volume import load_label, load_volume, read_grid, save_mask
 from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
 
@@ -53,7 +60,12 @@ def studies(tmp_path: Path) -> Path:
 def store(studies: Path) -> SafeLocalDatastore:
     state = studies / ".progidiff"
     opened = SafeLocalDatastore(
-        str(studies), state, open_annotations(state, str(studies)), serves=False, extensions=PATTERNS, picture_ids=lambda: {"nuclei": 1}
+        str(studies),
+        state,
+        open_annotations(state, str(studies)),
+        serves=False,
+        extensions=PATTERNS,
+        picture_ids=lambda: {"nuclei": 1},
     )
     opened._serves, opened._is_settled = True, False
     opened.refresh()
@@ -102,7 +114,11 @@ def test_a_mask_of_a_picture_is_written_on_its_grid_in_every_format(tmp_path: Pa
 
 def test_0_and_255_are_read_as_0_and_1(tmp_path: Path):
     assert set(np.unique(read_picture_label(save_label(tmp_path / "a.png", {255: BOX})))) == {0, 1}
-    assert set(np.unique(read_picture_label(save_label(tmp_path / "b.png", {255: BOX, 2: np.s_[10:12, 0:3]})))) == {0, 2, 255}
+    assert set(np.unique(read_picture_label(save_label(tmp_path / "b.png", {255: BOX, 2: np.s_[10:12, 0:3]})))) == {
+        0,
+        2,
+        255,
+    }
 
 
 def test_a_palette_an_alpha_channel_and_gray_in_three_channels_hold_the_same_ids(tmp_path: Path):
@@ -145,7 +161,9 @@ def test_a_file_that_is_no_picture_is_named(tmp_path: Path):
 
 
 def test_a_picture_is_no_volume_and_the_error_names_the_model_that_takes_it(tmp_path: Path):
-    with pytest.raises(ImageError, match="is a picture, and structures are found in CT and MR volumes. Ask the model textdiff"):
+    with pytest.raises(
+        ImageError, match="is a picture, and structures are found in CT and MR volumes. Ask the model textdiff"
+    ):
         load_volume(save_picture(tmp_path / "a.png"))
     assert not is_picture("case.nii.gz")
 
@@ -161,7 +179,11 @@ def test_a_saved_picture_label_is_kept_byte_for_byte_as_one_slice(store: SafeLoc
     label = save_label(studies.parent / "label.png", {1: BOX})
     saved = store.save_annotated("one", label, "final", {}, "ada")
     assert (studies / "labels/final/one.png").read_bytes() == label.read_bytes()
-    assert (saved.annotation.structures, saved.annotation.num_slices, dict(saved.annotation.label_ids)) == (("nuclei",), 1, {"nuclei": 1})
+    assert (saved.annotation.structures, saved.annotation.num_slices, dict(saved.annotation.label_ids)) == (
+        ("nuclei",),
+        1,
+        {"nuclei": 1},
+    )
     assert store.get_labeled_images() == ["one"]
     assert store.save_annotated("one", label, "final", {}).repeated
     store.refresh()
@@ -185,14 +207,18 @@ def test_a_tiff_label_becomes_a_png_and_replaces_one_of_another_format(store: Sa
 
 def test_the_table_sent_along_names_other_structures(store: SafeLocalDatastore, studies: Path):
     label = save_label(studies.parent / "label.png", {1: BOX, 2: np.s_[10:12, 0:3]})
-    saved = store.save_annotated("one", label, "final", {"label_info": [{"name": "nuclei", "idx": 1}, {"name": "stroma", "idx": 2}]})
+    saved = store.save_annotated(
+        "one", label, "final", {"label_info": [{"name": "nuclei", "idx": 1}, {"name": "stroma", "idx": 2}]}
+    )
     assert set(saved.annotation.structures) == {"nuclei", "stroma"}
     with pytest.raises(ImageError, match="holds the ids 2, which nothing names"):
         store.save_annotated("two", label, "final", {})
 
 
 def test_an_empty_picture_label_says_that_nothing_is_there(store: SafeLocalDatastore, studies: Path):
-    saved = store.save_annotated("one", save_label(studies.parent / "label.png", {}), "final", {"structures": ["nuclei"]})
+    saved = store.save_annotated(
+        "one", save_label(studies.parent / "label.png", {}), "final", {"structures": ["nuclei"]}
+    )
     assert saved.annotation.structures == ("nuclei",)
     assert store.get_labeled_images() == ["one"]
 
@@ -223,6 +249,9 @@ def test_pictures_are_ranked_by_disagreement_as_slices_are():
     from progidiff.active_learning.settings import AcquisitionConfig
 
     picks = pick_slices(
-        build_pool([scores("a", 0.1), scores("b", 0.5), scores("c", 0.3)]), 3, config=AcquisitionConfig(noise=False), one_per_image=True
+        build_pool([scores("a", 0.1), scores("b", 0.5), scores("c", 0.3)]),
+        3,
+        config=AcquisitionConfig(noise=False),
+        one_per_image=True,
     )
     assert [pick.image for pick in picks] == ["b", "c", "a"]

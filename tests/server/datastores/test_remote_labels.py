@@ -1,4 +1,6 @@
-"""Labels behind an address: the same checks and history, also when the other side fails. The host's plain class stands for it."""
+"""Labels behind an address: the same checks and history, also when the other side fails. The host's plain class stands
+for it.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def labels(tmp_path: Path, remote: Remote) -> RemoteLabels:
         return path
 
     state = tmp_path / "state"
-    return RemoteLabels(lambda: remote, find_image, state, AnnotationStore(state / "annotations"), ProposalStore(state / "proposals"))
+    return RemoteLabels(
+        lambda: remote, find_image, state, AnnotationStore(state / "annotations"), ProposalStore(state / "proposals")
+    )
 
 
 def write_label(tmp_path: Path, remote: Remote, values: dict[int, int]) -> Path:
@@ -83,7 +87,9 @@ def test_slices_add_up_and_the_whole_label_is_sent(labels: RemoteLabels, remote:
         labels.remove_label("../..", "final")
 
 
-def test_a_label_that_could_not_be_sent_is_kept_and_does_not_count(labels: RemoteLabels, remote: Remote, tmp_path: Path):
+def test_a_label_that_could_not_be_sent_is_kept_and_does_not_count(
+    labels: RemoteLabels, remote: Remote, tmp_path: Path
+):
     first = labels.save_annotated("1.2.3", write_label(tmp_path, remote, {2: 6}), "final", {}).annotation
     remote.is_down = True
     with pytest.raises(ConnectionError):

@@ -14,7 +14,11 @@ from progidiff.server.gate.answers import install_handlers
 @pytest.mark.parametrize(
     ("error", "status", "detail"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), 507, "disk is full (No space left on device). Free some space"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            507,
+            "disk is full (No space left on device). Free some space",
+        ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 507, "disk is full (Disk quota exceeded)"),
         (PermissionError(errno.EACCES, "Permission denied"), 500, "broke unexpectedly (PermissionError, incident"),
         (ZeroDivisionError(), 500, "broke unexpectedly (ZeroDivisionError, incident"),

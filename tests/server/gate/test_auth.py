@@ -124,7 +124,17 @@ def test_a_token_file_has_a_line_per_token_or_one_token_alone(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "# nothing\n", "short", f"bot:king:{SECRET}", f"bot:{SECRET}", f"../x:read:{SECRET}", "bot:read:short", f"{SECRET}\n{SECRET}\n"]
+    "text",
+    [
+        "",
+        "# nothing\n",
+        "short",
+        f"bot:king:{SECRET}",
+        f"bot:{SECRET}",
+        f"../x:read:{SECRET}",
+        "bot:read:short",
+        f"{SECRET}\n{SECRET}\n",
+    ],
 )
 def test_a_senseless_token_file_is_refused(text: str, tmp_path: Path):
     with pytest.raises(RequestError):
@@ -141,10 +151,17 @@ def test_a_token_is_known_by_its_text_and_an_unknown_one_is_refused(auth: Authen
             auth.find_user(bearer(wrong), {})
 
 
-def test_a_session_is_good_as_token_and_as_cookie_also_after_a_restart(auth: Authenticator, users: UsersFile, tmp_path: Path):
+def test_a_session_is_good_as_token_and_as_cookie_also_after_a_restart(
+    auth: Authenticator, users: UsersFile, tmp_path: Path
+):
     user, session = auth.log_in("anna", PASSWORD, "10.0.0.1")
     again = Authenticator(auth.tokens, users, None, tmp_path / "state")
-    assert user == again.find_user(bearer(session), {}) == again.find_user({}, {COOKIE: session}) == User("anna", Role.ANNOTATE)
+    assert (
+        user
+        == again.find_user(bearer(session), {})
+        == again.find_user({}, {COOKIE: session})
+        == User("anna", Role.ANNOTATE)
+    )
     assert PASSWORD not in session
 
 
@@ -156,11 +173,15 @@ def test_a_token_logs_in_too_with_its_name_or_none(auth: Authenticator):
         auth.log_in("anna", SECRET, "10.0.0.1")
 
 
-def test_a_session_ends_by_logout_expiry_a_new_password_removal_and_another_key(auth: Authenticator, users: UsersFile, tmp_path: Path):
+def test_a_session_ends_by_logout_expiry_a_new_password_removal_and_another_key(
+    auth: Authenticator, users: UsersFile, tmp_path: Path
+):
     _, session = auth.log_in("anna", PASSWORD, "10.0.0.1")
     auth.end_session(session)
     assert auth.read_session(session) is None
-    assert Authenticator(auth.tokens, users, None, tmp_path / "state").read_session(session) is None  # A restart forgets no logout.
+    assert (
+        Authenticator(auth.tokens, users, None, tmp_path / "state").read_session(session) is None
+    )  # A restart forgets no logout.
     auth.session_seconds = -1
     assert auth.read_session(auth.log_in("anna", PASSWORD, "10.0.0.1")[1]) is None
     auth.session_seconds = 60
@@ -245,7 +266,12 @@ def test_the_log_says_who_may_connect(tmp_path: Path, users: UsersFile):
         ({}, {}, False, "this machine only"),
         ({"allow_anonymous": "true"}, {}, False, "annotate WITHOUT A LOGIN"),
         ({"token_file": str(token_file)}, {}, True, "1 tokens"),
-        ({"token_file": str(token_file), "users_file": str(users.path)}, {"PROGIDIFF_TOKEN": SECRET + "2"}, True, "2 tokens and the users of"),
+        (
+            {"token_file": str(token_file), "users_file": str(users.path)},
+            {"PROGIDIFF_TOKEN": SECRET + "2"},
+            True,
+            "2 tokens and the users of",
+        ),
         ({"users_file": str(users.path), "allow_anonymous": "read"}, {}, True, "without a login: read"),
     ):
         auth = Authenticator.from_options(options(tmp_path, **conf), environment)

@@ -44,7 +44,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
 
 
 def log_in(server: Server, name: str, password: str = PASSWORD) -> dict[str, str]:
-    answer = requests.post(f"{server.url}/auth/token", data={"username": name, "password": password, "grant_type": "password"}, timeout=30)
+    answer = requests.post(
+        f"{server.url}/auth/token", data={"username": name, "password": password, "grant_type": "password"}, timeout=30
+    )
     assert answer.status_code == 200, answer.text
     return {"Authorization": f"{answer.json()['token_type']} {answer.json()['access_token']}"}
 
@@ -77,7 +79,11 @@ def test_the_stock_client_logs_in_and_works(server: Server, tmp_path: Path):
 
 
 def test_a_login_by_token_works_as_one_by_password(server: Server):
-    for headers in (log_in(server, "reader", READER), log_in(server, "", READER), {"Authorization": f"Bearer {READER}"}):
+    for headers in (
+        log_in(server, "reader", READER),
+        log_in(server, "", READER),
+        {"Authorization": f"Bearer {READER}"},
+    ):
         answer = server.get("/auth/token/valid", headers=headers).json()
         assert (answer["username"], answer["roles"]) == ("reader", ["read"])
 
@@ -145,7 +151,9 @@ def test_the_log_says_who_may_connect_and_holds_no_secret(server: Server):
 
 def test_after_too_many_failures_the_page_and_slicer_are_told_to_wait(server: Server):
     for _ in range(20):
-        answer = requests.post(f"{server.url}/auth/token", data={"username": "nobody", "password": "wrong password"}, timeout=30)
+        answer = requests.post(
+            f"{server.url}/auth/token", data={"username": "nobody", "password": "wrong password"}, timeout=30
+        )
         if answer.status_code == 429:
             break
     assert answer.status_code == 429
@@ -185,9 +193,21 @@ def test_under_the_stock_start_other_machines_are_refused(tmp_path: Path, tiny_m
     studies = tmp_path / "studies"
     studies.mkdir()
     port = free_port()
-    command = [sys.executable, "-m", "monailabel.main", "start_server", "--app", str(copy_app(tmp_path)), "--studies", str(studies)]
+    command = [
+        sys.executable,
+        "-m",
+        "monailabel.main",
+        "start_server",
+        "--app",
+        str(copy_app(tmp_path)),
+        "--studies",
+        str(studies),
+    ]
     command += ["--port", str(port), "--conf", "model_dir", str(tiny_model)]
-    with (tmp_path / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path) as process:
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path) as process,
+    ):
         try:
             for _ in range(600):
                 try:

@@ -1,4 +1,6 @@
-"""The guard in front of a small web application: addresses, hosts, origins, roles, sizes, deadlines. And its table against the real one."""
+"""The guard in front of a small web application: addresses, hosts, origins, roles, sizes, deadlines. And its table
+against the real one.
+"""
 
 from __future__ import annotations
 
@@ -93,14 +95,18 @@ def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect
     monkeypatch.setattr(access, "RULES", RULES)
     access._compiled.cache_clear()
 
-    def build(peer: tuple[str, int] = LOCAL, tokens: bool = False, host: str = "127.0.0.1:8000", **conf: str) -> TestClient:
+    def build(
+        peer: tuple[str, int] = LOCAL, tokens: bool = False, host: str = "127.0.0.1:8000", **conf: str
+    ) -> TestClient:
         web = build_app()
         options = ServerOptions.from_conf(conf, str(tmp_path))
         secrets = tuple(Token.of(f"{role}r", role, text) for role, text in TOKENS.items()) if tokens else ()
         users = UsersFile(options.users_file) if options.users_file else None
         auth = Authenticator(secrets, users, options.allow_anonymous, tmp_path / "state")
         guard.install(web, auth, options)
-        return TestClient(web, base_url=f"http://{host}", client=peer, follow_redirects=False, raise_server_exceptions=False)
+        return TestClient(
+            web, base_url=f"http://{host}", client=peer, follow_redirects=False, raise_server_exceptions=False
+        )
 
     yield build
     access._compiled.cache_clear()
@@ -136,7 +142,9 @@ def test_anonymous_users_get_the_role_that_the_option_names_and_not_more(connect
     remote = connect(REMOTE, allow_anonymous="true")
     assert remote.get("/read").json() == {"name": "", "role": "annotate"}
     assert remote.post("/write", content=b"x").status_code == 200
-    assert_refused(remote.post("/train/m", json={}), 403, "needs the role administer, and somebody without a login has annotate")
+    assert_refused(
+        remote.post("/train/m", json={}), 403, "needs the role administer, and somebody without a login has annotate"
+    )
     assert connect(REMOTE, allow_anonymous="administer").post("/train/m", json={}).status_code == 200
     assert_refused(connect(REMOTE, allow_anonymous="read").post("/write", content=b"x"), 403, "role annotate")
     assert connect(LOCAL, allow_anonymous="read").post("/write", content=b"x").status_code == 200
@@ -155,7 +163,8 @@ def test_with_tokens_nobody_is_let_in_for_being_on_this_machine(connect: Connect
 
 
 @pytest.mark.parametrize(
-    ("role", "read", "write", "train", "unlisted"), [(READ, 200, 403, 403, 403), (ANNOTATE, 200, 200, 403, 403), (ADMINISTER, 200, 200, 200, 200)]
+    ("role", "read", "write", "train", "unlisted"),
+    [(READ, 200, 403, 403, 403), (ANNOTATE, 200, 200, 403, 403), (ADMINISTER, 200, 200, 200, 200)],
 )
 def test_each_role_may_what_the_table_says_and_what_is_not_in_it_is_for_administrators(
     connect: Connect, role: Role, read: int, write: int, train: int, unlisted: int
@@ -174,7 +183,10 @@ def test_a_browser_is_led_to_the_login_with_the_way_back_and_its_cookie_lets_it_
     users.put("anna", ANNOTATE, "correct horse")
     client = connect(REMOTE, users_file=str(users.path))
     response = client.get("/page?a=1&b=2", headers={"Accept": "text/html,*/*"})
-    assert (response.status_code, response.headers["location"]) == (303, "/progidiff/login?next=%2Fpage%3Fa%3D1%26b%3D2")
+    assert (response.status_code, response.headers["location"]) == (
+        303,
+        "/progidiff/login?next=%2Fpage%3Fa%3D1%26b%3D2",
+    )
     assert_refused(client.get("/page"), 401, "asks for a login")
     _, session = Authenticator((), users, None, tmp_path / "state").log_in("anna", "correct horse", "")
     client.cookies.set(COOKIE, session)
@@ -183,13 +195,24 @@ def test_a_browser_is_led_to_the_login_with_the_way_back_and_its_cookie_lets_it_
     assert client.get("/read").status_code == 401
 
 
-@pytest.mark.parametrize("host", ["localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000", "192.168.7.1", "LOCALHOST:1"])
+@pytest.mark.parametrize(
+    "host", ["localhost", "localhost:8000", "127.0.0.1:8000", "[::1]:8000", "192.168.7.1", "LOCALHOST:1"]
+)
 def test_the_names_of_this_machine_and_addresses_are_served(connect: Connect, host: str):
     assert connect(LOCAL).get("/read", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example", "", "[::1", "localhost@evil"]
+    "host",
+    [
+        "evil.example",
+        "evil.example:8000",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+        "",
+        "[::1",
+        "localhost@evil",
+    ],
 )
 def test_a_foreign_name_that_points_here_is_refused(connect: Connect, host: str):
     assert_refused(connect(LOCAL).get("/read", headers={"Host": host}), 403, "--conf hosts")
@@ -197,7 +220,10 @@ def test_a_foreign_name_that_points_here_is_refused(connect: Connect, host: str)
 
 
 def test_a_configured_name_is_served_and_with_a_login_any_is_until_names_are_configured(connect: Connect):
-    assert connect(LOCAL, hosts="labels.example.org").get("/read", headers={"Host": "Labels.example.org:8000"}).status_code == 200
+    assert (
+        connect(LOCAL, hosts="labels.example.org").get("/read", headers={"Host": "Labels.example.org:8000"}).status_code
+        == 200
+    )
     assert connect(REMOTE, tokens=True).get("/read", headers={"Host": "any.example", **bearer(READ)}).status_code == 200
     strict = connect(REMOTE, tokens=True, hosts="labels.example.org")
     assert_refused(strict.get("/read", headers={"Host": "any.example", **bearer(READ)}), 403, "no known name")
@@ -229,23 +255,35 @@ def test_a_page_of_another_origin_cannot_change_anything(connect: Connect, heade
 
 def test_the_servers_own_pages_and_programs_may(connect: Connect):
     client = connect(LOCAL)
-    for headers in ({}, {"Origin": "http://127.0.0.1:8000"}, {"Sec-Fetch-Site": "same-origin"}, {"Sec-Fetch-Site": "none"}):
+    for headers in (
+        {},
+        {"Origin": "http://127.0.0.1:8000"},
+        {"Sec-Fetch-Site": "same-origin"},
+        {"Sec-Fetch-Site": "none"},
+    ):
         assert client.post("/write", content=b"x", headers=headers).status_code == 200
     behind_tls = {"Origin": "https://labels.example.org", "Host": "labels.example.org"}
-    assert connect(LOCAL, hosts="labels.example.org").post("/write", content=b"x", headers=behind_tls).status_code == 200
+    assert (
+        connect(LOCAL, hosts="labels.example.org").post("/write", content=b"x", headers=behind_tls).status_code == 200
+    )
 
 
 def test_configured_origins_are_let_in_with_credentials_and_can_read_refusals(connect: Connect):
     client = connect(REMOTE, tokens=True, cors_origins="https://viewer.example.org:3000")
     origin = {"Origin": "https://viewer.example.org:3000"}
     preflight = client.options(
-        "/write", headers={**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+        "/write",
+        headers={**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"},
     )
     assert preflight.headers["access-control-allow-origin"] == origin["Origin"]
     assert client.post("/write", content=b"x", headers={**origin, **bearer(ANNOTATE)}).status_code == 200
     refused = client.post("/write", content=b"x", headers=origin)
     assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, origin["Origin"])
-    assert_refused(client.post("/write", content=b"x", headers={"Origin": "https://viewer.example.org", **bearer(ANNOTATE)}), 403, "another origin")
+    assert_refused(
+        client.post("/write", content=b"x", headers={"Origin": "https://viewer.example.org", **bearer(ANNOTATE)}),
+        403,
+        "another origin",
+    )
 
 
 @pytest.mark.parametrize("size", [1001, 500_000])
@@ -253,16 +291,25 @@ def test_a_body_over_its_limit_is_refused_by_its_stated_length_and_while_it_stre
     client = connect(LOCAL)
     assert client.post("/write", content=b"x" * 1000).json()["size"] == 1000
     assert_refused(client.post("/write", content=b"x" * size), 413, "larger than the 1,000 bytes .*max_upload_gb")
-    assert_refused(client.post("/write", content=iter([b"x" * 400, b"x" * (size - 400)])), 413, "larger than the 1,000 bytes")
+    assert_refused(
+        client.post("/write", content=iter([b"x" * 400, b"x" * (size - 400)])), 413, "larger than the 1,000 bytes"
+    )
 
 
 def test_the_limit_of_uploads_is_an_option(connect: Connect):
     assert connect(LOCAL, max_upload_gb="0.002").put("/upload", content=b"x" * 1_500_000).json()["size"] == 1_500_000
-    assert_refused(connect(LOCAL, max_upload_gb="0.001").put("/upload", content=b"x" * 1_500_000), 413, "1,000,000 bytes")
+    assert_refused(
+        connect(LOCAL, max_upload_gb="0.001").put("/upload", content=b"x" * 1_500_000), 413, "1,000,000 bytes"
+    )
 
 
 def test_a_length_repeated_by_slicer_in_a_request_without_a_body_does_no_harm(connect: Connect):
-    assert connect(LOCAL).get("/read", headers={"Content-Length": "2000000", "Content-Type": "application/json"}).status_code == 200
+    assert (
+        connect(LOCAL)
+        .get("/read", headers={"Content-Length": "2000000", "Content-Type": "application/json"})
+        .status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize("name", ["bundle_path", "image", "model_dir", "Bundle_Path", "store", " path "])
@@ -274,22 +321,33 @@ def test_parameters_of_tasks_that_name_files_are_refused_at_the_top_and_below(co
 
 @pytest.mark.parametrize("body", ["{", "[1]", '"text"', "5", "[" * 9000, b"\xff\xfe", "{'a': 1}"])
 def test_a_body_that_is_no_object_is_refused(connect: Connect, body: Any):
-    assert_refused(connect(LOCAL).post("/train/m", content=body, headers={"Content-Type": "application/json"}), 422, "Send an object")
+    assert_refused(
+        connect(LOCAL).post("/train/m", content=body, headers={"Content-Type": "application/json"}),
+        422,
+        "Send an object",
+    )
 
 
-@pytest.mark.parametrize(("body", "params"), [("", None), ("null", None), ("{}", {}), ('{"max_epochs": 3}', {"max_epochs": 3})])
+@pytest.mark.parametrize(
+    ("body", "params"), [("", None), ("null", None), ("{}", {}), ('{"max_epochs": 3}', {"max_epochs": 3})]
+)
 def test_harmless_parameters_arrive_as_they_were_sent(connect: Connect, body: str, params: object):
     answer = connect(LOCAL).post("/train/m", content=body, headers={"Content-Type": "application/json"})
     assert (answer.status_code, answer.json()) == (200, {"params": params})
 
 
-@pytest.mark.parametrize("path", ["/read/../unlisted", "/%2e%2e/read", "/a//b", "/read%5c..%5c", "/read%00", "/read%0a", "/./read", "/%2e/read"])
+@pytest.mark.parametrize(
+    "path",
+    ["/read/../unlisted", "/%2e%2e/read", "/a//b", "/read%5c..%5c", "/read%00", "/read%0a", "/./read", "/%2e/read"],
+)
 def test_an_address_that_means_two_places_is_refused(connect: Connect, path: str):
     client = connect(LOCAL)
     request = client.build_request("GET", "/read")
     request.url = request.url.copy_with(raw_path=path.encode())
     response = client.send(request)
-    assert response.status_code == 422 or "%" not in path, response.text  # The client library itself resolves plain dots.
+    assert response.status_code == 422 or "%" not in path, (
+        response.text
+    )  # The client library itself resolves plain dots.
     assert response.status_code in (200, 403, 404, 422)
 
 
@@ -374,7 +432,10 @@ def list_all_routes() -> set[tuple[str, str]]:
     from progidiff.server.routes.table import build_routers
 
     ours = [route for router in build_routers() for route in router.routes]
-    return {("GET" if method == "HEAD" else method, path) for method, path in (*list_routes(ours), *list_routes(monailabel.app.app.router.routes))}
+    return {
+        ("GET" if method == "HEAD" else method, path)
+        for method, path in (*list_routes(ours), *list_routes(monailabel.app.app.router.routes))
+    }
 
 
 def test_every_route_of_the_app_has_a_row_of_its_own():
@@ -423,9 +484,11 @@ def test_every_closed_address_has_a_row_that_says_so():
 
 
 def test_nothing_of_ours_loads_pickles():
-    """Weights are safetensors, arrays are read with allow_pickle=False; code in a file that somebody sends must never run.
+    """Weights are safetensors, arrays are read with allow_pickle=False; code in a file that somebody sends must never
+    run.
 
-    Checkpoints that a user converts are pickles; torch reads them with weights_only=True, which builds tensors and runs nothing.
+    Checkpoints that a user converts are pickles; torch reads them with weights_only=True, which builds tensors and runs
+    nothing.
     """
     unsafe = re.compile(
         r"torch\.load(?!\(.*weights_only=True)|pickle\.(load|Unpickler)|joblib\.load|allow_pickle=True|weights_only=False|yaml\.load\(|(?<![.\w])(eval|exec)\("
@@ -433,6 +496,8 @@ def test_nothing_of_ours_loads_pickles():
     for file in (*(ROOT / "lib").rglob("*.py"), *(ROOT / "apps").rglob("*.py")):
         lines = file.read_text(encoding="utf-8").splitlines()
         found = [
-            f"{file.name}:{number}: {line}" for number, line in enumerate(lines, start=1) if unsafe.search(line) and not line.lstrip().startswith("#")
+            f"{file.name}:{number}: {line}"
+            for number, line in enumerate(lines, start=1)
+            if unsafe.search(line) and not line.lstrip().startswith("#")
         ]
         assert not found

@@ -1,4 +1,6 @@
-"""Bad requests to every address of one real server: each is refused with a reason and a cure, and nothing on disk changes."""
+"""Bad requests to every address of one real server: each is refused with a reason and a cure, and nothing on disk
+changes.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,21 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     write_phantom(studies / "plain.nii.gz", shape=SHAPE)
     write_phantom(studies / "other.nii.gz", shape=(24, 24, 4), seed=1)
     (studies / "broken.nii.gz").write_bytes(b"this is no image")
-    conf = ("model_dir", str(tiny_model), "device", "cpu", "max_upload_gb", str(LARGEST_UPLOAD / 1e9), "adapters", str(folder / "adapters"))
+    conf = (
+        "model_dir",
+        str(tiny_model),
+        "device",
+        "cpu",
+        "max_upload_gb",
+        str(LARGEST_UPLOAD / 1e9),
+        "adapters",
+        str(folder / "adapters"),
+    )
     with run_server(studies, copy_app(folder), folder / "server.log", *conf) as running:
         files = {"label": ("label.nii.gz", GOOD_LABEL)}
-        saved = requests.put(f"{running.url}/datastore/label", params={"image": "plain", "tag": "final"}, files=files, timeout=60)
+        saved = requests.put(
+            f"{running.url}/datastore/label", params={"image": "plain", "tag": "final"}, files=files, timeout=60
+        )
         assert saved.status_code == 200, saved.text
         yield running
 
@@ -105,30 +118,51 @@ class Case:
 
 
 def infer(reason: str, image: str = "plain", status: int = 422, **params: Any) -> Case:
-    return Case("POST /infer/progidiff", reason, {"image": image}, {"files": {"params": (None, json.dumps(params))}}, (status,))
+    return Case(
+        "POST /infer/progidiff", reason, {"image": image}, {"files": {"params": (None, json.dumps(params))}}, (status,)
+    )
 
 
 def raw_infer(reason: str, text: str) -> Case:
     return Case("POST /infer/progidiff", reason, {"image": "plain"}, {"files": {"params": (None, text)}})
 
 
-def upload(address: str, reason: str, name: str, content: bytes, part: str = "file", status: int = 422, **query: Any) -> Case:
+def upload(
+    address: str, reason: str, name: str, content: bytes, part: str = "file", status: int = 422, **query: Any
+) -> Case:
     return Case(address, reason, query, {"files": {part: (name, content)}}, (status,))
 
 
-def label(reason: str, content: bytes = GOOD_LABEL, name: str = "label.nii.gz", status: int = 422, params: Any = None, **query: Any) -> Case:
+def label(
+    reason: str,
+    content: bytes = GOOD_LABEL,
+    name: str = "label.nii.gz",
+    status: int = 422,
+    params: Any = None,
+    **query: Any,
+) -> Case:
     files: dict[str, Any] = {"label": (name, content)}
     if params is not None:
         files["params"] = (None, params if isinstance(params, str) else json.dumps(params))
-    return Case("PUT /datastore/label", reason, {"image": "plain", "tag": "final", **query}, {"files": files}, (status,))
+    return Case(
+        "PUT /datastore/label", reason, {"image": "plain", "tag": "final", **query}, {"files": files}, (status,)
+    )
 
 
 def a_json(address: str, reason: str, body: Any, status: int = 422, **query: Any) -> Case:
     return Case(address, reason, query, {"json": body}, (status,))
 
 
-def body(address: str, reason: str, content: bytes | str, kind: str = "application/json", status: int | tuple[int, ...] = 422) -> Case:
-    return Case(address, reason, {}, {"data": content, "headers": {"Content-Type": kind}}, status if isinstance(status, tuple) else (status,))
+def body(
+    address: str, reason: str, content: bytes | str, kind: str = "application/json", status: int | tuple[int, ...] = 422
+) -> Case:
+    return Case(
+        address,
+        reason,
+        {},
+        {"data": content, "headers": {"Content-Type": kind}},
+        status if isinstance(status, tuple) else (status,),
+    )
 
 
 def get(path: str, reason: str, status: int = 404, **query: Any) -> Case:
@@ -138,9 +172,15 @@ def get(path: str, reason: str, status: int = 404, **query: Any) -> Case:
 TRAVERSALS = ("../plain", "/etc/passwd", "..", "a/b", ".hidden", "a\\b", "a\0b", "plain\n", LONG, "")
 
 INFER = [
-    *(raw_infer("not json|Send an object", text) for text in ("{", "[1]", "5", "null", '"liver"', "[" * 5000, "{'a': 1}")),
+    *(
+        raw_infer("not json|Send an object", text)
+        for text in ("{", "[1]", "5", "null", '"liver"', "[" * 5000, "{'a': 1}")
+    ),
     *(infer("prompt", prompt=value) for value in ("", "   ", "spline", 5, [5], {"a": 1}, True, "x" * 20_000, "?!")),
-    *(infer("num_proposals", prompt="liver", num_proposals=value) for value in (0, -1, 17, 10**9, "four", 2.5, True, [], {}, "9" * 4000)),
+    *(
+        infer("num_proposals", prompt="liver", num_proposals=value)
+        for value in (0, -1, 17, 10**9, "four", 2.5, True, [], {}, "9" * 4000)
+    ),
     *(infer("steps", prompt="liver", steps=value) for value in (0, 51, "fast", -3, [], 1e300)),
     *(infer("seed", prompt="liver", seed=value) for value in (-1, 2**32, "x", 1.5)),
     *(infer("guidance_scale", prompt="liver", guidance_scale=value) for value in ("warm", -1, 1e9, [])),
@@ -149,16 +189,32 @@ INFER = [
     *(infer("adapter", prompt="liver", adapter=value) for value in ("../../etc", "none@x@y", {}, "unknown")),
     *(infer("label_prompt", label_prompt=value) for value in ([0], [99], ["liver"], {}, "a,b")),
     *(infer("result_extension", prompt="liver", result_extension=value) for value in (".py", ".exe", "../x", 5)),
-    *(infer("allow_free_text|save_original", prompt="liver", **{name: "maybe"}) for name in ("allow_free_text", "save_original")),
+    *(
+        infer("allow_free_text|save_original", prompt="liver", **{name: "maybe"})
+        for name in ("allow_free_text", "save_original")
+    ),
     *(infer("job", prompt="liver", job_id=value) for value in ("../../x", "a b", LONG)),
-    *(infer(f"{name} cannot be set", prompt="liver", **{name: "/etc/passwd"}) for name in ("model", "model_dir", "backbone", "store", "adapters")),
+    *(
+        infer(f"{name} cannot be set", prompt="liver", **{name: "/etc/passwd"})
+        for name in ("model", "model_dir", "backbone", "store", "adapters")
+    ),
     raw_infer("image cannot be set", '{"prompt": "liver", "image": "/etc/passwd"}'),
-    *(infer("no image|names no image", image=value, status=422 if not value else 404, prompt="liver") for value in TRAVERSALS),
+    *(
+        infer("no image|names no image", image=value, status=422 if not value else 404, prompt="liver")
+        for value in TRAVERSALS
+    ),
     infer("broken", image="broken", prompt="liver"),
     Case("POST /infer/deepedit", "no model", {"image": "plain"}, {"files": {"params": (None, "{}")}}, (404,)),
-    Case("POST /infer/progidiff", "no session", {"session_id": "../../etc"}, {"files": {"params": (None, "{}")}}, (404,)),
+    Case(
+        "POST /infer/progidiff", "no session", {"session_id": "../../etc"}, {"files": {"params": (None, "{}")}}, (404,)
+    ),
     Case("POST /infer/progidiff", "output", {"image": "plain", "output": "exe"}, {"files": {"params": (None, "{}")}}),
-    Case("POST /infer/progidiff", "dicom_seg", {"image": "plain", "output": "dicom_seg"}, {"files": {"params": (None, "{}")}}),
+    Case(
+        "POST /infer/progidiff",
+        "dicom_seg",
+        {"image": "plain", "output": "dicom_seg"},
+        {"files": {"params": (None, "{}")}},
+    ),
     upload("POST /infer/progidiff", "is not read", "../../evil.py", b"import os"),
     upload("POST /infer/progidiff", "is not read", "a.nii.gz.exe", b"x"),
     upload("POST /infer/progidiff", "prompt|cannot be read", "a.nii.gz", b"this is no image"),
@@ -170,7 +226,12 @@ INFER = [
 TASKS = [
     *(
         a_json(address, "cannot be set by a request", {name: "/tmp/evil"})
-        for address in ("POST /batch/infer/progidiff", "POST /train/", "POST /train/adapt", "POST /activelearning/random")
+        for address in (
+            "POST /batch/infer/progidiff",
+            "POST /train/",
+            "POST /train/adapt",
+            "POST /activelearning/random",
+        )
         for name in ("bundle_path", "image", "model_dir")
     ),
     a_json("POST /train/adapt", "cannot be set by a request", {"adapt": {"bundle_path": "/tmp/evil"}}),
@@ -218,19 +279,38 @@ IMAGES = [
     upload("PUT /datastore/image", "nii", "evil.py", b"import os", image="evil"),
     upload("PUT /datastore/image", "read|image", "a.nii.gz", b"this is no image", image="evil"),
     upload("PUT /datastore/image", "read|image|empty", "a.nii.gz", b"", image="evil"),
-    upload("PUT /datastore/image", "holds 2 volumes", "a.nii.gz", nifti(np.zeros((4, 4, 3, 2), np.int16)), image="evil"),
+    upload(
+        "PUT /datastore/image", "holds 2 volumes", "a.nii.gz", nifti(np.zeros((4, 4, 3, 2), np.int16)), image="evil"
+    ),
     upload("PUT /datastore/image", "field|file", "a.nii.gz", GOOD_IMAGE, part="wrong"),
     upload("PUT /datastore/", "id|name|image", "../../evil.nii.gz", GOOD_IMAGE, image="../evil"),
     upload("PUT /datastore/image", "larger than", "a.nii", bytes(LARGEST_UPLOAD + 1000), status=413, image="evil"),
-    Case("PUT /datastore/image", "json|object", {"image": "evil"}, {"files": {"file": ("a.nii.gz", GOOD_IMAGE), "params": (None, "[1]")}}),
-    *(Case("DELETE /datastore/image", "no image|id", {"id": value}, {}, (404, 422)) for value in ("nobody", "../plain", "/etc/passwd", "")),
+    Case(
+        "PUT /datastore/image",
+        "json|object",
+        {"image": "evil"},
+        {"files": {"file": ("a.nii.gz", GOOD_IMAGE), "params": (None, "[1]")}},
+    ),
+    *(
+        Case("DELETE /datastore/image", "no image|id", {"id": value}, {}, (404, 422))
+        for value in ("nobody", "../plain", "/etc/passwd", "")
+    ),
     Case("DELETE /datastore/", "no image|id", {"id": "../plain"}, {}, (404, 422)),
     Case("DELETE /datastore/image", "id", {}, {}),
     *(get("/datastore/image", "no image", image=value) for value in ("nobody", "../plain", "/etc/passwd")),
     get("/datastore/image", "image", 422),
     get("/datastore/image/info", "no image", image="nobody"),
-    *(Case("PUT /datastore/image/info", "json|object", {"image": "plain"}, {"files": {"info": (None, text)}}) for text in ("{", "[1]", "5", '"x"')),
-    Case("PUT /datastore/image/info", "no image|not found", {"image": "nobody"}, {"files": {"info": (None, "{}")}}, (404,)),
+    *(
+        Case("PUT /datastore/image/info", "json|object", {"image": "plain"}, {"files": {"info": (None, text)}})
+        for text in ("{", "[1]", "5", '"x"')
+    ),
+    Case(
+        "PUT /datastore/image/info",
+        "no image|not found",
+        {"image": "nobody"},
+        {"files": {"info": (None, "{}")}},
+        (404,),
+    ),
     Case("PUT /datastore/image/info", "larger than", {"image": "plain"}, {"data": {"info": "x" * 1_100_000}}, (413,)),
     get("/datastore/", "output", 422, output="everything"),
     get("/datastore/dataset", "limit_cases", 422, limit_cases="many"),
@@ -260,11 +340,30 @@ LABELS = [
         Case("DELETE /datastore/label", "label|tag", {"id": i, "tag": t}, {}, (404, 422))
         for i, t in (("nobody", "final"), ("plain", "../final"), ("plain", "no"))
     ),
-    *(get("/datastore/label", "label|tag", label=i, tag=t) for i, t in (("nobody", "final"), ("plain", "nothing"), ("../plain", "final"))),
+    *(
+        get("/datastore/label", "label|tag", label=i, tag=t)
+        for i, t in (("nobody", "final"), ("plain", "nothing"), ("../plain", "final"))
+    ),
     get("/datastore/label/info", "label", label="nobody", tag="final"),
-    Case("PUT /datastore/label/info", "json|object", {"label": "plain", "tag": "final"}, {"files": {"info": (None, "[1]")}}),
-    Case("PUT /datastore/label/info", "label", {"label": "nobody", "tag": "final"}, {"files": {"info": (None, "{}")}}, (404,)),
-    Case("PUT /datastore/updatelabelinfo", "json|object", {"label": "plain", "tag": "final"}, {"files": {"params": (None, "[1]")}}),
+    Case(
+        "PUT /datastore/label/info",
+        "json|object",
+        {"label": "plain", "tag": "final"},
+        {"files": {"info": (None, "[1]")}},
+    ),
+    Case(
+        "PUT /datastore/label/info",
+        "label",
+        {"label": "nobody", "tag": "final"},
+        {"files": {"info": (None, "{}")}},
+        (404,),
+    ),
+    Case(
+        "PUT /datastore/updatelabelinfo",
+        "json|object",
+        {"label": "plain", "tag": "final"},
+        {"files": {"params": (None, "[1]")}},
+    ),
     get("/progidiff/annotations", "limit", 422, limit="many"),
     get("/progidiff/annotations/export", "choose csv", 422, format="exe"),
     Case("POST /progidiff/annotations/nobody/undo", "nobody", {}, {}, (404,)),
@@ -288,7 +387,12 @@ SESSIONS = [
     upload("PUT /session/", "uncompress", "a.nii.gz", GOOD_IMAGE, part="files", uncompress="maybe"),
     upload("PUT /session/", "files", "a.nii.gz", GOOD_IMAGE, part="wrong"),
     upload("PUT /session/", "larger than", "a.nii", bytes(LARGEST_UPLOAD + 1000), part="files", status=413),
-    Case("PUT /session/", "one archive", {"uncompress": "true"}, {"files": [("files", ("a", b"1")), ("files", ("b", b"2"))]}),
+    Case(
+        "PUT /session/",
+        "one archive",
+        {"uncompress": "true"},
+        {"files": [("files", ("a", b"1")), ("files", ("b", b"2"))]},
+    ),
     *(get(f"/session/{name}", "no session") for name in ("nothing", "a" * 200, "a%20b", "meta.info")),
     Case("DELETE /session/nothing", "no session", {}, {}, (404,)),
 ]
@@ -328,10 +432,17 @@ OTHERS = [
         body(f"POST /proxy/dicom/{service}/studies{study}", "dicom|multipart", content, kind, (400, 415, 422))
         for service in ("stow", "wado")
         for study in ("", "/1.2.3")
-        for content, kind in ((b"x", "text/plain"), (b"--x", "multipart/related; type=application/dicom"), (b"{}", "application/json"))
+        for content, kind in (
+            (b"x", "text/plain"),
+            (b"--x", "multipart/related; type=application/dicom"),
+            (b"{}", "application/json"),
+        )
     ),
     body("POST /proxy/dicom/other/studies", "DICOMweb", b"x", "text/plain", 404),
-    *(Case(f"POST /proxy/dicom/{path}", "is closed", {}, {}, (410,)) for path in ("stow/instances", "wado/tools/reset", "qido/changes")),
+    *(
+        Case(f"POST /proxy/dicom/{path}", "is closed", {}, {}, (410,))
+        for path in ("stow/instances", "wado/tools/reset", "qido/changes")
+    ),
     get("/nothing", "There is no GET /nothing"),
     Case("DELETE /info/", "There is no", {}, {}, (404, 405)),
     Case("PATCH /datastore/label", "There is no", {}, {}, (404, 405)),
@@ -339,7 +450,13 @@ OTHERS = [
     Case("GET /info/", "its own machine only", {}, {"headers": {"X-Forwarded-For": "127.0.0.1"}}, (403,)),
     *(
         Case(address, "another origin", {}, {"headers": {"Origin": "http://evil.example"}}, (403,))
-        for address in ("POST /infer/progidiff", "PUT /datastore/label", "DELETE /datastore/image", "POST /train/", "PUT /session/")
+        for address in (
+            "POST /infer/progidiff",
+            "PUT /datastore/label",
+            "DELETE /datastore/image",
+            "POST /train/",
+            "PUT /session/",
+        )
     ),
     Case("POST /infer/progidiff", "another origin", {}, {"headers": {"Sec-Fetch-Site": "cross-site"}}, (403,)),
     body("POST /auth/token", "larger than", b"username=" + b"x" * 70_000, "application/x-www-form-urlencoded", 413),
@@ -353,7 +470,11 @@ def digest(server: Server) -> dict[str, str]:
     """Every file of the studies folder and of the app, with what is in it; locks and logs aside."""
     app = server.log.parent / "app"
     files = [path for root in (server.studies, app) for path in root.rglob("*") if path.is_file()]
-    kept = [path for path in files if path.suffix not in (".lock", ".log") and not {"__pycache__", "dicom", "scores"} & set(path.parts)]
+    kept = [
+        path
+        for path in files
+        if path.suffix not in (".lock", ".log") and not {"__pycache__", "dicom", "scores"} & set(path.parts)
+    ]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
 
 
@@ -361,7 +482,9 @@ def digest(server: Server) -> dict[str, str]:
 def test_a_bad_request_is_refused_with_a_reason_and_a_cure_and_changes_nothing(server: Server, case: Case):
     before = digest(server)
     method, path = case.address.split(" ")
-    response = requests.request(method, server.url + path, params=case.query, timeout=60, allow_redirects=False, **case.arguments)
+    response = requests.request(
+        method, server.url + path, params=case.query, timeout=60, allow_redirects=False, **case.arguments
+    )
     assert response.status_code in case.status, response.text[:500]
     answer = response.json()
     assert set(answer) == {"error", "detail", "suggestions"}
@@ -406,7 +529,9 @@ def test_an_address_that_means_two_places_is_refused_as_it_stands(server: Server
     assert "Write it plainly" in answer["detail"]
 
 
-@pytest.mark.parametrize("query", [{"image": "nobody"}, {"image": "../plain"}, {"image": "plain", "check_sum": "NONE:abc"}, {}])
+@pytest.mark.parametrize(
+    "query", [{"image": "nobody"}, {"image": "../plain"}, {"image": "plain", "check_sum": "NONE:abc"}, {}]
+)
 def test_asking_for_an_image_without_its_body_is_refused_too(server: Server, query: dict[str, str]):
     assert requests.head(f"{server.url}/datastore/image", params=query, timeout=30).status_code in (404, 422)
 
@@ -437,7 +562,9 @@ def test_there_are_enough_cases_and_every_address_that_takes_something_has_one()
     asked = {(rule.method, rule.path) for rule in (find_rule(*case.address.split(" ")) for case in CASES)}
     # The login has tests of its own; files and pages are found or not; STOW is answered where it is stored.
     apart = {"/progidiff/login", "/progidiff/logout", "/ohif/{path:path}", "/static/{path:path}"}
-    left = {rule.path for rule in RULES if (rule.method, rule.path) not in asked and ("{" in rule.path or rule.body)} - apart
+    left = {
+        rule.path for rule in RULES if (rule.method, rule.path) not in asked and ("{" in rule.path or rule.body)
+    } - apart
     assert not left, "give each a bad request"
 
 
@@ -454,12 +581,21 @@ def send_generated(operation: Any) -> list[str]:
     statuses: list[int] = []
 
     @given(case=operation.as_strategy())
-    @settings(max_examples=8, deadline=None, derandomize=True, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=8,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     def send(case: schemathesis.Case) -> None:
         response = case.call(timeout=60)
         statuses.append(response.status_code)
         if response.status_code >= 500 and not (response.status_code == 503 and "Retry-After" in response.headers):
-            wrong.append(f"{operation.method} {operation.path} {case.query} -> {response.status_code}: {response.text[:300]}")
+            wrong.append(
+                f"{operation.method} {operation.path} {case.query} -> {response.status_code}: {response.text[:300]}"
+            )
 
     send()
     assert statuses
@@ -470,14 +606,20 @@ def test_generated_requests_never_meet_an_unexpected_error(server: Server):
     """Requests from the OpenAPI description, fitting and not fitting, to every operation in it."""
     described = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in described.get_all_operations()]
-    chosen = [operation for operation in operations if f"{operation.method.upper()} {operation.path}" not in NOT_GENERATED]
+    chosen = [
+        operation for operation in operations if f"{operation.method.upper()} {operation.path}" not in NOT_GENERATED
+    ]
     assert len(chosen) > 40
     wrong = [line for operation in chosen for line in send_generated(operation)]
     assert not wrong, "\n".join(wrong[:10])
 
 
 def test_nothing_of_a_refused_request_stays_in_the_temporary_folder(server: Server):
-    left = [path.name for path in server.temporary.rglob("*") if path.name.startswith("progidiff-") or path.suffix in (".nii", ".gz", ".zip", ".py")]
+    left = [
+        path.name
+        for path in server.temporary.rglob("*")
+        if path.name.startswith("progidiff-") or path.suffix in (".nii", ".gz", ".zip", ".py")
+    ]
     assert not left
 
 

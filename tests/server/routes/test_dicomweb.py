@@ -39,7 +39,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     sheared[0, 0] = 3
     write_phantom(studies / "sheared.nii.gz", seed=2, affine=sheared)
     (studies / "broken.nii.gz").write_bytes(b"this is no image")
-    with run_server(studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu") as running:
+    with run_server(
+        studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu"
+    ) as running:
         yield running
 
 
@@ -63,7 +65,9 @@ def test_studies_are_listed_and_what_cannot_be_served_is_left_out(client: DICOMw
     study, series = find_series(client, "axial")
     assert len(client.search_for_instances(study, series)) == 8
     assert len(client.search_for_instances(search_filters={"PatientID": "sagittal"})) == 12
-    assert client.search_for_instances(study, series, search_filters={"InstanceNumber": "3"})[0]["00200013"]["Value"] == [3]
+    assert client.search_for_instances(study, series, search_filters={"InstanceNumber": "3"})[0]["00200013"][
+        "Value"
+    ] == [3]
 
 
 @pytest.mark.parametrize("image", ["axial", "sagittal"])
@@ -82,7 +86,11 @@ def test_what_a_client_retrieves_is_the_image(server: Server, client: DICOMwebCl
 
 def test_pictures_have_the_type_that_was_asked_for(server: Server, client: DICOMwebClient):
     study, series = find_series(client, "sagittal")
-    for path, accept, kind in (("rendered", "image/png", "PNG"), ("thumbnail", "image/jpeg", "JPEG"), ("thumbnail", "*/*", "JPEG")):
+    for path, accept, kind in (
+        ("rendered", "image/png", "PNG"),
+        ("thumbnail", "image/jpeg", "JPEG"),
+        ("thumbnail", "*/*", "JPEG"),
+    ):
         answer = server.get(f"{WADO}/studies/{study}/series/{series}/{path}", headers={"Accept": accept})
         assert Image.open(io.BytesIO(answer.content)).format == kind
     assert server.get(f"{WADO}/studies/{study}/series/{series}/rendered?viewport=0,0").status_code == 422
@@ -122,7 +130,9 @@ def test_unknown_instances_and_frames_are_not_found(server: Server, client: DICO
 
 
 @pytest.mark.parametrize("extension", [".nrrd", ".nii.gz"])
-def test_a_mask_asked_for_by_series_has_the_voxel_order_of_the_series(server: Server, client: DICOMwebClient, tmp_path: Path, extension: str):
+def test_a_mask_asked_for_by_series_has_the_voxel_order_of_the_series(
+    server: Server, client: DICOMwebClient, tmp_path: Path, extension: str
+):
     _, series = find_series(client, "sagittal")
     params = {"prompt": "liver", "num_proposals": 2, "steps": 1, "result_extension": extension}
     by_id = tmp_path / f"by_id{extension}"
@@ -134,7 +144,9 @@ def test_a_mask_asked_for_by_series_has_the_voxel_order_of_the_series(server: Se
     volume = load_volume(server.studies / "sagittal.nii.gz")
     mask = load_volume(by_id, "CT")
     served = load_volume(by_series, "CT")
-    np.testing.assert_array_equal(served.array.T, volume.arrange(mask.array))  # x runs fastest, as OHIF takes the buffer
+    np.testing.assert_array_equal(
+        served.array.T, volume.arrange(mask.array)
+    )  # x runs fastest, as OHIF takes the buffer
     np.testing.assert_allclose(served.affine, volume.stack_affine, atol=1e-4)
     assert served.array.any()
 
@@ -159,10 +171,14 @@ def test_a_replaced_image_is_another_series(server: Server, client: DICOMwebClie
 def store(server: Server, *parts: bytes, study: str = "") -> requests.Response:
     envelope = Envelope.of("application/dicom")
     address = f"{server.url}{WADO}/studies" + (f"/{study}" if study else "")
-    return requests.post(address, data=b"".join(envelope.write(parts)), headers={"Content-Type": envelope.content_type}, timeout=60)
+    return requests.post(
+        address, data=b"".join(envelope.write(parts)), headers={"Content-Type": envelope.content_type}, timeout=60
+    )
 
 
-def make_seg_of(server: Server, client: DICOMwebClient, image: str, masks: dict[str, np.ndarray] | None = None) -> tuple[pydicom.Dataset, dict]:
+def make_seg_of(
+    server: Server, client: DICOMwebClient, image: str, masks: dict[str, np.ndarray] | None = None
+) -> tuple[pydicom.Dataset, dict]:
     study, series = find_series(client, image)
     volume = load_volume(server.studies / f"{image}.nii.gz")
     masks = masks or make_masks(volume)
@@ -184,7 +200,9 @@ def test_a_stored_segmentation_is_the_label_of_its_image(server: Server, client:
     (saved,) = server.get("/progidiff/annotations", params={"image": "sagittal"}).json()["annotations"]
     assert sorted(saved["structures"]) == ["liver", "spleen"]
     assert store(server, to_bytes(seg), study=seg.StudyInstanceUID).status_code == 200
-    assert len(server.get("/progidiff/annotations", params={"image": "sagittal"}).json()["annotations"]) == 1  # Twice the same is once.
+    assert (
+        len(server.get("/progidiff/annotations", params={"image": "sagittal"}).json()["annotations"]) == 1
+    )  # Twice the same is once.
 
 
 def test_what_cannot_be_stored_is_refused_and_changes_nothing(server: Server, client: DICOMwebClient):
@@ -203,7 +221,12 @@ def test_what_cannot_be_stored_is_refused_and_changes_nothing(server: Server, cl
     assert store(server, to_bytes(seg), study="1.2.3").status_code == 422
     assert store(server, b"no DICOM").status_code == 422
     assert store(server).status_code == 422
-    assert requests.post(f"{server.url}{WADO}/studies", data=b"x", headers={"Content-Type": "application/dicom"}, timeout=30).status_code == 422
+    assert (
+        requests.post(
+            f"{server.url}{WADO}/studies", data=b"x", headers={"Content-Type": "application/dicom"}, timeout=30
+        ).status_code
+        == 422
+    )
     assert server.get("/progidiff/annotations").json() == before
 
 
@@ -240,21 +263,35 @@ def test_masks_for_the_panel_are_the_proposals_in_the_order_of_the_series(server
         labels = np.zeros((depth, rows, columns), np.uint8)
         labels[z0:z1, y0:y1, x0:x1] = np.frombuffer(answer.content, np.uint8).reshape(z1 - z0, y1 - y0, x1 - x0)
         mask = np.asarray(
-            nibabel.Nifti1Image.from_bytes(gzip.decompress(server.infer("sagittal", {**request, "show": show}, "image").content)).dataobj
+            nibabel.Nifti1Image.from_bytes(
+                gzip.decompress(server.infer("sagittal", {**request, "show": show}, "image").content)
+            ).dataobj
         )
         np.testing.assert_array_equal(np.where(labels > 200, labels - 200, labels), volume.arrange(mask))
     assert server.get(f"/progidiff/ohif/masks/{series}", params={"proposals": "0" * 64}).status_code == 404
     assert server.get(f"/progidiff/ohif/masks/{series}", params={"job": "unknown"}).status_code == 404
-    assert server.get(f"/progidiff/ohif/masks/{series}", params={"proposals": result["proposals"], "show": "9"}).status_code == 422
+    assert (
+        server.get(
+            f"/progidiff/ohif/masks/{series}", params={"proposals": result["proposals"], "show": "9"}
+        ).status_code
+        == 422
+    )
 
 
-def test_a_label_sent_by_series_is_saved_on_the_grid_of_the_image(server: Server, client: DICOMwebClient, tmp_path: Path):
+def test_a_label_sent_by_series_is_saved_on_the_grid_of_the_image(
+    server: Server, client: DICOMwebClient, tmp_path: Path
+):
     _, series = find_series(client, "sagittal")
     volume = load_volume(server.studies / "sagittal.nii.gz")
     stack = np.zeros(volume.to_stack()[0].shape, np.uint8)
     stack[3, 5:9, 4:20] = 6
     file = save_array(stack.transpose(2, 1, 0), volume.stack_affine, tmp_path / "label.nrrd")
-    form = {"params": (None, json.dumps({"slices": [3], "structures": ["liver"], "label_info": [{"name": "liver", "idx": 6}]}))}
+    form = {
+        "params": (
+            None,
+            json.dumps({"slices": [3], "structures": ["liver"], "label_info": [{"name": "liver", "idx": 6}]}),
+        )
+    }
     answer = requests.put(
         f"{server.url}/datastore/label",
         params={"image": series, "tag": "final"},
@@ -264,7 +301,9 @@ def test_a_label_sent_by_series_is_saved_on_the_grid_of_the_image(server: Server
     assert answer.status_code == 200, answer.text
     label = load_label(next((server.studies / "labels" / "final").glob("sagittal.*")), like=volume)
     np.testing.assert_array_equal(volume.arrange(label)[3] == 6, stack[3] == 6)
-    wrong = save_array(stack.transpose(2, 1, 0)[::-1], volume.stack_affine @ np.diag([-1.0, 1, 1, 1]), tmp_path / "wrong.nrrd")
+    wrong = save_array(
+        stack.transpose(2, 1, 0)[::-1], volume.stack_affine @ np.diag([-1.0, 1, 1, 1]), tmp_path / "wrong.nrrd"
+    )
     answer = requests.put(
         f"{server.url}/datastore/label",
         params={"image": series, "tag": "final"},
@@ -283,5 +322,11 @@ def test_names_survive_a_restart(tmp_path: Path, tiny_model: Path):
         with run_server(studies, copy_app(tmp_path / str(number)), tmp_path / f"{number}.log", *conf) as running:
             client = DICOMwebClient(running.url + WADO)
             study, series = find_series(client, "axial")
-            found.append((study, series, [entry["00080018"]["Value"] for entry in client.retrieve_series_metadata(study, series)]))
+            found.append(
+                (
+                    study,
+                    series,
+                    [entry["00080018"]["Value"] for entry in client.retrieve_series_metadata(study, series)],
+                )
+            )
     assert found[0] == found[1]

@@ -86,7 +86,9 @@ def test_names_of_uploads_are_plain_and_keep_their_suffix(sent: str | None, kept
         (["folder/meta.info"], "file", None),
     ],
 )
-def test_the_folders_around_the_image_in_an_archive_are_left_out(members: list[str], name: str, content: list[str] | None, tmp_path: Path):
+def test_the_folders_around_the_image_in_an_archive_are_left_out(
+    members: list[str], name: str, content: list[str] | None, tmp_path: Path
+):
     for member in members:
         (tmp_path / "image" / member).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "image" / member).write_bytes(b"x")

@@ -34,12 +34,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     write_phantom(studies / "long.nii.gz", shape=(64, 64, 120), seed=2)
     (studies / "broken.nii.gz").write_bytes(b"this is no image")
     nibabel.save(nibabel.Nifti1Image(np.zeros((8, 8, 3, 4), np.int16), np.eye(4)), studies / "four_axes.nii.gz")
-    with run_server(studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu", "max_waiting", "2") as running:
+    with run_server(
+        studies,
+        copy_app(folder),
+        folder / "server.log",
+        "model_dir",
+        str(tiny_model),
+        "device",
+        "cpu",
+        "max_waiting",
+        "2",
+    ) as running:
         yield running
-
-
-
-
 
 
 def test_info_describes_widgets_and_has_no_top_level_config(server: Server):
@@ -50,7 +56,17 @@ def test_info_describes_widgets_and_has_no_top_level_config(server: Server):
     assert model["labels"]["liver"] == 6
     assert list(model["labels"].values()) == sorted(model["labels"].values())
     config = model["config"]
-    assert {"prompt", "num_proposals", "show", "steps", "seed", "adapter", "modality", "allow_free_text", "save_original"} <= set(config)
+    assert {
+        "prompt",
+        "num_proposals",
+        "show",
+        "steps",
+        "seed",
+        "adapter",
+        "modality",
+        "allow_free_text",
+        "save_original",
+    } <= set(config)
     for name, value in config.items():
         assert isinstance(value, (str, int, float, bool, list)), name
         if isinstance(value, list):
@@ -75,12 +91,17 @@ def test_the_mask_is_on_the_grid_of_the_image_also_if_that_is_oblique(server: Se
 
 
 def test_the_result_parameters_name_what_is_present_and_how_it_was_made(server: Server):
-    params, content, _ = read_answer(server.infer("plain", {"prompt": "all", "num_proposals": 3, "steps": 1, "seed": 5, "client_id": "me"}))
+    params, content, _ = read_answer(
+        server.infer("plain", {"prompt": "all", "num_proposals": 3, "steps": 1, "seed": 5, "client_id": "me"})
+    )
     present = set(np.unique(np.asarray(read_mask(content).dataobj))) - {0}
     assert len(present) > 1
     assert set(params["label_names"].values()) == present
     voxel_ml = 5.5 * 6.5 * 5.0 / 1000
-    counts = {name: int((np.asarray(read_mask(content).dataobj) == index).sum()) for name, index in params["label_names"].items()}
+    counts = {
+        name: int((np.asarray(read_mask(content).dataobj) == index).sum())
+        for name, index in params["label_names"].items()
+    }
     assert params["shown_ml"] == pytest.approx({name: count * voxel_ml for name, count in counts.items()}, abs=0.01)
     assert list(params["label_names"].values()) == sorted(params["label_names"].values())
     assert (params["seed"], params["num_proposals"], params["prompt"], params["show"]) == (5, 3, "all", "consensus")
@@ -112,7 +133,10 @@ def test_every_proposal_can_be_shown_from_the_store_without_computing(server: Se
     assert len({masks[str(k)].tobytes() for k in (1, 2, 3)}) == 3
     assert np.array_equal(masks["consensus"] == 6, drawn >= 2)
     assert np.array_equal(masks["best"], masks[str(first["structures"]["liver"]["best"])])
-    assert set(np.unique(masks["disagreement"])) == {0, 4}  # One or two of three: 4 * 1/3 * 2/3 = 89 %, the band over 75 %.
+    assert set(np.unique(masks["disagreement"])) == {
+        0,
+        4,
+    }  # One or two of three: 4 * 1/3 * 2/3 = 89 %, the band over 75 %.
     assert np.array_equal(masks["disagreement"] > 0, (drawn > 0) & (drawn < 3))
     assert params["label_names"] == {"disagreement over 75 %": 4}
 
@@ -141,7 +165,9 @@ def test_a_structure_is_answered_at_once_from_a_longer_prompts_proposals(server:
 
 @pytest.mark.parametrize("extension", [".nii.gz", ".nii", ".nrrd"])
 def test_the_file_has_the_extension_the_viewer_asked_for(server: Server, extension: str, tmp_path: Path):
-    response = server.infer("oblique", {"prompt": "liver", "num_proposals": 2, "steps": 1, "result_extension": extension}, output="image")
+    response = server.infer(
+        "oblique", {"prompt": "liver", "num_proposals": 2, "steps": 1, "result_extension": extension}, output="image"
+    )
     assert response.status_code == 200
     assert response.headers["content-disposition"].rstrip('"').endswith(extension)
     file = tmp_path / f"mask{extension}"
@@ -220,7 +246,9 @@ REFUSED: list[tuple[str, dict[str, Any] | str, int, str]] = [
 
 
 @pytest.mark.parametrize(("image", "params", "status", "reason"), REFUSED)
-def test_a_bad_request_is_refused_with_reason_and_cure(server: Server, image: str, params: dict[str, Any] | str, status: int, reason: str):
+def test_a_bad_request_is_refused_with_reason_and_cure(
+    server: Server, image: str, params: dict[str, Any] | str, status: int, reason: str
+):
     response = server.infer(image, params)
     assert response.status_code == status, response.text
     answer = response.json()
@@ -262,7 +290,9 @@ def test_the_hosts_own_errors_are_json_with_a_fitting_status(server: Server):
     label = {"label": ("mask.nii.gz", b"x")}
     missing = requests.put(f"{server.url}/datastore/label", params={"image": "nobody"}, files=label, timeout=30)
     assert (missing.status_code, "nobody" in missing.json()["detail"]) == (404, True)
-    bad_json = requests.put(f"{server.url}/datastore/label", params={"image": "plain"}, data={"params": "{"}, files=label, timeout=30)
+    bad_json = requests.put(
+        f"{server.url}/datastore/label", params={"image": "plain"}, data={"params": "{"}, files=label, timeout=30
+    )
     assert (bad_json.status_code, "not JSON" in bad_json.json()["detail"]) == (422, True)
 
 
@@ -282,11 +312,17 @@ def test_an_image_can_be_uploaded_with_the_request(server: Server, tmp_path: Pat
 def test_an_image_can_come_as_a_session(server: Server, tmp_path: Path):
     image = write_phantom(tmp_path / "mine.nii.gz", seed=10)
     with image.open("rb") as file:
-        session = requests.put(f"{server.url}/session/", files=[("files", (image.name, file))], timeout=60).json()["session_id"]
-    params, content, _ = read_answer(server.infer("", {"prompt": "liver", "num_proposals": 2, "steps": 1}, session_id=session))
+        session = requests.put(f"{server.url}/session/", files=[("files", (image.name, file))], timeout=60).json()[
+            "session_id"
+        ]
+    params, content, _ = read_answer(
+        server.infer("", {"prompt": "liver", "num_proposals": 2, "steps": 1}, session_id=session)
+    )
     assert params["structures"]["liver"]
     assert read_mask(content).shape == (64, 48, 8)
-    refused = server.infer("", {"prompt": "liver", "save_original": True, "num_proposals": 2, "steps": 1}, session_id=session)
+    refused = server.infer(
+        "", {"prompt": "liver", "save_original": True, "num_proposals": 2, "steps": 1}, session_id=session
+    )
     assert (refused.status_code, "image of the datastore" in refused.json()["detail"]) == (422, True)
     requests.delete(f"{server.url}/session/{session}", timeout=30)
 
@@ -304,11 +340,18 @@ def test_the_consensus_is_saved_as_tag_original_when_asked(server: Server):
 
 
 def test_the_modality_of_the_datastore_is_used_and_named(server: Server):
-    requests.put(f"{server.url}/datastore/image/info", params={"image": "long"}, data={"info": json.dumps({"modality": "MR"})}, timeout=30)
+    requests.put(
+        f"{server.url}/datastore/image/info",
+        params={"image": "long"},
+        data={"info": json.dumps({"modality": "MR"})},
+        timeout=30,
+    )
     answer = server.infer("long", {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="json").json()
     assert (answer["modality"], answer["modality_source"]) == ("MR", "sidecar")
     assert "was trained on CT images" in answer["warnings"][0]
-    answer = server.infer("long", {"prompt": "liver", "num_proposals": 2, "steps": 1, "modality": "CT"}, output="json").json()
+    answer = server.infer(
+        "long", {"prompt": "liver", "num_proposals": 2, "steps": 1, "modality": "CT"}, output="json"
+    ).json()
     assert (answer["modality"], answer["modality_source"]) == ("CT", "option")
     assert answer["warnings"] == []
 
@@ -331,7 +374,9 @@ def test_the_class_prompts_of_ohif_are_answered_with_the_declared_label_ids(serv
 
 
 def test_what_is_kept_of_an_image_can_be_asked(server: Server):
-    answer = server.infer("plain", {"prompt": "liver", "num_proposals": 2, "steps": 1, "seed": 31}, output="json").json()
+    answer = server.infer(
+        "plain", {"prompt": "liver", "num_proposals": 2, "steps": 1, "seed": 31}, output="json"
+    ).json()
     kept = server.get("/progidiff/proposals/plain").json()
     assert kept["proposals"] == answer["proposals"]
     assert kept["summary"]["structures"] == answer["structures"]
@@ -346,8 +391,17 @@ def test_the_prompts_are_listed_with_label_and_synonyms(server: Server):
 
 
 def test_a_batch_runs_on_any_device_saves_labels_and_survives_a_broken_image(server: Server):
-    options = {"prompt": "liver", "num_proposals": 2, "steps": 1, "device": "cuda", "multi_gpu": True, "max_batch_size": 3}
-    response = requests.post(f"{server.url}/batch/infer/progidiff", params={"run_sync": "true"}, json=options, timeout=600)
+    options = {
+        "prompt": "liver",
+        "num_proposals": 2,
+        "steps": 1,
+        "device": "cuda",
+        "multi_gpu": True,
+        "max_batch_size": 3,
+    }
+    response = requests.post(
+        f"{server.url}/batch/infer/progidiff", params={"run_sync": "true"}, json=options, timeout=600
+    )
     assert response.status_code == 200, response.text
     results = response.json()
     assert list(results) == ["broken", "four_axes", "long"]
@@ -355,12 +409,20 @@ def test_a_batch_runs_on_any_device_saves_labels_and_survives_a_broken_image(ser
     assert (results["long"]["label"], results["long"]["tag"]) == ("long", "original")
     label = server.get("/datastore/label", params={"label": "long", "tag": "original"})
     assert read_mask(label.content).shape == (64, 64, 120)
-    answer = requests.post(f"{server.url}/batch/infer/progidiff", params={"run_sync": "true"}, json={**options, "label_tag": "../x"}, timeout=600)
+    answer = requests.post(
+        f"{server.url}/batch/infer/progidiff",
+        params={"run_sync": "true"},
+        json={**options, "label_tag": "../x"},
+        timeout=600,
+    )
     assert (answer.status_code, "label_tag" in answer.json()["detail"]) == (422, True)  # Told before it starts.
 
 
 def test_a_batch_of_nonsense_is_refused_before_it_starts(server: Server):
-    for model, options, status, reason in (("deepedit", {}, 404, "no model"), ("progidiff", {"prompt": "spline"}, 422, "spleen")):
+    for model, options, status, reason in (
+        ("deepedit", {}, 404, "no model"),
+        ("progidiff", {"prompt": "spline"}, 422, "spleen"),
+    ):
         response = requests.post(f"{server.url}/batch/infer/{model}", json=options, timeout=60)
         assert (response.status_code, reason in response.json()["detail"]) == (status, True)
     assert server.get("/batch/infer").status_code == 404  # No task was started.
@@ -416,7 +478,11 @@ def test_a_second_inference_waits_with_a_position_and_a_fourth_is_sent_away(serv
     wait_for_state(server, "busy-2", "queued")
     third = Background(server, "long", {**SLOW, "seed": 203, "job_id": "busy-3"})
     assert wait_for_state(server, "busy-3", "queued")["position"] == 2
-    assert {job["id"] for job in server.get("/progidiff/jobs", params={"image": "long"}).json()} >= {"busy-1", "busy-2", "busy-3"}
+    assert {job["id"] for job in server.get("/progidiff/jobs", params={"image": "long"}).json()} >= {
+        "busy-1",
+        "busy-2",
+        "busy-3",
+    }
     fourth = server.infer("long", {**SLOW, "seed": 204})
     assert (fourth.status_code, fourth.json()["error"]) == (503, "BusyError")
     assert int(fourth.headers["Retry-After"]) >= 1
@@ -427,7 +493,9 @@ def test_a_second_inference_waits_with_a_position_and_a_fourth_is_sent_away(serv
 
 
 def test_progress_counts_slices(server: Server):
-    running = Background(server, "long", {"prompt": "liver", "num_proposals": 8, "steps": 10, "seed": 301, "job_id": "progress-1"})
+    running = Background(
+        server, "long", {"prompt": "liver", "num_proposals": 8, "steps": 10, "seed": 301, "job_id": "progress-1"}
+    )
     seen = []
     info = wait_for_state(server, "progress-1", "running", "done")
     while info["state"] == "running":
@@ -450,7 +518,9 @@ def test_kept_proposals_survive_a_restart(server: Server, tiny_model: Path, tmp_
     request = {"prompt": "liver", "num_proposals": 2, "steps": 1, "seed": 41}
     before, mask, _ = read_answer(server.infer("plain", request))
     studies = copy_studies(server, tmp_path)
-    with run_server(studies, copy_app(tmp_path), tmp_path / "again.log", "model_dir", str(tiny_model), "device", "cpu") as again:
+    with run_server(
+        studies, copy_app(tmp_path), tmp_path / "again.log", "model_dir", str(tiny_model), "device", "cpu"
+    ) as again:
         after, same, _ = read_answer(again.infer("plain", request))
     assert after["cached"] is True
     assert after["structures"] == before["structures"]
@@ -473,13 +543,18 @@ def test_a_senseless_server_option_stops_the_start_with_its_reason(tmp_path: Pat
     studies = tmp_path / "studies"
     studies.mkdir()
     app = copy_app(tmp_path)
-    with pytest.raises(AssertionError, match="must be auto, cpu, mps, cuda"), run_server(studies, app, tmp_path / "log", "device", "toaster"):
+    with (
+        pytest.raises(AssertionError, match="must be auto, cpu, mps, cuda"),
+        run_server(studies, app, tmp_path / "log", "device", "toaster"),
+    ):
         pass
 
 
 def test_ctrl_c_ends_the_server_although_an_inference_runs(server: Server, tiny_model: Path, tmp_path: Path):
     studies = copy_studies(server, tmp_path)
-    with run_server(studies, copy_app(tmp_path), tmp_path / "log", "model_dir", str(tiny_model), "device", "cpu") as other:
+    with run_server(
+        studies, copy_app(tmp_path), tmp_path / "log", "model_dir", str(tiny_model), "device", "cpu"
+    ) as other:
         running = Background(other, "long", {**SLOW, "seed": 401, "job_id": "last-1"})
         wait_for_state(other, "last-1", "running")
         other.process.send_signal(signal.SIGINT)

@@ -35,7 +35,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     for seed, name in enumerate(("stock", "slices", "proposals", "history", "refused", "removed")):
         write_phantom(studies / f"{name}.nii.gz", shape=SHAPE, seed=seed)
     (folder / "secret.nii.gz").write_bytes(b"secret")
-    with run_server(studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu") as running:
+    with run_server(
+        studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu"
+    ) as running:
         yield running
 
 
@@ -47,11 +49,19 @@ def build_label(server: Server, image: str, values: dict[int, int]) -> bytes:
 
 
 def put_label(
-    server: Server, image: str, content: bytes, params: dict[str, Any] | str | None = None, tag: str = "final", name: str = "label.nii"
+    server: Server,
+    image: str,
+    content: bytes,
+    params: dict[str, Any] | str | None = None,
+    tag: str = "final",
+    name: str = "label.nii",
 ) -> requests.Response:
     text = params if isinstance(params, str) else json.dumps(params or {})
     return requests.put(
-        f"{server.url}/datastore/label", params={"image": image, "tag": tag}, files={"params": (None, text), "label": (name, content)}, timeout=120
+        f"{server.url}/datastore/label",
+        params={"image": image, "tag": tag},
+        files={"params": (None, text), "label": (name, content)},
+        timeout=120,
     )
 
 
@@ -59,7 +69,11 @@ def list_files(server: Server) -> dict[Path, bytes]:
     """Everything that matters under the server's parent folder: what a request could have written where it must not."""
     ignored = ("server.log", ".lock", "app.log")
     root = server.studies.parent
-    return {path: path.read_bytes() for path in root.rglob("*") if path.is_file() and not path.name.endswith(ignored) and "tmp" not in path.parts}
+    return {
+        path: path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and not path.name.endswith(ignored) and "tmp" not in path.parts
+    }
 
 
 def test_the_stock_client_saves_downloads_and_removes_a_label(server: Server, tmp_path: Path):
@@ -70,14 +84,34 @@ def test_the_stock_client_saves_downloads_and_removes_a_label(server: Server, tm
     assert (answer["image"], answer["label"]) == ("stock", "stock")
     assert answer["annotation"]["structures"] == ["liver"]
     assert answer["annotation"]["slices"] is None
-    assert client.datastore()["objects"]["stock"]["labels"]["final"]["info"]["label_info"] == [{"name": "liver", "idx": LIVER}]
+    assert client.datastore()["objects"]["stock"]["labels"]["final"]["info"]["label_info"] == [
+        {"name": "liver", "idx": LIVER}
+    ]
     assert client.info()["datastore"]["completed"] >= 1
-    assert server.get("/datastore/label/info", params={"label": "stock", "tag": "final"}).json()["annotation"] == answer["annotation"]["sequence"]
-    image = nibabel.Nifti1Image.from_bytes(gzip.decompress(server.get("/datastore/label", params={"label": "stock", "tag": "final"}).content))
+    assert (
+        server.get("/datastore/label/info", params={"label": "stock", "tag": "final"}).json()["annotation"]
+        == answer["annotation"]["sequence"]
+    )
+    image = nibabel.Nifti1Image.from_bytes(
+        gzip.decompress(server.get("/datastore/label", params={"label": "stock", "tag": "final"}).content)
+    )
     assert set(np.unique(np.asarray(image.dataobj))) == {0, LIVER}
-    assert requests.head(f"{server.url}/datastore/label", params={"image": "stock", "tag": "final"}, timeout=30).status_code == 200
-    assert requests.delete(f"{server.url}/datastore/label", params={"id": "stock", "tag": "final"}, timeout=30).json() == {}
-    assert requests.head(f"{server.url}/datastore/label", params={"image": "stock", "tag": "final"}, timeout=30).status_code == 404
+    assert (
+        requests.head(
+            f"{server.url}/datastore/label", params={"image": "stock", "tag": "final"}, timeout=30
+        ).status_code
+        == 200
+    )
+    assert (
+        requests.delete(f"{server.url}/datastore/label", params={"id": "stock", "tag": "final"}, timeout=30).json()
+        == {}
+    )
+    assert (
+        requests.head(
+            f"{server.url}/datastore/label", params={"image": "stock", "tag": "final"}, timeout=30
+        ).status_code
+        == 404
+    )
 
 
 def test_the_stock_client_adds_an_image_and_asks_for_it(server: Server, tmp_path: Path):
@@ -90,16 +124,25 @@ def test_the_stock_client_adds_an_image_and_asks_for_it(server: Server, tmp_path
 
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     for text, status in ((f"SHA256:{digest}", 200), (digest, 200), (f"SHA256:{'0' * 64}", 404), ("CRC:1", 422)):
-        response = requests.head(f"{server.url}/datastore/image", params={"image": "added", "check_sum": text}, timeout=30)
+        response = requests.head(
+            f"{server.url}/datastore/image", params={"image": "added", "check_sum": text}, timeout=30
+        )
         assert response.status_code == status, text
-    response = requests.put(f"{server.url}/datastore/image/info", params={"image": "added"}, files={"info": (None, '{"note": "x"}')}, timeout=30)
+    response = requests.put(
+        f"{server.url}/datastore/image/info",
+        params={"image": "added"},
+        files={"info": (None, '{"note": "x"}')},
+        timeout=30,
+    )
     assert response.status_code == 200
     assert server.get("/datastore/image/info", params={"image": "added"}).json()["note"] == "x"
 
 
 def test_slice_by_slice_saves_add_up(server: Server):
     for k in (2, 5):
-        answer = put_label(server, "slices", build_label(server, "slices", {k: LIVER}), {"slices": [k], "seconds": 4.5}).json()
+        answer = put_label(
+            server, "slices", build_label(server, "slices", {k: LIVER}), {"slices": [k], "seconds": 4.5}
+        ).json()
         assert answer["annotation"]["slices"] == [k]
     state = server.get("/progidiff/annotations", params={"image": "slices"}).json()
     assert state["annotated_slices"] == {"slices": [2, 5]}
@@ -126,8 +169,12 @@ def test_a_label_made_from_a_proposal_says_which_and_whether_it_was_edited(serve
     answer = put_label(server, "proposals", edited, {"proposals": key, "shown": "consensus"}).json()
     assert answer["annotation"]["edited"] is True
     assert answer["annotation"]["slices"] == [4]
-    rows = list(csv.DictReader(io.StringIO(server.get("/progidiff/annotations/export", params={"image": "proposals"}).text)))
-    assert [(row["proposals"], row["shown"], row["seed"], row["edited"]) for row in rows] == [(key, "consensus", "3", v) for v in ("False", "True")]
+    rows = list(
+        csv.DictReader(io.StringIO(server.get("/progidiff/annotations/export", params={"image": "proposals"}).text))
+    )
+    assert [(row["proposals"], row["shown"], row["seed"], row["edited"]) for row in rows] == [
+        (key, "consensus", "3", v) for v in ("False", "True")
+    ]
     assert all(row["model"] for row in rows)
     refused = put_label(server, "slices", mask, {"proposals": key})
     assert refused.status_code == 422
@@ -155,7 +202,16 @@ def test_the_history_goes_back_and_gives_every_version(server: Server):
     assert server.get("/progidiff/annotations/export", params={"format": "xlsx"}).status_code == 422
 
 
-EVIL_NAMES = ["../secret", "../../app/evil", "..", ".hidden", "/etc/passwd", "a/../../secret", "..\\secret", "%2e%2e/secret"]
+EVIL_NAMES = [
+    "../secret",
+    "../../app/evil",
+    "..",
+    ".hidden",
+    "/etc/passwd",
+    "a/../../secret",
+    "..\\secret",
+    "%2e%2e/secret",
+]
 
 
 @pytest.mark.parametrize("name", EVIL_NAMES)
@@ -165,19 +221,31 @@ def test_no_id_or_tag_leads_out_of_the_folder(server: Server, name: str):
     label = build_label(server, "refused", {2: LIVER})
     url = f"{server.url}/datastore"
     attempts = {
-        "add image": requests.put(f"{url}/image", params={"image": name}, files={"file": ("evil.py", image)}, timeout=30),
-        "add image as nifti": requests.put(f"{url}/image", params={"image": name}, files={"file": ("x.nii.gz", image)}, timeout=30),
-        "add image the old way": requests.put(f"{url}/", params={"image": name}, files={"file": ("x.nii.gz", image)}, timeout=30),
-        "add image by file name": requests.put(f"{url}/image", files={"file": (f"{name}/.x.nii.gz", image)}, timeout=30),
+        "add image": requests.put(
+            f"{url}/image", params={"image": name}, files={"file": ("evil.py", image)}, timeout=30
+        ),
+        "add image as nifti": requests.put(
+            f"{url}/image", params={"image": name}, files={"file": ("x.nii.gz", image)}, timeout=30
+        ),
+        "add image the old way": requests.put(
+            f"{url}/", params={"image": name}, files={"file": ("x.nii.gz", image)}, timeout=30
+        ),
+        "add image by file name": requests.put(
+            f"{url}/image", files={"file": (f"{name}/.x.nii.gz", image)}, timeout=30
+        ),
         "save label of": put_label(server, name, label),
         "save label tagged": put_label(server, "refused", label, tag=name),
         "get image": requests.get(f"{url}/image", params={"image": name}, timeout=30),
         "image info": requests.get(f"{url}/image/info", params={"image": name}, timeout=30),
-        "put image info": requests.put(f"{url}/image/info", params={"image": name}, files={"info": (None, "{}")}, timeout=30),
+        "put image info": requests.put(
+            f"{url}/image/info", params={"image": name}, files={"info": (None, "{}")}, timeout=30
+        ),
         "get label of": requests.get(f"{url}/label", params={"label": name, "tag": "final"}, timeout=30),
         "get label tagged": requests.get(f"{url}/label", params={"label": "refused", "tag": name}, timeout=30),
         "label info": requests.get(f"{url}/label/info", params={"label": name, "tag": name}, timeout=30),
-        "put label info": requests.put(f"{url}/label/info", params={"label": name, "tag": name}, files={"info": (None, "{}")}, timeout=30),
+        "put label info": requests.put(
+            f"{url}/label/info", params={"label": name, "tag": name}, files={"info": (None, "{}")}, timeout=30
+        ),
         "update label info": requests.put(f"{url}/updatelabelinfo", params={"label": name, "tag": name}, timeout=30),
         "remove image": requests.delete(f"{url}/image", params={"id": name}, timeout=30),
         "remove image the old way": requests.delete(f"{url}/", params={"id": name}, timeout=30),
@@ -210,10 +278,14 @@ def test_what_cannot_count_is_refused_with_a_cure_and_changes_nothing(server: Se
         response = put_label(server, "refused", content, params, name=name)
         assert response.status_code == 422, (words, response.text[:300])
         assert words in response.json()["detail"]
-    response = requests.put(f"{server.url}/datastore/image", files={"file": ("text.nii.gz", b"this is no image")}, timeout=30)
+    response = requests.put(
+        f"{server.url}/datastore/image", files={"file": ("text.nii.gz", b"this is no image")}, timeout=30
+    )
     assert response.status_code == 422
     assert "cannot be read" in response.json()["detail"]
-    response = requests.put(f"{server.url}/datastore/image", params={"image": "refused"}, files={"file": ("a.nii", good)}, timeout=30)
+    response = requests.put(
+        f"{server.url}/datastore/image", params={"image": "refused"}, files={"file": ("a.nii", good)}, timeout=30
+    )
     assert response.status_code == 422
     assert requests.put(f"{server.url}/datastore/label", params={"image": "refused"}, timeout=30).status_code == 422
     assert list_files(server) == before

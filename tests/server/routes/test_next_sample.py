@@ -28,7 +28,18 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     for seed, name in enumerate(IMAGES):
         write_phantom(studies / f"{name}.nii.gz", shape=(40, 40, 12), seed=seed)
     (studies / "broken.nii.gz").write_bytes(b"this is no image")
-    conf = ("model_dir", str(tiny_model), "device", "cpu", "score_pool", "on", "score_prompt", "liver; spleen", "acquisition", "noise=off")
+    conf = (
+        "model_dir",
+        str(tiny_model),
+        "device",
+        "cpu",
+        "score_pool",
+        "on",
+        "score_prompt",
+        "liver; spleen",
+        "acquisition",
+        "noise=off",
+    )
     with run_server(studies, copy_app(folder), folder / "server.log", *conf) as running:
         yield running
 
@@ -98,7 +109,9 @@ def test_two_clients_get_different_images_and_the_next_request_gives_another(ser
     assert owners[first["id"]] is None
 
 
-@pytest.mark.parametrize("strategy", ["random", "proposal_disagreement", "uniform_random", "foreground_random", "evenly_spaced", "entropy"])
+@pytest.mark.parametrize(
+    "strategy", ["random", "proposal_disagreement", "uniform_random", "foreground_random", "evenly_spaced", "entropy"]
+)
 def test_every_strategy_answers(server: Server, scored: dict[str, Any], strategy: str):
     assert strategy in server.get("/info/").json()["strategies"]
     answer = ask(server, strategy, client_id="anna", num_slices=3)
@@ -123,10 +136,16 @@ def test_the_queue_lists_every_readable_image_once_best_first(server: Server, sc
         ("/progidiff/queue?limit=0", None, "limit"),
     ],
 )
-def test_what_makes_no_sense_is_refused_with_a_reason(server: Server, path: str, params: dict[str, Any] | None, message: str):
+def test_what_makes_no_sense_is_refused_with_a_reason(
+    server: Server, path: str, params: dict[str, Any] | None, message: str
+):
     import requests
 
-    response = requests.get(server.url + path, timeout=30) if params is None else requests.post(server.url + path, json=params, timeout=30)
+    response = (
+        requests.get(server.url + path, timeout=30)
+        if params is None
+        else requests.post(server.url + path, json=params, timeout=30)
+    )
     assert response.status_code == 422, response.text
     assert message in response.json()["detail"]
 
@@ -140,13 +159,20 @@ def save(server: Server, image: str, **params: Any) -> dict[str, Any]:
     file = server.temporary / f"{image}-label.nii.gz"
     nibabel.save(nibabel.Nifti1Image(label, source.affine), file)
     with file.open("rb") as content:
-        files = {"label": (file.name, content), "params": (None, json.dumps({"label_info": [{"name": "liver", "idx": 6}], **params}))}
-        response = requests.put(f"{server.url}/datastore/label", params={"image": image, "tag": "final"}, files=files, timeout=60)
+        files = {
+            "label": (file.name, content),
+            "params": (None, json.dumps({"label_info": [{"name": "liver", "idx": 6}], **params})),
+        }
+        response = requests.put(
+            f"{server.url}/datastore/label", params={"image": image, "tag": "final"}, files=files, timeout=60
+        )
     assert response.status_code == 200, response.text
     return dict(response.json())
 
 
-def test_annotated_slices_are_not_suggested_again_and_a_removed_image_is_passed_over(server: Server, scored: dict[str, Any]):
+def test_annotated_slices_are_not_suggested_again_and_a_removed_image_is_passed_over(
+    server: Server, scored: dict[str, Any]
+):
     shutil.copy(server.studies / "a.nii.gz", server.studies / "gone.nii.gz")
     wait_for_scores(server, 5)
     (server.studies / "gone.nii.gz").unlink()
@@ -157,7 +183,9 @@ def test_annotated_slices_are_not_suggested_again_and_a_removed_image_is_passed_
     assert entry["reserved_by"] is None
     assert {item["index"] for item in entry["slices"]} == {7, 8, 9, 10, 11}
     seen = {ask(server, client_id=f"client{number}").get("id") for number in range(5)}
-    assert seen == {entry["image"] for entry in queue if entry["reserved_by"] is None} | {None}  # then everything is taken
+    assert seen == {entry["image"] for entry in queue if entry["reserved_by"] is None} | {
+        None
+    }  # then everything is taken
 
 
 def test_when_all_is_labelled_the_answer_says_what_to_review(server: Server, scored: dict[str, Any], tmp_path: Path):

@@ -156,7 +156,10 @@ def test_proposals_of_another_image_are_not_shown(server: Server):
 
 def test_an_accepted_slice_is_saved_with_its_source_and_nothing_else_is_touched(server: Server):
     key = propose(server, "plain", "liver")["proposals"]
-    slices = {"3": {"liver": {"rule": "proposal", "members": [2]}}, "5": {"liver": {"rule": "proposal", "members": [2]}}}
+    slices = {
+        "3": {"liver": {"rule": "proposal", "members": [2]}},
+        "5": {"liver": {"rule": "proposal", "members": [2]}},
+    }
     answer = submit(server, "plain", proposals=key, slices=slices, base=0, seconds=12.5).json()
     assert (answer["annotation"]["slices"], answer["annotation"]["structures"]) == ([3, 5], ["liver"])
     expected = load_shown(server, "plain", "liver", "2")
@@ -164,7 +167,12 @@ def test_an_accepted_slice_is_saved_with_its_source_and_nothing_else_is_touched(
     assert np.array_equal(label[[3, 5]], expected[[3, 5]])
     assert not np.delete(label, [3, 5], axis=0).any()
     saved = server.get("/progidiff/annotations", params={"image": "plain"}).json()["annotations"][0]
-    assert (saved["source"]["proposals"], saved["source"]["shown"], saved["edited"], saved["seconds"]) == (key, "2", False, 12.5)
+    assert (saved["source"]["proposals"], saved["source"]["shown"], saved["edited"], saved["seconds"]) == (
+        key,
+        "2",
+        False,
+        12.5,
+    )
     assert saved["client"] == "review page"
     info = server.get("/progidiff/review/plain").json()
     assert (info["annotated_slices"], info["label"]["sequence"]) == ([3, 5], answer["annotation"]["sequence"])
@@ -173,7 +181,9 @@ def test_an_accepted_slice_is_saved_with_its_source_and_nothing_else_is_touched(
 
     # A second structure joins the first one, on its own slices.
     other = propose(server, "plain", "spleen")["proposals"]
-    more = submit(server, "plain", proposals=other, slices={"3": {"spleen": {"rule": "union"}}}, base=info["sequence"]).json()
+    more = submit(
+        server, "plain", proposals=other, slices={"3": {"spleen": {"rule": "union"}}}, base=info["sequence"]
+    ).json()
     joined = load_final(server, "plain")
     assert more["annotation"]["slices"] == [3]
     assert np.array_equal(joined[5], label[5])
@@ -187,7 +197,10 @@ def test_an_accepted_slice_is_saved_with_its_source_and_nothing_else_is_touched(
 def test_an_accepted_volume_with_a_pick_of_its_own_on_one_slice(server: Server):
     key = propose(server, "merged")["proposals"]
     consensus = {"rule": "consensus"}
-    decisions = {"volume": {"liver": consensus, "spleen": consensus}, "slices": {"4": {"liver": {"rule": "nothing"}, "spleen": {"rule": "nothing"}}}}
+    decisions = {
+        "volume": {"liver": consensus, "spleen": consensus},
+        "slices": {"4": {"liver": {"rule": "nothing"}, "spleen": {"rule": "nothing"}}},
+    }
     answer = submit(server, "merged", proposals=key, base=0, **decisions).json()
     assert answer["annotation"]["slices"] is None
     label = load_final(server, "merged")
@@ -245,5 +258,7 @@ def test_senseless_decisions_change_nothing(server: Server, change: dict[str, An
 
 
 def test_a_submission_that_is_no_object_is_refused(server: Server):
-    response = requests.post(f"{server.url}/progidiff/review/plain", data="[1]", headers={"Content-Type": "application/json"}, timeout=30)
+    response = requests.post(
+        f"{server.url}/progidiff/review/plain", data="[1]", headers={"Content-Type": "application/json"}, timeout=30
+    )
     assert response.status_code == 422

@@ -1,4 +1,6 @@
-"""The task `textdiff`, its training's choice of images and its scorer, without a network: an engine that draws what it is told."""
+"""The task `textdiff`, its training's choice of images and its scorer, without a network: an engine that draws what it
+is told.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,18 @@ from progidiff.training_runs.options import TrainingOptions
 from support.phantoms import write_phantom
 
 SIDE = 24
-CARD = TextDiffCard("nuclei", 1, ("nuclei", "stroma"), "denoiser", "d", "", "e", FeatureOptions(), HeadConfig((8,), (1,), classes=2), sha256="s")
+CARD = TextDiffCard(
+    "nuclei",
+    1,
+    ("nuclei", "stroma"),
+    "denoiser",
+    "d",
+    "",
+    "e",
+    FeatureOptions(),
+    HeadConfig((8,), (1,), classes=2),
+    sha256="s",
+)
 
 
 class DrawingEngine(TextDiffEngine):
@@ -94,7 +107,9 @@ class Place:
     saved: list[Any] = field(default_factory=list)
 
     def ask(self, image: str, **params: Any) -> tuple[Path, dict[str, Any]]:
-        file, answer = self.task({"image": str(self.studies / image), "image_id": image.split(".")[0], "params": params})
+        file, answer = self.task(
+            {"image": str(self.studies / image), "image_id": image.split(".")[0], "params": params}
+        )
         return Path(file), json.loads(json.dumps(answer))
 
     def read(self, image: str, **params: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -112,7 +127,9 @@ def place(tmp_path: Path, tiny_model: Path) -> Place:
     Image.fromarray(pixels).save(studies / "one.png")
     write_phantom(studies / "volume.nii.gz", shape=(32, 24, 6))
     (studies / "text.csv").write_text("image,text\none.png,Dense on the left.\n", encoding="utf-8")
-    options = ServerOptions.from_conf({"model_dir": str(tiny_model), "store": str(tmp_path / "store"), "device": "cpu"}, str(studies))
+    options = ServerOptions.from_conf(
+        {"model_dir": str(tiny_model), "store": str(tmp_path / "store"), "device": "cpu"}, str(studies)
+    )
     whole = build_task(options, tiny_model, lambda: None)  # type: ignore[arg-type,return-value]
     engine = DrawingEngine(tmp_path / "heads")
     return Place(studies, engine, whole, TextDiffInferTask(engine, whole, SentenceTable(studies), lambda: None))  # type: ignore[arg-type,return-value]
@@ -132,7 +149,8 @@ def test_the_consensus_of_the_draws_is_shown_and_counted(place: Place):
     assert answer["structures"]["nuclei"]["proposals_pixels"] == [16, 25, 36]
     assert answer["structures"]["nuclei"]["consensus_pixels"] == 25
     assert answer["structures"]["stroma"] | {"best": 0, "ranking": []} == {
-        "consensus_pixels": 90, "proposals_pixels": [90, 90, 90], "agreement": 1.0, "disagreement": 0.0, "best": 0, "ranking": [],
+        "consensus_pixels": 90, "proposals_pixels": [90, 90, 90], "agreement": 1.0, "disagreement": 0.0, "best": 0,
+        "ranking": [],
     }  # fmt: skip
     # By hand: Dice of 16 and 25 pixels that lie in each other, and so on.
     pairs = [2 * 16 / 41, 2 * 16 / 52, 2 * 25 / 61]
@@ -157,12 +175,22 @@ def test_another_sentence_another_number_of_draws_or_other_pixels_are_computed(p
     place.read("one.png", num_proposals=2)
     Image.new("RGB", (SIDE, SIDE)).save(place.studies / "one.png")
     place.read("one.png")
-    assert place.engine.calls == [("Dense on the left.", 4), ("Sparse.", 4), ("Dense on the left.", 2), ("Dense on the left.", 4)]
+    assert place.engine.calls == [
+        ("Dense on the left.", 4),
+        ("Sparse.", 4),
+        ("Dense on the left.", 2),
+        ("Dense on the left.", 4),
+    ]
 
 
 def test_agreement_and_disagreement_come_as_four_bands(place: Place):
     agreeing, answer = place.read("one.png", num_proposals=4, show="agreement")
-    assert answer["label_names"] == {"agreement up to 25 %": 1, "agreement 25 to 50 %": 2, "agreement 50 to 75 %": 3, "agreement over 75 %": 4}
+    assert answer["label_names"] == {
+        "agreement up to 25 %": 1,
+        "agreement 25 to 50 %": 2,
+        "agreement 50 to 75 %": 3,
+        "agreement over 75 %": 4,
+    }
     assert (agreeing == 4).sum() == 16 + 90
     differing, _ = place.read("one.png", num_proposals=4, show="disagreement")
     assert np.array_equal(differing > 0, (agreeing > 0) & (agreeing < 4))
@@ -177,7 +205,9 @@ def test_a_picture_is_answered_in_the_format_that_is_asked_for(place: Place, suf
 
 def test_a_slice_is_drawn_as_a_radiologist_sees_it_and_only_there(place: Place):
     file, answer = place.ask("volume.nii.gz", slice="4", num_proposals=2, sentence="A ball.")
-    stack = place.whole.open_volume(str(place.studies / "volume.nii.gz")).arrange(np.asarray(nibabel.load(file).dataobj))
+    stack = place.whole.open_volume(str(place.studies / "volume.nii.gz")).arrange(
+        np.asarray(nibabel.load(file).dataobj)
+    )
     file.unlink()
     assert set(np.flatnonzero(stack.any(axis=(1, 2)))) == {4}
     expected = np.zeros(stack.shape[1:], np.uint8)
@@ -219,7 +249,13 @@ def test_widgets_that_were_not_touched_mean_the_default():
         },
         16,
     )
-    assert (options.sentence, options.slice, options.show, options.version, options.modality) == (None, None, "consensus", None, None)
+    assert (options.sentence, options.slice, options.show, options.version, options.modality) == (
+        None,
+        None,
+        "consensus",
+        None,
+        None,
+    )
     assert TextDiffOptions.from_params({"strange": 1}, 16).ignored == ("strange",)
 
 
@@ -271,7 +307,9 @@ def test_a_full_memory_is_a_reason_to_try_later(tmp_path: Path, monkeypatch: pyt
 def test_without_a_folder_of_models_nothing_is_imported_and_the_cure_is_named(tmp_path: Path):
     engine = TextDiffEngine(tmp_path / "nothing")
     assert (engine.names(), engine.label_ids()) == ([], {})
-    with pytest.raises(ModelError, match="There are no weights for textdiff in .* --conf textdiff; progidiff works without"):
+    with pytest.raises(
+        ModelError, match="There are no weights for textdiff in .* --conf textdiff; progidiff works without"
+    ):
         engine.pick()
 
 
@@ -291,7 +329,9 @@ def test_a_picture_is_scored_by_how_far_its_draws_disagree_and_the_draws_are_kep
     assert entry.scores.disagreement[0, 0] > 0 == entry.scores.disagreement[1, 0]
     _, answer = place.read("one.png", num_proposals=NUM_DRAWS)
     assert answer["cached"] is True
-    assert answer["structures"]["nuclei"]["disagreement"] == pytest.approx(float(entry.scores.disagreement[0, 0]), abs=1e-3)
+    assert answer["structures"]["nuclei"]["disagreement"] == pytest.approx(
+        float(entry.scores.disagreement[0, 0]), abs=1e-3
+    )
 
 
 def test_somebody_who_uses_the_device_comes_first(place: Place, scorer: PictureScorer):
@@ -391,7 +431,13 @@ def test_of_a_volume_only_annotated_slices_are_learned_from(tmp_path: Path):
     label = np.zeros(image.shape, np.uint8)
     label[4:10, 4:10, 1:5] = 1
     nibabel.save(nibabel.Nifti1Image(label, image.affine), tmp_path / "volume.label.nii.gz")
-    volume = Case("volume", tmp_path / "volume.nii.gz", tmp_path / "volume.label.nii.gz", {1: "nuclei"}, {"nuclei": frozenset({2, 3, 5})})
+    volume = Case(
+        "volume",
+        tmp_path / "volume.nii.gz",
+        tmp_path / "volume.label.nii.gz",
+        {1: "nuclei"},
+        {"nuclei": frozenset({2, 3, 5})},
+    )
     chosen = pick(TextDiffStore(tmp_path / "heads"), [volume, make_case(tmp_path, "one")], held_out=("one",))
     training, _ = _write_cases(chosen, {"volume": "A ball."}, tmp_path / "cases")
     assert [case.name for case in training] == ["volume-0002", "volume-0003"]
@@ -401,7 +447,9 @@ def test_of_a_volume_only_annotated_slices_are_learned_from(tmp_path: Path):
 
 
 def test_a_label_that_was_put_into_the_folder_by_hand_counts_as_the_first_class(place: Place):
-    nameless = Case("one", place.studies / "one.png", place.studies / "one.png", {1: "spleen", 2: "liver"}, names_all=False)
+    nameless = Case(
+        "one", place.studies / "one.png", place.studies / "one.png", {1: "spleen", 2: "liver"}, names_all=False
+    )
     named = Case("two", place.studies / "one.png", place.studies / "one.png", {3: "gland"})
     options, _ = TrainingOptions.from_params("textdiff", {"steps": "5"})
     place.engine.label_ids = lambda: {"nuclei": 1, "stroma": 2}  # type: ignore[method-assign]
@@ -415,7 +463,10 @@ def test_a_label_that_was_put_into_the_folder_by_hand_counts_as_the_first_class(
 
 def test_a_first_version_must_find_something_and_a_later_one_beat_the_served_one():
     assert judge({"adapted": {"dice": 0.0}}, None)[0] is False
-    assert judge({"adapted": {"dice": 0.1}}, None) == (True, "Dice 0.100 on the held-back images; there was no version before.")
+    assert judge({"adapted": {"dice": 0.1}}, None) == (
+        True,
+        "Dice 0.100 on the held-back images; there was no version before.",
+    )
     assert judge({"adapted": {"dice": 0.5}, "current": {"dice": 0.5}}, "nuclei@1")[0] is False
 
 

@@ -65,12 +65,16 @@ def test_clicks_need_proposals_of_one_shape():
         choose_by_clicks(np.zeros((2, 3, 3)), np.zeros((3, 3), bool), [], [])
 
 
-@pytest.mark.parametrize("affine", [np.diag([1.0, 1.0, 3.0, 1.0]), np.diag([-1.0, -1.0, -3.0, 1.0]), OBLIQUE], ids=["RAS", "LPI", "oblique"])
+@pytest.mark.parametrize(
+    "affine", [np.diag([1.0, 1.0, 3.0, 1.0]), np.diag([-1.0, -1.0, -3.0, 1.0]), OBLIQUE], ids=["RAS", "LPI", "oblique"]
+)
 def test_clicks_are_placed_on_the_axial_stack(affine: np.ndarray):
     volume = make_volume(affine)
     clicks = read_clicks([[1, 2, 3], [5, 5, 0]], [[7, 0, 3]], 3, volume)
     stack, _ = volume.to_stack()
-    assert [stack[clicks.z][pixel] for pixel in clicks.foreground] == [volume.array[1, 2, 3]]  # The click on slice 0 is another slice's.
+    assert [stack[clicks.z][pixel] for pixel in clicks.foreground] == [
+        volume.array[1, 2, 3]
+    ]  # The click on slice 0 is another slice's.
     assert [stack[clicks.z][pixel] for pixel in clicks.background] == [volume.array[7, 0, 3]]
 
 
@@ -109,24 +113,42 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     write_phantom(studies / "plain.nii.gz")
     write_phantom(studies / "oblique.nii.gz", shape=(40, 44, 6), seed=1, affine=OBLIQUE)
     write_phantom(studies / "sagittal.nii.gz", shape=(10, 40, 30), seed=2, affine=SAGITTAL)
-    with run_server(studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu", "score_pool", "off") as running:
+    with run_server(
+        studies,
+        copy_app(folder),
+        folder / "server.log",
+        "model_dir",
+        str(tiny_model),
+        "device",
+        "cpu",
+        "score_pool",
+        "off",
+    ) as running:
         yield running
 
 
 def click(server: Server, image: str, **params: Any) -> tuple[dict[str, Any], np.ndarray]:
-    answer, content, _ = read_answer(server.infer(image, {"steps": 1, "num_proposals": 4, **params}, model="progidiff_slice"))
+    answer, content, _ = read_answer(
+        server.infer(image, {"steps": 1, "num_proposals": 4, **params}, model="progidiff_slice")
+    )
     return answer, np.asarray(read_mask(content).dataobj)
 
 
 def test_slicer_offers_the_task_under_smartedit(server: Server):
     task = server.get("/info/").json()["models"]["progidiff_slice"]
-    assert (task["type"], task["dimension"], task["labels"]) == ("deepgrow", 2, [])  # With labels, Slicer could run it by itself on a new sample.
+    assert (task["type"], task["dimension"], task["labels"]) == (
+        "deepgrow",
+        2,
+        [],
+    )  # With labels, Slicer could run it by itself on a new sample.
     assert task["config"]["prompt"] == ""  # So that the segment's name counts.
     assert list(server.get("/info/").json()["models"]) == ["progidiff", "progidiff_slice", "textdiff"]
 
 
 @pytest.mark.parametrize("image, shape", [("plain", (64, 48, 8)), ("oblique", (40, 44, 6))])
-def test_a_click_inside_is_contained_and_only_the_clicked_slice_is_drawn(server: Server, image: str, shape: tuple[int, int, int]):
+def test_a_click_inside_is_contained_and_only_the_clicked_slice_is_drawn(
+    server: Server, image: str, shape: tuple[int, int, int]
+):
     _, content, _ = read_answer(server.infer(image, {"prompt": "liver", "num_proposals": 4, "steps": 1, "show": "2"}))
     volume = np.asarray(read_mask(content).dataobj)
     k = int((volume > 0).sum(axis=(0, 1)).argmax())
@@ -153,7 +175,12 @@ def test_further_clicks_on_a_slice_use_what_was_drawn(server: Server):
 def test_more_are_drawn_up_to_the_bound_and_then_the_nearest_is_given_and_said_so(server: Server):
     impossible = {"foreground": [[30, 20, 4]], "background": [[30, 20, 4]]}
     answer, mask = click(server, "plain", label="left kidney", slice=4, rounds=3, **impossible)
-    assert (answer["fits"], answer["missed_clicks"], answer["num_proposals"], answer["kept_proposals"]) == (False, 1, 12, 1)
+    assert (answer["fits"], answer["missed_clicks"], answer["num_proposals"], answer["kept_proposals"]) == (
+        False,
+        1,
+        12,
+        1,
+    )
     assert "nearest and contradicts 1" in answer["message"]
     more, _ = click(server, "plain", label="left kidney", slice=4, rounds=4, **impossible)
     assert more["num_proposals"] == 16
@@ -162,13 +189,18 @@ def test_more_are_drawn_up_to_the_bound_and_then_the_nearest_is_given_and_said_s
 
 def test_several_structures_in_one_segment_are_one_label(server: Server):
     answer, mask = click(server, "plain", label="kidneys", foreground=[[30, 20, 4]], slice=4)
-    assert answer["structures"] == ["left kidney", "right kidney"] or answer["structures"] == ["right kidney", "left kidney"]
+    assert answer["structures"] == ["left kidney", "right kidney"] or answer["structures"] == [
+        "right kidney",
+        "left kidney",
+    ]
     assert list(answer["label_names"]) in ([], ["kidneys"])
     assert len(set(np.unique(mask)) - {0}) <= 1
 
 
 def test_a_prompt_in_the_options_names_what_the_segments_name_does_not(server: Server):
-    refused = server.infer("plain", {"label": "Segment_1", "foreground": [[30, 20, 4]], "slice": 4}, model="progidiff_slice")
+    refused = server.infer(
+        "plain", {"label": "Segment_1", "foreground": [[30, 20, 4]], "slice": 4}, model="progidiff_slice"
+    )
     assert (refused.status_code, refused.json()["error"]) == (422, "PromptError")
     answer, _ = click(server, "plain", label="Segment_1", prompt="aorta", foreground=[[30, 20, 4]], slice=4)
     assert list(answer["label_names"]) in ([], ["Segment_1"])
@@ -202,7 +234,9 @@ def test_proposals_become_labels_for_the_reviewer_module_and_the_image_stays_unl
     # Slicer names segments by position: exactly the labels drawn, ascending.
     original = read_mask(server.get("/datastore/label", params={"label": "plain", "tag": "original"}).content)
     assert np.array_equal(original.dataobj, read_mask(consensus).dataobj)
-    assert sorted(labels["original"]["info"]["params"]["label_names"].values()) == sorted(set(np.unique(original.dataobj)) - {0})
+    assert sorted(labels["original"]["info"]["params"]["label_names"].values()) == sorted(
+        set(np.unique(original.dataobj)) - {0}
+    )
     for k in (1, 2, 3):
         _, content, _ = read_answer(server.infer("plain", {**request, "show": str(k)}))
         saved = server.get("/datastore/label", params={"label": "plain", "tag": f"proposal_{k}"})
@@ -218,12 +252,16 @@ def test_next_sample_has_the_consensus_ready_as_tag_original(server: Server):
     _, consensus, _ = read_answer(server.infer("oblique", request))
     answer = requests.post(f"{server.url}/activelearning/random", json={"client_id": "slicer"}, timeout=120).json()
     while answer.get("id") not in (None, "oblique"):  # Each image is given once, to one client each.
-        answer = requests.post(f"{server.url}/activelearning/random", json={"client_id": f"not {answer['id']}"}, timeout=120).json()
+        answer = requests.post(
+            f"{server.url}/activelearning/random", json={"client_id": f"not {answer['id']}"}, timeout=120
+        ).json()
     assert answer["id"] == "oblique"
     labels = server.get("/datastore/?output=all").json()["objects"]["oblique"]["labels"]
     original = read_mask(server.get("/datastore/label", params={"label": "oblique", "tag": "original"}).content)
     assert np.array_equal(original.dataobj, read_mask(consensus).dataobj)
-    assert list(labels["original"]["info"]["params"]["label_names"].values()) == sorted(set(np.unique(original.dataobj)) - {0})
+    assert list(labels["original"]["info"]["params"]["label_names"].values()) == sorted(
+        set(np.unique(original.dataobj)) - {0}
+    )
     assert "final" not in labels
 
 
@@ -231,5 +269,7 @@ def test_clicks_in_another_order_of_voxels_are_refused(server: Server):
     """OHIF names the image by its series and counts the voxels of DICOM slices."""
     study = server.get("/proxy/dicom/qido/series").json()[0]
     series = study["0020000E"]["Value"][0]
-    response = server.infer(series, {"label": "liver", "foreground": [[30, 20, 4]], "slice": 4}, model="progidiff_slice")
+    response = server.infer(
+        series, {"label": "liver", "foreground": [[30, 20, 4]], "slice": 4}, model="progidiff_slice"
+    )
     assert (response.status_code, "3D Slicer" in response.json()["detail"]) == (422, True), response.text

@@ -1,7 +1,8 @@
 """What to annotate next: the image and its slices, for a client, from the scores that are there.
 
-Answers come from the score store in memory; no image is opened unless nothing of it is known yet. An image is reserved for the client
-that got it, so that two people work on two images. While nothing is scored, slices are spread evenly, and the answer says so.
+Answers come from the score store in memory; no image is opened unless nothing of it is known yet. An image is reserved
+for the client that got it, so that two people work on two images. While nothing is scored, slices are spread evenly,
+and the answer says so.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from progidiff.active_learning.report import count_rounds, list_versions
 from progidiff.active_learning.reservations import Reservations
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
 from progidiff.active_learning.settings import BY_SCORE, DEFAULT_STRATEGY, STRATEGIES, AcquisitionConfig
-from progidiff.active_learning.strategies import Pick, Pool, build_pool, compute_uncertainty, pick_slices, space_evenly, summarise_reasons
+from progidiff.active_learning.strategies import (
+    Pick,
+    Pool,
+    build_pool,
+    compute_uncertainty,
+    pick_slices,
+    space_evenly,
+    summarise_reasons,
+)
 from progidiff.errors import ImageError, NotFoundError, RequestError
 from progidiff.images.pictures import PICTURE, is_picture, read_picture_grid
 from progidiff.labels.history import AnnotationStore
@@ -35,10 +44,14 @@ SLICES_PER_IMAGE = 8
 
 MAX_QUEUE = 500
 
-ALL_LABELLED = "Every image is labelled. To go on, add images, or review the labels that the model doubts most: GET /progidiff/queue lists them."
+ALL_LABELLED = (
+    "Every image is labelled. To go on, add images, or review the labels that the model doubts most: GET "
+    "/progidiff/queue lists them."
+)
 NO_IMAGES = "The datastore has no images. Put some into the studies folder, or add one with PUT /datastore/image."
 ALL_RESERVED = (
-    "Every image that is not labelled yet is with somebody else. Try again in {minutes:g} minutes at the latest, or skip ahead in the queue."
+    "Every image that is not labelled yet is with somebody else. Try again in {minutes:g} minutes at the latest, or "
+    "skip ahead in the queue."
 )
 
 
@@ -54,8 +67,8 @@ class _Survey:
     rounds: Mapping[str, int]
 
     def find_round(self, image: str | None = None) -> int:
-        """How often the model for an image was trained with labels of this pool; of all images, that of the modality with the fewest:
-        an order over modalities is as little settled as the youngest model in it."""
+        """How often the model for an image was trained with labels of this pool; of all images, that of the modality
+        with the fewest: an order over modalities is as little settled as the youngest model in it."""
         entries = self.entries.values() if image is None else [self.entries[image]]
         return min((self.rounds.get(modality, 0) for modality in {entry.modality for entry in entries}), default=0)
 
@@ -112,7 +125,8 @@ class Selection:
         self._pool: tuple[tuple[ScoredImage, ...], Pool] = ((), build_pool([]))
 
     def prepare(self) -> None:
-        """Read the scores and put the pool together before anybody asks; a server calls it from a thread of its own when it starts.
+        """Read the scores and put the pool together before anybody asks; a server calls it from a thread of its own
+        when it starts.
 
         Changes nothing, reserves nothing and never raises: what fails here is told to the first who asks.
         """
@@ -121,9 +135,13 @@ class Selection:
             if self._scores.load_all():
                 self.queue(1)
         except Exception as err:  # without it the first answer is slow, nothing else
-            logger.warning("The pool could not be put together ahead of the first request: %s: %s", type(err).__name__, err)
+            logger.warning(
+                "The pool could not be put together ahead of the first request: %s: %s", type(err).__name__, err
+            )
 
-    def next(self, client: str, strategy: str = "random", count: int = SLICES_PER_IMAGE, user: str = "") -> dict[str, Any]:
+    def next(
+        self, client: str, strategy: str = "random", count: int = SLICES_PER_IMAGE, user: str = ""
+    ) -> dict[str, Any]:
         """The image that a client should work on, reserved for it.
 
         Args:
@@ -133,9 +151,9 @@ class Selection:
             user: Whose skipped images come last.
 
         Returns:
-            "image", "path", "slices" [{index, score, structures, reason}], "reason", "scores_from" (model version, "" if no scores were
-            used), "state" ("new" or "started"), "modality" ("" if not known), "strategy". Without an image to give: "message" and
-            "review" alone, see `review`.
+            "image", "path", "slices" [{index, score, structures, reason}], "reason", "scores_from" (model version, ""
+            if no scores were used), "state" ("new" or "started"), "modality" ("" if not known), "strategy". Without an
+            image to give: "message" and "review" alone, see `review`.
 
         Raises:
             RequestError: if there is no such strategy.
@@ -149,7 +167,8 @@ class Selection:
                 image = self._reserve_next(survey, name, client, mine, user)
             if image is None:
                 return self._explain_end(survey, client)
-            # Outside the lock: an image behind a DICOMweb server may have to be fetched, and others need not wait for that.
+            # Outside the lock: an image behind a DICOMweb server may have to be fetched, and others need not wait for
+            # that.
             answer = self._describe_opened(survey, image, name, count)
             if answer is not None:
                 for other in mine - {image}:
@@ -158,7 +177,9 @@ class Selection:
             self.reservations.release(image)
 
     def _reserve_next(self, survey: _Survey, strategy: str, client: str, mine: set[str], user: str) -> str | None:
-        """The best image that nobody else has, reserved; what the client just had or skipped only when there is nothing else."""
+        """The best image that nobody else has, reserved; what the client just had or skipped only when there is nothing
+        else.
+        """
         others = {image for image, owner in self.reservations.all().items() if owner != client}
         skipped = self._find_skipped(user) & survey.open
         for excluded in (others | mine | skipped, others | mine, others):
@@ -174,7 +195,8 @@ class Selection:
             limit: 1..500 images.
 
         Returns:
-            Per image: "image", "slices", "reason", "state" ("new", "started" or, when nothing is left to annotate, "review"),
+            Per image: "image", "slices", "reason", "state" ("new", "started" or, when nothing is left to annotate,
+                "review"),
             "scores_from", "reserved_by" (client, or None), "modality".
 
         Raises:
@@ -195,7 +217,9 @@ class Selection:
             return found or self.review(limit)
 
     def review(self, limit: int = 5) -> list[dict[str, Any]]:
-        """The labelled images whose proposals disagree most: where a label may be worth a second look. Form as in `queue`."""
+        """The labelled images whose proposals disagree most: where a label may be worth a second look. Form as in
+        `queue`.
+        """
         with self._lock:
             survey = self._survey()
             reserved = self.reservations.all()
@@ -203,7 +227,13 @@ class Selection:
             doubt = {image: compute_uncertainty(survey.entries[image].scores, self.config) for image in labelled}
             found = []
             for image in sorted(labelled, key=lambda image: (-doubt[image], image))[:limit]:
-                picks = pick_slices(survey.pool, SLICES_PER_IMAGE, within=image, config=self.config, round_index=survey.find_round(image))
+                picks = pick_slices(
+                    survey.pool,
+                    SLICES_PER_IMAGE,
+                    within=image,
+                    config=self.config,
+                    round_index=survey.find_round(image),
+                )
                 answer = self._answer(survey, image, picks, "review", summarise_reasons(picks))
                 found.append({**answer, "reserved_by": reserved.get(image)})
             return found
@@ -223,9 +253,13 @@ class Selection:
         images = tuple(sorted(self._app.datastore().list_images()))
         known = set(images)
         # A label that was made elsewhere, of which no slices are known, is of the whole volume.
-        annotated: dict[str, frozenset[int] | None] = dict.fromkeys(known - set(self._app.datastore().get_unlabeled_images()))
+        annotated: dict[str, frozenset[int] | None] = dict.fromkeys(
+            known - set(self._app.datastore().get_unlabeled_images())
+        )
         annotated |= {image: slices for image, slices in self._annotations.annotated_images().items() if image in known}
-        entries = {image: entry for image, entry in self._scores.pick_newest(self._wanted_version).items() if image in known}
+        entries = {
+            image: entry for image, entry in self._scores.pick_newest(self._wanted_version).items() if image in known
+        }
         ordered = tuple(entries[image] for image in sorted(entries))
         if len(self._pool[0]) != len(ordered) or any(a is not b for a, b in zip(self._pool[0], ordered, strict=True)):
             self._pool = (ordered, build_pool([entry.scores for entry in ordered]))
@@ -244,11 +278,15 @@ class Selection:
                 logger.warning("%s", problem)
         return count_rounds(self._versions[1], images)
 
-    def _has_work(self, image: str, annotated: Mapping[str, frozenset[int] | None], entries: Mapping[str, ScoredImage]) -> bool:
+    def _has_work(
+        self, image: str, annotated: Mapping[str, frozenset[int] | None], entries: Mapping[str, ScoredImage]
+    ) -> bool:
         slices = annotated.get(image, frozenset())
         if is_whole(slices, entries[image].scores.num_slices if image in entries else None):
             return False
-        return image in entries or len(slices or ()) != self._finished.get(image)  # how many slices it has is found out when it is opened
+        return image in entries or len(slices or ()) != self._finished.get(
+            image
+        )  # how many slices it has is found out when it is opened
 
     def _order(self, survey: _Survey, strategy: str, excluded: Collection[str], limit: int = 1) -> Iterator[str]:
         """The images that may be given, best first: `limit` of them by one look at the pool, then the others."""
@@ -272,7 +310,8 @@ class Selection:
                     yield pick.image
                 if not picks:
                     break
-        # Without scores, or for strategies that need none: little annotated first, otherwise by chance (the same one until a label comes).
+        # Without scores, or for strategies that need none: little annotated first, otherwise by chance (the same one
+        # until a label comes).
         chance = f"{self._seed(strategy)}"
         rest = free - given
 
@@ -283,7 +322,9 @@ class Selection:
         yield from sorted(rest, key=rank)
 
     def _describe_opened(self, survey: _Survey, image: str, strategy: str, count: int) -> dict[str, Any] | None:
-        """The answer for an image, None if its file is gone or cannot be read; it is then passed over until it changes."""
+        """The answer for an image, None if its file is gone or cannot be read; it is then passed over until it
+        changes.
+        """
         try:
             path = find_image(self._app, image)
             answer = self._describe(survey, image, strategy, count, opened=True)
@@ -302,7 +343,11 @@ class Selection:
         done = survey.annotated.get(image) or frozenset()
         state = "started" if done else "new"
         if image in survey.entries:
-            settings = {"annotated": survey.annotated, "round_index": survey.find_round(image), "seed": self._seed(strategy)}
+            settings = {
+                "annotated": survey.annotated,
+                "round_index": survey.find_round(image),
+                "seed": self._seed(strategy),
+            }
             picks = pick_slices(survey.pool, count, strategy, self.config, within=image, **settings)  # type: ignore[arg-type]
             return self._answer(survey, image, picks, state, summarise_reasons(picks)) if picks else None
         why = "Not scored yet: slices are spread evenly."
@@ -317,11 +362,16 @@ class Selection:
         depth = len(volume.to_stack()[0])
         if strategy == "uniform_random":
             left = [z for z in range(depth) if z not in done]
-            chosen = [int(z) for z in np.random.default_rng([self._seed(strategy), *image.encode()]).permutation(left)[:count]]
+            chosen = [
+                int(z) for z in np.random.default_rng([self._seed(strategy), *image.encode()]).permutation(left)[:count]
+            ]
             picks = [Pick(image, z, 0.0, (), "drawn at random") for z in chosen]
             why = "Drawn at random."
         else:
-            picks = [Pick(image, z, 0.0, (), "as far as possible from annotated slices") for z in space_evenly(depth, count, done)]
+            picks = [
+                Pick(image, z, 0.0, (), "as far as possible from annotated slices")
+                for z in space_evenly(depth, count, done)
+            ]
         return {**self._answer(survey, image, picks, state, why), "modality": volume.modality} if picks else None
 
     def _answer(self, survey: _Survey, image: str, picks: list[Pick], state: str, reason: str) -> dict[str, Any]:
@@ -333,7 +383,12 @@ class Selection:
         return {
             "image": image,
             "slices": [
-                {"index": pick.index, "score": round(pick.score, 4), "structures": list(pick.structures), "reason": tell(pick.reason)}
+                {
+                    "index": pick.index,
+                    "score": round(pick.score, 4),
+                    "structures": list(pick.structures),
+                    "reason": tell(pick.reason),
+                }
                 for pick in picks
             ],
             "reason": tell(reason),
@@ -343,7 +398,9 @@ class Selection:
         }
 
     def _seed(self, strategy: str) -> int:
-        """Chance changes with every label that is saved; the scored strategies have a noise of their own that changes with the model."""
+        """Chance changes with every label that is saved; the scored strategies have a noise of their own that changes
+        with the model.
+        """
         return 0 if strategy in BY_SCORE else self._annotations.last_sequence()
 
     def _find_skipped(self, user: str) -> set[str]:
@@ -362,13 +419,20 @@ class Selection:
             return {"message": NO_IMAGES, "review": []}
         with self._lock:
             reasons = self._find_unreadable()
-            taken = [image for image, owner in self.reservations.all().items() if owner != client and image in survey.open - reasons.keys()]
+            taken = [
+                image
+                for image, owner in self.reservations.all().items()
+                if owner != client and image in survey.open - reasons.keys()
+            ]
         if taken:
             return {"message": ALL_RESERVED.format(minutes=self._minutes), "review": []}
         broken = sorted(survey.open & reasons.keys())
         message = ALL_LABELLED
         if broken:
-            message = f"Every image that can be read is labelled. {len(broken)} cannot be read, for example '{broken[0]}': {reasons[broken[0]]}"
+            message = (
+                f"Every image that can be read is labelled. {len(broken)} cannot be read, "
+                f"for example '{broken[0]}': {reasons[broken[0]]}"
+            )
         return {"message": message, "review": self.review(5)}
 
     def _find_unreadable(self) -> dict[str, str]:
@@ -385,7 +449,8 @@ def is_whole(slices: frozenset[int] | None, num_slices: int | None) -> bool:
         num_slices: Of the image; None if not known.
 
     Example:
-        >>> is_whole(None, None), is_whole(frozenset({0, 1}), 2), is_whole(frozenset({0, 1}), 3), is_whole(frozenset({0, 1}), None)
+        >>> is_whole(None, None), is_whole(frozenset({0, 1}), 2), is_whole(frozenset({0, 1}),
+        ...     3), is_whole(frozenset({0, 1}), None)
         (True, True, False, False)
     """
     return slices is None or (num_slices is not None and len(slices) >= num_slices)

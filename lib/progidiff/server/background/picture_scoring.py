@@ -1,4 +1,6 @@
-"""Scores of pictures, for the background scorer: how far the draws of the served textdiff version disagree about each one."""
+"""Scores of pictures, for the background scorer: how far the draws of the served textdiff version disagree about each
+one.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ class PictureScorer:
                         logger.warning("'%s' is scored without its sentence: %s", image, err)
                         # Kept as what they are: a request with this sentence is to be refused, not answered from here.
                         key = self._task.make_key(subject, None, NUM_DRAWS, card, image)
-                        known = self._task.load_kept(subject, None, card, key) or self._task.propose(subject, None, NUM_DRAWS, card, job)
+                        known = self._task.load_kept(subject, None, card, key) or self._task.propose(
+                            subject, None, NUM_DRAWS, card, job
+                        )
             except MemoryFullError:
                 raise
             except (BusyError, CancelledError):

@@ -1,7 +1,8 @@
 """Training that starts by itself after so many newly annotated slices, and scores that follow the model.
 
-Slices count as new until a training that read them is done: one that fails uses up nothing, the next save tries again. What came
-together while a training ran starts the next one when it ends. A training that a person stopped is a decision: it counts as done.
+Slices count as new until a training that read them is done: one that fails uses up nothing, the next save tries again.
+What came together while a training ran starts the next one when it ends. A training that a person stopped is a
+decision: it counts as done.
 """
 
 from __future__ import annotations
@@ -89,11 +90,17 @@ class Retraining:
         self._lock = threading.RLock()
         task = options.retrain_task
         if task not in (BY_IMAGE, *TRAINERS):
-            raise RequestError(f"--conf retrain_task {task[:60]}: there is no such trainer; there are {', '.join((BY_IMAGE, *TRAINERS))}.")
+            raise RequestError(
+                f"--conf retrain_task {task[:60]}: there is no such trainer; there are "
+                f"{', '.join((BY_IMAGE, *TRAINERS))}."
+            )
         params = read_params(options.retrain_params)
         if task == BY_IMAGE:
             # Either trainer takes what it has of the parameters.
-            picked = {trainer: {k: v for k, v in params.items() if k in get_defaults(trainer)} for trainer in ("progidiff_adapt", "textdiff")}
+            picked = {
+                trainer: {k: v for k, v in params.items() if k in get_defaults(trainer)}
+                for trainer in ("progidiff_adapt", "textdiff")
+            }
             strange = sorted(params.keys() - {name for part in picked.values() for name in part})
             self._plans = [_Plan(trainer, part, trainer == "textdiff") for trainer, part in picked.items()]
         else:
@@ -101,16 +108,21 @@ class Retraining:
             strange = list(ignored)
             self._plans = [_Plan(task, params, None if find_family(task) == "textdiff" else False)]
         for plan in self._plans:
-            TrainingOptions.from_params(plan.trainer, plan.params)  # a wrong one is told at the start, not after the first labels
+            TrainingOptions.from_params(
+                plan.trainer, plan.params
+            )  # a wrong one is told at the start, not after the first labels
         if strange:
-            raise RequestError(f"--conf retrain_params: trainer {' or '.join(plan.trainer for plan in self._plans)} has no {', '.join(strange)}.")
+            raise RequestError(
+                "--conf retrain_params: trainer "
+                f"{' or '.join(plan.trainer for plan in self._plans)} has no {', '.join(strange)}."
+            )
 
     def on_saved(self, annotation: Annotation) -> dict[str, Any]:
         """What a saved label means for the next training; for `Context.on_saved`.
 
         Returns:
-            "retrain": message, slices, after, started (whether a training started now) and run (its id); nothing if trainings do not
-            start by themselves.
+            "retrain": message, slices, after, started (whether a training started now) and run (its id); nothing if
+            trainings do not start by themselves.
         """
         if not self._after:
             return {}
@@ -119,7 +131,10 @@ class Retraining:
             plan = next((plan for plan in self._plans if plan.takes(pictured)), None)
             told: dict[str, Any] = {"slices": 0, "after": self._after, "started": False, "run": ""}
             if plan is None:
-                message = f"Pictures do not count here: {self._plans[0].trainer} learns from volumes. --conf retrain_task {BY_IMAGE} trains on both."
+                message = (
+                    f"Pictures do not count here: {self._plans[0].trainer} learns from volumes. --conf retrain_task "
+                    f"{BY_IMAGE} trains on both."
+                )
                 return {"retrain": {**told, "message": message}}
             slices = told["slices"] = self._count(plan)
             if slices < self._after:
@@ -128,12 +143,22 @@ class Retraining:
             try:
                 run = self._start(plan)
             except BusyError as err:
-                message = f"{slices} new slices are enough for a training, which starts when the one under way ends. {err}"
+                message = (
+                    f"{slices} new slices are enough for a training, which starts when the one under way ends. {err}"
+                )
                 return {"retrain": {**told, "message": message}}
             except ProGiDiffError as err:
                 logger.warning("No training after %d new slices: %s", slices, err)
-                return {"retrain": {**told, "message": f"{slices} new slices are enough for a training, but it cannot start: {err}"}}
-            message = f"{slices} new slices: a training has started. Its version is served if it is better; GET /train/ shows how far it is."
+                return {
+                    "retrain": {
+                        **told,
+                        "message": f"{slices} new slices are enough for a training, but it cannot start: {err}",
+                    }
+                }
+            message = (
+                f"{slices} new slices: a training has started. Its version is served if "
+                "it is better; GET /train/ shows how far it is."
+            )
             if before["state"] == "failed" and before["user"] == USER:
                 message += f" The one before failed: {before['reason']}"
             return {"retrain": {**told, "message": message, "started": True, "run": run}}
@@ -142,8 +167,13 @@ class Retraining:
         """A training ended: move the mark, and start the next one if enough came meanwhile; for `Context.on_ended`."""
         with self._lock:
             self._note(run)
-            # Its own failure would only repeat itself, and who stopped a training wants the device: the next save tries again.
-            plans = [plan for plan in self._plans if run["state"] == "done" or run["user"] != USER or plan.trainer != run["trainer"]]
+            # Its own failure would only repeat itself, and who stopped a training wants the device: the next save tries
+            # again.
+            plans = [
+                plan
+                for plan in self._plans
+                if run["state"] == "done" or run["user"] != USER or plan.trainer != run["trainer"]
+            ]
             self._start_what_is_due([] if run["state"] == "stopped" else plans)
 
     def on_published(self, version: str) -> None:
@@ -152,7 +182,9 @@ class Retraining:
         self._wake_scorer()
 
     def resume(self) -> None:
-        """Continue a training that started by itself and ended with the server (the checkpoints are there), or start one that is due."""
+        """Continue a training that started by itself and ended with the server (the checkpoints are there), or start
+        one that is due.
+        """
         if not self._after:
             return
         with self._lock:
@@ -210,10 +242,14 @@ class Retraining:
         try:
             self._mark.save(moved)
         except OSError as err:
-            logger.warning("What was trained on is not written down (%s); after a restart these labels count as new.", err)
+            logger.warning(
+                "What was trained on is not written down (%s); after a restart these labels count as new.", err
+            )
 
     def _counts(self, run: Mapping[str, Any]) -> bool:
-        """Whether a training learned from all labels: not a manual one on some of them only, nor a manual one that was stopped."""
+        """Whether a training learned from all labels: not a manual one on some of them only, nor a manual one that was
+        stopped.
+        """
         if run["trainer"] not in TRAINERS:
             return False
         if run["user"] == USER:
@@ -222,7 +258,9 @@ class Retraining:
             options, _ = TrainingOptions.from_params(run["trainer"], run["params"])
         except RequestError:
             return False
-        return run["state"] != "stopped" and not (options.shots or options.slices or options.cases or options.structures)
+        return run["state"] != "stopped" and not (
+            options.shots or options.slices or options.cases or options.structures
+        )
 
     def _find_sequence(self, run: Mapping[str, Any]) -> int:
         """The last event of the label history that a training has read; 0 if that is not known."""
@@ -253,6 +291,8 @@ def read_params(text: str) -> dict[str, str]:
     for entry in filter(None, (part.strip() for part in text.split(","))):
         name, equals, value = entry.partition("=")
         if not equals or not name.strip():
-            raise RequestError(f"--conf retrain_params has '{entry[:60]}'; write name=value,name=value, for example steps=100.")
+            raise RequestError(
+                f"--conf retrain_params has '{entry[:60]}'; write name=value,name=value, for example steps=100."
+            )
         values[name.strip()] = value.strip()
     return values

@@ -1,10 +1,11 @@
 """Scores of the whole pool, made in the background while nobody uses the device.
 
-One thread of low priority takes the images one after the other: those without scores first, then those scored by an older model
-version, labelled ones last. It asks the engine for K proposals under `DeviceQueue.background_job`, so that the first request of a
-person stops it after the batch of slices it is at; the slices that are ready are kept and the rest follows when the device is idle
-again. Scores go to the `SliceScoreStore`; the proposals themselves go to the `ProposalStore` under the key of the request that would
-ask for them, so that the first look at an image costs a reading.
+One thread of low priority takes the images one after the other: those without scores first, then those scored by an
+older model version, labelled ones last. It asks the engine for K proposals under `DeviceQueue.background_job`, so that
+the first request of a person stops it after the batch of slices it is at; the slices that are ready are kept and the
+rest follows when the device is idle again. Scores go to the `SliceScoreStore`; the proposals themselves go to the
+`ProposalStore` under the key of the request that would ask for them, so that the first look at an image costs a
+reading.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore, name_version
 from progidiff.active_learning.strategies import compute_scores
-from progidiff.errors import BusyError, CancelledError, MemoryFullError, ModelError, NotFoundError, ProGiDiffError, StoreError
+from progidiff.errors import (
+    BusyError,
+    CancelledError,
+    MemoryFullError,
+    ModelError,
+    NotFoundError,
+    ProGiDiffError,
+    StoreError,
+)
 from progidiff.images.pictures import PICTURE, is_picture
 from progidiff.images.volume import Volume, load_volume, strip_suffix
 from progidiff.prompts.parser import Query, parse_prompt
@@ -135,19 +144,28 @@ class PoolScorer:
 
     def failures(self) -> dict[str, str]:
         """Image -> why it could not be scored; a file that has changed since gets another try."""
-        return {image: reason for image, (fingerprint, reason) in list(self._failed.items()) if self.fingerprint(image) == fingerprint}
+        return {
+            image: reason
+            for image, (fingerprint, reason) in list(self._failed.items())
+            if self.fingerprint(image) == fingerprint
+        }
 
     def progress(self) -> dict[str, Any]:
         """How far the pool is.
 
         Returns:
-            "state" ("off", "waiting", "scoring", "done", or why it waits), "images", "scored" (by the version that is served), "outdated"
-            (by an older one), "failed" {image: reason}, "image", "slices_done", "slices_total" of the one in work.
+            "state" ("off", "waiting", "scoring", "done", or why it waits), "images", "scored" (by the version that is
+            served), "outdated" (by an older one), "failed" {image: reason}, "image", "slices_done", "slices_total" of
+            the one in work.
         """
         images = set(self._app.datastore().list_images())
         entries = self._find_scores()
         wanted = self._wanted_versions(entries)
-        current = [image for image, entry in entries.items() if image in images and entry.scores.version == wanted[entry.modality]]
+        current = [
+            image
+            for image, entry in entries.items()
+            if image in images and entry.scores.version == wanted[entry.modality]
+        ]
         image, done, total = self._current or ("", 0, 0)
         return {
             "state": self._state,
@@ -267,7 +285,9 @@ class PoolScorer:
     def _collect(self, image: str, key: str, part: VolumeProposals, slices: Sequence[int]) -> None:
         """Add slices that are ready to those of earlier tries."""
         if self._unfinished is None:
-            self._unfinished = _Unfinished(image, key, replace(part, probabilities=np.zeros_like(part.probabilities)), set())
+            self._unfinished = _Unfinished(
+                image, key, replace(part, probabilities=np.zeros_like(part.probabilities)), set()
+            )
         known = self._unfinished
         known.proposals.probabilities[:, :, list(slices)] = part.probabilities[:, :, list(slices)]
         known.ready.update(slices)
@@ -278,7 +298,9 @@ class PoolScorer:
         if adapter is not None:
             trained = adapter.structures
         # What the version was never shown is guessed: its disagreement says nothing about this image.
-        chosen = [index for index, name in enumerate(proposals.structures) if name in trained] or list(range(len(proposals.structures)))
+        chosen = [index for index, name in enumerate(proposals.structures) if name in trained] or list(
+            range(len(proposals.structures))
+        )
         scores = compute_scores(
             image,
             [proposals.structures[index] for index in chosen],
@@ -320,7 +342,11 @@ class PoolScorer:
             return ""  # asking for the file would fetch it, and a series does not change
         path = Path(datastore.get_image_uri(image) or "/")
         of_file = fingerprint_image(path)
-        return self._pictures.fingerprint(path, of_file) if of_file and self._pictures is not None and is_picture(path) else of_file
+        return (
+            self._pictures.fingerprint(path, of_file)
+            if of_file and self._pictures is not None and is_picture(path)
+            else of_file
+        )
 
     def _find_picture(self, image: str) -> Path | None:
         """The file of a picture; None if the image is something else."""

@@ -1,7 +1,7 @@
 """Finding an image of the datastore by its id.
 
-An image is only ever named by its id in the datastore, by a session, or uploaded with the request. A request can name no file of the
-server.
+An image is only ever named by its id in the datastore, by a session, or uploaded with the request. A request can name
+no file of the server.
 """
 
 from __future__ import annotations
@@ -38,16 +38,27 @@ def find_image(app: MONAILabelApp, image_id: str) -> str:
     except (IndexError, KeyError):
         known = False  # How the host's DICOMweb datastore says that the server has no such series.
     except OSError as err:
-        raise BusyError(f"The datastore does not answer ({err}). See that the DICOMweb server or the studies folder is there; try again.") from err
+        raise BusyError(
+            f"The datastore does not answer ({err}). See that the DICOMweb server or the "
+            "studies folder is there; try again."
+        ) from err
     if not known:
         raise NotFoundError(
-            f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids; PUT /session/ takes other images."
+            f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids; PUT "
+            "/session/ takes other images."
         )
     if not path or not Path(path).exists():
-        raise NotFoundError(f"The file of image '{image_id}' is gone from the studies folder. Put it back, or remove the image from the datastore.")
+        raise NotFoundError(
+            f"The file of image '{image_id}' is gone from the studies folder. Put it "
+            "back, or remove the image from the datastore."
+        )
     return str(path)
 
 
 def _is_series(datastore: Datastore, image_id: str) -> bool:
-    """Whether the id may name a series that a DICOMweb server has and the host's list leaves out: new since it was asked, or not CT."""
-    return isinstance(datastore, DICOMWebDatastore) and len(image_id) <= 64 and _SERIES_UID.fullmatch(image_id) is not None
+    """Whether the id may name a series that a DICOMweb server has and the host's list leaves out: new since it was
+    asked, or not CT.
+    """
+    return (
+        isinstance(datastore, DICOMWebDatastore) and len(image_id) <= 64 and _SERIES_UID.fullmatch(image_id) is not None
+    )

@@ -7,9 +7,9 @@ processes, on copies that are swapped in: a reader never sees half of a change. 
 2. the file into `labels/<tag>/` by rename,
 3. `datastore_v2.json` by rename, the one before it kept as `.bak`.
 
-After a crash between 1 and 2 the next start finishes the last save; after one between 2 and 3 it finds the file by looking.
-Files that somebody else puts into, changes in or takes out of the folders are taken as they are; before one is replaced it goes
-into the history too.
+After a crash between 1 and 2 the next start finishes the last save; after one between 2 and 3 it finds the file by
+looking. Files that somebody else puts into, changes in or takes out of the folders are taken as they are; before one is
+replaced it goes into the history too.
 """
 
 from __future__ import annotations
@@ -136,17 +136,26 @@ class SafeLocalDatastore(LocalDatastore):
         if serves:
             Path(studies).mkdir(parents=True, exist_ok=True)
             _claim(Path(studies))
-        super().__init__(studies, extensions=list(extensions), auto_reload=auto_reload and serves, read_only=read_only or not serves)
+        super().__init__(
+            studies, extensions=list(extensions), auto_reload=auto_reload and serves, read_only=read_only or not serves
+        )
         if hasattr(self, "_handler"):
             self._handler.on_moved = self._on_any_event  # Files appear by rename.
             match = self._handler.dispatch
-            # Opening and closing change nothing. Matching these with every pattern kept the server busy for seconds after 1000 files were read.
+            # Opening and closing change nothing. Matching these with every pattern kept the server busy for seconds
+            # after 1000 files were read.
             self._handler.dispatch = lambda event: match(event) if event.event_type in _CHANGES else None
 
     # Labels
 
     def save_annotated(
-        self, image_id: str, label_file: str | os.PathLike[str], tag: str, params: Mapping[str, Any], user: str = "", client: str = ""
+        self,
+        image_id: str,
+        label_file: str | os.PathLike[str],
+        tag: str,
+        params: Mapping[str, Any],
+        user: str = "",
+        client: str = "",
     ) -> SavedLabel:
         """Check a label, keep it in the history and make it the one in force.
 
@@ -180,8 +189,8 @@ class SafeLocalDatastore(LocalDatastore):
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """The host's way to save, for labels that this program makes itself.
 
-        A label of tag `FINAL` is checked and recorded like any other. Of other tags only the place is checked: they can be made
-        again from the kept proposals, and get no history.
+        A label of tag `FINAL` is checked and recorded like any other. Of other tags only the place is checked: they can
+        be made again from the kept proposals, and get no history.
         """
         tag = str(getattr(label_tag, "value", label_tag))
         if tag == FINAL:
@@ -189,7 +198,10 @@ class SafeLocalDatastore(LocalDatastore):
         check_tag(tag)
         suffix = next((suffix for suffix in _MADE_SUFFIXES if str(label_filename).endswith(suffix)), None)
         if suffix is None:
-            raise RequestError(f"A label named '{Path(label_filename).name[-40:]}' cannot be kept here. Write {', '.join(_MADE_SUFFIXES)}.")
+            raise RequestError(
+                f"A label named '{Path(label_filename).name[-40:]}' cannot be kept here. "
+                f"Write {', '.join(_MADE_SUFFIXES)}."
+            )
         with self._guard():
             self._check_known(image_id)
             self._adopt_foreign(image_id, tag)
@@ -206,7 +218,10 @@ class SafeLocalDatastore(LocalDatastore):
         with self._guard():
             path = self._label_path(label_id, tag)
             if path is None:
-                raise NotFoundError(f"Image '{label_id[:100]}' has no label with tag '{tag}'. GET /datastore/?output=all lists what there is.")
+                raise NotFoundError(
+                    f"Image '{label_id[:100]}' has no label with tag '{tag}'. GET "
+                    "/datastore/?output=all lists what there is."
+                )
             self._adopt_foreign(label_id, tag)
             if self.annotations.current(label_id, tag) is not None:
                 self.annotations.delete(label_id, user, tag, reason)
@@ -240,7 +255,9 @@ class SafeLocalDatastore(LocalDatastore):
             record = self._object(label_id)
             label = record.labels.get(label_tag)
             if label is None:
-                raise NotFoundError(f"Image '{label_id[:100]}' has no label with tag '{str(label_tag)[:64]}'. Save one first.")
+                raise NotFoundError(
+                    f"Image '{label_id[:100]}' has no label with tag '{str(label_tag)[:64]}'. Save one first."
+                )
             changed = label.model_copy(update={"info": {**label.info, **info}})
             self._replace(label_id, record.model_copy(update={"labels": {**record.labels, label_tag: changed}}))
 
@@ -255,7 +272,9 @@ class SafeLocalDatastore(LocalDatastore):
         """
         suffix = next((suffix for suffix in IMAGE_SUFFIXES if str(image_filename).lower().endswith(suffix)), None)
         if suffix is None:
-            raise RequestError(f"An image named '{Path(image_filename).name[-40:]}' cannot be added. Send {', '.join(IMAGE_SUFFIXES)}.")
+            raise RequestError(
+                f"An image named '{Path(image_filename).name[-40:]}' cannot be added. Send {', '.join(IMAGE_SUFFIXES)}."
+            )
         check_id(image_id)
         if is_picture(image_filename):
             check_picture(image_filename)
@@ -267,7 +286,10 @@ class SafeLocalDatastore(LocalDatastore):
             if target.exists():
                 if hash_file(target) == hash_file(image_filename):
                     return image_id
-                raise RequestError(f"There is another image '{image_id}' already, with its labels. Choose another id, or delete it first.")
+                raise RequestError(
+                    f"There is another image '{image_id}' already, with its labels. "
+                    "Choose another id, or delete it first."
+                )
             self._write(Path(image_filename), target)
             info = {**(image_info or {}), "ts": int(time.time()), "name": target.name}
             self._replace(image_id, ImageLabelModel(image=DataModel(info=info, ext=suffix)))
@@ -287,7 +309,9 @@ class SafeLocalDatastore(LocalDatastore):
             image = Path(self._datastore.image_path()) / self._filename(image_id, record.image.ext)
             if image.exists():
                 self._throw_away(image)
-            self._datastore.objects = {name: other for name, other in self._datastore.objects.items() if name != image_id}
+            self._datastore.objects = {
+                name: other for name, other in self._datastore.objects.items() if name != image_id
+            }
             self._update_datastore_file()
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
@@ -327,15 +351,21 @@ class SafeLocalDatastore(LocalDatastore):
     def _check_known(self, image_id: str) -> None:
         record = self._object(image_id)
         if not (Path(self._datastore.image_path()) / self._filename(image_id, record.image.ext)).exists():
-            raise NotFoundError(f"The file of image '{image_id[:100]}' is gone from the studies folder. Put it back to label it.")
+            raise NotFoundError(
+                f"The file of image '{image_id[:100]}' is gone from the studies folder. Put it back to label it."
+            )
 
     def _object(self, image_id: str) -> ImageLabelModel:
         record = self._datastore.objects.get(image_id)
         if record is None:
-            raise NotFoundError(f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids.")
+            raise NotFoundError(
+                f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids."
+            )
         return record
 
-    def _prepare(self, file: Path, volume: Volume, options: SaveOptions, image_id: str, tag: str, scratch: Path) -> ReadyLabel:
+    def _prepare(
+        self, file: Path, volume: Volume, options: SaveOptions, image_id: str, tag: str, scratch: Path
+    ) -> ReadyLabel:
         previous = find_previous(self.annotations, image_id, tag)
         served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
         kept_ids = combine_ids(load_label_ids(Path(self._datastore_path), served_ids), previous)
@@ -344,7 +374,9 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _put_in_force(self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any]) -> None:
         info: dict[str, Any] = {**params, "annotation": label.sequence}
-        info["label_info"] = [{"name": name, "idx": value} for name, value in label.label_ids] or params.get("label_info")
+        info["label_info"] = [{"name": name, "idx": value} for name, value in label.label_ids] or params.get(
+            "label_info"
+        )
         suffix = next(suffix for suffix in LABEL_SUFFIXES if label.file.endswith(suffix)).replace(".seg", "")
         self._place(self.annotations.label_file(label), image_id, tag, suffix, info)
 
@@ -373,7 +405,10 @@ class SafeLocalDatastore(LocalDatastore):
         elif path is not None:
             self._throw_away(path)
         record = self._object(image_id)
-        self._replace(image_id, record.model_copy(update={"labels": {name: label for name, label in record.labels.items() if name != tag}}))
+        self._replace(
+            image_id,
+            record.model_copy(update={"labels": {name: label for name, label in record.labels.items() if name != tag}}),
+        )
 
     def _label_path(self, image_id: str, tag: str) -> Path | None:
         """Where the label is; None if there is none."""
@@ -399,17 +434,23 @@ class SafeLocalDatastore(LocalDatastore):
         if current is None and tag != FINAL:
             return  # Made by this program, see `save_label`.
         if current is None or current.sha256 != hash_file(path):
-            logger.info("Label '%s' of '%s' was put into the folder by somebody else; keeping it in the history", tag, image_id)
+            logger.info(
+                "Label '%s' of '%s' was put into the folder by somebody else; keeping it in the history", tag, image_id
+            )
             self.annotations.record(image_id, path, tag=tag, client="folder")
 
     def _filename(self, id: str, ext: str) -> str:
         name = id + ext
         if Path(name).name != name or name.startswith("."):
-            raise RequestError(f"'{name[:100]}' is no file name of this datastore. Use letters, digits, '.', '_' and '-'.")
+            raise RequestError(
+                f"'{name[:100]}' is no file name of this datastore. Use letters, digits, '.', '_' and '-'."
+            )
         return name
 
     def _write(self, source: Path, target: Path) -> None:
-        """Copy by rename, flushed; the name is free of suffixes until then, so that no watcher takes it for an image."""
+        """Copy by rename, flushed; the name is free of suffixes until then, so that no watcher takes it for an
+        image.
+        """
         temporary = target.parent / f"{_WRITING}{uuid.uuid4().hex}"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -420,7 +461,10 @@ class SafeLocalDatastore(LocalDatastore):
         except OSError as err:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise StoreError(f"'{target}' could not be written ({err}). Free some disk space and send it again; nothing else changed.") from err
+            raise StoreError(
+                f"'{target}' could not be written ({err}). Free some disk space and send "
+                "it again; nothing else changed."
+            ) from err
 
     def _throw_away(self, path: Path) -> None:
         trash = self._state / "trash"
@@ -428,7 +472,9 @@ class SafeLocalDatastore(LocalDatastore):
             trash.mkdir(parents=True, exist_ok=True)
             shutil.move(path, trash / f"{time.time_ns()}-{path.name}")
         except OSError as err:
-            raise StoreError(f"'{path.name}' could not be moved to '{trash}' ({err}); it stays. Free some disk space.") from err
+            raise StoreError(
+                f"'{path.name}' could not be moved to '{trash}' ({err}); it stays. Free some disk space."
+            ) from err
 
     # The list of images and labels
 
@@ -439,7 +485,10 @@ class SafeLocalDatastore(LocalDatastore):
     def _reconcile_datastore(self) -> None:
         with self._guard():
             if not Path(self._datastore.label_path(FINAL)).is_dir():
-                logger.error("'%s' is gone or not mounted; its images and labels stay listed until it is back", self._datastore_path)
+                logger.error(
+                    "'%s' is gone or not mounted; its images and labels stay listed until it is back",
+                    self._datastore_path,
+                )
                 return
             listed = self._datastore.objects
             objects = self._scan()
@@ -491,8 +540,8 @@ class SafeLocalDatastore(LocalDatastore):
         """Do what a crash left undone between the log and the folder; only the last event can be concerned.
 
         Args:
-            listed: What datastore_v2.json said at the start. A save that it knows was finished: if the file is not there, somebody
-                took it away.
+            listed: What datastore_v2.json said at the start. A save that it knows was finished: if the file is not
+                there, somebody took it away.
         """
         events = [event for event in self.annotations.events() if event.kind != "skip"]
         if not events or events[-1].image not in self._datastore.objects:
@@ -502,9 +551,13 @@ class SafeLocalDatastore(LocalDatastore):
         path = self._label_path(image_id, tag)
         found = None if path is None else hash_file(path)
         old = listed[image_id].labels.get(tag) if image_id in listed else None
-        if found == (None if wanted is None else wanted.sha256) or (wanted and old and old.info.get("annotation") == wanted.sequence):
+        if found == (None if wanted is None else wanted.sha256) or (
+            wanted and old and old.info.get("annotation") == wanted.sequence
+        ):
             return
-        if found is not None and found not in {label.sha256 for label in self.annotations.list(image_id) if label.tag == tag}:
+        if found is not None and found not in {
+            label.sha256 for label in self.annotations.list(image_id) if label.tag == tag
+        }:
             return  # Somebody else put it there meanwhile.
         logger.warning("The last save of '%s' was cut off; finishing it from the history", image_id)
         self._settle(image_id, tag, wanted)
@@ -516,7 +569,9 @@ class SafeLocalDatastore(LocalDatastore):
         present = {self._to_id(name)[0] for name in names}
         for image_id in self.annotations.annotated_images():
             if image_id in self._datastore.objects and image_id not in present:
-                logger.warning("The label of '%s' was taken out of the folder; it counts no more. The history has it.", image_id)
+                logger.warning(
+                    "The label of '%s' was taken out of the folder; it counts no more. The history has it.", image_id
+                )
                 self.annotations.delete(image_id, "", FINAL, "the file was taken out of the folder")
 
     def _on_any_event(self, event: Any) -> None:
@@ -552,7 +607,9 @@ class SafeLocalDatastore(LocalDatastore):
             except OSError as err:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
-                raise StoreError(f"'{config}' could not be written ({err}). Free some disk space and try again.") from err
+                raise StoreError(
+                    f"'{config}' could not be written ({err}). Free some disk space and try again."
+                ) from err
             self._config_state = _identify(config)
 
     def _load_list(self) -> None:
@@ -572,12 +629,16 @@ class SafeLocalDatastore(LocalDatastore):
             model = _parse_list(_backup(config)) if _backup(config).exists() else None
             logger.warning(
                 "Recovered the list of images from %s; files are looked for again",
-                "the folders: notes on images and labels are lost" if model is None else f"the backup '{_backup(config).name}'",
+                "the folders: notes on images and labels are lost"
+                if model is None
+                else f"the backup '{_backup(config).name}'",
             )
         is_recovered = state is None or not config.exists()
         if model is not None:
             model.base_path = self._datastore_path
-            model.objects = {image_id: record for image_id, record in model.objects.items() if self._is_sound(image_id, record)}
+            model.objects = {
+                image_id: record for image_id, record in model.objects.items() if self._is_sound(image_id, record)
+            }
             self._datastore = model
         self._config_state = state
         if is_recovered:
@@ -607,7 +668,10 @@ class SafeLocalDatastore(LocalDatastore):
             try:
                 lock.acquire()
             except Timeout as err:
-                raise BusyError(f"Another process has been changing the datastore for {_LOCK_SECONDS:.0f} s. Try again.", retry_after=30) from err
+                raise BusyError(
+                    f"Another process has been changing the datastore for {_LOCK_SECONDS:.0f} s. Try again.",
+                    retry_after=30,
+                ) from err
             except OSError as err:
                 raise StoreError(f"'{self._lock_file}' cannot be locked ({err}). Check who may write there.") from err
             self._depth = 1
@@ -621,7 +685,10 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _remove_leftovers(self) -> None:
         """Temporary files of processes that died."""
-        folders = [Path(self._datastore_path), *(path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir())]
+        folders = [
+            Path(self._datastore_path),
+            *(path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir()),
+        ]
         for path in (path for folder in folders for path in folder.glob(f"{_WRITING}*")):
             with contextlib.suppress(OSError):
                 if path.is_file() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
@@ -639,12 +706,18 @@ def open_annotations(state: Path, studies: str) -> AnnotationStore:
 
 
 def open_local(
-    studies: str, annotations: AnnotationStore, proposals: ProposalStore, state: Path, picture_ids: Callable[[], Mapping[str, int]] = dict
+    studies: str,
+    annotations: AnnotationStore,
+    proposals: ProposalStore,
+    state: Path,
+    picture_ids: Callable[[], Mapping[str, int]] = dict,
 ) -> SafeLocalDatastore:
     """The datastore of a folder, as MONAI Label is configured; in the server's own process it claims the folder."""
     patterns = list(settings.MONAI_LABEL_DATASTORE_FILE_EXT)
     # The host lists one spelling of each; the other is as common.
-    patterns += [long for short, long in (("*.jpg", "*.jpeg"), ("*.tif", "*.tiff")) if short in patterns and long not in patterns]
+    patterns += [
+        long for short, long in (("*.jpg", "*.jpeg"), ("*.tif", "*.tiff")) if short in patterns and long not in patterns
+    ]
     return SafeLocalDatastore(
         studies,
         state,
@@ -669,7 +742,10 @@ def check_id(image_id: str) -> str:
         'case_01'
     """
     if not _ID.fullmatch(image_id):
-        raise RequestError(f"'{image_id[:60]}' cannot name an image: use up to 128 letters, digits, '.', '_' and '-', not starting with a sign.")
+        raise RequestError(
+            f"'{image_id[:60]}' cannot name an image: use up to 128 letters, digits, '.', "
+            "'_' and '-', not starting with a sign."
+        )
     return image_id
 
 
@@ -680,7 +756,10 @@ def check_tag(tag: str) -> str:
         RequestError: saying what it may hold.
     """
     if not _TAG.fullmatch(tag):
-        raise RequestError(f"'{tag[:60]}' is no tag: use up to 64 letters, digits, '.', '_' and '-', not starting with a sign, for example final.")
+        raise RequestError(
+            f"'{tag[:60]}' is no tag: use up to 64 letters, digits, '.', '_' and '-', not "
+            "starting with a sign, for example final."
+        )
     return tag
 
 
@@ -706,7 +785,9 @@ def is_repeat(ready: ReadyLabel, saves: list[Annotation]) -> bool:
     return covered and {name for label in saves for name in label.structures}.issuperset(ready.structures)
 
 
-def record_ready(annotations: AnnotationStore, image_id: str, ready: ReadyLabel, tag: str, user: str, client: str) -> Annotation:
+def record_ready(
+    annotations: AnnotationStore, image_id: str, ready: ReadyLabel, tag: str, user: str, client: str
+) -> Annotation:
     """Put a prepared label into the history."""
     return annotations.record(
         image_id,
@@ -725,7 +806,9 @@ def record_ready(annotations: AnnotationStore, image_id: str, ready: ReadyLabel,
 
 
 def _claim(studies: Path) -> None:
-    """Be the only server on a folder, for the life of this process; the system frees the lock of a process that dies."""
+    """Be the only server on a folder, for the life of this process; the system frees the lock of a process that
+    dies.
+    """
     key = str(studies.resolve())
     if key in _held:
         return
@@ -737,7 +820,9 @@ def _claim(studies: Path) -> None:
         logger.error(message)
         raise BusyError(message) from err
     except OSError as err:
-        raise StoreError(f"'{studies}' cannot be written ({err}), and a server keeps its labels there. Check who may write there.") from err
+        raise StoreError(
+            f"'{studies}' cannot be written ({err}), and a server keeps its labels there. Check who may write there."
+        ) from err
     _held[key] = lock
 
 

@@ -1,7 +1,8 @@
 """A DICOMweb server (PACS) as datastore: the host's class, with what goes wrong in it mended.
 
 * MR series are images too; the host asks for CT only, unless ``MONAI_LABEL_DICOMWEB_SEARCH_FILTER`` says otherwise.
-* An image is labelled by a segmentation that a person made or accepted. One whose segments are all AUTOMATIC is a proposal.
+* An image is labelled by a segmentation that a person made or accepted. One whose segments are all AUTOMATIC is a
+  proposal.
 * A segmentation comes back on the grid of its image: the host drops every slice that is empty.
 * A saved label names the structures that are in it: the host goes through the table of names by position.
 * New series are seen after seconds; the host remembers its lists for two hours.
@@ -43,7 +44,9 @@ MODALITIES = ("CT", "MR")
 _LISTS_SECONDS = 10.0
 _MIN_SLICES = 2
 _HOSTS_FILTER = {"Modality": "CT"}
-"""What the host searches for if nobody sets ``MONAI_LABEL_DICOMWEB_SEARCH_FILTER``; it cannot be told from the same set on purpose."""
+"""What the host searches for if nobody sets ``MONAI_LABEL_DICOMWEB_SEARCH_FILTER``; it cannot be told from the same set
+on purpose.
+"""
 
 _INFO = ("StudyDate", "StudyTime", "Modality", "RetrieveURL", "PatientID", "StudyInstanceUID")
 _CATEGORY = {"CodeValue": "123037004", "CodingSchemeDesignator": "SCT", "CodeMeaning": "Body structure"}
@@ -86,7 +89,9 @@ class PacsDatastore(DICOMWebDatastore):
         return self._remember("images", self._search_images)
 
     def get_labeled_images(self, label_tag: str | None = None, labels: list[str] | None = None) -> list[str]:
-        """Images with a segmentation that a person made or accepted; with another tag than `final`, those with such a label kept here."""
+        """Images with a segmentation that a person made or accepted; with another tag than `final`, those with such a
+        label kept here.
+        """
         if label_tag not in (None, "", FINAL):
             return list(map(str, LocalDatastore.get_labeled_images(self, label_tag, labels)))
         return self._remember("labelled", lambda: sorted(set(self._find_labels()) & set(self.list_images())))
@@ -96,7 +101,9 @@ class PacsDatastore(DICOMWebDatastore):
         labelled = set(self.get_labeled_images(label_tag, labels))
         return [image for image in self.list_images() if image not in labelled]
 
-    def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = "") -> str:
+    def save_label(
+        self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any], label_id: str = ""
+    ) -> str:
         """Keep a label here; one of tag `final` also goes to the server, as a DICOM SEG.
 
         Raises:
@@ -142,7 +149,10 @@ class PacsDatastore(DICOMWebDatastore):
         if not found:
             raise NotFoundError(f"The DICOMweb server has no series {series_id} any more.")
         meta = Dataset.from_json(found[0])
-        return {"SeriesInstanceUID": series_id, **{name: str(meta[name].value) if name in meta else "UNK" for name in _INFO}}
+        return {
+            "SeriesInstanceUID": series_id,
+            **{name: str(meta[name].value) if name in meta else "UNK" for name in _INFO},
+        }
 
     def _remember(self, name: str, compute: Callable[[], T]) -> T:
         with self._recent_lock:
@@ -156,7 +166,11 @@ class PacsDatastore(DICOMWebDatastore):
         return value
 
     def _search_images(self) -> list[str]:
-        filters = [{"Modality": modality} for modality in MODALITIES] if self._search_filter == _HOSTS_FILTER else [self._search_filter]
+        filters = (
+            [{"Modality": modality} for modality in MODALITIES]
+            if self._search_filter == _HOSTS_FILTER
+            else [self._search_filter]
+        )
         series = []
         for search in filters:
             for found in self._client.search_for_series(search_filters=search):
@@ -186,16 +200,20 @@ class PacsDatastore(DICOMWebDatastore):
     def _send(self, series: Path, label: Path, segments: list[dict[str, Any]]) -> str:
         if not segments:
             raise RequestError(
-                "A label without any voxel cannot be a DICOM SEG, so the DICOMweb server does not take it. Accept a slice that shows a structure "
-                "first, or skip the image (POST /progidiff/annotations/<image>/skip)."
+                "A label without any voxel cannot be a DICOM SEG, so the DICOMweb server does not take it. Accept a "
+                "slice that shows a structure first, or skip the image (POST /progidiff/annotations/<image>/skip)."
             )
         file = nifti_to_dicom_seg(str(series), str(label), segments)
         try:
             if not file or not Path(file).is_file() or not Path(file).stat().st_size:
-                raise StoreError("The label could not be written as DICOM SEG; the server's log has what itkimage2segimage says.")
+                raise StoreError(
+                    "The label could not be written as DICOM SEG; the server's log has what itkimage2segimage says."
+                )
             return str(dicom_web_upload_dcm(file, self._client))
         except OSError as err:
-            raise StoreError(f"The DICOMweb server did not take the label ({err}). See that it runs and has space; then save again.") from err
+            raise StoreError(
+                f"The DICOMweb server did not take the label ({err}). See that it runs and has space; then save again."
+            ) from err
         finally:
             if file:
                 Path(file).unlink(missing_ok=True)
@@ -205,7 +223,10 @@ class PacsDatastore(DICOMWebDatastore):
         (instance, *_) = self._client.retrieve_series(str(Dataset.from_json(found[0]).StudyInstanceUID), series)
         volume = load_volume(self.get_image_uri(image_id), info=self.get_image_info(image_id))
         segmentation = read_segmentation(instance, volume)
-        ids = {label: STRUCTURES.index(name) + 1 if name in STRUCTURES else None for label, name in segmentation.names.items()}
+        ids = {
+            label: STRUCTURES.index(name) + 1 if name in STRUCTURES else None
+            for label, name in segmentation.names.items()
+        }
         free = iter(range(len(STRUCTURES) + 1, 256))
         table = np.zeros(256, dtype=np.uint8)
         for label, known in ids.items():
@@ -213,7 +234,9 @@ class PacsDatastore(DICOMWebDatastore):
         names = [{"name": name, "idx": int(table[label])} for label, name in segmentation.names.items()]
         with tempfile.TemporaryDirectory(prefix="progidiff-label-") as folder:
             file = save_mask(table[segmentation.labels], volume, Path(folder) / "label.nii.gz")
-            LocalDatastore.save_label(self, image_id, str(file), FINAL, {**self._dicom_info(series), "label_info": names})
+            LocalDatastore.save_label(
+                self, image_id, str(file), FINAL, {**self._dicom_info(series), "label_info": names}
+            )
         return str(LocalDatastore.get_label_uri(self, image_id, FINAL))
 
 
@@ -262,7 +285,11 @@ def _describe_segments(labels: np.ndarray, names: list[dict[str, Any]], provenan
             "SegmentAlgorithmType": "SEMIAUTOMATIC",
             "SegmentAlgorithmName": "ProGiDiff Label",
             "SegmentedPropertyCategoryCodeSequence": _CATEGORY,
-            "SegmentedPropertyTypeCodeSequence": {"CodeValue": code, "CodingSchemeDesignator": "SCT", "CodeMeaning": meaning},
+            "SegmentedPropertyTypeCodeSequence": {
+                "CodeValue": code,
+                "CodingSchemeDesignator": "SCT",
+                "CodeMeaning": meaning,
+            },
             "recommendedDisplayRGBValue": list(_COLORS[(value - 1) % len(_COLORS)]),
         }
         segments.append({"name": name, "model_name": "ProGiDiff Label", "segmentAttribute": attribute})

@@ -1,8 +1,8 @@
 """Kept proposals as labels of the datastore, for clients that know only labels.
 
-The consensus becomes the label of tag `original`, which 3D Slicer loads with Next Sample, and proposal k the label of tag
-`proposal_<k>`, which Slicer's Reviewer module lists as a version. Neither tag says that a person has seen the image: only
-`final` does.
+The consensus becomes the label of tag `original`, which 3D Slicer loads with Next Sample, and proposal k the label of
+tag `proposal_<k>`, which Slicer's Reviewer module lists as a version. Neither tag says that a person has seen the
+image: only `final` does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,13 @@ _PROPOSAL = re.compile(r"proposal_(\d+)")
 
 
 def save_as_labels(
-    datastore: Datastore, image_id: str, result: VolumeProposals, volume: Volume, label_ids: Mapping[str, int], key: str, with_proposals: bool
+    datastore: Datastore,
+    image_id: str,
+    result: VolumeProposals,
+    volume: Volume,
+    label_ids: Mapping[str, int],
+    key: str,
+    with_proposals: bool,
 ) -> list[str]:
     """Write the consensus, and if asked every proposal, as labels of an image.
 
@@ -41,7 +47,8 @@ def save_as_labels(
         volume: The image, opened.
         label_ids: Structure -> label id.
         key: Of the result in the proposal store; kept beside the labels.
-        with_proposals: Write the tags `proposal_1` .. `proposal_K` too. Those of an earlier result with more proposals go.
+        with_proposals: Write the tags `proposal_1` .. `proposal_K` too. Those of an earlier result with more proposals
+            go.
 
     Returns:
         The tags written.
@@ -55,7 +62,9 @@ def save_as_labels(
     return list(shown)
 
 
-def refresh_original(datastore: Datastore, image_id: str, store: ProposalStore, open_volume: Callable[[], Volume]) -> bool:
+def refresh_original(
+    datastore: Datastore, image_id: str, store: ProposalStore, open_volume: Callable[[], Volume]
+) -> bool:
     """Make the consensus of the newest kept proposals the label `original` of an image, unless it is that already.
 
     Called when somebody gets the image: 3D Slicer then shows it with its proposals, and no network has to run.
@@ -97,7 +106,14 @@ def _remove_proposals_beyond(datastore: Datastore, image_id: str, count: int) ->
 
 
 def _save_label(
-    datastore: Datastore, image_id: str, result: VolumeProposals, volume: Volume, label_ids: dict[str, int], key: str, tag: str, show: str
+    datastore: Datastore,
+    image_id: str,
+    result: VolumeProposals,
+    volume: Volume,
+    label_ids: dict[str, int],
+    key: str,
+    tag: str,
+    show: str,
 ) -> None:
     labels = result.label_map(volume, show, label_ids)
     present = set(np.unique(labels).tolist())

@@ -1,7 +1,8 @@
-"""Labels of a datastore that is not a local folder (DICOMweb): the same checks and the same history, kept beside the server.
+"""Labels of a datastore that is not a local folder (DICOMweb): the same checks and the same history, kept beside the
+server.
 
-The datastore stays the host's: it turns a label into a DICOM SEG and sends it. The history comes first, so that a label is kept even
-if the sending fails; then it is taken out of force again and the request fails.
+The datastore stays the host's: it turns a label into a DICOM SEG and sends it. The history comes first, so that a label
+is kept even if the sending fails; then it is taken out of force again and the request fails.
 """
 
 from __future__ import annotations
@@ -20,7 +21,15 @@ from monailabel.interfaces.datastore import Datastore
 from progidiff.errors import NotFoundError
 from progidiff.labels.audit import describe_origin
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore
-from progidiff.labels.saving import SaveOptions, check_label, combine_ids, count_slices, load_label_ids, open_grid, prepare_label
+from progidiff.labels.saving import (
+    SaveOptions,
+    check_label,
+    combine_ids,
+    count_slices,
+    load_label_ids,
+    open_grid,
+    prepare_label,
+)
 from progidiff.proposals.store import ProposalStore
 from progidiff.server.datastores.local import SavedLabel, check_tag, find_previous, is_repeat, record_ready
 
@@ -54,7 +63,13 @@ class RemoteLabels:
         self._lock = threading.RLock()
 
     def save_annotated(
-        self, image_id: str, label_file: str | os.PathLike[str], tag: str, params: Mapping[str, Any], user: str = "", client: str = ""
+        self,
+        image_id: str,
+        label_file: str | os.PathLike[str],
+        tag: str,
+        params: Mapping[str, Any],
+        user: str = "",
+        client: str = "",
     ) -> SavedLabel:
         """As `SafeLocalDatastore.save_annotated`."""
         check_tag(tag)
@@ -79,8 +94,14 @@ class RemoteLabels:
             NotFoundError: if there is no such label.
         """
         tag = check_tag(label_tag)
-        if tag not in self._datastore().get_labels_by_image_id(label_id) and self.annotations.current(label_id, tag) is None:
-            raise NotFoundError(f"Image '{label_id[:100]}' has no label with tag '{tag}'. GET /datastore/?output=all lists what there is.")
+        if (
+            tag not in self._datastore().get_labels_by_image_id(label_id)
+            and self.annotations.current(label_id, tag) is None
+        ):
+            raise NotFoundError(
+                f"Image '{label_id[:100]}' has no label with tag '{tag}'. GET "
+                "/datastore/?output=all lists what there is."
+            )
         with self._lock:
             if self.annotations.current(label_id, tag) is not None:
                 self.annotations.delete(label_id, user, tag, reason)
@@ -104,7 +125,9 @@ class RemoteLabels:
             return label
 
     def _forget(self, image_id: str, tag: str) -> None:
-        """Take a label out of the host's copy. Its own way would look for a series of the label's name on the DICOMweb server first."""
+        """Take a label out of the host's copy. Its own way would look for a series of the label's name on the DICOMweb
+        server first.
+        """
         datastore = self._datastore()
         if not isinstance(datastore, LocalDatastore):
             datastore.remove_label(image_id, tag)
@@ -115,15 +138,22 @@ class RemoteLabels:
             datastore.refresh()
 
     def _send(self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any], user: str) -> str:
-        info = {**params, "label_info": [{"name": name, "idx": value} for name, value in label.label_ids], "annotation": label.sequence}
+        info = {
+            **params,
+            "label_info": [{"name": name, "idx": value} for name, value in label.label_ids],
+            "annotation": label.sequence,
+        }
         info["provenance"] = describe_origin(label)
         try:
             return str(self._datastore().save_label(image_id, str(self.annotations.label_file(label)), tag, info))
         except Exception:
-            logger.error("Label %d of '%s' could not be sent; it stays in the history and counts no more", label.sequence, image_id)
+            logger.error(
+                "Label %d of '%s' could not be sent; it stays in the history and counts no more",
+                label.sequence,
+                image_id,
+            )
             try:
                 self.annotations.undo(image_id, user, tag)
             except NotFoundError:
                 logger.exception("It could not be taken out of force")
             raise
-

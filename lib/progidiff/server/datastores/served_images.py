@@ -57,13 +57,22 @@ class ServedImages:
         """
         for entry in self.entries():
             identity = entry.identity
-            if not entry.refused and study_uid in (None, identity.study_uid) and series_uid in (None, identity.series_uid):
+            if (
+                not entry.refused
+                and study_uid in (None, identity.study_uid)
+                and series_uid in (None, identity.series_uid)
+            ):
                 return entry
         uid = f"series {series_uid[:64]}" if series_uid else f"study {(study_uid or '')[:64]}"
-        raise NotFoundError(f"There is no {uid} here. The image may have been removed or replaced by another file; open the list of studies again.")
+        raise NotFoundError(
+            f"There is no {uid} here. The image may have been removed or replaced by "
+            "another file; open the list of studies again."
+        )
 
     def find_named(self, image: str) -> Entry | None:
-        """The image that a client names by its SeriesInstanceUID instead of its id; None if it does not, or the series is not served from here."""
+        """The image that a client names by its SeriesInstanceUID instead of its id; None if it does not, or the series
+        is not served from here.
+        """
         if not _UID.fullmatch(image) or self.is_remote or image in self._datastore().list_images():
             return None
         try:
@@ -79,7 +88,9 @@ class ServedImages:
         """
         path = self._path(entry.identity.image)
         if path is None:
-            raise NotFoundError(f"The file of image '{entry.identity.image}' is gone from the studies folder. Put it back.")
+            raise NotFoundError(
+                f"The file of image '{entry.identity.image}' is gone from the studies folder. Put it back."
+            )
         return load_volume(path, entry.identity.modality, self._info(entry.identity.image))
 
     def open(self, entry: Entry) -> Series:

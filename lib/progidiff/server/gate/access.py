@@ -1,7 +1,8 @@
 """Every address of the server in one table: who may call it, what it takes, how much of it, and for how long.
 
-`progidiff.server.gate.guard` enforces the table before any route runs, and docs/security.md prints it: ``python -m progidiff.server.gate.access``
-writes that part of the page again. What is not in the table is refused to everybody but administrators.
+`progidiff.server.gate.guard` enforces the table before any route runs, and docs/security.md prints it: ``python -m
+progidiff.server.gate.access`` writes that part of the page again. What is not in the table is refused to everybody but
+administrators.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ UPLOAD = -1
 """As `Rule.body`: what `--conf max_upload_gb` allows."""
 
 QUICK, LONG = 60, 3600
-"""Deadlines in seconds, counted from the last byte of the request. What takes LONG goes on after it and keeps its result."""
+"""Deadlines in seconds, counted from the last byte of the request. What takes LONG goes on after it and keeps its
+result.
+"""
 
 _SMALL = 64 << 10
 _JSON = 1 << 20
@@ -43,7 +46,8 @@ class Rule:
         accepts: What it takes and does, for people.
         body: Most bytes of the request's body, or `UPLOAD`.
         deadline: Seconds until the answer begins.
-        params: Whether the body is a JSON object of parameters of a task, in which no name of a file or another task may stand.
+        params: Whether the body is a JSON object of parameters of a task, in which no name of a file or another task
+            may stand.
     """
 
     method: str
@@ -58,10 +62,22 @@ class Rule:
 RULES: tuple[Rule, ...] = (
     # Logging in, and pages
     Rule("GET", "/auth/", OPEN, "Whether a login is needed (Slicer asks this first)"),
-    Rule("POST", "/auth/token", OPEN, "Form: username, password (or a token); gives a bearer token; 10 failures in 5 minutes, then 429", _SMALL),
+    Rule(
+        "POST",
+        "/auth/token",
+        OPEN,
+        "Form: username, password (or a token); gives a bearer token; 10 failures in 5 minutes, then 429",
+        _SMALL,
+    ),
     Rule("GET", "/auth/token/valid", READ, "Whether the bearer token is still good, and whose it is"),
     Rule("GET", "/progidiff/login", OPEN, "The login page"),
-    Rule("POST", "/progidiff/login", OPEN, "Form: name, password, next (an address of this server); sets the session cookie", _SMALL),
+    Rule(
+        "POST",
+        "/progidiff/login",
+        OPEN,
+        "Form: name, password, next (an address of this server); sets the session cookie",
+        _SMALL,
+    ),
     Rule("POST", "/progidiff/logout", OPEN, "Ends the session", _SMALL),
     Rule("GET", "/favicon.ico", OPEN, "The icon"),
     Rule("GET", "/", READ, "Start page: links, and who is logged in"),
@@ -97,25 +113,52 @@ RULES: tuple[Rule, ...] = (
     Rule("GET", "/progidiff/ohif/masks/{image}", READ, "Query: proposals (a key) or job, show; one proposal as voxels"),
     Rule("GET", "/progidiff/review/{image}", READ, "Size, window and state of an image"),
     Rule("GET", "/progidiff/review/{image}/slices/{z}", READ, "One axial slice"),
-    Rule("GET", "/progidiff/review/{image}/masks/{z}", READ, "Query: proposals (a key) or job; all proposals on one slice"),
+    Rule(
+        "GET",
+        "/progidiff/review/{image}/masks/{z}",
+        READ,
+        "Query: proposals (a key) or job; all proposals on one slice",
+    ),
     Rule("GET", "/progidiff/review/{image}/label/{z}", READ, "The saved label on one slice"),
-    Rule("POST", "/progidiff/review/{image}", ANNOTATE, "JSON: proposals, volume, slices, base, seconds; makes and saves a label", _JSON),
+    Rule(
+        "POST",
+        "/progidiff/review/{image}",
+        ANNOTATE,
+        "JSON: proposals, volume, slices, base, seconds; makes and saves a label",
+        _JSON,
+    ),
     # The host's
     Rule("GET", "/info/", READ, "What the server offers"),
     Rule(
         "POST",
         "/infer/{model}",
         ANNOTATE,
-        "Query: image (id), session_id, output; form: params (JSON; K, steps, volume size bounded), file (NIfTI, NRRD, MHA), label (ignored)",
+        "Query: image (id), session_id, output; form: params (JSON; K, steps, volume size "
+        "bounded), file (NIfTI, NRRD, MHA), label (ignored)",
         UPLOAD,
         LONG,
     ),
     Rule("POST", "/infer/wsi/{model}", ANNOTATE, f"{CLOSED} (pathology slides; would read any file)", _JSON),
     Rule("POST", "/infer/wsi_v2/{model}", ANNOTATE, f"{CLOSED} (the same)", _JSON),
     Rule("GET", "/batch/infer", READ, "Status of the batch"),
-    Rule("POST", "/batch/infer/{model}", ADMINISTER, "JSON: options of the task; query: images, run_sync", _JSON, LONG, params=True),
+    Rule(
+        "POST",
+        "/batch/infer/{model}",
+        ADMINISTER,
+        "JSON: options of the task; query: images, run_sync",
+        _JSON,
+        LONG,
+        params=True,
+    ),
     Rule("DELETE", "/batch/infer", ADMINISTER, "Stops the batch"),
-    Rule("POST", "/activelearning/{strategy}", ANNOTATE, "JSON: options of the strategy; the next sample", _JSON, params=True),
+    Rule(
+        "POST",
+        "/activelearning/{strategy}",
+        ANNOTATE,
+        "JSON: options of the strategy; the next sample",
+        _JSON,
+        params=True,
+    ),
     Rule("GET", "/scoring/", READ, "Status of the host's scoring"),
     Rule("POST", "/scoring/", ADMINISTER, f"{CLOSED} (starts a process per method)", _JSON),
     Rule("POST", "/scoring/{method}", ADMINISTER, f"{CLOSED} (the same)", _JSON),
@@ -128,12 +171,24 @@ RULES: tuple[Rule, ...] = (
     Rule("PUT", "/datastore/", ANNOTATE, "As PUT /datastore/image", UPLOAD),
     Rule("DELETE", "/datastore/", ADMINISTER, "As DELETE /datastore/image"),
     Rule("GET", "/datastore/image", READ, "Query: image (id); HEAD with check_sum; the file"),
-    Rule("PUT", "/datastore/image", ANNOTATE, "Query: image (id: letters, digits, '.', '_', '-'); form: file (a readable volume), params", UPLOAD),
+    Rule(
+        "PUT",
+        "/datastore/image",
+        ANNOTATE,
+        "Query: image (id: letters, digits, '.', '_', '-'); form: file (a readable volume), params",
+        UPLOAD,
+    ),
     Rule("DELETE", "/datastore/image", ADMINISTER, "Query: id; removes an image and its labels"),
     Rule("GET", "/datastore/image/info", READ, "Query: image"),
     Rule("PUT", "/datastore/image/info", ANNOTATE, "Query: image; form: info (JSON object)", _JSON),
     Rule("GET", "/datastore/label", READ, "Query: label (image id), tag; the file"),
-    Rule("PUT", "/datastore/label", ANNOTATE, "Query: image, tag; form: label (on the image's grid, whole numbers, known ids), params", UPLOAD),
+    Rule(
+        "PUT",
+        "/datastore/label",
+        ANNOTATE,
+        "Query: image, tag; form: label (on the image's grid, whole numbers, known ids), params",
+        UPLOAD,
+    ),
     Rule("DELETE", "/datastore/label", ADMINISTER, "Query: id, tag; the history keeps every version"),
     Rule("GET", "/datastore/label/info", READ, "Query: label, tag"),
     Rule("PUT", "/datastore/label/info", ANNOTATE, "Query: label, tag; form: info (JSON object)", _JSON),
@@ -161,7 +216,14 @@ RULES: tuple[Rule, ...] = (
     Rule("GET", "/proxy/dicom/wado/{path:path}", READ, "DICOMweb retrieval below the configured root"),
     Rule("GET", "/proxy/dicom/stow/{path:path}", READ, "The same (OHIF uses one root for both)"),
     Rule("GET", "/proxy/dicom/{path:path}", READ, "The same"),
-    Rule("POST", "/proxy/dicom/{service}/studies", ANNOTATE, "multipart/related: DICOM SEGs, saved as labels of their images", _STOW, LONG),
+    Rule(
+        "POST",
+        "/proxy/dicom/{service}/studies",
+        ANNOTATE,
+        "multipart/related: DICOM SEGs, saved as labels of their images",
+        _STOW,
+        LONG,
+    ),
     Rule("POST", "/proxy/dicom/{service}/studies/{study}", ANNOTATE, "The same", _STOW, LONG),
     Rule("POST", "/proxy/dicom/stow/{path:path}", ANNOTATE, f"{CLOSED} (no address to store at)"),
     Rule("POST", "/proxy/dicom/wado/{path:path}", ANNOTATE, f"{CLOSED} (the same)"),
@@ -219,7 +281,9 @@ def render_table(rules: Sequence[Rule] = RULES) -> str:
     lines = ["| address | who | takes | body up to | answers within |", "|---|---|---|---|---|"]
     for rule in (*rules, UNKNOWN):
         who = str(rule.role) if rule.role else "everybody"
-        lines.append(f"| `{rule.method} {rule.path}` | {who} | {rule.accepts} | {_show_size(rule.body)} | {rule.deadline} s |")
+        lines.append(
+            f"| `{rule.method} {rule.path}` | {who} | {rule.accepts} | {_show_size(rule.body)} | {rule.deadline} s |"
+        )
     return "\n".join(lines)
 
 

@@ -15,7 +15,12 @@ from typing import Any, cast
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
-from monailabel.interfaces.exception import ImageNotFoundException, LabelNotFoundException, MONAILabelError, MONAILabelException
+from monailabel.interfaces.exception import (
+    ImageNotFoundException,
+    LabelNotFoundException,
+    MONAILabelError,
+    MONAILabelException,
+)
 from starlette.exceptions import HTTPException
 
 from progidiff.errors import BusyError, LoginError, ProGiDiffError, PromptError
@@ -69,13 +74,24 @@ def one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
-def _answer(status: int, error: str, detail: str, suggestions: Sequence[str] = (), headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": error, "detail": detail, "suggestions": list(suggestions)}, status_code=status, headers=headers)
+def _answer(
+    status: int, error: str, detail: str, suggestions: Sequence[str] = (), headers: dict[str, str] | None = None
+) -> Response:
+    return JSONResponse(
+        {"error": error, "detail": detail, "suggestions": list(suggestions)}, status_code=status, headers=headers
+    )
 
 
 async def _answer_error(request: Request, err: Exception) -> Response:
     error = cast(ProGiDiffError, err)
-    logger.info("%s %s -> %d %s: %s", request.method, one_line(request.url.path), error.status, type(error).__name__, one_line(str(error)))
+    logger.info(
+        "%s %s -> %d %s: %s",
+        request.method,
+        one_line(request.url.path),
+        error.status,
+        type(error).__name__,
+        one_line(str(error)),
+    )
     return build_answer(error)
 
 
@@ -84,13 +100,19 @@ async def _answer_host_error(request: Request, err: Exception) -> Response:
     if isinstance(err, (ImageNotFoundException, LabelNotFoundException)):
         status, cure = 404, " GET /datastore/?output=all lists images and labels."
     else:
-        status, cure = (422, " GET /info/ lists what this server offers.") if error.error in _REQUEST_ERRORS else (500, "")
+        status, cure = (
+            (422, " GET /info/ lists what this server offers.") if error.error in _REQUEST_ERRORS else (500, "")
+        )
     logger.info("%s %s -> %d %s", request.method, one_line(request.url.path), status, one_line(str(error.msg)))
     return _answer(status, str(error.error.value), f"{str(error.msg).rstrip('.')}.{cure}")
 
 
 async def _answer_bad_json(request: Request, err: Exception) -> Response:
-    return _answer(422, "RequestError", f"A form field of {request.url.path} is not JSON ({err}). Send an object, for example {{}}.")
+    return _answer(
+        422,
+        "RequestError",
+        f"A form field of {request.url.path} is not JSON ({err}). Send an object, for example {{}}.",
+    )
 
 
 async def _answer_invalid(request: Request, err: Exception) -> Response:
@@ -98,7 +120,9 @@ async def _answer_invalid(request: Request, err: Exception) -> Response:
     for fault in cast(RequestValidationError, err).errors()[:5]:
         place, *path = (str(part) for part in fault.get("loc", ("request",)))
         name = ".".join(path)
-        faults.append(f"{place} {name}: {fault.get('msg', 'is wrong')}" if name else f"{place}: {fault.get('msg', 'is wrong')}")
+        faults.append(
+            f"{place} {name}: {fault.get('msg', 'is wrong')}" if name else f"{place}: {fault.get('msg', 'is wrong')}"
+        )
     reason = f"{request.method} {request.url.path} cannot be read: {'; '.join(faults)}."
     return _answer(422, "RequestError", f"{reason} GET /openapi.json says what it takes.")
 
@@ -119,7 +143,11 @@ async def _answer_disk_error(request: Request, err: Exception) -> Response:
     if cast(OSError, err).errno not in (errno.ENOSPC, errno.EDQUOT):
         return await _answer_incident(request, err)
     logger.error("%s %s: %s", request.method, one_line(request.url.path), err)
-    return _answer(507, "StoreError", f"The server's disk is full ({err.args[-1]}). Free some space there and send the request again.")
+    return _answer(
+        507,
+        "StoreError",
+        f"The server's disk is full ({err.args[-1]}). Free some space there and send the request again.",
+    )
 
 
 async def _answer_incident(request: Request, err: Exception) -> Response:
@@ -128,6 +156,6 @@ async def _answer_incident(request: Request, err: Exception) -> Response:
     return _answer(
         500,
         "ProGiDiffError",
-        f"The request broke unexpectedly ({type(err).__name__}, incident {incident}). The server's log has the details under this number; "
-        "please report them.",
+        f"The request broke unexpectedly ({type(err).__name__}, incident {incident}). The "
+        "server's log has the details under this number; please report them.",
     )

@@ -1,8 +1,9 @@
 """Who is asking: tokens, users with passwords, and the sessions that a login starts.
 
-A session is a signed text (name, expiry, an id, and a stamp of the password or token that it began with), sent back as a cookie by
-browsers and as a bearer token by Slicer. Nothing of it is kept but the ids of sessions that were ended by a logout, so sessions
-survive a restart; removing a user, changing a password or removing a token ends them at once, because the stamp no longer fits.
+A session is a signed text (name, expiry, an id, and a stamp of the password or token that it began with), sent back as
+a cookie by browsers and as a bearer token by Slicer. Nothing of it is kept but the ids of sessions that were ended by a
+logout, so sessions survive a restart; removing a user, changing a password or removing a token ends them at once,
+because the stamp no longer fits.
 
 Routes say what they need with `CAN_READ`, `CAN_ANNOTATE` or `CAN_ADMINISTER`, which give the `User`.
 """
@@ -90,7 +91,9 @@ class Attempts:
                 failures = self._recent(key, now)
                 if len(failures) >= self._per_key:
                     wait = int(failures[0] + self._window - now) + 1
-                    raise TooManyTriesError(f"There were too many failed logins. Try again in {wait} seconds.", retry_after=wait)
+                    raise TooManyTriesError(
+                        f"There were too many failed logins. Try again in {wait} seconds.", retry_after=wait
+                    )
 
     def fail(self, *keys: str) -> None:
         """Count a failed try."""
@@ -99,7 +102,9 @@ class Attempts:
             for key in keys:
                 self._recent(key, now)
                 self._failures.setdefault(key, deque(maxlen=self._per_key)).append(now)
-            if len(self._failures) > self.MAX_KEYS:  # Somebody tries names by the thousand: forget those that have waited longest.
+            if (
+                len(self._failures) > self.MAX_KEYS
+            ):  # Somebody tries names by the thousand: forget those that have waited longest.
                 for key in sorted(self._failures, key=lambda key: self._failures[key][-1])[: self.MAX_KEYS // 2]:
                     del self._failures[key]
 
@@ -131,7 +136,12 @@ class Authenticator:
     """
 
     def __init__(
-        self, tokens: tuple[Token, ...], users: UsersFile | None, anonymous: Role | None, state: Path, session_seconds: float = 43_200
+        self,
+        tokens: tuple[Token, ...],
+        users: UsersFile | None,
+        anonymous: Role | None,
+        state: Path,
+        session_seconds: float = 43_200,
     ) -> None:
         self.tokens = tokens
         self.users = users
@@ -153,10 +163,16 @@ class Authenticator:
         """
         tokens = read_tokens(options.token_file) if options.token_file else ()
         if environment.get(ENVIRONMENT_TOKEN):
-            tokens = (*tokens, read_token(environment[ENVIRONMENT_TOKEN], f"The environment variable {ENVIRONMENT_TOKEN}"))
+            tokens = (
+                *tokens,
+                read_token(environment[ENVIRONMENT_TOKEN], f"The environment variable {ENVIRONMENT_TOKEN}"),
+            )
         users = UsersFile(options.users_file) if options.users_file else None
         if users is not None and not users.read():
-            raise RequestError(f"The users file {users.path} has no user. Add one: progidiff users add NAME --role annotate --file {users.path}")
+            raise RequestError(
+                f"The users file {users.path} has no user. Add one: progidiff users add "
+                f"NAME --role annotate --file {users.path}"
+            )
         return cls(tokens, users, options.allow_anonymous, options.store / "sessions", options.session_hours * 3600)
 
     @property
@@ -172,8 +188,13 @@ class Authenticator:
             others = f"; without a login: {self.anonymous}" if self.anonymous else ""
             return f"{' and '.join(ways)}, from any address that reaches this server{others}"
         if self.anonymous:
-            return f"everybody who reaches this server may {self.anonymous} WITHOUT A LOGIN (--conf allow_anonymous); this machine may administer"
-        return "this machine only; other hosts are refused until --conf token_file, users_file or allow_anonymous is set"
+            return (
+                f"everybody who reaches this server may {self.anonymous} WITHOUT A LOGIN "
+                "(--conf allow_anonymous); this machine may administer"
+            )
+        return (
+            "this machine only; other hosts are refused until --conf token_file, users_file or allow_anonymous is set"
+        )
 
     def find_user(self, headers: Mapping[str, str], cookies: Mapping[str, str]) -> User | None:
         """The user of a bearer token or a session cookie; None if neither is sent, or the cookie has expired.
@@ -185,7 +206,10 @@ class Authenticator:
         if kind.lower() == "bearer":
             user = self._read_token(secret.strip()) or self.read_session(secret.strip())
             if user is None:
-                raise LoginError("The bearer token is unknown, expired or ended by a logout. Log in again: POST /auth/token, or /progidiff/login.")
+                raise LoginError(
+                    "The bearer token is unknown, expired or ended by a logout. Log in "
+                    "again: POST /auth/token, or /progidiff/login."
+                )
             return user
         return self.read_session(cookies.get(COOKIE, ""))
 
@@ -215,7 +239,9 @@ class Authenticator:
             return User(token.name, token.role), self._start_session(token.name, _stamp(token.digest))
         try:
             if self.users is None:
-                raise LoginError("The name or the token is wrong. Try again; an administrator gives you a line of the token file.")
+                raise LoginError(
+                    "The name or the token is wrong. Try again; an administrator gives you a line of the token file."
+                )
             with self._hashing:  # Each takes 16 MiB and a core: many at once would be a way to slow everybody down.
                 role = self.users.check(name, password)
         except LoginError:
@@ -234,7 +260,11 @@ class Authenticator:
         content = self._open_session(text)
         now = time.time()
         # One that lasts longer than a term began while the clock was ahead.
-        if content is None or not now < content["e"] <= now + self.session_seconds + _CLOCK_SECONDS or content["i"] in self._read_ended():
+        if (
+            content is None
+            or not now < content["e"] <= now + self.session_seconds + _CLOCK_SECONDS
+            or content["i"] in self._read_ended()
+        ):
             return None
         name, stamp = content["n"], content["s"]
         for token in self.tokens:
@@ -319,7 +349,10 @@ def get_user(request: Request) -> User:
     """
     user = request.scope.get(_USER_KEY)
     if not isinstance(user, User):
-        raise AccessError("Nobody has checked who sends this. Start the server with --app apps/progidiff, which puts a guard before its routes.")
+        raise AccessError(
+            "Nobody has checked who sends this. Start the server with --app "
+            "apps/progidiff, which puts a guard before its routes."
+        )
     return user
 
 
@@ -340,7 +373,10 @@ def check_role(user: User, needed: Role) -> None:
     """
     if not user.role.covers(needed):
         who = f"'{user.name}'" if user.name else "somebody without a login"
-        raise AccessError(f"This needs the role {needed}, and {who} has {user.role}. Log in as somebody else, or ask an administrator.")
+        raise AccessError(
+            f"This needs the role {needed}, and {who} has {user.role}. Log in as somebody "
+            "else, or ask an administrator."
+        )
 
 
 CAN_READ = _require(Role.READ)

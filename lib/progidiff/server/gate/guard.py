@@ -1,12 +1,12 @@
 """The guard in front of every route: who asks, from where, through which page, and how much may be sent.
 
-One ASGI middleware, outermost, in this order: the path is a plain one; the ``Host`` is a name of this server (against DNS
-rebinding); the user is known, or on this machine; a request that changes something does not come from a foreign page; the user's
-role covers the row of `progidiff.server.gate.access`; the body stays within its limit while it arrives; parameters of tasks name
-no files; the answer begins before its deadline.
+One ASGI middleware, outermost, in this order: the path is a plain one; the ``Host`` is a name of this server (against
+DNS rebinding); the user is known, or on this machine; a request that changes something does not come from a foreign
+page; the user's role covers the row of `progidiff.server.gate.access`; the body stays within its limit while it
+arrives; parameters of tasks name no files; the answer begins before its deadline.
 
-An address counts as this machine's only if the connection says so and no proxy has passed the request on: ``X-Forwarded-For`` can take
-rights away and never gives any.
+An address counts as this machine's only if the connection says so and no proxy has passed the request on:
+``X-Forwarded-For`` can take rights away and never gives any.
 """
 
 from __future__ import annotations
@@ -53,21 +53,27 @@ FORBIDDEN_PARAMS = (
     "app_dir",
     "studies",
 )
-"""Parameters of tasks that would name a file, a folder or another input; the host hands some of them to the environment of a process."""
+"""Parameters of tasks that would name a file, a folder or another input; the host hands some of them to the environment
+of a process.
+"""
 
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 _STALL = 30.0
 """Seconds without a byte of the body after which a request is given up."""
 _DRAIN_SIZE, _DRAIN_TIME = 64 << 20, 10.0
-"""Of a refused body so much is read and thrown away, so that clients that send first and listen later see the reason."""
+"""Of a refused body so much is read and thrown away, so that clients that send first and listen later see the
+reason.
+"""
 
 _PAGE_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
-    "font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; "
-    "frame-ancestors 'self'"
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src "
+    "'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'self'"
 )
-"""For pages that bring no policy of their own: OHIF needs inline scripts, WebAssembly and workers; nothing comes from or goes to other sites."""
+"""For pages that bring no policy of their own: OHIF needs inline scripts, WebAssembly and workers; nothing comes from
+or goes to other sites.
+"""
 
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -117,7 +123,10 @@ class Guard:
                 user = self._find_user(scope, headers, rule)
             except LoginError:
                 if _is_page(scope["method"], headers, path):
-                    await answer.replace(RedirectResponse(f"{LOGIN_PAGE}?next={quote(_read_target(scope), safe='')}", status_code=303), scope)
+                    await answer.replace(
+                        RedirectResponse(f"{LOGIN_PAGE}?next={quote(_read_target(scope), safe='')}", status_code=303),
+                        scope,
+                    )
                     return
                 raise
             self._check_origin(scope["method"], headers)
@@ -127,7 +136,14 @@ class Guard:
             if rule.params:
                 _check_params(await body.read_all())
         except ProGiDiffError as err:
-            logger.info("%s %s -> %d %s: %s", scope["method"], one_line(path[:200]), err.status, type(err).__name__, one_line(str(err)))
+            logger.info(
+                "%s %s -> %d %s: %s",
+                scope["method"],
+                one_line(path[:200]),
+                err.status,
+                type(err).__name__,
+                one_line(str(err)),
+            )
             if scope["method"] not in _SAFE_METHODS:
                 await body.drain(headers)
             await answer.refuse(err, scope)
@@ -142,8 +158,9 @@ class Guard:
                 return LOCAL_USER
             if self._auth.anonymous is None:
                 raise AccessError(
-                    "This server answers its own machine only. To open it, an administrator starts it with --conf token_file FILE or "
-                    "--conf users_file FILE, or with --conf allow_anonymous true for everybody."
+                    "This server answers its own machine only. To open it, an "
+                    "administrator starts it with --conf token_file FILE or --conf users_file FILE, or with --conf "
+                    "allow_anonymous true for everybody."
                 )
             return User("", self._auth.anonymous)
         anonymous = User("", self._auth.anonymous or Role.READ)
@@ -154,7 +171,10 @@ class Guard:
                 return anonymous  # An old token must not keep anybody from logging in again.
             raise
         if user is None and self._auth.anonymous is None and rule.role is not OPEN:
-            raise LoginError("This server asks for a login: a bearer token (POST /auth/token gives one), or the page /progidiff/login.")
+            raise LoginError(
+                "This server asks for a login: a bearer token (POST /auth/token gives "
+                "one), or the page /progidiff/login."
+            )
         return user or anonymous
 
     def _check_host(self, headers: Headers) -> None:
@@ -163,7 +183,10 @@ class Guard:
             return
         if self._auth.required and not self._hosts:
             return  # A page under a foreign name has neither cookie nor token of this server.
-        raise AccessError(f"The request is for '{host[:40]}', no known name of this server. If it is one, start it with --conf hosts {host[:40]}.")
+        raise AccessError(
+            f"The request is for '{host[:40]}', no known name of this server. If it is "
+            f"one, start it with --conf hosts {host[:40]}."
+        )
 
     def _check_origin(self, method: str, headers: Headers) -> None:
         """Refuse what a page of another origin makes a browser send; programs send neither header."""
@@ -177,7 +200,8 @@ class Guard:
         elif origin.lower() in self._origins or _is_same(origin, headers.get("host", "")):
             return
         raise AccessError(
-            f"The request comes from a page of another origin ({origin[:80]}). If it is yours, start the server with --conf cors_origins ORIGIN."
+            f"The request comes from a page of another origin ({origin[:80]}). If it is yours, start the server with "
+            "--conf cors_origins ORIGIN."
         )
 
     async def _run(self, scope: Scope, body: _Body, answer: _Answer, rule: Rule) -> None:
@@ -240,7 +264,8 @@ class _Body:
     def check_length(self, headers: Headers) -> None:
         """Refuse by the stated length, before a byte is read.
 
-        Slicer's client repeats the length of its last form in requests that have no body: where none is taken, a length alone is no fault.
+        Slicer's client repeats the length of its last form in requests that have no body: where none is taken, a length
+        alone is no fault.
         """
         length = headers.get("content-length", "")
         if self._limit and length.isascii() and length.isdigit() and int(length) > self._limit:
@@ -282,7 +307,11 @@ class _Body:
 
     async def drain(self, headers: Headers) -> None:
         """Read what a refused client still sends, within bounds."""
-        if self._done or headers.get("expect") or not (headers.get("content-length", "0") != "0" or "transfer-encoding" in headers):
+        if (
+            self._done
+            or headers.get("expect")
+            or not (headers.get("content-length", "0") != "0" or "transfer-encoding" in headers)
+        ):
             return
         left = _DRAIN_SIZE
         try:
@@ -299,8 +328,8 @@ class _Body:
         if not self._limit:
             return TooLargeError("This address takes no body. Send none.")
         return TooLargeError(
-            f"The request is larger than the {self._limit:,} bytes that this address takes. Send less; for images and labels an administrator "
-            "raises --conf max_upload_gb."
+            f"The request is larger than the {self._limit:,} bytes that this address "
+            "takes. Send less; for images and labels an administrator raises --conf max_upload_gb."
         )
 
 
@@ -325,7 +354,9 @@ class _Answer:
     async def refuse(self, err: ProGiDiffError, scope: Scope) -> None:
         """Answer with an error, and with nothing after it; too late if the routes have begun to answer."""
         response = build_answer(err)
-        response.headers["Connection"] = "close"  # The rest of the body, if there is one, is not read as the next request.
+        response.headers["Connection"] = (
+            "close"  # The rest of the body, if there is one, is not read as the next request.
+        )
         await self.replace(response, scope)
 
     async def replace(self, response: Response, scope: Scope) -> None:
@@ -345,39 +376,54 @@ class _Answer:
         if headers.get("content-type", "").startswith("text/html"):
             headers.setdefault("Content-Security-Policy", _PAGE_POLICY)
         if not self._path.startswith(_CACHED):
-            headers.setdefault("Cache-Control", "no-store")  # Images of patients do not stay in the caches of shared computers.
+            headers.setdefault(
+                "Cache-Control", "no-store"
+            )  # Images of patients do not stay in the caches of shared computers.
 
 
 def _late(rule: Rule) -> BusyError:
     return BusyError(
-        f"There was no answer within {rule.deadline} s. The work goes on: ask again later, what is finished by then is answered at once. "
-        "GET /progidiff/jobs shows it, DELETE /progidiff/jobs/ID stops it.",
+        f"There was no answer within {rule.deadline} s. The work goes on: ask again "
+        "later, what is finished by then is answered at once. GET /progidiff/jobs shows "
+        "it, DELETE /progidiff/jobs/ID stops it.",
         retry_after=min(rule.deadline, 60),
     )
 
 
 def install(web: FastAPI, auth: Authenticator, options: ServerOptions) -> None:
-    """Put the guard before the routes, and the configured origins in the place of the host's CORS, which lets every page in.
+    """Put the guard before the routes, and the configured origins in the place of the host's CORS, which lets every
+    page in.
 
     Safe to call again.
 
     Raises:
-        RequestError: if the host's own login is switched on, whose check of tokens fails for valid ones and would shut everybody out.
+        RequestError: if the host's own login is switched on, whose check of tokens fails for valid ones and would shut
+            everybody out.
     """
     if settings.MONAI_LABEL_AUTH_ENABLE:
-        raise RequestError("MONAI_LABEL_AUTH_ENABLE is set, and MONAI Label 0.8.5 refuses valid tokens. Unset it and use --conf users_file FILE.")
+        raise RequestError(
+            "MONAI_LABEL_AUTH_ENABLE is set, and MONAI Label 0.8.5 refuses valid tokens. "
+            "Unset it and use --conf users_file FILE."
+        )
     replaced: tuple[Any, ...] = (CORSMiddleware, Guard)
     kept = [entry for entry in web.user_middleware if entry.cls not in replaced]
     ours = [Middleware(Guard, auth=auth, options=options)]
     if options.cors_origins:  # Before the guard, so that its refusals can be read by those pages too.
         origins = list(options.cors_origins)
-        ours.insert(0, Middleware(CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]))
+        ours.insert(
+            0,
+            Middleware(
+                CORSMiddleware, allow_origins=origins, allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
+            ),
+        )
     web.user_middleware = [*ours, *kept]
     logger.info("Who may connect: %s.", auth.describe())
 
 
 def is_local(scope: Scope, headers: Mapping[str, str]) -> bool:
-    """Whether a request comes straight from this machine. Behind a proxy on this machine everybody would, so a forwarded one never does."""
+    """Whether a request comes straight from this machine. Behind a proxy on this machine everybody would, so a
+    forwarded one never does.
+    """
     client = scope.get("client")
     if not client or any(name in headers for name in _FORWARDED):
         return False
@@ -414,7 +460,9 @@ def _is_address(host: str) -> bool:
 
 
 def _is_same(origin: str, host: str) -> bool:
-    """Whether a page of this origin is one of the server that the request names; ports that go without saying are left out."""
+    """Whether a page of this origin is one of the server that the request names; ports that go without saying are left
+    out.
+    """
     try:
         parts = urlsplit(origin.lower())
         default = {"http": "80", "https": "443"}.get(parts.scheme)
@@ -427,7 +475,9 @@ def _is_same(origin: str, host: str) -> bool:
 
 
 def _strip_prefix(scope: Scope) -> str:
-    """The path as the table writes it: without a prefix of the proxy (`--root_path`) and of the host (MONAI_LABEL_API_STR)."""
+    """The path as the table writes it: without a prefix of the proxy (`--root_path`) and of the host
+    (MONAI_LABEL_API_STR).
+    """
     path = str(scope["path"])
     for prefix in (str(scope.get("root_path", "")).rstrip("/"), settings.MONAI_LABEL_API_STR):
         if prefix and path.startswith(f"{prefix}/"):
@@ -442,7 +492,9 @@ def _check_path(path: str) -> None:
 
 
 def _check_params(body: bytes) -> None:
-    """Refuse parameters of a task that name a file or another input, at the top or one level down, where the host looks too."""
+    """Refuse parameters of a task that name a file or another input, at the top or one level down, where the host looks
+    too.
+    """
     if not body.strip():
         return
     try:
@@ -456,7 +508,10 @@ def _check_params(body: bytes) -> None:
     for level in (params, *(value for value in params.values() if isinstance(value, dict))):
         for name in level:
             if name.strip().lower() in FORBIDDEN_PARAMS:
-                raise RequestError(f"Parameter {name[:40]} cannot be set by a request. Leave it out; files and folders are set by --conf.")
+                raise RequestError(
+                    f"Parameter {name[:40]} cannot be set by a request. Leave it out; "
+                    "files and folders are set by --conf."
+                )
 
 
 def _read_cookies(headers: Headers) -> dict[str, str]:

@@ -38,7 +38,8 @@ def batch_infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any
 
     Args:
         app: The app.
-        request: "model", "images" ("all", "labeled", "unlabeled" or ids), "max_batch_size", "label_tag", and options of the task.
+        request: "model", "images" ("all", "labeled", "unlabeled" or ids), "max_batch_size", "label_tag", and options of
+            the task.
 
     Returns:
         Image id -> what `infer_for_host` gives, or {"error": reason}: an image that fails does not end the batch.
@@ -56,7 +57,9 @@ def batch_infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any
 
 
 def get_info(app: MONAILabelApp) -> dict[str, Any]:
-    """What `MONAILabelApp.info` returns; if the datastore cannot be asked, its part says so instead of failing the whole request."""
+    """What `MONAILabelApp.info` returns; if the datastore cannot be asked, its part says so instead of failing the
+    whole request.
+    """
     try:
         return MONAILabelApp.info(app)
     except Exception as err:
@@ -71,5 +74,10 @@ def get_info(app: MONAILabelApp) -> dict[str, Any]:
             "strategies": {name: strategy.info() for name, strategy in app._strategies.items()},
             "scoring": {},
             "train_stats": {},
-            "datastore": {"total": 0, "completed": 0, "label_tags": {}, "error": f"The datastore does not answer: {err}"},
+            "datastore": {
+                "total": 0,
+                "completed": 0,
+                "label_tags": {},
+                "error": f"The datastore does not answer: {err}",
+            },
         }

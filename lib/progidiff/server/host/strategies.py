@@ -34,5 +34,7 @@ class SelectionStrategy(Strategy):
 
 def build_strategies(selection: Callable[[], Selection], default: str) -> dict[str, Strategy]:
     """Every strategy by name; `random`, which OHIF asks for whatever is selected, is the default one."""
-    alias = SelectionStrategy("random", f"The default of this server, {default}; uniform_random is the true one", selection)
+    alias = SelectionStrategy(
+        "random", f"The default of this server, {default}; uniform_random is the true one", selection
+    )
     return {**{name: SelectionStrategy(name, text, selection) for name, text in STRATEGIES.items()}, "random": alias}

@@ -1,8 +1,8 @@
 """DICOMweb under the addresses that the bundled OHIF asks, ``/proxy/dicom/{qido,wado,stow}/...``.
 
-For a local folder the app answers itself: searches (QIDO-RS), metadata, frames, pictures and files (WADO-RS), and it takes
-DICOM SEGs as labels (STOW-RS). For a DICOMweb server it hands the request on, only addresses that DICOMweb knows and with
-their query, which the host's own proxy drops; nothing else of that server can be reached through it.
+For a local folder the app answers itself: searches (QIDO-RS), metadata, frames, pictures and files (WADO-RS), and it
+takes DICOM SEGs as labels (STOW-RS). For a DICOMweb server it hands the request on, only addresses that DICOMweb knows
+and with their query, which the host's own proxy drops; nothing else of that server can be reached through it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 
 _UID = r"[0-9.]{1,64}"
 _LEVELS = rf"studies/(?P<study>{_UID})(?:/series/(?P<series>{_UID})(?:/instances/(?P<instance>{_UID}))?)?"
-_SEARCH = re.compile(rf"(?:studies/(?P<study>{_UID})/)?(?:series/(?P<series>{_UID})/)?(?P<level>studies|series|instances)")
+_SEARCH = re.compile(
+    rf"(?:studies/(?P<study>{_UID})/)?(?:series/(?P<series>{_UID})/)?(?P<level>studies|series|instances)"
+)
 _METADATA = re.compile(rf"{_LEVELS}/metadata")
 _FRAMES = re.compile(rf"{_LEVELS}/frames/(?P<frames>[0-9]{{1,9}}(?:,[0-9]{{1,9}})*)(?P<picture>/rendered|/thumbnail)?")
 _PICTURE = re.compile(rf"{_LEVELS}/(?P<picture>rendered|thumbnail)")
@@ -65,7 +67,9 @@ def build_router() -> APIRouter:
     """Searching, retrieving and storing."""
     router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
 
-    @router.get("/proxy/dicom/{path:path}", tags=["DICOMweb"], summary="Search and retrieve studies, series and instances")
+    @router.get(
+        "/proxy/dicom/{path:path}", tags=["DICOMweb"], summary="Search and retrieve studies, series and instances"
+    )
     def retrieve(path: str, request: Request, user: User = CAN_READ) -> Response:
         resource = _strip_service(path)
         served = get_context().served
@@ -73,7 +77,11 @@ def build_router() -> APIRouter:
             return _forward(path.partition("/")[0], resource, request)
         return _answer(served, resource, request)
 
-    @router.post("/proxy/dicom/{service}/studies", tags=["DICOMweb"], summary="Store DICOM segmentations as labels of their images")
+    @router.post(
+        "/proxy/dicom/{service}/studies",
+        tags=["DICOMweb"],
+        summary="Store DICOM segmentations as labels of their images",
+    )
     @router.post("/proxy/dicom/{service}/studies/{study}", include_in_schema=False)
     async def store(request: Request, service: str, study: str = "", user: User = CAN_ANNOTATE) -> Response:
         _strip_service(f"{service}/")
@@ -87,7 +95,10 @@ def _strip_service(path: str) -> str:
     """``studies/...`` of ``wado/studies/...``."""
     service, _, resource = path.partition("/")
     if service not in ("qido", "wado", "stow"):
-        raise NotFoundError("DICOMweb is at /proxy/dicom/qido, /proxy/dicom/wado and /proxy/dicom/stow, for example /proxy/dicom/qido/studies.")
+        raise NotFoundError(
+            "DICOMweb is at /proxy/dicom/qido, /proxy/dicom/wado and /proxy/dicom/stow, "
+            "for example /proxy/dicom/qido/studies."
+        )
     return resource.rstrip("/")
 
 
@@ -101,8 +112,8 @@ def _answer(served: ServedImages, resource: str, request: Request) -> Response:
 
 def _unknown(resource: str) -> NotFoundError:
     return NotFoundError(
-        f"'{resource[:100]}' is no DICOMweb address. Search with studies, series or instances; retrieve with studies/<uid>/series/<uid>/metadata "
-        "or .../instances/<uid>/frames/1."
+        f"'{resource[:100]}' is no DICOMweb address. Search with studies, series or instances; retrieve with "
+        "studies/<uid>/series/<uid>/metadata or .../instances/<uid>/frames/1."
     )
 
 
@@ -164,7 +175,10 @@ def _send_picture(series: Series, index: int, request: Request, is_thumbnail: bo
     if len(viewport) >= 2:
         sizes = [int(text) if text.isascii() and text.isdigit() and len(text) < 5 else 0 for text in viewport[:2]]
         if min(sizes) < 1:
-            raise RequestError(f"viewport is '{','.join(viewport)[:40]}'; it must be two whole numbers from 1 to 9999, for example 256,256.")
+            raise RequestError(
+                f"viewport is '{','.join(viewport)[:40]}'; it must be two whole numbers "
+                "from 1 to 9999, for example 256,256."
+            )
         longest = min(sizes)
     return Response(series.picture(index, kind.upper(), longest), media_type=f"image/{kind}", headers=_FOREVER)
 
@@ -173,7 +187,9 @@ def _files(served: ServedImages, match: re.Match[str], request: Request) -> Resp
     series = _open(served, match)
     indices = [series.find(match["instance"])] if match["instance"] else range(series.grid.shape[0])
     envelope = Envelope.of(f"application/dicom; transfer-syntax={_EXPLICIT_LITTLE_ENDIAN}")
-    return StreamingResponse(envelope.write(_write_file(series, index) for index in indices), media_type=envelope.content_type)
+    return StreamingResponse(
+        envelope.write(_write_file(series, index) for index in indices), media_type=envelope.content_type
+    )
 
 
 def _write_file(series: Series, index: int) -> bytes:
@@ -183,7 +199,8 @@ def _write_file(series: Series, index: int) -> bytes:
 
 
 def _store(context: Context, parts: list[bytes], study: str, user: User) -> Response:
-    """Save every part as a label of its image; what cannot be saved is named with its reason, and an error if that is all.
+    """Save every part as a label of its image; what cannot be saved is named with its reason, and an error if that is
+    all.
 
     Raises:
         ProGiDiffError: of the first part, if none could be saved.
@@ -212,16 +229,23 @@ def _store(context: Context, parts: list[bytes], study: str, user: User) -> Resp
 
 def _save_segmentation(context: Context, dataset: Dataset, study: str, user: User) -> None:
     if study and dataset.get("StudyInstanceUID") != study:
-        raise RequestError(f"The segmentation is of study {dataset.get('StudyInstanceUID')}, and was sent to study {study}. Store it in its own.")
+        raise RequestError(
+            f"The segmentation is of study {dataset.get('StudyInstanceUID')}, and was "
+            f"sent to study {study}. Store it in its own."
+        )
     series = find_referenced_series(dataset)
     try:
         image, volume = open_named(context, series)
     except NotFoundError as err:
-        raise NotFoundError(f"The segmentation is of series {series[:64]}, which is no image here. Open the image from this server.") from err
+        raise NotFoundError(
+            f"The segmentation is of series {series[:64]}, which is no image here. Open the image from this server."
+        ) from err
     segmentation = read_segmentation(dataset, volume)
     bands = [name for name in segmentation.names.values() if name.lower().startswith(DISAGREEMENT)]
     if bands:
-        raise RequestError(f"Segment '{bands[0]}' shows where proposals differ and is no structure. Show a proposal, then store it.")
+        raise RequestError(
+            f"Segment '{bands[0]}' shows where proposals differ and is no structure. Show a proposal, then store it."
+        )
     with TemporaryDirectory(prefix="progidiff-seg-") as folder:
         file = save_mask(segmentation.labels, volume, Path(folder) / "label.nii.gz")
         params = {
@@ -283,6 +307,15 @@ def _forward(service: str, resource: str, request: Request) -> Response:
             timeout=settings.MONAI_LABEL_DICOMWEB_PROXY_TIMEOUT,
         )
     except requests.RequestException as err:
-        raise BusyError(f"The DICOMweb server does not answer ({type(err).__name__}). See that it runs, and try again.", retry_after=10) from err
-    passed = {name: answer.headers[name] for name in ("Content-Type", "Content-Encoding", "Content-Length") if name in answer.headers}
-    return StreamingResponse(answer.raw.stream(1 << 16, decode_content=False), status_code=answer.status_code, headers=passed)
+        raise BusyError(
+            f"The DICOMweb server does not answer ({type(err).__name__}). See that it runs, and try again.",
+            retry_after=10,
+        ) from err
+    passed = {
+        name: answer.headers[name]
+        for name in ("Content-Type", "Content-Encoding", "Content-Length")
+        if name in answer.headers
+    }
+    return StreamingResponse(
+        answer.raw.stream(1 << 16, decode_content=False), status_code=answer.status_code, headers=passed
+    )

@@ -1,7 +1,7 @@
 """The host's routes that are not safe as they are, closed or written anew under the same address.
 
-Closed ones answer 410 with the reason and what to use instead: an old client then says more than "not found". The table in
-`progidiff.server.gate.access` has all of them; `docs/security.md` says what each of them would have done.
+Closed ones answer 410 with the reason and what to use instead: an old client then says more than "not found". The table
+in `progidiff.server.gate.access` has all of them; `docs/security.md` says what each of them would have done.
 """
 
 from __future__ import annotations
@@ -32,22 +32,53 @@ from progidiff.server.parts import get_context
 logger = logging.getLogger(__name__)
 
 CLOSED: tuple[tuple[str, str, str], ...] = (
-    ("GET", "/docs", "Its page would load scripts from another site into this one. GET /openapi.json has the same description."),
-    ("POST", "/reload", "Reloading a running app can hang the server for good. Stop it and start it again; nothing that was saved is lost."),
-    ("GET", "/model/{model}", "A model is a folder of several files. Copy it from the server's disk; `progidiff adapters list` shows versions."),
+    (
+        "GET",
+        "/docs",
+        "Its page would load scripts from another site into this one. GET /openapi.json has the same description.",
+    ),
+    (
+        "POST",
+        "/reload",
+        "Reloading a running app can hang the server for good. Stop it and start it "
+        "again; nothing that was saved is lost.",
+    ),
+    (
+        "GET",
+        "/model/{model}",
+        "A model is a folder of several files. Copy it from the server's disk; `progidiff "
+        "adapters list` shows versions.",
+    ),
     ("GET", "/model/info/{model}", "A model is a folder of several files. GET /info/ names its version."),
     (
         "PUT",
         "/model/{model}",
-        "Weights are not taken over the network. An administrator puts them on the disk and names the folder with --conf model_dir.",
+        "Weights are not taken over the network. An administrator puts them on the disk "
+        "and names the folder with --conf model_dir.",
     ),
-    ("DELETE", "/model/{model}", "Models are not removed over the network. `progidiff adapters rollback` takes a version back."),
-    ("POST", "/infer/wsi/{model}", "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes."),
-    ("POST", "/infer/wsi_v2/{model}", "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes."),
+    (
+        "DELETE",
+        "/model/{model}",
+        "Models are not removed over the network. `progidiff adapters rollback` takes a version back.",
+    ),
+    (
+        "POST",
+        "/infer/wsi/{model}",
+        "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes.",
+    ),
+    (
+        "POST",
+        "/infer/wsi_v2/{model}",
+        "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes.",
+    ),
     ("POST", "/scoring/", "The server scores slices by itself, in the background. Leave the request out."),
     ("POST", "/scoring/{method}", "The server scores slices by itself, in the background. Leave the request out."),
     ("DELETE", "/scoring/", "The host's scoring never runs here. Leave the request out."),
-    ("POST", "/proxy/dicom/{path:path}", "This is no address to store DICOM at. POST instances to /proxy/dicom/stow/studies, as multipart/related."),
+    (
+        "POST",
+        "/proxy/dicom/{path:path}",
+        "This is no address to store DICOM at. POST instances to /proxy/dicom/stow/studies, as multipart/related.",
+    ),
 )
 """Method, path, and why it is closed and what to do instead."""
 
@@ -63,7 +94,11 @@ def build_router() -> APIRouter:
     """Sessions and logs anew, and the closed routes."""
     router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
 
-    @router.put("/session/", tags=["Session"], summary="Upload an image for a while: one file, several DICOM files, or an archive of them")
+    @router.put(
+        "/session/",
+        tags=["Session"],
+        summary="Upload an image for a while: one file, several DICOM files, or an archive of them",
+    )
     def create_session(
         files: list[UploadFile] = File(...),
         uncompress: bool = False,
@@ -84,7 +119,8 @@ def build_router() -> APIRouter:
             return _describe(info)
         if not Path(info.image).is_file():
             raise RequestError(
-                "The session is a folder of DICOM files, which is not sent as one file. Run POST /infer/progidiff with its session_id."
+                "The session is a folder of DICOM files, which is not sent as one file. "
+                "Run POST /infer/progidiff with its session_id."
             )
         return FileResponse(info.image, media_type="application/octet-stream", filename=Path(info.image).name)
 
@@ -105,10 +141,13 @@ def build_router() -> APIRouter:
     @router.get("/logs/gpu", tags=["Others"], summary="What nvidia-smi says")
     def get_gpus(user: User = CAN_ADMINISTER) -> Response:
         try:
-            found = subprocess.run(["nvidia-smi"], capture_output=True, text=True, encoding="utf-8", timeout=_GPU_SECONDS, check=True)
+            found = subprocess.run(
+                ["nvidia-smi"], capture_output=True, text=True, encoding="utf-8", timeout=_GPU_SECONDS, check=True
+            )
         except (OSError, subprocess.SubprocessError) as err:
             raise NotFoundError(
-                f"nvidia-smi gives no answer ({type(err).__name__}). The machine has no NVIDIA GPU, or its driver is not there."
+                f"nvidia-smi gives no answer ({type(err).__name__}). The machine has no "
+                "NVIDIA GPU, or its driver is not there."
             ) from err
         return PlainTextResponse(found.stdout)
 
@@ -127,14 +166,18 @@ def _build_closed(address: str, reason: str) -> Callable[[], None]:
 def _sessions() -> Sessions:
     sessions = get_context().app.sessions()
     if sessions is None:
-        raise NotFoundError("Sessions are switched off. An administrator starts the server with MONAI_LABEL_SESSIONS=true.")
+        raise NotFoundError(
+            "Sessions are switched off. An administrator starts the server with MONAI_LABEL_SESSIONS=true."
+        )
     return sessions
 
 
 def _find(session_id: str, update_ts: bool = False) -> SessionInfo:
     info = _sessions().get_session(session_id, update_ts=update_ts) if _ID.fullmatch(session_id) else None
     if info is None:
-        raise NotFoundError(f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/.")
+        raise NotFoundError(
+            f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/."
+        )
     return info
 
 
@@ -149,7 +192,10 @@ def _receive(files: list[UploadFile], folder: Path, uncompress: bool) -> Path:
     received.mkdir()
     if uncompress:
         if len(files) != 1:
-            raise RequestError(f"uncompress takes one archive, and {len(files)} files were sent. Pack them into one, or leave uncompress out.")
+            raise RequestError(
+                f"uncompress takes one archive, and {len(files)} files were sent. Pack "
+                "them into one, or leave uncompress out."
+            )
         archive = folder / "archive"
         _write(files[0], archive)
         extract_archive(archive, received, Limits(size=int(get_context().options.max_upload_gb * 1e9) * 2))
@@ -165,13 +211,17 @@ def _receive(files: list[UploadFile], folder: Path, uncompress: bool) -> Path:
 
 
 def _unwrap(folder: Path) -> Path:
-    """The file or the folder of several files that an archive was made of, which mostly lies in a folder or two of its own."""
+    """The file or the folder of several files that an archive was made of, which mostly lies in a folder or two of its
+    own.
+    """
     inner = folder
     while inner.is_dir() and len(entries := list(inner.iterdir())) == 1:
         inner = entries[0]
     if inner == folder:
         return folder
-    return inner.rename(folder.with_name("unpacked") if inner.is_dir() else folder.parent / _make_plain(inner.name, "file"))
+    return inner.rename(
+        folder.with_name("unpacked") if inner.is_dir() else folder.parent / _make_plain(inner.name, "file")
+    )
 
 
 def _make_plain(name: str | None, default: str) -> str:
@@ -190,9 +240,11 @@ def _write(file: UploadFile, path: Path) -> Path:
 
 
 def remove_expired_sessions(app: MONAILabelApp) -> int:
-    """Remove uploaded images that have expired, also those of earlier runs and those whose description was never written.
+    """Remove uploaded images that have expired, also those of earlier runs and those whose description was never
+    written.
 
-    The host's own round looks at nothing until a session was made in this run, and stops for good at a folder that it cannot read.
+    The host's own round looks at nothing until a session was made in this run, and stops for good at a folder that it
+    cannot read.
 
     Returns:
         How many were removed.
@@ -204,8 +256,14 @@ def remove_expired_sessions(app: MONAILabelApp) -> int:
     removed = 0
     for folder in root.iterdir():
         try:
-            info = sessions.get_session(folder.name, update_ts=False, fetch_cache=False) if (folder / _META).is_file() else None
-            last, expiry = (info.last_access_ts, info.expiry) if info is not None else (folder.stat().st_mtime, sessions.expiry)
+            info = (
+                sessions.get_session(folder.name, update_ts=False, fetch_cache=False)
+                if (folder / _META).is_file()
+                else None
+            )
+            last, expiry = (
+                (info.last_access_ts, info.expiry) if info is not None else (folder.stat().st_mtime, sessions.expiry)
+            )
             if last + expiry < time.time():
                 sessions.remove_session(folder.name)
                 removed += 1

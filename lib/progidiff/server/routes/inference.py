@@ -1,8 +1,10 @@
 """Everything HTTP: our routes in the host's web application, and errors as JSON with a status, a reason and a cure.
 
-Concurrency: the host runs an inference inside an `async` route, which freezes the whole server for as long as it lasts. The
-route ``POST /infer/{model}`` here comes before the host's, takes the same form and gives the same answers, and is a plain
-function: the web framework runs it in its thread pool, and `progidiff.proposals.device_queue.DeviceQueue` lets one at a time onto the device.
+Concurrency: the host runs an inference inside an `async` route, which freezes the whole server for as long as it lasts.
+The route ``POST /infer/{model}`` here comes before the host's, takes the same form and gives the same answers, and is a
+plain
+function: the web framework runs it in its thread pool, and `progidiff.proposals.device_queue.DeviceQueue` lets one at a
+time onto the device.
 
 Trust: an image is only ever named by its id in the datastore, by a session, or uploaded with the request. A request can
 name no file of the server.
@@ -39,32 +41,6 @@ from progidiff.server.uploads import find_session, keep_upload
 logger = logging.getLogger(__name__)
 
 
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
-
 def build_router() -> APIRouter:
     """Inference, batches, jobs and kept proposals."""
     router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
@@ -84,20 +60,25 @@ def build_router() -> APIRouter:
         app = app_instance()
         request: dict[str, Any] = {"model": model, "image": image, "params": _read_params(params)}
         if output is ResultType.dicom_seg:
-            raise RequestError("output=dicom_seg is not offered. Use output=all or output=image and convert the mask, for example with dcmqi.")
+            raise RequestError(
+                "output=dicom_seg is not offered. Use output=all or output=image and "
+                "convert the mask, for example with dcmqi."
+            )
         with ExitStack() as uploads:
             if file is not None:
                 request |= {"image": "", "path": keep_upload(file, uploads)}
             elif session_id:
                 request |= {"image": "", "path": find_session(app, session_id)}
             elif not image:
-                raise RequestError("The request names no image. Add ?image=<id of the datastore>, ?session_id=<id>, or upload a file.")
+                raise RequestError(
+                    "The request names no image. Add ?image=<id of the datastore>, ?session_id=<id>, or upload a file."
+                )
             series = get_context().served.find_named(request["image"])
             if series is not None:
                 if isinstance(app._infers.get(model), SliceInferTask):
                     raise RequestError(
-                        "Clicks in OHIF count the voxels of its DICOM slices, which lie in another order than the file's. Click in 3D Slicer, or use "
-                        "the panel's prompt here."
+                        "Clicks in OHIF count the voxels of its DICOM slices, which lie in another order than the "
+                        "file's. Click in 3D Slicer, or use the panel's prompt here."
                     )
                 request["image"] = series.identity.image
             try:
@@ -110,8 +91,8 @@ def build_router() -> APIRouter:
                 incident = uuid.uuid4().hex[:8]
                 logger.exception("Incident %s in /infer/%s", incident, model)
                 raise ProGiDiffError(
-                    f"The inference broke unexpectedly ({type(err).__name__}, incident {incident}). The server's log has the details under this "
-                    "number; please report them."
+                    f"The inference broke unexpectedly ({type(err).__name__}, incident {incident}). The server's log "
+                    "has the details under this number; please report them."
                 ) from err
         return send_response(app.datastore(), result, output, background_tasks)
 
@@ -125,7 +106,9 @@ def build_router() -> APIRouter:
     ) -> Any:
         task = find_model(app_instance(), model)
         options = _read_batch(params or {})
-        if isinstance(task, (ProposalInferTask, TextDiffInferTask)):  # A wrong option is told now, not in the log of a process.
+        if isinstance(
+            task, (ProposalInferTask, TextDiffInferTask)
+        ):  # A wrong option is told now, not in the log of a process.
             task.read_request(pick_options(options))
         return start_batch(model, images, options, run_sync)
 
@@ -156,7 +139,9 @@ def build_router() -> APIRouter:
 
 
 def _read_batch(params: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a batch's parameters goes on to its process: options of the task, and which images; the host would take any name from it."""
+    """What of a batch's parameters goes on to its process: options of the task, and which images; the host would take
+    any name from it.
+    """
     options = pick_options(params)
     if params.get("max_batch_size"):
         options["max_batch_size"] = read_int(params["max_batch_size"], "max_batch_size", 0, 10**6)
@@ -173,8 +158,6 @@ def _read_batch(params: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-
-
 def _task() -> ProposalInferTask:
     for task in app_instance()._infers.values():
         if isinstance(task, ProposalInferTask):
@@ -186,11 +169,12 @@ def _read_params(text: str) -> dict[str, Any]:
     try:
         params = json.loads(text) if text and text.strip() else {}
     except (json.JSONDecodeError, RecursionError) as err:
-        raise RequestError(f'The form field params is not JSON ({err}). Send an object, for example {{"prompt": "liver"}}.') from err
+        raise RequestError(
+            f'The form field params is not JSON ({err}). Send an object, for example {{"prompt": "liver"}}.'
+        ) from err
     if not isinstance(params, dict):
-        raise RequestError(f'The form field params is a JSON {type(params).__name__}. Send an object, for example {{"prompt": "liver"}}.')
+        raise RequestError(
+            f"The form field params is a JSON {type(params).__name__}. Send an object, "
+            'for example {"prompt": "liver"}.'
+        )
     return params
-
-
-
-

@@ -1,8 +1,8 @@
 """The host's `/datastore` routes, answered here, and the routes of the label history.
 
-The addresses, forms and answers are the host's, so that its clients notice nothing; what differs is that ids, tags, images and
-labels are checked before anything is touched, uploads are gone when the answer is, and everything blocking runs in the thread pool.
-An answer to a saved label has more in it: the annotation, and what `Context.on_saved` adds.
+The addresses, forms and answers are the host's, so that its clients notice nothing; what differs is that ids, tags,
+images and labels are checked before anything is touched, uploads are gone when the answer is, and everything blocking
+runs in the thread pool. An answer to a saved label has more in it: the annotation, and what `Context.on_saved` adds.
 """
 
 from __future__ import annotations
@@ -66,13 +66,17 @@ def _add_datastore_routes(router: APIRouter) -> None:
             path = get_context().app.datastore().get_dataset_archive(limit_cases)
         except AssertionError as err:  # How the host's own datastore says so.
             raise NotFoundError("No image has a final label yet, so there is nothing to pack.") from err
-        return FileResponse(path, media_type="application/zip", filename="dataset.zip", background=BackgroundTask(_remove, path))
+        return FileResponse(
+            path, media_type="application/zip", filename="dataset.zip", background=BackgroundTask(_remove, path)
+        )
 
 
 def _add_image_routes(router: APIRouter) -> None:
     @router.put("/datastore/", include_in_schema=False)
     @router.put("/datastore/image", tags=["Datastore"], summary="Add an image")
-    def add_image(image: str | None = None, params: str = Form("{}"), file: UploadFile = File(...), user: User = CAN_ANNOTATE) -> dict[str, Any]:
+    def add_image(
+        image: str | None = None, params: str = Form("{}"), file: UploadFile = File(...), user: User = CAN_ANNOTATE
+    ) -> dict[str, Any]:
         info = read_object(params, "params")
         if user.name:
             info["user"] = user.name
@@ -82,7 +86,11 @@ def _add_image_routes(router: APIRouter) -> None:
             return {"image": get_context().app.datastore().add_image(image_id, str(path), info)}
 
     @router.delete("/datastore/", include_in_schema=False)
-    @router.delete("/datastore/image", tags=["Datastore"], summary="Take an image and its labels out; they go to the server's trash")
+    @router.delete(
+        "/datastore/image",
+        tags=["Datastore"],
+        summary="Take an image and its labels out; they go to the server's trash",
+    )
     def remove_image(id: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
         datastore = get_context().app.datastore()
         if isinstance(datastore, SafeLocalDatastore):
@@ -149,11 +157,17 @@ def _add_label_routes(router: APIRouter) -> None:
     @router.put("/datastore/updatelabelinfo", include_in_schema=False)
     def update_label_info(label: str, tag: str, params: str = Form("{}"), user: User = CAN_ANNOTATE) -> Any:
         _check_label_name(label, tag)
-        return get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(params, "params"), user))
+        return (
+            get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(params, "params"), user))
+        )
 
 
 def _add_history_routes(router: APIRouter) -> None:
-    @router.get("/progidiff/annotations", tags=["ProGiDiff"], summary="Saved labels, newest first, and which slices are annotated")
+    @router.get(
+        "/progidiff/annotations",
+        tags=["ProGiDiff"],
+        summary="Saved labels, newest first, and which slices are annotated",
+    )
     def list_annotations(image: str | None = None, limit: int = 100, user: User = CAN_READ) -> dict[str, Any]:
         if not 1 <= limit <= _MAX_LISTED:
             raise RequestError(f"limit must be from 1 to {_MAX_LISTED}; GET /progidiff/annotations/export gives all.")
@@ -164,43 +178,68 @@ def _add_history_routes(router: APIRouter) -> None:
         labels = store.list(image)
         newest = [{**label.to_dict(), "in_force": label.sequence in counting} for label in reversed(labels[-limit:])]
         annotated = store.annotated_images() if image is None else {image: store.annotated_slices(image)}
-        return {"total": len(labels), "annotations": newest, "annotated_slices": {name: _list_slices(slices) for name, slices in annotated.items()}}
+        return {
+            "total": len(labels),
+            "annotations": newest,
+            "annotated_slices": {name: _list_slices(slices) for name, slices in annotated.items()},
+        }
 
-    @router.get("/progidiff/annotations/export", tags=["ProGiDiff"], summary="The audit: one row per saved label, delete, undo, restore and skip")
+    @router.get(
+        "/progidiff/annotations/export",
+        tags=["ProGiDiff"],
+        summary="The audit: one row per saved label, delete, undo, restore and skip",
+    )
     def export_annotations(format: str = "csv", image: str | None = None, user: User = CAN_ADMINISTER) -> Response:
         text = format_audit(list_audit(get_context().annotations, image), format)
         media = "text/csv" if format == "csv" else "application/x-ndjson"
-        return PlainTextResponse(text, media_type=media, headers={"Content-Disposition": f'attachment; filename="annotations.{format}"'})
+        return PlainTextResponse(
+            text, media_type=media, headers={"Content-Disposition": f'attachment; filename="annotations.{format}"'}
+        )
 
-    @router.post("/progidiff/annotations/{image}/undo", tags=["ProGiDiff"], summary="Go back to the label before the last save")
+    @router.post(
+        "/progidiff/annotations/{image}/undo", tags=["ProGiDiff"], summary="Go back to the label before the last save"
+    )
     def undo(image: str, user: User = CAN_ANNOTATE) -> dict[str, Any]:
         images.find_image(get_context().app, image)
         return _describe_state(image, get_context().labels.undo(image, user.name))
 
-    @router.post("/progidiff/annotations/{image}/skip", tags=["ProGiDiff"], summary="Note that an image was looked at and left")
+    @router.post(
+        "/progidiff/annotations/{image}/skip", tags=["ProGiDiff"], summary="Note that an image was looked at and left"
+    )
     def skip(image: str, reason: str = "", user: User = CAN_ANNOTATE) -> dict[str, Any]:
         images.find_image(get_context().app, image)
         event = get_context().annotations.skip(image, user.name, reason)
         return {"image": image, "sequence": event.sequence}
 
-    @router.post("/progidiff/annotations/{image}/{sequence}/restore", tags=["ProGiDiff"], summary="Put an earlier save in force again")
+    @router.post(
+        "/progidiff/annotations/{image}/{sequence}/restore",
+        tags=["ProGiDiff"],
+        summary="Put an earlier save in force again",
+    )
     def restore(image: str, sequence: int, user: User = CAN_ANNOTATE) -> dict[str, Any]:
         images.find_image(get_context().app, image)
         return _describe_state(image, get_context().labels.restore(image, sequence, user.name))
 
-    @router.get("/progidiff/annotations/{image}/{sequence}/label", tags=["ProGiDiff"], summary="Download a saved label as it was")
+    @router.get(
+        "/progidiff/annotations/{image}/{sequence}/label",
+        tags=["ProGiDiff"],
+        summary="Download a saved label as it was",
+    )
     def download_version(image: str, sequence: int, user: User = CAN_READ) -> Response:
         store: AnnotationStore = get_context().annotations
         path = store.label_file(store.get(image, sequence))
         if not path.is_file():
-            raise NotFoundError(f"The file of save {sequence} is gone from the history. Restore '{path.name}' from a backup.")
+            raise NotFoundError(
+                f"The file of save {sequence} is gone from the history. Restore '{path.name}' from a backup."
+            )
         return _send(path)
 
 
 def save(context: Context, image: str, path: Path, tag: str, params: Mapping[str, Any], user: str) -> dict[str, Any]:
     """Save a label file and describe what that did, as the answer to `PUT /datastore/label`.
 
-    An image that is named by its SeriesInstanceUID has its label on the grid of that series; the file is then rewritten in place.
+    An image that is named by its SeriesInstanceUID has its label on the grid of that series; the file is then rewritten
+    in place.
 
     Raises:
         ProGiDiffError: whatever is wrong with the label; nothing has changed then.
@@ -226,9 +265,13 @@ def read_object(text: str, field: str) -> dict[str, Any]:
     try:
         values = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError) as err:
-        raise RequestError(f"The form field {field} is not JSON ({str(err)[:100]}). Send an object, for example {{}}.") from err
+        raise RequestError(
+            f"The form field {field} is not JSON ({str(err)[:100]}). Send an object, for example {{}}."
+        ) from err
     if not isinstance(values, dict):
-        raise RequestError(f"The form field {field} is a JSON {type(values).__name__}. Send an object, for example {{}}.")
+        raise RequestError(
+            f"The form field {field} is a JSON {type(values).__name__}. Send an object, for example {{}}."
+        )
     return values
 
 
@@ -249,7 +292,9 @@ def _received(upload: UploadFile, suffixes: tuple[str, ...]) -> Iterator[tuple[P
             with path.open("wb") as target:
                 shutil.copyfileobj(upload.file, target, 1 << 20)
         except OSError as err:
-            raise StoreError(f"The upload could not be written ({err}). Free some disk space and send it again.") from err
+            raise StoreError(
+                f"The upload could not be written ({err}). Free some disk space and send it again."
+            ) from err
         yield path, suffix
 
 
@@ -281,7 +326,11 @@ def _describe(label: Annotation) -> dict[str, Any]:
 
 def _describe_state(image: str, label: Annotation | None) -> dict[str, Any]:
     slices = get_context().annotations.annotated_slices(image)
-    return {"image": image, "annotation": None if label is None else _describe(label), "annotated_slices": _list_slices(slices)}
+    return {
+        "image": image,
+        "annotation": None if label is None else _describe(label),
+        "annotated_slices": _list_slices(slices),
+    }
 
 
 def _list_slices(slices: Any) -> list[int] | None:
@@ -293,7 +342,9 @@ def _check_label_name(label: str, tag: str) -> None:
     check_tag(tag)
     record: Mapping[str, Any] = get_context().app.datastore().get_labels_by_image_id(label) if _is_plain(label) else {}
     if tag not in record:
-        raise NotFoundError(f"Image '{label[:100]}' has no label with tag '{tag}'. GET /datastore/?output=all lists what there is.")
+        raise NotFoundError(
+            f"Image '{label[:100]}' has no label with tag '{tag}'. GET /datastore/?output=all lists what there is."
+        )
 
 
 def _is_plain(name: str) -> bool:
@@ -301,9 +352,13 @@ def _is_plain(name: str) -> bool:
 
 
 def _find_label(label: str, tag: str) -> Path:
-    """The file of a label. Of a datastore that is no folder the history has it; the host would ask for a series of this name."""
+    """The file of a label. Of a datastore that is no folder the history has it; the host would ask for a series of this
+    name.
+    """
     context = get_context()
-    current = None if isinstance(context.labels, SafeLocalDatastore) else context.annotations.current(label, check_tag(tag))
+    current = (
+        None if isinstance(context.labels, SafeLocalDatastore) else context.annotations.current(label, check_tag(tag))
+    )
     if current is not None:
         return _find_file(str(context.annotations.label_file(current)))
     _check_label_name(label, tag)
@@ -312,7 +367,9 @@ def _find_label(label: str, tag: str) -> Path:
 
 def _find_file(path: str) -> Path:
     if not os.path.isfile(path):
-        raise NotFoundError("There is no single file to this name; it may have been removed, or be a DICOM series in a folder.")
+        raise NotFoundError(
+            "There is no single file to this name; it may have been removed, or be a DICOM series in a folder."
+        )
     return Path(path)
 
 

@@ -1,4 +1,6 @@
-"""Logging in and out: for Slicer (``/auth/...``, as MONAI Label's own login would answer) and for browsers (a page and a cookie)."""
+"""Logging in and out: for Slicer (``/auth/...``, as MONAI Label's own login would answer) and for browsers (a page and
+a cookie).
+"""
 
 from __future__ import annotations
 
@@ -19,14 +21,19 @@ logger = logging.getLogger(__name__)
 
 _START = "/"
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
+_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; form-action 'self'; "
+    "base-uri 'none'; frame-ancestors 'none'"
+)
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 34rem; margin: 12vh auto; padding: 0 1rem; color: #1c2733; background: #f6f8fa }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 34rem; margin: 12vh auto; padding: 0 1rem; color: #1c2733;
+  background: #f6f8fa }
 @media (prefers-color-scheme: dark) {
   body { color: #e6edf3; background: #11161c } a { color: #7cb7ff } input { background: #1c2733; color: inherit }
 }
-label { display: block; margin-top: 1rem } input, button { font: inherit; padding: .4rem .6rem } input { width: 100%; box-sizing: border-box }
+label { display: block; margin-top: 1rem } input, button { font: inherit; padding: .4rem .6rem }
+input { width: 100%; box-sizing: border-box }
 button { margin-top: 1.2rem } .error { color: #c0392b }
 """
 
@@ -41,10 +48,15 @@ def build_router() -> APIRouter:
         return {"enabled": _auth().required, "client_id": "progidiff", "realm": ""}
 
     @router.post("/auth/token", tags=["Auth"], summary="A bearer token for name and password")
-    def give_token(request: Request, username: str = Form("", max_length=64), password: str = Form("", max_length=256)) -> dict[str, Any]:
+    def give_token(
+        request: Request, username: str = Form("", max_length=64), password: str = Form("", max_length=256)
+    ) -> dict[str, Any]:
         auth = _auth()
         if not auth.required:
-            return {"access_token": None, "token_type": None}  # What the stock client expects of a server without a login.
+            return {
+                "access_token": None,
+                "token_type": None,
+            }  # What the stock client expects of a server without a login.
         _, session = auth.log_in(username, password, _address(request))
         return {"access_token": session, "token_type": "bearer", "expires_in": int(auth.session_seconds)}
 
@@ -67,7 +79,13 @@ def build_router() -> APIRouter:
             return _refuse(err, target, name)
         response = RedirectResponse(f"{prefix}{target}", status_code=303)
         response.set_cookie(
-            COOKIE, session, max_age=int(auth.session_seconds), path="/", httponly=True, samesite="strict", secure=request.url.scheme == "https"
+            COOKIE,
+            session,
+            max_age=int(auth.session_seconds),
+            path="/",
+            httponly=True,
+            samesite="strict",
+            secure=request.url.scheme == "https",
         )
         return response
 
@@ -82,7 +100,11 @@ def build_router() -> APIRouter:
     @router.get("/", include_in_schema=False)
     def show_start(user: User = CAN_READ) -> Response:
         who = f"You are {html.escape(user.name)} and may {user.role}." if user.name else f"You may {user.role}."
-        out = f'<form method="post" action="{prefix}/progidiff/logout"><button>Log out</button></form>' if user.name else ""
+        out = (
+            f'<form method="post" action="{prefix}/progidiff/logout"><button>Log out</button></form>'
+            if user.name
+            else ""
+        )
         links = "".join(
             f'<li><a href="{prefix}{address}">{text}</a></li>'
             for address, text in (
@@ -121,7 +143,13 @@ def _check_target(target: str) -> str:
         >>> _check_target("/ohif/?a=1"), _check_target("//evil.example"), _check_target("https://evil.example")
         ('/ohif/?a=1', '/', '/')
     """
-    plain = target.startswith("/") and not target.startswith("//") and "\\" not in target and target.isprintable() and len(target) <= 2000
+    plain = (
+        target.startswith("/")
+        and not target.startswith("//")
+        and "\\" not in target
+        and target.isprintable()
+        and len(target) <= 2000
+    )
     return target if plain else _START
 
 
@@ -134,7 +162,8 @@ def _form(target: str, name: str = "", error: str = "") -> str:
         f'{problem}<form method="post" action="{action}">'
         f'<input type="hidden" name="next" value="{html.escape(target)}">'
         f'<label>Name<input name="name" value="{html.escape(name)}" autocomplete="username" autofocus></label>'
-        '<label>Password or token<input name="password" type="password" autocomplete="current-password" required></label>'
+        '<label>Password or token<input name="password" type="password" '
+        'autocomplete="current-password" required></label>'
         "<button>Log in</button></form>"
     )
 
@@ -146,7 +175,8 @@ def _refuse(err: ProGiDiffError, target: str, name: str) -> Response:
 
 def _page(title: str, content: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     page = (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta '
+        f'name="viewport" content="width=device-width"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1>{content}</body></html>"
     )
     return HTMLResponse(page, status_code=status, headers={**(headers or {}), "Content-Security-Policy": _POLICY})

@@ -1,4 +1,6 @@
-"""What to annotate next, over HTTP: the host's next sample with slices and reasons, the queue, how far scoring is, and the report."""
+"""What to annotate next, over HTTP: the host's next sample with slices and reasons, the queue, how far scoring is, and
+the report.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,17 @@ def build_router() -> APIRouter:
     """Next sample, queue, scoring."""
     router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
 
-    @router.post("/activelearning/{strategy}", tags=["ActiveLearning"], summary="The image and the slices to annotate next")
-    def pick_next_sample(request: Request, strategy: str, params: dict[str, Any] | None = None, user: User = CAN_ANNOTATE) -> dict[str, Any]:
-        """The host's answer (id, path, what the datastore knows of the image), and beside it `slices`, `reason`, `scores_from`.
+    @router.post(
+        "/activelearning/{strategy}", tags=["ActiveLearning"], summary="The image and the slices to annotate next"
+    )
+    def pick_next_sample(
+        request: Request, strategy: str, params: dict[str, Any] | None = None, user: User = CAN_ANNOTATE
+    ) -> dict[str, Any]:
+        """The host's answer (id, path, what the datastore knows of the image), and beside it `slices`, `reason`,
+        `scores_from`.
 
-        The image is reserved for `client_id` (a login's name, or the address, where a client sends none). Without an image to give, there
-        is no `id`: stock clients then say that nothing is left, and `message` says what to do.
+        The image is reserved for `client_id` (a login's name, or the address, where a client sends none). Without an
+        image to give, there is no `id`: stock clients then say that nothing is left, and `message` says what to do.
         """
         params = params or {}
         client = params.get("client_id") or user.name or (request.client.host if request.client else "")
@@ -64,26 +71,38 @@ def build_router() -> APIRouter:
     def describe_scoring(user: User = CAN_READ) -> dict[str, Any]:
         return get_context().scorer.progress()
 
-    @router.get("/progidiff/report", tags=["ProGiDiff"], summary="What annotating has brought, as JSON, or as a page with format=html")
+    @router.get(
+        "/progidiff/report",
+        tags=["ProGiDiff"],
+        summary="What annotating has brought, as JSON, or as a page with format=html",
+    )
     def describe_progress(format: str = "json", limit: int = 20, user: User = CAN_READ) -> Response:
         context = get_context()
         kind = read_choice(format, "format", ("json", "html"))
         queue = context.selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
         textdiff = context.textdiff.engine.find_store()
-        report = build_report(context.annotations, context.infer.engine.adapters, queue, context.options.retrain_after or BATCH, textdiff)
+        report = build_report(
+            context.annotations, context.infer.engine.adapters, queue, context.options.retrain_after or BATCH, textdiff
+        )
         return HTMLResponse(format_html(report)) if kind == "html" else JSONResponse(report)
 
     return router
 
 
 def _prepare_original(context: Context, image: str) -> None:
-    """Have the consensus ready as the label that 3D Slicer loads with the image; without it, the image is given all the same."""
+    """Have the consensus ready as the label that 3D Slicer loads with the image; without it, the image is given all the
+    same.
+    """
     try:
         path = images.find_image(context.app, image)
         datastore = context.app.datastore()
 
         def open_image() -> Volume:
-            return open_grid(Path(path)) if is_picture(path) else context.infer.open_volume(path, None, datastore.get_image_info(image))
+            return (
+                open_grid(Path(path))
+                if is_picture(path)
+                else context.infer.open_volume(path, None, datastore.get_image_info(image))
+            )
 
         refresh_original(datastore, image, context.infer.store, open_image)
     except (ProGiDiffError, OSError):

@@ -1,7 +1,9 @@
-"""What the bundled OHIF needs beside DICOMweb: its configuration with our panel in it, the panel's files, and masks for it.
+"""What the bundled OHIF needs beside DICOMweb: its configuration with our panel in it, the panel's files, and masks for
+it.
 
-OHIF itself is the host's and stays as it is. Its configuration is the host's file with a few lines after it: they correct the data
-source and load ``apps/progidiff/web/ohif/panel.js``, which finds out what the viewer offers and stays away if that has changed.
+OHIF itself is the host's and stays as it is. Its configuration is the host's file with a few lines after it: they
+correct the data source and load ``apps/progidiff/web/ohif/panel.js``, which finds out what the viewer offers and stays
+away if that has changed.
 """
 
 from __future__ import annotations
@@ -74,7 +76,11 @@ def build_router() -> APIRouter:
             raise NotFoundError(f"The panel has no file '{name[:60]}'.")
         return FileResponse(path, media_type=_MEDIA_TYPES[path.suffix], headers={"Cache-Control": "no-cache"})
 
-    @router.get("/progidiff/ohif/images/{image}", tags=["OHIF"], summary="How an image is called in OHIF, and which of its slices are axial")
+    @router.get(
+        "/progidiff/ohif/images/{image}",
+        tags=["OHIF"],
+        summary="How an image is called in OHIF, and which of its slices are axial",
+    )
     def describe_image(image: str, user: User = CAN_READ) -> dict[str, Any]:
         context = get_context()
         image_id, volume = open_named(context, image)
@@ -82,8 +88,12 @@ def build_router() -> APIRouter:
         return {"image": image_id, "study": study, "series": series, "axial_slices": _list_axial(context, volume)}
 
     @router.get("/progidiff/ohif/masks/{image}", tags=["OHIF"], summary="One proposal as voxels of the series, cropped")
-    def get_mask(image: str, proposals: str = "", job: str = "", show: str = "consensus", user: User = CAN_READ) -> Response:
-        """uint8, slice by slice and row by row, gzip; the header X-Box says where: z0,z1,y0,y1,x0,x1, half open, of Z,Y,X in X-Shape."""
+    def get_mask(
+        image: str, proposals: str = "", job: str = "", show: str = "consensus", user: User = CAN_READ
+    ) -> Response:
+        """uint8, slice by slice and row by row, gzip; the header X-Box says where: z0,z1,y0,y1,x0,x1, half open, of
+        Z,Y,X in X-Shape.
+        """
         context = get_context()
         image_id, volume = open_named(context, image)
         result = _find_result(context, image_id, proposals, job)
@@ -110,7 +120,9 @@ def _find_uids(context: Context, image_id: str) -> tuple[str, str]:
         return str(info.get("StudyInstanceUID", "")), image_id
     entry = context.served.describe(image_id)
     if entry is None or entry.refused:
-        raise NotFoundError(f"Image '{image_id}' cannot be shown in OHIF. {entry.refused if entry is not None else 'Its file is gone.'}")
+        raise NotFoundError(
+            f"Image '{image_id}' cannot be shown in OHIF. {entry.refused if entry is not None else 'Its file is gone.'}"
+        )
     return entry.identity.study_uid, entry.identity.series_uid
 
 

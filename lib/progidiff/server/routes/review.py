@@ -1,9 +1,9 @@
 """The review page and what it asks for: single slices and masks as packed bits, and decisions that become a label.
 
-A browser never gets a whole volume. It gets the slice it shows, 16 bits a pixel, and for the same slice every proposal with one bit a
-pixel, so that window, level, proposals, merging and heat maps are its own arithmetic and switch at once, on a phone too. What
-it sends back are decisions (`progidiff.labels.merging.Plan`), a few hundred bytes; the voxels are made here, on the grid of the image, from the
-kept proposals.
+A browser never gets a whole volume. It gets the slice it shows, 16 bits a pixel, and for the same slice every proposal
+with one bit a pixel, so that window, level, proposals, merging and heat maps are its own arithmetic and switch at once,
+on a phone too. What it sends back are decisions (`progidiff.labels.merging.Plan`), a few hundred bytes; the voxels are
+made here, on the grid of the image, from the kept proposals.
 
 Masks of a slice, little-endian::
 
@@ -45,8 +45,8 @@ MAX_SLICE_PIXELS = 1 << 24
 CLIENT = "review page"
 
 PAGE_POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src "
+    "'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 """Nothing inline, nothing evaluated, nothing from anywhere else."""
 
@@ -82,24 +82,38 @@ def _add_data_routes(router: APIRouter) -> None:
     def describe_image(image: str, user: User = CAN_READ) -> dict[str, Any]:
         return _describe_image(get_context(), image)
 
-    @router.get("/progidiff/review/{image}/slices/{z}", tags=["Review"], summary="One axial slice, int16, little-endian")
+    @router.get(
+        "/progidiff/review/{image}/slices/{z}", tags=["Review"], summary="One axial slice, int16, little-endian"
+    )
     def get_slice(request: Request, image: str, z: int, user: User = CAN_READ) -> Response:
         volume = _open_volume(get_context(), image)
         stack, _ = volume.to_stack()
         _check_slice(z, stack.shape)
         slope, intercept = find_scale(volume)
-        pixels = stack[z] if (slope, intercept) == (1.0, 0.0) else np.rint((stack[z].astype(np.float64) - intercept) / slope)
+        pixels = (
+            stack[z] if (slope, intercept) == (1.0, 0.0) else np.rint((stack[z].astype(np.float64) - intercept) / slope)
+        )
         return _send_bytes(request, np.ascontiguousarray(pixels, dtype="<i2").tobytes())
 
-    @router.get("/progidiff/review/{image}/masks/{z}", tags=["Review"], summary="All proposals on one axial slice; 204 if a job is not there yet")
-    def get_masks(request: Request, image: str, z: int, proposals: str = "", job: str = "", user: User = CAN_READ) -> Response:
-        result = _find_unfinished(get_context(), image, job, z) if job else _find_result(get_context(), image, proposals)
+    @router.get(
+        "/progidiff/review/{image}/masks/{z}",
+        tags=["Review"],
+        summary="All proposals on one axial slice; 204 if a job is not there yet",
+    )
+    def get_masks(
+        request: Request, image: str, z: int, proposals: str = "", job: str = "", user: User = CAN_READ
+    ) -> Response:
+        result = (
+            _find_unfinished(get_context(), image, job, z) if job else _find_result(get_context(), image, proposals)
+        )
         if result is None:
             return Response(status_code=204)
         _check_slice(z, result.grid.shape)
         return _send_bytes(request, pack_masks(result, z))
 
-    @router.get("/progidiff/review/{image}/label/{z}", tags=["Review"], summary="The saved label on one axial slice, uint8")
+    @router.get(
+        "/progidiff/review/{image}/label/{z}", tags=["Review"], summary="The saved label on one axial slice, uint8"
+    )
     def get_label(request: Request, image: str, z: int, user: User = CAN_READ) -> Response:
         context = get_context()
         volume = _open_volume(context, image)
@@ -113,7 +127,9 @@ def _add_data_routes(router: APIRouter) -> None:
 def _add_submit_route(router: APIRouter) -> None:
     @router.post("/progidiff/review/{image}", tags=["Review"], summary="Save what was decided about an image")
     def submit(image: str, decisions: dict[str, Any], user: User = CAN_ANNOTATE) -> dict[str, Any]:
-        """Body: proposals (key), volume and slices (see `merging.Plan`), base (the newest save the page knows), seconds."""
+        """Body: proposals (key), volume and slices (see `merging.Plan`), base (the newest save the page knows),
+        seconds.
+        """
         context = get_context()
         volume = _open_volume(context, image)
         result = _find_result(context, image, str(decisions.get("proposals", "")))
@@ -169,8 +185,8 @@ def _describe_image(context: Context, image: str) -> dict[str, Any]:
     stack, spacing = volume.to_stack()
     if stack.shape[1] * stack.shape[2] > MAX_SLICE_PIXELS:
         raise ImageError(
-            f"The slices of '{image}' have {stack.shape[2]} x {stack.shape[1]} pixels, more than a browser can draw quickly. Open it in 3D Slicer, "
-            "or add a smaller version of it."
+            f"The slices of '{image}' have {stack.shape[2]} x {stack.shape[1]} pixels, more than a browser can draw "
+            "quickly. Open it in 3D Slicer, or add a smaller version of it."
         )
     slope, intercept = find_scale(volume)
     annotations = context.annotations
@@ -187,9 +203,12 @@ def _describe_image(context: Context, image: str) -> dict[str, Any]:
         "range": [float(volume.array.min()), float(volume.array.max())],
         "voxel_ml": volume.voxel_ml,
         "kept": [
-            {"proposals": entry.key, "created": entry.created, "structures": list(entry.structures)} for entry in context.infer.store.list(image)
+            {"proposals": entry.key, "created": entry.created, "structures": list(entry.structures)}
+            for entry in context.infer.store.list(image)
         ],
-        "label": None if current is None else {"sequence": current.sequence, "user": current.user, "time": current.time},
+        "label": None
+        if current is None
+        else {"sequence": current.sequence, "user": current.user, "time": current.time},
         "label_ids": dict(current.label_ids) if current is not None else {},
         "colors": COLORS,
         "annotated_slices": None if slices is None else sorted(slices),
@@ -208,14 +227,21 @@ def _find_result(context: Context, image: str, key: str) -> VolumeProposals:
     store = context.infer.store
     result = store.load(key) if any(entry.key == key for entry in store.list(image)) else None
     if result is None:
-        raise NotFoundError(f"The proposals {key[:12]} of image '{image}' are no longer kept. Send the same prompt again to get them back.")
+        raise NotFoundError(
+            f"The proposals {key[:12]} of image '{image}' are no longer kept. Send the "
+            "same prompt again to get them back."
+        )
     return result
 
 
 def _find_unfinished(context: Context, image: str, job: str, z: int) -> VolumeProposals | None:
     """What a running job has for a slice; None before that, and after its end."""
     unfinished = context.infer.find_unfinished(job)
-    return unfinished.proposals if unfinished is not None and unfinished.image == image and z in unfinished.slices else None
+    return (
+        unfinished.proposals
+        if unfinished is not None and unfinished.image == image and z in unfinished.slices
+        else None
+    )
 
 
 def _check_slice(z: int, shape: tuple[int, ...]) -> None:
@@ -232,8 +258,12 @@ def _load_current(context: Context, image: str, volume: Volume) -> np.ndarray | 
         raise ImageError(f"The saved label of '{image}' cannot be shown ({err})") from err
 
 
-def _check_conflict(context: Context, image: str, plan: Plan, base: object, volume: Volume, label: np.ndarray, ids: dict[str, int]) -> None:
-    """Refuse to overwrite what somebody saved since the page looked, unless it is the very same: a second try of a save that arrived."""
+def _check_conflict(
+    context: Context, image: str, plan: Plan, base: object, volume: Volume, label: np.ndarray, ids: dict[str, int]
+) -> None:
+    """Refuse to overwrite what somebody saved since the page looked, unless it is the very same: a second try of a save
+    that arrived.
+    """
     if base is None:
         return
     known = read_int(base, "base", 0, 2**53)
@@ -243,8 +273,8 @@ def _check_conflict(context: Context, image: str, plan: Plan, base: object, volu
         saved = touched[-1]
         who = saved.user or saved.client or "somebody else"
         raise ConflictError(
-            f"Image '{image}' was saved meanwhile by {who} (save {saved.sequence}), on slices that you decided too. Look at that label, then submit "
-            "again to replace it; nothing of yours is lost."
+            f"Image '{image}' was saved meanwhile by {who} (save {saved.sequence}), on slices that you decided too. "
+            "Look at that label, then submit again to replace it; nothing of yours is lost."
         )
 
 
@@ -255,14 +285,19 @@ def _overlaps(saved: Annotation, plan: Plan) -> bool:
     )
 
 
-def _is_in_force(context: Context, image: str, plan: Plan, volume: Volume, label: np.ndarray, ids: dict[str, int]) -> bool:
+def _is_in_force(
+    context: Context, image: str, plan: Plan, volume: Volume, label: np.ndarray, ids: dict[str, int]
+) -> bool:
     current = context.annotations.current(image)
     kept = _load_current(context, image, volume)
     if current is None or kept is None:
         return False
     mine, theirs, theirs_ids = volume.arrange(label), volume.arrange(kept), dict(current.label_ids)
     chosen = slice(None) if plan.decided_slices is None else list(plan.decided_slices)
-    return all(np.array_equal(mine[chosen] == ids[name], theirs[chosen] == theirs_ids.get(name, -1)) for name in plan.structures)
+    return all(
+        np.array_equal(mine[chosen] == ids[name], theirs[chosen] == theirs_ids.get(name, -1))
+        for name in plan.structures
+    )
 
 
 def _send_bytes(request: Request, content: bytes) -> Response:

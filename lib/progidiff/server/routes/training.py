@@ -1,7 +1,7 @@
 """Training over HTTP: the host's addresses with the host's answers, and ours for history and versions.
 
-The host would train in a process that outlives it, queue trainings without end, and kill what is to be stopped. Here one
-training runs at a time (503 with Retry-After while another does), and stopping waits for a clean checkpoint.
+The host would train in a process that outlives it, queue trainings without end, and kill what is to be stopped. Here
+one training runs at a time (503 with Retry-After while another does), and stopping waits for a clean checkpoint.
 """
 
 from __future__ import annotations
@@ -33,14 +33,23 @@ def build_router() -> APIRouter:
     def get_status(all: bool = False, check_if_running: bool = False, user: User = CAN_READ) -> Any:
         runner = get_context().training
         if check_if_running and not runner.is_running():
-            raise NotFoundError("No training is running. POST /train/progidiff, /train/progidiff_adapt or /train/textdiff starts one.")
+            raise NotFoundError(
+                "No training is running. POST /train/progidiff, /train/progidiff_adapt or /train/textdiff starts one."
+            )
         runs = runner.history() if all else [runner.status()]
         if not runs or runs[0]["state"] == "idle":
-            raise NotFoundError("No training was started yet. POST /train/progidiff, /train/progidiff_adapt or /train/textdiff starts one.")
+            raise NotFoundError(
+                "No training was started yet. POST /train/progidiff, "
+                "/train/progidiff_adapt or /train/textdiff starts one."
+            )
         tasks = [describe_for_host(run) for run in reversed(runs)]
         return tasks if all else tasks[0]
 
-    @router.post("/train/", tags=["Train"], summary="Start a training: of the one trainer that the options name, else of progidiff")
+    @router.post(
+        "/train/",
+        tags=["Train"],
+        summary="Start a training: of the one trainer that the options name, else of progidiff",
+    )
     def start_default(params: dict[str, Any] | None = None, run_sync: bool = False, user: User = CAN_ADMINISTER) -> Any:
         # OHIF's button means "train"; the host would start all trainers one after the other.
         named = [name for name in TRAINERS if isinstance((params or {}).get(name), dict)]
@@ -50,7 +59,11 @@ def build_router() -> APIRouter:
 
     @router.post("/train/{model}", tags=["Train"], summary="Start a training")
     def start(
-        model: str, params: dict[str, Any] | None = None, run_sync: bool = False, enqueue: bool = False, user: User = CAN_ADMINISTER
+        model: str,
+        params: dict[str, Any] | None = None,
+        run_sync: bool = False,
+        enqueue: bool = False,
+        user: User = CAN_ADMINISTER,
     ) -> dict[str, Any]:
         return _start(model, params, run_sync, user)
 
@@ -60,7 +73,9 @@ def build_router() -> APIRouter:
         logger.info("Training stopped by '%s'", user.name)
         return None if status is None else describe_for_host(status)
 
-    @router.get("/progidiff/training", tags=["ProGiDiff"], summary="The training under way or the last one, and earlier ones")
+    @router.get(
+        "/progidiff/training", tags=["ProGiDiff"], summary="The training under way or the last one, and earlier ones"
+    )
     def describe_training(limit: int = 20, user: User = CAN_READ) -> dict[str, Any]:
         if not 0 <= limit <= 1000:
             raise RequestError(f"Query limit is {limit}; it must be a whole number from 0 to 1000.")
@@ -68,17 +83,28 @@ def build_router() -> APIRouter:
         return {**runner.status(), "running": runner.is_running(), "history": runner.history(limit) if limit else []}
 
     @router.get(
-        "/progidiff/versions", tags=["ProGiDiff"], summary="Adapters and textdiff models, their versions with Dice and verdict, and which are served"
+        "/progidiff/versions",
+        tags=["ProGiDiff"],
+        summary="Adapters and textdiff models, their versions with Dice and verdict, and which are served",
     )
     def get_versions(user: User = CAN_READ) -> list[dict[str, Any]]:
         context = get_context()
         engine = context.infer.engine
-        return [*list_versions(engine.adapters, engine.model_dir), *picture_trainings.list_versions(context.textdiff.engine)]
+        return [
+            *list_versions(engine.adapters, engine.model_dir),
+            *picture_trainings.list_versions(context.textdiff.engine),
+        ]
 
-    @router.post("/progidiff/versions/{name}/{version}/use", tags=["ProGiDiff"], summary="Serve this version from the next request on")
+    @router.post(
+        "/progidiff/versions/{name}/{version}/use",
+        tags=["ProGiDiff"],
+        summary="Serve this version from the next request on",
+    )
     def use(name: str, version: int, user: User = CAN_ADMINISTER) -> dict[str, Any]:
         if not 1 <= version < _MAX_VERSION:
-            raise RequestError(f"Version {version} cannot be: versions count 1, 2, 3. GET /progidiff/versions lists them.")
+            raise RequestError(
+                f"Version {version} cannot be: versions count 1, 2, 3. GET /progidiff/versions lists them."
+            )
         context = get_context()
         if _is_textdiff(context, name):
             served = picture_trainings.use_version(context.textdiff.engine, name, version)
@@ -88,7 +114,11 @@ def build_router() -> APIRouter:
         context.training.announce(served)
         return {"name": name, "served": served}
 
-    @router.post("/progidiff/versions/{name}/rollback", tags=["ProGiDiff"], summary="Serve what was served before; in the end the model itself")
+    @router.post(
+        "/progidiff/versions/{name}/rollback",
+        tags=["ProGiDiff"],
+        summary="Serve what was served before; in the end the model itself",
+    )
     def roll_back(name: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
         context = get_context()
         if _is_textdiff(context, name):
@@ -105,14 +135,18 @@ def build_router() -> APIRouter:
 
 def _is_textdiff(context: Context, name: str) -> bool:
     """Whether a name is that of a textdiff model and of no adapter."""
-    return name in context.textdiff.engine.names() and name not in {entry.name for entry in context.infer.engine.adapters.entries()}
+    return name in context.textdiff.engine.names() and name not in {
+        entry.name for entry in context.infer.engine.adapters.entries()
+    }
 
 
 def _start(trainer: str, params: dict[str, Any] | None, run_sync: bool, user: User) -> dict[str, Any]:
     if trainer not in TRAINERS:
         raise NotFoundError(f"There is no trainer '{trainer[:64]}'; this server has {', '.join(TRAINERS)}.")
     if run_sync:
-        raise RequestError("run_sync is not offered: a training takes longer than a request may. Leave it out and poll GET /train/.")
+        raise RequestError(
+            "run_sync is not offered: a training takes longer than a request may. Leave it out and poll GET /train/."
+        )
     status = get_context().training.start(trainer, params, user.name)
     logger.info("Training %s (%s) started by '%s'", status["id"], trainer, user.name)
     return describe_for_host(status)

@@ -1,7 +1,7 @@
 """The textdiff models of a server: versions on disk, one of them in memory once somebody asks.
 
-Nothing is loaded, and no weight is looked for, before the first request: a server without these weights starts as fast and says what
-is missing when it is asked. Whoever calls `TextDiffEngine.predict` holds the device (`jobs.DeviceQueue`).
+Nothing is loaded, and no weight is looked for, before the first request: a server without these weights starts as fast
+and says what is missing when it is asked. Whoever calls `TextDiffEngine.predict` holds the device (`jobs.DeviceQueue`).
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class TextDiffEngine:
         """The version that answers.
 
         Args:
-            wanted: ``name`` for its served version, ``name@version``, or None for the served version that was published last.
+            wanted: ``name`` for its served version, ``name@version``, or None for the served version that was published
+                last.
 
         Raises:
             ModelError: if there are no weights, or those wanted are damaged.
@@ -77,15 +78,17 @@ class TextDiffEngine:
         entries = self.entries()
         if not entries:
             raise ModelError(
-                f"There are no weights for textdiff in '{self.root}'. Put a model there (`progidiff textdiff train` writes one), or name its folder "
-                "with --conf textdiff; progidiff works without."
+                f"There are no weights for textdiff in '{self.root}'. Put a model there (`progidiff textdiff train` "
+                "writes one), or name its folder with --conf textdiff; progidiff works without."
             )
         if wanted is not None:
             return self.store.find(wanted)
         newest = self.store.find_newest()
         if newest is None:
             there = ", ".join(f"{entry.name}@{version}" for entry in entries for version in entry.versions)
-            raise ModelError(f"No textdiff model is published. Ask for one by number with option version ({there}), or publish one.")
+            raise ModelError(
+                f"No textdiff model is published. Ask for one by number with option version ({there}), or publish one."
+            )
         return self.store.find(newest.name)
 
     def describe(self) -> dict[str, Any]:
@@ -123,10 +126,19 @@ class TextDiffEngine:
             MemoryFullError: if the device has no memory for it.
         """
         try:
-            return self._load(card).predict(picture, sentence, draws, on_progress=on_progress, is_cancelled=is_cancelled)
+            return self._load(card).predict(
+                picture, sentence, draws, on_progress=on_progress, is_cancelled=is_cancelled
+            )
         except (MemoryError, RuntimeError) as err:
-            if isinstance(err, MemoryError) or "out of memory" in str(err).lower() or "can't allocate memory" in str(err):
-                raise MemoryFullError("The device has no memory left for this picture. Try again when less runs, or send a smaller one.", 30) from err
+            if (
+                isinstance(err, MemoryError)
+                or "out of memory" in str(err).lower()
+                or "can't allocate memory" in str(err)
+            ):
+                raise MemoryFullError(
+                    "The device has no memory left for this picture. Try again when less runs, or send a smaller one.",
+                    30,
+                ) from err
             raise
 
     def entries(self) -> list[VersionEntry]:

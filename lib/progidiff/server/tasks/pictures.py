@@ -1,13 +1,13 @@
-"""The infer task `textdiff` of the MONAI Label app: a picture, or one axial slice of a volume, and a sentence in; K draws, their
-consensus and where they differ out.
+"""The infer task `textdiff` of the MONAI Label app: a picture, or one axial slice of a volume, and a sentence in; K
+draws, their consensus and where they differ out.
 
-A draw is the same model with another noise on the picture (and, if the model says so, other timesteps). What a picture gave is kept in the
-`ProposalStore` as the proposals of a volume of one slice: showing another draw, saving it as a label, asking whether a label was
-edited and choosing what comes next go the same ways as for volumes. What a slice of a volume gave is kept in memory only: proposals of
-whole volumes are what the store's other readers look for.
+A draw is the same model with another noise on the picture (and, if the model says so, other timesteps). What a picture
+gave is kept in the `ProposalStore` as the proposals of a volume of one slice: showing another draw, saving it as a
+label, asking whether a label was edited and choosing what comes next go the same ways as for volumes. What a slice of a
+volume gave is kept in memory only: proposals of whole volumes are what the store's other readers look for.
 
-The sentence comes from the option `sentence` or `prompt`, else from ``text.csv`` beside the images; an image without one is answered
-without, and the answer says so.
+The sentence comes from the option `sentence` or `prompt`, else from ``text.csv`` beside the images; an image without
+one is answered without, and the answer says so.
 """
 
 from __future__ import annotations
@@ -75,7 +75,19 @@ OPTION_NAMES = (
 )
 """Every option that a request may carry in `params`."""
 
-_RESERVED = ("model", "image", "image_id", "session", "session_id", "device", "file", "label_tag", "result_dir", "model_dir", "store")
+_RESERVED = (
+    "model",
+    "image",
+    "image_id",
+    "session",
+    "session_id",
+    "device",
+    "file",
+    "label_tag",
+    "result_dir",
+    "model_dir",
+    "store",
+)
 _MAX_LETTERS = 20_000
 _KEPT_SLICES = 8
 _NO_SENTENCE = "none"
@@ -125,7 +137,10 @@ class TextDiffOptions:
         """
         for name in _RESERVED:
             if name in params:
-                raise RequestError(f"Option {name} cannot be set by a request; image, session and model go into the address, the rest into --conf.")
+                raise RequestError(
+                    f"Option {name} cannot be set by a request; image, session and model "
+                    "go into the address, the rest into --conf."
+                )
         given = {name: value for name, value in params.items() if value is not None and value != ""}
         num_proposals = read_int(given.get("num_proposals", NUM_DRAWS), "num_proposals", 1, max_proposals)
         z = read_int(given.get("slice", -1), "slice", -1, MAX_SLICE)
@@ -141,7 +156,9 @@ class TextDiffOptions:
             modality=None if modality == AUTO else modality,
             save_original=read_bool(given.get("save_original", False), "save_original"),
             save_proposals=read_bool(given.get("save_proposals", False), "save_proposals"),
-            result_extension=None if extension is None else read_choice(extension, "result_extension", PICTURE_EXTENSIONS),
+            result_extension=None
+            if extension is None
+            else read_choice(extension, "result_extension", PICTURE_EXTENSIONS),
             job_id=None if job_id is None else str(job_id),
             ignored=tuple(sorted(str(name) for name in params if name not in OPTION_NAMES)),
         )
@@ -179,7 +196,13 @@ class TextDiffInferTask(InferTask):
         datastore: Gives the app's datastore, to save labels into.
     """
 
-    def __init__(self, engine: TextDiffEngine, proposals: ProposalInferTask, sentences: SentenceTable, datastore: Callable[[], Datastore]) -> None:
+    def __init__(
+        self,
+        engine: TextDiffEngine,
+        proposals: ProposalInferTask,
+        sentences: SentenceTable,
+        datastore: Callable[[], Datastore],
+    ) -> None:
         self.engine = engine
         self.sentences = sentences
         self._proposals = proposals
@@ -190,7 +213,10 @@ class TextDiffInferTask(InferTask):
             type=InferType.SEGMENTATION,
             labels=None,
             dimension=2,
-            description="A sentence of the report and a picture (or one axial slice): draws of frozen diffusion features, and where they differ",
+            description=(
+                "A sentence of the report and a picture (or one axial slice): draws of frozen diffusion features, and "
+                "where they differ"
+            ),
         )
 
     def info(self) -> dict[str, Any]:
@@ -198,7 +224,9 @@ class TextDiffInferTask(InferTask):
         return {**super().info(), "labels": self.engine.label_ids()}
 
     def config(self) -> dict[str, Any]:
-        """The options with their defaults, as viewers draw them. An empty prompt stands for the sentence in text.csv."""
+        """The options with their defaults, as viewers draw them. An empty prompt stands for the sentence in
+        text.csv.
+        """
         largest = self._proposals.options.max_proposals
         return {
             "prompt": "",
@@ -230,7 +258,8 @@ class TextDiffInferTask(InferTask):
         """Answer one request.
 
         Args:
-            request: "image" (path), "image_id" (id in the datastore, "" for an upload), "image_info" and "params" (see `TextDiffOptions`).
+            request: "image" (path), "image_id" (id in the datastore, "" for an upload), "image_info" and "params" (see
+                `TextDiffOptions`).
 
         Returns:
             Path of a new temporary file with the mask, which the caller removes, and the result parameters.
@@ -269,7 +298,10 @@ class TextDiffInferTask(InferTask):
             "saved_tags": saved,
             "ignored": list(options.ignored),
             "warnings": list(notes),
-            "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
+            "latencies": {
+                "total": round(time.monotonic() - started, 3),
+                "compute": round(result.seconds, 3) if job is not None else 0.0,
+            },
         }
 
     def find_sentence(self, path: Path, given: str | None) -> tuple[str | None, str]:
@@ -283,7 +315,9 @@ class TextDiffInferTask(InferTask):
         found = self.sentences.find(path.name)
         return (found, "text.csv") if found else (None, _NO_SENTENCE)
 
-    def propose(self, subject: Subject, sentence: str | None, draws: int, card: TextDiffCard, job: Job) -> tuple[VolumeProposals, tuple[str, ...]]:
+    def propose(
+        self, subject: Subject, sentence: str | None, draws: int, card: TextDiffCard, job: Job
+    ) -> tuple[VolumeProposals, tuple[str, ...]]:
         """Run the model; the caller holds the device.
 
         Returns:
@@ -293,8 +327,12 @@ class TextDiffInferTask(InferTask):
             ProGiDiffError: whatever is wrong with picture, sentence or model.
         """
         picture: Any = _read_pixels(subject)
-        result = self.engine.predict(picture, sentence, draws, card, on_progress=job.progress, is_cancelled=job.cancelled)
-        return to_proposals(result, subject, card), tuple(dict.fromkeys((*getattr(picture, "notes", ()), *result.notes)))
+        result = self.engine.predict(
+            picture, sentence, draws, card, on_progress=job.progress, is_cancelled=job.cancelled
+        )
+        return to_proposals(result, subject, card), tuple(
+            dict.fromkeys((*getattr(picture, "notes", ()), *result.notes))
+        )
 
     def make_key(self, subject: Subject, sentence: str | None, draws: int, card: TextDiffCard, image_id: str) -> str:
         """Under which a result is kept; it changes with everything that the result depends on."""
@@ -313,17 +351,22 @@ class TextDiffInferTask(InferTask):
     def _open(self, path: Path, options: TextDiffOptions, info: Mapping[str, Any]) -> Subject:
         if is_picture(path):
             if options.slice:
-                raise RequestError(f"'{path.name}' is a picture of one slice, and slice {options.slice} was asked for. Leave option slice out.")
+                raise RequestError(
+                    f"'{path.name}' is a picture of one slice, and slice {options.slice} "
+                    "was asked for. Leave option slice out."
+                )
             return open_picture(path)
         volume = self._proposals.open_volume(str(path), options.modality, info)
         depth = len(volume.to_stack()[0])
         if options.slice is None:
             raise RequestError(
-                f"'{volume.name}' is a volume of {depth} axial slices, and {NAME} answers one of them. Send option slice, 0 (inferior) to "
-                f"{depth - 1}."
+                f"'{volume.name}' is a volume of {depth} axial slices, and {NAME} answers "
+                f"one of them. Send option slice, 0 (inferior) to {depth - 1}."
             )
         if options.slice >= depth:
-            raise RequestError(f"There is no slice {options.slice}: '{volume.name}' has the axial slices 0 (inferior) to {depth - 1}.")
+            raise RequestError(
+                f"There is no slice {options.slice}: '{volume.name}' has the axial slices 0 (inferior) to {depth - 1}."
+            )
         return Subject(volume, options.slice, path, volume.digest)
 
     def _find_or_compute(
@@ -334,7 +377,9 @@ class TextDiffInferTask(InferTask):
         if known is not None:
             return *known, None, key
         with self._proposals.queue.job(NAME, image_id or subject.volume.name, options.job_id) as job:
-            known = self.load_kept(subject, sentence, card, key)  # Somebody may have asked for the same while this request waited.
+            known = self.load_kept(
+                subject, sentence, card, key
+            )  # Somebody may have asked for the same while this request waited.
             if known is not None:
                 return *known, None, key
             result, notes = self.propose(subject, sentence, options.num_proposals, card, job)
@@ -354,7 +399,9 @@ class TextDiffInferTask(InferTask):
         except StoreError as err:
             logger.warning("The draws for '%s' are shown but not kept: %s", image_id, err)
 
-    def load_kept(self, subject: Subject, sentence: str | None, card: TextDiffCard, key: str) -> tuple[VolumeProposals, tuple[str, ...]] | None:
+    def load_kept(
+        self, subject: Subject, sentence: str | None, card: TextDiffCard, key: str
+    ) -> tuple[VolumeProposals, tuple[str, ...]] | None:
         """A result that is kept, and what the user should know; None if there is none."""
         if not subject.is_picture:
             with self._lock:
@@ -364,19 +411,35 @@ class TextDiffInferTask(InferTask):
         return None if result is None else (result, _note(subject, sentence, card))
 
     def _save_labels(
-        self, result: VolumeProposals, subject: Subject, names: dict[str, int], image_id: str, key: str, options: TextDiffOptions
+        self,
+        result: VolumeProposals,
+        subject: Subject,
+        names: dict[str, int],
+        image_id: str,
+        key: str,
+        options: TextDiffOptions,
     ) -> list[str]:
         if not options.save_original and not options.save_proposals:
             return []
         if not image_id:
-            raise RequestError("save_original needs an image of the datastore, not a session or upload. Leave it off, or add the image first.")
+            raise RequestError(
+                "save_original needs an image of the datastore, not a session or upload. "
+                "Leave it off, or add the image first."
+            )
         if not subject.is_picture:
-            raise RequestError("save_original is for pictures: one slice is no label of a volume. Save the answer with option slices instead.")
+            raise RequestError(
+                "save_original is for pictures: one slice is no label of a volume. Save "
+                "the answer with option slices instead."
+            )
         return save_as_labels(self._datastore(), image_id, result, subject.volume, names, key, options.save_proposals)
 
 
 def build_textdiff(
-    options: ServerOptions, model_dir: Path, proposals: ProposalInferTask, studies: str, datastore: Callable[[], Datastore]
+    options: ServerOptions,
+    model_dir: Path,
+    proposals: ProposalInferTask,
+    studies: str,
+    datastore: Callable[[], Datastore],
 ) -> TextDiffInferTask:
     """The task as the app serves it; loads no weights and needs none.
 
@@ -406,10 +469,16 @@ def to_proposals(result: TextDiffResult, subject: Subject, card: TextDiffCard) -
     stack, (dz, dy, dx) = subject.volume.to_stack()
     depth, height, width = stack.shape
     if result.masks.shape[1:] != (height, width):
-        raise GeometryError(f"'{subject.path.name}' was read with another size than its header says; save it again without the camera's turn.")
-    # The proposals lie on the image's own pixels; a working grid has square ones, so they count with the mean of their edges.
+        raise GeometryError(
+            f"'{subject.path.name}' was read with another size than its header says; save "
+            "it again without the camera's turn."
+        )
+    # The proposals lie on the image's own pixels; a working grid has square ones, so they count with the mean of their
+    # edges.
     edge = float(np.sqrt(dy * dx))
-    grid = WorkingGrid((depth, height, width), (float(dz), edge, edge), (height * edge / 2, width * edge / 2), edge, height, width)
+    grid = WorkingGrid(
+        (depth, height, width), (float(dz), edge, edge), (height * edge / 2, width * edge / 2), edge, height, width
+    )
     probabilities = np.zeros((len(card.classes), len(result.masks), depth, height, width), dtype=np.uint8)
     for index in range(len(card.classes)):
         probabilities[index, :, subject.z] = (result.masks == index + 1) * np.uint8(255)
@@ -446,8 +515,12 @@ def _note(subject: Subject, sentence: str | None, card: TextDiffCard) -> tuple[s
     return (*picture.notes, *find_notes(card, picture, sentence or None))
 
 
-def _write_shown(result: VolumeProposals, subject: Subject, names: dict[str, int], show: str, extension: str) -> tuple[Path, dict[str, Any]]:
-    """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_pixels` {name: count}."""
+def _write_shown(
+    result: VolumeProposals, subject: Subject, names: dict[str, int], show: str, extension: str
+) -> tuple[Path, dict[str, Any]]:
+    """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_pixels`
+    {name: count}.
+    """
     volume = subject.volume
     if show in (AGREEMENT, DISAGREEMENT):
         if show == AGREEMENT:
@@ -496,7 +569,10 @@ def _pick_extension(wanted: str | None, subject: Subject) -> str:
     if subject.is_picture:
         return wanted or PICTURE_EXTENSIONS[0]
     if wanted == ".png":
-        raise RequestError("result_extension .png is for pictures; the mask of a volume's slice comes as .nii.gz, .nii or .nrrd. Leave it out.")
+        raise RequestError(
+            "result_extension .png is for pictures; the mask of a volume's slice comes as "
+            ".nii.gz, .nii or .nrrd. Leave it out."
+        )
     return wanted or RESULT_EXTENSIONS[0]
 
 
@@ -506,9 +582,15 @@ def _read_sentence(value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise RequestError(f"Option sentence is {str(value)[:60]!r}; it must be text, for example 'The nuclei density in the upper right is high.'")
+        raise RequestError(
+            f"Option sentence is {str(value)[:60]!r}; it must be text, for example 'The "
+            "nuclei density in the upper right is high.'"
+        )
     if len(value) > _MAX_LETTERS:
-        raise RequestError(f"Option sentence has {len(value)} letters, more than any encoder takes. Send the sentence about this picture only.")
+        raise RequestError(
+            f"Option sentence has {len(value)} letters, more than any encoder takes. Send "
+            "the sentence about this picture only."
+        )
     return " ".join(value.split()) or None
 
 
@@ -516,7 +598,9 @@ def _read_version(value: object) -> str | None:
     if isinstance(value, (list, tuple)):
         value = value[0] if value else AUTO
     if not isinstance(value, str):
-        raise RequestError(f"Option version is {str(value)[:60]!r}; it must be auto, a name, or name@version, for example nuclei@1.")
+        raise RequestError(
+            f"Option version is {str(value)[:60]!r}; it must be auto, a name, or name@version, for example nuclei@1."
+        )
     return None if value.strip().lower() in ("", AUTO) else value.strip()
 
 
@@ -526,6 +610,16 @@ def _read_show(value: object, num_proposals: int) -> str:
     if isinstance(value, (list, tuple)):
         value = value[0] if value else CONSENSUS
     text = str(value).strip()
-    if text.isascii() and text.isdigit() and not isinstance(value, bool) and len(text) < 10 and int(text) > num_proposals:
-        raise RequestError(f"Draw {text} cannot be shown, only {num_proposals} are asked for. Raise num_proposals or show a lower one.")
-    return read_choice(value, "show", (CONSENSUS, BEST, AGREEMENT, DISAGREEMENT, *(str(k + 1) for k in range(num_proposals))))
+    if (
+        text.isascii()
+        and text.isdigit()
+        and not isinstance(value, bool)
+        and len(text) < 10
+        and int(text) > num_proposals
+    ):
+        raise RequestError(
+            f"Draw {text} cannot be shown, only {num_proposals} are asked for. Raise num_proposals or show a lower one."
+        )
+    return read_choice(
+        value, "show", (CONSENSUS, BEST, AGREEMENT, DISAGREEMENT, *(str(k + 1) for k in range(num_proposals)))
+    )

@@ -1,14 +1,14 @@
 """The infer task `progidiff_slice`: one axial slice, steered by clicks, as 3D Slicer's SmartEdit asks for it.
 
-SmartEdit sends the segment's name as `label`, clicks as voxel indices (i, j, k) of the file, and as `slice` the k of the last
-click. It then clears slice k of the segment and adds the one segment of the answer. So the answer is a mask of one label
-that draws on slice k only, and only images whose third axis runs from axial slice to axial slice can be answered: on others
-SmartEdit would clear voxels of a plane that nobody looked at.
+SmartEdit sends the segment's name as `label`, clicks as voxel indices (i, j, k) of the file, and as `slice` the k of
+the last click. It then clears slice k of the segment and adds the one segment of the answer. So the answer is a mask of
+one label that draws on slice k only, and only images whose third axis runs from axial slice to axial slice can be
+answered: on others SmartEdit would clear voxels of a plane that nobody looked at.
 
 The clicks do not enter the network. They choose: proposals that contain the foreground clicks and avoid the background
-clicks are kept, and their consensus is the answer. While none fits, more are drawn from other seeds, up to a bound; then the one that
-contradicts the fewest clicks is given, and the answer says so. What was drawn for a slice is remembered, so the next click on
-it usually costs no network at all.
+clicks are kept, and their consensus is the answer. While none fits, more are drawn from other seeds, up to a bound;
+then the one that contradicts the fewest clicks is given, and the answer says so. What was drawn for a slice is
+remembered, so the next click on it usually costs no network at all.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ class Clicks:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Proposals of one slice: probabilities (uint8, 0 to 255) and masks of shape (K, Y, X), and the rounds that they come from."""
+    """Proposals of one slice: probabilities (uint8, 0 to 255) and masks of shape (K, Y, X), and the rounds that they
+    come from.
+    """
 
     probabilities: np.ndarray
     masks: np.ndarray
@@ -85,7 +87,10 @@ class SliceInferTask(InferTask):
             type=InferType.DEEPGROW,
             labels=None,
             dimension=2,
-            description="The segment's name is the prompt; of the proposals for the clicked slice those that agree with the clicks are kept",
+            description=(
+                "The segment's name is the prompt; of the proposals for the clicked slice "
+                "those that agree with the clicks are kept"
+            ),
         )
 
     def config(self) -> dict[str, Any]:
@@ -106,8 +111,9 @@ class SliceInferTask(InferTask):
         """Answer one click.
 
         Args:
-            request: As for `ProposalInferTask`. In "params" also: "label" (the segment's name), "foreground" and "background" (lists of
-                [i, j, k]), "slice" (k; by default that of the last foreground click) and "rounds".
+            request: As for `ProposalInferTask`. In "params" also: "label" (the segment's name), "foreground" and
+                "background" (lists of [i, j, k]), "slice" (k; by default that of the last foreground click) and
+                "rounds".
 
         Returns:
             Path of a new temporary file with the mask, which the caller removes, and the result parameters.
@@ -120,12 +126,16 @@ class SliceInferTask(InferTask):
         own = {name: params.pop(name, None) for name in _OWN_OPTIONS}
         prompt = params.get("prompt") or own["label"]
         if not prompt:
-            raise RequestError("The request has neither label nor prompt. Name the segment after what it shows, for example 'liver'.")
+            raise RequestError(
+                "The request has neither label nor prompt. Name the segment after what it shows, for example 'liver'."
+            )
         options, queries = self._proposals.read_request({**self.config(), **params, "prompt": prompt})
         rounds = read_int(self.config()["rounds"] if own["rounds"] is None else own["rounds"], "rounds", 1, MAX_ROUNDS)
         volume = self._proposals.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         clicks = read_clicks(own["foreground"], own["background"], own["slice"], volume)
-        choice, drawn, seconds = self._choose(volume, queries, options, clicks, rounds, str(request.get("image_id", "")))
+        choice, drawn, seconds = self._choose(
+            volume, queries, options, clicks, rounds, str(request.get("image_id", ""))
+        )
 
         labels = np.zeros(volume.to_stack()[0].shape, dtype=np.uint8)
         name = queries[0].name
@@ -153,11 +163,28 @@ class SliceInferTask(InferTask):
         }
 
     def _choose(
-        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, clicks: Clicks, rounds: int, image_id: str
+        self,
+        volume: Volume,
+        queries: tuple[Query, ...],
+        options: InferOptions,
+        clicks: Clicks,
+        rounds: int,
+        image_id: str,
     ) -> tuple[Choice, _Drawn, float]:
         """Draw until a proposal fits, or `rounds` are drawn; what earlier clicks drew on this slice comes first."""
         adapter = self._proposals.engine.pick_adapter(options.adapter, volume.modality)
-        key = repr((volume.digest, queries, clicks.z, options.num_proposals, options.steps, options.seed, options.guidance_scale, adapter))
+        key = repr(
+            (
+                volume.digest,
+                queries,
+                clicks.z,
+                options.num_proposals,
+                options.steps,
+                options.seed,
+                options.guidance_scale,
+                adapter,
+            )
+        )
         seconds = 0.0
         drawn = self._recall(key)
         while True:
@@ -181,10 +208,17 @@ class SliceInferTask(InferTask):
                 )
             seconds += result.seconds
             # A prompt that names several structures ("kidneys") makes one segment of them.
-            probabilities = np.max([result.slice_probabilities(query.name, clicks.z) for query in queries], axis=0).round().astype(np.uint8)
+            probabilities = (
+                np.max([result.slice_probabilities(query.name, clicks.z) for query in queries], axis=0)
+                .round()
+                .astype(np.uint8)
+            )
             masks = np.any([result.slice_masks(query.name, clicks.z) for query in queries], axis=0)
             if drawn is not None:
-                probabilities, masks = np.concatenate([drawn.probabilities, probabilities]), np.concatenate([drawn.masks, masks])
+                probabilities, masks = (
+                    np.concatenate([drawn.probabilities, probabilities]),
+                    np.concatenate([drawn.masks, masks]),
+                )
             drawn = _Drawn(probabilities, masks, (drawn.rounds if drawn else 0) + 1)
             self._remember(key, drawn)
 
@@ -215,11 +249,14 @@ def read_clicks(foreground: object, background: object, index: object, volume: V
         RequestError: if they are no voxel indices, or there is neither a slice nor a foreground click.
         GeometryError: if a click or the slice is outside of the image, or the image is not stored in axial slices.
     """
-    wanted, unwanted = (_read_points(value, name) for value, name in ((foreground, "foreground"), (background, "background")))
+    wanted, unwanted = (
+        _read_points(value, name) for value, name in ((foreground, "foreground"), (background, "background"))
+    )
     if volume.axial_axis != 2:
         raise GeometryError(
-            f"'{volume.name}' is not stored in axial slices, and SmartEdit would clear voxels of other planes. Use progidiff under Auto "
-            "Segmentation, or reorient the image so that its third axis runs along the body."
+            f"'{volume.name}' is not stored in axial slices, and SmartEdit would clear "
+            "voxels of other planes. Use progidiff under Auto Segmentation, or reorient "
+            "the image so that its third axis runs along the body."
         )
     if index is None or index == "":
         if not wanted:
@@ -244,9 +281,16 @@ def _read_points(value: object, name: str) -> list[tuple[int, int, int]]:
     points: list[tuple[int, int, int]] = []
     for point in value if isinstance(value, list) else [] if value is None else [value]:
         numbers = point if isinstance(point, (list, tuple)) else ()
-        whole = [round(number) for number in numbers if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 1e9]
+        whole = [
+            round(number)
+            for number in numbers
+            if isinstance(number, (int, float)) and not isinstance(number, bool) and abs(number) < 1e9
+        ]
         if len(numbers) != 3 or len(whole) != 3:
-            raise RequestError(f"Option {name} holds {str(point)[:60]!r}; it must be a list of clicks, each three voxel indices [i, j, k].")
+            raise RequestError(
+                f"Option {name} holds {str(point)[:60]!r}; it must be a list of clicks, "
+                "each three voxel indices [i, j, k]."
+            )
         points.append((whole[0], whole[1], whole[2]))
     return points
 
@@ -255,12 +299,16 @@ def _describe(prompt: str, choice: Choice, drawn: _Drawn, clicks: Clicks, count:
     clicked = len(clicks.foreground) + len(clicks.background)
     if not drawn.masks.any():
         return (
-            f"The model finds no {prompt} on slice {clicks.k}; clicks choose among proposals and cannot change that. Paint it by hand if it is there."
+            f"The model finds no {prompt} on slice {clicks.k}; clicks choose among proposals and cannot change that. "
+            "Paint it by hand if it is there."
         )
     if choice.fits:
-        return f"{len(choice.kept)} of {len(drawn.masks)} proposals agree with all {clicked} clicks; this is their consensus."
+        return (
+            f"{len(choice.kept)} of {len(drawn.masks)} proposals agree with all {clicked} "
+            "clicks; this is their consensus."
+        )
     nothing = " It draws nothing." if not count else ""
     return (
-        f"None of {len(drawn.masks)} proposals agrees with all {clicked} clicks; this is the nearest and contradicts {choice.missed}.{nothing} "
-        "Raise rounds, move a click, or correct it by hand."
+        f"None of {len(drawn.masks)} proposals agrees with all {clicked} clicks; this is "
+        f"the nearest and contradicts {choice.missed}.{nothing} Raise rounds, move a click, or correct it by hand."
     )

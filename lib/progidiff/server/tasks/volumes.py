@@ -1,7 +1,8 @@
 """The infer task `progidiff` of the MONAI Label app: a prompt and an image in, a label map and its numbers out.
 
-A request goes: options -> prompt -> volume -> kept proposals, or the engine under the device's queue -> what to show -> file.
-Proposals are kept in a `ProposalStore`, so showing another one touches no network and no queue, also after a restart.
+A request goes: options -> prompt -> volume -> kept proposals, or the engine under the device's queue -> what to show ->
+file. Proposals are kept in a `ProposalStore`, so showing another one touches no network and no queue, also after a
+restart.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ from progidiff.server.options import ServerOptions
 logger = logging.getLogger(__name__)
 
 DISAGREEMENT_BANDS = ("up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
-"""Labels 1..4 of the mask that `show=disagreement` gives: viewers draw label maps, and four shades say more than a hundred segments."""
+"""Labels 1..4 of the mask that `show=disagreement` gives: viewers draw label maps, and four shades say more than a
+hundred segments.
+"""
 
 T = TypeVar("T")
 
@@ -58,7 +61,8 @@ class UnfinishedProposals:
 
 
 class ProposalInferTask(InferTask):
-    """K proposals per prompt, one of them (or their consensus, or where they differ) as a label map on the image's grid.
+    """K proposals per prompt, one of them (or their consensus, or where they differ) as a label map on the image's
+    grid.
 
     Args:
         engine: The model; loaded at the first request.
@@ -67,7 +71,9 @@ class ProposalInferTask(InferTask):
         datastore: Gives the app's datastore, to save tag `original` into.
     """
 
-    def __init__(self, engine: Engine, store: ProposalStore, options: ServerOptions, datastore: Callable[[], Datastore]) -> None:
+    def __init__(
+        self, engine: Engine, store: ProposalStore, options: ServerOptions, datastore: Callable[[], Datastore]
+    ) -> None:
         self.engine = engine
         self.store = store
         self.options = options
@@ -80,11 +86,16 @@ class ProposalInferTask(InferTask):
             type=InferType.SEGMENTATION,
             labels={name: compute_label_id(name) for name in self.structures},
             dimension=3,
-            description="Type a prompt ('left kidney', 'liver and spleen', 'all'): K diffusion proposals, their consensus and where they disagree",
+            description=(
+                "Type a prompt ('left kidney', 'liver and spleen', 'all'): K diffusion proposals, their consensus and "
+                "where they disagree"
+            ),
         )
 
     def config(self) -> dict[str, Any]:
-        """The options with their defaults, as viewers draw them: text and numbers as cells, booleans as boxes, lists as menus."""
+        """The options with their defaults, as viewers draw them: text and numbers as cells, booleans as boxes, lists as
+        menus.
+        """
         defaults = self.engine.info()
         return {
             "prompt": "liver",
@@ -108,8 +119,8 @@ class ProposalInferTask(InferTask):
         """Answer one request.
 
         Args:
-            request: "image" (path), "image_id" (id in the datastore, "" for an upload), "image_info" (what the datastore knows
-                about it) and "params" (see `InferOptions`).
+            request: "image" (path), "image_id" (id in the datastore, "" for an upload), "image_info" (what the
+                datastore knows about it) and "params" (see `InferOptions`).
 
         Returns:
             Path of a new temporary file with the mask, which the caller removes, and the result parameters.
@@ -123,7 +134,9 @@ class ProposalInferTask(InferTask):
         volume = self.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         # Decided once per request, so that a version published meanwhile cannot mix with this one's name.
         adapter = self.engine.pick_adapter(options.adapter, volume.modality)
-        result, job, key = self._find_or_compute(volume, queries, options, image_id, adapter.full_name if adapter else "")
+        result, job, key = self._find_or_compute(
+            volume, queries, options, image_id, adapter.full_name if adapter else ""
+        )
         file, shown = self._write_shown(result, volume, queries, options.show, options.result_extension)
         try:
             saved = self._save_labels(result, volume, queries, image_id, key, options)
@@ -143,7 +156,10 @@ class ProposalInferTask(InferTask):
             "saved_tags": saved,
             "ignored": list(options.ignored),
             "warnings": self.engine.find_warnings(volume, queries, adapter),
-            "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(result.seconds, 3) if job is not None else 0.0},
+            "latencies": {
+                "total": round(time.monotonic() - started, 3),
+                "compute": round(result.seconds, 3) if job is not None else 0.0,
+            },
         }
 
     def read_request(self, params: Mapping[str, Any]) -> tuple[InferOptions, tuple[Query, ...]]:
@@ -153,12 +169,18 @@ class ProposalInferTask(InferTask):
             RequestError: if an option is wrong or the prompt names nothing known.
             ModelError: if there are no weights to answer with.
         """
-        adapters = [AUTO, NONE, *(entry.name for entry in self.engine.adapters.entries())]  # unpublished versions may be asked for by number
+        adapters = [
+            AUTO,
+            NONE,
+            *(entry.name for entry in self.engine.adapters.entries()),
+        ]  # unpublished versions may be asked for by number
         options = InferOptions.from_params(params, self.config(), self.options.max_proposals, adapters)
         info = self.engine.info()
         if info.get("error"):
             raise ModelError(str(info["error"]))
-        return options, parse_prompt(options.prompt, self.structures, options.allow_free_text, str(info["model_version"]))
+        return options, parse_prompt(
+            options.prompt, self.structures, options.allow_free_text, str(info["model_version"])
+        )
 
     def describe_proposals(self, image_id: str, key: str | None = None) -> dict[str, Any]:
         """What is kept of an image.
@@ -168,21 +190,31 @@ class ProposalInferTask(InferTask):
             key: Of one result ("proposals" in the answer to a request); None for the newest.
 
         Returns:
-            "kept": key, created (Unix time), structures and bytes of every result, newest first; "proposals": the key of the one
-            described; "summary": its settings, and per structure volumes (ml), ranking and disagreement per slice.
+            "kept": key, created (Unix time), structures and bytes of every result, newest first; "proposals": the key
+            of the one described; "summary": its settings, and per structure volumes (ml), ranking and disagreement per
+            slice.
 
         Raises:
             NotFoundError: if nothing is kept, or not this result.
         """
         entries = {entry.key: entry for entry in self.store.list(image_id)}
         if not entries:
-            raise NotFoundError(f"No proposals of image '{image_id}' are kept. POST /infer/progidiff?image={image_id} makes some.")
+            raise NotFoundError(
+                f"No proposals of image '{image_id}' are kept. POST /infer/progidiff?image={image_id} makes some."
+            )
         chosen = key or next(iter(entries))
         result = self.store.load(chosen) if chosen in entries else None
         if result is None:
-            raise NotFoundError(f"No proposals {chosen[:64]} of image '{image_id}' are kept. Leave the key out to get the newest.")
+            raise NotFoundError(
+                f"No proposals {chosen[:64]} of image '{image_id}' are kept. Leave the key out to get the newest."
+            )
         kept = [
-            {"proposals": entry.key, "created": round(entry.created, 3), "structures": list(entry.structures), "bytes": entry.num_bytes}
+            {
+                "proposals": entry.key,
+                "created": round(entry.created, 3),
+                "structures": list(entry.structures),
+                "bytes": entry.num_bytes,
+            }
             for entry in entries.values()
         ]
         return {"image": image_id, "kept": kept, "proposals": chosen, "summary": result.summary()}
@@ -229,7 +261,9 @@ class ProposalInferTask(InferTask):
         if result is not None:
             return result, None, key
         with self.queue.job("infer", image_id or volume.name, options.job_id) as job:
-            result = self._find(image_id, queries, key, whole)  # Somebody may have asked for the same while this request waited.
+            result = self._find(
+                image_id, queries, key, whole
+            )  # Somebody may have asked for the same while this request waited.
             if result is not None:
                 return result, None, key
             result = self._compute(volume, queries, options, adapter, job)
@@ -237,12 +271,16 @@ class ProposalInferTask(InferTask):
         return result, job, key
 
     def _find(self, image_id: str, queries: tuple[Query, ...], key: str, whole: str) -> VolumeProposals | None:
-        """What is kept, under the request's own key or as a part of an answer to a longer prompt: the pool is scored with `all`."""
+        """What is kept, under the request's own key or as a part of an answer to a longer prompt: the pool is scored
+        with `all`.
+        """
         result = self.store.load(key)
         if result is None:
             result = self.store.find_part(image_id, queries, whole)
             if result is not None:
-                self._keep(key, result, image_id, queries, whole)  # Annotations name proposals by their key, and it is found faster.
+                self._keep(
+                    key, result, image_id, queries, whole
+                )  # Annotations name proposals by their key, and it is found faster.
         return result
 
     def _keep(self, key: str, result: VolumeProposals, image_id: str, queries: tuple[Query, ...], whole: str) -> None:
@@ -255,7 +293,9 @@ class ProposalInferTask(InferTask):
         """What a running job has proposed so far; None before its first slices and after its end."""
         return self._unfinished.get(job_id)
 
-    def _compute(self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str, job: Job) -> VolumeProposals:
+    def _compute(
+        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str, job: Job
+    ) -> VolumeProposals:
         ready: set[int] = set()
 
         def keep(proposals: VolumeProposals, slices: Sequence[int]) -> None:
@@ -283,7 +323,9 @@ class ProposalInferTask(InferTask):
     def _write_shown(
         self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], show: str, extension: str
     ) -> tuple[Path, dict[str, Any]]:
-        """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_ml` {name: ml}."""
+        """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_ml`
+        {name: ml}.
+        """
         if show == DISAGREEMENT:
             percent = result.disagreement_map(volume)
             labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
@@ -299,13 +341,24 @@ class ProposalInferTask(InferTask):
         }
 
     def _save_labels(
-        self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], image_id: str, key: str, options: InferOptions
+        self,
+        result: VolumeProposals,
+        volume: Volume,
+        queries: tuple[Query, ...],
+        image_id: str,
+        key: str,
+        options: InferOptions,
     ) -> list[str]:
         if not options.save_original and not options.save_proposals:
             return []
         if not image_id:
-            raise RequestError("save_original needs an image of the datastore, not a session or upload. Leave it off, or add the image first.")
-        return save_as_labels(self._datastore(), image_id, result, volume, compute_label_ids(queries), key, options.save_proposals)
+            raise RequestError(
+                "save_original needs an image of the datastore, not a session or upload. "
+                "Leave it off, or add the image first."
+            )
+        return save_as_labels(
+            self._datastore(), image_id, result, volume, compute_label_ids(queries), key, options.save_proposals
+        )
 
 
 def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable[[], Datastore]) -> ProposalInferTask:

@@ -14,6 +14,7 @@ from progidiff.active_learning.settings import DEFAULT_STRATEGY
 from progidiff.errors import RequestError
 from progidiff.proposals.islands import check_clean_up
 from progidiff.proposals.request import DEFAULT_CLEAN_UP
+from progidiff.storage.state import EMBEDDED_MODEL
 
 StudiesOption = Annotated[
     Path, typer.Option(help="Folder of images, as `progidiff serve` serves it.", show_default=False)
@@ -110,7 +111,7 @@ def prelabel(
     )
     settings.check()
     images = work.list_images(studies)
-    folder = model or Path(__file__).resolve().parents[2] / "apps" / "progidiff" / "model"
+    folder = model or EMBEDDED_MODEL
     # What accelerate and torchrun tell their processes; they need to know nothing else of each other.
     index, count = _read_rank("RANK"), max(1, _read_rank("WORLD_SIZE", 1))
     chosen = device or (f"cuda:{_read_rank('LOCAL_RANK')}" if count > 1 and _has_cuda() else None)
@@ -179,7 +180,7 @@ def report(
     images = _list_pool(studies)
     root = store or default_store(str(studies))
     annotations = AnnotationStore(root / "annotations", studies / "labels" / "final")
-    folder = model or Path(__file__).resolve().parents[2] / "apps" / "progidiff" / "model"
+    folder = model or EMBEDDED_MODEL
     trained, pictured = AdapterStore(adapters or folder / "adapters"), _open_textdiff(textdiff or folder / "textdiff")
     rounds = work.count_rounds(work.list_versions(trained, pictured, []), {*images, *annotations.annotated_images()})
     queue = work.list_queue(

@@ -36,13 +36,13 @@ from progidiff.cli import annotating, audit, textdiff, training, users
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
 from progidiff.proposals.request import DEFAULT_CLEAN_UP
+from progidiff.storage.state import REPOSITORY
 
 if TYPE_CHECKING:
     from progidiff.proposals.engine import Engine
 
 console = Console(stderr=True)
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 """Where the app, the embedded model and the sample images lie in a checkout."""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from progidiff.errors import RequestError
+from progidiff.storage.state import EMBEDDED_MODEL
 
 if TYPE_CHECKING:
     from progidiff.model.adapters import AdapterStore
@@ -462,7 +463,7 @@ def roll_back_adapter(
 
 
 def _model_folder(model: Path | None) -> Path:
-    return model or Path(__file__).resolve().parents[2] / "apps" / "progidiff" / "model"
+    return model or EMBEDDED_MODEL
 
 
 def _store(model: Path | None, adapters: Path | None) -> AdapterStore:

@@ -263,10 +263,8 @@ def score_case(
         each = [score(k + 1) for k in range(proposals.num_proposals)]
         consensus = score("consensus")
         # Without the structure there is no Dice; the best answer is then the one that draws least.
-        best = max(
-            range(len(each)),
-            key=lambda k, each=each, present=present: each[k]["dice"] if present else -each[k]["voxels"],
-        )  # type: ignore[misc]
+        worth = [entry["dice"] if present else -entry["voxels"] for entry in each]
+        best = worth.index(max(worth))
         index = proposals.structures.index(name)
         scores[name] = {
             "present": present,

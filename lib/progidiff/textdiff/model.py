@@ -37,6 +37,7 @@ from progidiff.model.backbone import pick_device
 from progidiff.model.folder import check_tensors
 from progidiff.proposals.agreement import compute_disagreement
 from progidiff.storage.atomic import flush
+from progidiff.storage.state import EMBEDDED_MODEL
 from progidiff.storage.versions import to_json, write_file
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
@@ -376,7 +377,7 @@ def pick_mirror(number: int) -> list[int]:
 
 def default_folder() -> Path:
     """``apps/progidiff/model/textdiff`` of this checkout: ``denoiser/`` and the shipped ``nuclei/``."""
-    return Path(__file__).resolve().parents[3] / "apps" / "progidiff" / "model" / "textdiff"
+    return EMBEDDED_MODEL / "textdiff"
 
 
 def load_textdiff(

@@ -489,7 +489,7 @@ def _read_outcome(pipe: IO[str] | None) -> Outcome | None:
 
 def _make_environment() -> dict[str, str]:
     """All processor cores but one for the training, unless the operator set the number; and this very package."""
-    package = str(Path(__file__).resolve().parents[1])
+    package = str(Path(__file__).resolve().parents[2])
     threads = str(max(1, (os.cpu_count() or 2) - 1))
     return {
         "OMP_NUM_THREADS": threads,

@@ -24,6 +24,7 @@ from monailabel.interfaces.exception import (
 from starlette.exceptions import HTTPException
 
 from progidiff.errors import BusyError, LoginError, ProGiDiffError, PromptError
+from progidiff.storage.json_text import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,14 @@ _CURES = {
     429: "Wait until the running task has ended, or stop it.",
 }
 """What to do about an error of the host or the framework, whose own text does not say."""
+
+
+class JSONAnswer(JSONResponse):
+    """JSON that can always be written and read, see `write_json`."""
+
+    def render(self, content: object) -> bytes:
+        """The body."""
+        return write_json(content)
 
 
 def install_handlers(web: FastAPI) -> None:
@@ -77,7 +86,7 @@ def one_line(text: str) -> str:
 def _answer(
     status: int, error: str, detail: str, suggestions: Sequence[str] = (), headers: dict[str, str] | None = None
 ) -> Response:
-    return JSONResponse(
+    return JSONAnswer(
         {"error": error, "detail": detail, "suggestions": list(suggestions)}, status_code=status, headers=headers
     )
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
-import json
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -33,6 +32,7 @@ from progidiff.server.gate.access import OPEN, UPLOAD, Rule, find_rule
 from progidiff.server.gate.answers import build_answer, one_line
 from progidiff.server.gate.auth import LOCAL_USER, Authenticator, User, check_role, set_user
 from progidiff.server.options import ServerOptions
+from progidiff.storage.json_text import read_json
 from progidiff.users import Role
 
 logger = logging.getLogger(__name__)
@@ -495,12 +495,7 @@ def _check_params(body: bytes) -> None:
     """Refuse parameters of a task that name a file or another input, at the top or one level down, where the host looks
     too.
     """
-    if not body.strip():
-        return
-    try:
-        params = json.loads(body)
-    except (ValueError, RecursionError) as err:
-        raise RequestError(f"The body is not JSON ({str(err)[:120]}). Send an object, for example {{}}.") from err
+    params = read_json(body, "The body")
     if params is None:
         return
     if not isinstance(params, dict):

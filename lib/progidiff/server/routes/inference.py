@@ -12,7 +12,6 @@ name no file of the server.
 
 from __future__ import annotations
 
-import json
 import logging
 import uuid
 from collections.abc import Mapping
@@ -37,6 +36,7 @@ from progidiff.server.tasks.pictures import TextDiffInferTask
 from progidiff.server.tasks.slices import SliceInferTask
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.server.uploads import find_session, keep_upload
+from progidiff.storage.json_text import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,11 @@ def build_router() -> APIRouter:
         user: User = CAN_ANNOTATE,
     ) -> Any:
         app = app_instance()
-        request: dict[str, Any] = {"model": model, "image": image, "params": _read_params(params)}
+        request: dict[str, Any] = {
+            "model": model,
+            "image": image,
+            "params": read_json_object(params or "", "The form field params"),
+        }
         if output is ResultType.dicom_seg:
             raise RequestError(
                 "output=dicom_seg is not offered. Use output=all or output=image and "
@@ -163,18 +167,3 @@ def _task() -> ProposalInferTask:
         if isinstance(task, ProposalInferTask):
             return task
     raise NotFoundError("This server has no proposal task. Start it with --app apps/progidiff.")
-
-
-def _read_params(text: str) -> dict[str, Any]:
-    try:
-        params = json.loads(text) if text and text.strip() else {}
-    except (json.JSONDecodeError, RecursionError) as err:
-        raise RequestError(
-            f'The form field params is not JSON ({err}). Send an object, for example {{"prompt": "liver"}}.'
-        ) from err
-    if not isinstance(params, dict):
-        raise RequestError(
-            f"The form field params is a JSON {type(params).__name__}. Send an object, "
-            'for example {"prompt": "liver"}.'
-        )
-    return params

@@ -8,7 +8,6 @@ runs in the thread pool. An answer to a saved label has more in it: the annotati
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -33,11 +32,9 @@ from progidiff.server.datastores import images
 from progidiff.server.datastores.local import IMAGE_SUFFIXES, SafeLocalDatastore, check_id, check_tag
 from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
 from progidiff.server.parts import Context, get_context
+from progidiff.storage.json_text import read_json_object
 
 logger = logging.getLogger(__name__)
-
-MAX_PARAMS = 1 << 20
-"""Bytes of a form field with JSON."""
 
 _CHECKSUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
 _MAX_LISTED = 1000
@@ -258,21 +255,9 @@ def read_object(text: str, field: str) -> dict[str, Any]:
     """A form field that holds a JSON object.
 
     Raises:
-        RequestError: if it is something else, or too long.
+        RequestError: if it is something else, too long, or cannot be sent back.
     """
-    if len(text) > MAX_PARAMS:
-        raise RequestError(f"The form field {field} has {len(text)} characters; at most {MAX_PARAMS} are read.")
-    try:
-        values = json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError) as err:
-        raise RequestError(
-            f"The form field {field} is not JSON ({str(err)[:100]}). Send an object, for example {{}}."
-        ) from err
-    if not isinstance(values, dict):
-        raise RequestError(
-            f"The form field {field} is a JSON {type(values).__name__}. Send an object, for example {{}}."
-        )
-    return values
+    return read_json_object(text, f"The form field {field}")
 
 
 def _with_user(info: dict[str, Any], user: User) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from progidiff.errors import LoginError, NotFoundError, RequestError
-from progidiff.storage.atomic import flush
+from progidiff.storage.atomic import replace_bytes
 
 MIN_PASSWORD = 10
 MAX_PASSWORD = 256
@@ -254,16 +254,7 @@ def _parse_users(path: Path) -> dict[str, Account]:
 
 def write_private(path: Path, content: bytes) -> None:
     """Write a file that only its owner can read, whole or not at all."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        flush(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    flush(path.parent)
+    replace_bytes(path, content, mode=0o600)
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import FiniteFloat, TypeAdapter
+
 from progidiff.storage.atomic import replace_text
+from progidiff.storage.state_files import load_state
 
 logger = logging.getLogger(__name__)
+
+_HELD = TypeAdapter(dict[str, tuple[str, FiniteFloat]])
+"""Image -> client, and until when: seconds since 1970."""
 
 
 class Reservations:
@@ -76,16 +82,7 @@ class Reservations:
                 self._held[image] = (client, now + self._seconds)
 
     def _load(self) -> dict[str, tuple[str, float]]:
-        try:
-            return {
-                str(image): (str(client), float(until))
-                for image, (client, until) in json.loads(self._file.read_text(encoding="utf-8")).items()
-            }
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, AttributeError) as err:
-            logger.warning("The reservations in '%s' cannot be read (%s); all images are free again.", self._file, err)
-            return {}
+        return load_state(self._file, _HELD.validate_json, dict, "All images are free again.")
 
     def _save(self) -> None:
         """A reservation that cannot be written still holds until the server stops."""

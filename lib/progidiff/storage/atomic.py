@@ -1,9 +1,33 @@
-"""Making what was written survive a power cut; used by every store of this package."""
+"""Files and folders that appear by rename, whole or not at all, and stay through a power cut; used by every store.
+
+What is being written has a name of its own beside its place, ``.writing-<machine>.<process>.<start>-<random>``, until
+it is complete and flushed. A process that is killed leaves such a name behind; as it says whose it is, the next one
+can tell what nobody will ever finish (`remove_leftovers`).
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import hashlib
 import os
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+
+from progidiff.errors import BusyError, StoreError
+
+WRITING = ".writing-"
+"""How the names of what is not finished begin."""
+
+_OWNER = re.compile(r"([0-9a-f]{8})\.(\d+)\.(\d+)-")
+_STALE_SECONDS = 3600.0
+"""What another machine, or a version that left its name out, has not touched for so long is nobody's any more."""
 
 
 def flush(path: Path) -> None:
@@ -17,14 +41,211 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file by rename: whoever reads it finds the old text or the new one, never a part. One writer at a
-    time.
+def make_scratch_name(suffix: str = "", prefix: str = WRITING) -> str:
+    """A new name for what this process is writing."""
+    return f"{prefix}{_describe_owner()}-{secrets.token_hex(6)}{suffix}"
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, suffix: str = "", mode: int = 0o666, durable: bool = True) -> Iterator[Path]:
+    """Write a file by rename: whoever reads it finds the old content or the new one, never a part.
+
+    Args:
+        path: Where it appears when the block ends; after an exception nothing has changed.
+        suffix: Of the name to write to, for writers that go by it. A folder that is watched for images needs none.
+        mode: Of the file, less the umask; 0o600 keeps its content from other accounts from the first byte on.
+        durable: Whether it must survive a power cut; False for what can be made again.
+
+    Yields:
+        The path to write to. It is there, and empty.
 
     Raises:
-        OSError: if the disk refuses; the old text stays.
+        OSError: if the disk refuses; the old file stays then.
     """
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(text, encoding="utf-8")
-    flush(scratch)
-    os.replace(scratch, path)
+    scratch = path.with_name(make_scratch_name(suffix))
+    try:
+        os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        yield scratch
+        if durable:
+            flush(scratch)
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink(missing_ok=True)
+        raise
+    if durable:
+        flush(path.parent)
+
+
+def replace_bytes(path: Path, content: bytes, *, mode: int = 0o666, durable: bool = True) -> None:
+    """Write a small file as `atomic_file` does.
+
+    Raises:
+        OSError: if the disk refuses; the old file stays then.
+    """
+    with atomic_file(path, mode=mode, durable=durable) as scratch:
+        scratch.write_bytes(content)
+
+
+def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a small file, in UTF-8, as `atomic_file` does.
+
+    Raises:
+        OSError: if the disk refuses; the old file stays then.
+    """
+    replace_bytes(path, text.encode(), durable=durable)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: Path, *, previous: Path | None = None, durable: bool = True) -> Iterator[Path]:
+    """Write a folder with all that is in it by rename.
+
+    Args:
+        path: Where it appears when the block ends; after an exception nothing has changed.
+        previous: Where a folder goes that is there already, in place of what is there; None to remove it.
+        durable: Whether it must survive a power cut; False for what can be made again.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        OSError: if the disk refuses; the old folder stays then.
+    """
+    scratch = path.with_name(make_scratch_name())
+    try:
+        scratch.mkdir()
+        yield scratch
+        if durable:
+            for place, _, files in os.walk(scratch):
+                for name in files:
+                    flush(Path(place) / name)
+                flush(Path(place))
+        _put_in_place(scratch, path, previous)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    if durable:
+        flush(path.parent)
+
+
+def _put_in_place(scratch: Path, path: Path, previous: Path | None) -> None:
+    """Rename; a folder cannot replace one that holds something, which therefore steps aside first."""
+    if not path.is_dir():
+        os.replace(scratch, path)
+        return
+    if previous is not None:
+        shutil.rmtree(previous, ignore_errors=True)
+    aside = previous or path.with_name(make_scratch_name())
+    os.replace(path, aside)
+    try:
+        os.replace(scratch, path)
+    except OSError:
+        os.replace(aside, path)
+        raise
+    if previous is None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def scratch_folder(prefix: str) -> Iterator[Path]:
+    """A folder in the system's place for temporary files that is gone after the block; see `remove_leftovers`.
+
+    Args:
+        prefix: How its name begins, for example "progidiff-label-".
+    """
+    folder = Path(tempfile.gettempdir()) / make_scratch_name(prefix=prefix)
+    folder.mkdir(mode=0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path, prefix: str = WRITING) -> int:
+    """Remove what processes that died were writing into a folder.
+
+    Args:
+        folder: Only what lies directly in it, and belongs to this account.
+        prefix: How the names begin.
+
+    Returns:
+        How many files and folders are gone.
+    """
+    removed = 0
+    for path in folder.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            status = path.lstat()
+            if (hasattr(os, "getuid") and status.st_uid != os.getuid()) or not _is_dead(
+                path.name[len(prefix) :], status.st_mtime
+            ):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            removed += 1
+    return removed
+
+
+@contextlib.contextmanager
+def locked(path: Path, holder: str, seconds: float = 30.0) -> Iterator[None]:
+    """Hold a lock file against other processes, and against other calls of this one.
+
+    Args:
+        path: Of the lock file; its folder is made.
+        holder: What is happening as long as somebody else has it, for the message: "Another process has been writing
+            to 'x'".
+        seconds: How long to wait.
+
+    Raises:
+        BusyError: if somebody else has it for too long.
+        StoreError: if there cannot be a lock file.
+    """
+    from filelock import FileLock, Timeout
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path, timeout=seconds)
+        lock.acquire()
+    except Timeout as err:
+        raise BusyError(f"{holder} for {seconds:.0f} s. Try again.", retry_after=30) from err
+    except OSError as err:
+        raise StoreError(
+            f"'{path.parent}' cannot be locked ({err}). Free some disk space or check who may write there."
+        ) from err
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _is_dead(name: str, touched: float) -> bool:
+    """Whether nobody will finish what has this name, less its prefix; `touched` in seconds since 1970."""
+    owner = _OWNER.match(name)
+    if owner is None or owner[1] != _name_machine() or owner[3] == "0":
+        return time.time() - touched > _STALE_SECONDS
+    return _find_start(int(owner[2])) != int(owner[3])
+
+
+def _describe_owner() -> str:
+    return f"{_name_machine()}.{os.getpid()}.{_find_start(os.getpid())}"
+
+
+@functools.cache
+def _name_machine() -> str:
+    """Of the host and, in a container, of its own numbering of processes."""
+    try:
+        numbering = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        numbering = ""
+    return hashlib.sha256(f"{socket.gethostname()} {numbering}".encode()).hexdigest()[:8]
+
+
+def _find_start(process: int) -> int:
+    """When a process started, in ticks since the machine did: numbers of processes are given again. 0 if there is no
+    such process, or the system does not say.
+    """
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+        return int(text.rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return 0

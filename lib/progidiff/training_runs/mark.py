@@ -8,13 +8,11 @@ slice again, deleting or undoing moves it as it should, and a restart forgets no
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from progidiff.storage.atomic import flush, replace_text
-
-logger = logging.getLogger(__name__)
+from progidiff.storage.atomic import replace_text
+from progidiff.storage.state_files import load_state
 
 
 @dataclass(frozen=True)
@@ -45,15 +43,7 @@ class MarkFile:
         """The mark; of a file that cannot be read, the first one: labels are then trained on once too often, never too
         seldom.
         """
-        try:
-            values = json.loads(self._path.read_text(encoding="utf-8"))
-            earlier = values.get("sequence", 0)  # Version 0.1 had one for all.
-            return Mark(int(values.get("adapters", earlier)), int(values.get("textdiff", earlier)))
-        except FileNotFoundError:
-            return Mark()
-        except (OSError, ValueError, TypeError, AttributeError) as err:
-            logger.warning("'%s' cannot be read (%s); all labels count as new for the next training.", self._path, err)
-            return Mark()
+        return load_state(self._path, _read_mark, Mark, "All labels count as new for the next training.")
 
     def save(self, mark: Mark) -> None:
         """Replace the mark.
@@ -63,4 +53,9 @@ class MarkFile:
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
         replace_text(self._path, json.dumps({"adapters": mark.adapters, "textdiff": mark.textdiff}))
-        flush(self._path.parent)
+
+
+def _read_mark(content: bytes) -> Mark:
+    values = json.loads(content)
+    earlier = values.get("sequence", 0)  # Version 0.1 had one for all.
+    return Mark(int(values.get("adapters", earlier)), int(values.get("textdiff", earlier)))

@@ -14,6 +14,7 @@ from progidiff.cli.main import app
 from progidiff.errors import LoginError, NotFoundError, RequestError, TooManyTriesError
 from progidiff.server.gate.auth import COOKIE, Attempts, Authenticator, User
 from progidiff.server.options import ServerOptions
+from progidiff.storage.state_files import list_damage
 from progidiff.users import Role, Token, UsersFile, hash_password, matches_password, read_tokens
 
 SECRET = "a-token-that-is-long-enough"
@@ -216,6 +217,38 @@ def test_a_clock_that_was_wrong_for_a_while_neither_revives_a_session_nor_makes_
     _, session = auth.log_in("anna", PASSWORD, "10.0.0.1")
     monkeypatch.setattr("progidiff.server.gate.auth.time.time", lambda: now - 300)
     assert auth.read_session(session) is not None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"a": "b"}', b'{"a": NaN}', b"\xff"])
+def test_a_damaged_list_of_ended_sessions_ends_all_and_new_ones_begin(
+    auth: Authenticator, users: UsersFile, tmp_path: Path, content: bytes
+):
+    _, ended = auth.log_in("anna", PASSWORD, "10.0.0.1")
+    auth.end_session(ended)
+    (tmp_path / "state" / "ended.json").write_bytes(content)
+    restarted = Authenticator(auth.tokens, users, None, tmp_path / "state")
+    assert restarted.read_session(ended) is None
+    _, session = restarted.log_in("anna", PASSWORD, "10.0.0.1")
+    assert restarted.read_session(session) is not None
+    assert restarted.read_session(ended) is None
+    restarted.end_session(session)
+    again = Authenticator(auth.tokens, users, None, tmp_path / "state")
+    assert (again.read_session(ended), again.read_session(session)) == (None, None)
+    assert [path.read_bytes() for path in (tmp_path / "state").glob("ended.json.damaged-*")] == [content]
+
+
+def test_a_halved_signing_key_is_replaced_and_everybody_logs_in_again(
+    auth: Authenticator, users: UsersFile, tmp_path: Path
+):
+    _, session = auth.log_in("anna", PASSWORD, "10.0.0.1")
+    key = tmp_path / "state" / "session.key"
+    key.write_bytes(key.read_bytes()[:16])
+    restarted = Authenticator(auth.tokens, users, None, tmp_path / "state")
+    assert restarted.read_session(session) is None
+    _, session = restarted.log_in("anna", PASSWORD, "10.0.0.1")
+    assert restarted.read_session(session) is not None
+    assert key.stat().st_mode & 0o777 == 0o600
+    assert any(damage.file == str(key) and "logs in again" in damage.meaning for damage in list_damage())
 
 
 def test_a_session_that_somebody_changed_is_worth_nothing(auth: Authenticator):

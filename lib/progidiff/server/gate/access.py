@@ -95,6 +95,7 @@ RULES: tuple[Rule, ...] = (
     Rule("GET", "/progidiff/versions", READ, "Adapters, their versions with Dice and verdict, and which are served"),
     Rule("POST", "/progidiff/versions/{name}/{version}/use", ADMINISTER, "Serves this version"),
     Rule("POST", "/progidiff/versions/{name}/rollback", ADMINISTER, "Serves what was served before"),
+    Rule("GET", "/progidiff/health", ADMINISTER, "What was found damaged since the start, and what holds instead"),
     Rule("GET", "/progidiff/prompts", READ, "Structures and synonyms"),
     Rule("GET", "/progidiff/queue", READ, "Query: limit; what is to be annotated next, and why"),
     Rule("GET", "/progidiff/report", READ, "What the choice of slices has brought so far"),

@@ -27,10 +27,12 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, Request
+from pydantic import FiniteFloat, TypeAdapter
 
 from progidiff.errors import AccessError, LoginError, RequestError, TooManyTriesError
 from progidiff.server.gate.answers import one_line
 from progidiff.server.options import ServerOptions
+from progidiff.storage.state_files import load_state
 from progidiff.users import Role, Token, UsersFile, find_token, read_token, read_tokens, write_private
 
 logger = logging.getLogger(__name__)
@@ -116,6 +118,14 @@ class Attempts:
             self._failures.pop(key, None)
         return failures
 
+
+_KEY_FILE = "session.key"
+_KEY_BYTES = 32
+_ENDED_FILE = "ended.json"
+_ENDED = TypeAdapter(dict[str, FiniteFloat])
+"""Ids of ended sessions, and when they would have expired: seconds since 1970."""
+
+_ALL_ENDED = "All sessions are ended; everybody logs in again."
 
 _CLOCK_SECONDS = 600.0
 """By so much a clock may be set back without ending the sessions that began meanwhile."""
@@ -257,13 +267,14 @@ class Authenticator:
 
     def read_session(self, text: str) -> User | None:
         """The user of a session's text; None if it is not ours, has expired or was ended."""
+        ended = self._read_ended()  # First: a damaged list changes the key that the session is opened with.
         content = self._open_session(text)
         now = time.time()
         # One that lasts longer than a term began while the clock was ahead.
         if (
             content is None
             or not now < content["e"] <= now + self.session_seconds + _CLOCK_SECONDS
-            or content["i"] in self._read_ended()
+            or content["i"] in ended
         ):
             return None
         name, stamp = content["n"], content["s"]
@@ -283,7 +294,7 @@ class Authenticator:
         with self._lock:
             ended = {**self._load_ended(), content["i"]: content["e"]}
             self._ended = {key: expiry for key, expiry in ended.items() if expiry > time.time() - _ENDED_SECONDS}
-            write_private(self._state / "ended.json", json.dumps(self._ended).encode())
+            write_private(self._state / _ENDED_FILE, json.dumps(self._ended).encode())
 
     def _open_session(self, text: str) -> dict[str, Any] | None:
         body, dot, signature = text.partition(".")
@@ -304,24 +315,38 @@ class Authenticator:
         """The key of this server's sessions, made once; delete the file to end all of them."""
         with self._lock:
             if self._key is None:
-                file = self._state / "session.key"
-                if not file.exists():
-                    self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
-                    write_private(file, secrets.token_bytes(32))
-                self._key = file.read_bytes()
-                if len(self._key) < 32:
-                    raise RequestError(f"{file} is no signing key. Delete it; everybody then logs in again.")
+                self._key = load_state(self._state / _KEY_FILE, _read_key, bytes, _ALL_ENDED) or self._make_key()
             return self._key
+
+    def _make_key(self) -> bytes:
+        """A new key, which ends every session. Needs the lock."""
+        key = secrets.token_bytes(_KEY_BYTES)
+        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(self._state / _KEY_FILE, key)
+        return key
 
     def _read_ended(self) -> dict[str, float]:
         with self._lock:
             return self._load_ended()
 
     def _load_ended(self) -> dict[str, float]:
+        """Needs the lock."""
         if self._ended is None:
-            file = self._state / "ended.json"
-            self._ended = json.loads(file.read_bytes()) if file.exists() else {}
+            file = self._state / _ENDED_FILE
+            known = load_state(file, _ENDED.validate_json, self._end_all, _ALL_ENDED) if file.exists() else {}
+            self._ended = known
         return self._ended
+
+    def _end_all(self) -> dict[str, float]:
+        """Without the list a session that was ended would be worth something again, so all of them end."""
+        self._key = self._make_key()
+        return {}
+
+
+def _read_key(content: bytes) -> bytes:
+    if len(content) < _KEY_BYTES:
+        raise ValueError(f"{len(content)} bytes are no signing key")
+    return content
 
 
 def _stamp(secret: bytes) -> str:

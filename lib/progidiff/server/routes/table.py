@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from fastapi import APIRouter
 
-from progidiff.server.routes import dicomweb, host, inference, labels, logins, next_sample, ohif, review, training
+from progidiff.server.routes import (
+    dicomweb,
+    health,
+    host,
+    inference,
+    labels,
+    logins,
+    next_sample,
+    ohif,
+    review,
+    training,
+)
 
 _BUILDERS = (
     logins.build_router,
@@ -15,6 +26,7 @@ _BUILDERS = (
     review.build_router,
     next_sample.build_router,
     training.build_router,
+    health.build_router,
     host.build_router,  # Stays last: it closes addresses of the host that nobody above answers.
 )
 

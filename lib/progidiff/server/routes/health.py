@@ -1,0 +1,47 @@
+"""Whether the server's state is as it was left."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from monailabel.config import settings
+from pydantic import BaseModel, ConfigDict
+
+from progidiff.server.gate.auth import CAN_ADMINISTER, User
+from progidiff.storage.state_files import list_damage
+
+
+class DamageAnswer(BaseModel):
+    """Something in the state that is not as it was left; see `progidiff.storage.state_files.Damage`."""
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    file: str
+    problem: str
+    meaning: str
+    kept_as: str
+    time: str
+
+
+class HealthAnswer(BaseModel):
+    """Whether anything was found damaged since the server started."""
+
+    model_config = ConfigDict(frozen=True)
+
+    healthy: bool
+    damaged: list[DamageAnswer]
+
+
+def build_router() -> APIRouter:
+    """`/progidiff/health`."""
+    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+
+    @router.get(
+        "/progidiff/health",
+        tags=["ProGiDiff"],
+        summary="What was found damaged since the start, and what holds instead",
+    )
+    def describe_health(user: User = CAN_ADMINISTER) -> HealthAnswer:
+        damaged = [DamageAnswer.model_validate(damage) for damage in list_damage()]
+        return HealthAnswer(healthy=not damaged, damaged=damaged)
+
+    return router

@@ -10,7 +10,7 @@
 # TORCH=...         what to hand to `pip install` for PyTorch. The default takes PyPI's build, which brings CUDA on Linux;
 #                   for another one, e.g.  make setup TORCH="torch==2.13.0 --index-url <the PyTorch index of your CUDA version>"
 # STUDIES=...       the folder of images or DICOMweb address to serve
-# CONF="--conf device cuda --conf backbone <folder or hub id>"   options of the app, see README.md
+# CONF="--conf device cuda --conf backbone <folder or hub id>"   options of the app, see docs/reference/options.md
 
 PYTHON  ?= $(shell command -v python3.11 || command -v python3)
 TORCH   ?= torch==2.13.0

@@ -3,8 +3,7 @@ here.
 
 ::
 
-    <root>/<version>/<sha256 of the image id>.safetensors   disagreement, entropy, foreground; everything else in its
-    header
+    <root>/<version>/<sha256 of the image id>.safetensors   disagreement, entropy, foreground; the rest in its header
 
 One small file per image, written under a temporary name, flushed and renamed: a reader sees all of it or nothing, and a
 scorer that was killed goes on where it was. A file that cannot be read is moved aside and scored again. Files stay in

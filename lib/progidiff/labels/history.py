@@ -1,13 +1,11 @@
-"""Who labelled what, when and from which proposal: slice state, every label version and the audit, in one append-only
-place.
+"""Who labelled what, when and from which proposal: slice state, all label versions and the audit, append-only.
 
 ::
 
     <root>/
       log.jsonl                        one JSON object per line and event; only ever appended to
-      labels/<image>/<sequence>.<ext>  every label that was saved, byte for byte; written once, never changed, never
-      removed torn/                            what a crash left of a save that was never acknowledged: part of its
-      line, or its file
+      labels/<image>/<sequence>.<ext>  every label that was saved, byte for byte; written once, never changed or removed
+      torn/                            what a crash left of a save that was never acknowledged: its file, part of its line
 
 Order is by sequence number, never by clock. A label's file is on disk (flushed, renamed) before the line that speaks of
 it, and a call returns only after that line is flushed: what was acknowledged is there after a power cut. Every line

@@ -1,7 +1,6 @@
 """From the accepted labels of a folder to the next version of a model, as `training.adapt` does it for adapters.
 
-1. choose    the labelled pictures (or annotated slices of volumes) that name a class of the model; some images are held
-   back
+1. choose    the labelled pictures (or annotated slices of volumes) that name a class of the model; some are held back
 2. write     their masks as class numbers, and slices as pictures, into the run's folder
 3. train     the served version's head further, or a fresh one, on the frozen features of its denoiser
 4. judge     the new and the served version on the held-back images, each at the threshold that suits these images best

@@ -32,7 +32,7 @@ import requests
 
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
 from progidiff.active_learning.strategies import ImageScores, Pool, build_pool, pick_slices
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import STRUCTURES
 from progidiff.server.background.scoring import fingerprint_image
 from progidiff.testing import build_tiny_model
 

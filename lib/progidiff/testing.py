@@ -9,7 +9,7 @@ import torch
 from progidiff.model.backbone import Backbone
 from progidiff.model.codec import MaskCodec
 from progidiff.model.folder import ModelCard, compute_backbone_digest, drop_derived_settings, save_conditioning
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import STRUCTURES
 from progidiff.training.build_model import BackboneWidths, create_backbone, create_branch
 
 TOY_WIDTHS = BackboneWidths(

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from progidiff.cli.main import app, build_server_command
 from progidiff.errors import RequestError
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import STRUCTURES
 
 FAST = ["--steps", "1", "--device", "cpu"]
 

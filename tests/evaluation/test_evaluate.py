@@ -25,7 +25,7 @@ from progidiff.evaluation.evaluate import (
 from progidiff.evaluation.metrics import compute_dice, compute_hd95, keep_largest_component
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import WorkingGrid
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import STRUCTURES
 from progidiff.proposals.volume_proposals import VolumeProposals
 
 SHAPE = (6, 24, 20)  # (Z, Y, X)

@@ -33,7 +33,7 @@ from typer.testing import CliRunner
 
 from progidiff.cli.main import app as cli
 from progidiff.labels.history import AnnotationStore
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import STRUCTURES
 from support.labelled_phantoms import AFFINE, write_case
 from support.servers import Server, copy_app, run_server
 

@@ -14,8 +14,8 @@ from PIL import Image
 from progidiff.errors import GeometryError, RequestError, StoreError
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import plan_working_grid
-from progidiff.prompts.parser import STRUCTURES
-from progidiff.proposals.drawing import COLORS, draw_overlay, draw_proposals, pick_color, pick_slices
+from progidiff.prompts.structures import COLORS, STRUCTURES, pick_color
+from progidiff.proposals.drawing import draw_overlay, draw_proposals, pick_slices
 from progidiff.proposals.volume_proposals import VolumeProposals
 
 torch.set_num_threads(1)

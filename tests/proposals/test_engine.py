@@ -13,7 +13,8 @@ import torch
 
 from progidiff.errors import CancelledError, ImageError, MemoryFullError, ModelError, RequestError
 from progidiff.images.volume import Volume, load_volume
-from progidiff.prompts.parser import STRUCTURES, Query
+from progidiff.prompts.parser import Query
+from progidiff.prompts.structures import STRUCTURES
 from progidiff.proposals.engine import Engine, is_out_of_memory
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.testing import build_tiny_model

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import requests
 
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import STRUCTURES
 from support.phantoms import write_phantom
 from support.servers import Server, copy_app, run_server
 

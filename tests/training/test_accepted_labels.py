@@ -12,7 +12,7 @@ import pytest
 from progidiff.errors import ImageError, RequestError
 from progidiff.labels.history import AnnotationStore
 from progidiff.model.folder import load_card
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import STRUCTURES
 from progidiff.training.accepted_labels import (
     build_cases,
     find_local_cases,

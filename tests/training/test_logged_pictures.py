@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from progidiff.model.conditioning import ConditioningConfig
-from progidiff.proposals.drawing import COLORS
+from progidiff.prompts.structures import COLORS
 from progidiff.training.logged_pictures import draw_answers, paint, pick_telling_slices
 from progidiff.training.slice_cache import SliceCache, list_cases
 from support.labelled_phantoms import write_case, write_table

@@ -34,7 +34,8 @@ from typer.core import TyperCommand, TyperGroup
 import progidiff
 from progidiff.cli import annotating, audit, textdiff, training, users
 from progidiff.errors import ProGiDiffError, RequestError
-from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
+from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
+from progidiff.prompts.structures import STRUCTURES
 from progidiff.proposals.request import DEFAULT_CLEAN_UP
 from progidiff.storage.state import REPOSITORY
 

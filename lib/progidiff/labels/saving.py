@@ -13,7 +13,6 @@ before.
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -23,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from progidiff.errors import GeometryError, ImageError, PromptError, RequestError
+from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.pictures import is_picture
 from progidiff.images.volume import Volume, load_label, load_volume, read_grid, save_mask, strip_suffix
 from progidiff.labels.history import LABEL_SUFFIXES, Source
 from progidiff.params import read_bool, read_choice, read_float, read_int
-from progidiff.prompts.parser import STRUCTURES, parse_prompt
+from progidiff.prompts.parser import canonical_name
+from progidiff.prompts.structures import LAST_LABEL_ID, fixed_ids
 from progidiff.proposals.request import BEST, CONSENSUS
 from progidiff.proposals.store import ProposalStore
 from progidiff.proposals.volume_proposals import VolumeProposals
@@ -227,34 +227,6 @@ def combine_ids(folder_ids: Mapping[str, int], previous: Previous | None) -> dic
     others = {} if previous is None else {name: value for name, value in previous.label_ids.items() if name not in ids}
     ids |= {name: value for name, value in others.items() if value not in folder_ids.values()}
     return {**ids, **_assign_ids(others, ids)}
-
-
-def fixed_ids() -> dict[str, int]:
-    """Structure -> the id that every answer of this program uses.
-
-    Example:
-        >>> fixed_ids()["liver"]
-        6
-    """
-    return {name: number for number, name in enumerate(STRUCTURES, start=1)}
-
-
-@functools.lru_cache(maxsize=1024)
-def canonical_name(name: str) -> str:
-    """The vocabulary's name of a structure, or the name itself if the vocabulary has none.
-
-    Example:
-        >>> canonical_name("kidney_left"), canonical_name("Tumour 1")
-        ('left kidney', 'Tumour 1')
-    """
-    name = " ".join(name.split())
-    if name.lower() in STRUCTURES:
-        return name.lower()
-    try:
-        queries = parse_prompt(name)
-    except PromptError:
-        return name
-    return queries[0].name if len(queries) == 1 and queries[0].known else name
 
 
 def check_label(
@@ -490,7 +462,7 @@ def _find_meaning(
 def _assign_ids(names: Iterable[str], kept_ids: Mapping[str, int]) -> dict[str, int]:
     """The id of each structure: the kept one, or the next that is free."""
     ids: dict[str, int] = {}
-    last = max([*kept_ids.values(), len(STRUCTURES)])
+    last = max([*kept_ids.values(), LAST_LABEL_ID])
     for name in names:
         if name in kept_ids:
             ids[name] = kept_ids[name]

@@ -18,27 +18,8 @@ import numpy as np
 
 from progidiff.errors import RequestError, StoreError
 from progidiff.images.volume import Volume, compute_body_threshold, compute_window
+from progidiff.prompts.structures import pick_color
 from progidiff.proposals.volume_proposals import VolumeProposals
-
-COLORS = {
-    "spleen": "#d55fb0",
-    "right kidney": "#f2c14e",
-    "left kidney": "#59d2fe",
-    "gallbladder": "#3fae6b",
-    "esophagus": "#f4b8a8",
-    "liver": "#c98a5b",
-    "stomach": "#9d7be0",
-    "aorta": "#ff3b3b",
-    "inferior vena cava": "#3f6bff",
-    "portal and splenic veins": "#37b8c8",
-    "pancreas": "#b6e36b",
-    "right adrenal gland": "#ff9f1c",
-    "left adrenal gland": "#fff1a8",
-}
-"""The same colour for a structure in every picture, whatever its label id."""
-
-OTHER_COLORS = ("#e0aaff", "#80ed99", "#ff8fa3", "#a0c4ff", "#ffd6a5", "#caffbf")
-"""For all other label ids, in turn."""
 
 BACKGROUND = "#101214"
 TEXT = "#e8e8e8"
@@ -169,11 +150,6 @@ def draw_proposals(
     bar.ax.tick_params(colors=TEXT, labelsize=7)
     bar.outline.set_visible(False)
     return _save(figure, path)
-
-
-def pick_color(structure: str, label: int = 1) -> str:
-    """Colour of a structure as '#rrggbb', by its name if it is a built-in one, else by its label id (from 1)."""
-    return COLORS.get(structure, OTHER_COLORS[(label - 1) % len(OTHER_COLORS)])
 
 
 def pick_slices(labels: np.ndarray, count: int) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from progidiff.errors import RequestError
 from progidiff.params import read_bool, read_choice, read_float, read_int, show_value
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import LAST_LABEL_ID, name_label_id
 from progidiff.proposals.islands import CLEAN_UPS, SMALL
 
 CONSENSUS = "consensus"
@@ -205,7 +205,8 @@ def _read_label_prompt(value: object) -> str:
     if value is None or value == "":
         return ""
     items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
-    return "; ".join(STRUCTURES[read_int(item, "label_prompt", 1, len(STRUCTURES)) - 1] for item in items)
+    numbers = [read_int(item, "label_prompt", 1, LAST_LABEL_ID) for item in items]
+    return "; ".join(name for name in map(name_label_id, numbers) if name is not None)
 
 
 def _read_prompt(value: object) -> str:

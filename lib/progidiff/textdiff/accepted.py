@@ -32,6 +32,7 @@ from progidiff.errors import ImageError, ModelError, RequestError
 from progidiff.images.pictures import is_picture
 from progidiff.images.volume import load_label, load_volume
 from progidiff.labels.history import hash_file
+from progidiff.prompts.parser import canonical_name
 from progidiff.textdiff import data
 from progidiff.textdiff.feature_cache import FeatureCache
 from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
@@ -40,7 +41,6 @@ from progidiff.textdiff.sentences import mirror_sentence
 from progidiff.textdiff.slices import render_slice
 from progidiff.textdiff.train import TextDiffTrainConfig, choose_threshold, train_textdiff
 from progidiff.textdiff.versions import TextDiffStore
-from progidiff.training.accepted_labels import canonical
 from progidiff.training.loop import Schedule
 from progidiff.training.recipes import describe_run
 from progidiff.training.slice_cache import Case
@@ -469,7 +469,7 @@ def _is_annotated(case: Case, name: str, count: int) -> np.ndarray:
     """`Case.is_annotated` of a name as the label has it, or as the history does, which knows synonyms as one
     structure.
     """
-    return np.asarray(case.is_annotated(name, count) | case.is_annotated(canonical(name), count), dtype=bool)
+    return np.asarray(case.is_annotated(name, count) | case.is_annotated(canonical_name(name), count), dtype=bool)
 
 
 def _find_spoken(case: Case, label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
@@ -479,7 +479,7 @@ def _find_spoken(case: Case, label: np.ndarray, classes: Sequence[str]) -> np.nd
         shown = {case.structures.get(int(value)) for value in np.unique(label)}
         said = set(case.annotated or ())
         for number, name in enumerate(classes):
-            if name not in shown and not {name, canonical(name)} & said:
+            if name not in shown and not {name, canonical_name(name)} & said:
                 spoken[:, number] = False
     return spoken
 

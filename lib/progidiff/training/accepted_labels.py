@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from progidiff.errors import PromptError, RequestError
 from progidiff.evaluation import evaluate
 from progidiff.labels.history import AnnotationStore
-from progidiff.prompts.parser import STRUCTURES, parse_prompt
+from progidiff.prompts.parser import canonical_name
+from progidiff.prompts.structures import fixed_ids
 from progidiff.storage.state import default_store
 from progidiff.training.slice_cache import Case
 
@@ -111,7 +111,7 @@ def build_cases(
         names = {**(folder_names or {}), **(recorded or read_label_names(label.label_info))}
         fixed = not names
         if fixed:
-            names = dict(enumerate(STRUCTURES, start=1))
+            names = {value: name for name, value in fixed_ids().items()}
         annotated = None if annotations is None else _read_slices(annotations, label.name)
         if annotated is not None and not annotated:
             logger.info("No slice of '%s' is annotated; it is left out", label.name)
@@ -201,18 +201,7 @@ def _read_slices(store: AnnotationStore, image: str) -> dict[str, frozenset[int]
         return None if store.annotated_slices(image) is None else {}
     found: dict[str, frozenset[int] | None] = {}
     for save in saves:
-        for name in [canonical(text) for text in save.structures] or [EVERYTHING]:
+        for name in [canonical_name(text) for text in save.structures] or [EVERYTHING]:
             before = found.get(name, frozenset())
             found[name] = None if before is None or save.slices is None else before | frozenset(save.slices)
     return found
-
-
-def canonical(text: str) -> str:
-    """The structure that a name means; the name itself if it means none, so that it is refused where the label is
-    read.
-    """
-    try:
-        queries = parse_prompt(text)
-    except (PromptError, RequestError):
-        return text
-    return queries[0].name if len(queries) == 1 else text

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from progidiff.proposals.drawing import COLORS, OTHER_COLORS
+from progidiff.prompts.structures import pick_color
 from progidiff.training.dice_tally import one_hot
 from progidiff.training.slice_cache import SliceCache
 
@@ -61,7 +61,7 @@ def paint(image: Tensor, masks: Tensor, structures: Sequence[str], strength: flo
     """
     picture = ((image.float() + 1) * 127.5).clamp(0, 255)[..., None].expand(-1, -1, 3).clone()
     for p, structure in enumerate(structures):
-        color = COLORS.get(structure, OTHER_COLORS[p % len(OTHER_COLORS)]).removeprefix("#")
+        color = pick_color(structure, p + 1).removeprefix("#")
         tint = torch.tensor([int(color[i : i + 2], 16) for i in (0, 2, 4)], dtype=torch.float32)
         picture[masks[p]] = (1 - strength) * picture[masks[p]] + strength * tint
     return picture.round().to(torch.uint8).numpy()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from progidiff.errors import RequestError
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import STRUCTURES
 from progidiff.training.backbone_stages import CodecOptions, TextToImageOptions
 from progidiff.training.build_model import BackboneWidths
 from progidiff.training.evidence_stage import EvidenceOptions

@@ -15,10 +15,6 @@ const HEAT = [
   { index: 203, label: 'disagreement 50 to 75 %', color: [240, 59, 32] },
   { index: 204, label: 'disagreement over 75 %', color: [189, 0, 38] },
 ];
-const COLORS = [
-  [228, 26, 28], [77, 175, 74], [55, 126, 184], [152, 78, 163], [255, 127, 0], [166, 86, 40], [247, 129, 191],
-  [255, 217, 47], [102, 194, 165], [141, 160, 203], [231, 138, 195], [166, 216, 84], [229, 196, 148],
-];
 const MOST_DISPUTED = 6;
 const WATCH_MS = 700;
 const POLL_MS = 400;
@@ -31,6 +27,8 @@ const CLIENT = 'progidiff.client';
 const NOT_AXIAL = 'The slices of this series run along another axis: show it in an axial view (MPR) and scroll there.';
 const NOTHING = { box: [0, 0, 0, 0, 0, 0], voxels: new Uint8Array() };
 
+/** '#rrggbb' as three numbers up to 255. */
+const toRgb = (color) => [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16));
 const sleep = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
 const newId = () => Array.from(crypto.getRandomValues(new Uint8Array(12)), (byte) => byte.toString(16).padStart(2, '0')).join('');
 
@@ -249,7 +247,7 @@ class Panel {
   }
 
   _segments() {
-    const named = this.prompts.map(({ structure, label }, i) => ({ index: label, label: structure, color: COLORS[i % COLORS.length] }));
+    const named = this.prompts.map(({ structure, label, color }) => ({ index: label, label: structure, color: toRgb(color) }));
     return [...named, ...HEAT];
   }
 

@@ -29,11 +29,12 @@ from monailabel.interfaces import app as host
 from monailabel.interfaces.app import MONAILabelApp
 from pydicom.dataset import Dataset
 
+from progidiff.dicomweb.codes import describe_segment
 from progidiff.dicomweb.segmentation import read_segmentation
 from progidiff.errors import ImageError, NotFoundError, RequestError, StoreError
 from progidiff.images.volume import load_label, load_volume, save_mask
 from progidiff.labels.history import FINAL
-from progidiff.prompts.parser import STRUCTURES
+from progidiff.prompts.structures import name_label_id, number_structures
 
 logger = logging.getLogger(__name__)
 
@@ -49,25 +50,6 @@ on purpose.
 """
 
 _INFO = ("StudyDate", "StudyTime", "Modality", "RetrieveURL", "PatientID", "StudyInstanceUID")
-_CATEGORY = {"CodeValue": "123037004", "CodingSchemeDesignator": "SCT", "CodeMeaning": "Body structure"}
-_CODES = {
-    "spleen": ("78961009", "Spleen"),
-    "right kidney": ("9846003", "Right kidney"),
-    "left kidney": ("18639004", "Left kidney"),
-    "gallbladder": ("28231008", "Gallbladder"),
-    "esophagus": ("32849002", "Esophagus"),
-    "liver": ("10200004", "Liver"),
-    "stomach": ("69695003", "Stomach"),
-    "aorta": ("15825003", "Aorta"),
-    "inferior vena cava": ("64131007", "Inferior vena cava"),
-    "portal and splenic veins": ("32764006", "Portal vein"),
-    "pancreas": ("15776009", "Pancreas"),
-    "right adrenal gland": ("23451007", "Adrenal gland"),
-    "left adrenal gland": ("23451007", "Adrenal gland"),
-}
-"""Structure -> SNOMED CT code and meaning."""
-_OTHER = ("91723000", "Anatomical structure")
-_COLORS = ((228, 26, 28), (77, 175, 74), (55, 126, 184), (152, 78, 163), (255, 127, 0), (166, 86, 40), (247, 129, 191))
 
 
 class PacsDatastore(DICOMWebDatastore):
@@ -223,14 +205,10 @@ class PacsDatastore(DICOMWebDatastore):
         (instance, *_) = self._client.retrieve_series(str(Dataset.from_json(found[0]).StudyInstanceUID), series)
         volume = load_volume(self.get_image_uri(image_id), info=self.get_image_info(image_id))
         segmentation = read_segmentation(instance, volume)
-        ids = {
-            label: STRUCTURES.index(name) + 1 if name in STRUCTURES else None
-            for label, name in segmentation.names.items()
-        }
-        free = iter(range(len(STRUCTURES) + 1, 256))
+        ids = number_structures(segmentation.names.values())
         table = np.zeros(256, dtype=np.uint8)
-        for label, known in ids.items():
-            table[label] = known if known is not None else next(free)
+        for label, name in segmentation.names.items():
+            table[label] = ids[name]
         names = [{"name": name, "idx": int(table[label])} for label, name in segmentation.names.items()]
         with tempfile.TemporaryDirectory(prefix="progidiff-label-") as folder:
             file = save_mask(table[segmentation.labels], volume, Path(folder) / "label.nii.gz")
@@ -267,30 +245,13 @@ def _find_image(segmentation: Dataset) -> str:
 
 
 def _describe_segments(labels: np.ndarray, names: list[dict[str, Any]], provenance: str) -> list[dict[str, Any]]:
-    """What dcmqi is told about the labels that are present, ascending, as the host goes through them.
-
-    Segment Description (0062,0006) says who saved them and from which proposal; it holds at most 1024 characters.
-    """
+    """What dcmqi is told about the labels that are present, ascending, as the host goes through them."""
     by_id = {int(entry["idx"]): str(entry["name"]) for entry in names if "idx" in entry and "name" in entry}
     segments = []
     for value in map(int, np.flatnonzero(np.bincount(labels.ravel()))):
         if value == 0:
             continue
-        name = by_id.get(value) or (STRUCTURES[value - 1] if value <= len(STRUCTURES) else f"structure {value}")
-        code, meaning = _CODES.get(name, _OTHER)
-        attribute = {
-            "labelID": value,
-            "SegmentLabel": name,
-            "SegmentDescription": f"{name}. {provenance}".strip()[:1024],
-            "SegmentAlgorithmType": "SEMIAUTOMATIC",
-            "SegmentAlgorithmName": "ProGiDiff Label",
-            "SegmentedPropertyCategoryCodeSequence": _CATEGORY,
-            "SegmentedPropertyTypeCodeSequence": {
-                "CodeValue": code,
-                "CodingSchemeDesignator": "SCT",
-                "CodeMeaning": meaning,
-            },
-            "recommendedDisplayRGBValue": list(_COLORS[(value - 1) % len(_COLORS)]),
-        }
+        name = by_id.get(value) or name_label_id(value) or f"structure {value}"
+        attribute = describe_segment(name, value, provenance)
         segments.append({"name": name, "model_name": "ProGiDiff Label", "segmentAttribute": attribute})
     return segments

@@ -17,7 +17,7 @@ from monailabel.interfaces.datastore import Datastore
 
 from progidiff.images.pictures import PICTURE
 from progidiff.images.volume import Volume
-from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids
+from progidiff.prompts.structures import number_structures
 from progidiff.proposals.request import CONSENSUS
 from progidiff.proposals.store import ProposalStore
 from progidiff.proposals.volume_proposals import VolumeProposals
@@ -91,7 +91,7 @@ def refresh_original(
     if result.modality == PICTURE:
         label_ids = {name: number for number, name in enumerate(result.structures, start=1)}
     else:
-        label_ids = compute_label_ids(Query(name, name, name in STRUCTURES) for name in result.structures)
+        label_ids = number_structures(result.structures)
     save_as_labels(datastore, image_id, result, open_volume(), label_ids, entry.key, with_proposals=False)
     return True
 

@@ -22,7 +22,7 @@ from monailabel.config import settings
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.errors import NotFoundError
 from progidiff.images.volume import Volume
-from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids
+from progidiff.prompts.structures import number_structures
 from progidiff.proposals.request import DISAGREEMENT
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.gate.auth import CAN_READ, User
@@ -160,7 +160,7 @@ def _draw(result: VolumeProposals, volume: Volume, show: str) -> np.ndarray:
     if show == DISAGREEMENT:
         percent = result.disagreement_map(volume)
         return np.array([0, *HEAT_LABELS], dtype=np.uint8)[(percent.astype(np.uint16) + 24) // 25]
-    ids = compute_label_ids([Query(name, name, name in STRUCTURES) for name in result.structures])
+    ids = number_structures(result.structures)
     return result.label_map(volume, show, ids)
 
 

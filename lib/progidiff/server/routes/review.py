@@ -30,8 +30,7 @@ from progidiff.images.volume import Volume, compute_window, load_label, save_mas
 from progidiff.labels.history import FINAL, Annotation
 from progidiff.labels.merging import Plan, compose_label
 from progidiff.params import read_float, read_int
-from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids
-from progidiff.proposals.drawing import COLORS
+from progidiff.prompts.structures import COLORS, OTHER_COLORS, number_structures
 from progidiff.proposals.request import MAX_SLICE
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.datastores import images
@@ -134,7 +133,7 @@ def _add_submit_route(router: APIRouter) -> None:
         volume = _open_volume(context, image)
         result = _find_result(context, image, str(decisions.get("proposals", "")))
         plan = Plan.from_params(decisions, result)
-        ids = compute_label_ids(Query(name, name, name in STRUCTURES) for name in result.structures)
+        ids = number_structures(result.structures)
         label = compose_label(result, volume, plan, ids)
         _check_conflict(context, image, plan, decisions.get("base"), volume, label, ids)
         seconds = decisions.get("seconds")
@@ -210,7 +209,8 @@ def _describe_image(context: Context, image: str) -> dict[str, Any]:
         if current is None
         else {"sequence": current.sequence, "user": current.user, "time": current.time},
         "label_ids": dict(current.label_ids) if current is not None else {},
-        "colors": COLORS,
+        "colors": dict(COLORS),
+        "other_colors": list(OTHER_COLORS),
         "annotated_slices": None if slices is None else sorted(slices),
         "sequence": max((saved.sequence for saved in annotations.list(image)), default=0),
     }

@@ -22,7 +22,8 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
 from progidiff.images.volume import Volume, load_volume, strip_suffix
-from progidiff.prompts.parser import STRUCTURES, Query, compute_label_ids, describe, parse_prompt
+from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
+from progidiff.prompts.structures import STRUCTURES, fixed_ids
 from progidiff.proposals.device_queue import DeviceQueue, Job
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import CLEAN_UPS
@@ -381,13 +382,13 @@ def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable
 
 
 def compute_label_id(structure: str) -> int:
-    """The fixed label id of a structure, whatever the prompt: its place in `prompts.STRUCTURES`, from 1.
+    """The fixed label id of a structure, whatever the prompt: see `prompts.structures`.
 
     Example:
         >>> compute_label_id("liver")
         6
     """
-    return STRUCTURES.index(structure) + 1
+    return fixed_ids()[structure]
 
 
 class _Recent(Generic[T]):

@@ -1,0 +1,94 @@
+"""Structures as coded concepts in DICOM segmentations: how segments are written, and what the codes of others mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydicom.dataset import Dataset
+
+from progidiff.prompts.parser import canonical_name
+from progidiff.prompts.structures import CATEGORY, UNKNOWN, Code, find_coded, find_structure, pick_color
+
+_MAX_DESCRIPTION = 1024
+"""Characters of Segment Description (0062,0006)."""
+
+
+def describe_segment(name: str, label_id: int, description: str = "") -> dict[str, Any]:
+    """A segment as dcmqi is told about it.
+
+    Args:
+        name: Of the structure; kept as Segment Label, whether the table of structures knows it or not.
+        label_id: In the label map.
+        description: Who saved it, and from which proposal.
+
+    Example:
+        >>> segment = describe_segment("left adrenal gland", 13)
+        >>> segment["SegmentedPropertyTypeModifierCodeSequence"]["CodeMeaning"]
+        'Left'
+    """
+    row = find_structure(name)
+    color = pick_color(name, label_id).removeprefix("#")
+    segment = {
+        "labelID": label_id,
+        "SegmentLabel": name,
+        "SegmentDescription": f"{name}. {description}".strip()[:_MAX_DESCRIPTION],
+        "SegmentAlgorithmType": "SEMIAUTOMATIC",
+        "SegmentAlgorithmName": "ProGiDiff Label",
+        "SegmentedPropertyCategoryCodeSequence": _write(CATEGORY),
+        "SegmentedPropertyTypeCodeSequence": _write(UNKNOWN if row is None else row.code),
+        "recommendedDisplayRGBValue": [int(color[i : i + 2], 16) for i in (0, 2, 4)],
+    }
+    if row is not None and row.laterality is not None:
+        segment["SegmentedPropertyTypeModifierCodeSequence"] = _write(row.laterality)
+    return segment
+
+
+def warn_uncoded(names: Iterable[str]) -> list[str]:
+    """A sentence if a DICOM segmentation cannot say by code what these structures are; empty if it can.
+
+    Example:
+        >>> warn_uncoded(["liver"])
+        []
+    """
+    unknown = [name for name in names if find_structure(name) is None]
+    if not unknown:
+        return []
+    listed = ", ".join(f"'{name}'" for name in unknown[:8])
+    return [
+        f"No code is known for {listed}: the DICOM segmentation says '{UNKNOWN.meaning}' and keeps the name as its "
+        "Segment Label."
+    ]
+
+
+def read_coded(segment: Dataset) -> tuple[str, ...]:
+    """The structures that the codes of a segment can mean; empty if they mean none, or are of another scheme.
+
+    Args:
+        segment: An item of the Segment Sequence.
+    """
+    found = _first(segment, "SegmentedPropertyTypeCodeSequence")
+    if found is None or found.get("CodingSchemeDesignator") != CATEGORY.scheme:
+        return ()
+    modifier = _first(found, "SegmentedPropertyTypeModifierCodeSequence")
+    return find_coded(str(found.get("CodeValue", "")), "" if modifier is None else str(modifier.get("CodeValue", "")))
+
+
+def is_contradicted(name: str, coded: tuple[str, ...]) -> bool:
+    """Whether a name means a structure of the table, and the codes beside it another one.
+
+    Example:
+        >>> is_contradicted("Liver", ("spleen",)), is_contradicted("tumour", ("liver",))
+        (True, False)
+    """
+    known = canonical_name(name)
+    return bool(coded) and find_structure(known) is not None and known not in coded
+
+
+def _write(code: Code) -> dict[str, str]:
+    return {"CodeValue": code.value, "CodingSchemeDesignator": code.scheme, "CodeMeaning": code.meaning}
+
+
+def _first(holder: Dataset, keyword: str) -> Dataset | None:
+    items = holder.get(keyword) or []
+    return items[0] if len(items) else None

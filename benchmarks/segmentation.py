@@ -8,7 +8,7 @@ without diffusion.
     without clean-up python benchmarks/segmentation.py tables                 # print what the JSON file holds
 
 Every command adds its part to the same JSON file (--out); what a stopped command had done is kept in the work folder
-(--work) and not done again. The main row of docs/results.md comes from `progidiff evaluate`; `volumes` scores the rivals
+(--work) and not done again. The main row comes from `progidiff evaluate`; `volumes` scores the rivals
 with the same functions on the same grid.
 
 Dice of `slices` pools the slices of a volume; figures are means over volumes. Of K answers, "single" is the mean of

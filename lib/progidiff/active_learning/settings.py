@@ -103,7 +103,7 @@ class AcquisitionConfig:
 
 
 DEFAULT_STRATEGY = "foreground_random"
-"""How slices are chosen where nobody says how: what did best in ``benchmarks/active_learning.py``, see docs/results.md."""
+"""How slices are chosen where nobody says how: what did best when measured, see docs/results.md."""
 
 
 STRATEGIES: Mapping[str, str] = {

@@ -5,7 +5,7 @@
     <root>/
       log.jsonl                        one JSON object per line and event; only ever appended to
       labels/<image>/<sequence>.<ext>  every label that was saved, byte for byte; written once, never changed or removed
-      torn/                            what a crash left of a save that was never acknowledged: its file, part of its line
+      torn/                            what a crash left of a save never acknowledged: its file, part of its line
 
 Order is by sequence number, never by clock. A label's file is on disk (flushed, renamed) before the line that speaks of
 it, and a call returns only after that line is flushed: what was acknowledged is there after a power cut. Every line

@@ -20,36 +20,36 @@ import numpy as np
 import pytest
 import requests
 
-from conftest import Server, copy_app, run_server
-
-# Everything that may move is imported here and nowhere else.
-from progidiff.adapters import AdapterStore, build_networks, compute_base_digest
-from progidiff.annotations import AnnotationStore
-from progidiff.audit import list_audit
+from progidiff.active_learning.reservations import Reservations
+from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.dicomweb.catalogue import Catalogue
 from progidiff.dicomweb.frames import FrameStore
-from progidiff.engine import Engine
 from progidiff.errors import CancelledError
-from progidiff.lora import LoraSettings
-from progidiff.options import ServerOptions
-from progidiff.prelabel import Prelabeller, PrelabelSettings, list_images, run_here
-from progidiff.reservations import Reservations
-from progidiff.retrain import MarkFile
-from progidiff.server.auth import Authenticator
-from progidiff.server.datastore import SafeLocalDatastore
-from progidiff.server.infer_task import ProposalInferTask, build_task
-from progidiff.server.textdiff_task import TextDiffInferTask, build_textdiff
-from progidiff.slice_scores import SliceScoreStore
-from progidiff.store import ProposalStore
+from progidiff.evaluation.prelabel import Prelabeller, PrelabelSettings, list_images, run_here
+from progidiff.images.volume import load_volume
+from progidiff.labels.audit import list_audit
+from progidiff.labels.history import AnnotationStore
+
+# Everything that may move is imported here and nowhere else.
+from progidiff.model.adapters import AdapterStore, build_networks, compute_base_digest
+from progidiff.model.lora import LoraSettings
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.store import ProposalStore
+from progidiff.server.datastores.local import SafeLocalDatastore
+from progidiff.server.gate.auth import Authenticator
+from progidiff.server.options import ServerOptions
+from progidiff.server.tasks.pictures import TextDiffInferTask, build_textdiff
+from progidiff.server.tasks.volumes import ProposalInferTask, build_task
 from progidiff.textdiff.pictures import read_picture
 from progidiff.textdiff.versions import TextDiffStore
+from progidiff.training.accepted_labels import from_json
 from progidiff.training.adapt import AdaptConfig, run_adapt
-from progidiff.training.labels import from_json
 from progidiff.training.loop import pick_precision
-from progidiff.training_options import TrainingOptions
-from progidiff.training_runs import TrainingRunner
+from progidiff.training_runs.mark import MarkFile
+from progidiff.training_runs.options import TrainingOptions
+from progidiff.training_runs.runner import TrainingRunner
 from progidiff.users import UsersFile, find_token, read_tokens
-from progidiff.volume import load_volume
+from support.servers import Server, copy_app, run_server
 
 FORMER = Path(__file__).parent / "data" / "former_0_1_0"
 THERE = "/data/former"
@@ -424,9 +424,7 @@ def test_the_state_of_trainings_is_read(former: Path, studies: str, facts: dict[
 
 def read_request(former: Path, run_id: str, studies: str = "studies") -> dict[str, Any]:
     """The request of a run, with its files in the copy."""
-    text = (former / studies / ".progidiff" / "training" / "runs" / run_id / "request.json").read_text(
-        encoding="utf-8"
-    )
+    text = (former / studies / ".progidiff" / "training" / "runs" / run_id / "request.json").read_text(encoding="utf-8")
     assert THERE in text
     return dict(json.loads(text.replace(THERE, str(former))))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import shipped
+from support import shipped
 
 BIT_EQUAL = os.environ.get("PROGIDIFF_BIT_EQUAL") == "1"
 

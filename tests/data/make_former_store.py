@@ -95,9 +95,7 @@ class Site:
     def infer(self, image: str, model: str = "progidiff", **params: Any) -> dict[str, Any]:
         """What a request is told beside the mask."""
         return dict(
-            self.ask(
-                "POST", f"/infer/{model}?image={image}&output=json", files={"params": (None, json.dumps(params))}
-            )
+            self.ask("POST", f"/infer/{model}?image={image}&output=json", files={"params": (None, json.dumps(params))})
         )
 
     def save(self, image: str, file: Path, **params: Any) -> dict[str, Any]:
@@ -179,7 +177,6 @@ def write_accounts() -> None:
 def write_images() -> None:
     """Volumes with bright boxes, their labels (outside of the datastore), and pictures of blots with sentences."""
     from PIL import Image
-
     from tissue import SENTENCES, draw_tissue
 
     (ROOT / "studies").mkdir()
@@ -324,8 +321,7 @@ def gather(site: Site, images: list[str]) -> dict[str, Any]:
     return {
         "annotations": site.ask("GET", "/progidiff/annotations"),
         "runs": [
-            {k: v for k, v in run.items() if k not in drop}
-            for run in site.ask("GET", "/progidiff/training")["history"]
+            {k: v for k, v in run.items() if k not in drop} for run in site.ask("GET", "/progidiff/training")["history"]
         ],
         "versions": site.ask("GET", "/progidiff/versions"),
         "scoring": site.ask("GET", "/progidiff/scoring"),

@@ -19,22 +19,22 @@ import nibabel
 import numpy as np
 import torch
 
-from conftest import APP
+from progidiff.images.volume import Volume
+from progidiff.prompts.parser import parse_prompt
 
 # Everything that may move is imported here and nowhere else.
-from progidiff.engine import Engine
-from progidiff.options import ServerOptions
-from progidiff.prompts import parse_prompt
-from progidiff.results import VolumeProposals
-from progidiff.server.infer_task import ProposalInferTask
-from progidiff.server.slice_task import SliceInferTask
-from progidiff.store import ProposalStore
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.server.options import ServerOptions
+from progidiff.server.tasks.slices import SliceInferTask
+from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.textdiff.model import load_textdiff
-from progidiff.volume import Volume
-from tissue import SENTENCES, draw_tissue
+from support.servers import APP
+from support.tissue import SENTENCES, draw_tissue
 
 MODEL = APP / "model"
-REFERENCE = Path(__file__).parent / "data" / "proposals_0_1_0.npz"
+REFERENCE = Path(__file__).resolve().parents[1] / "data" / "proposals_0_1_0.npz"
 SHAPE, EDGES, LOWEST = (128, 96, 3), (3.0, 3.0, 8.0), -13.0
 """Voxels and millimetres of the drawn abdomen, and the height of its lowest slice."""
 

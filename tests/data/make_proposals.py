@@ -22,10 +22,10 @@ import numpy as np
 def main() -> None:
     """Compute all cases and write the file."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-    from support import shipped
     import torch
 
     import progidiff
+    from support import shipped
 
     if progidiff.__version__ != "0.1.0":
         raise SystemExit(f"This is version {progidiff.__version__}; the file is to be made by 0.1.0.")

@@ -61,7 +61,7 @@ class ProGiDiffApp(MONAILabelApp):
         )
         # In the processes that the host starts for training and batches there is no web application to extend.
         if "monailabel.app" in sys.modules:
-            install.install(sys.modules["monailabel.app"].app, self, table.build_routers())
+            install.install(sys.modules["monailabel.app"].app, self, table.build_endpoints())
             wiring.start(self.context, studies)
 
     def init_datastore(self) -> Datastore:

@@ -22,7 +22,7 @@
     +-- StoreError            507   a result could not be kept on disk
 
 A message says what happened, why, and what to do about it, in that order. The number is the HTTP status that the
-server answers with; the mapping happens once, in `progidiff.server.routes.inference`.
+server answers with; the mapping happens once, in `progidiff.server.gate.answers`.
 """
 
 from __future__ import annotations

@@ -218,7 +218,11 @@ def serve(
         REPOSITORY / "sample_datastore"
     ),
     host: Annotated[
-        str, typer.Option(help="Interface to listen on. 0.0.0.0 opens the server to the network, without a password.")
+        str,
+        typer.Option(
+            help="Interface to listen on. 0.0.0.0 is every one; other machines are still refused until a login is set "
+            "up (--conf token_file=FILE or users_file=FILE)."
+        ),
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8000,
     conf: Annotated[

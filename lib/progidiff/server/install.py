@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any, cast
 
-from fastapi import APIRouter, FastAPI
+from fastapi import FastAPI
 from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.server import memory
 from progidiff.server.gate import answers, guard
+from progidiff.server.gate.endpoints import Endpoints, build_table
 from progidiff.server.tasks.volumes import ProposalInferTask
 
 _OURS = "is_progidiff"
@@ -24,7 +25,7 @@ _OURS = "is_progidiff"
 _closers: list[Callable[[], None]] = []
 
 
-def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> None:
+def install(web: FastAPI, app: MONAILabelApp, modules: Sequence[Endpoints]) -> None:
     """Put our routes before the host's, our error answers in place, and end running jobs when the server is told to
     stop.
 
@@ -33,11 +34,11 @@ def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> N
     Args:
         web: The host's web application.
         app: The app that it serves.
-        routers: Of `routes.build_routers`; what comes first answers first.
+        modules: What they declare, of `routes.table.build_endpoints`; what comes first answers first.
     """
     router = web.router
     router.routes[:] = [route for route in router.routes if not getattr(route, _OURS, False)]
-    ours = [route for part in routers for route in part.routes]
+    ours = [route for module in modules for route in module.router.routes]
     for route in ours:
         setattr(route, _OURS, True)
     router.routes[:0] = ours
@@ -45,7 +46,7 @@ def install(web: FastAPI, app: MONAILabelApp, routers: Sequence[APIRouter]) -> N
     memory.use_one_arena()
     answers.install_handlers(web)
     context = cast(Any, app).context
-    guard.install(web, context.auth, context.options)
+    guard.install(web, build_table(modules), context.auth, context.options)
     web.middleware_stack = None  # Built again with these handlers at the next request.
     queues = [task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)]
     _end_jobs_on_signals([queue.close for queue in queues] + [context.training.close])

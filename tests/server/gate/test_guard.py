@@ -17,25 +17,41 @@ from fastapi.responses import HTMLResponse, StreamingResponse
 from starlette.middleware.cors import CORSMiddleware
 from starlette.testclient import TestClient
 
-from progidiff.server.gate import access, answers, guard
-from progidiff.server.gate.access import ADMINISTER, ANNOTATE, READ, Rule
-from progidiff.server.gate.auth import CAN_ANNOTATE, CAN_READ, COOKIE, Authenticator, User
+from progidiff.server.gate import answers, bodies, guard
+from progidiff.server.gate.auth import COOKIE, Authenticator, User
+from progidiff.server.gate.endpoints import (
+    ADMINISTER,
+    ANNOTATE,
+    CALLER,
+    CLOSED_MARK,
+    OPEN,
+    READ,
+    UPLOAD,
+    Content,
+    Endpoint,
+    EndpointTable,
+    build_table,
+)
 from progidiff.server.options import ServerOptions
+from progidiff.server.routes.table import build_endpoints, insert_table
 from progidiff.users import Role, Token, UsersFile
 from support.servers import ROOT
 
 TOKENS = {role: f"token-of-somebody-who-may-{role}" for role in Role}
 LOCAL, REMOTE = ("127.0.0.1", 50_000), ("192.168.7.9", 50_000)
 
-RULES = (
-    Rule("GET", "/read", READ, ""),
-    Rule("GET", "/page", READ, ""),
-    Rule("GET", "/stream", READ, "", deadline=1),
-    Rule("GET", "/slow", READ, "", deadline=1),
-    Rule("POST", "/write", ANNOTATE, "", 1000),
-    Rule("PUT", "/upload", ANNOTATE, "", access.UPLOAD),
-    Rule("POST", "/train/{model}", ADMINISTER, "", 10_000, params=True),
-    Rule("GET", "/open", access.OPEN, ""),
+TABLE = EndpointTable(
+    (
+        Endpoint("GET", "/read", READ),
+        Endpoint("GET", "/page", READ),
+        Endpoint("GET", "/stream", READ, deadline=1),
+        Endpoint("GET", "/slow", READ, deadline=1),
+        Endpoint("POST", "/write", ANNOTATE, body=1000),
+        Endpoint("PUT", "/upload", ANNOTATE, body=UPLOAD),
+        Endpoint("POST", "/train/{model}", ADMINISTER, body=10_000, content=Content.PARAMS),
+        Endpoint("POST", "/say", ANNOTATE, body=10_000, content=Content.JSON),
+        Endpoint("GET", "/open", OPEN),
+    )
 )
 
 
@@ -44,7 +60,7 @@ def build_app() -> FastAPI:
     web.add_middleware(CORSMiddleware, allow_origins=["*"], allow_credentials=True)  # As the host has it.
 
     @web.get("/read")
-    def read(user: User = CAN_READ) -> dict[str, str]:
+    def read(user: User = CALLER) -> dict[str, str]:
         return {"name": user.name, "role": user.role}
 
     @web.get("/unlisted")
@@ -75,8 +91,12 @@ def build_app() -> FastAPI:
 
     @web.post("/write")
     @web.put("/upload")
-    async def write(request: Request, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+    async def write(request: Request, user: User = CALLER) -> dict[str, Any]:
         return {"size": len(await request.body()), "name": user.name}
+
+    @web.post("/say")
+    async def say(request: Request) -> dict[str, Any]:
+        return {"said": await request.json()}
 
     @web.post("/train/{model}")
     def train(model: str, params: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -90,10 +110,8 @@ Connect = Callable[..., TestClient]
 
 
 @pytest.fixture
-def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
+def connect(tmp_path: Path) -> Connect:
     """A client of a guarded application: `connect(peer, conf...)`."""
-    monkeypatch.setattr(access, "RULES", RULES)
-    access._compiled.cache_clear()
 
     def build(
         peer: tuple[str, int] = LOCAL, tokens: bool = False, host: str = "127.0.0.1:8000", **conf: str
@@ -103,13 +121,12 @@ def connect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect
         secrets = tuple(Token.of(f"{role}r", role, text) for role, text in TOKENS.items()) if tokens else ()
         users = UsersFile(options.users_file) if options.users_file else None
         auth = Authenticator(secrets, users, options.allow_anonymous, tmp_path / "state")
-        guard.install(web, auth, options)
+        guard.install(web, TABLE, auth, options)
         return TestClient(
             web, base_url=f"http://{host}", client=peer, follow_redirects=False, raise_server_exceptions=False
         )
 
-    yield build
-    access._compiled.cache_clear()
+    return build
 
 
 def bearer(role: Role) -> dict[str, str]:
@@ -336,6 +353,21 @@ def test_harmless_parameters_arrive_as_they_were_sent(connect: Connect, body: st
     assert (answer.status_code, answer.json()) == (200, {"params": params})
 
 
+@pytest.mark.parametrize("body", [r'{"client_id": "\ud800"}', '{"a": NaN}', "[" * 70 + "]" * 70, "1e999"])
+@pytest.mark.parametrize("path", ["/say", "/train/m"])
+def test_json_that_could_not_be_sent_back_is_refused_before_any_route(connect: Connect, path: str, body: str):
+    answer = connect(LOCAL).post(path, content=body, headers={"Content-Type": "application/json"})
+    assert_refused(answer, 422, "The body (is|has)")
+
+
+@pytest.mark.parametrize("charset", ["unicode_escape", "utf-7", "utf-16", "idna"])
+def test_a_form_that_names_its_own_decoder_is_refused(connect: Connect, charset: str):
+    kind = {"Content-Type": f'multipart/form-data; boundary=x; charset="{charset}"'}
+    assert_refused(connect(LOCAL).post("/write", content=b"--x--", headers=kind), 422, "Send UTF-8")
+    plain = {"Content-Type": "application/json; charset=UTF-8"}
+    assert connect(LOCAL).post("/say", content=b'"\xc3\xbc"', headers=plain).json() == {"said": "ü"}
+
+
 @pytest.mark.parametrize(
     "path",
     ["/read/../unlisted", "/%2e%2e/read", "/a//b", "/read%5c..%5c", "/read%00", "/read%0a", "/./read", "/%2e/read"],
@@ -379,7 +411,7 @@ def test_answers_carry_the_security_headers_and_pages_a_policy(connect: Connect)
 
 
 def test_a_stalled_body_is_given_up(connect: Connect, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(guard, "_STALL", 0.2)
+    monkeypatch.setattr(bodies, "_STALL", 0.2)
     app = connect(LOCAL).app
     sent: list[dict[str, Any]] = []
 
@@ -429,9 +461,7 @@ def list_routes(routes: Any) -> Iterator[tuple[str, str]]:
 def list_all_routes() -> set[tuple[str, str]]:
     import monailabel.app
 
-    from progidiff.server.routes.table import build_routers
-
-    ours = [route for router in build_routers() for route in router.routes]
+    ours = [route for module in build_endpoints() for route in module.router.routes]
     return {
         ("GET" if method == "HEAD" else method, path)
         for method, path in (*list_routes(ours), *list_routes(monailabel.app.app.router.routes))
@@ -439,21 +469,21 @@ def list_all_routes() -> set[tuple[str, str]]:
 
 
 def test_every_route_of_the_app_has_a_row_of_its_own():
-    rows = {(rule.method, rule.path) for rule in access.RULES}
+    rows = {(row.method, row.path) for row in build_table(build_endpoints()).endpoints}
     missing = {route for route in list_all_routes() if route not in rows}
-    assert not missing, "give them a row in progidiff.server.gate.access.RULES"
+    assert not missing, "declare them, see progidiff.server.gate.endpoints"
 
 
 def test_every_row_is_found_by_an_address_of_its_own_and_stands_for_a_route():
-    routes = list_all_routes()
-    for rule in access.RULES:
-        example = re.sub(r"\{(\w+)(:path)?\}", lambda match: "a/b" if match[2] else "example", rule.path)
-        assert access.find_rule(rule.method, example) is rule, f"{rule.method} {rule.path} is hidden by a row above it"
-        assert (rule.method, rule.path) in routes, f"{rule.method} {rule.path} is no route"
+    routes, table = list_all_routes(), build_table(build_endpoints())
+    for row in table.endpoints:
+        example = re.sub(r"\{(\w+)(:path)?\}", lambda match: "a/b" if match[2] else "example", row.path)
+        assert table.find(row.method, example) is row, f"{row.method} {row.path} is hidden by a row above it"
+        assert (row.method, row.path) in routes, f"{row.method} {row.path} is no route"
 
 
 def test_only_the_login_is_open():
-    assert {rule.path for rule in access.RULES if rule.role is access.OPEN} == {
+    assert {row.path for row in build_table(build_endpoints()).endpoints if row.role is OPEN} == {
         "/auth/",
         "/auth/token",
         "/progidiff/login",
@@ -463,24 +493,26 @@ def test_only_the_login_is_open():
 
 
 def test_what_changes_something_needs_more_than_reading():
-    for rule in access.RULES:
-        if rule.method != "GET" and rule.role is not access.OPEN:
-            assert rule.role is not None
-            assert rule.role.covers(ANNOTATE), rule
+    for row in build_table(build_endpoints()).endpoints:
+        if row.method != "GET" and row.role is not OPEN:
+            assert row.role is not None
+            assert row.role.covers(ANNOTATE), row
 
 
 def test_the_page_prints_the_table_of_the_code():
     page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
-    assert access.insert_table(page) == page, "run: python -m progidiff.server.gate.access"
+    table = build_table(build_endpoints())
+    assert insert_table(page, table) == page, "run: python -m progidiff.server.routes.table"
 
 
 def test_every_closed_address_has_a_row_that_says_so():
     from progidiff.server.routes.host import CLOSED
 
-    for method, path, reason in CLOSED:
-        assert reason.count(".") >= 2, "a reason and what to do instead"
-        rule = next(rule for rule in access.RULES if (rule.method, rule.path) == (method, path))
-        assert rule.accepts.startswith(access.CLOSED), rule
+    rows = build_table(build_endpoints()).endpoints
+    for closed in CLOSED:
+        assert closed.reason.count(".") >= 2, "a reason and what to do instead"
+        row = next(row for row in rows if (row.method, row.path) == (closed.method, closed.path))
+        assert row.summary.startswith(CLOSED_MARK), row
 
 
 def test_nothing_of_ours_loads_pickles():

@@ -5,7 +5,7 @@ a cookie by browsers and as a bearer token by Slicer. Nothing of it is kept but 
 logout, so sessions survive a restart; removing a user, changing a password or removing a token ends them at once,
 because the stamp no longer fits.
 
-Routes say what they need with `CAN_READ`, `CAN_ANNOTATE` or `CAN_ADMINISTER`, which give the `User`.
+What a role may do is in the declaration of each address, see `progidiff.server.gate.endpoints`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, Request
 from pydantic import FiniteFloat, TypeAdapter
 
 from progidiff.errors import AccessError, LoginError, RequestError, TooManyTriesError
@@ -362,32 +361,23 @@ def _decode(text: str) -> bytes:
 
 
 def set_user(scope: Any, user: User) -> None:
-    """Leave the user of a request where `get_user` finds it."""
+    """Leave the user of a request where `find_user` finds it."""
     scope[_USER_KEY] = user
 
 
-def get_user(request: Request) -> User:
+def find_user(scope: Any) -> User:
     """The user of a request.
 
     Raises:
         AccessError: if no guard has looked at the request.
     """
-    user = request.scope.get(_USER_KEY)
+    user = scope.get(_USER_KEY)
     if not isinstance(user, User):
         raise AccessError(
             "Nobody has checked who sends this. Start the server with --app "
             "apps/progidiff, which puts a guard before its routes."
         )
     return user
-
-
-def _require(role: Role) -> Any:
-    def check(request: Request) -> User:
-        user = get_user(request)
-        check_role(user, role)
-        return user
-
-    return Depends(check)
 
 
 def check_role(user: User, needed: Role) -> None:
@@ -402,9 +392,3 @@ def check_role(user: User, needed: Role) -> None:
             f"This needs the role {needed}, and {who} has {user.role}. Log in as somebody "
             "else, or ask an administrator."
         )
-
-
-CAN_READ = _require(Role.READ)
-CAN_ANNOTATE = _require(Role.ANNOTATE)
-CAN_ADMINISTER = _require(Role.ADMINISTER)
-"""Defaults of a route's parameter `user`: `user: User = CAN_READ`."""

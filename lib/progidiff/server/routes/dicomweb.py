@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import requests
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from monailabel.config import settings
 from pydicom.dataelem import DataElement
@@ -36,7 +36,8 @@ from progidiff.labels.history import FINAL
 from progidiff.proposals.request import DISAGREEMENT
 from progidiff.server.datastores.images import find_image
 from progidiff.server.datastores.served_images import ServedImages
-from progidiff.server.gate.auth import CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.gate.auth import User
+from progidiff.server.gate.endpoints import ANNOTATE, CALLER, LARGE, LONG, READ, Endpoint, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes.labels import save
 
@@ -63,32 +64,50 @@ _BULK = re.compile(rf"{_LEVELS}/bulkdata(?:/[A-Za-z0-9_-]+)*")
 _KNOWN = (_SEARCH, _METADATA, _FRAMES, _PICTURE, _FILES, _BULK)
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """Searching, retrieving and storing."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
-
-    @router.get(
-        "/proxy/dicom/{path:path}", tags=["DICOMweb"], summary="Search and retrieve studies, series and instances"
+    endpoints = Endpoints()
+    # The host has a route for each service; the one below answers before them.
+    endpoints.of_host(
+        Endpoint("GET", "/proxy/dicom/qido/{path:path}", READ, "DICOMweb searches below the configured root"),
+        Endpoint("GET", "/proxy/dicom/wado/{path:path}", READ, "DICOMweb retrieval below the configured root"),
+        Endpoint("GET", "/proxy/dicom/stow/{path:path}", READ, "The same (OHIF uses one root for both)"),
     )
-    def retrieve(path: str, request: Request, user: User = CAN_READ) -> Response:
+
+    @endpoints.get(
+        "/proxy/dicom/{path:path}", READ, tags=["DICOMweb"], summary="Search and retrieve studies, series and instances"
+    )
+    def retrieve(path: str, request: Request) -> Response:
         resource = _strip_service(path)
         served = get_context().served
         if served.is_remote:
             return _forward(path.partition("/")[0], resource, request)
         return _answer(served, resource, request)
 
-    @router.post(
+    @endpoints.post(
         "/proxy/dicom/{service}/studies",
+        ANNOTATE,
         tags=["DICOMweb"],
         summary="Store DICOM segmentations as labels of their images",
+        takes="multipart/related: DICOM SEGs",
+        body=LARGE,
+        deadline=LONG,
     )
-    @router.post("/proxy/dicom/{service}/studies/{study}", include_in_schema=False)
-    async def store(request: Request, service: str, study: str = "", user: User = CAN_ANNOTATE) -> Response:
+    @endpoints.post(
+        "/proxy/dicom/{service}/studies/{study}",
+        ANNOTATE,
+        include_in_schema=False,
+        summary="The same, of one study",
+        takes="multipart/related: DICOM SEGs",
+        body=LARGE,
+        deadline=LONG,
+    )
+    async def store(request: Request, service: str, study: str = "", user: User = CALLER) -> Response:
         _strip_service(f"{service}/")
         parts = read_parts(request.headers.get("content-type", ""), await request.body())
         return await run_in_threadpool(_store, get_context(), parts, study, user)
 
-    return router
+    return endpoints
 
 
 def _strip_service(path: str) -> str:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter
-from monailabel.config import settings
 from pydantic import BaseModel, ConfigDict
 
-from progidiff.server.gate.auth import CAN_ADMINISTER, User
+from progidiff.server.gate.endpoints import ADMINISTER, Endpoints
 from progidiff.storage.state_files import list_damage
 
 
@@ -31,17 +29,18 @@ class HealthAnswer(BaseModel):
     damaged: list[DamageAnswer]
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """`/progidiff/health`."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+    endpoints = Endpoints()
 
-    @router.get(
+    @endpoints.get(
         "/progidiff/health",
+        ADMINISTER,
         tags=["ProGiDiff"],
         summary="What was found damaged since the start, and what holds instead",
     )
-    def describe_health(user: User = CAN_ADMINISTER) -> HealthAnswer:
+    def describe_health() -> HealthAnswer:
         damaged = [DamageAnswer.model_validate(damage) for damage in list_damage()]
         return HealthAnswer(healthy=not damaged, damaged=damaged)
 
-    return router
+    return endpoints

@@ -1,7 +1,7 @@
 """The host's routes that are not safe as they are, closed or written anew under the same address.
 
 Closed ones answer 410 with the reason and what to use instead: an old client then says more than "not found". The table
-in `progidiff.server.gate.access` has all of them; `docs/security.md` says what each of them would have done.
+in docs/security.md has all of them and says what each of them would have done.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, File, Query, UploadFile
+from fastapi import File, Query, UploadFile
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
@@ -26,61 +27,118 @@ from monailabel.utils.sessions import SessionInfo, Sessions
 
 from progidiff.errors import ClosedError, NotFoundError, RequestError
 from progidiff.images.archives import SUFFIXES, Limits, extract_archive
-from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_ANNOTATE, User
+from progidiff.server.gate.auth import User
+from progidiff.server.gate.endpoints import (
+    ADMINISTER,
+    ANNOTATE,
+    CALLER,
+    CLOSED_MARK,
+    LONG,
+    MEDIUM,
+    OPEN,
+    READ,
+    UPLOAD,
+    Endpoint,
+    Endpoints,
+)
 from progidiff.server.parts import get_context
+from progidiff.users import Role
 
 logger = logging.getLogger(__name__)
 
-CLOSED: tuple[tuple[str, str, str], ...] = (
-    (
+
+@dataclass(frozen=True)
+class Closed:
+    """An address of the host that this server does not offer.
+
+    Attributes:
+        method: As in `Endpoint`.
+        path: As in `Endpoint`.
+        role: Who is told the reason; a client that may not even ask learns nothing.
+        would: What it would do, in a few words.
+        reason: Why it is closed, and what to do instead.
+        body: Bytes that are read before the answer.
+    """
+
+    method: str
+    path: str
+    role: Role
+    would: str
+    reason: str
+    body: int = 0
+
+
+_FOLDERS = "A model is a folder of several files."
+_SLIDES = "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes."
+_SCORES = "The server scores slices by itself, in the background. Leave the request out."
+_STORES = "This is no address to store DICOM at. POST instances to /proxy/dicom/stow/studies, as multipart/related."
+
+CLOSED: tuple[Closed, ...] = (
+    Closed(
         "GET",
         "/docs",
+        READ,
+        "its page loads scripts from another site",
         "Its page would load scripts from another site into this one. GET /openapi.json has the same description.",
     ),
-    (
+    Closed(
         "POST",
         "/reload",
-        "Reloading a running app can hang the server for good. Stop it and start it "
-        "again; nothing that was saved is lost.",
+        ADMINISTER,
+        "could hang the server",
+        "Reloading a running app can hang the server for good. Stop it and start it again; nothing that was saved is "
+        "lost.",
     ),
-    (
+    Closed(
         "GET",
         "/model/{model}",
-        "A model is a folder of several files. Copy it from the server's disk; `progidiff "
-        "adapters list` shows versions.",
+        ADMINISTER,
+        "models are folders",
+        f"{_FOLDERS} Copy it from the server's disk; `progidiff adapters list` shows versions.",
     ),
-    ("GET", "/model/info/{model}", "A model is a folder of several files. GET /info/ names its version."),
-    (
+    Closed("GET", "/model/info/{model}", ADMINISTER, "models are folders", f"{_FOLDERS} GET /info/ names its version."),
+    Closed(
         "PUT",
         "/model/{model}",
-        "Weights are not taken over the network. An administrator puts them on the disk "
-        "and names the folder with --conf model_dir.",
+        ADMINISTER,
+        "would load uploaded weights",
+        "Weights are not taken over the network. An administrator puts them on the disk and names the folder with "
+        "--conf model_dir.",
     ),
-    (
+    Closed(
         "DELETE",
         "/model/{model}",
+        ADMINISTER,
+        "would remove weights",
         "Models are not removed over the network. `progidiff adapters rollback` takes a version back.",
     ),
-    (
-        "POST",
-        "/infer/wsi/{model}",
-        "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes.",
+    Closed("POST", "/infer/wsi/{model}", ANNOTATE, "pathology slides; would read any file", _SLIDES, MEDIUM),
+    Closed("POST", "/infer/wsi_v2/{model}", ANNOTATE, "pathology slides; would read any file", _SLIDES, MEDIUM),
+    Closed("POST", "/scoring/", ADMINISTER, "starts a process per method", _SCORES, MEDIUM),
+    Closed("POST", "/scoring/{method}", ADMINISTER, "starts a process per method", _SCORES, MEDIUM),
+    Closed(
+        "DELETE",
+        "/scoring/",
+        ADMINISTER,
+        "there is nothing to stop",
+        "The host's scoring never runs here. Leave the request out.",
     ),
-    (
-        "POST",
-        "/infer/wsi_v2/{model}",
-        "Pathology slides are not served here. POST /infer/progidiff answers for CT and MR volumes.",
-    ),
-    ("POST", "/scoring/", "The server scores slices by itself, in the background. Leave the request out."),
-    ("POST", "/scoring/{method}", "The server scores slices by itself, in the background. Leave the request out."),
-    ("DELETE", "/scoring/", "The host's scoring never runs here. Leave the request out."),
-    (
-        "POST",
-        "/proxy/dicom/{path:path}",
-        "This is no address to store DICOM at. POST instances to /proxy/dicom/stow/studies, as multipart/related.",
+    *(
+        Closed("POST", f"/proxy/dicom/{service}{{path:path}}", ANNOTATE, "no address to store at", _STORES)
+        for service in ("stow/", "wado/", "qido/", "")
     ),
 )
-"""Method, path, and why it is closed and what to do instead."""
+
+_ANSWERED_BY_HOST = (
+    Endpoint("GET", "/favicon.ico", OPEN, "The icon"),
+    Endpoint("GET", "/openapi.json", READ, "Description of all addresses"),
+    Endpoint("GET", "/static/{path:path}", READ, "Files of the host's wheel (OHIF)"),
+    Endpoint("GET", "/ohif/{path:path}", READ, "OHIF"),
+    Endpoint("GET", "/info/", READ, "What the server offers"),
+    Endpoint("GET", "/batch/infer", READ, "Status of the batch"),
+    Endpoint("DELETE", "/batch/infer", ADMINISTER, "Stops the batch"),
+    Endpoint("GET", "/scoring/", READ, "Status of the host's scoring"),
+)
 
 _MAX_LOG_LINES = 10_000
 _GPU_SECONDS = 10
@@ -90,20 +148,25 @@ _META = "meta.info"
 _ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """Sessions and logs anew, and the closed routes."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+    endpoints = Endpoints()
 
-    @router.put(
+    @endpoints.put(
         "/session/",
+        ANNOTATE,
         tags=["Session"],
         summary="Upload an image for a while: one file, several DICOM files, or an archive of them",
+        takes="Form: files (1 to 1000, or one archive with uncompress); query: uncompress, expiry; unpacked within "
+        "limits",
+        body=UPLOAD,
+        deadline=LONG,
     )
     def create_session(
         files: list[UploadFile] = File(...),
         uncompress: bool = False,
         expiry: int = Query(0, ge=0, le=30 * 86_400),
-        user: User = CAN_ANNOTATE,
+        user: User = CALLER,
     ) -> dict[str, Any]:
         sessions = _sessions()
         with tempfile.TemporaryDirectory(prefix="progidiff-session-") as folder:
@@ -112,8 +175,14 @@ def build_router() -> APIRouter:
         logger.info("Session %s by '%s': %d files", session_id, user.name, len(files))
         return {"session_id": session_id, "session_info": _describe(info)}
 
-    @router.get("/session/{session_id}", tags=["Session"], summary="State of an uploaded image, or its file")
-    def get_session(session_id: str, update_ts: bool = False, image: bool = False, user: User = CAN_ANNOTATE) -> Any:
+    @endpoints.get(
+        "/session/{session_id}",
+        ANNOTATE,
+        tags=["Session"],
+        summary="State of an uploaded image, or its file",
+        takes="Query: image, update_ts",
+    )
+    def get_session(session_id: str, update_ts: bool = False, image: bool = False) -> Any:
         info = _find(session_id, update_ts)
         if not image:
             return _describe(info)
@@ -124,22 +193,28 @@ def build_router() -> APIRouter:
             )
         return FileResponse(info.image, media_type="application/octet-stream", filename=Path(info.image).name)
 
-    @router.delete("/session/{session_id}", tags=["Session"], summary="Remove an uploaded image")
-    def remove_session(session_id: str, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+    @endpoints.delete("/session/{session_id}", ANNOTATE, tags=["Session"], summary="Remove an uploaded image")
+    def remove_session(session_id: str) -> dict[str, Any]:
         info = _find(session_id)
         _sessions().remove_session(session_id)
         return _describe(info)
 
-    @router.get("/logs/", tags=["Others"], summary="The end of the server's log, as text")
-    def get_log(lines: int = Query(300, ge=1, le=_MAX_LOG_LINES), user: User = CAN_ADMINISTER) -> Response:
+    @endpoints.get(
+        "/logs/",
+        ADMINISTER,
+        tags=["Others"],
+        summary="The end of the server's log, as text",
+        takes="Query: lines (1 to 10000)",
+    )
+    def get_log(lines: int = Query(300, ge=1, le=_MAX_LOG_LINES)) -> Response:
         file = Path(settings.MONAI_LABEL_APP_DIR) / "logs" / "app.log"
         if not file.is_file():
             raise NotFoundError("This server writes no log file. Look at what it prints where it was started.")
         with file.open(encoding="utf-8", errors="replace") as log:
             return PlainTextResponse("".join(deque(log, lines)))
 
-    @router.get("/logs/gpu", tags=["Others"], summary="What nvidia-smi says")
-    def get_gpus(user: User = CAN_ADMINISTER) -> Response:
+    @endpoints.get("/logs/gpu", ADMINISTER, tags=["Others"], summary="What nvidia-smi says")
+    def get_gpus() -> Response:
         try:
             found = subprocess.run(
                 ["nvidia-smi"], capture_output=True, text=True, encoding="utf-8", timeout=_GPU_SECONDS, check=True
@@ -151,14 +226,19 @@ def build_router() -> APIRouter:
             ) from err
         return PlainTextResponse(found.stdout)
 
-    for method, path, reason in CLOSED:
-        router.add_api_route(path, _build_closed(f"{method} {path}", reason), methods=[method], include_in_schema=False)
-    return router
+    endpoints.of_host(*_ANSWERED_BY_HOST)
+    for closed in CLOSED:
+        summary = f"{CLOSED_MARK} ({closed.would})"
+        declare = endpoints.add(
+            closed.method, closed.path, closed.role, summary=summary, body=closed.body, include_in_schema=False
+        )
+        declare(_build_closed(closed))
+    return endpoints
 
 
-def _build_closed(address: str, reason: str) -> Callable[[], None]:
+def _build_closed(closed: Closed) -> Callable[[], None]:
     def refuse() -> None:
-        raise ClosedError(f"{address} is closed on this server. {reason}")
+        raise ClosedError(f"{closed.method} {closed.path} is closed on this server. {closed.reason}")
 
     return refuse
 

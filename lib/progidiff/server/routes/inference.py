@@ -19,8 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, BackgroundTasks, File, Form, UploadFile
-from monailabel.config import settings
+from fastapi import BackgroundTasks, File, Form, UploadFile
 from monailabel.endpoints.batch_infer import run as start_batch
 from monailabel.endpoints.infer import ResultType, send_response
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
@@ -29,7 +28,7 @@ from monailabel.interfaces.utils.app import app_instance
 from progidiff.errors import NotFoundError, ProGiDiffError, RequestError
 from progidiff.params import read_choice, read_int
 from progidiff.server.datastores.images import find_image
-from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.gate.endpoints import ADMINISTER, ANNOTATE, LONG, MEDIUM, READ, UPLOAD, Content, Endpoints
 from progidiff.server.inference import check_tag, find_model, infer, pick_options
 from progidiff.server.parts import get_context
 from progidiff.server.tasks.pictures import TextDiffInferTask
@@ -41,11 +40,20 @@ from progidiff.storage.json_text import read_json_object
 logger = logging.getLogger(__name__)
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """Inference, batches, jobs and kept proposals."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+    endpoints = Endpoints()
 
-    @router.post("/infer/{model}", tags=["Infer"], summary="Proposals for a prompt; see /progidiff/jobs for progress")
+    @endpoints.post(
+        "/infer/{model}",
+        ANNOTATE,
+        tags=["Infer"],
+        summary="Proposals for a prompt; see /progidiff/jobs for progress",
+        takes="Query: image (id), session_id, output; form: params (JSON; K, steps, volume size bounded), file (NIfTI, "
+        "NRRD, MHA), label (ignored)",
+        body=UPLOAD,
+        deadline=LONG,
+    )
     def run_infer(
         background_tasks: BackgroundTasks,
         model: str,
@@ -55,7 +63,6 @@ def build_router() -> APIRouter:
         file: UploadFile | None = File(None),
         label: UploadFile | None = File(None),
         output: ResultType | None = None,
-        user: User = CAN_ANNOTATE,
     ) -> Any:
         app = app_instance()
         request: dict[str, Any] = {
@@ -100,13 +107,21 @@ def build_router() -> APIRouter:
                 ) from err
         return send_response(app.datastore(), result, output, background_tasks)
 
-    @router.post("/batch/infer/{model}", tags=["Infer"], summary="The same prompt on many images")
+    @endpoints.post(
+        "/batch/infer/{model}",
+        ADMINISTER,
+        tags=["Infer"],
+        summary="The same prompt on many images",
+        takes="JSON: options of the task; query: images, run_sync",
+        body=MEDIUM,
+        content=Content.PARAMS,
+        deadline=LONG,
+    )
     def run_batch(
         model: str,
         images: BatchInferImageType = BatchInferImageType.IMAGES_ALL,
         params: dict[str, Any] | None = None,
         run_sync: bool = False,
-        user: User = CAN_ADMINISTER,
     ) -> Any:
         task = find_model(app_instance(), model)
         options = _read_batch(params or {})
@@ -116,30 +131,42 @@ def build_router() -> APIRouter:
             task.read_request(pick_options(options))
         return start_batch(model, images, options, run_sync)
 
-    @router.get("/progidiff/jobs", tags=["ProGiDiff"], summary="Waiting, running and recent jobs, newest first")
-    async def list_jobs(image: str | None = None, user: User = CAN_READ) -> list[dict[str, Any]]:
+    @endpoints.get(
+        "/progidiff/jobs",
+        READ,
+        tags=["ProGiDiff"],
+        summary="Waiting, running and recent jobs, newest first",
+        takes="Query: image",
+    )
+    async def list_jobs(image: str | None = None) -> list[dict[str, Any]]:
         return [job.info() for job in _task().queue.list(image)]
 
-    @router.get("/progidiff/jobs/{job_id}", tags=["ProGiDiff"], summary="State and progress of one job")
-    async def get_job(job_id: str, user: User = CAN_READ) -> dict[str, Any]:
+    @endpoints.get("/progidiff/jobs/{job_id}", READ, tags=["ProGiDiff"], summary="State and progress of one job")
+    async def get_job(job_id: str) -> dict[str, Any]:
         return _task().queue.get(job_id).info()
 
-    @router.delete("/progidiff/jobs/{job_id}", tags=["ProGiDiff"], summary="Cancel a job")
-    async def cancel_job(job_id: str, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+    @endpoints.delete("/progidiff/jobs/{job_id}", ANNOTATE, tags=["ProGiDiff"], summary="Cancel a job")
+    async def cancel_job(job_id: str) -> dict[str, Any]:
         job = _task().queue.get(job_id)
         job.cancel()
         return job.info()
 
-    @router.get("/progidiff/proposals/{image}", tags=["ProGiDiff"], summary="Kept proposals of an image")
-    def describe_proposals(image: str, proposals: str | None = None, user: User = CAN_READ) -> dict[str, Any]:
+    @endpoints.get(
+        "/progidiff/proposals/{image}",
+        READ,
+        tags=["ProGiDiff"],
+        summary="Kept proposals of an image",
+        takes="Query: proposals (a key)",
+    )
+    def describe_proposals(image: str, proposals: str | None = None) -> dict[str, Any]:
         find_image(app_instance(), image)
         return _task().describe_proposals(image, proposals)
 
-    @router.get("/progidiff/prompts", tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
-    async def list_prompts(user: User = CAN_READ) -> list[dict[str, Any]]:
+    @endpoints.get("/progidiff/prompts", READ, tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
+    async def list_prompts() -> list[dict[str, Any]]:
         return _task().list_prompts()
 
-    return router
+    return endpoints
 
 
 def _read_batch(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,9 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, File, Form, UploadFile
+from fastapi import File, Form, UploadFile
 from fastapi.responses import FileResponse, PlainTextResponse, Response
-from monailabel.config import settings
 from monailabel.endpoints import datastore as host
 from monailabel.utils.others.generic import get_mime_type
 from starlette.background import BackgroundTask
@@ -30,7 +29,8 @@ from progidiff.labels.audit import format_audit, list_audit
 from progidiff.labels.history import FINAL, LABEL_SUFFIXES, Annotation, AnnotationStore
 from progidiff.server.datastores import images
 from progidiff.server.datastores.local import IMAGE_SUFFIXES, SafeLocalDatastore, check_id, check_tag
-from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.gate.auth import User
+from progidiff.server.gate.endpoints import ADMINISTER, ANNOTATE, CALLER, LONG, MEDIUM, READ, UPLOAD, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.storage.json_text import read_json_object
 
@@ -40,23 +40,36 @@ _CHECKSUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
 _MAX_LISTED = 1000
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """Every `/datastore` route, and `/progidiff/annotations`."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
-    _add_datastore_routes(router)
-    _add_image_routes(router)
-    _add_label_routes(router)
-    _add_history_routes(router)
-    return router
+    endpoints = Endpoints()
+    _add_datastore_routes(endpoints)
+    _add_image_routes(endpoints)
+    _add_label_routes(endpoints)
+    _add_history_routes(endpoints)
+    return endpoints
 
 
-def _add_datastore_routes(router: APIRouter) -> None:
-    @router.get("/datastore/", tags=["Datastore"], summary="All images and labels, or their numbers")
-    def get_datastore(output: host.ResultType | None = None, user: User = CAN_READ) -> Any:
+def _add_datastore_routes(endpoints: Endpoints) -> None:
+    @endpoints.get(
+        "/datastore/",
+        READ,
+        tags=["Datastore"],
+        summary="All images and labels, or their numbers",
+        takes="Query: output (stats, all, train)",
+    )
+    def get_datastore(output: host.ResultType | None = None) -> Any:
         return host.datastore(output)
 
-    @router.get("/datastore/dataset", tags=["Datastore"], summary="Images and final labels as a ZIP archive")
-    def download_dataset(limit_cases: int | None = None, user: User = CAN_ANNOTATE) -> Response:
+    @endpoints.get(
+        "/datastore/dataset",
+        ANNOTATE,
+        tags=["Datastore"],
+        summary="Images and final labels as a ZIP archive",
+        takes="Query: limit_cases",
+        deadline=LONG,
+    )
+    def download_dataset(limit_cases: int | None = None) -> Response:
         if limit_cases is not None and limit_cases < 1:
             raise RequestError("limit_cases must be 1 or more; leave it out for all.")
         try:
@@ -68,11 +81,25 @@ def _add_datastore_routes(router: APIRouter) -> None:
         )
 
 
-def _add_image_routes(router: APIRouter) -> None:
-    @router.put("/datastore/", include_in_schema=False)
-    @router.put("/datastore/image", tags=["Datastore"], summary="Add an image")
+def _add_image_routes(endpoints: Endpoints) -> None:
+    @endpoints.put(
+        "/datastore/",
+        ANNOTATE,
+        include_in_schema=False,
+        summary="Add an image",
+        takes="As PUT /datastore/image",
+        body=UPLOAD,
+    )
+    @endpoints.put(
+        "/datastore/image",
+        ANNOTATE,
+        tags=["Datastore"],
+        summary="Add an image",
+        takes="Query: image (id: letters, digits, '.', '_', '-'); form: file (a readable volume), params",
+        body=UPLOAD,
+    )
     def add_image(
-        image: str | None = None, params: str = Form("{}"), file: UploadFile = File(...), user: User = CAN_ANNOTATE
+        image: str | None = None, params: str = Form("{}"), file: UploadFile = File(...), user: User = CALLER
     ) -> dict[str, Any]:
         info = read_object(params, "params")
         if user.name:
@@ -82,13 +109,21 @@ def _add_image_routes(router: APIRouter) -> None:
             image_id = check_id(image or name[: -len(suffix)])
             return {"image": get_context().app.datastore().add_image(image_id, str(path), info)}
 
-    @router.delete("/datastore/", include_in_schema=False)
-    @router.delete(
+    @endpoints.delete(
+        "/datastore/",
+        ADMINISTER,
+        include_in_schema=False,
+        summary="Take an image and its labels out",
+        takes="As DELETE /datastore/image",
+    )
+    @endpoints.delete(
         "/datastore/image",
+        ADMINISTER,
         tags=["Datastore"],
         summary="Take an image and its labels out; they go to the server's trash",
+        takes="Query: id",
     )
-    def remove_image(id: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
+    def remove_image(id: str, user: User = CALLER) -> dict[str, Any]:
         datastore = get_context().app.datastore()
         if isinstance(datastore, SafeLocalDatastore):
             datastore.remove_image(id, user.name)
@@ -97,75 +132,127 @@ def _add_image_routes(router: APIRouter) -> None:
             datastore.remove_image(id)
         return {}
 
-    @router.head("/datastore/image", tags=["Datastore"], summary="Whether an image is there")
-    def check_image(image: str, check_sum: str | None = None, user: User = CAN_READ) -> dict[str, Any]:
+    @endpoints.head("/datastore/image", tags=["Datastore"], summary="Whether an image is there")
+    def check_image(image: str, check_sum: str | None = None) -> dict[str, Any]:
         _check_sum(_find_file(images.find_image(get_context().app, image)), check_sum)
         return {}
 
-    @router.get("/datastore/image", tags=["Datastore"], summary="Download an image")
-    def download_image(image: str, user: User = CAN_READ) -> Response:
+    @endpoints.get(
+        "/datastore/image",
+        READ,
+        tags=["Datastore"],
+        summary="Download an image",
+        takes="Query: image (id); HEAD with check_sum",
+    )
+    def download_image(image: str) -> Response:
         return _send(_find_file(images.find_image(get_context().app, image)))
 
-    @router.get("/datastore/image/info", tags=["Datastore"], summary="What is known about an image")
-    def get_image_info(image: str, user: User = CAN_READ) -> Any:
+    @endpoints.get(
+        "/datastore/image/info", READ, tags=["Datastore"], summary="What is known about an image", takes="Query: image"
+    )
+    def get_image_info(image: str) -> Any:
         images.find_image(get_context().app, image)
         return get_context().app.datastore().get_image_info(image)
 
-    @router.put("/datastore/image/info", tags=["Datastore"], summary="Add to what is known about an image")
-    def put_image_info(image: str, info: str = Form("{}"), user: User = CAN_ANNOTATE) -> Any:
+    @endpoints.put(
+        "/datastore/image/info",
+        ANNOTATE,
+        tags=["Datastore"],
+        summary="Add to what is known about an image",
+        takes="Query: image; form: info (JSON object)",
+        body=MEDIUM,
+    )
+    def put_image_info(image: str, info: str = Form("{}"), user: User = CALLER) -> Any:
         images.find_image(get_context().app, image)
         return get_context().app.datastore().update_image_info(image, _with_user(read_object(info, "info"), user))
 
 
-def _add_label_routes(router: APIRouter) -> None:
-    @router.put("/datastore/label", tags=["Datastore"], summary="Save a label")
+def _add_label_routes(endpoints: Endpoints) -> None:
+    @endpoints.put(
+        "/datastore/label",
+        ANNOTATE,
+        tags=["Datastore"],
+        summary="Save a label",
+        takes="Query: image, tag; form: label (on the image's grid, whole numbers, known ids), params",
+        body=UPLOAD,
+    )
     def save_label(
-        image: str, params: str = Form("{}"), tag: str = FINAL, label: UploadFile = File(...), user: User = CAN_ANNOTATE
+        image: str, params: str = Form("{}"), tag: str = FINAL, label: UploadFile = File(...), user: User = CALLER
     ) -> dict[str, Any]:
         context = get_context()
         options = read_object(params, "params")
         with _received(label, LABEL_SUFFIXES) as (path, _):
             return save(context, image, path, tag or FINAL, options, user.name)
 
-    @router.delete("/datastore/label", tags=["Datastore"], summary="Take a label out of force; the history keeps it")
-    def remove_label(id: str, tag: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
+    @endpoints.delete(
+        "/datastore/label",
+        ADMINISTER,
+        tags=["Datastore"],
+        summary="Take a label out of force; the history keeps it",
+        takes="Query: id, tag",
+    )
+    def remove_label(id: str, tag: str, user: User = CALLER) -> dict[str, Any]:
         get_context().labels.remove_label(id, tag, user.name)
         return {}
 
-    @router.head("/datastore/label", tags=["Datastore"], summary="Whether a label is there")
-    def check_label(image: str, tag: str, user: User = CAN_READ) -> dict[str, Any]:
+    @endpoints.head("/datastore/label", tags=["Datastore"], summary="Whether a label is there")
+    def check_label(image: str, tag: str) -> dict[str, Any]:
         _find_label(image, tag)
         return {}
 
-    @router.get("/datastore/label", tags=["Datastore"], summary="Download a label")
-    def download_label(label: str, tag: str, user: User = CAN_READ) -> Response:
+    @endpoints.get(
+        "/datastore/label", READ, tags=["Datastore"], summary="Download a label", takes="Query: label (image id), tag"
+    )
+    def download_label(label: str, tag: str) -> Response:
         return _send(_find_label(label, tag))
 
-    @router.get("/datastore/label/info", tags=["Datastore"], summary="What is known about a label")
-    def get_label_info(label: str, tag: str, user: User = CAN_READ) -> Any:
+    @endpoints.get(
+        "/datastore/label/info",
+        READ,
+        tags=["Datastore"],
+        summary="What is known about a label",
+        takes="Query: label, tag",
+    )
+    def get_label_info(label: str, tag: str) -> Any:
         _check_label_name(label, tag)
         return get_context().app.datastore().get_label_info(label, tag)
 
-    @router.put("/datastore/label/info", tags=["Datastore"], summary="Add to what is known about a label")
-    def put_label_info(label: str, tag: str, info: str = Form("{}"), user: User = CAN_ANNOTATE) -> Any:
+    @endpoints.put(
+        "/datastore/label/info",
+        ANNOTATE,
+        tags=["Datastore"],
+        summary="Add to what is known about a label",
+        takes="Query: label, tag; form: info (JSON object)",
+        body=MEDIUM,
+    )
+    def put_label_info(label: str, tag: str, info: str = Form("{}"), user: User = CALLER) -> Any:
         _check_label_name(label, tag)
         return get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(info, "info"), user))
 
-    @router.put("/datastore/updatelabelinfo", include_in_schema=False)
-    def update_label_info(label: str, tag: str, params: str = Form("{}"), user: User = CAN_ANNOTATE) -> Any:
+    @endpoints.put(
+        "/datastore/updatelabelinfo",
+        ANNOTATE,
+        include_in_schema=False,
+        summary="Add to what is known about a label",
+        takes="As PUT /datastore/label/info, form field params",
+        body=MEDIUM,
+    )
+    def update_label_info(label: str, tag: str, params: str = Form("{}"), user: User = CALLER) -> Any:
         _check_label_name(label, tag)
         return (
             get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(params, "params"), user))
         )
 
 
-def _add_history_routes(router: APIRouter) -> None:
-    @router.get(
+def _add_history_routes(endpoints: Endpoints) -> None:
+    @endpoints.get(
         "/progidiff/annotations",
+        READ,
         tags=["ProGiDiff"],
         summary="Saved labels, newest first, and which slices are annotated",
+        takes="Query: image, limit",
     )
-    def list_annotations(image: str | None = None, limit: int = 100, user: User = CAN_READ) -> dict[str, Any]:
+    def list_annotations(image: str | None = None, limit: int = 100) -> dict[str, Any]:
         if not 1 <= limit <= _MAX_LISTED:
             raise RequestError(f"limit must be from 1 to {_MAX_LISTED}; GET /progidiff/annotations/export gives all.")
         store = get_context().annotations
@@ -181,48 +268,59 @@ def _add_history_routes(router: APIRouter) -> None:
             "annotated_slices": {name: _list_slices(slices) for name, slices in annotated.items()},
         }
 
-    @router.get(
+    @endpoints.get(
         "/progidiff/annotations/export",
+        ADMINISTER,
         tags=["ProGiDiff"],
         summary="The audit: one row per saved label, delete, undo, restore and skip",
+        takes="Query: format (csv, jsonl), image",
     )
-    def export_annotations(format: str = "csv", image: str | None = None, user: User = CAN_ADMINISTER) -> Response:
+    def export_annotations(format: str = "csv", image: str | None = None) -> Response:
         text = format_audit(list_audit(get_context().annotations, image), format)
         media = "text/csv" if format == "csv" else "application/x-ndjson"
         return PlainTextResponse(
             text, media_type=media, headers={"Content-Disposition": f'attachment; filename="annotations.{format}"'}
         )
 
-    @router.post(
-        "/progidiff/annotations/{image}/undo", tags=["ProGiDiff"], summary="Go back to the label before the last save"
+    @endpoints.post(
+        "/progidiff/annotations/{image}/undo",
+        ANNOTATE,
+        tags=["ProGiDiff"],
+        summary="Go back to the label before the last save",
     )
-    def undo(image: str, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+    def undo(image: str, user: User = CALLER) -> dict[str, Any]:
         images.find_image(get_context().app, image)
         return _describe_state(image, get_context().labels.undo(image, user.name))
 
-    @router.post(
-        "/progidiff/annotations/{image}/skip", tags=["ProGiDiff"], summary="Note that an image was looked at and left"
+    @endpoints.post(
+        "/progidiff/annotations/{image}/skip",
+        ANNOTATE,
+        tags=["ProGiDiff"],
+        summary="Note that an image was looked at and left",
+        takes="Query: reason",
     )
-    def skip(image: str, reason: str = "", user: User = CAN_ANNOTATE) -> dict[str, Any]:
+    def skip(image: str, reason: str = "", user: User = CALLER) -> dict[str, Any]:
         images.find_image(get_context().app, image)
         event = get_context().annotations.skip(image, user.name, reason)
         return {"image": image, "sequence": event.sequence}
 
-    @router.post(
+    @endpoints.post(
         "/progidiff/annotations/{image}/{sequence}/restore",
+        ANNOTATE,
         tags=["ProGiDiff"],
         summary="Put an earlier save in force again",
     )
-    def restore(image: str, sequence: int, user: User = CAN_ANNOTATE) -> dict[str, Any]:
+    def restore(image: str, sequence: int, user: User = CALLER) -> dict[str, Any]:
         images.find_image(get_context().app, image)
         return _describe_state(image, get_context().labels.restore(image, sequence, user.name))
 
-    @router.get(
+    @endpoints.get(
         "/progidiff/annotations/{image}/{sequence}/label",
+        READ,
         tags=["ProGiDiff"],
         summary="Download a saved label as it was",
     )
-    def download_version(image: str, sequence: int, user: User = CAN_READ) -> Response:
+    def download_version(image: str, sequence: int) -> Response:
         store: AnnotationStore = get_context().annotations
         path = store.label_file(store.get(image, sequence))
         if not path.is_file():

@@ -9,12 +9,13 @@ import logging
 from typing import Any
 from urllib.parse import parse_qsl
 
-from fastapi import APIRouter, Depends, Form, Request
+from fastapi import Depends, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from monailabel.config import settings
 
 from progidiff.errors import BusyError, LoginError, ProGiDiffError
-from progidiff.server.gate.auth import CAN_READ, COOKIE, Authenticator, User
+from progidiff.server.gate.auth import COOKIE, Authenticator, User
+from progidiff.server.gate.endpoints import CALLER, OPEN, READ, SMALL, Endpoints
 from progidiff.server.parts import get_context
 
 logger = logging.getLogger(__name__)
@@ -38,16 +39,23 @@ button { margin-top: 1.2rem } .error { color: #c0392b }
 """
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """Both kinds of login, and the start page."""
     prefix = settings.MONAI_LABEL_API_STR
-    router = APIRouter(prefix=prefix)
+    endpoints = Endpoints()
 
-    @router.get("/auth/", tags=["Auth"], summary="Whether a login is needed")
+    @endpoints.get("/auth/", OPEN, tags=["Auth"], summary="Whether a login is needed (Slicer asks this first)")
     def describe_login() -> dict[str, Any]:
         return {"enabled": _auth().required, "client_id": "progidiff", "realm": ""}
 
-    @router.post("/auth/token", tags=["Auth"], summary="A bearer token for name and password")
+    @endpoints.post(
+        "/auth/token",
+        OPEN,
+        tags=["Auth"],
+        summary="A bearer token for name and password; 10 failures in 5 minutes, then 429",
+        takes="Form: username, password (or a token)",
+        body=SMALL,
+    )
     def give_token(
         request: Request, username: str = Form("", max_length=64), password: str = Form("", max_length=256)
     ) -> dict[str, Any]:
@@ -60,16 +68,29 @@ def build_router() -> APIRouter:
         _, session = auth.log_in(username, password, _address(request))
         return {"access_token": session, "token_type": "bearer", "expires_in": int(auth.session_seconds)}
 
-    @router.get("/auth/token/valid", tags=["Auth"], summary="Whose bearer token it is, if it is still good")
-    def check_token(user: User = CAN_READ) -> dict[str, Any]:
+    @endpoints.get("/auth/token/valid", READ, tags=["Auth"], summary="Whose bearer token it is, if it is still good")
+    def check_token(user: User = CALLER) -> dict[str, Any]:
         return {"username": user.name, "name": user.name, "email": None, "roles": [str(user.role)]}
 
-    @router.get("/progidiff/login", include_in_schema=False)
+    @endpoints.get(
+        "/progidiff/login",
+        OPEN,
+        include_in_schema=False,
+        summary="The login page",
+        takes="Query: next (an address of this server)",
+    )
     def show_login(next: str = _START) -> Response:
         return _page("Log in", _form(_check_target(next)))
 
     # The address is the login page's own, so a browser's back button and a failed try stay on it.
-    @router.post("/progidiff/login", include_in_schema=False)
+    @endpoints.post(
+        "/progidiff/login",
+        OPEN,
+        include_in_schema=False,
+        summary="Sets the session cookie",
+        takes="Form: name, password, next (an address of this server)",
+        body=SMALL,
+    )
     def log_in(request: Request, fields: dict[str, str] = _FIELDS) -> Response:
         auth = _auth()
         name, target = fields.get("name", "").strip(), _check_target(fields.get("next", _START))
@@ -89,7 +110,7 @@ def build_router() -> APIRouter:
         )
         return response
 
-    @router.post("/progidiff/logout", include_in_schema=False)
+    @endpoints.post("/progidiff/logout", OPEN, include_in_schema=False, summary="Ends the session", body=SMALL)
     def log_out(request: Request) -> Response:
         _auth().end_session(request.cookies.get(COOKIE, ""))
         _auth().end_session(request.headers.get("authorization", "").partition(" ")[2].strip())
@@ -97,8 +118,8 @@ def build_router() -> APIRouter:
         response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
         return response
 
-    @router.get("/", include_in_schema=False)
-    def show_start(user: User = CAN_READ) -> Response:
+    @endpoints.get("/", READ, include_in_schema=False, summary="Start page: links, and who is logged in")
+    def show_start(user: User = CALLER) -> Response:
         who = f"You are {html.escape(user.name)} and may {user.role}." if user.name else f"You may {user.role}."
         out = (
             f'<form method="post" action="{prefix}/progidiff/logout"><button>Log out</button></form>'
@@ -116,7 +137,7 @@ def build_router() -> APIRouter:
         )
         return _page("ProGiDiff Label", f"<p>{who} For research, not for diagnosis.</p><ul>{links}</ul>{out}")
 
-    return router
+    return endpoints
 
 
 async def _read_fields(request: Request) -> dict[str, str]:

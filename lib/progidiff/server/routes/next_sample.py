@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
-from monailabel.config import settings
 
 from progidiff.active_learning.report import BATCH, build_report, format_html
 from progidiff.errors import ProGiDiffError, RequestError
@@ -22,7 +21,8 @@ from progidiff.params import read_choice, read_int
 from progidiff.server.background.next_sample import MAX_QUEUE, SLICES_PER_IMAGE
 from progidiff.server.datastores import images
 from progidiff.server.datastores.proposal_labels import refresh_original
-from progidiff.server.gate.auth import CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.gate.auth import User
+from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.parts import Context, get_context
 
 logger = logging.getLogger(__name__)
@@ -30,15 +30,21 @@ logger = logging.getLogger(__name__)
 _MAX_CLIENT = 200
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """Next sample, queue, scoring."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+    endpoints = Endpoints()
 
-    @router.post(
-        "/activelearning/{strategy}", tags=["ActiveLearning"], summary="The image and the slices to annotate next"
+    @endpoints.post(
+        "/activelearning/{strategy}",
+        ANNOTATE,
+        tags=["ActiveLearning"],
+        summary="The image and the slices to annotate next",
+        takes="JSON: options of the strategy",
+        body=MEDIUM,
+        content=Content.PARAMS,
     )
     def pick_next_sample(
-        request: Request, strategy: str, params: dict[str, Any] | None = None, user: User = CAN_ANNOTATE
+        request: Request, strategy: str, params: dict[str, Any] | None = None, user: User = CALLER
     ) -> dict[str, Any]:
         """The host's answer (id, path, what the datastore knows of the image), and beside it `slices`, `reason`,
         `scores_from`.
@@ -63,20 +69,30 @@ def build_router() -> APIRouter:
         # Ours come last: what a client once stored with an image must not pass for the server's answer.
         return {**info, **given, "id": image, **chosen}
 
-    @router.get("/progidiff/queue", tags=["ProGiDiff"], summary="What is to be annotated next, and why")
-    def list_queue(limit: int = 50, user: User = CAN_READ) -> list[dict[str, Any]]:
+    @endpoints.get(
+        "/progidiff/queue",
+        READ,
+        tags=["ProGiDiff"],
+        summary="What is to be annotated next, and why",
+        takes="Query: limit",
+    )
+    def list_queue(limit: int = 50) -> list[dict[str, Any]]:
         return get_context().selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
 
-    @router.get("/progidiff/scoring", tags=["ProGiDiff"], summary="How far the background scoring of the pool is")
-    def describe_scoring(user: User = CAN_READ) -> dict[str, Any]:
+    @endpoints.get(
+        "/progidiff/scoring", READ, tags=["ProGiDiff"], summary="How far the background scoring of the pool is"
+    )
+    def describe_scoring() -> dict[str, Any]:
         return get_context().scorer.progress()
 
-    @router.get(
+    @endpoints.get(
         "/progidiff/report",
+        READ,
         tags=["ProGiDiff"],
         summary="What annotating has brought, as JSON, or as a page with format=html",
+        takes="Query: format (json, html), limit",
     )
-    def describe_progress(format: str = "json", limit: int = 20, user: User = CAN_READ) -> Response:
+    def describe_progress(format: str = "json", limit: int = 20) -> Response:
         context = get_context()
         kind = read_choice(format, "format", ("json", "html"))
         queue = context.selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
@@ -86,7 +102,7 @@ def build_router() -> APIRouter:
         )
         return HTMLResponse(format_html(report)) if kind == "html" else JSONResponse(report)
 
-    return router
+    return endpoints
 
 
 def _prepare_original(context: Context, image: str) -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import monailabel.endpoints
 import numpy as np
-from fastapi import APIRouter
 from fastapi.responses import FileResponse, Response
 from monailabel.config import settings
 
@@ -25,7 +24,7 @@ from progidiff.images.volume import Volume
 from progidiff.prompts.structures import number_structures
 from progidiff.proposals.request import DISAGREEMENT
 from progidiff.proposals.volume_proposals import VolumeProposals
-from progidiff.server.gate.auth import CAN_READ, User
+from progidiff.server.gate.endpoints import READ, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes.dicomweb import open_named
 from progidiff.server.tasks.volumes import DISAGREEMENT_BANDS
@@ -53,12 +52,12 @@ _PATCH = """
 """
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """Configuration, panel and masks."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+    endpoints = Endpoints()
 
-    @router.get("/ohif/app-config.js", include_in_schema=False)
-    def get_config(user: User = CAN_READ) -> Response:
+    @endpoints.get("/ohif/app-config.js", READ, include_in_schema=False, summary="How OHIF reaches this server")
+    def get_config() -> Response:
         context = get_context()
         source: dict[str, Any] = {"supportsReject": False, "dicomUploadEnabled": False}
         if not context.served.is_remote:
@@ -67,8 +66,8 @@ def build_router() -> APIRouter:
         text = _CONFIG.read_text(encoding="utf-8") + _PATCH % facts
         return Response(text, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
 
-    @router.get("/progidiff/ohif/files/{name}", include_in_schema=False)
-    def get_file(name: str, user: User = CAN_READ) -> Response:
+    @endpoints.get("/progidiff/ohif/files/{name}", READ, include_in_schema=False, summary="Files of the panel in OHIF")
+    def get_file(name: str) -> Response:
         folder = Path(get_context().app.app_dir) / "web" / "ohif"
         files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
         path = files.get(name)
@@ -76,21 +75,26 @@ def build_router() -> APIRouter:
             raise NotFoundError(f"The panel has no file '{name[:60]}'.")
         return FileResponse(path, media_type=_MEDIA_TYPES[path.suffix], headers={"Cache-Control": "no-cache"})
 
-    @router.get(
+    @endpoints.get(
         "/progidiff/ohif/images/{image}",
+        READ,
         tags=["OHIF"],
         summary="How an image is called in OHIF, and which of its slices are axial",
     )
-    def describe_image(image: str, user: User = CAN_READ) -> dict[str, Any]:
+    def describe_image(image: str) -> dict[str, Any]:
         context = get_context()
         image_id, volume = open_named(context, image)
         study, series = _find_uids(context, image_id)
         return {"image": image_id, "study": study, "series": series, "axial_slices": _list_axial(context, volume)}
 
-    @router.get("/progidiff/ohif/masks/{image}", tags=["OHIF"], summary="One proposal as voxels of the series, cropped")
-    def get_mask(
-        image: str, proposals: str = "", job: str = "", show: str = "consensus", user: User = CAN_READ
-    ) -> Response:
+    @endpoints.get(
+        "/progidiff/ohif/masks/{image}",
+        READ,
+        tags=["OHIF"],
+        summary="One proposal as voxels of the series, cropped",
+        takes="Query: proposals (a key) or job, show",
+    )
+    def get_mask(image: str, proposals: str = "", job: str = "", show: str = "consensus") -> Response:
         """uint8, slice by slice and row by row, gzip; the header X-Box says where: z0,z1,y0,y1,x0,x1, half open, of
         Z,Y,X in X-Shape.
         """
@@ -111,7 +115,7 @@ def build_router() -> APIRouter:
             },
         )
 
-    return router
+    return endpoints
 
 
 def _find_uids(context: Context, image_id: str) -> tuple[str, str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 from monailabel.config import settings
 
@@ -34,7 +34,8 @@ from progidiff.prompts.structures import COLORS, OTHER_COLORS, number_structures
 from progidiff.proposals.request import MAX_SLICE
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.datastores import images
-from progidiff.server.gate.auth import CAN_ANNOTATE, CAN_READ, User
+from progidiff.server.gate.auth import User
+from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes import labels
 
@@ -53,38 +54,38 @@ _MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascrip
 _MAX_SECONDS = 7 * 24 * 3600.0
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """The page, its files, and its data."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
-    _add_page_routes(router)
-    _add_data_routes(router)
-    _add_submit_route(router)
-    return router
+    endpoints = Endpoints()
+    _add_page_routes(endpoints)
+    _add_data_routes(endpoints)
+    _add_submit_route(endpoints)
+    return endpoints
 
 
-def _add_page_routes(router: APIRouter) -> None:
-    @router.get("/progidiff", include_in_schema=False)
-    def redirect(user: User = CAN_READ) -> Response:
+def _add_page_routes(endpoints: Endpoints) -> None:
+    @endpoints.get("/progidiff", READ, include_in_schema=False, summary="Leads to the review page")
+    def redirect() -> Response:
         return RedirectResponse(f"{settings.MONAI_LABEL_API_STR}/progidiff/")
 
-    @router.get("/progidiff/", tags=["Review"], summary="The review page")
-    def get_page(user: User = CAN_READ) -> Response:
+    @endpoints.get("/progidiff/", READ, tags=["Review"], summary="The review page")
+    def get_page() -> Response:
         return _send_file("index.html")
 
-    @router.get("/progidiff/static/{name}", include_in_schema=False)
-    def get_file(name: str, user: User = CAN_READ) -> Response:
+    @endpoints.get("/progidiff/static/{name}", READ, include_in_schema=False, summary="Files of the review page")
+    def get_file(name: str) -> Response:
         return _send_file(name)
 
 
-def _add_data_routes(router: APIRouter) -> None:
-    @router.get("/progidiff/review/{image}", tags=["Review"], summary="Size, window and state of an image")
-    def describe_image(image: str, user: User = CAN_READ) -> dict[str, Any]:
+def _add_data_routes(endpoints: Endpoints) -> None:
+    @endpoints.get("/progidiff/review/{image}", READ, tags=["Review"], summary="Size, window and state of an image")
+    def describe_image(image: str) -> dict[str, Any]:
         return _describe_image(get_context(), image)
 
-    @router.get(
-        "/progidiff/review/{image}/slices/{z}", tags=["Review"], summary="One axial slice, int16, little-endian"
+    @endpoints.get(
+        "/progidiff/review/{image}/slices/{z}", READ, tags=["Review"], summary="One axial slice, int16, little-endian"
     )
-    def get_slice(request: Request, image: str, z: int, user: User = CAN_READ) -> Response:
+    def get_slice(request: Request, image: str, z: int) -> Response:
         volume = _open_volume(get_context(), image)
         stack, _ = volume.to_stack()
         _check_slice(z, stack.shape)
@@ -94,14 +95,14 @@ def _add_data_routes(router: APIRouter) -> None:
         )
         return _send_bytes(request, np.ascontiguousarray(pixels, dtype="<i2").tobytes())
 
-    @router.get(
+    @endpoints.get(
         "/progidiff/review/{image}/masks/{z}",
+        READ,
         tags=["Review"],
         summary="All proposals on one axial slice; 204 if a job is not there yet",
+        takes="Query: proposals (a key) or job",
     )
-    def get_masks(
-        request: Request, image: str, z: int, proposals: str = "", job: str = "", user: User = CAN_READ
-    ) -> Response:
+    def get_masks(request: Request, image: str, z: int, proposals: str = "", job: str = "") -> Response:
         result = (
             _find_unfinished(get_context(), image, job, z) if job else _find_result(get_context(), image, proposals)
         )
@@ -110,10 +111,13 @@ def _add_data_routes(router: APIRouter) -> None:
         _check_slice(z, result.grid.shape)
         return _send_bytes(request, pack_masks(result, z))
 
-    @router.get(
-        "/progidiff/review/{image}/label/{z}", tags=["Review"], summary="The saved label on one axial slice, uint8"
+    @endpoints.get(
+        "/progidiff/review/{image}/label/{z}",
+        READ,
+        tags=["Review"],
+        summary="The saved label on one axial slice, uint8",
     )
-    def get_label(request: Request, image: str, z: int, user: User = CAN_READ) -> Response:
+    def get_label(request: Request, image: str, z: int) -> Response:
         context = get_context()
         volume = _open_volume(context, image)
         _check_slice(z, volume.to_stack()[0].shape)
@@ -123,9 +127,17 @@ def _add_data_routes(router: APIRouter) -> None:
         return _send_bytes(request, np.ascontiguousarray(volume.arrange(label)[z], dtype=np.uint8).tobytes())
 
 
-def _add_submit_route(router: APIRouter) -> None:
-    @router.post("/progidiff/review/{image}", tags=["Review"], summary="Save what was decided about an image")
-    def submit(image: str, decisions: dict[str, Any], user: User = CAN_ANNOTATE) -> dict[str, Any]:
+def _add_submit_route(endpoints: Endpoints) -> None:
+    @endpoints.post(
+        "/progidiff/review/{image}",
+        ANNOTATE,
+        tags=["Review"],
+        summary="Save what was decided about an image",
+        takes="JSON: proposals, volume, slices, base, seconds",
+        body=MEDIUM,
+        content=Content.JSON,
+    )
+    def submit(image: str, decisions: dict[str, Any], user: User = CALLER) -> dict[str, Any]:
         """Body: proposals (key), volume and slices (see `merging.Plan`), base (the newest save the page knows),
         seconds.
         """

@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from fastapi import APIRouter
-from monailabel.config import settings
-
 from progidiff.errors import NotFoundError, RequestError
 from progidiff.server import picture_trainings
-from progidiff.server.gate.auth import CAN_ADMINISTER, CAN_READ, User
+from progidiff.server.gate.auth import User
+from progidiff.server.gate.endpoints import ADMINISTER, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.server.trainings import describe_for_host, list_versions, use_version
 from progidiff.training_runs.options import TRAINERS
@@ -25,12 +23,18 @@ _STOP_WAIT_SECONDS = 10.0
 _MAX_VERSION = 10**9
 
 
-def build_router() -> APIRouter:
+def build_endpoints() -> Endpoints:
     """Start, watch and stop a training; versions."""
-    router = APIRouter(prefix=settings.MONAI_LABEL_API_STR)
+    endpoints = Endpoints()
 
-    @router.get("/train/", tags=["Train"], summary="The training under way, or the last one")
-    def get_status(all: bool = False, check_if_running: bool = False, user: User = CAN_READ) -> Any:
+    @endpoints.get(
+        "/train/",
+        READ,
+        tags=["Train"],
+        summary="The training under way, or the last one",
+        takes="Query: all, check_if_running",
+    )
+    def get_status(all: bool = False, check_if_running: bool = False) -> Any:
         runner = get_context().training
         if check_if_running and not runner.is_running():
             raise NotFoundError(
@@ -45,49 +49,66 @@ def build_router() -> APIRouter:
         tasks = [describe_for_host(run) for run in reversed(runs)]
         return tasks if all else tasks[0]
 
-    @router.post(
+    @endpoints.post(
         "/train/",
+        ADMINISTER,
         tags=["Train"],
         summary="Start a training: of the one trainer that the options name, else of progidiff",
+        takes="JSON: options of the trainers",
+        body=MEDIUM,
+        content=Content.PARAMS,
     )
-    def start_default(params: dict[str, Any] | None = None, run_sync: bool = False, user: User = CAN_ADMINISTER) -> Any:
+    def start_default(params: dict[str, Any] | None = None, run_sync: bool = False, user: User = CALLER) -> Any:
         # OHIF's button means "train"; the host would start all trainers one after the other.
         named = [name for name in TRAINERS if isinstance((params or {}).get(name), dict)]
         trainer = named[0] if len(named) == 1 else next(iter(TRAINERS))
         options = (params or {}).get(trainer, {}) if named else params
         return {trainer: {"result": _start(trainer, options, run_sync, user), "detail": None}}
 
-    @router.post("/train/{model}", tags=["Train"], summary="Start a training")
+    @endpoints.post(
+        "/train/{model}",
+        ADMINISTER,
+        tags=["Train"],
+        summary="Start a training",
+        takes="JSON: options of the trainer",
+        body=MEDIUM,
+        content=Content.PARAMS,
+    )
     def start(
         model: str,
         params: dict[str, Any] | None = None,
         run_sync: bool = False,
         enqueue: bool = False,
-        user: User = CAN_ADMINISTER,
+        user: User = CALLER,
     ) -> dict[str, Any]:
         return _start(model, params, run_sync, user)
 
-    @router.delete("/train/", tags=["Train"], summary="Stop the training after a clean checkpoint")
-    def stop(user: User = CAN_ADMINISTER) -> dict[str, Any] | None:
+    @endpoints.delete("/train/", ADMINISTER, tags=["Train"], summary="Stop the training after a clean checkpoint")
+    def stop(user: User = CALLER) -> dict[str, Any] | None:
         status = get_context().training.stop(wait=_STOP_WAIT_SECONDS)
         logger.info("Training stopped by '%s'", user.name)
         return None if status is None else describe_for_host(status)
 
-    @router.get(
-        "/progidiff/training", tags=["ProGiDiff"], summary="The training under way or the last one, and earlier ones"
+    @endpoints.get(
+        "/progidiff/training",
+        READ,
+        tags=["ProGiDiff"],
+        summary="The training under way or the last one, and earlier ones",
+        takes="Query: limit",
     )
-    def describe_training(limit: int = 20, user: User = CAN_READ) -> dict[str, Any]:
+    def describe_training(limit: int = 20) -> dict[str, Any]:
         if not 0 <= limit <= 1000:
             raise RequestError(f"Query limit is {limit}; it must be a whole number from 0 to 1000.")
         runner = get_context().training
         return {**runner.status(), "running": runner.is_running(), "history": runner.history(limit) if limit else []}
 
-    @router.get(
+    @endpoints.get(
         "/progidiff/versions",
+        READ,
         tags=["ProGiDiff"],
         summary="Adapters and textdiff models, their versions with Dice and verdict, and which are served",
     )
-    def get_versions(user: User = CAN_READ) -> list[dict[str, Any]]:
+    def get_versions() -> list[dict[str, Any]]:
         context = get_context()
         engine = context.infer.engine
         return [
@@ -95,12 +116,13 @@ def build_router() -> APIRouter:
             *picture_trainings.list_versions(context.textdiff.engine),
         ]
 
-    @router.post(
+    @endpoints.post(
         "/progidiff/versions/{name}/{version}/use",
+        ADMINISTER,
         tags=["ProGiDiff"],
         summary="Serve this version from the next request on",
     )
-    def use(name: str, version: int, user: User = CAN_ADMINISTER) -> dict[str, Any]:
+    def use(name: str, version: int, user: User = CALLER) -> dict[str, Any]:
         if not 1 <= version < _MAX_VERSION:
             raise RequestError(
                 f"Version {version} cannot be: versions count 1, 2, 3. GET /progidiff/versions lists them."
@@ -114,12 +136,13 @@ def build_router() -> APIRouter:
         context.training.announce(served)
         return {"name": name, "served": served}
 
-    @router.post(
+    @endpoints.post(
         "/progidiff/versions/{name}/rollback",
+        ADMINISTER,
         tags=["ProGiDiff"],
         summary="Serve what was served before; in the end the model itself",
     )
-    def roll_back(name: str, user: User = CAN_ADMINISTER) -> dict[str, Any]:
+    def roll_back(name: str, user: User = CALLER) -> dict[str, Any]:
         context = get_context()
         if _is_textdiff(context, name):
             served = picture_trainings.roll_back(context.textdiff.engine, name)
@@ -130,7 +153,7 @@ def build_router() -> APIRouter:
         context.training.announce(served)
         return {"name": name, "served": served}
 
-    return router
+    return endpoints
 
 
 def _is_textdiff(context: Context, name: str) -> bool:

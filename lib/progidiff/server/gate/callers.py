@@ -1,0 +1,103 @@
+"""Who asks: every request that goes on has its user, a browser without one is led to the login.
+
+An address counts as this machine's only if the connection says so and no proxy has passed the request on:
+``X-Forwarded-For`` can take rights away and never gives any.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from urllib.parse import quote
+
+from starlette.datastructures import Headers
+from starlette.requests import cookie_parser
+from starlette.responses import RedirectResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from progidiff.errors import AccessError, LoginError
+from progidiff.server.gate.auth import LOCAL_USER, Authenticator, User, set_user
+from progidiff.server.gate.endpoints import OPEN, Endpoint, get_endpoint
+from progidiff.users import Role
+
+LOGIN_PAGE = "/progidiff/login"
+
+_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
+
+
+class Callers:
+    """The middleware.
+
+    Args:
+        app: What it stands before.
+        auth: Finds out who sends a request.
+    """
+
+    def __init__(self, app: ASGIApp, auth: Authenticator) -> None:
+        self.app = app
+        self._auth = auth
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Find the user of one request."""
+        if scope["type"] == "http":
+            headers, endpoint = Headers(scope=scope), get_endpoint(scope)
+            try:
+                set_user(scope, self._find_user(scope, headers, endpoint))
+            except LoginError:
+                if not _is_page(scope["method"], headers):
+                    raise
+                target = f"{LOGIN_PAGE}?next={quote(_read_target(scope), safe='')}"
+                await RedirectResponse(target, status_code=303)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _find_user(self, scope: Scope, headers: Headers, endpoint: Endpoint) -> User:
+        if not self._auth.required:
+            if is_local(scope, headers):
+                return LOCAL_USER
+            if self._auth.anonymous is None:
+                raise AccessError(
+                    "This server answers its own machine only. To open it, an "
+                    "administrator starts it with --conf token_file FILE or --conf users_file FILE, or with --conf "
+                    "allow_anonymous true for everybody."
+                )
+            return User("", self._auth.anonymous)
+        anonymous = User("", self._auth.anonymous or Role.READ)
+        try:
+            user = self._auth.find_user(headers, cookie_parser(headers.get("cookie", "")))
+        except LoginError:
+            if endpoint.role is OPEN:
+                return anonymous  # An old token must not keep anybody from logging in again.
+            raise
+        if user is None and self._auth.anonymous is None and endpoint.role is not OPEN:
+            raise LoginError(
+                "This server asks for a login: a bearer token (POST /auth/token gives "
+                "one), or the page /progidiff/login."
+            )
+        return user or anonymous
+
+
+def is_local(scope: Scope, headers: Mapping[str, str]) -> bool:
+    """Whether a request comes straight from this machine. Behind a proxy on this machine everybody would, so a
+    forwarded one never does.
+    """
+    client = scope.get("client")
+    if not client or any(name in headers for name in _FORWARDED):
+        return False
+    try:
+        address = ipaddress.ip_address(client[0])
+    except ValueError:
+        return False
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped.is_loopback
+    return address.is_loopback
+
+
+def _is_page(method: str, headers: Headers) -> bool:
+    """Whether a browser asks for a page to show: then it is led to the login instead of being shown an error."""
+    return method == "GET" and "text/html" in headers.get("accept", "")
+
+
+def _read_target(scope: Scope) -> str:
+    query = scope.get("query_string", b"").decode("latin1")
+    return f"{scope['path']}?{query}" if query else str(scope["path"])

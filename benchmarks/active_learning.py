@@ -63,7 +63,7 @@ from torch.func import functional_call
 
 from progidiff.active_learning.settings import AcquisitionConfig
 from progidiff.active_learning.strategies import ImageScores, build_pool, compute_scores, pick_slices
-from progidiff.images.volume import read_grid
+from progidiff.images.reading import read_grid
 from progidiff.model.adapters import compute_base_digest
 from progidiff.model.backbone import Backbone
 from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
@@ -273,7 +273,7 @@ class World:
 
 def find_slice_mm(image: Path) -> float:
     """Distance of the axial slices of an image, from its header."""
-    _, affine = read_grid(image)
+    affine = read_grid(image).affine
     axial = int(np.argmax(np.abs(affine[2, :3])))
     return float(np.linalg.norm(affine[:3, axial]))
 

@@ -50,7 +50,10 @@ from matplotlib.figure import Figure
 
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.evaluation.evaluate import Case, list_cases, load_label_names, match_structures
-from progidiff.images.volume import MASK_SUFFIXES, Volume, compute_window, load_label, load_volume, strip_suffix
+from progidiff.images.formats import Use, find_kind, strip_suffix
+from progidiff.images.intensities import compute_window
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query, parse_prompt
 from progidiff.proposals import drawing
 from progidiff.proposals.engine import Engine
@@ -570,7 +573,7 @@ def list_unlabelled(studies: Path, names: Sequence[str] | None) -> list[Case]:
     images = {
         strip_suffix(path.name): path
         for path in files
-        if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")
+        if find_kind(path, Use.UPLOAD) == "volume" and not path.name.startswith(".")
     }
     wanted = [strip_suffix(name) for name in names or images]
     unknown = [name for name in wanted if name not in images]
@@ -599,7 +602,7 @@ def show_worst(options: argparse.Namespace) -> None:
     settings: dict[str, Any] = {}
     for case in cases:
         volume = load_volume(case.image, options.modality)
-        labels = None if unlabelled else load_label(case.label, like=volume)
+        labels = None if unlabelled else load_label(case.label, like=volume.grid)
         proposals = engine.propose(
             volume,
             list(dict.fromkeys(queries)),

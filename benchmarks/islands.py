@@ -29,7 +29,8 @@ from progidiff.evaluation.evaluate import (
     score_case,
     summarise,
 )
-from progidiff.images.volume import Volume, load_label, load_volume
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import APART_MM, LARGEST, OFF, SMALL, SMALL_SHARE, drop_islands
@@ -95,7 +96,7 @@ def main() -> None:
     settings: dict[str, Any] = {}
     for case in list_cases(options.studies, options.cases):
         volume = load_volume(case.image)
-        labels = load_label(case.label, like=volume)
+        labels = load_label(case.label, like=volume.grid)
         folder = options.keep / case.name if options.keep else None
         if folder is not None and (folder / "proposals.json").is_file():
             proposals = VolumeProposals.from_files(folder)

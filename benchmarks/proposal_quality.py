@@ -55,7 +55,8 @@ from progidiff.evaluation.evaluate import (
     match_structures,
     save_report,
 )
-from progidiff.images.volume import Volume, load_label, load_volume
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import drop_islands
@@ -545,7 +546,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for case in list_cases(options.studies, options.cases):
         volume = load_volume(case.image)
-        labels = load_label(case.label, like=volume)
+        labels = load_label(case.label, like=volume.grid)
         depth, height, width = volume.to_stack()[0].shape
         some = list(range(options.stride // 2, depth, options.stride))
         for setting in chosen:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from progidiff.images.volume import load_volume
+from progidiff.images.reading import load_volume
 from progidiff.prompts.parser import parse_prompt
 from progidiff.proposals.drawing import draw_proposals
 from progidiff.proposals.engine import Engine

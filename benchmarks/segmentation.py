@@ -48,7 +48,9 @@ from progidiff.evaluation.evaluate import (
     score_case,
     summarise,
 )
-from progidiff.images.volume import Volume, compute_body_threshold, compute_window, load_label, load_volume
+from progidiff.images.intensities import compute_body_threshold, compute_window
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.volume import Volume
 from progidiff.images.working_grid import plan_working_grid
 from progidiff.model.backbone import Backbone
 from progidiff.model.folder import (
@@ -537,7 +539,7 @@ def measure_volumes(options: argparse.Namespace) -> None:
         for case in data.cases[len(entries["as drawn"]) :]:
             started = time.process_time()
             volume = load_volume(case.image, "CT")
-            labels, proposals = load_label(case.label, like=volume), networks[name](volume)
+            labels, proposals = load_label(case.label, like=volume.grid), networks[name](volume)
             drawn = time.process_time()
             for kind, largest in CLEANING.items():
                 scores = score_case(volume, labels, proposals, matched, True, largest)

@@ -42,7 +42,7 @@ from progidiff.evaluation.evaluate import (
     match_structures,
     save_report,
 )
-from progidiff.images.volume import load_label, load_volume
+from progidiff.images.reading import load_label, load_volume
 from progidiff.prompts.parser import Query, heldout_phrases, training_phrases
 from progidiff.proposals.engine import Engine
 from progidiff.storage.provenance import describe_versions
@@ -209,7 +209,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     for case in list_cases(options.studies, options.cases):
         if case.name not in cases:
             volume = load_volume(case.image)
-            stack = volume.arrange(load_label(case.label, like=volume))
+            stack = volume.arrange(load_label(case.label, like=volume.grid))
             chosen = list(range(options.stride // 2, len(stack), options.stride))
             masks = {}
             for start in range(0, len(texts), options.at_once):

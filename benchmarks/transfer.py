@@ -47,7 +47,9 @@ import torch
 
 from progidiff.evaluation.evaluate import Case, list_cases, load_label_names, match_structures
 from progidiff.evaluation.metrics import compute_dice, compute_hd95, keep_largest_component
-from progidiff.images.volume import Volume, compute_body_threshold, compute_window, load_label, load_volume
+from progidiff.images.intensities import compute_body_threshold, compute_window
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.volume import Volume
 from progidiff.images.working_grid import plan_working_grid
 from progidiff.model.adapters import AdapterStore, build_networks, compute_base_digest
 from progidiff.model.backbone import Backbone
@@ -424,7 +426,7 @@ class Bench:
         volumes = {}
         for name in self.setup.test:
             volume = load_volume(self.cases[name].image)
-            labels = load_label(self.cases[name].label, volume)
+            labels = load_label(self.cases[name].label, volume.grid)
             # One field per volume, the same for all rows and in both strengths.
             shaded = shade(volume, strength, int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
             count = self.setup.num_proposals if row.proposals and strength == 0 else 0

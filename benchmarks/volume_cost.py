@@ -21,7 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from progidiff.images.volume import Volume, load_volume, save_mask
+from progidiff.images.reading import load_volume
+from progidiff.images.volume import Volume
+from progidiff.images.writing import save_mask
 from progidiff.prompts.parser import compute_label_ids, parse_prompt
 from progidiff.proposals.engine import Engine
 
@@ -57,8 +59,8 @@ def measure(
     volume = load_volume(path)
     queries = parse_prompt(prompt, engine.structures)
     result = engine.propose(volume, queries, num_proposals=num_proposals)
-    labels = result.label_map(volume, "consensus", compute_label_ids(queries))
-    save_mask(labels, volume, out / "mask.nii.gz")
+    labels = result.label_map(volume.grid, "consensus", compute_label_ids(queries))
+    save_mask(labels, volume.grid, out / "mask.nii.gz")
     total = time.perf_counter() - started
     networks = sum(clock.seconds.values())
     return {
@@ -103,7 +105,7 @@ def main() -> None:
         path = options.image
         if options.large:
             large = enlarge(load_volume(path), (512, 512, 300))
-            path = save_mask(large.array, large, folder / "large.nii.gz")
+            path = save_mask(large.array, large.grid, folder / "large.nii.gz")
             del large
         # Loading the text encoder and the first call of every network are not part of a volume's cost.
         engine.propose(load_volume(path), parse_prompt("liver", engine.structures), num_proposals=1, slices=[0, 1])

@@ -26,7 +26,8 @@ from progidiff.dicomweb.catalogue import describe_file
 from progidiff.dicomweb.export import export_series
 from progidiff.dicomweb.frames import Series
 from progidiff.errors import ImageError, ProGiDiffError
-from progidiff.images.volume import NIFTI_SUFFIXES, load_volume, strip_suffix
+from progidiff.images.formats import find_kind, strip_suffix
+from progidiff.images.reading import load_volume
 
 HERE = Path(__file__).resolve().parent
 PLUGIN_FOLDERS = ("/usr/share/orthanc/plugins", "/usr/local/share/orthanc/plugins")
@@ -110,7 +111,7 @@ def main() -> int:
         return 1
     command = ["Orthanc", str(write_config(given.storage.resolve(), given.port))]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return serve(process, url, sorted(path for path in given.images.glob("*") if path.name.endswith(NIFTI_SUFFIXES)))
+    return serve(process, url, sorted(path for path in given.images.glob("*") if find_kind(path) == "volume"))
 
 
 def serve(process: subprocess.Popen[bytes], url: str, images: list[Path]) -> int:

@@ -30,7 +30,6 @@ from dataclasses import dataclass
 from html.parser import HTMLParser
 from http.client import HTTPException
 from pathlib import Path
-from types import ModuleType
 
 PACKAGE = "totalsegmentator"
 VERSION = "2.18.0"
@@ -303,12 +302,15 @@ def read_members(archive: bytes, member: str) -> dict[str, bytes]:
 
 def convert_series(files: dict[str, bytes], series: Path, image: Path) -> None:
     """One DICOM series -> NIfTI, rescaled to HU."""
-    volume = import_volume()
+    find_package()
+    from progidiff.images.reading import load_volume
+    from progidiff.images.writing import save_array
+
     series.mkdir()
     for name, content in files.items():
         (series / name).write_bytes(content)
-    loaded = volume.load_volume(series)
-    volume.save_array(loaded.array, loaded.affine, image)
+    loaded = load_volume(series)
+    save_array(loaded.array, loaded.affine, image)
 
 
 def publish(image: Path, modality: str, folder: Path, info: dict[str, str]) -> None:
@@ -341,8 +343,10 @@ def write_phantom(folder: Path) -> None:
     """A small abdomen of ellipsoids in HU with noise: 128 x 96 x 44 voxels of 3 x 3 x 5 mm, LPS order, the same every
     time.
     """
-    volume = import_volume()
+    find_package()
     import numpy as np
+
+    from progidiff.images.writing import save_array
 
     shape, edges = (128, 96, 44), (3.0, 3.0, 5.0)
     x, y, z = (np.float32((np.arange(size) - (size - 1) / 2) * edge) for size, edge in zip(shape, edges, strict=True))
@@ -378,7 +382,7 @@ def write_phantom(folder: Path) -> None:
     affine[:3, 3] = [edges[0] * (shape[0] - 1) / 2, edges[1] * (shape[1] - 1) / 2, -edges[2] * (shape[2] - 1) / 2]
     with tempfile.TemporaryDirectory(prefix=".preparing-", dir=folder) as temporary:
         image = Path(temporary) / f"{PHANTOM}.nii.gz"
-        volume.save_array(np.rint(hu).astype(np.int16), affine, image)
+        save_array(np.rint(hu).astype(np.int16), affine, image)
         publish(image, "CT", folder, {"source": "generated", "shows": "a drawing of an abdomen, no patient"})
 
 
@@ -391,17 +395,16 @@ def remove_phantom(folder: Path) -> None:
         print(f"Removed {image.name}, which is no longer needed.")
 
 
-def import_volume() -> ModuleType:
-    """progidiff.images.volume, installed or from this checkout."""
+def find_package() -> None:
+    """Make progidiff importable, installed or from this checkout."""
     try:
-        from progidiff.images import volume
+        import progidiff.images
     except ImportError:
         sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
         try:
-            from progidiff.images import volume
+            import progidiff.images  # noqa: F401
         except ImportError as err:
             raise SystemExit(f"{err}. Run `make setup`, then `.venv/bin/python sample_datastore/prepare.py`.") from err
-    return volume
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from progidiff.dicomweb.catalogue import Catalogue
 from progidiff.dicomweb.frames import FrameStore
 from progidiff.errors import CancelledError
 from progidiff.evaluation.prelabel import Prelabeller, PrelabelSettings, list_images, run_here
-from progidiff.images.volume import load_volume
+from progidiff.images.reading import load_volume
 from progidiff.labels.audit import list_audit
 from progidiff.labels.history import AnnotationStore
 

@@ -19,7 +19,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from progidiff.images.volume import guess_modality, load_volume
+from progidiff.images.intensities import guess_modality
+from progidiff.images.reading import load_volume
 
 SCRIPT = Path(__file__).resolve().parents[1] / "sample_datastore" / "prepare.py"
 NOWHERE = "http://127.0.0.1:9/simple"

@@ -118,7 +118,7 @@ def test_the_largest_part_drops_islands_and_false_slices_are_counted(benchmark: 
 def test_the_model_as_it_is_answers_as_the_engine_does(
     benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path
 ):
-    from progidiff.images.volume import load_volume
+    from progidiff.images.reading import load_volume
     from progidiff.prompts.parser import parse_prompt
     from progidiff.proposals.engine import Engine
 
@@ -133,7 +133,7 @@ def test_the_model_as_it_is_answers_as_the_engine_does(
     )
     for p, query in enumerate(queries):
         for k in range(2):
-            mask = volume.arrange(expected.mask(volume, query.name, k + 1)).astype(bool)[list(chosen)]
+            mask = volume.arrange(expected.mask(volume.grid, query.name, k + 1)).astype(bool)[list(chosen)]
             assert mask.any()
             assert (mask != drawn[1 + k, p]).mean() < 0.01  # the engine keeps probabilities as bytes
 
@@ -141,7 +141,7 @@ def test_the_model_as_it_is_answers_as_the_engine_does(
 def test_the_wider_window_reaches_training_slices_and_networks(
     benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path
 ):
-    from progidiff.images.volume import load_volume
+    from progidiff.images.reading import load_volume
     from progidiff.training.slice_cache import SliceCache
     from progidiff.training.slice_cache import list_cases as list_labelled
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from progidiff.images.volume import load_label, load_volume
+from progidiff.images.reading import load_label, load_volume
 from support.browser import drive, needs_browser
 from support.crops import SWITCH_MS, write_crop
 from support.pacs import find_lack, run_orthanc
@@ -89,14 +89,14 @@ def check_round(server: Server, image: str, called: str, tmp_path: Path) -> None
         name = answer.headers["content-disposition"].split("filename=")[-1].strip('"')
         file = tmp_path / f"{save['sequence']}{'.nrrd' if name.endswith('.nrrd') else '.nii.gz'}"
         file.write_bytes(answer.content)
-        np.testing.assert_array_equal(grid.arrange(load_label(file, like=grid)) == 6, accepted)
+        np.testing.assert_array_equal(grid.arrange(load_label(file, like=grid.grid)) == 6, accepted)
 
 
 def test_the_whole_round_in_ohif_on_a_folder(server: Server, tmp_path: Path):
     check_round(server, "abdomen", "abdomen", tmp_path)
     # The file on disk is the accepted proposal, voxel by voxel, on the grid of the image.
     image = load_volume(server.studies / "abdomen.nii.gz")
-    label = load_label(next((server.studies / "labels" / "final").glob("abdomen.*")), like=image)
+    label = load_label(next((server.studies / "labels" / "final").glob("abdomen.*")), like=image.grid)
     np.testing.assert_array_equal(
         image.arrange(label) == 6, read_proposal(server, "abdomen", "2", tmp_path / "mask.nii.gz")
     )

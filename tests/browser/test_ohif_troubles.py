@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from progidiff.images.volume import load_label, load_volume
+from progidiff.images.reading import load_label, load_volume
 from progidiff.users import Role, UsersFile
 from support.browser import drive, needs_browser
 from support.crops import SWITCH_MS
@@ -102,7 +102,7 @@ def test_nothing_is_lost_whatever_happens(restartable: Restartable, tmp_path: Pa
     assert {entry["user"] for entry in saves} == {NAME}
 
     image = load_volume(restartable.studies / "sagittal.nii.gz")
-    label = load_label(next((restartable.studies / "labels" / "final").glob("sagittal.*")), like=image)
+    label = load_label(next((restartable.studies / "labels" / "final").glob("sagittal.*")), like=image.grid)
     shown = image.arrange(label)
     assert shown[STROKE[:3]] == STROKE[3]
     np.testing.assert_array_equal(shown.reshape(len(shown), -1), np.array(seen["drawn"]))

@@ -15,7 +15,8 @@ import nibabel
 import numpy as np
 import pytest
 
-from progidiff.images.volume import Volume, load_volume
+from progidiff.images.reading import load_volume
+from progidiff.images.volume import Volume
 from support.browser import drive, needs_browser
 from support.crops import SWITCH_MS, write_crop
 from support.servers import APP, Server, copy_app, run_server

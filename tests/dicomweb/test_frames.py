@@ -22,7 +22,9 @@ from progidiff.dicomweb.multipart import Envelope, read_parts
 from progidiff.dicomweb.pixels import Rescale
 from progidiff.dicomweb.query import Query
 from progidiff.errors import GeometryError, NotFoundError, RequestError
-from progidiff.images.volume import Volume, load_volume, read_grid, save_array
+from progidiff.images.reading import load_volume, read_grid
+from progidiff.images.volume import Volume
+from progidiff.images.writing import save_array
 from support.series import AXIAL, CORONAL, SAGITTAL, affines, make_volume, rebuild
 
 
@@ -68,7 +70,8 @@ def test_any_orientation_comes_back_voxel_by_voxel(affine: np.ndarray, shape: tu
     volume = make_volume(affine, shape)
     series = Series.of(Identity("case", "d1", "CT"), volume)
     check_same_world(volume, series)
-    array, own_affine = series.grid.file_order(volume.arrange(volume.array))
+    own_affine = series.grid.to_file_grid("own").affine
+    array = volume.arrange(volume.array).transpose(2, 1, 0)
     Series.of(Identity("own", "d1", "CT"), Volume(array, own_affine, "CT", "option", "own"))
     assert np.linalg.det(own_affine[:3, :3]) == pytest.approx(abs(np.linalg.det(affine[:3, :3])))
 
@@ -184,9 +187,9 @@ def test_the_header_alone_gives_the_grid_of_the_volume(tmp_path: Path, suffix: s
     made = make_volume(SAGITTAL)
     path = save_array(made.array, made.affine, tmp_path / f"case{suffix}")
     volume = load_volume(path, "CT")
-    shape, affine = read_grid(path)
-    assert shape == volume.array.shape
-    np.testing.assert_array_equal(affine, volume.affine)
+    grid = read_grid(path)
+    assert grid.shape == volume.array.shape
+    np.testing.assert_array_equal(grid.affine, volume.affine)
 
 
 def test_slices_are_kept_on_disk_and_the_image_is_read_once(folder: Path):

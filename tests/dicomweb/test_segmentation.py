@@ -14,13 +14,14 @@ from progidiff.dicomweb.export import export_series
 from progidiff.dicomweb.frames import Series
 from progidiff.dicomweb.segmentation import find_referenced_series, read_dataset, read_segmentation
 from progidiff.errors import GeometryError, ImageError, ProGiDiffError, RequestError
-from progidiff.images.volume import Volume, load_volume
+from progidiff.images.reading import load_volume
+from progidiff.images.volume import Volume
 from support.segmentations import IDENTITY, make_masks, make_seg, to_bytes
 from support.series import AXIAL, CORONAL, SAGITTAL, affines, make_volume
 
 
 def check_same(volume: Volume, dataset: Dataset, masks: dict[str, np.ndarray]) -> None:
-    result = read_segmentation(read_dataset(to_bytes(dataset)), volume)
+    result = read_segmentation(read_dataset(to_bytes(dataset)), volume.grid)
     drawn = {name for name, mask in masks.items() if mask.any()}
     assert set(result.names.values()) == drawn
     stack = volume.arrange(result.labels)
@@ -56,7 +57,7 @@ def test_empty_frames_and_empty_segments_are_background(affine: np.ndarray):
 
 def refuse(dataset: Dataset, volume: Volume) -> str:
     with pytest.raises(ProGiDiffError) as caught:
-        read_segmentation(dataset, volume)
+        read_segmentation(dataset, volume.grid)
     assert caught.value.status == 422
     return str(caught.value)
 
@@ -66,7 +67,7 @@ def test_overlapping_segments_are_refused_with_their_names():
     masks = make_masks(volume)
     masks["spleen"] = masks["spleen"] | masks["liver"]
     with pytest.raises(RequestError, match=f"'liver' and 'spleen' in {int(masks['liver'].sum())} voxels"):
-        read_segmentation(make_seg(volume, masks), volume)
+        read_segmentation(make_seg(volume, masks), volume.grid)
 
 
 def test_a_seg_of_another_grid_is_refused():
@@ -79,9 +80,9 @@ def test_a_seg_of_another_grid_is_refused():
     away[2, 3] += 5 * 4
     for affine in (shifted, finer):
         with pytest.raises(GeometryError, match="beside the voxels"):
-            read_segmentation(make_seg(make_volume(affine), masks), volume)
+            read_segmentation(make_seg(make_volume(affine), masks), volume.grid)
     with pytest.raises(GeometryError, match="outside of"):
-        read_segmentation(make_seg(make_volume(away), masks), volume)
+        read_segmentation(make_seg(make_volume(away), masks), volume.grid)
 
 
 def test_what_says_too_little_is_refused():
@@ -132,6 +133,6 @@ def test_an_exported_folder_is_the_volume(tmp_path, affine: np.ndarray):
     again = load_volume(tmp_path / "series")
     assert again.modality_source == "dicom"
     np.testing.assert_array_equal(again.to_stack()[0], volume.to_stack()[0])
-    np.testing.assert_allclose(again.stack_affine, volume.stack_affine, atol=1e-4)
+    np.testing.assert_allclose(again.grid.stack_affine, volume.grid.stack_affine, atol=1e-4)
     with pytest.raises(RequestError, match="not empty"):
         export_series(Series.of(IDENTITY, volume), tmp_path / "series")

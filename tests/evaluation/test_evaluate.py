@@ -331,5 +331,5 @@ def test_the_examples_have_exactly_the_masks_they_say():
     volume = make_volume()
     for mask in (TRUTH, SMALLER, LARGER, EMPTY):
         np.testing.assert_array_equal(
-            volume.arrange(make_proposals(mask[None, None], ("liver",)).mask(volume, "liver")), mask
+            volume.arrange(make_proposals(mask[None, None], ("liver",)).mask(volume.grid, "liver")), mask
         )

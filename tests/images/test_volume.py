@@ -15,17 +15,11 @@ from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation
 
 from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError, StoreError
-from progidiff.images.volume import (
-    CT_WINDOW,
-    Volume,
-    compute_body_threshold,
-    compute_window,
-    guess_modality,
-    load_label,
-    load_volume,
-    save_mask,
-    strip_suffix,
-)
+from progidiff.images.formats import strip_suffix
+from progidiff.images.intensities import compute_body_threshold, compute_window, guess_modality
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.volume import Volume
+from progidiff.images.writing import save_mask
 from support.images import GEOMETRIES, SHAPE, make_affine, make_image, write_dicom
 
 ALL_ORIENTATIONS = ["".join(letters) for axes in permutations(("LR", "PA", "SI")) for letters in product(*axes)]
@@ -53,10 +47,10 @@ def test_a_voxel_is_located_where_the_stack_has_it(affine: np.ndarray) -> None:
     volume = Volume(np.arange(np.prod(SHAPE), dtype=np.int32).reshape(SHAPE), affine, "CT", "option", "numbers")
     stack, _ = volume.to_stack()
     for index in ((0, 0, 0), (10, 8, 6), (3, 7, 2)):
-        assert stack[volume.locate(index)] == volume.array[index]
-    assert stack.shape[0] == SHAPE[volume.axial_axis]
+        assert stack[volume.grid.locate(index)] == volume.array[index]
+    assert stack.shape[0] == SHAPE[volume.grid.axial_axis]
     with pytest.raises(GeometryError, match="outside of 'numbers'"):
-        volume.locate((0, 9, 0))
+        volume.grid.locate((0, 9, 0))
 
 
 @pytest.mark.parametrize("codes", ALL_ORIENTATIONS)
@@ -106,8 +100,8 @@ def test_a_stack_is_a_view_and_costs_no_memory(affine: np.ndarray) -> None:
 def test_a_mask_comes_back_on_the_grid_of_the_input(tmp_path: Path, affine: np.ndarray, suffix: str) -> None:
     volume = load_volume(write_nifti(tmp_path / "image.nii.gz", make_image(), affine), modality="CT")
     stack, _ = volume.to_stack()
-    path = save_mask(volume.from_stack(stack > 900), volume, tmp_path / f"mask{suffix}")
-    assert np.array_equal(load_label(path, like=volume), (volume.array > 900).astype(np.uint8))
+    path = save_mask(volume.from_stack(stack > 900), volume.grid, tmp_path / f"mask{suffix}")
+    assert np.array_equal(load_label(path, like=volume.grid), (volume.array > 900).astype(np.uint8))
     again = load_volume(path, modality="CT")
     assert np.allclose(again.affine, volume.affine, atol=1e-4)
     assert again.array.dtype == np.uint8
@@ -124,7 +118,7 @@ def test_nifti_and_itk_readers_agree(tmp_path: Path, affine: np.ndarray, suffix:
 
 def test_a_nrrd_mask_is_where_simpleitk_finds_the_nifti_image(tmp_path: Path, affine: np.ndarray) -> None:
     volume = load_volume(write_nifti(tmp_path / "image.nii.gz", make_image(), affine))
-    mask = sitk.ReadImage(str(save_mask(volume.array > 0, volume, tmp_path / "mask.nrrd")))
+    mask = sitk.ReadImage(str(save_mask(volume.array > 0, volume.grid, tmp_path / "mask.nrrd")))
     image = sitk.ReadImage(str(tmp_path / "image.nii.gz"))
     assert mask.GetOrigin() == pytest.approx(image.GetOrigin(), abs=1e-4)
     assert mask.GetDirection() == pytest.approx(image.GetDirection(), abs=1e-4)
@@ -135,7 +129,7 @@ def test_a_sheared_affine_is_kept_and_not_squared_up(tmp_path: Path) -> None:
     sheared = make_affine("LPS")
     sheared[1, 2] = 0.9  # gantry tilt
     volume = load_volume(write_nifti(tmp_path / "tilted.nii.gz", make_image(), sheared))
-    again = load_volume(save_mask(volume.array > 0, volume, tmp_path / "mask.nii.gz"), modality="CT")
+    again = load_volume(save_mask(volume.array > 0, volume.grid, tmp_path / "mask.nii.gz"), modality="CT")
     assert np.allclose(again.affine, sheared, atol=1e-4)
 
 
@@ -321,19 +315,19 @@ def test_a_missing_image_is_not_found(tmp_path: Path) -> None:
 def test_labels_use_the_smallest_type_and_may_be_empty(tmp_path: Path) -> None:
     volume = make_volume(make_affine("LPS"))
     labels = np.zeros(SHAPE, np.float64)
-    assert load_label(write_nifti(tmp_path / "empty.nii.gz", labels), like=volume).dtype == np.uint8
+    assert load_label(write_nifti(tmp_path / "empty.nii.gz", labels), like=volume.grid).dtype == np.uint8
     labels[0, 0, 0] = 300
-    assert load_label(write_nifti(tmp_path / "many.nii.gz", labels), like=volume).dtype == np.uint16
+    assert load_label(write_nifti(tmp_path / "many.nii.gz", labels), like=volume.grid).dtype == np.uint16
 
 
 def test_a_label_of_another_grid_is_refused(tmp_path: Path) -> None:
     volume = make_volume(make_affine("LPS"))
     with pytest.raises(GeometryError, match="has 11 x 9 x 6 voxels and the image 'case' 11 x 9 x 7"):
-        load_label(write_nifti(tmp_path / "cropped.nii.gz", np.zeros((11, 9, 6), np.uint8)), like=volume)
+        load_label(write_nifti(tmp_path / "cropped.nii.gz", np.zeros((11, 9, 6), np.uint8)), like=volume.grid)
     shifted = make_affine("LPS")
     shifted[2, 3] += 2
     with pytest.raises(GeometryError, match=r"lies up to 2\.00 mm away"):
-        load_label(write_nifti(tmp_path / "shifted.nii.gz", np.zeros(SHAPE, np.uint8), shifted), like=volume)
+        load_label(write_nifti(tmp_path / "shifted.nii.gz", np.zeros(SHAPE, np.uint8), shifted), like=volume.grid)
 
 
 @pytest.mark.parametrize("value", [0.5, -1.0, np.nan])
@@ -347,7 +341,7 @@ def test_a_label_map_of_anything_but_whole_numbers_is_refused(tmp_path: Path, va
 def test_a_saved_map_of_shares_stays_float(tmp_path: Path) -> None:
     volume = make_volume(make_affine("RAS"))
     shares = np.linspace(0, 1, volume.array.size).reshape(SHAPE)
-    again = load_volume(save_mask(shares, volume, tmp_path / "agreement.nii.gz"), modality="CT").array
+    again = load_volume(save_mask(shares, volume.grid, tmp_path / "agreement.nii.gz"), modality="CT").array
     assert again.dtype == np.float32
     assert np.allclose(again, shares, atol=1e-6)
 
@@ -355,7 +349,7 @@ def test_a_saved_map_of_shares_stays_float(tmp_path: Path) -> None:
 def test_saving_leaves_no_temporary_files_and_replaces_what_was_there(tmp_path: Path) -> None:
     volume = make_volume(make_affine("LPS"))
     for value in (1, 2):
-        save_mask(np.full(SHAPE, value, np.uint8), volume, tmp_path / "out" / "mask.nii.gz")
+        save_mask(np.full(SHAPE, value, np.uint8), volume.grid, tmp_path / "out" / "mask.nii.gz")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mask.nii.gz"]
     assert load_label(tmp_path / "out" / "mask.nii.gz").max() == 2
 
@@ -363,12 +357,12 @@ def test_saving_leaves_no_temporary_files_and_replaces_what_was_there(tmp_path: 
 def test_a_mask_of_another_shape_or_suffix_is_not_saved(tmp_path: Path) -> None:
     volume = make_volume(make_affine("LPS"))
     with pytest.raises(GeometryError, match="is not on the grid of 'case'"):
-        save_mask(np.zeros((7, 9, 11), np.uint8), volume, tmp_path / "mask.nii.gz")
+        save_mask(np.zeros((7, 9, 11), np.uint8), volume.grid, tmp_path / "mask.nii.gz")
     with pytest.raises(RequestError, match=r"suffix must be one of \.nii\.gz"):
-        save_mask(np.zeros(SHAPE, np.uint8), volume, tmp_path / "mask.png")
+        save_mask(np.zeros(SHAPE, np.uint8), volume.grid, tmp_path / "mask.png")
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreError, match="choose another folder"):
-        save_mask(np.zeros(SHAPE, np.uint8), volume, tmp_path / "file" / "mask.nii.gz")
+        save_mask(np.zeros(SHAPE, np.uint8), volume.grid, tmp_path / "file" / "mask.nii.gz")
 
 
 def test_the_digest_follows_content_and_grid() -> None:
@@ -432,7 +426,7 @@ def test_the_body_threshold_separates_the_body_from_air(kind: str) -> None:
 
 def test_ct_has_a_fixed_window_and_mr_follows_its_intensities() -> None:
     ct = Volume(make_scan("ct"), make_affine("LPS"), "CT", "option", "ct")
-    assert compute_window(ct) == CT_WINDOW
+    assert compute_window(ct) == (-125.0, 275.0)
     mr = make_scan("mr")
     low, high = compute_window(Volume(mr, make_affine("LPS"), "MR", "option", "mr"))
     spiked = mr.astype(np.float32)

@@ -25,7 +25,7 @@ def proposals() -> VolumeProposals:
 
 def draw(proposals: VolumeProposals, params: dict[str, Any], orientation: str = "LPS") -> np.ndarray:
     volume = make_volume(orientation)
-    return volume.arrange(compose_label(proposals, volume, Plan.from_params(params, proposals), IDS))
+    return volume.arrange(compose_label(proposals, volume.grid, Plan.from_params(params, proposals), IDS))
 
 
 @pytest.mark.parametrize("orientation", AFFINES)
@@ -38,8 +38,8 @@ def test_an_accepted_volume_is_what_was_shown(
 ):
     volume = make_volume(orientation)
     plan = Plan.from_params({"volume": dict.fromkeys(proposals.structures, pick)}, proposals)
-    label = compose_label(proposals, volume, plan, IDS)
-    assert np.array_equal(label, proposals.label_map(volume, shown, IDS))
+    label = compose_label(proposals, volume.grid, plan, IDS)
+    assert np.array_equal(label, proposals.label_map(volume.grid, shown, IDS))
     assert plan.shown == str(shown)
     assert plan.decided_slices is None
     assert plan.structures == proposals.structures
@@ -118,4 +118,4 @@ def test_a_plan_for_another_image_is_refused(proposals: VolumeProposals):
     volume = make_volume()
     other = replace(volume, array=volume.array[:, :, :5])
     with pytest.raises(GeometryError, match="axial stack"):
-        compose_label(proposals, other, Plan.from_params({"volume": {"liver": {"rule": "union"}}}, proposals), IDS)
+        compose_label(proposals, other.grid, Plan.from_params({"volume": {"liver": {"rule": "union"}}}, proposals), IDS)

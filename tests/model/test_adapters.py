@@ -20,7 +20,8 @@ import pytest
 import torch
 
 from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
-from progidiff.images.volume import Volume, load_volume
+from progidiff.images.reading import load_volume
+from progidiff.images.volume import Volume
 from progidiff.model.adapters import FILES, AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.model.lora import (
     LoraSettings,

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from progidiff.errors import CancelledError, ImageError, MemoryFullError, ModelError, RequestError
-from progidiff.images.volume import Volume, load_volume
+from progidiff.images.reading import load_volume
+from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.proposals.engine import Engine, is_out_of_memory
@@ -62,7 +63,7 @@ def test_proposals_lie_on_the_working_grid_and_come_back_on_the_grid_of_the_inpu
     assert result.probabilities.any()
     assert result.structures == ("liver", "aorta")
     assert (result.seed, result.num_inference_steps, result.model_version) == (7, 2, "tiny@1")
-    assert result.mask(volume, "liver", "consensus").shape == volume.array.shape
+    assert result.mask(volume.grid, "liver", "consensus").shape == volume.array.shape
 
 
 def test_each_slice_is_encoded_once_for_all_prompts_proposals_and_steps(engine: Engine, volume: Volume):
@@ -167,7 +168,7 @@ def test_an_absent_structure_gives_exact_zeros_and_is_not_denoised(tmp_path: Pat
     assert not result.probabilities.any()
     assert denoiser == []
     assert result.present() == ()
-    assert not result.mask(volume, "liver", "consensus").any()
+    assert not result.mask(volume.grid, "liver", "consensus").any()
 
 
 def test_proposals_that_draw_nothing_are_stored_as_exact_zeros(engine: Engine, volume: Volume):

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from progidiff.errors import RequestError
-from progidiff.images.volume import load_volume
+from progidiff.images.reading import load_volume
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import CLEAN_UPS, LARGEST, OFF, SMALL, drop_islands, find_islands

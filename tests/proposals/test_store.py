@@ -32,7 +32,7 @@ def test_a_result_is_the_same_after_a_round_trip_and_a_restart(store):
     assert again.summary() == proposals.summary()
     volume = make_volume("sagittal")
     for shown in ("consensus", "best", 1, 4):
-        np.testing.assert_array_equal(again.label_map(volume, shown), proposals.label_map(volume, shown))
+        np.testing.assert_array_equal(again.label_map(volume.grid, shown), proposals.label_map(volume.grid, shown))
 
 
 def test_a_shorter_request_is_answered_from_a_longer_one_with_the_same_settings(store):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt
 
@@ -39,11 +38,6 @@ GEOMETRIES = {
     "oblique": make_affine("LPS", degrees=12),
     "oblique sagittal": make_affine("AIL", degrees=-20),
 }
-
-
-@pytest.fixture(params=GEOMETRIES, ids=lambda name: name.replace(" ", "-"))
-def affine(request: pytest.FixtureRequest) -> np.ndarray:
-    return GEOMETRIES[request.param]
 
 
 def make_image(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> np.ndarray:

@@ -26,7 +26,7 @@ def make_seg(
     """A SEG of masks (Z, Y, X) on the axial stack, cut into frames along a stack axis, empty frames left out, as PS3.3
     C.8.20 describes it.
     """
-    lps = compute_lps_affine(volume)
+    lps = compute_lps_affine(volume.grid)
     row_axis, column_axis = [
         other for other in (0, 1, 2) if other != axis
     ]  # of the stack: a frame is [row_axis, column_axis]

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from progidiff.errors import RequestError
-from progidiff.images.volume import load_label, load_volume
+from progidiff.images.reading import load_label, load_volume
 from progidiff.testing import build_tiny_denoiser
 from progidiff.textdiff import data
 from progidiff.textdiff.accepted import (
@@ -87,7 +87,7 @@ def test_a_class_with_a_side_is_drawn_on_that_side_by_every_draw(heads: Path, tm
     model = load_textdiff(heads / result.card.name / "1", "cpu")
     assert (model.card.features.mirror, model.card.features.tone) == (False, None)
     volume = load_volume(cases[0].image)
-    truth = volume.arrange(load_label(cases[0].label, like=volume))[1] > 0
+    truth = volume.arrange(load_label(cases[0].label, like=volume.grid))[1] > 0
     for drawn in model.predict(render_slice(volume, 1), draws=4).masks > 0:
         assert 2 * (drawn & truth).sum() / (drawn.sum() + truth.sum()) > 0.6
         assert (drawn & truth[:, ::-1]).sum() < 0.2 * truth.sum()

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from progidiff.cli.main import app
 from progidiff.errors import CancelledError, GeometryError, ImageError, ModelError, RequestError, StoreError
-from progidiff.images.volume import load_volume
+from progidiff.images.reading import load_volume
 from progidiff.model.adapters import AdapterStore, compute_base_digest
 from progidiff.model.folder import load_card
 from progidiff.model.lora import LoraSettings

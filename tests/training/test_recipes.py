@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from progidiff.errors import ModelError, RequestError
-from progidiff.images.volume import load_volume
+from progidiff.images.reading import load_volume
 from progidiff.model.backbone import Backbone
 from progidiff.model.folder import compute_backbone_digest, load_card, load_pipeline
 from progidiff.model.lora import INJECTION

@@ -206,8 +206,7 @@ def report(
 def _list_pool(studies: Path) -> list[str]:
     """The ids of all images of a local datastore, volumes and pictures."""
     from progidiff.evaluation.prelabel import list_images
-    from progidiff.images.pictures import is_picture
-    from progidiff.images.volume import strip_suffix
+    from progidiff.images.formats import is_picture, strip_suffix
 
     pictures = [path for path in studies.iterdir() if is_picture(path) and path.is_file()] if studies.is_dir() else []
     try:

@@ -311,7 +311,8 @@ def predict(
     overlay.png and result.json (volumes in ml, disagreement per axial slice, settings, versions). Everything is on
     exactly the grid of the image.
     """
-    from progidiff.images.volume import load_volume, save_mask
+    from progidiff.images.reading import load_volume
+    from progidiff.images.writing import save_mask
     from progidiff.proposals.drawing import draw_overlay
 
     if out.exists() and not out.is_dir():
@@ -339,18 +340,20 @@ def predict(
     ids = compute_label_ids(queries)
     out.mkdir(parents=True, exist_ok=True)
     earlier = _read_earlier_files(out)
-    consensus = proposals.label_map(volume, "consensus", ids)
+    consensus = proposals.label_map(volume.grid, "consensus", ids)
     files = [
-        save_mask(consensus, volume, out / "mask.nii.gz"),
-        save_mask(proposals.agreement(volume), volume, out / "agreement.nii.gz"),
+        save_mask(consensus, volume.grid, out / "mask.nii.gz"),
+        save_mask(proposals.agreement(volume.grid), volume.grid, out / "agreement.nii.gz"),
     ]
     if len(queries) > 1:
         files += [
-            save_mask(proposals.agreement(volume, query.name), volume, out / f"agreement_{_slug(query.name)}.nii.gz")
+            save_mask(
+                proposals.agreement(volume.grid, query.name), volume.grid, out / f"agreement_{_slug(query.name)}.nii.gz"
+            )
             for query in queries
         ]
     for k in range(1, proposals.num_proposals + 1):
-        files.append(save_mask(proposals.label_map(volume, k, ids), volume, out / f"proposal_{k}.nii.gz"))
+        files.append(save_mask(proposals.label_map(volume.grid, k, ids), volume.grid, out / f"proposal_{k}.nii.gz"))
     title = (
         f"{volume.name}: consensus of {proposals.num_proposals} proposals, seed {seed}, "
         f"{proposals.adapter or proposals.model_version}"
@@ -526,7 +529,8 @@ def export_dicom(
     from progidiff.dicomweb.catalogue import describe_file
     from progidiff.dicomweb.export import export_series
     from progidiff.dicomweb.frames import Series
-    from progidiff.images.volume import load_volume, strip_suffix
+    from progidiff.images.formats import strip_suffix
+    from progidiff.images.reading import load_volume
 
     volume = load_volume(image, modality)
     entry = describe_file(strip_suffix(image), image, {"modality": volume.modality})

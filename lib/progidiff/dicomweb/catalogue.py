@@ -18,20 +18,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.dicomweb.headers import Identity
 from progidiff.errors import ProGiDiffError
-from progidiff.images.volume import (
-    Modality,
-    Volume,
-    find_stated_modality,
-    load_volume,
-    read_grid,
-    read_sidecar,
-    strip_suffix,
-)
+from progidiff.images.formats import strip_suffix
+from progidiff.images.modality import list_modalities
+from progidiff.images.reading import load_volume, read_grid
+from progidiff.images.sidecars import find_stated_modality, read_sidecar
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +121,10 @@ def _mark(path: Path) -> list[int]:
 def describe_file(image: str, path: Path, info: Mapping[str, Any] | None = None) -> Entry:
     """The entry of an image; see `Catalogue.describe`, which keeps it."""
     digest = ""
-    modality: Modality = "CT"
+    modality = list_modalities()[0]
     try:
         digest = _compute_digest(path)
-        shape, affine = read_grid(path)
-        # A volume of one repeated voxel: the grid needs no intensities.
-        grid = ServedGrid.of(Volume(np.broadcast_to(np.int16(0), shape), affine, modality, "", image))
+        grid = ServedGrid.of(read_grid(path))
         stated = find_stated_modality(path, info)
         modality = stated[0] if stated is not None else load_volume(path, None, info).modality
     except (ProGiDiffError, OSError) as err:

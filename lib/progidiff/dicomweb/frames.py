@@ -30,7 +30,8 @@ from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.dicomweb.headers import Identity
 from progidiff.dicomweb.pixels import Rescale, to_gray
 from progidiff.errors import NotFoundError, StoreError
-from progidiff.images.volume import Volume, compute_window
+from progidiff.images.intensities import compute_window
+from progidiff.images.volume import Volume
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class Series:
         Raises:
             GeometryError: if it cannot be shown as rectangular slices.
         """
-        grid = ServedGrid.of(volume)
+        grid = ServedGrid.of(volume.grid)
         rescale = Rescale.of(volume.array)
         return cls(identity, grid, rescale, compute_window(volume), rescale.store(volume.arrange(volume.array)))
 

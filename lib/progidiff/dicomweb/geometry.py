@@ -7,17 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from progidiff.errors import GeometryError
-from progidiff.images.volume import Volume
+from progidiff.images.geometry import LPS_TO_RAS, Affine, Grid
 
 SHEAR_TOLERANCE = 0.02
 """Share of the smallest voxel edge by which a voxel may lie elsewhere than DICOM's rectangular slices say."""
 
-_RAS_TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-
-def compute_lps_affine(volume: Volume) -> np.ndarray:
+def compute_lps_affine(grid: Grid) -> Affine:
     """Index (x, y, z, 1) into the axial stack -> LPS mm, shape (4, 4)."""
-    return _RAS_TO_LPS @ volume.stack_affine
+    return LPS_TO_RAS @ grid.stack_affine
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,15 +31,14 @@ class ServedGrid:
     affine: np.ndarray
 
     @classmethod
-    def of(cls, volume: Volume) -> ServedGrid:
-        """The grid that a volume is served on: its axial stack, voxel by voxel, nothing interpolated.
+    def of(cls, image: Grid) -> ServedGrid:
+        """The grid that an image is served on: its axial stack, voxel by voxel, nothing interpolated.
 
         Raises:
-            GeometryError: if the axes of the volume are not at right angles, which DICOM slices cannot say.
+            GeometryError: if the axes of the image are not at right angles, which DICOM slices cannot say.
         """
-        stack, _ = volume.to_stack()
-        grid = cls((stack.shape[0], stack.shape[1], stack.shape[2]), compute_lps_affine(volume))
-        grid._check_angles(volume.name)
+        grid = cls(image.stack_shape, compute_lps_affine(image))
+        grid._check_angles(image.name)
         return grid
 
     def _check_angles(self, name: str) -> None:
@@ -76,8 +73,7 @@ class ServedGrid:
         """ImagePositionPatient of a slice: the centre of its first voxel, LPS mm, shape (3,)."""
         return self.affine[:3, 3] + index * self.affine[:3, 2]
 
-    def file_order(self, stack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """An axial stack as an array in the file order (X, Y, Z) of an image file of its own, and its affine to RAS
-        mm.
-        """
-        return stack.transpose(2, 1, 0), _RAS_TO_LPS @ self.affine
+    def to_file_grid(self, name: str) -> Grid:
+        """The grid of an image file of its own, whose file order is (X, Y, Z): that of a stack transposed."""
+        depth, height, width = self.shape
+        return Grid((width, height, depth), LPS_TO_RAS @ self.affine, name)

@@ -22,7 +22,7 @@ from pydicom.errors import InvalidDicomError
 
 from progidiff.dicomweb.geometry import compute_lps_affine
 from progidiff.errors import GeometryError, ImageError, RequestError
-from progidiff.images.volume import GRID_TOLERANCE, Volume
+from progidiff.images.geometry import GRID_TOLERANCE, Grid
 
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
 
@@ -81,12 +81,12 @@ def find_referenced_series(dataset: Dataset) -> str:
     return uids.pop()
 
 
-def read_segmentation(dataset: Dataset, volume: Volume) -> Segmentation:
+def read_segmentation(dataset: Dataset, image: Grid) -> Segmentation:
     """The voxels of a SEG on the grid of the image that it was drawn on.
 
     Args:
         dataset: Of class Segmentation Storage, opened.
-        volume: The image.
+        image: The grid of the image.
 
     Raises:
         ImageError: if it is not binary, damaged, empty, or a segment has no name.
@@ -105,8 +105,8 @@ def read_segmentation(dataset: Dataset, volume: Volume) -> Segmentation:
         raise ImageError(f"The segmentation has {len(names)} segments; 1 to {MAX_SEGMENTS} can be read.")
     label_of = {number: position + 1 for position, number in enumerate(sorted(names))}
     frames = _read_frames(dataset)
-    stack = np.zeros(volume.to_stack()[0].shape, dtype=np.uint8)
-    to_index = np.linalg.inv(compute_lps_affine(volume))
+    stack = np.zeros(image.stack_shape, dtype=np.uint8)
+    to_index = np.linalg.inv(compute_lps_affine(image))
     overlaps: dict[tuple[int, int], int] = {}
     for index, frame in enumerate(frames):
         number = _find_segment(dataset, index)
@@ -115,7 +115,7 @@ def read_segmentation(dataset: Dataset, volume: Volume) -> Segmentation:
                 f"Frame {index + 1} belongs to segment {number}, which the segmentation "
                 "does not describe. Export it again."
             )
-        places = _locate(dataset, index, frame, to_index, volume)
+        places = _locate(dataset, index, frame, to_index, image)
         before = stack[places]
         for other in np.unique(before[(before != 0) & (before != label_of[number])]):
             pair = (int(other), label_of[number])
@@ -137,7 +137,7 @@ def read_segmentation(dataset: Dataset, volume: Volume) -> Segmentation:
             "proposal; to remove a label, delete it."
         )
     _check_names(drawn)
-    return Segmentation(volume.from_stack(stack), drawn)
+    return Segmentation(image.from_stack(stack), drawn)
 
 
 def _read_frames(dataset: Dataset) -> np.ndarray:
@@ -174,7 +174,7 @@ def _find_segment(dataset: Dataset, index: int) -> int:
 
 
 def _locate(
-    dataset: Dataset, index: int, frame: np.ndarray, to_index: np.ndarray, volume: Volume
+    dataset: Dataset, index: int, frame: np.ndarray, to_index: np.ndarray, image: Grid
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The voxels (z, y, x) of the axial stack that the pixels of a frame which are set fall onto."""
     groups = [
@@ -206,17 +206,17 @@ def _locate(
     if drift.max() > GRID_TOLERANCE or not (steps.sum(axis=0) == 1).all() or steps.sum(axis=1).max() > 1:
         raise GeometryError(
             f"Frame {index + 1} of the segmentation lies up to {drift.max():.2f} voxels "
-            f"beside the voxels of '{volume.name}' (another spacing, orientation or "
+            f"beside the voxels of '{image.name}' (another spacing, orientation or "
             "origin). Draw it on this image, or resample it."
         )
     rows, columns = np.nonzero(frame)
     x, y, z = (rounded @ np.stack([columns, rows, np.ones_like(rows)])).astype(np.int64)
-    depth, rows_of_image, columns_of_image = volume.to_stack()[0].shape
+    depth, rows_of_image, columns_of_image = image.stack_shape
     outside = (x < 0) | (x >= columns_of_image) | (y < 0) | (y >= rows_of_image) | (z < 0) | (z >= depth)
     if outside.any():
         raise GeometryError(
             f"{int(outside.sum())} pixels of frame {index + 1} lie outside of "
-            f"'{volume.name}'. The segmentation is of another image."
+            f"'{image.name}'. The segmentation is of another image."
         )
     return z, y, x
 

@@ -36,7 +36,9 @@ import numpy as np
 
 from progidiff.errors import ImageError, PromptError, RequestError, StoreError
 from progidiff.evaluation.metrics import compute_dice, compute_hd95, keep_largest_component
-from progidiff.images.volume import MASK_SUFFIXES, Volume, load_label, load_volume, strip_suffix
+from progidiff.images.formats import Use, find_kind, strip_suffix
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query, parse_prompt
 from progidiff.proposals.request import DEFAULT_CLEAN_UP
 from progidiff.proposals.volume_proposals import VolumeProposals
@@ -163,7 +165,7 @@ def _find_images(folder: Path) -> dict[str, Path]:
     return {
         strip_suffix(path.name): path
         for path in sorted(folder.iterdir())
-        if path.name.endswith(MASK_SUFFIXES) and not path.name.startswith(".")
+        if find_kind(path, Use.UPLOAD) == "volume" and not path.name.startswith(".")
     }
 
 
@@ -250,7 +252,7 @@ def score_case(
         def score(
             shown: str | int, name: str = name, truth: np.ndarray = truth, empty: np.ndarray = empty_slices
         ) -> dict[str, Any]:
-            mask = volume.arrange(proposals.mask(volume, name, shown)).astype(bool)
+            mask = volume.arrange(proposals.mask(volume.grid, name, shown)).astype(bool)
             if largest_component:
                 mask = keep_largest_component(mask)
             return {
@@ -404,7 +406,7 @@ def evaluate(
         report_slices(0, 1)
         try:
             volume = load_volume(case.image, modality)
-            labels = load_label(case.label, like=volume)
+            labels = load_label(case.label, like=volume.grid)
             proposals = engine.propose(
                 volume,
                 queries,

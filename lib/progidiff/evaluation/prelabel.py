@@ -22,7 +22,9 @@ from typing import Any
 
 from progidiff.errors import ModelError, ProGiDiffError, RequestError, StoreError
 from progidiff.evaluation.evaluate import save_report
-from progidiff.images.volume import MASK_SUFFIXES, load_volume, save_mask, strip_suffix
+from progidiff.images.formats import Use, find_kind, list_suffixes, strip_suffix
+from progidiff.images.reading import load_volume
+from progidiff.images.writing import save_mask
 from progidiff.prompts.parser import Query, compute_label_ids, parse_prompt
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.request import DEFAULT_CLEAN_UP, NONE
@@ -113,11 +115,12 @@ def list_images(studies: Path) -> list[Path]:
     found = {
         strip_suffix(path): path
         for path in sorted(studies.iterdir())
-        if path.is_file() and path.name.lower().endswith(MASK_SUFFIXES)
+        if path.is_file() and find_kind(path, Use.UPLOAD) == "volume"
     }
     images = [path for image, path in sorted(found.items()) if not image.startswith(".")]
     if not images:
-        raise RequestError(f"'{studies}' holds no images; {', '.join(MASK_SUFFIXES)} files directly in it are read.")
+        suffixes = ", ".join(list_suffixes(Use.UPLOAD, "volume"))
+        raise RequestError(f"'{studies}' holds no images; {suffixes} files directly in it are read.")
     return images
 
 
@@ -179,7 +182,12 @@ class Prelabeller:
         engine = self._engine
         target = self._labels / f"{image}.nii.gz"
         present = next(
-            (file for suffix in MASK_SUFFIXES if (file := self._labels / f"{image}{suffix}").is_file()), None
+            (
+                file
+                for suffix in list_suffixes(Use.UPLOAD, "volume")
+                if (file := self._labels / f"{image}{suffix}").is_file()
+            ),
+            None,
         )
         stamp = [path.stat().st_mtime_ns, path.stat().st_size]
         note = self._read_note(image) if present == target else None
@@ -210,11 +218,11 @@ class Prelabeller:
                 clean_up=self._settings.clean_up,
             )
             self._proposals.save(key, result, image)
-        labels = result.label_map(volume, "consensus", compute_label_ids(self._queries))
+        labels = result.label_map(volume.grid, "consensus", compute_label_ids(self._queries))
         scratch = self._labels / f".{image}.{os.getpid()}.nii.gz"
         try:
             self._labels.mkdir(parents=True, exist_ok=True)
-            save_mask(labels, volume, scratch)
+            save_mask(labels, volume.grid, scratch)
             flush(scratch)
             made = {
                 "key": key,

@@ -18,19 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, NotFoundError
-
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-"""Pictures that are served."""
-
-LABEL_SUFFIXES = (".png", ".tif", ".tiff")
-"""Formats that keep a label map as it is; JPEG does not."""
+from progidiff.images.geometry import LPS_TO_RAS, Affine
+from progidiff.images.raw import Raw
 
 PICTURE = "picture"
 """What stands where a volume has its modality, "CT" or "MR"."""
 
-PICTURE_AFFINE = np.diag([-1.0, -1.0, 1.0, 1.0])
+PICTURE_AFFINE: Affine = LPS_TO_RAS.copy()
 """Pixel (x, y, 0, 1) -> RAS mm."""
 
 _MASK_VALUE = 255
@@ -38,18 +35,8 @@ _ORIENTATION_TAG, _FIRST_TURNED = 0x0112, 5
 _READ_ERRORS = (OSError, EOFError, ValueError, TypeError, SyntaxError, IndexError, KeyError, OverflowError, MemoryError)
 
 
-def is_picture(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a picture by its name.
-
-    Example:
-        >>> is_picture("tissue_01.PNG"), is_picture("ct.nii.gz")
-        (True, False)
-    """
-    return Path(path).name.lower().endswith(PICTURE_SUFFIXES)
-
-
-def read_picture_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], np.ndarray]:
-    """The size of a picture from its header, as `volume.read_grid` gives it.
+def read_picture_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], Affine]:
+    """The size of a picture from its header, as the table of formats wants it.
 
     Returns:
         (W, H, 1), and `PICTURE_AFFINE`.
@@ -78,7 +65,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         image.load()
 
 
-def read_picture_label(path: str | os.PathLike[str]) -> np.ndarray:
+def read_picture_label(path: str | os.PathLike[str]) -> NDArray[Any]:
     """A label map that was saved as a picture.
 
     The grey values, or the indices of a palette, are the label ids. Where 0 and 255 are the only values, 255 is read as
@@ -92,9 +79,9 @@ def read_picture_label(path: str | os.PathLike[str]) -> np.ndarray:
         ImageError: if it cannot be read, is a JPEG (which changes values), or is in colour.
     """
     path = Path(path)
-    if not path.name.lower().endswith(LABEL_SUFFIXES):
-        raise ImageError(f"'{path.name}' cannot hold a label map: the format changes values. Save it as PNG.")
     with _opened(path) as image:
+        if image.format == "JPEG":
+            raise ImageError(f"'{path.name}' cannot hold a label map: the format changes values. Save it as PNG.")
         mode = image.mode
         array = np.asarray(image)
     if array.dtype == np.bool_:
@@ -121,7 +108,17 @@ def read_picture_label(path: str | os.PathLike[str]) -> np.ndarray:
     return np.ascontiguousarray(array.T[:, :, None].astype(np.min_scalar_type(high), copy=False))
 
 
-def write_picture_label(array: np.ndarray, path: str | os.PathLike[str]) -> None:
+def read_picture_map(path: Path) -> Raw:
+    """`read_picture_label`, as the table of formats wants it."""
+    return Raw(read_picture_label(path), PICTURE_AFFINE.copy())
+
+
+def write_picture_map(array: NDArray[Any], affine: Affine, path: Path) -> None:
+    """`write_picture_label`, as the table of formats wants it: a picture keeps no affine."""
+    write_picture_label(array, path)
+
+
+def write_picture_label(array: NDArray[Any], path: str | os.PathLike[str]) -> None:
     """Write a label map as a grey PNG, 8 bits if its ids fit, else 16.
 
     Args:

@@ -40,6 +40,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from progidiff.errors import BusyError, NotFoundError, RequestError, StoreError
+from progidiff.images.formats import Use, find_format, list_suffixes
 from progidiff.storage.atomic import flush
 
 logger = logging.getLogger(__name__)
@@ -47,8 +48,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 FINAL = "final"
 """The tag whose labels count as annotated."""
-
-LABEL_SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".png", ".tif", ".tiff")
 
 Kind = Literal["label", "delete", "undo", "restore", "skip"]
 
@@ -250,7 +249,7 @@ class AnnotationStore:
             slices: Axial slices that this save annotates, in any order; None for the whole volume.
 
         Raises:
-            RequestError: if a slice is none, or the label's file has none of `LABEL_SUFFIXES`.
+            RequestError: if a slice is none, or the label's file is of no format for labels.
             StoreError: if the disk refuses; then nothing was recorded.
             BusyError: if another process holds the store for too long.
         """
@@ -683,7 +682,8 @@ class AnnotationStore:
         if self.final_labels is None or not self.final_labels.is_dir():
             return set()
         names = (name for name in os.listdir(self.final_labels) if not name.startswith("."))
-        return {name[: -len(suffix)] for name in names for suffix in LABEL_SUFFIXES if name.lower().endswith(suffix)}
+        suffixes = list_suffixes(Use.LABEL)
+        return {name[: -len(suffix)] for name in names for suffix in suffixes if name.lower().endswith(suffix)}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -803,12 +803,13 @@ def _check_slices(slices: Iterable[int], num_slices: int | None) -> tuple[int, .
 
 
 def _label_suffix(path: Path) -> str:
-    for suffix in LABEL_SUFFIXES:
-        if path.name.lower().endswith(suffix):
-            return suffix
-    raise RequestError(
-        f"A label named '{path.name[-40:]}' is not kept; its suffix must be one of {', '.join(LABEL_SUFFIXES)}."
-    )
+    row = find_format(path, Use.LABEL)
+    if row is None:
+        raise RequestError(
+            f"A label named '{path.name[-40:]}' is not kept; its suffix must be one of "
+            f"{', '.join(list_suffixes(Use.LABEL))}."
+        )
+    return row.suffix
 
 
 def _folder_name(image: str) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from progidiff.errors import RequestError
-from progidiff.images.volume import Volume
+from progidiff.images.geometry import Grid
 from progidiff.labels.saving import MERGED
 from progidiff.params import read_float, read_int
 from progidiff.proposals.agreement import merge_masks
@@ -157,7 +157,7 @@ class Plan:
         return {**self.volume, **self.slices.get(z, {})}
 
 
-def compose_label(result: VolumeProposals, volume: Volume, plan: Plan, label_ids: Mapping[str, int]) -> np.ndarray:
+def compose_label(result: VolumeProposals, grid: Grid, plan: Plan, label_ids: Mapping[str, int]) -> np.ndarray:
     """Carry out a plan.
 
     Where several structures are drawn on a voxel, the one with the higher agreement of its proposals wins, then the one
@@ -165,7 +165,7 @@ def compose_label(result: VolumeProposals, volume: Volume, plan: Plan, label_ids
 
     Args:
         result: The proposals.
-        volume: The image that they were made for.
+        grid: Of the image that they were made for.
         plan: What to draw.
         label_ids: Structure -> label id 1..255.
 
@@ -173,10 +173,10 @@ def compose_label(result: VolumeProposals, volume: Volume, plan: Plan, label_ids
         uint8 of shape (I, J, K) in file order; 0 on slices that the plan leaves out.
 
     Raises:
-        GeometryError: if the volume has another grid.
+        GeometryError: if the image has another grid.
     """
     stack = np.zeros(result.grid.shape, dtype=np.uint8)
-    labels = volume.from_stack(stack)  # A view: what is drawn on the stack is drawn in file order.
+    labels = grid.from_stack(stack)  # A view: what is drawn on the stack is drawn in file order.
     best = {name: order[0] for name, order in zip(result.structures, result.ranking, strict=True)}
     for z in range(len(stack)):
         picks = plan.picks_on(z)

@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 
 from progidiff.errors import GeometryError, ImageError, RequestError
-from progidiff.images.pictures import is_picture
-from progidiff.images.volume import Volume, load_label, load_volume, read_grid, save_mask, strip_suffix
-from progidiff.labels.history import LABEL_SUFFIXES, Source
+from progidiff.images.formats import Use, find_format, is_picture, list_suffixes
+from progidiff.images.geometry import Grid
+from progidiff.images.reading import load_label, read_grid
+from progidiff.images.writing import save_mask
+from progidiff.labels.history import Source
 from progidiff.params import read_bool, read_choice, read_float, read_int
 from progidiff.prompts.parser import canonical_name
 from progidiff.prompts.structures import LAST_LABEL_ID, fixed_ids
@@ -41,11 +43,6 @@ MAX_LABEL_ID = 255
 
 UNKNOWN_SEED = -1
 """Of a `Source` whose proposals are no longer kept."""
-
-KEPT_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".png")
-"""Labels in these formats are kept byte for byte; others are rewritten as .nii.gz or .png, because the host does not
-list them.
-"""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _MAX_NAMES = 255
@@ -171,24 +168,6 @@ class ReadyLabel:
     warnings: tuple[str, ...] = ()
 
 
-def count_slices(volume: Volume) -> int:
-    """Axial slices of a volume."""
-    return int(volume.to_stack()[0].shape[0])
-
-
-def open_grid(image: Path) -> Volume:
-    """An image without its voxels: all that a label is compared with, read from the header.
-
-    Raises:
-        NotFoundError, ImageError: as `volume.read_grid`; for a DICOM folder, which has no header, as
-            `volume.load_volume`.
-    """
-    if image.is_dir():
-        return load_volume(image)
-    shape, affine = read_grid(image)
-    return Volume(np.broadcast_to(np.uint8(0), shape), affine, "CT", "option", strip_suffix(image))
-
-
 def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) -> dict[str, int]:
     """Structure -> id as labels of a folder use them: its labels.json, or the ids that answers use.
 
@@ -231,7 +210,7 @@ def combine_ids(folder_ids: Mapping[str, int], previous: Previous | None) -> dic
 
 def check_label(
     file: Path,
-    volume: Volume,
+    grid: Grid,
     options: SaveOptions,
     kept_ids: Mapping[str, int],
     served_ids: Mapping[str, int] | None = None,
@@ -240,7 +219,7 @@ def check_label(
 
     Args:
         file: As sent.
-        volume: Its image.
+        grid: Of its image.
         options: What was sent along.
         kept_ids: Structure -> id as kept labels use them, see `combine_ids`.
         served_ids: Structure -> id as answers use them; None for the fixed ids.
@@ -250,9 +229,9 @@ def check_label(
         GeometryError: if it is not on the image's grid.
     """
     _check_suffix(file)
-    _check_voxel_count(file, volume)
+    _check_voxel_count(file, grid)
     try:
-        array = load_label(file, like=volume)
+        array = load_label(file, like=grid)
     except OverflowError as err:
         raise ImageError(
             f"'{file.name}' holds infinite values, so it is no label map; save it with whole numbers."
@@ -272,12 +251,12 @@ def check_label(
     table = {value: ids[meaning[value]] for value in present}
     is_as_sent = all(value == number for value, number in table.items())
     array = array if is_as_sent else translate(array, table)
-    return CheckedLabel(file, array, ids, kept_ids, is_as_sent and file.name.lower().endswith(KEPT_SUFFIXES))
+    return CheckedLabel(file, array, ids, kept_ids, is_as_sent and _is_kept(file))
 
 
 def prepare_label(
     checked: CheckedLabel,
-    volume: Volume,
+    grid: Grid,
     options: SaveOptions,
     image: str,
     previous: Previous | None,
@@ -288,7 +267,7 @@ def prepare_label(
 
     Args:
         checked: Of `check_label`.
-        volume: The image.
+        grid: Of the image.
         options: What was sent along.
         image: Its id.
         previous: The label in force; None if there is none.
@@ -300,12 +279,12 @@ def prepare_label(
         ImageError: if the label in force cannot be read.
     """
     warnings: list[str] = []
-    num_slices = count_slices(volume)
+    num_slices = grid.num_slices
     source, result = _find_source(options, image, proposals, warnings)
     ids = dict(checked.label_ids)
     if options.structures is not None:
         ids = _assign_ids([*ids, *options.structures], {**checked.kept_ids, **ids})
-    differing = _find_differing(checked.array, volume, options, result, {**checked.kept_ids, **ids})
+    differing = _find_differing(checked.array, grid, options, result, {**checked.kept_ids, **ids})
     slices = options.slices
     if slices is None and differing:
         slices = differing
@@ -323,13 +302,13 @@ def prepare_label(
         replaced = (
             slices if options.slices is not None or slices is None else _add_untouched(slices, previous, num_slices)
         )
-        array = _join(array, previous, volume, replaced, chosen, checked.kept_ids)
+        array = _join(array, previous, grid, replaced, chosen, checked.kept_ids)
         if previous is not None:
             ids = {**{name: checked.kept_ids[name] for name in previous.label_ids}, **ids}
     if checked.is_as_sent and (array is checked.array or np.array_equal(array, checked.array)):
         file = checked.file
     else:
-        file = save_mask(array, volume, scratch / ("label.png" if is_picture(checked.file) else "label.nii.gz"))
+        file = save_mask(array, grid, scratch / ("label.png" if is_picture(checked.file) else "label.nii.gz"))
     return ReadyLabel(
         file, slices, structures, source, edited, options.seconds, options.client, num_slices, ids, tuple(warnings)
     )
@@ -351,15 +330,15 @@ def translate(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
 def _join(
     new: np.ndarray,
     previous: Previous | None,
-    volume: Volume,
+    grid: Grid,
     slices: Iterable[int] | None,
     chosen: list[int] | None,
     kept_ids: Mapping[str, int],
 ) -> np.ndarray:
     """`new` on the slices (None: all) and for the ids (None: all), and the label in force elsewhere."""
-    before = np.zeros_like(new) if previous is None else _load_previous(previous, volume, kept_ids)
+    before = np.zeros_like(new) if previous is None else _load_previous(previous, grid, kept_ids)
     result = before.astype(np.promote_types(before.dtype, new.dtype))
-    target, source = volume.arrange(result), volume.arrange(new)
+    target, source = grid.arrange(result), grid.arrange(new)
     for z in range(len(target)) if slices is None else slices:
         if chosen is None:
             target[z] = source[z]
@@ -370,10 +349,10 @@ def _join(
     return result
 
 
-def _load_previous(previous: Previous, volume: Volume, kept_ids: Mapping[str, int]) -> np.ndarray:
+def _load_previous(previous: Previous, grid: Grid, kept_ids: Mapping[str, int]) -> np.ndarray:
     """The label in force, in the ids that kept labels use now: labels.json may have changed since."""
     try:
-        array = load_label(previous.file, like=volume)
+        array = load_label(previous.file, like=grid)
     except ImageError as err:
         raise ImageError(
             f"The label in force cannot be joined with this one ({err}) Save a label of the whole volume, without "
@@ -412,16 +391,16 @@ def _find_source(
 
 
 def _find_differing(
-    array: np.ndarray, volume: Volume, options: SaveOptions, result: VolumeProposals | None, ids: Mapping[str, int]
+    array: np.ndarray, grid: Grid, options: SaveOptions, result: VolumeProposals | None, ids: Mapping[str, int]
 ) -> tuple[int, ...] | None:
     """Axial slices where a label is not what was served; None if that is not known."""
     if result is None or options.shown == MERGED:
         return None
-    served = result.label_map(volume, options.shown, _assign_ids(result.structures, ids))
+    served = result.label_map(grid, options.shown, _assign_ids(result.structures, ids))
     if options.structures is not None:
         chosen = [ids[name] for name in options.structures]
         array, served = (np.where(np.isin(part, chosen), part, 0) for part in (array, served))
-    differs = volume.arrange(array != served).any(axis=(1, 2))
+    differs = grid.arrange(array != served).any(axis=(1, 2))
     return tuple(int(z) for z in np.flatnonzero(differs))
 
 
@@ -475,15 +454,20 @@ def _assign_ids(names: Iterable[str], kept_ids: Mapping[str, int]) -> dict[str, 
 
 
 def _check_suffix(file: Path) -> None:
-    if not file.name.lower().endswith(LABEL_SUFFIXES):
-        raise ImageError(f"A label named '{file.name[-40:]}' is not read. Send {', '.join(LABEL_SUFFIXES)}.")
+    if find_format(file, Use.LABEL) is None:
+        raise ImageError(f"A label named '{file.name[-40:]}' is not read. Send {', '.join(list_suffixes(Use.LABEL))}.")
 
 
-def _check_voxel_count(file: Path, volume: Volume) -> None:
+def _is_kept(file: Path) -> bool:
+    """Whether a label is kept byte for byte; in other formats it is rewritten, because the host does not list them."""
+    return find_format(file.with_name(file.name.lower().replace(".seg.", ".")), Use.ANSWER) is not None
+
+
+def _check_voxel_count(file: Path, grid: Grid) -> None:
     """Look at the header before the voxels: a few kilobytes can unpack to any size."""
-    shape, _ = read_grid(file)
-    if shape != volume.array.shape:
-        given, wanted = (" x ".join(map(str, size)) for size in (shape, volume.array.shape))
+    shape = read_grid(file).shape
+    if shape != grid.shape:
+        given, wanted = (" x ".join(map(str, size)) for size in (shape, grid.shape))
         raise GeometryError(
             f"The label has {given} voxels and the image {wanted}; resample it to the "
             "image's grid, or save it uncropped."

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from progidiff.errors import RequestError, StoreError
-from progidiff.images.volume import Volume, compute_body_threshold, compute_window
+from progidiff.images.intensities import compute_body_threshold, compute_window
+from progidiff.images.volume import Volume
 from progidiff.prompts.structures import pick_color
 from progidiff.proposals.volume_proposals import VolumeProposals
 
@@ -122,8 +123,8 @@ def draw_proposals(
     figure, axes = _make_figure(len(wanted), shown + 3, _proportion(*body, spacing), extra_inches=0.75)
     ids = {name: index + 1 for index, name in enumerate(proposals.structures)}
     for position, (name, row) in enumerate(zip(wanted, axes, strict=True)):
-        share = volume.arrange(proposals.agreement(volume, name))
-        masks = [volume.arrange(proposals.mask(volume, name, k + 1)) for k in range(shown)]
+        share = volume.arrange(proposals.agreement(volume.grid, name))
+        masks = [volume.arrange(proposals.mask(volume.grid, name, k + 1)) for k in range(shown)]
         z = _check_slices(slices, len(stack))[position] if slices is not None else _pick_telling_slice(share)
         frame = _frame_around(share[z] > 0, body, spacing)
         color = pick_color(name, ids[name])

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from progidiff.errors import CancelledError, ImageError, MemoryFullError, NotFoundError, ProGiDiffError, RequestError
-from progidiff.images.volume import Volume, compute_body_threshold, compute_window
+from progidiff.images.intensities import compute_body_threshold, compute_window
+from progidiff.images.volume import Volume
 from progidiff.images.working_grid import plan_working_grid
 from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.model.backbone import Backbone, pick_device

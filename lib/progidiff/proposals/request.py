@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from progidiff.errors import RequestError
+from progidiff.images.formats import Use, list_suffixes
+from progidiff.images.modality import list_modalities
 from progidiff.params import read_bool, read_choice, read_float, read_int, show_value
 from progidiff.prompts.structures import LAST_LABEL_ID, name_label_id
 from progidiff.proposals.islands import CLEAN_UPS, SMALL
@@ -41,9 +43,6 @@ MAX_SEED = 2**32 - 1
 
 
 MAX_SLICE = 2**20
-
-
-RESULT_EXTENSIONS = (".nii.gz", ".nii", ".nrrd")
 
 
 _RESERVED = (
@@ -163,8 +162,9 @@ class InferOptions:
         guidance = values.get("guidance_scale")
         job_id = values.get("job_id")
         first_slice = values.get("first_slice")
+        extensions = list_suffixes(Use.ANSWER, "volume")
         adapter = _read_adapter(values.get("adapter", adapters[0]), adapters) if adapters else None
-        modality = read_choice(values.get("modality", "auto"), "modality", ("auto", "CT", "MR"))
+        modality = read_choice(values.get("modality", AUTO), "modality", (AUTO, *list_modalities()))
         return cls(
             prompt=_read_label_prompt(sent.get("label_prompt")) or _read_prompt(values.get("prompt")),
             num_proposals=num_proposals,
@@ -173,15 +173,13 @@ class InferOptions:
             seed=read_int(values.get("seed", 0), "seed", 0, MAX_SEED),
             guidance_scale=None if guidance is None else read_float(guidance, "guidance_scale", 0.0, 20.0),
             adapter=adapter,
-            modality=None if modality == "auto" else modality,
+            modality=None if modality == AUTO else modality,
             allow_free_text=read_bool(values.get("allow_free_text", False), "allow_free_text"),
             clean_up=read_choice(values.get("clean_up", DEFAULT_CLEAN_UP), "clean_up", CLEAN_UPS),
             save_original=read_bool(values.get("save_original", False), "save_original"),
             save_proposals=read_bool(values.get("save_proposals", False), "save_proposals"),
             first_slice=None if first_slice is None else read_int(first_slice, "first_slice", 0, MAX_SLICE),
-            result_extension=read_choice(
-                values.get("result_extension", RESULT_EXTENSIONS[0]), "result_extension", RESULT_EXTENSIONS
-            ),
+            result_extension=read_choice(values.get("result_extension", extensions[0]), "result_extension", extensions),
             job_id=None if job_id is None else str(job_id),
             ignored=tuple(sorted(name for name in sent if name not in OPTION_NAMES)),
         )

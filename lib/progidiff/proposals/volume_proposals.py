@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from progidiff.errors import GeometryError, ImageError, RequestError
-from progidiff.images.volume import Volume
+from progidiff.images.geometry import Grid
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.proposals.agreement import compute_disagreement_per_slice, compute_pairwise_dice
 from progidiff.proposals.islands import OFF
@@ -170,11 +170,11 @@ class VolumeProposals:
         """The structures of which anything is shown, in the order asked."""
         return tuple(name for name in self.structures if self.volume_ml(name, shown) > 0)
 
-    def mask(self, volume: Volume, structure: str, shown: str | int = "consensus") -> np.ndarray:
+    def mask(self, grid: Grid, structure: str, shown: str | int = "consensus") -> np.ndarray:
         """One structure on the input's grid.
 
         Args:
-            volume: The image that the proposals were made for.
+            grid: Of the image that the proposals were made for.
             structure: One of `structures`.
             shown: "consensus", "best" (the medoid) or the number of a proposal, 1..K.
 
@@ -183,9 +183,9 @@ class VolumeProposals:
 
         Raises:
             RequestError: if there is no such structure or proposal.
-            GeometryError: if the volume has another grid.
+            GeometryError: if the image has another grid.
         """
-        self._check_volume(volume)
+        self._check_grid(grid)
         index = self._index(structure)
         shown = check_shown(shown, self.num_proposals)
         stack = np.zeros(self.grid.shape, dtype=np.uint8)
@@ -193,7 +193,7 @@ class VolumeProposals:
         for z, (rows, cols), maps in self._restored(index, None if shown_index is None else [shown_index]):
             drawn = maps >= THRESHOLD
             stack[z, rows, cols] = _count(drawn) * 2 >= len(drawn)
-        return volume.from_stack(stack)
+        return grid.from_stack(stack)
 
     def slice_masks(self, structure: str, z: int) -> np.ndarray:
         """All proposals of one structure on one axial slice of the input.
@@ -223,7 +223,7 @@ class VolumeProposals:
         return maps
 
     def label_map(
-        self, volume: Volume, shown: str | int = "consensus", label_ids: dict[str, int] | None = None
+        self, grid: Grid, shown: str | int = "consensus", label_ids: dict[str, int] | None = None
     ) -> np.ndarray:
         """All structures on the input's grid, one per voxel.
 
@@ -231,7 +231,7 @@ class VolumeProposals:
         probability, then the one asked first (`proposals.resolve_overlaps`).
 
         Args:
-            volume: The image that the proposals were made for.
+            grid: Of the image that the proposals were made for.
             shown: See `mask`. "best" picks the medoid of each structure.
             label_ids: Label id 1..255 of each structure; by default 1..P in the order asked. Structures without an id
                 are left out.
@@ -241,9 +241,9 @@ class VolumeProposals:
 
         Raises:
             RequestError: if there is no such proposal or an id does not fit.
-            GeometryError: if the volume has another grid.
+            GeometryError: if the image has another grid.
         """
-        self._check_volume(volume)
+        self._check_grid(grid)
         shown = check_shown(shown, self.num_proposals)
         ids = (
             label_ids
@@ -256,7 +256,7 @@ class VolumeProposals:
         stack = np.zeros(self.grid.shape, dtype=np.uint8)
         chosen_structures = [index for index, name in enumerate(self.structures) if name in ids]
         if len(chosen_structures) == 1:
-            mask = self.mask(volume, self.structures[chosen_structures[0]], shown)
+            mask = self.mask(grid, self.structures[chosen_structures[0]], shown)
             return mask * np.uint8(ids[self.structures[chosen_structures[0]]])
         best = np.zeros(stack.shape[1:], dtype=np.float32)
         by_slice: dict[int, list[int]] = {}
@@ -275,44 +275,44 @@ class VolumeProposals:
                     wins = eligible & (score > best[rows, cols])
                     best[rows, cols][wins] = score[wins]
                     stack[z, rows, cols][wins] = ids[self.structures[index]]
-        return volume.from_stack(stack)
+        return grid.from_stack(stack)
 
-    def agreement(self, volume: Volume, structure: str | None = None) -> np.ndarray:
+    def agreement(self, grid: Grid, structure: str | None = None) -> np.ndarray:
         """Share of proposals that draw each voxel; not a calibrated probability.
 
         Args:
-            volume: The image that the proposals were made for.
+            grid: Of the image that the proposals were made for.
             structure: One of `structures`; None for the maximum over all.
 
         Returns:
             float32 in [0, 1], shape (I, J, K) in file order.
         """
-        self._check_volume(volume)
+        self._check_grid(grid)
         stack = np.zeros(self.grid.shape, dtype=np.float32)
         for index in range(len(self.structures)) if structure is None else [self._index(structure)]:
             for z, (rows, cols), maps in self._restored(index):
                 share = _count(maps >= THRESHOLD).astype(np.float32) / self.num_proposals
                 stack[z, rows, cols] = np.maximum(stack[z, rows, cols], share)
-        return volume.from_stack(stack)
+        return grid.from_stack(stack)
 
-    def disagreement_map(self, volume: Volume, structure: str | None = None) -> np.ndarray:
+    def disagreement_map(self, grid: Grid, structure: str | None = None) -> np.ndarray:
         """Where the proposals differ: 4 a (1 - a) of the agreement a, in percent.
 
         Args:
-            volume: The image that the proposals were made for.
+            grid: Of the image that the proposals were made for.
             structure: One of `structures`; None for the maximum over all.
 
         Returns:
             uint8 from 0 (all or none draw the voxel) to 100 (half of them do), shape (I, J, K) in file order.
         """
-        self._check_volume(volume)
+        self._check_grid(grid)
         stack = np.zeros(self.grid.shape, dtype=np.uint8)
         for index in range(len(self.structures)) if structure is None else [self._index(structure)]:
             for z, (rows, cols), maps in self._restored(index):
                 share = _count(maps >= THRESHOLD).astype(np.float32) / self.num_proposals
                 percent = np.rint(400 * share * (1 - share)).astype(np.uint8)
                 stack[z, rows, cols] = np.maximum(stack[z, rows, cols], percent)
-        return volume.from_stack(stack)
+        return grid.from_stack(stack)
 
     def summary(self) -> dict[str, Any]:
         """Everything but the pictures, as plain values for JSON: settings, and per structure volumes, ranking and
@@ -521,12 +521,12 @@ class VolumeProposals:
     def _proposal(self, index: int, shown: str | int) -> int:
         return self.ranking[index][0] if shown == "best" else int(shown) - 1
 
-    def _check_volume(self, volume: Volume) -> None:
-        shape = volume.to_stack()[0].shape
+    def _check_grid(self, grid: Grid) -> None:
+        shape = grid.stack_shape
         if tuple(shape) != self.grid.shape:
             raise GeometryError(
                 f"These proposals were made for an axial stack of {self.grid.shape}, the "
-                f"image '{volume.name}' has {tuple(shape)}."
+                f"image '{grid.name}' has {tuple(shape)}."
             )
 
 

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import numpy as np
 
-from progidiff.images.volume import Volume, save_mask
+from progidiff.images.geometry import Grid
+from progidiff.images.writing import save_mask
 
 _lock = threading.Lock()
 _folder: Path | None = None
 
 
-def write_temporary(labels: np.ndarray, volume: Volume, extension: str) -> Path:
+def write_temporary(labels: np.ndarray, like: Grid, extension: str) -> Path:
     """Write labels in file order (I, J, K) to a new temporary file on the grid of an image; the caller removes it."""
     handle, name = tempfile.mkstemp(prefix="progidiff-", suffix=extension, dir=_find_folder())
     os.close(handle)
     try:
-        return save_mask(labels, volume, name)
+        return save_mask(labels, like, name)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

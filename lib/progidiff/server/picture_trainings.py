@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from progidiff.errors import ModelError, NotFoundError
-from progidiff.images.pictures import is_picture
+from progidiff.images.formats import is_picture
 from progidiff.server.tasks.picture_engine import TextDiffEngine, number_classes
 from progidiff.server.tasks.pictures import NAME, TextDiffInferTask
 from progidiff.training.accepted_labels import to_json

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from progidiff.errors import ModelError, NotFoundError, ProGiDiffError, RequestError
-from progidiff.images.pictures import is_picture
+from progidiff.images.formats import is_picture
 from progidiff.labels.history import FINAL
 from progidiff.model.adapters import AdapterCard, AdapterStore, compute_base_digest
 from progidiff.server import picture_trainings

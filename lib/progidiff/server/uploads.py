@@ -12,24 +12,23 @@ from fastapi import UploadFile
 from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.errors import NotFoundError, RequestError
+from progidiff.images.formats import Use, find_format, list_suffixes
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
-_UPLOAD_SUFFIX = re.compile(r"(\.nii\.gz|\.nii|\.nrrd|\.mha|\.png|\.jpe?g|\.tiff?)$", re.IGNORECASE)
-
-
 def keep_upload(file: UploadFile, uploads: ExitStack) -> str:
     """Write an uploaded image to a temporary folder that goes when `uploads` is closed, also if the request fails."""
-    match = _UPLOAD_SUFFIX.search(file.filename or "")
-    if match is None:
+    row = find_format(file.filename or "", Use.UPLOAD)
+    if row is None:
         name = (file.filename or "")[-40:]
+        *most, last = list_suffixes(Use.UPLOAD, "volume")
         raise RequestError(
-            f"An upload named '{name}' is not read. Send .nii.gz, .nii, .nrrd or .mha, or "
+            f"An upload named '{name}' is not read. Send {', '.join(most)} or {last}, or "
             "a picture; a DICOM series goes to PUT /session/."
         )
     folder = uploads.enter_context(tempfile.TemporaryDirectory(prefix="progidiff-upload-"))
-    path = Path(folder) / f"image{match.group(1).lower()}"
+    path = Path(folder) / f"image{row.suffix}"
     with path.open("wb") as target:
         shutil.copyfileobj(file.file, target)
     return str(path)

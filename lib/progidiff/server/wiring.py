@@ -11,7 +11,7 @@ from progidiff.active_learning.reservations import Reservations
 from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.active_learning.settings import STRATEGIES, AcquisitionConfig
 from progidiff.errors import RequestError
-from progidiff.images.pictures import is_picture
+from progidiff.images.formats import is_picture
 from progidiff.labels.history import Annotation
 from progidiff.server.background.next_sample import Selection, is_whole
 from progidiff.server.background.picture_scoring import PictureScorer

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from progidiff.errors import GeometryError, ImageError, RequestError
-from progidiff.textdiff.pictures import SUFFIXES, read_label
+from progidiff.images.formats import Use, is_picture, list_suffixes
+from progidiff.textdiff.pictures import read_label
 from progidiff.textdiff.sentences import find_sentence, read_sentences
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img")
@@ -157,13 +158,12 @@ def _find_pictures(images: Path) -> Path:
     below = _find_below(images, IMAGE_FOLDERS)
     if below is not None and _list_pictures(below):
         return below
-    raise RequestError(f"'{images}' holds no pictures ({', '.join(SUFFIXES)}); name the folder they lie in.")
+    suffixes = ", ".join(list_suffixes(Use.UPLOAD, "picture"))
+    raise RequestError(f"'{images}' holds no pictures ({suffixes}); name the folder they lie in.")
 
 
 def _list_pictures(folder: Path) -> list[Path]:
-    return sorted(
-        p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file() and not p.name.startswith(".")
-    )
+    return sorted(p for p in folder.iterdir() if is_picture(p) and p.is_file() and not p.name.startswith("."))
 
 
 def _find_below(folder: Path, names: Sequence[str]) -> Path | None:

@@ -26,9 +26,6 @@ from progidiff.errors import GeometryError, ImageError, TooLargeError
 
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-"""What is looked for in a folder of pictures; lower case."""
-
 MAX_PIXELS = 16_000 * 16_000
 """Largest picture that is opened; a larger one would not fit into the memory of a usual machine."""
 

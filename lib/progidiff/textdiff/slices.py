@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from progidiff.images.volume import Volume, compute_window
+from progidiff.images.intensities import compute_window
+from progidiff.images.volume import Volume
 
 
 def render_slice(volume: Volume, z: int) -> np.ndarray:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
-from progidiff.images.volume import load_volume
+from progidiff.images.reading import load_volume
 from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, check_name, compute_base_digest
 from progidiff.model.backbone import Backbone
 from progidiff.model.conditioning import ConditioningBranch

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from progidiff.errors import RequestError
-from progidiff.images.volume import strip_suffix
+from progidiff.images.formats import strip_suffix
 from progidiff.model.backbone import Backbone
 from progidiff.model.codec import MaskCodec
 from progidiff.model.conditioning import ConditioningConfig

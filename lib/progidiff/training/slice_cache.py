@@ -22,7 +22,9 @@ from torch import Tensor
 
 from progidiff.errors import ImageError
 from progidiff.evaluation import evaluate
-from progidiff.images.volume import compute_body_threshold, compute_window, load_label, load_volume, strip_suffix
+from progidiff.images.formats import strip_suffix
+from progidiff.images.intensities import compute_body_threshold, compute_window
+from progidiff.images.reading import load_label, load_volume
 from progidiff.images.working_grid import plan_working_grid
 from progidiff.model.conditioning import ConditioningConfig
 
@@ -211,7 +213,7 @@ class SliceCache:
         grid = plan_working_grid(
             stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range
         )
-        raw = load_label(case.label, volume)
+        raw = load_label(case.label, volume.grid)
         table = np.zeros(max(int(raw.max()), *case.structures) + 1, np.uint8)
         for value, name in case.structures.items():
             if name in self.structures:

@@ -12,7 +12,7 @@ import requests
 from monailabel.datastore.dicom import DICOMWebDatastore
 
 from progidiff.errors import BusyError, NotFoundError
-from progidiff.images.volume import load_volume
+from progidiff.images.reading import load_volume
 from progidiff.server.datastores.images import find_image
 from support.images import make_affine, make_image, write_dicom
 

@@ -150,7 +150,8 @@ def test_ids_that_slicer_numbers_by_position_become_the_ids_of_the_folder(store:
 def test_labels_of_every_format_are_taken_and_replace_one_another(
     store: SafeLocalDatastore, studies: Path, suffix: str
 ):
-    from progidiff.images.volume import load_label, save_array
+    from progidiff.images.reading import load_label
+    from progidiff.images.writing import save_array
 
     store.save_annotated("one", write_label(studies, "a", {3: LIVER}), "final", {})
     affine = nibabel.load(studies / "one.nii.gz").affine

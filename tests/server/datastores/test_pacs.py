@@ -20,7 +20,8 @@ import requests
 from dicomweb_client import DICOMwebClient
 
 from progidiff.dicomweb.multipart import Envelope
-from progidiff.images.volume import load_label, load_volume, save_mask
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.writing import save_mask
 from support.pacs import find_lack, run_orthanc
 from support.phantoms import write_phantom
 from support.segmentations import make_seg, to_bytes
@@ -128,7 +129,7 @@ def test_a_label_that_draws_nothing_is_refused_and_counts_for_nothing(
         server.infer(uid, {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="image").content
     )
     image = load_volume(tmp_path / "mask.nii.gz", "MR")
-    file = save_mask(np.zeros(image.array.shape, np.uint8), image, tmp_path / "label.nii.gz")
+    file = save_mask(np.zeros(image.array.shape, np.uint8), image.grid, tmp_path / "label.nii.gz")
     form = {
         "params": (None, json.dumps({"structures": ["liver"], "slices": [1]})),
         "label": ("label.nii.gz", file.read_bytes()),
@@ -153,7 +154,7 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
     stack = image.arrange(labels)
     stack[4:6, 3:9, 5:20] = 6  # two of twelve slices
     stack[5, 12:15, 5:20] = 1
-    file = save_mask(labels, image, tmp_path / "label.nii.gz")
+    file = save_mask(labels, image.grid, tmp_path / "label.nii.gz")
     names = [
         {"name": "aorta", "idx": 8},
         {"name": "liver", "idx": 6},
@@ -200,7 +201,7 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
     )
     assert done.returncode == 0, done.stderr[-3000:]
     back = Path(next(line for line in done.stdout.splitlines() if line.startswith("FILE")).removeprefix("FILE "))
-    np.testing.assert_array_equal(image.arrange(load_label(back, like=image)), stack)
+    np.testing.assert_array_equal(image.arrange(load_label(back, like=image.grid)), stack)
     assert nibabel.load(back).shape == image.array.shape
 
 

@@ -11,15 +11,16 @@ from PIL import Image
 
 from progidiff.active_learning.strategies import ImageScores, build_pool, pick_slices
 from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError
+from progidiff.images.formats import is_picture
 from progidiff.images.pictures import (
     PICTURE_AFFINE,
     check_picture,
-    is_picture,
     read_picture_grid,
     read_picture_label,
     write_picture_label,
 )
-from progidiff.images.volume import load_label, load_volume, read_grid, save_mask
+from progidiff.images.reading import load_label, load_volume, read_grid
+from progidiff.images.writing import save_mask
 from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
 
 PATTERNS = ("*.nii.gz", "*.nii", "*.nrrd", "*.png", "*.jpg", "*.jpeg", "*.tif", "*.tiff")
@@ -76,16 +77,13 @@ def store(studies: Path) -> SafeLocalDatastore:
 
 
 def test_a_picture_is_one_axial_slice_that_looks_as_it_is_drawn(tmp_path: Path):
-    from progidiff.labels.saving import count_slices, open_grid
-
     path = save_picture(tmp_path / "a.png")
-    shape, affine = read_grid(path)
-    assert shape == (WIDTH, HEIGHT, 1)
-    assert np.array_equal(affine, PICTURE_AFFINE)
-    volume = open_grid(path)
-    assert count_slices(volume) == 1
+    grid = read_grid(path)
+    assert grid.shape == (WIDTH, HEIGHT, 1)
+    assert np.array_equal(grid.affine, PICTURE_AFFINE)
+    assert grid.num_slices == 1
     label = save_label(tmp_path / "b.png", {1: BOX})
-    assert np.array_equal(volume.arrange(load_label(label, like=volume))[0] == 1, np.asarray(Image.open(label)) == 1)
+    assert np.array_equal(grid.arrange(load_label(label, like=grid))[0] == 1, np.asarray(Image.open(label)) == 1)
 
 
 def test_a_camera_that_was_turned_gives_the_size_that_is_shown(tmp_path: Path):
@@ -104,12 +102,10 @@ def test_a_label_map_goes_through_a_png_and_back_whatever_its_ids(tmp_path: Path
 
 @pytest.mark.parametrize("suffix", [".png", ".nii.gz", ".nrrd"])
 def test_a_mask_of_a_picture_is_written_on_its_grid_in_every_format(tmp_path: Path, suffix: str):
-    from progidiff.labels.saving import open_grid
-
-    volume = open_grid(save_picture(tmp_path / "a.png"))
+    grid = read_grid(save_picture(tmp_path / "a.png"))
     mask = np.zeros((WIDTH, HEIGHT, 1), np.uint8)
     mask[10:25, 2:6] = 3
-    assert np.array_equal(load_label(save_mask(mask, volume, tmp_path / f"m{suffix}"), like=volume), mask)
+    assert np.array_equal(load_label(save_mask(mask, grid, tmp_path / f"m{suffix}"), like=grid), mask)
 
 
 def test_0_and_255_are_read_as_0_and_1(tmp_path: Path):

@@ -18,7 +18,8 @@ from dicomweb_client import DICOMwebClient
 from PIL import Image
 
 from progidiff.dicomweb.multipart import Envelope
-from progidiff.images.volume import load_label, load_volume, save_array
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.writing import save_array
 from support.phantoms import write_phantom
 from support.segmentations import make_masks, make_seg, to_bytes
 from support.series import rebuild
@@ -77,7 +78,7 @@ def test_what_a_client_retrieves_is_the_image(server: Server, client: DICOMwebCl
     stack, lps = rebuild(datasets)
     volume = load_volume(server.studies / f"{image}.nii.gz")
     np.testing.assert_array_equal(stack, volume.to_stack()[0])
-    np.testing.assert_allclose(np.diag([-1.0, -1, 1, 1]) @ lps, volume.stack_affine, atol=1e-6)
+    np.testing.assert_allclose(np.diag([-1.0, -1, 1, 1]) @ lps, volume.grid.stack_affine, atol=1e-6)
     metadata = client.retrieve_series_metadata(study, series)
     assert [entry["00080018"]["Value"][0] for entry in metadata] == [ds.SOPInstanceUID for ds in datasets]
     frames = client.retrieve_instance_frames(study, series, datasets[2].SOPInstanceUID, [1])
@@ -147,7 +148,7 @@ def test_a_mask_asked_for_by_series_has_the_voxel_order_of_the_series(
     np.testing.assert_array_equal(
         served.array.T, volume.arrange(mask.array)
     )  # x runs fastest, as OHIF takes the buffer
-    np.testing.assert_allclose(served.affine, volume.stack_affine, atol=1e-4)
+    np.testing.assert_allclose(served.affine, volume.grid.stack_affine, atol=1e-4)
     assert served.array.any()
 
 
@@ -194,7 +195,7 @@ def test_a_stored_segmentation_is_the_label_of_its_image(server: Server, client:
     assert answer.status_code == 200, answer.text
     assert answer.json()["00081199"]["Value"][0]["00081155"]["Value"] == [seg.SOPInstanceUID]
     image = load_volume(server.studies / "sagittal.nii.gz")
-    label = load_label(next((server.studies / "labels" / "final").glob("sagittal.*")), like=image)
+    label = load_label(next((server.studies / "labels" / "final").glob("sagittal.*")), like=image.grid)
     for name, index in (("spleen", 1), ("liver", 6)):
         np.testing.assert_array_equal(image.arrange(label) == index, masks[name])
     (saved,) = server.get("/progidiff/annotations", params={"image": "sagittal"}).json()["annotations"]
@@ -285,7 +286,7 @@ def test_a_label_sent_by_series_is_saved_on_the_grid_of_the_image(
     volume = load_volume(server.studies / "sagittal.nii.gz")
     stack = np.zeros(volume.to_stack()[0].shape, np.uint8)
     stack[3, 5:9, 4:20] = 6
-    file = save_array(stack.transpose(2, 1, 0), volume.stack_affine, tmp_path / "label.nrrd")
+    file = save_array(stack.transpose(2, 1, 0), volume.grid.stack_affine, tmp_path / "label.nrrd")
     form = {
         "params": (
             None,
@@ -299,10 +300,10 @@ def test_a_label_sent_by_series_is_saved_on_the_grid_of_the_image(
         timeout=60,
     )
     assert answer.status_code == 200, answer.text
-    label = load_label(next((server.studies / "labels" / "final").glob("sagittal.*")), like=volume)
+    label = load_label(next((server.studies / "labels" / "final").glob("sagittal.*")), like=volume.grid)
     np.testing.assert_array_equal(volume.arrange(label)[3] == 6, stack[3] == 6)
     wrong = save_array(
-        stack.transpose(2, 1, 0)[::-1], volume.stack_affine @ np.diag([-1.0, 1, 1, 1]), tmp_path / "wrong.nrrd"
+        stack.transpose(2, 1, 0)[::-1], volume.grid.stack_affine @ np.diag([-1.0, 1, 1, 1]), tmp_path / "wrong.nrrd"
     )
     answer = requests.put(
         f"{server.url}/datastore/label",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import requests
 
-from progidiff.images.volume import load_volume
+from progidiff.images.reading import load_volume
 from support.answers import OBLIQUE, read_answer, read_mask
 from support.phantoms import write_phantom
 from support.servers import Server, copy_app, run_server

@@ -31,7 +31,8 @@ from progidiff.active_learning.strategies import (
     summarise_reasons,
 )
 from progidiff.errors import ImageError, NotFoundError, RequestError
-from progidiff.images.pictures import PICTURE, is_picture, read_picture_grid
+from progidiff.images.formats import is_picture
+from progidiff.images.pictures import PICTURE, read_picture_grid
 from progidiff.labels.history import AnnotationStore
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks.volumes import ProposalInferTask

@@ -37,8 +37,10 @@ from progidiff.errors import (
     ProGiDiffError,
     StoreError,
 )
-from progidiff.images.pictures import PICTURE, is_picture
-from progidiff.images.volume import Volume, load_volume, strip_suffix
+from progidiff.images.formats import is_picture, strip_suffix
+from progidiff.images.pictures import PICTURE
+from progidiff.images.reading import load_volume
+from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query, parse_prompt
 from progidiff.proposals.islands import drop_islands
 from progidiff.proposals.request import NONE

@@ -38,30 +38,24 @@ from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastor
 from pydantic import ValidationError
 
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError, StoreError
-from progidiff.images.pictures import PICTURE_SUFFIXES, check_picture, is_picture
-from progidiff.images.volume import Volume, load_volume
-from progidiff.labels.history import FINAL, LABEL_SUFFIXES, Annotation, AnnotationStore, hash_file
+from progidiff.images.formats import Use, find_format, is_picture, list_suffixes, strip_suffix
+from progidiff.images.geometry import Grid
+from progidiff.images.pictures import check_picture
+from progidiff.images.reading import load_volume, read_grid
+from progidiff.labels.history import FINAL, Annotation, AnnotationStore, hash_file
 from progidiff.labels.saving import (
     Previous,
     ReadyLabel,
     SaveOptions,
     check_label,
     combine_ids,
-    count_slices,
     load_label_ids,
-    open_grid,
     prepare_label,
 )
 from progidiff.proposals.store import ProposalStore
 from progidiff.storage.atomic import flush
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", *PICTURE_SUFFIXES)
-"""What can be added by upload: formats that the host lists again after a restart."""
-
-_MADE_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".png")
-"""Of labels that this program makes itself."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -173,12 +167,12 @@ class SafeLocalDatastore(LocalDatastore):
             StoreError: if the disk refuses; what was in force before still is.
         """
         check_tag(tag)
-        volume = self._load_image(image_id)
-        options = SaveOptions.from_params(params, count_slices(volume))
+        grid = self._load_grid(image_id)
+        options = SaveOptions.from_params(params, grid.num_slices)
         with self._guard(), tempfile.TemporaryDirectory(prefix="progidiff-label-") as scratch:
             self._check_known(image_id)
             self._adopt(image_id, tag)
-            ready = self._prepare(Path(label_file), volume, options, image_id, tag, Path(scratch))
+            ready = self._prepare(Path(label_file), grid, options, image_id, tag, Path(scratch))
             current = self.annotations.current(image_id, tag)
             repeated = current is not None and is_repeat(ready, self.annotations.in_force(image_id, tag))
             if current is None or not repeated:
@@ -196,16 +190,16 @@ class SafeLocalDatastore(LocalDatastore):
         if tag == FINAL:
             return self.save_annotated(image_id, label_filename, tag, label_info or {}, client="server").label_id
         check_tag(tag)
-        suffix = next((suffix for suffix in _MADE_SUFFIXES if str(label_filename).endswith(suffix)), None)
-        if suffix is None:
+        row = find_format(label_filename, Use.ANSWER)
+        if row is None:
             raise RequestError(
                 f"A label named '{Path(label_filename).name[-40:]}' cannot be kept here. "
-                f"Write {', '.join(_MADE_SUFFIXES)}."
+                f"Write {', '.join(list_suffixes(Use.ANSWER))}."
             )
         with self._guard():
             self._check_known(image_id)
             self._adopt_foreign(image_id, tag)
-            self._place(Path(label_filename), image_id, tag, suffix, {**(label_info or {})})
+            self._place(Path(label_filename), image_id, tag, row.suffix, {**(label_info or {})})
         return image_id
 
     def remove_label(self, label_id: str, label_tag: str, user: str = "", reason: str = "") -> None:
@@ -270,10 +264,11 @@ class SafeLocalDatastore(LocalDatastore):
             RequestError: if the id or the format will not do, or another image has this id.
             ImageError: if it cannot be read.
         """
-        suffix = next((suffix for suffix in IMAGE_SUFFIXES if str(image_filename).lower().endswith(suffix)), None)
-        if suffix is None:
+        row = find_format(image_filename, Use.IMAGE)
+        if row is None:
             raise RequestError(
-                f"An image named '{Path(image_filename).name[-40:]}' cannot be added. Send {', '.join(IMAGE_SUFFIXES)}."
+                f"An image named '{Path(image_filename).name[-40:]}' cannot be added. "
+                f"Send {', '.join(list_suffixes(Use.IMAGE))}."
             )
         check_id(image_id)
         if is_picture(image_filename):
@@ -282,7 +277,7 @@ class SafeLocalDatastore(LocalDatastore):
             load_volume(image_filename, info=image_info)
         with self._guard():
             old = self._datastore.objects.get(image_id)
-            target = Path(self._datastore.image_path()) / (image_id + (suffix if old is None else old.image.ext))
+            target = Path(self._datastore.image_path()) / (image_id + (row.suffix if old is None else old.image.ext))
             if target.exists():
                 if hash_file(target) == hash_file(image_filename):
                     return image_id
@@ -292,7 +287,7 @@ class SafeLocalDatastore(LocalDatastore):
                 )
             self._write(Path(image_filename), target)
             info = {**(image_info or {}), "ts": int(time.time()), "name": target.name}
-            self._replace(image_id, ImageLabelModel(image=DataModel(info=info, ext=suffix)))
+            self._replace(image_id, ImageLabelModel(image=DataModel(info=info, ext=row.suffix)))
         return image_id
 
     def remove_image(self, image_id: str, user: str = "") -> None:
@@ -344,9 +339,9 @@ class SafeLocalDatastore(LocalDatastore):
 
     # What saves are made of
 
-    def _load_image(self, image_id: str) -> Volume:
+    def _load_grid(self, image_id: str) -> Grid:
         self._check_known(image_id)
-        return open_grid(Path(self.get_image_uri(image_id)))
+        return read_grid(Path(self.get_image_uri(image_id)))
 
     def _check_known(self, image_id: str) -> None:
         record = self._object(image_id)
@@ -364,21 +359,21 @@ class SafeLocalDatastore(LocalDatastore):
         return record
 
     def _prepare(
-        self, file: Path, volume: Volume, options: SaveOptions, image_id: str, tag: str, scratch: Path
+        self, file: Path, grid: Grid, options: SaveOptions, image_id: str, tag: str, scratch: Path
     ) -> ReadyLabel:
         previous = find_previous(self.annotations, image_id, tag)
         served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
         kept_ids = combine_ids(load_label_ids(Path(self._datastore_path), served_ids), previous)
-        checked = check_label(file, volume, options, kept_ids, served_ids)
-        return prepare_label(checked, volume, options, image_id, previous, self._proposals, scratch)
+        checked = check_label(file, grid, options, kept_ids, served_ids)
+        return prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
 
     def _put_in_force(self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any]) -> None:
         info: dict[str, Any] = {**params, "annotation": label.sequence}
         info["label_info"] = [{"name": name, "idx": value} for name, value in label.label_ids] or params.get(
             "label_info"
         )
-        suffix = next(suffix for suffix in LABEL_SUFFIXES if label.file.endswith(suffix)).replace(".seg", "")
-        self._place(self.annotations.label_file(label), image_id, tag, suffix, info)
+        file = self.annotations.label_file(label)
+        self._place(file, image_id, tag, Path(label.file).name[len(strip_suffix(label.file)) :], info)
 
     def _settle(self, image_id: str, tag: str, label: Annotation | None) -> None:
         """Make the folder say what the history says."""
@@ -400,7 +395,7 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _take_away(self, image_id: str, tag: str) -> None:
         path = self._label_path(image_id, tag)
-        if path is not None and path.name.lower().endswith(LABEL_SUFFIXES):
+        if path is not None and find_format(path, Use.LABEL) is not None:
             path.unlink(missing_ok=True)  # The history has it, or it can be made again from the kept proposals.
         elif path is not None:
             self._throw_away(path)
@@ -428,7 +423,7 @@ class SafeLocalDatastore(LocalDatastore):
     def _adopt_foreign(self, image_id: str, tag: str) -> None:
         """Keep a label in the history that was put into the folder by somebody else, before it is replaced."""
         path = self._label_path(image_id, tag)
-        if path is None or not path.name.lower().endswith(LABEL_SUFFIXES):
+        if path is None or find_format(path, Use.LABEL) is None:
             return
         current = self.annotations.current(image_id, tag)
         if current is None and tag != FINAL:

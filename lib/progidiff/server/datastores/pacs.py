@@ -32,7 +32,8 @@ from pydicom.dataset import Dataset
 from progidiff.dicomweb.codes import describe_segment
 from progidiff.dicomweb.segmentation import read_segmentation
 from progidiff.errors import ImageError, NotFoundError, RequestError, StoreError
-from progidiff.images.volume import load_label, load_volume, save_mask
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL
 from progidiff.prompts.structures import name_label_id, number_structures
 
@@ -100,9 +101,9 @@ class PacsDatastore(DICOMWebDatastore):
             info = dict(label_info)
             if label_tag == FINAL:
                 volume = load_volume(image, info=self.get_image_info(image_id))
-                labels = load_label(file, like=volume)
+                labels = load_label(file, like=volume.grid)
                 series = Path(self._datastore.image_path()) / image_id
-                plain = save_mask(labels, volume, Path(folder) / "label.nii.gz")
+                plain = save_mask(labels, volume.grid, Path(folder) / "label.nii.gz")
                 segments = _describe_segments(labels, info.get("label_info") or [], str(info.get("provenance", "")))
                 info["SeriesInstanceUID"] = self._send(series, plain, segments)
                 with self._recent_lock:
@@ -204,14 +205,14 @@ class PacsDatastore(DICOMWebDatastore):
         found = self._client.search_for_series(search_filters={"SeriesInstanceUID": series})
         (instance, *_) = self._client.retrieve_series(str(Dataset.from_json(found[0]).StudyInstanceUID), series)
         volume = load_volume(self.get_image_uri(image_id), info=self.get_image_info(image_id))
-        segmentation = read_segmentation(instance, volume)
+        segmentation = read_segmentation(instance, volume.grid)
         ids = number_structures(segmentation.names.values())
         table = np.zeros(256, dtype=np.uint8)
         for label, name in segmentation.names.items():
             table[label] = ids[name]
         names = [{"name": name, "idx": int(table[label])} for label, name in segmentation.names.items()]
         with tempfile.TemporaryDirectory(prefix="progidiff-label-") as folder:
-            file = save_mask(table[segmentation.labels], volume, Path(folder) / "label.nii.gz")
+            file = save_mask(table[segmentation.labels], volume.grid, Path(folder) / "label.nii.gz")
             LocalDatastore.save_label(
                 self, image_id, str(file), FINAL, {**self._dicom_info(series), "label_info": names}
             )

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from monailabel.interfaces.datastore import Datastore
 
+from progidiff.images.geometry import Grid
 from progidiff.images.pictures import PICTURE
-from progidiff.images.volume import Volume
 from progidiff.prompts.structures import number_structures
 from progidiff.proposals.request import CONSENSUS
 from progidiff.proposals.store import ProposalStore
@@ -33,7 +33,7 @@ def save_as_labels(
     datastore: Datastore,
     image_id: str,
     result: VolumeProposals,
-    volume: Volume,
+    grid: Grid,
     label_ids: Mapping[str, int],
     key: str,
     with_proposals: bool,
@@ -44,7 +44,7 @@ def save_as_labels(
         datastore: Where the image is.
         image_id: Its id.
         result: The proposals.
-        volume: The image, opened.
+        grid: Of the image.
         label_ids: Structure -> label id.
         key: Of the result in the proposal store; kept beside the labels.
         with_proposals: Write the tags `proposal_1` .. `proposal_K` too. Those of an earlier result with more proposals
@@ -58,13 +58,11 @@ def save_as_labels(
         shown |= {PROPOSAL_TAG.format(k + 1): str(k + 1) for k in range(result.num_proposals)}
         _remove_proposals_beyond(datastore, image_id, result.num_proposals)
     for tag, show in shown.items():
-        _save_label(datastore, image_id, result, volume, dict(label_ids), key, tag, show)
+        _save_label(datastore, image_id, result, grid, dict(label_ids), key, tag, show)
     return list(shown)
 
 
-def refresh_original(
-    datastore: Datastore, image_id: str, store: ProposalStore, open_volume: Callable[[], Volume]
-) -> bool:
+def refresh_original(datastore: Datastore, image_id: str, store: ProposalStore, open_grid: Callable[[], Grid]) -> bool:
     """Make the consensus of the newest kept proposals the label `original` of an image, unless it is that already.
 
     Called when somebody gets the image: 3D Slicer then shows it with its proposals, and no network has to run.
@@ -73,7 +71,7 @@ def refresh_original(
         datastore: Where the image is.
         image_id: Its id.
         store: Where proposals are kept.
-        open_volume: Opens the image; asked only if there is something to write.
+        open_grid: Opens the grid of the image; asked only if there is something to write.
 
     Returns:
         Whether a label was written.
@@ -92,7 +90,7 @@ def refresh_original(
         label_ids = {name: number for number, name in enumerate(result.structures, start=1)}
     else:
         label_ids = number_structures(result.structures)
-    save_as_labels(datastore, image_id, result, open_volume(), label_ids, entry.key, with_proposals=False)
+    save_as_labels(datastore, image_id, result, open_grid(), label_ids, entry.key, with_proposals=False)
     return True
 
 
@@ -109,13 +107,13 @@ def _save_label(
     datastore: Datastore,
     image_id: str,
     result: VolumeProposals,
-    volume: Volume,
+    grid: Grid,
     label_ids: dict[str, int],
     key: str,
     tag: str,
     show: str,
 ) -> None:
-    labels = result.label_map(volume, show, label_ids)
+    labels = result.label_map(grid, show, label_ids)
     present = set(np.unique(labels).tolist())
     # Slicer names the segments of a label map by position, in this order: only what is drawn, ascending.
     names = {name: value for name, value in sorted(label_ids.items(), key=lambda item: item[1]) if value in present}
@@ -124,7 +122,7 @@ def _save_label(
         "model": "textdiff" if result.modality == PICTURE else "progidiff",
         "params": {**result.summary(), "label_names": names, "show": show, "proposals": key},
     }
-    file = write_temporary(labels, volume, ".png" if result.modality == PICTURE else ".nii.gz")
+    file = write_temporary(labels, grid, ".png" if result.modality == PICTURE else ".nii.gz")
     try:
         datastore.save_label(image_id, str(file), tag, info)
     finally:

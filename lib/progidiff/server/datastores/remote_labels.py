@@ -19,15 +19,14 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 
 from progidiff.errors import NotFoundError
+from progidiff.images.reading import read_grid
 from progidiff.labels.audit import describe_origin
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore
 from progidiff.labels.saving import (
     SaveOptions,
     check_label,
     combine_ids,
-    count_slices,
     load_label_ids,
-    open_grid,
     prepare_label,
 )
 from progidiff.proposals.store import ProposalStore
@@ -73,13 +72,13 @@ class RemoteLabels:
     ) -> SavedLabel:
         """As `SafeLocalDatastore.save_annotated`."""
         check_tag(tag)
-        volume = open_grid(Path(self._find_image(image_id)))
-        options = SaveOptions.from_params(params, count_slices(volume))
+        grid = read_grid(Path(self._find_image(image_id)))
+        options = SaveOptions.from_params(params, grid.num_slices)
         with self._lock, tempfile.TemporaryDirectory(prefix="progidiff-label-") as scratch:
             previous = find_previous(self.annotations, image_id, tag)
             kept_ids = combine_ids(load_label_ids(self._state), previous)
-            checked = check_label(Path(label_file), volume, options, kept_ids)
-            ready = prepare_label(checked, volume, options, image_id, previous, self._proposals, Path(scratch))
+            checked = check_label(Path(label_file), grid, options, kept_ids)
+            ready = prepare_label(checked, grid, options, image_id, previous, self._proposals, Path(scratch))
             saves = self.annotations.in_force(image_id, tag)
             if is_repeat(ready, saves):
                 return SavedLabel(image_id, saves[-1], True, ready.warnings)

@@ -14,7 +14,9 @@ from progidiff.dicomweb.catalogue import Catalogue, Entry
 from progidiff.dicomweb.frames import FrameStore, Series
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.errors import NotFoundError
-from progidiff.images.volume import Volume, load_label, load_volume, save_array, save_mask
+from progidiff.images.reading import load_label, load_volume
+from progidiff.images.volume import Volume
+from progidiff.images.writing import save_mask
 
 _UID = re.compile(r"\d+(\.\d+)+")
 
@@ -107,8 +109,9 @@ class ServedImages:
         OHIF takes the voxels of a mask as they come and ignores its header.
         """
         volume = self.load(entry)
-        array, affine = ServedGrid.of(volume).file_order(volume.arrange(load_label(mask_file, volume)))
-        save_array(array, affine, mask_file)
+        series = ServedGrid.of(volume.grid).to_file_grid(volume.name)
+        stack = volume.grid.arrange(load_label(mask_file, volume.grid))
+        save_mask(stack.transpose(2, 1, 0), series, mask_file)
 
     def to_image_grid(self, mask_file: Path, entry: Entry) -> None:
         """The inverse of `to_series_grid`, for masks that a client made on the slices of the series.
@@ -117,10 +120,9 @@ class ServedImages:
             GeometryError: if the mask is not on the grid of the series.
         """
         volume = self.load(entry)
-        grid = ServedGrid.of(volume)
-        array, affine = grid.file_order(volume.arrange(volume.array))
-        labels = load_label(mask_file, Volume(array, affine, volume.modality, volume.modality_source, volume.name))
-        save_mask(volume.from_stack(labels.transpose(2, 1, 0)), volume, mask_file)
+        series = ServedGrid.of(volume.grid).to_file_grid(volume.name)
+        labels = load_label(mask_file, series)
+        save_mask(volume.grid.from_stack(labels.transpose(2, 1, 0)), volume.grid, mask_file)
 
     def _path(self, image: str) -> Path | None:
         path = Path(str(self._datastore().get_image_uri(image) or ""))

@@ -31,7 +31,8 @@ from progidiff.dicomweb.multipart import Envelope, read_parts
 from progidiff.dicomweb.query import Query
 from progidiff.dicomweb.segmentation import find_referenced_series, read_dataset, read_segmentation
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError
-from progidiff.images.volume import Volume, save_mask
+from progidiff.images.volume import Volume
+from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL
 from progidiff.proposals.request import DISAGREEMENT
 from progidiff.server.datastores.images import find_image
@@ -259,14 +260,14 @@ def _save_segmentation(context: Context, dataset: Dataset, study: str, user: Use
         raise NotFoundError(
             f"The segmentation is of series {series[:64]}, which is no image here. Open the image from this server."
         ) from err
-    segmentation = read_segmentation(dataset, volume)
+    segmentation = read_segmentation(dataset, volume.grid)
     bands = [name for name in segmentation.names.values() if name.lower().startswith(DISAGREEMENT)]
     if bands:
         raise RequestError(
             f"Segment '{bands[0]}' shows where proposals differ and is no structure. Show a proposal, then store it."
         )
     with TemporaryDirectory(prefix="progidiff-seg-") as folder:
-        file = save_mask(segmentation.labels, volume, Path(folder) / "label.nii.gz")
+        file = save_mask(segmentation.labels, volume.grid, Path(folder) / "label.nii.gz")
         params = {
             "label_info": [{"name": name, "idx": label} for label, name in segmentation.names.items()],
             "structures": list(segmentation.names.values()),

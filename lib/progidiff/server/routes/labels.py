@@ -25,10 +25,11 @@ from monailabel.utils.others.generic import get_mime_type
 from starlette.background import BackgroundTask
 
 from progidiff.errors import NotFoundError, RequestError, StoreError
+from progidiff.images.formats import Use, find_format, list_suffixes
 from progidiff.labels.audit import format_audit, list_audit
-from progidiff.labels.history import FINAL, LABEL_SUFFIXES, Annotation, AnnotationStore
+from progidiff.labels.history import FINAL, Annotation, AnnotationStore
 from progidiff.server.datastores import images
-from progidiff.server.datastores.local import IMAGE_SUFFIXES, SafeLocalDatastore, check_id, check_tag
+from progidiff.server.datastores.local import SafeLocalDatastore, check_id, check_tag
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ADMINISTER, ANNOTATE, CALLER, LONG, MEDIUM, READ, UPLOAD, Endpoints
 from progidiff.server.parts import Context, get_context
@@ -104,7 +105,7 @@ def _add_image_routes(endpoints: Endpoints) -> None:
         info = read_object(params, "params")
         if user.name:
             info["user"] = user.name
-        with _received(file, IMAGE_SUFFIXES) as (path, suffix):
+        with _received(file, Use.IMAGE) as (path, suffix):
             name = Path(file.filename or "").name
             image_id = check_id(image or name[: -len(suffix)])
             return {"image": get_context().app.datastore().add_image(image_id, str(path), info)}
@@ -181,7 +182,7 @@ def _add_label_routes(endpoints: Endpoints) -> None:
     ) -> dict[str, Any]:
         context = get_context()
         options = read_object(params, "params")
-        with _received(label, LABEL_SUFFIXES) as (path, _):
+        with _received(label, Use.LABEL) as (path, _):
             return save(context, image, path, tag or FINAL, options, user.name)
 
     @endpoints.delete(
@@ -363,14 +364,14 @@ def _with_user(info: dict[str, Any], user: User) -> dict[str, Any]:
 
 
 @contextmanager
-def _received(upload: UploadFile, suffixes: tuple[str, ...]) -> Iterator[tuple[Path, str]]:
+def _received(upload: UploadFile, use: Use) -> Iterator[tuple[Path, str]]:
     """An upload as a file, and its suffix; the file is gone afterwards, whatever happens."""
     name = upload.filename or "upload.nii.gz"
-    suffix = next((suffix for suffix in suffixes if name.lower().endswith(suffix)), None)
-    if suffix is None:
-        raise RequestError(f"A file named '{name[-40:]}' is not taken here. Send {', '.join(suffixes)}.")
+    row = find_format(name, use)
+    if row is None:
+        raise RequestError(f"A file named '{name[-40:]}' is not taken here. Send {', '.join(list_suffixes(use))}.")
     with tempfile.TemporaryDirectory(prefix="progidiff-upload-") as folder:
-        path = Path(folder) / f"upload{suffix}"
+        path = Path(folder) / f"upload{row.suffix}"
         try:
             with path.open("wb") as target:
                 shutil.copyfileobj(upload.file, target, 1 << 20)
@@ -378,7 +379,7 @@ def _received(upload: UploadFile, suffixes: tuple[str, ...]) -> Iterator[tuple[P
             raise StoreError(
                 f"The upload could not be written ({err}). Free some disk space and send it again."
             ) from err
-        yield path, suffix
+        yield path, row.suffix
 
 
 def _run_hooks(context: Context, annotation: Annotation, repeated: bool, label_id: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 from fastapi import Request
@@ -14,9 +13,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from progidiff.active_learning.report import BATCH, build_report, format_html
 from progidiff.errors import ProGiDiffError, RequestError
-from progidiff.images.pictures import is_picture
-from progidiff.images.volume import Volume
-from progidiff.labels.saving import open_grid
+from progidiff.images.reading import read_grid
 from progidiff.params import read_choice, read_int
 from progidiff.server.background.next_sample import MAX_QUEUE, SLICES_PER_IMAGE
 from progidiff.server.datastores import images
@@ -113,13 +110,6 @@ def _prepare_original(context: Context, image: str) -> None:
         path = images.find_image(context.app, image)
         datastore = context.app.datastore()
 
-        def open_image() -> Volume:
-            return (
-                open_grid(Path(path))
-                if is_picture(path)
-                else context.infer.open_volume(path, None, datastore.get_image_info(image))
-            )
-
-        refresh_original(datastore, image, context.infer.store, open_image)
+        refresh_original(datastore, image, context.infer.store, lambda: read_grid(path))
     except (ProGiDiffError, OSError):
         logger.exception("The consensus of '%s' could not be saved as the label original", image)

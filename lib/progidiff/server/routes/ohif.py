@@ -141,10 +141,10 @@ def _order(context: Context, volume: Volume, array: np.ndarray) -> np.ndarray:
 def _list_axial(context: Context, volume: Volume) -> list[int] | None:
     """For every slice of the series the axial index z that the server counts with; None if the series is not axial."""
     if not context.served.is_remote:
-        return list(range(ServedGrid.of(volume).shape[0]))
-    if volume.axial_axis != 2:
+        return list(range(ServedGrid.of(volume.grid).shape[0]))
+    if volume.grid.axial_axis != 2:
         return None
-    return [volume.locate((0, 0, index))[0] for index in range(volume.array.shape[2])]
+    return [volume.grid.locate((0, 0, index))[0] for index in range(volume.array.shape[2])]
 
 
 def _find_result(context: Context, image_id: str, key: str, job: str) -> VolumeProposals:
@@ -162,10 +162,10 @@ def _find_result(context: Context, image_id: str, key: str, job: str) -> VolumeP
 
 def _draw(result: VolumeProposals, volume: Volume, show: str) -> np.ndarray:
     if show == DISAGREEMENT:
-        percent = result.disagreement_map(volume)
+        percent = result.disagreement_map(volume.grid)
         return np.array([0, *HEAT_LABELS], dtype=np.uint8)[(percent.astype(np.uint16) + 24) // 25]
     ids = number_structures(result.structures)
-    return result.label_map(volume, show, ids)
+    return result.label_map(volume.grid, show, ids)
 
 
 def _find_box(labels: np.ndarray) -> list[tuple[int, int]]:

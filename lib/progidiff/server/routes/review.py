@@ -26,7 +26,10 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 from monailabel.config import settings
 
 from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
-from progidiff.images.volume import Volume, compute_window, load_label, save_mask
+from progidiff.images.intensities import compute_window
+from progidiff.images.reading import load_label
+from progidiff.images.volume import Volume
+from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL, Annotation
 from progidiff.labels.merging import Plan, compose_label
 from progidiff.params import read_float, read_int
@@ -146,7 +149,7 @@ def _add_submit_route(endpoints: Endpoints) -> None:
         result = _find_result(context, image, str(decisions.get("proposals", "")))
         plan = Plan.from_params(decisions, result)
         ids = number_structures(result.structures)
-        label = compose_label(result, volume, plan, ids)
+        label = compose_label(result, volume.grid, plan, ids)
         _check_conflict(context, image, plan, decisions.get("base"), volume, label, ids)
         seconds = decisions.get("seconds")
         params = {
@@ -160,7 +163,7 @@ def _add_submit_route(endpoints: Endpoints) -> None:
             "client_id": CLIENT,
         }
         with tempfile.TemporaryDirectory(prefix="progidiff-review-") as folder:
-            file = save_mask(label, volume, Path(folder) / "label.nii.gz")
+            file = save_mask(label, volume.grid, Path(folder) / "label.nii.gz")
             return labels.save(context, image, file, FINAL, params, user.name)
 
 
@@ -265,7 +268,7 @@ def _load_current(context: Context, image: str, volume: Volume) -> np.ndarray | 
     if current is None:
         return None
     try:
-        return load_label(context.annotations.label_file(current), like=volume)
+        return load_label(context.annotations.label_file(current), like=volume.grid)
     except (GeometryError, ImageError, NotFoundError) as err:
         raise ImageError(f"The saved label of '{image}' cannot be shown ({err})") from err
 

@@ -26,15 +26,18 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from progidiff.errors import GeometryError, RequestError, StoreError
-from progidiff.images.pictures import PICTURE, is_picture
+from progidiff.images.formats import Use, find_kind, is_picture, list_suffixes
+from progidiff.images.geometry import Grid
+from progidiff.images.modality import list_modalities
+from progidiff.images.pictures import PICTURE
+from progidiff.images.reading import read_grid
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.labels.history import hash_file
-from progidiff.labels.saving import open_grid
 from progidiff.params import read_bool, read_choice, read_int
 from progidiff.prompts.parser import Query
 from progidiff.proposals.device_queue import Job
-from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, MAX_SLICE, RESULT_EXTENSIONS
+from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, MAX_SLICE
 from progidiff.proposals.store import ProposalStore
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.answer_files import write_temporary
@@ -58,7 +61,6 @@ AGREEMENT = "agreement"
 BANDS = DISAGREEMENT_BANDS
 """Labels 1..4 of the maps that `show=disagreement` and `show=agreement` give."""
 
-PICTURE_EXTENSIONS = (".png", *RESULT_EXTENSIONS)
 
 OPTION_NAMES = (
     "prompt",
@@ -144,7 +146,7 @@ class TextDiffOptions:
         given = {name: value for name, value in params.items() if value is not None and value != ""}
         num_proposals = read_int(given.get("num_proposals", NUM_DRAWS), "num_proposals", 1, max_proposals)
         z = read_int(given.get("slice", -1), "slice", -1, MAX_SLICE)
-        modality = read_choice(given.get("modality", AUTO), "modality", (AUTO, "CT", "MR"))
+        modality = read_choice(given.get("modality", AUTO), "modality", (AUTO, *list_modalities()))
         extension = given.get("result_extension")
         job_id = given.get("job_id")
         return cls(
@@ -158,7 +160,7 @@ class TextDiffOptions:
             save_proposals=read_bool(given.get("save_proposals", False), "save_proposals"),
             result_extension=None
             if extension is None
-            else read_choice(extension, "result_extension", PICTURE_EXTENSIONS),
+            else read_choice(extension, "result_extension", list_suffixes(Use.ANSWER)),
             job_id=None if job_id is None else str(job_id),
             ignored=tuple(sorted(str(name) for name in params if name not in OPTION_NAMES)),
         )
@@ -169,13 +171,15 @@ class Subject:
     """What a request is about.
 
     Attributes:
-        volume: The grid of a picture, or a whole volume.
+        grid: Of the picture, or of the whole volume.
+        volume: The whole volume; None for a picture.
         z: Axial slice.
         path: The image's file.
         digest: Changes when the pixels do.
     """
 
-    volume: Volume
+    grid: Grid
+    volume: Volume | None
     z: int
     path: Path
     digest: str
@@ -234,7 +238,7 @@ class TextDiffInferTask(InferTask):
             "num_proposals": min(NUM_DRAWS, largest),
             "show": [CONSENSUS, BEST, *(str(k + 1) for k in range(largest)), AGREEMENT, DISAGREEMENT],
             "version": [AUTO, *self.engine.names()],
-            "modality": [AUTO, "CT", "MR"],
+            "modality": [AUTO, *list_modalities()],
             "save_original": False,
             "save_proposals": False,
         }
@@ -367,7 +371,7 @@ class TextDiffInferTask(InferTask):
             raise RequestError(
                 f"There is no slice {options.slice}: '{volume.name}' has the axial slices 0 (inferior) to {depth - 1}."
             )
-        return Subject(volume, options.slice, path, volume.digest)
+        return Subject(volume.grid, volume, options.slice, path, volume.digest)
 
     def _find_or_compute(
         self, subject: Subject, sentence: str | None, options: TextDiffOptions, card: TextDiffCard, image_id: str
@@ -376,7 +380,7 @@ class TextDiffInferTask(InferTask):
         known = self.load_kept(subject, sentence, card, key)
         if known is not None:
             return *known, None, key
-        with self._proposals.queue.job(NAME, image_id or subject.volume.name, options.job_id) as job:
+        with self._proposals.queue.job(NAME, image_id or subject.grid.name, options.job_id) as job:
             known = self.load_kept(
                 subject, sentence, card, key
             )  # Somebody may have asked for the same while this request waited.
@@ -431,7 +435,7 @@ class TextDiffInferTask(InferTask):
                 "save_original is for pictures: one slice is no label of a volume. Save "
                 "the answer with option slices instead."
             )
-        return save_as_labels(self._datastore(), image_id, result, subject.volume, names, key, options.save_proposals)
+        return save_as_labels(self._datastore(), image_id, result, subject.grid, names, key, options.save_proposals)
 
 
 def build_textdiff(
@@ -461,13 +465,13 @@ def open_picture(path: Path) -> Subject:
     Raises:
         NotFoundError, ImageError: if it is none.
     """
-    return Subject(open_grid(path), 0, path, hash_file(path))
+    return Subject(read_grid(path), None, 0, path, hash_file(path))
 
 
 def to_proposals(result: TextDiffResult, subject: Subject, card: TextDiffCard) -> VolumeProposals:
     """Draws of a picture as proposals of a volume of one slice, or of one slice of a volume."""
-    stack, (dz, dy, dx) = subject.volume.to_stack()
-    depth, height, width = stack.shape
+    dz, dy, dx = subject.grid.stack_spacing
+    depth, height, width = subject.grid.stack_shape
     if result.masks.shape[1:] != (height, width):
         raise GeometryError(
             f"'{subject.path.name}' was read with another size than its header says; save "
@@ -491,8 +495,8 @@ def to_proposals(result: TextDiffResult, subject: Subject, card: TextDiffCard) -
         guidance_scale=1.0,
         model_version=card.full_name,
         adapter="",
-        modality=PICTURE if subject.is_picture else subject.volume.modality,
-        modality_source="option" if subject.is_picture else subject.volume.modality_source,
+        modality=PICTURE if subject.volume is None else subject.volume.modality,
+        modality_source="option" if subject.volume is None else subject.volume.modality_source,
         seconds=result.seconds,
     )
 
@@ -501,7 +505,7 @@ def _read_pixels(subject: Subject) -> Any:
     from progidiff.textdiff.pictures import read_picture, to_picture
     from progidiff.textdiff.slices import render_slice
 
-    if subject.is_picture:
+    if subject.volume is None:
         return read_picture(subject.path)
     picture = to_picture(render_slice(subject.volume, subject.z), subject.volume.name)
     return replace(picture, notes=())  # That a slice is gray needs no telling.
@@ -521,19 +525,18 @@ def _write_shown(
     """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_pixels`
     {name: count}.
     """
-    volume = subject.volume
     if show in (AGREEMENT, DISAGREEMENT):
         if show == AGREEMENT:
-            percent = np.rint(result.agreement(volume) * 100)
+            percent = np.rint(result.agreement(subject.grid) * 100)
         else:
-            percent = result.disagreement_map(volume)
+            percent = result.disagreement_map(subject.grid)
         labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
         names = {f"{show} {band}": index + 1 for index, band in enumerate(BANDS)}
     else:
-        labels = result.label_map(volume, show, names)
+        labels = result.label_map(subject.grid, show, names)
     counts = np.bincount(labels.ravel(), minlength=256)
     present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
-    return write_temporary(labels, volume, extension), {
+    return write_temporary(labels, subject.grid, extension), {
         "label_names": {name: names[name] for name in present},
         "shown_pixels": {name: int(counts[names[name]]) for name in present},
     }
@@ -566,14 +569,15 @@ def _summarise(result: VolumeProposals, subject: Subject) -> dict[str, Any]:
 
 
 def _pick_extension(wanted: str | None, subject: Subject) -> str:
+    *most, last = list_suffixes(Use.ANSWER, "volume")
     if subject.is_picture:
-        return wanted or PICTURE_EXTENSIONS[0]
-    if wanted == ".png":
+        return wanted or list_suffixes(Use.ANSWER, "picture")[0]
+    if wanted is not None and find_kind(wanted, Use.ANSWER) != "volume":
         raise RequestError(
-            "result_extension .png is for pictures; the mask of a volume's slice comes as "
-            ".nii.gz, .nii or .nrrd. Leave it out."
+            f"result_extension {wanted} is for pictures; the mask of a volume's slice comes as "
+            f"{', '.join(most)} or {last}. Leave it out."
         )
-    return wanted or RESULT_EXTENSIONS[0]
+    return wanted or [*most, last][0]
 
 
 def _read_sentence(value: object) -> str | None:

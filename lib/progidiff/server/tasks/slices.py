@@ -141,7 +141,7 @@ class SliceInferTask(InferTask):
         name = queries[0].name
         value = compute_label_id(name) if queries[0].known else 1
         labels[clicks.z][choice.mask] = value
-        file = write_temporary(volume.from_stack(labels), volume, options.result_extension)
+        file = write_temporary(volume.from_stack(labels), volume.grid, options.result_extension)
         count = int(choice.mask.sum())
         return str(file), {
             "label_names": {str(own["label"] or name): value} if count else {},
@@ -252,7 +252,7 @@ def read_clicks(foreground: object, background: object, index: object, volume: V
     wanted, unwanted = (
         _read_points(value, name) for value, name in ((foreground, "foreground"), (background, "background"))
     )
-    if volume.axial_axis != 2:
+    if volume.grid.axial_axis != 2:
         raise GeometryError(
             f"'{volume.name}' is not stored in axial slices, and SmartEdit would clear "
             "voxels of other planes. Use progidiff under Auto Segmentation, or reorient "
@@ -264,10 +264,10 @@ def read_clicks(foreground: object, background: object, index: object, volume: V
         k = wanted[-1][2]
     else:
         k = read_int(index, "slice", 0, volume.array.shape[2] - 1)
-    z, _, _ = volume.locate((0, 0, k))
+    z, _, _ = volume.grid.locate((0, 0, k))
 
     def place(points: Sequence[tuple[int, int, int]]) -> tuple[Pixel, ...]:
-        return tuple(volume.locate(point)[1:] for point in points if point[2] == k)
+        return tuple(volume.grid.locate(point)[1:] for point in points if point[2] == k)
 
     return Clicks(k, z, place(wanted), place(unwanted))
 

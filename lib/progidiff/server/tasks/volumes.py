@@ -21,7 +21,10 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
-from progidiff.images.volume import Volume, load_volume, strip_suffix
+from progidiff.images.formats import strip_suffix
+from progidiff.images.modality import list_modalities
+from progidiff.images.reading import load_volume
+from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
 from progidiff.prompts.structures import STRUCTURES, fixed_ids
 from progidiff.proposals.device_queue import DeviceQueue, Job
@@ -105,7 +108,7 @@ class ProposalInferTask(InferTask):
             "steps": int(defaults.get("num_inference_steps") or 4),
             "seed": 0,
             "adapter": self._adapters(),
-            "modality": ["auto", "CT", "MR"],
+            "modality": [AUTO, *list_modalities()],
             "allow_free_text": False,
             "clean_up": [self.options.clean_up, *(choice for choice in CLEAN_UPS if choice != self.options.clean_up)],
             "save_original": False,
@@ -328,15 +331,15 @@ class ProposalInferTask(InferTask):
         {name: ml}.
         """
         if show == DISAGREEMENT:
-            percent = result.disagreement_map(volume)
+            percent = result.disagreement_map(volume.grid)
             labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
             names = {f"disagreement {band}": index + 1 for index, band in enumerate(DISAGREEMENT_BANDS)}
         else:
             names = compute_label_ids(queries)
-            labels = result.label_map(volume, show, names)
+            labels = result.label_map(volume.grid, show, names)
         counts = np.bincount(labels.ravel(), minlength=256)
         present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
-        return write_temporary(labels, volume, extension), {
+        return write_temporary(labels, volume.grid, extension), {
             "label_names": {name: names[name] for name in present},
             "shown_ml": {name: round(float(counts[names[name]]) * volume.voxel_ml, 3) for name in present},
         }
@@ -358,7 +361,7 @@ class ProposalInferTask(InferTask):
                 "Leave it off, or add the image first."
             )
         return save_as_labels(
-            self._datastore(), image_id, result, volume, compute_label_ids(queries), key, options.save_proposals
+            self._datastore(), image_id, result, volume.grid, compute_label_ids(queries), key, options.save_proposals
         )
 
 

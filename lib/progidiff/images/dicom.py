@@ -1,0 +1,129 @@
+"""A DICOM series as a volume, with SimpleITK."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from progidiff.errors import ImageError
+from progidiff.images.geometry import LPS_TO_RAS
+from progidiff.images.raw import Raw, check_size
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file says that it is DICOM, whatever its name."""
+    with path.open("rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def read_dicom_file(path: Path) -> Raw:
+    """The series that a file belongs to, from the files beside it."""
+    import SimpleITK as sitk
+
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    series = reader.GetMetaData("0020|000e").strip() if reader.HasMetaDataKey("0020|000e") else ""
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path.parent), series) if series else ()
+    return _read_dicom_series(list(files) or [str(path)], path)
+
+
+def read_dicom_folder(path: Path) -> Raw:
+    """The one series of a folder.
+
+    Raises:
+        ImageError: if it holds none, or several.
+    """
+    import SimpleITK as sitk
+
+    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+    if not series:
+        raise ImageError(
+            f"The folder '{path.name}' holds no DICOM series; send a file, or a folder "
+            "whose files are one DICOM series."
+        )
+    if len(series) > 1:
+        names = "; ".join(_describe_series(path, uid) for uid in series[:8])
+        raise ImageError(
+            f"The folder '{path.name}' holds {len(series)} DICOM series: {names}. Put the "
+            "one you want into a folder of its own."
+        )
+    return _read_dicom_series(list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])), path)
+
+
+def _describe_series(path: Path, uid: str) -> str:
+    import SimpleITK as sitk
+
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), uid)
+    reader = sitk.ImageFileReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileName(files[0])
+    reader.ReadImageInformation()
+    tags = [reader.GetMetaData(key).strip() for key in ("0008|0060", "0008|103e") if reader.HasMetaDataKey(key)]
+    return f"{uid} ({', '.join([*filter(None, tags), f'{len(files)} files'])})"
+
+
+def _read_dicom_series(files: list[str], path: Path) -> Raw:
+    """Slices sorted by position along the slice normal, rescaled (slope and intercept), with the affine of their own
+    tags.
+
+    The third column of the affine is the step between slice positions, so gantry tilt is kept as shear.
+    """
+    import SimpleITK as sitk
+
+    positions, orientations, spacings, modality = [], [], [], None
+    for file in files:
+        header = sitk.ImageFileReader()
+        header.SetImageIO("GDCMImageIO")
+        header.SetFileName(file)
+        header.ReadImageInformation()
+        if header.GetDimension() > 2 and header.GetSize()[2] > 1:
+            raise ImageError(
+                f"'{Path(file).name}' is a multi-frame DICOM file; convert it to NIfTI "
+                "first (for example with dcm2niix)."
+            )
+        if not (header.HasMetaDataKey("0020|0032") and header.HasMetaDataKey("0020|0037")):
+            raise ImageError(
+                f"'{Path(file).name}' does not say where it lies in the patient "
+                "(ImagePositionPatient); export the series again."
+            )
+        positions.append([float(v) for v in header.GetMetaData("0020|0032").split("\\")])
+        orientations.append([float(v) for v in header.GetMetaData("0020|0037").split("\\")])
+        spacings.append(header.GetSpacing()[:2])
+        modality = header.GetMetaData("0008|0060").strip() if header.HasMetaDataKey("0008|0060") else None
+        check_size((*header.GetSize()[:2], len(files)), path)
+    if len(files) < 2:
+        raise ImageError(f"'{path.name}' is a single DICOM slice; send the folder with the whole series.")
+    if np.ptp(np.asarray(orientations), axis=0).max() > 1e-3 or np.ptp(np.asarray(spacings), axis=0).max() > 1e-3:
+        raise ImageError(
+            f"The slices of the series in '{path.name}' are not parallel or differ in "
+            "pixel size; remove scouts and localisers."
+        )
+    row, column = np.asarray(orientations[0])[:3], np.asarray(orientations[0])[3:]
+    places = np.asarray(positions)
+    height = places @ np.cross(row, column)
+    order = np.argsort(height, kind="stable")
+    places, height = places[order], height[order]
+    gaps = np.diff(height)
+    step = float(np.median(gaps))
+    if step <= 0 or np.abs(gaps - step).max() > 0.1 * step:
+        raise ImageError(
+            f"The slices of the series in '{path.name}' are {gaps.min():.2f} to {gaps.max():.2f} mm apart: some are "
+            "missing, doubled or belong to another phase; send one complete series."
+        )
+    reader = sitk.ImageSeriesReader()
+    reader.SetImageIO("GDCMImageIO")
+    reader.SetFileNames([files[index] for index in order])
+    image = reader.Execute()
+    if image.GetNumberOfComponentsPerPixel() > 1:
+        raise ImageError(
+            f"The series in '{path.name}' is in colour; send the original images, not captures of a screen."
+        )
+    lps = np.eye(4)
+    lps[:3, 0] = row * spacings[0][0]
+    lps[:3, 1] = column * spacings[0][1]
+    lps[:3, 2] = (places[-1] - places[0]) / (len(places) - 1)
+    lps[:3, 3] = places[0]
+    return Raw(sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ lps, modality)

@@ -1,0 +1,165 @@
+"""The file formats: one row per suffix, which says what reads it, what writes it, and what it may be used for.
+
+Everything that asks for a suffix asks here, without regard to case: the readers, the datastore, uploads, answers,
+labels, the command line and, through the server, the pages. A new format is one more row.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Flag, auto
+from pathlib import Path
+from typing import Any, Literal
+
+from numpy.typing import NDArray
+
+from progidiff.images import dicom, itk, nifti, pictures
+from progidiff.images.geometry import Affine
+from progidiff.images.raw import Raw
+
+Kind = Literal["volume", "picture"]
+
+
+class Use(Flag):
+    """What files of a format may be.
+
+    Attributes:
+        IMAGE: Served from a folder of studies.
+        UPLOAD: Sent with a request for one inference, or read by a batch.
+        SESSION: Sent for a session, also in an archive.
+        LABEL: A label map that somebody made.
+        ANSWER: A label map that is made here; the host lists these, so labels that come so are kept byte for byte.
+    """
+
+    NONE = 0
+    IMAGE = auto()
+    UPLOAD = auto()
+    SESSION = auto()
+    LABEL = auto()
+    ANSWER = auto()
+
+
+@dataclass(frozen=True)
+class Format:
+    """One suffix.
+
+    Attributes:
+        suffix: Lower case, with its dot.
+        kind: "volume" or "picture".
+        uses: What such files may be.
+        read: Voxels and affine of a file; of a picture, a label map's.
+        read_grid: Shape, of any number of axes, and affine from the header; None if only reading all tells.
+        write: Writes an array (I, J, K) with its affine; None if this program does not.
+    """
+
+    suffix: str
+    kind: Kind
+    uses: Use
+    read: Callable[[Path], Raw]
+    read_grid: Callable[[Path], tuple[tuple[int, ...], Affine]] | None = None
+    write: Callable[[NDArray[Any], Affine, Path], None] | None = None
+
+
+_READ = Use.UPLOAD | Use.SESSION
+_ALL = _READ | Use.IMAGE | Use.LABEL | Use.ANSWER
+_NIFTI = (nifti.read_nifti, nifti.read_nifti_grid, nifti.write_nifti)
+_ITK = (itk.read_itk, itk.read_itk_grid)
+_PICTURE = (pictures.read_picture_map, pictures.read_picture_grid)
+
+FORMATS: tuple[Format, ...] = (
+    Format(".nii.gz", "volume", _ALL, *_NIFTI),
+    Format(".nii", "volume", _ALL, *_NIFTI),
+    Format(".seg.nrrd", "volume", Use.LABEL, *_ITK),
+    Format(".nrrd", "volume", _ALL, *_ITK, itk.write_itk),
+    Format(".mha", "volume", _READ | Use.LABEL, *_ITK, itk.write_itk),
+    Format(".nhdr", "volume", Use.NONE, *_ITK),
+    Format(".mhd", "volume", Use.NONE, *_ITK),
+    Format(".dcm", "volume", Use.SESSION, dicom.read_dicom_file),
+    Format(".ima", "volume", Use.SESSION, dicom.read_dicom_file),
+    Format(".dicom", "volume", Use.SESSION, dicom.read_dicom_file),
+    Format(".png", "picture", _ALL, *_PICTURE, pictures.write_picture_map),
+    Format(".jpg", "picture", _READ | Use.IMAGE, *_PICTURE),
+    Format(".jpeg", "picture", _READ | Use.IMAGE, *_PICTURE),
+    Format(".tif", "picture", _READ | Use.IMAGE | Use.LABEL, *_PICTURE),
+    Format(".tiff", "picture", _READ | Use.IMAGE | Use.LABEL, *_PICTURE),
+)
+
+
+def list_suffixes(use: Use, kind: Kind | None = None) -> tuple[str, ...]:
+    """The suffixes of files that may be used so, the usual one first.
+
+    Example:
+        >>> list_suffixes(Use.ANSWER, "volume"), list_suffixes(Use.ANSWER, "picture")
+        (('.nii.gz', '.nii', '.nrrd'), ('.png',))
+    """
+    return tuple(row.suffix for row in FORMATS if use in row.uses and kind in (None, row.kind))
+
+
+def list_written(kind: Kind) -> tuple[str, ...]:
+    """The suffixes that arrays can be written with.
+
+    Example:
+        >>> list_written("volume")
+        ('.nii.gz', '.nii', '.nrrd', '.mha')
+    """
+    return tuple(row.suffix for row in FORMATS if row.write is not None and row.kind == kind)
+
+
+def find_format(path: str | os.PathLike[str], use: Use = Use.NONE) -> Format | None:
+    """The row of a file by its name, the longest suffix that fits; None if there is none, or none for this use.
+
+    Example:
+        >>> find_format("CT.NII.GZ").suffix, find_format("liver.seg.nrrd").suffix, find_format("notes.txt")
+        ('.nii.gz', '.seg.nrrd', None)
+        >>> find_format("photo.JPG", Use.LABEL) is None
+        True
+    """
+    name = Path(path).name.lower()
+    found = [row for row in FORMATS if name.endswith(row.suffix) and use in row.uses]
+    return max(found, key=lambda row: len(row.suffix), default=None)
+
+
+def find_writer(path: str | os.PathLike[str]) -> Format | None:
+    """The row of a file that is to be written; None if this program writes none so."""
+    row = find_format(path)
+    if row is not None and row.write is None:
+        row = next((other for other in FORMATS if other.write and row.suffix.endswith(other.suffix)), None)
+    return row
+
+
+def strip_suffix(path: str | os.PathLike[str]) -> str:
+    """File name without the suffix of its image format.
+
+    Example:
+        >>> strip_suffix("studies/case.01.nii.gz"), strip_suffix("studies/case.02.seg.nrrd")
+        ('case.01', 'case.02.seg')
+    """
+    path = Path(path)
+    row = find_format(path)
+    if row is None or path.is_dir():
+        return path.name
+    suffix = row.suffix.removeprefix(".seg")
+    return path.name[: -len(suffix)]
+
+
+def find_kind(path: str | os.PathLike[str], use: Use = Use.NONE) -> Kind | None:
+    """Whether a file is a volume or a picture by its name; None if it is neither, or not for this use.
+
+    Example:
+        >>> find_kind("a.mha", Use.UPLOAD), find_kind("a.mha", Use.IMAGE)
+        ('volume', None)
+    """
+    row = find_format(path, use)
+    return None if row is None else row.kind
+
+
+def is_picture(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a picture by its name.
+
+    Example:
+        >>> is_picture("tissue_01.PNG"), is_picture("ct.nii.gz")
+        (True, False)
+    """
+    return find_kind(path) == "picture"

@@ -1,0 +1,210 @@
+"""The grid of an image: how many voxels, where they lie in the patient, and how its axes become an axial stack.
+
+Arrays are either in *file order* (I, J, K), exactly as the file stores its voxels, or an *axial stack* (Z, Y, X): z
+towards Superior, y towards Posterior, x towards the patient's Left. `Grid.arrange` and `Grid.from_stack` swap and flip
+axes; they never interpolate, so a mask that leaves through `from_stack` is on the input's grid voxel by voxel. An
+oblique grid takes the nearest of the 48 orientations and is not rotated.
+
+Affines map voxel indices to RAS millimetres, as in NIfTI. NRRD, MetaImage and DICOM speak LPS; `LPS_TO_RAS` is applied
+where they are read and written, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from numpy.typing import NDArray
+
+from progidiff.errors import GeometryError
+
+GRID_TOLERANCE = 0.1
+"""Two grids are the same if no corner differs by more than this share of the smallest voxel edge."""
+
+LPS_TO_RAS: NDArray[np.float64] = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""Turns millimetres of DICOM, NRRD and MetaImage into those of NIfTI, and back."""
+
+Affine = NDArray[np.float64]
+"""Index (i, j, k, 1) -> mm, shape (4, 4)."""
+
+Shape = tuple[int, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """Where the voxels of an image lie.
+
+    Attributes:
+        shape: (I, J, K) in file order.
+        affine: Voxel index (i, j, k, 1) -> RAS mm, shape (4, 4), float64.
+        name: What to call the image in messages.
+
+    Example:
+        >>> grid = Grid((4, 5, 6), np.diag([1.0, 2.0, 3.0, 1.0]), "example")
+        >>> grid.stack_shape, grid.stack_spacing
+        ((6, 5, 4), (3.0, 2.0, 1.0))
+    """
+
+    shape: Shape
+    affine: Affine
+    name: str = "the image"
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """Voxel edges along i, j, k in mm."""
+        edges = np.linalg.norm(self.affine[:3, :3], axis=0)
+        return float(edges[0]), float(edges[1]), float(edges[2])
+
+    @property
+    def voxel_ml(self) -> float:
+        """Volume of one voxel in millilitres."""
+        return float(abs(np.linalg.det(self.affine[:3, :3]))) / 1000.0
+
+    @property
+    def axial_axis(self) -> int:
+        """Which axis of the file (0, 1 or 2) runs from slice to axial slice."""
+        return self._orientation[0][2]
+
+    @property
+    def num_slices(self) -> int:
+        """Axial slices."""
+        return self.stack_shape[0]
+
+    @property
+    def stack_shape(self) -> Shape:
+        """(Z, Y, X) of the axial stack."""
+        order = self._orientation[0]
+        return self.shape[order[2]], self.shape[order[1]], self.shape[order[0]]
+
+    @property
+    def stack_spacing(self) -> tuple[float, float, float]:
+        """(dz, dy, dx) of the axial stack in mm."""
+        order, edges = self._orientation[0], self.spacing
+        return edges[order[2]], edges[order[1]], edges[order[0]]
+
+    @property
+    def stack_affine(self) -> Affine:
+        """Index (x, y, z, 1) into the axial stack -> RAS mm, shape (4, 4); mind that the stack's axes are (z, y, x).
+
+        Example:
+            >>> grid = Grid((4, 5, 6), np.diag([1.0, 2.0, 3.0, 1.0]))
+            >>> grid.stack_affine @ (0, 0, 0, 1)  # the stack begins at the right, front and bottom
+            array([3., 8., 0., 1.])
+        """
+        order, flipped = self._orientation
+        affine = self.affine[:, [*order, 3]]
+        for axis, flip in enumerate(flipped):
+            if flip:
+                affine[:, 3] += affine[:, axis] * (self.shape[order[axis]] - 1)
+                affine[:, axis] *= -1
+        return affine
+
+    def arrange(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Any array on this grid as an axial stack (a view): (I, J, K) -> (Z, Y, X).
+
+        Raises:
+            GeometryError: if its shape is not the grid's.
+        """
+        self.check_shape(array.shape)
+        order, flipped = self._orientation
+        lps = array.transpose(order)[tuple(slice(None, None, -1) if flip else slice(None) for flip in flipped)]
+        return lps.transpose(2, 1, 0)
+
+    def from_stack(self, stack: NDArray[Any]) -> NDArray[Any]:
+        """The exact inverse of `arrange`: (Z, Y, X) -> (I, J, K), a view.
+
+        Raises:
+            GeometryError: if the shape is not that of this grid's axial stack.
+        """
+        self._check(stack.shape, self.stack_shape, "as an axial stack")
+        order, flipped = self._orientation
+        lps = stack.transpose(2, 1, 0)[tuple(slice(None, None, -1) if flip else slice(None) for flip in flipped)]
+        return lps.transpose(tuple(int(axis) for axis in np.argsort(order)))
+
+    def locate(self, index: Shape) -> Shape:
+        """Where a voxel of the file lies in the axial stack: (i, j, k) -> (z, y, x).
+
+        Raises:
+            GeometryError: if it is outside of the grid.
+
+        Example:
+            >>> Grid((4, 5, 6), np.diag([1.0, 2.0, 3.0, 1.0])).locate((0, 0, 5))
+            (5, 4, 3)
+        """
+        if not all(0 <= place < size for place, size in zip(index, self.shape, strict=True)):
+            raise GeometryError(
+                f"The voxel {tuple(index)} is outside of '{self.name}', which has "
+                f"{times(self.shape)} voxels counted from 0."
+            )
+        order, flipped = self._orientation
+        x, y, z = (
+            self.shape[axis] - 1 - index[axis] if flip else index[axis]
+            for axis, flip in zip(order, flipped, strict=True)
+        )
+        return z, y, x
+
+    def check_shape(self, shape: tuple[int, ...]) -> None:
+        """Refuse an array that has not this shape, in file order.
+
+        Raises:
+            GeometryError: if it has another.
+        """
+        self._check(shape, self.shape, "in file order")
+
+    def check_same(self, shape: tuple[int, ...], affine: Affine, name: str) -> None:
+        """Refuse another grid.
+
+        Args:
+            shape: (I, J, K) of the other array.
+            affine: Its voxel index -> RAS mm, shape (4, 4).
+            name: What to call the other array in the message.
+
+        Raises:
+            GeometryError: if the shapes differ, or any corner by more than `GRID_TOLERANCE` of the smallest voxel edge.
+        """
+        if tuple(shape) != self.shape:
+            raise GeometryError(
+                f"'{name}' has {times(shape)} voxels and the image '{self.name}' {times(self.shape)}; resample it "
+                "to the image's grid, or save it uncropped."
+            )
+        distance = self.find_distance(affine)
+        if not distance <= GRID_TOLERANCE * min(self.spacing):
+            raise GeometryError(
+                f"'{name}' lies up to {distance:.2f} mm away from the image '{self.name}' although both have "
+                f"{times(shape)} voxels (another origin, spacing or orientation); resample it to the image's grid."
+            )
+
+    def find_distance(self, affine: Affine) -> float:
+        """By how many mm the corner that moves most lies elsewhere with another affine."""
+        last = np.asarray(self.shape, dtype=np.float64) - 1
+        corners = np.array([[i, j, k, 1.0] for i in (0, last[0]) for j in (0, last[1]) for k in (0, last[2])])
+        return float(np.abs(corners @ (np.asarray(affine, dtype=np.float64) - self.affine).T).max())
+
+    def _check(self, given: tuple[int, ...], wanted: tuple[int, ...], kind: str) -> None:
+        if tuple(given) != tuple(wanted):
+            raise GeometryError(
+                f"An array of shape {tuple(given)} is not on the grid of '{self.name}', "
+                f"which is {tuple(wanted)} {kind}; resample it to the image first."
+            )
+
+    @cached_property
+    def _orientation(self) -> tuple[Shape, tuple[bool, bool, bool]]:
+        """Which file axis runs along x (Left), y (Posterior), z (Superior), and which of the three must be flipped."""
+        transform = ornt_transform(io_orientation(self.affine), axcodes2ornt(("L", "P", "S")))
+        order = np.argsort(transform[:, 0])
+        flips = transform[order, 1] < 0
+        return (int(order[0]), int(order[1]), int(order[2])), (bool(flips[0]), bool(flips[1]), bool(flips[2]))
+
+
+def times(shape: Iterable[int]) -> str:
+    """A shape as people write it.
+
+    Example:
+        >>> times((512, 512, 90))
+        '512 x 512 x 90'
+    """
+    return " x ".join(str(int(size)) for size in shape)

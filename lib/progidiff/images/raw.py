@@ -1,0 +1,100 @@
+"""What every reader returns, and the checks that all formats share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from progidiff.errors import ImageError
+from progidiff.images.geometry import Affine, times
+
+MAX_VOXELS = 1 << 30
+"""Largest volume that is read: 1024 x 1024 x 1024."""
+
+
+@dataclass(frozen=True)
+class Raw:
+    """What a reader returns.
+
+    Attributes:
+        array: Voxels in file order.
+        affine: Voxel index (i, j, k, 1) -> RAS mm, shape (4, 4).
+        modality: The tag, if the format has one.
+    """
+
+    array: NDArray[Any]
+    affine: Affine
+    modality: str | None = None
+
+
+def check_size(shape: tuple[int, ...], path: Path) -> None:
+    """Refuse a shape of more than `MAX_VOXELS` voxels.
+
+    Raises:
+        ImageError: if it is.
+    """
+    count = 1
+    for size in shape:
+        count *= int(size)
+    if count > MAX_VOXELS:
+        raise ImageError(
+            f"'{path.name}' has {times(shape)} voxels, more than the {MAX_VOXELS} that are read; crop or resample it."
+        )
+
+
+def check_affine(affine: Affine, path: Path) -> Affine:
+    """Refuse an affine that gives no voxel a place of its own.
+
+    Raises:
+        ImageError: if it does.
+    """
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        raise ImageError(
+            f"The header of '{path.name}' gives no usable voxel size and orientation "
+            f"(affine {np.round(affine[:3], 4).tolist()}); convert the original images again."
+        )
+    return affine
+
+
+def squeeze(array: NDArray[Any], path: Path) -> NDArray[Any]:
+    """Drop trailing axes of one frame; a native-endian real array of three axes, or an error that says how to get
+    one.
+    """
+    if array.dtype.names is not None or np.issubdtype(array.dtype, np.complexfloating):
+        raise ImageError(f"'{path.name}' is a colour or complex image; save a single real value per voxel.")
+    if array.ndim < 3:
+        raise ImageError(
+            f"'{path.name}' has {array.ndim} axes; a volume of slices is needed, with its spacing and orientation."
+        )
+    frames = array.shape[3:]
+    if any(size != 1 for size in frames):
+        raise ImageError(
+            f"'{path.name}' holds {times(frames)} volumes (time points, echoes or directions); save the one you want "
+            "as its own file, for example with nibabel's four_to_three."
+        )
+    if min(array.shape) < 1:
+        raise ImageError(f"'{path.name}' is empty ({times(array.shape)} voxels); export it again.")
+    return array.reshape(array.shape[:3], order="A").astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def check_voxels(array: NDArray[Any], path: Path) -> NDArray[Any]:
+    """Intensities as `Volume` has them.
+
+    Raises:
+        ImageError: if some are not finite.
+    """
+    if np.issubdtype(array.dtype, np.floating):
+        array = array.astype(np.float32, copy=False)
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
+        if bad:
+            raise ImageError(
+                f"{bad} of {array.size} voxels of '{path.name}' are not finite numbers "
+                "(NaN or infinite); replace them by the value of air (for example numpy.nan_to_num) and send it again."
+            )
+    elif array.dtype == np.bool_:
+        array = array.astype(np.uint8)
+    return array

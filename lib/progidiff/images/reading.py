@@ -1,0 +1,184 @@
+"""Reading images and label maps: the three entry points, for every format of the table."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nibabel.filebasedimages import ImageFileError
+from numpy.typing import NDArray
+
+from progidiff.errors import ImageError, NotFoundError
+from progidiff.images import dicom
+from progidiff.images.formats import find_format, is_picture, strip_suffix
+from progidiff.images.geometry import Affine, Grid, times
+from progidiff.images.intensities import guess_modality
+from progidiff.images.modality import check_modality
+from progidiff.images.raw import Raw, check_affine, check_voxels, squeeze
+from progidiff.images.sidecars import find_stated_modality
+from progidiff.images.volume import Volume
+
+_READ_ERRORS = (
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    RuntimeError,
+    KeyError,
+    IndexError,
+    OverflowError,
+    MemoryError,
+    zlib.error,
+    ImageFileError,
+)
+
+
+def load_volume(
+    path: str | os.PathLike[str], modality: str | None = None, info: Mapping[str, Any] | None = None
+) -> Volume:
+    """Read an image: NIfTI, NRRD, MetaImage, a folder with one DICOM series, or one file of such a series.
+
+    The modality is the `modality` argument if given, else the DICOM tag (of the file, or "Modality" in `info`), else
+    the entry "modality" of `info` or of the file `<name>.json` next to the image, else a guess from the intensities.
+
+    Args:
+        path: File or folder.
+        modality: "CT" or "MR" (any case); None, "" or "auto" to find out.
+        info: What a datastore knows about the image.
+
+    Raises:
+        NotFoundError: if there is no such path.
+        RequestError: if `modality` is none that is known.
+        ImageError: if it is no three-dimensional image, is empty, constant, or holds values that are not finite.
+    """
+    path = Path(path)
+    option = check_modality(modality, "Option modality")
+    if is_picture(path):
+        raise ImageError(
+            f"'{path.name}' is a picture, and structures are found in CT and MR volumes. Ask the model textdiff for it."
+        )
+    raw = _read(path)
+    array = check_voxels(raw.array, path)
+    grid = _make_grid(array.shape, raw.affine, path)
+    if min(grid.stack_shape[1:]) < 2:
+        raise ImageError(
+            f"'{path.name}' is a single sagittal or coronal slice ({times(array.shape)} "
+            "voxels), and structures are found on axial slices; send the whole volume."
+        )
+    if array.min() == array.max():
+        raise ImageError(
+            f"All voxels of '{path.name}' have the value {array.flat[0]}; there is "
+            "nothing to see in it. Check the export."
+        )
+    found, source = _find_modality(option, raw, path, info, array)
+    return Volume(array=array, affine=grid.affine, modality=found, modality_source=source, name=grid.name)
+
+
+def read_grid(path: str | os.PathLike[str]) -> Grid:
+    """Where the voxels of an image lie, from its header alone where the format has one, as `load_volume` gives it.
+
+    Raises:
+        NotFoundError: if there is no such path.
+        ImageError: if it is no three-dimensional image.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise NotFoundError(f"There is no image at '{path}'. Check the path.")
+    row = None if path.is_dir() else find_format(path)
+    if row is None or row.read_grid is None:
+        return load_volume(path).grid
+    try:
+        shape, affine = row.read_grid(path)
+    except _READ_ERRORS as err:
+        raise _unreadable(path, err) from err
+    if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
+        raise ImageError(f"'{path.name}' has {times(shape)} voxels; a single volume of slices is needed.")
+    return _make_grid(shape[:3], affine, path)
+
+
+def load_label(path: str | os.PathLike[str], like: Grid | None = None) -> NDArray[Any]:
+    """Read a label map.
+
+    Args:
+        path: NIfTI, NRRD or MetaImage file, or the label of a picture as PNG or TIFF.
+        like: The grid of its image, which it must share.
+
+    Returns:
+        Label ids, shape (I, J, K) in file order, in the smallest unsigned integer type that holds them.
+
+    Raises:
+        NotFoundError: if there is no such path.
+        ImageError: if it is no three-dimensional image of whole, non-negative numbers.
+        GeometryError: if its grid is not that of `like`.
+    """
+    path = Path(path)
+    raw = _read(path)
+    array = raw.array
+    if np.issubdtype(array.dtype, np.floating) and not np.array_equal(array, np.rint(array)):
+        raise ImageError(
+            f"'{path.name}' holds fractions or values that are not numbers, so it is no "
+            "label map; save it with whole numbers."
+        )
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high > np.iinfo(np.uint32).max:
+        raise ImageError(f"'{path.name}' holds the values {low} to {high}; label ids are whole numbers from 0.")
+    if like is not None:
+        like.check_same(array.shape, raw.affine, path.name)
+    return array.astype(np.min_scalar_type(high), copy=False)
+
+
+def _make_grid(shape: tuple[int, ...], affine: Affine, path: Path) -> Grid:
+    size_i, size_j, size_k = (int(size) for size in shape)
+    return Grid((size_i, size_j, size_k), check_affine(affine, path), strip_suffix(path))
+
+
+def _read(path: Path) -> Raw:
+    """Voxels and affine of a file or DICOM folder, three-dimensional."""
+    if not path.exists():
+        raise NotFoundError(f"There is no image at '{path}'. Check the path.")
+    try:
+        raw = _find_reader(path)(path)
+    except _READ_ERRORS as err:
+        raise _unreadable(path, err) from err
+    return Raw(squeeze(raw.array, path), np.asarray(raw.affine, dtype=np.float64), raw.modality)
+
+
+def _find_reader(path: Path) -> Callable[[Path], Raw]:
+    if path.is_dir():
+        return dicom.read_dicom_folder
+    row = find_format(path)
+    if row is not None:
+        return row.read
+    if dicom.is_dicom(path):
+        return dicom.read_dicom_file
+    raise ImageError(
+        f"'{path.name}' is no image format that can be read here; send NIfTI (.nii, .nii.gz), NRRD (.nrrd), "
+        "MetaImage (.mha) or a folder with one DICOM series."
+    )
+
+
+def _unreadable(path: Path, err: Exception) -> ImageError:
+    reason = _explain(err, path)
+    return ImageError(
+        f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or of another format; export it again."
+    )
+
+
+def _find_modality(
+    option: str | None, raw: Raw, path: Path, info: Mapping[str, Any] | None, array: NDArray[Any]
+) -> tuple[str, str]:
+    if option is not None:
+        return option, "option"
+    return find_stated_modality(path, info, raw.modality) or (guess_modality(array), "guessed")
+
+
+def _explain(err: Exception, path: Path) -> str:
+    """What a reader says, without the folder: whoever sent an image need not learn where it lies on the server."""
+    text = " ".join(str(err).split())
+    for folder in {str(path.parent), str(path.resolve().parent)} - {".", os.sep}:
+        text = text.replace(folder + os.sep, "")
+    return text[-300:] or type(err).__name__

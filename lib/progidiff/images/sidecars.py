@@ -1,0 +1,63 @@
+"""What is written down beside an image: its modality, and the file `<name>.json` next to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from progidiff.errors import ImageError
+from progidiff.images.formats import strip_suffix
+from progidiff.images.modality import check_modality, find_modality, list_modalities
+
+logger = logging.getLogger(__name__)
+
+_UNSAID = ("OT", "SC", "SEG", "UNK")
+"""What DICOM's modality says where it says nothing about how an image was taken."""
+
+
+def find_stated_modality(
+    path: Path, info: Mapping[str, Any] | None = None, tag: str | None = None
+) -> tuple[str, str] | None:
+    """The modality that is written down somewhere, and where: "dicom" or "sidecar"; see `load_volume`.
+
+    Args:
+        path: The image.
+        info: What a datastore knows about it.
+        tag: DICOM's modality, if the format has one.
+
+    Returns:
+        None if nobody says; `guess_modality` then looks at the intensities.
+
+    Raises:
+        ImageError: if it is another modality than CT or MR.
+        RequestError: if what the datastore or sidecar says is no modality.
+    """
+    # A datastore that converted the series to NIfTI (DICOMweb) hands on the tag, or "UNK".
+    tag = str(tag or (info or {}).get("Modality") or "").strip().upper()
+    if tag and tag not in _UNSAID:
+        row = find_modality(tag)
+        if row is None or row.name != tag:
+            names = list_modalities()
+            raise ImageError(
+                f"'{path.name}' is a {tag} image, and only {' and '.join(names)} are known here; give "
+                f"modality={' or '.join(names)} to try it anyway."
+            )
+        return row.name, "dicom"
+    stated = info.get("modality") if info else None
+    stated = read_sidecar(path).get("modality") if stated is None else stated
+    found = check_modality(stated, f"The modality that the datastore gives for '{path.name}'")
+    return None if found is None else (found, "sidecar")
+
+
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """What the file `<name>.json` next to an image says; empty if there is none or it is no JSON object."""
+    sidecar = path.with_name(strip_suffix(path) + ".json")
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else None
+    except (OSError, ValueError) as err:
+        logger.warning("Ignored %s, which is no readable JSON: %s", sidecar.name, err)
+        return {}
+    return content if isinstance(content, dict) else {}

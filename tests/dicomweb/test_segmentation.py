@@ -136,3 +136,32 @@ def test_an_exported_folder_is_the_volume(tmp_path, affine: np.ndarray):
     np.testing.assert_allclose(again.grid.stack_affine, volume.grid.stack_affine, atol=1e-4)
     with pytest.raises(RequestError, match="not empty"):
         export_series(Series.of(IDENTITY, volume), tmp_path / "series")
+
+
+def code_segment(seg: Dataset, value: str, modifier: str = "") -> None:
+    """Give the first segment the SNOMED CT code of its type."""
+    kind = Dataset()
+    kind.CodeValue, kind.CodingSchemeDesignator = value, "SCT"
+    if modifier:
+        side = Dataset()
+        side.CodeValue, side.CodingSchemeDesignator = modifier, "SCT"
+        kind.SegmentedPropertyTypeModifierCodeSequence = [side]
+    seg.SegmentSequence[0].SegmentedPropertyTypeCodeSequence = [kind]
+
+
+def test_a_segment_that_only_its_code_names_is_what_the_code_says():
+    volume = make_volume(AXIAL)
+    seg = make_seg(volume, {"Segment_1": make_masks(volume)["liver"]})
+    code_segment(seg, "64033007", "7771000")
+    assert list(read_segmentation(seg, volume.grid).names.values()) == ["left kidney"]
+    code_segment(seg, "64033007")
+    assert "has no name" in refuse(seg, volume)
+
+
+def test_a_segment_whose_label_and_code_differ_is_refused_with_both():
+    volume = make_volume(AXIAL)
+    seg = make_seg(volume, {"liver": make_masks(volume)["liver"]})
+    code_segment(seg, "78961009")
+    assert "called 'liver' and coded as 'spleen'" in refuse(seg, volume)
+    code_segment(seg, "10200004")
+    assert list(read_segmentation(seg, volume.grid).names.values()) == ["liver"]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import pytest
 
@@ -23,6 +24,7 @@ from progidiff.training.accepted_labels import (
 )
 from progidiff.training.split import AdaptData, prepare_data
 from support.labelled_phantoms import write_case, write_table
+from support.segment_files import write_seg_nrrd
 
 LIVER, SPLEEN = STRUCTURES.index("liver") + 1, STRUCTURES.index("spleen") + 1
 
@@ -190,3 +192,22 @@ def test_cases_survive_the_way_to_another_process(tmp_path: Path):
 def test_without_any_label_the_message_says_how_to_get_one(tmp_path: Path, tiny_model: Path):
     with pytest.raises(RequestError, match="No slice is labelled yet. Save a label with tag final"):
         prepare_data([], load_card(tiny_model), tmp_path / "cache")
+
+
+def test_a_file_in_the_folder_that_names_its_ids_is_believed(tmp_path: Path, tiny_model: Path):
+    studies = write_study(tmp_path / "studies", (1, 2))
+    write_table(studies, {1: "spleen", 2: "aorta"})
+    write_records(studies, {"a": {"label_info": [{"name": "spleen", "idx": 1}, {"name": "liver", "idx": 2}]}})
+    final = studies / "labels" / "final"
+    image = nibabel.load(final / "a.nii.gz")
+    labels = np.asarray(image.dataobj)
+    (final / "a.nii.gz").unlink()
+    layers = np.stack([labels == 1, labels == 2]).astype(np.uint8)
+    write_seg_nrrd(final / "a.nrrd", layers, [("liver", 1, 0), ("left kidney", 1, 1)], image.affine)
+    cases = {c.name: c for c in find_local_cases(studies)}
+    assert cases["a"].structures == {1: "liver", 2: "left kidney"}
+    assert cases["b"].structures == {1: "spleen", 2: "aorta"}
+    write_table(studies, {1: "liver", 2: "left kidney"})
+    data = prepare(studies, tiny_model)
+    assert data.training.structures == ("left kidney", "liver")
+    assert np.array_equal(data.training.read([5])[1].numpy(), data.validation.read([5])[1].numpy())

@@ -7,7 +7,6 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 
-from progidiff.prompts.parser import canonical_name
 from progidiff.prompts.structures import CATEGORY, UNKNOWN, Code, find_coded, find_structure, pick_color
 
 _MAX_DESCRIPTION = 1024
@@ -72,17 +71,6 @@ def read_coded(segment: Dataset) -> tuple[str, ...]:
         return ()
     modifier = _first(found, "SegmentedPropertyTypeModifierCodeSequence")
     return find_coded(str(found.get("CodeValue", "")), "" if modifier is None else str(modifier.get("CodeValue", "")))
-
-
-def is_contradicted(name: str, coded: tuple[str, ...]) -> bool:
-    """Whether a name means a structure of the table, and the codes beside it another one.
-
-    Example:
-        >>> is_contradicted("Liver", ("spleen",)), is_contradicted("tumour", ("liver",))
-        (True, False)
-    """
-    known = canonical_name(name)
-    return bool(coded) and find_structure(known) is not None and known not in coded
 
 
 def _write(code: Code) -> dict[str, str]:

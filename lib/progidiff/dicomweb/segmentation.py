@@ -11,7 +11,6 @@ voxels: whichever of them won, a person's work would be lost without a word.
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,16 +19,17 @@ import pydicom
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
+from progidiff.dicomweb.codes import read_coded
 from progidiff.dicomweb.geometry import compute_lps_affine
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.geometry import GRID_TOLERANCE, Grid
+from progidiff.labels.segments import is_unnamed
+from progidiff.prompts.parser import contradicts
 
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
 
 MAX_SEGMENTS = 255
 """Label maps have 8 bits."""
-
-_UNNAMED = re.compile(r"(segment(ation)?|label|unnamed|unknown)?[\s_.#-]*\d*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def read_segmentation(dataset: Dataset, image: Grid) -> Segmentation:
         image: The grid of the image.
 
     Raises:
-        ImageError: if it is not binary, damaged, empty, or a segment has no name.
+        ImageError: if it is not binary, damaged, empty, or a segment has neither name nor code, or two that differ.
         GeometryError: if its pixels do not fall onto the voxels of the image.
         RequestError: if segments overlap.
     """
@@ -97,10 +97,7 @@ def read_segmentation(dataset: Dataset, image: Grid) -> Segmentation:
         raise ImageError(
             f"The segmentation is {dataset.get('SegmentationType', 'of an unknown type')}; export it as BINARY."
         )
-    names = {
-        int(segment.SegmentNumber): str(segment.get("SegmentLabel", "")).strip()
-        for segment in dataset.get("SegmentSequence") or []
-    }
+    names = {int(segment.SegmentNumber): _find_name(segment) for segment in dataset.get("SegmentSequence") or []}
     if not 1 <= len(names) <= MAX_SEGMENTS or not all(1 <= number <= 65535 for number in names):
         raise ImageError(f"The segmentation has {len(names)} segments; 1 to {MAX_SEGMENTS} can be read.")
     label_of = {number: position + 1 for position, number in enumerate(sorted(names))}
@@ -138,6 +135,24 @@ def read_segmentation(dataset: Dataset, image: Grid) -> Segmentation:
         )
     _check_names(drawn)
     return Segmentation(image.from_stack(stack), drawn)
+
+
+def _find_name(segment: Dataset) -> str:
+    """What a segment is called, or coded as if its label says nothing.
+
+    Raises:
+        ImageError: if the label names one structure and the code another.
+    """
+    name = str(segment.get("SegmentLabel", "")).strip()
+    coded = read_coded(segment)
+    if is_unnamed(name) and len(coded) == 1:
+        return coded[0]
+    if contradicts(name, coded):
+        raise ImageError(
+            f"A segment is called '{name[:40]}' and coded as '{' or '.join(coded)}'. Correct its label or its code in "
+            "the viewer, and store it again."
+        )
+    return name
 
 
 def _read_frames(dataset: Dataset) -> np.ndarray:
@@ -222,7 +237,7 @@ def _locate(
 
 
 def _check_names(names: Mapping[int, str]) -> None:
-    unnamed = [name or "(empty)" for name in names.values() if _UNNAMED.fullmatch(name)]
+    unnamed = [name or "(empty)" for name in names.values() if is_unnamed(name)]
     if unnamed:
         raise ImageError(
             f"Segment '{unnamed[0][:40]}' has no name that says what it is. Rename it in "

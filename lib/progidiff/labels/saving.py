@@ -1,10 +1,11 @@
 """A label before it counts: opened, checked against its image, its ids translated, and joined with the label before it.
 
-Ids. What a number in a file means is said by, in this order: the table that came with the save (`label_info`; 3D Slicer
-numbers its segments by position), the fixed ids of this program if the save names the proposal that it was made from,
-the folder's labels.json, and without that the fixed ids again. Kept labels use one set of ids: labels.json, or without
-it the fixed ids; structures that neither knows get the next free id. A file whose ids say otherwise is rewritten, and
-only then.
+Ids. What a number in a file means is said by, in this order: the file itself (see `segments`), the table that came with
+the save (`label_info`; 3D Slicer numbers its segments by position), the fixed ids of this program if the save names the
+proposal that it was made from, the folder's labels.json, and without that the fixed ids again. A table that contradicts
+the file is refused: nobody can tell which of them the person meant. Kept labels use one set of ids: labels.json, or
+without it the fixed ids; structures that neither knows get the next free id. A file whose ids say otherwise is
+rewritten, and only then.
 
 Joining. A save replaces what it speaks about: its slices, if it names slices; its structures, if it names structures.
 All else of the label in force stays, so that work slice by slice, or structure by structure, never loses what was done
@@ -25,9 +26,10 @@ import numpy as np
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.formats import Use, find_format, is_picture, list_suffixes
 from progidiff.images.geometry import Grid
-from progidiff.images.reading import load_label, read_grid
+from progidiff.images.reading import read_grid
 from progidiff.images.writing import save_mask
 from progidiff.labels.history import Source
+from progidiff.labels.segments import MAX_NAME, LabelMap, combine_names, is_unnamed, load_label_map
 from progidiff.params import read_bool, read_choice, read_float, read_int
 from progidiff.prompts.parser import canonical_name
 from progidiff.prompts.structures import LAST_LABEL_ID, fixed_ids
@@ -46,7 +48,6 @@ UNKNOWN_SEED = -1
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 _MAX_NAMES = 255
-_MAX_NAME = 100
 _MAX_SECONDS = 7 * 24 * 3600.0
 
 
@@ -105,7 +106,7 @@ class SaveOptions:
             edited=None if "edited" not in given else read_bool(given["edited"], "edited"),
             seconds=None if "seconds" not in given else read_float(given["seconds"], "seconds", 0, _MAX_SECONDS),
             label_names=_read_label_info(given.get("label_info"), given.get("label_names")),
-            client=str(given.get("client_id", ""))[:_MAX_NAME],
+            client=str(given.get("client_id", ""))[:MAX_NAME],
         )
 
 
@@ -118,7 +119,9 @@ class CheckedLabel:
         array: Ids as kept labels use them, shape (I, J, K) in file order.
         label_ids: Structure -> id, of everything that the file draws or its table names.
         kept_ids: Structure -> id as kept labels use them, whether drawn or not.
-        is_as_sent: Whether the file itself can be kept; False if ids were translated or the format is not kept.
+        is_as_sent: Whether the file itself can be kept; False if ids were translated, layers joined, or the format is
+            not kept.
+        notes: Sentences for the person who saved.
     """
 
     file: Path
@@ -126,6 +129,7 @@ class CheckedLabel:
     label_ids: dict[str, int]
     kept_ids: Mapping[str, int]
     is_as_sent: bool
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -226,18 +230,20 @@ def check_label(
 
     Raises:
         ImageError: if it cannot be read, holds anything but whole numbers, or ids that nothing names.
+        RequestError: if the file and `label_info` name an id differently.
         GeometryError: if it is not on the image's grid.
     """
     _check_suffix(file)
     _check_voxel_count(file, grid)
     try:
-        array = load_label(file, like=grid)
+        label = load_label_map(file, grid)
     except OverflowError as err:
         raise ImageError(
             f"'{file.name}' holds infinite values, so it is no label map; save it with whole numbers."
         ) from err
-    present = _find_present(array)
-    meaning = _find_meaning(options, kept_ids, served_ids)
+    _check_agreement(label, options)
+    present = _find_present(label.array)
+    meaning = _find_meaning(label, options, kept_ids, served_ids)
     strange = [value for value in present if value not in meaning]
     if strange:
         known = ", ".join(f"{value} {name}" for value, name in sorted(meaning.items()))
@@ -246,12 +252,14 @@ def check_label(
             f"names. Known are {known[:600]}. Send a table of the others "
             'with it, for example params={"label_info": [{"name": "liver", "idx": 6}]}, or name them in labels.json.'
         )
-    spoken_of = sorted({*present, *(options.label_names or {})})
+    tables = [label.names, *([options.label_names or {}] if label.is_as_stored else [])]
+    spoken_of = sorted({*present, *(value for table in tables for value in table)})
     ids = _assign_ids([meaning[value] for value in spoken_of], kept_ids)
     table = {value: ids[meaning[value]] for value in present}
-    is_as_sent = all(value == number for value, number in table.items())
-    array = array if is_as_sent else translate(array, table)
-    return CheckedLabel(file, array, ids, kept_ids, is_as_sent and _is_kept(file))
+    is_same = all(value == number for value, number in table.items())
+    array = label.array if is_same else translate(label.array, table)
+    is_as_sent = is_same and label.is_as_stored and _is_kept(file)
+    return CheckedLabel(file, array, ids, kept_ids, is_as_sent, (*label.notes, *_note_unnamed(meaning, present)))
 
 
 def prepare_label(
@@ -278,7 +286,7 @@ def prepare_label(
         RequestError: if the proposals are of another image, or there is no such proposal.
         ImageError: if the label in force cannot be read.
     """
-    warnings: list[str] = []
+    warnings = list(checked.notes)
     num_slices = grid.num_slices
     source, result = _find_source(options, image, proposals, warnings)
     ids = dict(checked.label_ids)
@@ -352,7 +360,7 @@ def _join(
 def _load_previous(previous: Previous, grid: Grid, kept_ids: Mapping[str, int]) -> np.ndarray:
     """The label in force, in the ids that kept labels use now: labels.json may have changed since."""
     try:
-        array = load_label(previous.file, like=grid)
+        array = load_label_map(previous.file, grid).array
     except ImageError as err:
         raise ImageError(
             f"The label in force cannot be joined with this one ({err}) Save a label of the whole volume, without "
@@ -425,10 +433,35 @@ def _find_present(array: np.ndarray) -> list[int]:
     return [int(value) for value in np.unique(array) if value]
 
 
+def _check_agreement(label: LabelMap, options: SaveOptions) -> None:
+    """Refuse a table that gives a number of the file another name than the file itself."""
+    if not label.is_as_stored:
+        return  # What a table says by number cannot be compared: layers repeat them.
+    for value, own in label.names.items():
+        told = (options.label_names or {}).get(value, own)
+        if told.casefold() != own.casefold() and not is_unnamed(told) and not is_unnamed(own):
+            raise RequestError(
+                f"The file says that {value} is '{own}', and label_info says '{told}'. Leave label_info out, or make "
+                "the two agree: 3D Slicer numbers label_info by the order of its segments, and the file keeps the "
+                "numbers they had before they were moved. Saved as .nii.gz, both go by the order."
+            )
+
+
+def _note_unnamed(meaning: Mapping[int, str], present: Iterable[int]) -> list[str]:
+    names = [meaning[value] for value in present if is_unnamed(meaning[value])]
+    return [
+        f"Segment '{name}' has no name that says what it is; it is kept, and no training learns from it. Rename it in "
+        "the viewer and save again, or with POST /progidiff/annotations/<image>/rename."
+        for name in names
+    ]
+
+
 def _find_meaning(
-    options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None
+    label: LabelMap, options: SaveOptions, kept_ids: Mapping[str, int], served_ids: Mapping[str, int] | None
 ) -> dict[int, str]:
     """Id in the file -> structure."""
+    if label.names or not label.is_as_stored:
+        return combine_names(label.names, (options.label_names or {}) if label.is_as_stored else {})
     base = kept_ids if not options.proposals else fixed_ids() if served_ids is None else served_ids
     meaning = {value: name for name, value in base.items()}
     if options.label_names is None:
@@ -500,10 +533,9 @@ def _read_structures(value: object) -> tuple[str, ...] | None:
 
 
 def _read_name(value: object, option: str) -> str:
-    if not isinstance(value, str) or not value.strip() or len(value) > _MAX_NAME or not value.isprintable():
+    if not isinstance(value, str) or not value.strip() or len(value) > MAX_NAME or not value.isprintable():
         raise RequestError(
-            f"Option {option} holds {str(value)[:40]!r}; a structure is named by up to "
-            f"{_MAX_NAME} printable characters."
+            f"Option {option} holds {str(value)[:40]!r}; a structure is named by up to {MAX_NAME} printable characters."
         )
     return canonical_name(value)
 

@@ -136,6 +136,21 @@ def canonical_name(name: str) -> str:
     return queries[0].name if len(queries) == 1 else name
 
 
+def contradicts(name: str, meant: Sequence[str]) -> bool:
+    """Whether a name means a structure of the table, and something else beside it others.
+
+    Args:
+        name: As somebody wrote it.
+        meant: The structures that a code can mean; empty if it means none.
+
+    Example:
+        >>> contradicts("Liver", ("spleen",)), contradicts("tumour", ("liver",))
+        (True, False)
+    """
+    known = canonical_name(name)
+    return bool(meant) and known in STRUCTURES and known not in meant
+
+
 def parse_prompt(
     text: str, known: Sequence[str] = STRUCTURES, allow_free_text: bool = False, model: str = "the loaded model"
 ) -> tuple[Query, ...]:

@@ -32,6 +32,7 @@ from progidiff.errors import ImageError, ModelError, RequestError
 from progidiff.images.formats import is_picture
 from progidiff.images.reading import load_label, load_volume
 from progidiff.labels.history import hash_file
+from progidiff.labels.segments import load_label_map
 from progidiff.prompts.parser import canonical_name
 from progidiff.textdiff import data
 from progidiff.textdiff.feature_cache import FeatureCache
@@ -445,7 +446,7 @@ def _write_case(case: Case, classes: Sequence[str], sentence: str | None, folder
         Image.fromarray(_number_classes(label[0], case, classes, spoken)).save(path)
         return [data.Case(case.name, case.image, path, sentence, _list_unknown(spoken))]
     volume = load_volume(case.image, info=case.info)
-    label = volume.arrange(load_label(case.label, like=volume.grid))
+    label = volume.arrange(load_label_map(case.label, volume.grid).array)
     found = []
     table = _find_spoken(case, label, classes)
     for z in _pick_slices(case, label, classes, table):

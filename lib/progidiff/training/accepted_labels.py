@@ -1,8 +1,8 @@
 """From a datastore's accepted labels to training cases: what every id means, and which slices somebody vouches for.
 
-The meaning of an id comes from, in this order: the label's history, the label's record in the datastore (`label_info`,
-as viewers send it), the folder's labels.json, and only if there is none of these, the fixed ids that our own server
-hands out. An id that none of them names is refused when the label is read, never guessed.
+The meaning of an id comes from, in this order: the label's file itself (see `labels.segments`), its history, its record
+in the datastore (`label_info`, as viewers send it), the folder's labels.json, and only if there is none of these, the
+fixed ids that our own server hands out. An id that none of them names is refused when the label is read, never guessed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 from progidiff.evaluation import evaluate
 from progidiff.labels.history import AnnotationStore
+from progidiff.labels.segments import combine_names, read_names
 from progidiff.prompts.parser import canonical_name
 from progidiff.prompts.structures import fixed_ids
 from progidiff.storage.state import default_store
@@ -108,7 +109,8 @@ def build_cases(
     for label in labels:
         current = None if annotations is None else annotations.current(label.name)
         recorded = {} if current is None else {value: name for name, value in current.label_ids}
-        names = {**(folder_names or {}), **(recorded or read_label_names(label.label_info))}
+        told = recorded or read_label_names(label.label_info)
+        names = {**(folder_names or {}), **combine_names(read_names(label.label), told)}
         fixed = not names
         if fixed:
             names = {value: name for name, value in fixed_ids().items()}

@@ -24,8 +24,9 @@ from progidiff.errors import ImageError
 from progidiff.evaluation import evaluate
 from progidiff.images.formats import strip_suffix
 from progidiff.images.intensities import compute_body_threshold, compute_window
-from progidiff.images.reading import load_label, load_volume
+from progidiff.images.reading import load_volume
 from progidiff.images.working_grid import plan_working_grid
+from progidiff.labels.segments import load_label_map
 from progidiff.model.conditioning import ConditioningConfig
 
 logger = logging.getLogger(__name__)
@@ -213,7 +214,7 @@ class SliceCache:
         grid = plan_working_grid(
             stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range
         )
-        raw = load_label(case.label, volume.grid)
+        raw = load_label_map(case.label, volume.grid).array
         table = np.zeros(max(int(raw.max()), *case.structures) + 1, np.uint8)
         for value, name in case.structures.items():
             if name in self.structures:

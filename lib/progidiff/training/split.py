@@ -15,7 +15,8 @@ import numpy as np
 
 from progidiff.errors import ImageError, PromptError, RequestError
 from progidiff.images.formats import strip_suffix
-from progidiff.images.reading import load_label, load_volume
+from progidiff.images.reading import load_volume
+from progidiff.labels.segments import load_label_map
 from progidiff.model.folder import ModelCard
 from progidiff.prompts.parser import parse_prompt
 from progidiff.training.accepted_labels import EVERYTHING, find_local_cases
@@ -229,7 +230,7 @@ def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | No
     for case in cases:
         volume = load_volume(case.image, info=case.info)
         modalities[case.name] = volume.modality
-        values = [int(v) for v in np.unique(load_label(case.label, volume.grid)) if v != 0]
+        values = [int(v) for v in np.unique(load_label_map(case.label, volume.grid).array) if v != 0]
         named = sorted(set(case.annotated or ()) - {EVERYTHING})
         if not values and not named:
             raise ImageError(f"The label of '{case.name}' is empty; label a structure, or remove '{case.label}'.")

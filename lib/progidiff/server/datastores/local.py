@@ -52,6 +52,7 @@ from progidiff.labels.saving import (
     load_label_ids,
     prepare_label,
 )
+from progidiff.labels.segments import combine_names, read_names
 from progidiff.proposals.store import ProposalStore
 from progidiff.storage.atomic import flush
 
@@ -432,7 +433,8 @@ class SafeLocalDatastore(LocalDatastore):
             logger.info(
                 "Label '%s' of '%s' was put into the folder by somebody else; keeping it in the history", tag, image_id
             )
-            self.annotations.record(image_id, path, tag=tag, client="folder")
+            named = {name: value for value, name in read_names(path).items()}
+            self.annotations.record(image_id, path, tag=tag, client="folder", label_ids=named)
 
     def _filename(self, id: str, ext: str) -> str:
         name = id + ext
@@ -767,7 +769,9 @@ def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Prev
     if all(label.slices is not None for label in saves):
         slices = frozenset(z for label in saves for z in label.slices or ())
     structures = tuple(dict.fromkeys(name for label in saves for name in label.structures))
-    return Previous(annotations.label_file(saves[-1]), dict(saves[-1].label_ids), slices, structures)
+    file = annotations.label_file(saves[-1])
+    names = combine_names(read_names(file), {value: name for name, value in saves[-1].label_ids})
+    return Previous(file, {name: value for value, name in names.items()}, slices, structures)
 
 
 def is_repeat(ready: ReadyLabel, saves: list[Annotation]) -> bool:

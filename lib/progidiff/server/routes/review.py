@@ -27,11 +27,11 @@ from monailabel.config import settings
 
 from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
 from progidiff.images.intensities import compute_window
-from progidiff.images.reading import load_label
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL, Annotation
 from progidiff.labels.merging import Plan, compose_label
+from progidiff.labels.segments import load_label_map
 from progidiff.params import read_float, read_int
 from progidiff.prompts.structures import COLORS, OTHER_COLORS, number_structures
 from progidiff.proposals.request import MAX_SLICE
@@ -268,7 +268,7 @@ def _load_current(context: Context, image: str, volume: Volume) -> np.ndarray | 
     if current is None:
         return None
     try:
-        return load_label(context.annotations.label_file(current), like=volume.grid)
+        return load_label_map(context.annotations.label_file(current), volume.grid).array
     except (GeometryError, ImageError, NotFoundError) as err:
         raise ImageError(f"The saved label of '{image}' cannot be shown ({err})") from err
 

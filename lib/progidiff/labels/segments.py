@@ -1,0 +1,290 @@
+"""What a label file itself says of its numbers, and a file of several layers as one label map.
+
+Formats that name their numbers: NRRD segmentations of 3D Slicer (``Segment0_Name``, ``_LabelValue``, ``_Layer``, and
+codes in ``_Tags``) and NIfTI with a label table, as TotalSegmentator writes it. Whatever is written elsewhere about a
+file, its own header is right about it.
+
+A label map holds one structure per voxel. Where segments of several layers overlap, the one that comes last in the list
+is kept, as in 3D Slicer's own export to a label map, and a note says where.
+"""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from progidiff.errors import ImageError
+from progidiff.images.geometry import Grid
+from progidiff.images.layers import read_layers
+from progidiff.images.reading import load_label
+from progidiff.prompts.parser import canonical_name, contradicts
+from progidiff.prompts.structures import find_coded
+
+MAX_NAME = 100
+"""Characters of a structure's name."""
+
+_UNNAMED = re.compile(r"(segment(ation)?|label|unnamed|unknown)?[\s_.#-]*\d*", re.IGNORECASE)
+_MAX_HEADER = 4 << 20
+_FIELD = re.compile(r"Segment(\d{1,5})_(Name|LabelValue|Layer|Tags)")
+_TABLE_ROW = re.compile(
+    r'<Label\s[^>]*?Key="(\d{1,9})"[^>]*>\s*(?:<!\[CDATA\[(.*?)\]\]>|([^<]*))\s*</Label>', re.DOTALL
+)
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """A label file, read.
+
+    Attributes:
+        array: Ids, shape (I, J, K) in file order, in the smallest unsigned integer type that holds them.
+        names: Id -> name, as the file says; empty if it says nothing.
+        is_as_stored: Whether the ids are the numbers in the file; False if several layers were joined.
+        notes: Sentences for the person whose file it is.
+    """
+
+    array: NDArray[Any]
+    names: dict[int, str]
+    is_as_stored: bool = True
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """One segment of a header: name, the structures that its codes can mean, number, and layer."""
+
+    name: str
+    coded: tuple[str, ...]
+    value: int
+    layer: int
+
+
+@dataclass(frozen=True)
+class _Header:
+    """Segments in the order of their list, and layers; 1 if there is one value per voxel."""
+
+    segments: tuple[_Segment, ...]
+    layers: int
+
+    @property
+    def is_numbered(self) -> bool:
+        """Whether a number in the file means one segment, whatever the layer."""
+        return self.layers == 1 or len({segment.value for segment in self.segments}) == len(self.segments)
+
+    def numbered(self) -> dict[int, _Segment]:
+        """Id -> segment: the file's numbers, or places in the list from 1 where layers give a number twice."""
+        if self.is_numbered:
+            return {segment.value: segment for segment in self.segments}
+        return dict(enumerate(self.segments, start=1))
+
+
+def is_unnamed(name: str) -> bool:
+    """Whether a name says nothing about what is drawn, as viewers give it to a new segment.
+
+    Example:
+        >>> is_unnamed("Segment_1"), is_unnamed("label 3"), is_unnamed("segment of the liver")
+        (True, True, False)
+    """
+    return _UNNAMED.fullmatch(name.strip()) is not None
+
+
+def read_names(path: str | os.PathLike[str]) -> dict[int, str]:
+    """Id -> name as a label file itself says, from its header alone; empty if it says nothing.
+
+    The ids are those of `load_label_map`. A name of the table of structures is given as there; one that says nothing
+    (see `is_unnamed`) stays as it is.
+
+    Raises:
+        ImageError: if the header names a segment as one structure and codes it as another.
+    """
+    return _name(_read_header(Path(path)), Path(path))
+
+
+def combine_names(own: Mapping[int, str], told: Mapping[int, str]) -> dict[int, str]:
+    """Id -> name: of the file itself, and what is said elsewhere of ids that it does not name, or not telling.
+
+    Example:
+        >>> combine_names({1: "liver", 2: "Segment_2"}, {1: "spleen", 2: "tumour", 3: "cyst"})
+        {1: 'liver', 2: 'tumour', 3: 'cyst'}
+    """
+    return {**told, **{value: name for value, name in own.items() if value not in told or not is_unnamed(name)}}
+
+
+def load_label_map(path: str | os.PathLike[str], like: Grid) -> LabelMap:
+    """Read a label file, as `images.load_label` does, with what it says of its ids; several layers become one map.
+
+    Args:
+        path: Of a label.
+        like: The grid of its image, which it must share.
+
+    Raises:
+        NotFoundError, ImageError, GeometryError: as `load_label`, and `read_names`.
+    """
+    path = Path(path)
+    header = _read_header(path)
+    names = _name(header, path)
+    if header.layers == 1:
+        array = load_label(path, like=like)
+        if _is_nifti(path):  # Its table names what the program knows, drawn or not.
+            present = set(np.unique(array).tolist()) if names else set()
+            names = {value: name for value, name in names.items() if value in present}
+        return LabelMap(array, names)
+    array, notes = _join_layers(read_layers(path, like, header.layers), header)
+    return LabelMap(array, names, False, tuple(notes))
+
+
+def _join_layers(layers: NDArray[Any], header: _Header) -> tuple[NDArray[Any], list[str]]:
+    """(L, I, J, K) as one map, and a sentence for each pair of segments that overlap."""
+    numbered = header.numbered()
+    labels = np.zeros(layers.shape[1:], dtype=np.min_scalar_type(max([0, *numbered])))
+    overlaps: dict[tuple[int, int], int] = {}
+    for number, segment in numbered.items():
+        if segment.layer >= len(layers):
+            raise ImageError(
+                f"Segment '{segment.name[:40]}' lies in layer {segment.layer}, and the file has {len(layers)}. Save "
+                "it again."
+            )
+        drawn = layers[segment.layer] == segment.value
+        covered = labels[drawn]
+        for other in np.unique(covered[covered != 0]):
+            overlaps[int(other), number] = int((covered == other).sum())
+        labels[drawn] = number
+    stray = sum(
+        int(value) not in {segment.value for segment in header.segments if segment.layer == layer} | {0}
+        for layer, array in enumerate(layers)
+        for value in np.unique(array)
+    )
+    if stray:
+        raise ImageError("The file holds numbers that none of its segments has. Save the segmentation again.")
+    told = [
+        f"'{numbered[upper].name}' lies over '{numbered[lower].name}' in {count} voxels; a label holds one structure "
+        f"per voxel, and '{numbered[upper].name}', which comes later in the list, is kept there."
+        for (lower, upper), count in overlaps.items()
+    ]
+    return labels, told
+
+
+def _name(header: _Header, path: Path) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for number, segment in header.numbered().items():
+        if number == 0:
+            continue
+        if is_unnamed(segment.name):
+            names[number] = segment.coded[0] if len(segment.coded) == 1 else segment.name or f"Segment_{number}"
+            continue
+        if contradicts(segment.name, segment.coded):
+            raise ImageError(
+                f"'{path.name}' calls a segment '{segment.name[:40]}' and codes it as '{' or '.join(segment.coded)}'. "
+                "Correct its name or its terminology in the viewer, and save it again."
+            )
+        names[number] = canonical_name(segment.name)
+    return names
+
+
+def _read_header(path: Path) -> _Header:
+    if path.name.lower().endswith(".nrrd"):
+        return _read_nrrd(path)
+    if _is_nifti(path):
+        return _read_nifti(path)
+    return _Header((), 1)
+
+
+def _read_nrrd(path: Path) -> _Header:
+    fields, pairs = _split_nrrd(path)
+    layers = 1
+    kinds, sizes = fields.get("kinds", "").split(), fields.get("sizes", "").split()
+    if len(sizes) == 4 and len(kinds) == 4 and kinds[0] in ("list", "vector") and sizes[0].isdecimal():
+        layers = int(sizes[0])
+    found: dict[int, dict[str, str]] = {}
+    for key, value in pairs.items():
+        match = _FIELD.fullmatch(key)
+        if match:
+            found.setdefault(int(match[1]), {})[match[2]] = value
+    if layers > 1 and "datafile" in fields:
+        raise ImageError(f"'{path.name}' has its voxels in another file. Save it as one file, with the data attached.")
+    if layers > 1 and not found:
+        raise ImageError(
+            f"'{path.name}' has {layers} values per voxel and names no segments; save a single layer, or a "
+            "segmentation of 3D Slicer (.seg.nrrd)."
+        )
+    segments = []
+    for index, entry in sorted(found.items()):
+        # 3D Slicer before 4.11 wrote one layer of zeros and ones per segment, and neither number nor layer.
+        value, layer = entry.get("LabelValue", "1"), entry.get("Layer", str(index) if layers > 1 else "0")
+        if value.isdecimal() and layer.isdecimal():
+            segments.append(
+                _Segment(_clean(entry.get("Name", "")), _read_tags(entry.get("Tags", "")), int(value), int(layer))
+            )
+    if layers == 1 and len({segment.value for segment in segments}) < len(segments):
+        return _Header((), 1)  # Two names for one number say nothing.
+    return _Header(tuple(segments), layers)
+
+
+def _split_nrrd(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Fields, and key/value pairs, of a header; both empty if there is none."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MAX_HEADER)
+    except OSError:
+        return {}, {}  # Whoever reads the voxels says why.
+    if not content.startswith(b"NRRD"):
+        return {}, {}
+    text = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[0].decode("utf-8", errors="replace")
+    fields: dict[str, str] = {}
+    pairs: dict[str, str] = {}
+    for line in text.splitlines()[1:]:
+        if line.startswith("#"):
+            continue
+        key, is_pair, value = line.partition(":=")
+        if is_pair:
+            pairs[key.strip()] = re.sub(r"\\([\\n])", lambda match: "\n" if match[1] == "n" else "\\", value)
+        else:
+            field, _, value = line.partition(":")
+            fields["".join(field.split()).lower()] = value.strip()
+    return fields, pairs
+
+
+def _read_tags(tags: str) -> tuple[str, ...]:
+    """The structures that the terminology of a segment can mean.
+
+    ``TerminologyEntry:<context>~<category>~<type>~<modifier>~...``, each code as ``<scheme>^<value>^<meaning>``.
+    """
+    entry = next((tag for tag in tags.split("|") if tag.startswith("TerminologyEntry:")), "")
+    parts = [part.split("^") for part in entry.partition(":")[2].split("~")]
+    if len(parts) < 4 or len(parts[2]) < 2 or parts[2][0] != "SCT":
+        return ()
+    return find_coded(parts[2][1], parts[3][1] if len(parts[3]) > 1 else "")
+
+
+def _read_nifti(path: Path) -> _Header:
+    """The label table in a header extension."""
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+
+    try:
+        extensions = nibabel.load(path).header.extensions
+    except (OSError, ValueError, ImageFileError, EOFError):
+        return _Header((), 1)  # Whoever reads the voxels says why.
+    rows: Mapping[int, str] = {}
+    for extension in extensions:
+        content = extension.get_content()
+        text = content.decode("utf-8", errors="replace") if isinstance(content, bytes) else str(content)
+        if "LabelTable" in text and len(text) <= _MAX_HEADER:
+            rows = {int(key): html.unescape(plain) or cdata for key, cdata, plain in _TABLE_ROW.findall(text)}
+    segments = [_Segment(_clean(name), (), value, 0) for value, name in rows.items() if value and name.strip()]
+    return _Header(tuple(segments), 1)
+
+
+def _is_nifti(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def _clean(name: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in name).split())[:MAX_NAME]

@@ -402,10 +402,10 @@ def test_a_full_disk_leaves_nothing_behind_and_no_number_twice(
     add(store, tiny_model, tensors=tensors)
     store.publish("mr", 1)
 
-    def refuse(path: Path, content: bytes) -> None:
+    def refuse(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("progidiff.storage.versions.write_file", refuse)
+    monkeypatch.setattr("progidiff.storage.versions.atomic_folder", refuse)
     with pytest.raises(StoreError, match="No space left.*Free some disk space"):
         add(store, tiny_model, tensors=tensors)
     monkeypatch.undo()

@@ -198,10 +198,11 @@ def test_a_failed_write_leaves_nothing_behind_and_says_what_to_do(store, monkeyp
 
 def test_a_store_killed_while_writing_shows_only_whole_results(tmp_path):
     script = (
-        "import os, sys; sys.path.insert(0, sys.argv[2]); import progidiff.proposals.store as module\n"
+        "import os, sys; sys.path.insert(0, sys.argv[2]); import progidiff.storage.atomic as atomic\n"
+        "from progidiff.proposals.store import ProposalStore\n"
         "from support.proposals import make_key, make_proposals\n"
-        "store = module.ProposalStore(sys.argv[1]); store.save(make_key(0), make_proposals(), 'image')\n"
-        "module.flush = lambda path: os._exit(9)\n"
+        "store = ProposalStore(sys.argv[1]); store.save(make_key(0), make_proposals(), 'image')\n"
+        "atomic.flush = lambda path: os._exit(9)\n"
         "store.save(make_key(1), make_proposals(), 'image')\n"
     )
     finished = subprocess.run(

@@ -18,6 +18,7 @@ from progidiff.storage.atomic import (
     locked,
     make_scratch_name,
     remove_leftovers,
+    remove_scratch_folders,
     replace_bytes,
     replace_text,
     scratch_folder,
@@ -52,12 +53,18 @@ def test_a_private_file_is_private_before_it_has_content(tmp_path: Path):
 
 def test_a_folder_replaces_one_that_holds_something_and_may_keep_it(tmp_path: Path):
     for content in ("one", "two", "three"):
-        with atomic_folder(tmp_path / "x", previous=tmp_path / ".x.previous") as scratch:
+        with atomic_folder(tmp_path / "x", existing="replace", previous=tmp_path / ".x.previous") as scratch:
             (scratch / "inner").mkdir()
             (scratch / "inner" / "file").write_text(content, encoding="utf-8")
     assert (tmp_path / "x" / "inner" / "file").read_text(encoding="utf-8") == "three"
     assert (tmp_path / ".x.previous" / "inner" / "file").read_text(encoding="utf-8") == "two"
-    with atomic_folder(tmp_path / "x"):
+    with atomic_folder(tmp_path / "x", existing="keep"):
+        pass
+    assert (tmp_path / "x" / "inner" / "file").read_text(encoding="utf-8") == "three"
+    with pytest.raises(OSError, match="not empty"), atomic_folder(tmp_path / "x"):
+        pass
+    assert (tmp_path / "x" / "inner" / "file").read_text(encoding="utf-8") == "three"
+    with atomic_folder(tmp_path / "x", existing="replace"):
         pass
     assert (sorted(os.listdir(tmp_path)), os.listdir(tmp_path / "x")) == ([".x.previous", "x"], [])
 
@@ -73,7 +80,7 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path: Path, 
         real(source, target)
 
     monkeypatch.setattr(os, "replace", refuse)
-    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "x") as scratch:
+    with pytest.raises(OSError, match="no"), atomic_folder(tmp_path / "x", existing="replace") as scratch:
         (scratch / "file").write_text("new", encoding="utf-8")
     assert (tmp_path / "x" / "file").read_text(encoding="utf-8") == "old"
     assert os.listdir(tmp_path) == ["x"]
@@ -91,7 +98,7 @@ def test_what_dead_processes_left_is_removed_at_once_and_what_is_being_written_i
     mine.write_text("half", encoding="utf-8")
     os.utime(mine, (time.time() - 7200,) * 2)
     (tmp_path / f"{WRITING}of-an-older-version").write_text("half", encoding="utf-8")
-    stale = tmp_path / f"{WRITING}0123abcd.1.1-elsewhere"
+    stale = tmp_path / f"{WRITING}0123abcd.1.1-0123456789ab"
     stale.write_text("half", encoding="utf-8")
     os.utime(stale, (time.time() - 7200,) * 2)
     (tmp_path / "other").mkdir()
@@ -103,11 +110,26 @@ def test_what_dead_processes_left_is_removed_at_once_and_what_is_being_written_i
     )
 
 
-def test_a_scratch_folder_is_private_and_gone_after_the_block():
-    with scratch_folder("progidiff-test-") as folder:
-        assert folder.stat().st_mode & 0o777 == 0o700
-        assert remove_leftovers(folder.parent, "progidiff-test-") == 0
-    assert not folder.exists()
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to know whether a process is alive")
+def test_temporary_folders_of_dead_processes_go_and_nothing_else_that_is_called_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    code = (
+        "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]; "
+        "from progidiff.storage.atomic import scratch_folder; scratch_folder('label').__enter__(); os._exit(0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    kept = [tmp_path / "progidiff-label-x1y2z3", tmp_path / "progidiff-my-cases"]
+    for folder in kept:
+        folder.mkdir()
+        os.utime(folder, (time.time() - 7200,) * 2)
+    with scratch_folder("label") as mine:
+        assert mine.stat().st_mode & 0o777 == 0o700
+        assert len(os.listdir(tmp_path)) == 4
+        assert remove_scratch_folders() == 1
+        assert sorted(tmp_path.iterdir()) == sorted([mine, *kept])
+    assert not mine.exists()
 
 
 def test_a_lock_that_is_held_is_a_refusal_with_a_time_to_wait(tmp_path: Path):

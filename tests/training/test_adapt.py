@@ -192,10 +192,10 @@ def test_the_proposals_are_trained_on_request_and_kept_only_if_they_gain(studies
 def test_a_full_disk_publishes_nothing_and_the_training_is_kept(
     studies: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def refuse(path: Path, content: bytes) -> None:
+    def refuse(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("progidiff.storage.versions.write_file", refuse)
+    monkeypatch.setattr("progidiff.storage.versions.atomic_folder", refuse)
     with pytest.raises(StoreError, match="No space left"):
         adapt(studies, model)
     monkeypatch.undo()

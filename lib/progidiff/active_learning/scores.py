@@ -17,9 +17,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +27,7 @@ from safetensors.numpy import save as save_safetensors
 
 from progidiff.active_learning.strategies import ImageScores
 from progidiff.errors import StoreError
-from progidiff.storage.atomic import flush
+from progidiff.storage.atomic import remove_leftovers, replace_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +39,7 @@ the report.
 Per modality, because a model for CT goes on being used while the one for MR is trained ten times."""
 
 _SUFFIX = ".safetensors"
-_WRITING = ".writing-"
 _DAMAGED = ".damaged-"
-_STALE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,26 +105,16 @@ class SliceScoreStore:
             {"progidiff": json.dumps(header)},
         )
         folder = self.root / _fold(scores.version)
-        scratch: Path | None = None
         is_new = not folder.is_dir()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=_WRITING, dir=folder)
-            scratch = Path(name)
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, folder / _file_name(scores.image))
-            flush(folder)
+            replace_bytes(folder / _file_name(scores.image), content)
             os.utime(folder)
         except OSError as err:
-            if scratch is not None:
-                scratch.unlink(missing_ok=True)
             raise StoreError(
                 f"The scores of '{scores.image}' could not be kept in '{self.root}' ({err}). Free some disk space."
             ) from err
-        self._sweep(folder)
+        remove_leftovers(folder)
         if is_new:  # which versions are too many changes with a new one, not with every image of the pool
             self._prune(folder)
 
@@ -229,13 +215,6 @@ class SliceScoreStore:
         logger.warning("The scores in '%s' cannot be read (%s); the image is scored again.", path, reason)
         with contextlib.suppress(OSError):
             os.replace(path, path.with_name(f"{_DAMAGED}{path.name}"))
-
-    def _sweep(self, folder: Path) -> None:
-        """Remove temporary files of processes that died."""
-        for path in folder.glob(f"{_WRITING}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
 
     def _prune(self, keep: Path) -> None:
         """Remove the versions that were not scored with for longest, see `KEPT_VERSIONS`."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from progidiff.errors import NotFoundError, RequestError, StoreError
-from progidiff.storage.atomic import flush
+from progidiff.storage.atomic import replace_text
 from progidiff.storage.state import default_store
 
 if TYPE_CHECKING:
@@ -83,14 +81,6 @@ def _write(path: Path, text: str) -> None:
     """By rename, so that a reader sees all of it or the old file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".writing-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-            flush(Path(name))
-            os.replace(name, path)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        replace_text(path, text)
     except OSError as err:
         raise StoreError(f"'{path}' could not be written ({err}). Free some disk space or name another file.") from err

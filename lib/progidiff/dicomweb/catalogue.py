@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +23,7 @@ from progidiff.images.formats import strip_suffix
 from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_volume, read_grid
 from progidiff.images.sidecars import find_stated_modality, read_sidecar
+from progidiff.storage.atomic import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -98,10 +97,7 @@ class Catalogue:
         }
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.root, prefix=".writing-")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(card, file)
-            os.replace(temporary, self._file(image))
+            replace_text(self._file(image), json.dumps(card), durable=False)
         except OSError as err:  # It only saves time: the entry is made again after a restart.
             logger.warning("The entry of '%s' is not kept: %s", image, err)
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 from progidiff.dicomweb.frames import Series
 from progidiff.errors import RequestError, StoreError
+from progidiff.storage.atomic import atomic_folder
 
 
 def export_series(series: Series, folder: str | os.PathLike[str]) -> list[Path]:
@@ -33,16 +32,10 @@ def export_series(series: Series, folder: str | os.PathLike[str]) -> list[Path]:
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder.parent))
-        try:
+        with atomic_folder(folder) as scratch:
             names = [f"{index + 1:04d}.dcm" for index in range(series.grid.shape[0])]
             for index, name in enumerate(names):
-                series.dataset(index).save_as(temporary / name, write_like_original=False)
-            temporary.chmod(0o755)  # mkdtemp's own mode is for its owner alone
-            os.replace(temporary, folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+                series.dataset(index).save_as(scratch / name, write_like_original=False)
     except OSError as err:
         raise StoreError(
             f"The DICOM files could not be written to '{folder}' ({err}). Free some space or choose another folder."

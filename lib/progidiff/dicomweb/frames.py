@@ -12,9 +12,7 @@ import json
 import logging
 import os
 import shutil
-import tempfile
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
@@ -32,6 +30,7 @@ from progidiff.dicomweb.pixels import Rescale, to_gray
 from progidiff.errors import NotFoundError, StoreError
 from progidiff.images.intensities import compute_window
 from progidiff.images.volume import Volume
+from progidiff.storage.atomic import WRITING, atomic_folder, remove_leftovers
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +39,6 @@ FORMAT = 1
 
 _PIXELS = "pixels.raw"
 _CARD = "series.json"
-_WRITING = ".writing-"
-_STALE_SECONDS = 3600
 _KEPT_OPEN = 32
 
 
@@ -213,19 +210,15 @@ class FrameStore:
             "window": list(series.window),
         }
         target = self.root / series.identity.series_uid
-        temporary: Path | None = None
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
-            with (temporary / _PIXELS).open("wb") as file:
-                for index in range(series.grid.shape[0]):
-                    file.write(series.frame(index))
-            (temporary / _CARD).write_text(json.dumps(card), encoding="utf-8")
-            shutil.rmtree(target, ignore_errors=True)  # damaged, or of an older version
-            os.replace(temporary, target)
+            # What is there is damaged, or of an older version.
+            with atomic_folder(target, existing="replace", durable=False) as scratch:
+                with (scratch / _PIXELS).open("wb") as file:
+                    for index in range(series.grid.shape[0]):
+                        file.write(series.frame(index))
+                (scratch / _CARD).write_text(json.dumps(card), encoding="utf-8")
         except OSError as err:
-            if temporary is not None:
-                shutil.rmtree(temporary, ignore_errors=True)
             if not (target / _CARD).is_file():  # else another process was faster
                 raise StoreError(
                     f"The slices of '{series.identity.image}' could not be written to "
@@ -233,13 +226,11 @@ class FrameStore:
                 ) from err
 
     def _prune(self, keep: str) -> None:
+        remove_leftovers(self.root)
         folders = []
         for folder in self.root.iterdir():
             with contextlib.suppress(OSError):
-                if folder.name.startswith(_WRITING):
-                    if time.time() - folder.stat().st_mtime > _STALE_SECONDS:
-                        shutil.rmtree(folder, ignore_errors=True)
-                elif folder.is_dir():
+                if folder.is_dir() and not folder.name.startswith(WRITING):
                     folders.append((folder.stat().st_mtime, (folder / _PIXELS).stat().st_size, folder))
         total = sum(size for _, size, _ in folders)
         for _, size, folder in sorted(folders):

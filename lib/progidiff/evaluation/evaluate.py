@@ -24,7 +24,6 @@ import math
 import os
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query, parse_prompt
 from progidiff.proposals.request import DEFAULT_CLEAN_UP
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.storage.atomic import replace_text
 from progidiff.storage.provenance import describe_versions
 
 if TYPE_CHECKING:
@@ -477,19 +477,7 @@ def save_report(report: Mapping[str, Any], path: str | os.PathLike[str]) -> Path
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=".writing-", suffix=".json", delete=False
-        ) as file:
-            try:
-                json.dump(report, file, indent=1, allow_nan=False)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        replace_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
     except OSError as err:
         raise StoreError(
             f"The report could not be written to '{path}' ({err}). Choose another place or free some space."

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -29,7 +28,7 @@ from progidiff.prompts.parser import Query, compute_label_ids, parse_prompt
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.request import DEFAULT_CLEAN_UP, NONE
 from progidiff.proposals.store import ProposalStore
-from progidiff.storage.atomic import flush
+from progidiff.storage.atomic import atomic_file, replace_text
 from progidiff.storage.state import default_store
 
 logger = logging.getLogger(__name__)
@@ -219,30 +218,25 @@ class Prelabeller:
             )
             self._proposals.save(key, result, image)
         labels = result.label_map(volume.grid, "consensus", compute_label_ids(self._queries))
-        scratch = self._labels / f".{image}.{os.getpid()}.nii.gz"
         try:
             self._labels.mkdir(parents=True, exist_ok=True)
-            save_mask(labels, volume.grid, scratch)
-            flush(scratch)
-            made = {
-                "key": key,
-                "sha256": _hash(scratch),
-                "stamp": stamp,
-                "digest": volume.digest,
-                "modality": volume.modality,
-                "image": image,
-            }
-            # First the note, then the label: after a crash between them the label is missing or does not match, and is
-            # made again.
-            self._write_note(image, json.dumps(made))
-            os.replace(scratch, target)
-            flush(self._labels)
+            with atomic_file(target, suffix=".nii.gz") as scratch:
+                save_mask(labels, volume.grid, scratch)
+                made = {
+                    "key": key,
+                    "sha256": _hash(scratch),
+                    "stamp": stamp,
+                    "digest": volume.digest,
+                    "modality": volume.modality,
+                    "image": image,
+                }
+                # First the note, then the label: after a crash between them the label is missing or does not match,
+                # and is made again.
+                self._write_note(image, json.dumps(made))
         except OSError as err:
             raise StoreError(
                 f"The label of '{image}' could not be written into '{self._labels}' ({err}). Free some disk space."
             ) from err
-        finally:
-            scratch.unlink(missing_ok=True)
         if present is not None and present != target:
             present.unlink(missing_ok=True)
         return "made", ""
@@ -282,11 +276,7 @@ class Prelabeller:
 
     def _write_note(self, image: str, text: str) -> None:
         self._notes.mkdir(parents=True, exist_ok=True)
-        file = self._note_file(image)
-        scratch = file.with_name(f".{file.name}.{os.getpid()}")
-        scratch.write_text(text, encoding="utf-8")
-        flush(scratch)
-        os.replace(scratch, file)
+        replace_text(self._note_file(image), text)
 
 
 def run_here(

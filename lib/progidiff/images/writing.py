@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 from progidiff.errors import RequestError, StoreError
 from progidiff.images.formats import find_writer, list_written
 from progidiff.images.geometry import Affine, Grid
+from progidiff.storage.atomic import atomic_file
 
 
 def save_mask(mask: NDArray[Any], like: Grid, path: str | os.PathLike[str]) -> Path:
@@ -55,15 +54,8 @@ def save_array(array: NDArray[Any], affine: Affine, path: str | os.PathLike[str]
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".writing-", dir=path.parent))
-        try:
-            temporary = folder / f"array{row.suffix}"
-            row.write(array, affine, temporary)
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        with atomic_file(path, suffix=row.suffix) as scratch:
+            row.write(array, affine, scratch)
     except (OSError, RuntimeError) as err:
         raise StoreError(f"'{path}' could not be written ({err}). Free some space or choose another folder.") from err
     return path

@@ -11,9 +11,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from progidiff.errors import BackboneError
+from progidiff.storage.atomic import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -279,8 +278,7 @@ def export_backbone(folder: str | Path, target: str | Path) -> Path:
         raise BackboneError(f"'{target}' exists; give a folder that does not, nothing is overwritten.")
     parts = {part: _follow_package(source / part) for part in COMPONENTS}
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
+    with atomic_folder(target) as scratch:
         for part, folder in parts.items():
             shutil.copytree(folder, scratch / part, ignore=shutil.ignore_patterns("1_Pooling", "*.md", ".git*"))
         for entry in source.iterdir():
@@ -290,10 +288,6 @@ def export_backbone(folder: str | Path, target: str | Path) -> Path:
         config = _read_json(path)
         if not str(config.get("model_type", "")).startswith("clip"):
             path.write_text(json.dumps({**config, "use_attention_mask": True}, indent=2) + "\n", encoding="utf-8")
-        os.chmod(scratch, 0o755)
-        os.replace(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return target
 
 

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +29,7 @@ from progidiff.model.backbone import Backbone
 from progidiff.model.codec import MaskCodec
 from progidiff.model.conditioning import ConditioningBranch, ConditioningConfig
 from progidiff.model.pipeline import ProposalPipeline
+from progidiff.storage.atomic import atomic_folder
 
 FORMAT = 1
 
@@ -183,30 +182,26 @@ def save_conditioning(
         half: Store fp16, half the size.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".conditioning.", dir=folder))
     dtype = torch.float16 if half else torch.float32
-    save_file(
-        {k: v.detach().to("cpu", dtype).contiguous() for k, v in branch.state_dict().items()},
-        scratch / "branch.safetensors",
-    )
-    (scratch / "config.json").write_text(json.dumps(card.to_dict(), indent=1) + "\n", encoding="utf-8")
-    (scratch / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    (scratch / "README.md").write_text(readme, encoding="utf-8")
-    os.chmod(scratch, 0o755)
     target = folder / "conditioning"
-    replace_folder(scratch, target)
+    with _replaced(target) as scratch:
+        save_file(
+            {k: v.detach().to("cpu", dtype).contiguous() for k, v in branch.state_dict().items()},
+            scratch / "branch.safetensors",
+        )
+        (scratch / "config.json").write_text(json.dumps(card.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (scratch / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        (scratch / "README.md").write_text(readme, encoding="utf-8")
     return target
 
 
 def save_backbone_part(folder: Path, part: str, model: Any, shard: str = "15MB") -> None:
     """Replace one network of a backbone folder, in fp16 shards; the old one is moved aside first."""
-    scratch = Path(tempfile.mkdtemp(prefix=f".{part}.", dir=folder))
     dtype = next(model.parameters()).dtype
-    model.half().save_pretrained(scratch, max_shard_size=shard, safe_serialization=True)
-    model.to(dtype)
-    drop_derived_settings(scratch)
-    os.chmod(scratch, 0o755)
-    replace_folder(scratch, folder / part)
+    with _replaced(folder / part) as scratch:
+        model.half().save_pretrained(scratch, max_shard_size=shard, safe_serialization=True)
+        model.to(dtype)
+        drop_derived_settings(scratch)
 
 
 def drop_derived_settings(folder: Path) -> None:
@@ -221,13 +216,9 @@ def drop_derived_settings(folder: Path) -> None:
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def replace_folder(scratch: Path, target: Path) -> None:
-    """Put `scratch` in the place of `target`; what was there is kept as ``.<name>.previous``."""
-    previous = target.with_name(f".{target.name}.previous")
-    if target.exists():
-        shutil.rmtree(previous, ignore_errors=True)
-        os.replace(target, previous)
-    os.replace(scratch, target)
+def _replaced(target: Path) -> AbstractContextManager[Path]:
+    """A folder to write to, in the place of `target` afterwards; what was there is kept as ``.<name>.previous``."""
+    return atomic_folder(target, existing="replace", previous=target.with_name(f".{target.name}.previous"))
 
 
 def compute_backbone_digest(folder: Path) -> str:

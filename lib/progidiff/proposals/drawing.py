@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from progidiff.images.intensities import compute_body_threshold, compute_window
 from progidiff.images.volume import Volume
 from progidiff.prompts.structures import pick_color
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.storage.atomic import replace_bytes
 
 BACKGROUND = "#101214"
 TEXT = "#e8e8e8"
@@ -379,10 +379,7 @@ def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
     figure.savefig(content, format="png", facecolor=figure.get_facecolor(), metadata={"Software": None})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".writing-", dir=path.parent) as folder:
-            temporary = Path(folder) / "picture.png"
-            temporary.write_bytes(content.getvalue())
-            os.replace(temporary, path)
+        replace_bytes(path, content.getvalue(), durable=False)
     except OSError as err:
         raise StoreError(f"'{path}' could not be written ({err}). Free some space or choose another folder.") from err
     return path

@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import threading
 import time
 from collections import OrderedDict
@@ -25,12 +24,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from progidiff.errors import ImageError, StoreError
 from progidiff.prompts.parser import Query
 from progidiff.proposals.islands import OFF
 from progidiff.proposals.volume_proposals import FORMAT, VolumeProposals
-from progidiff.storage.atomic import flush
+from progidiff.storage.atomic import atomic_folder, remove_leftovers
+from progidiff.storage.state_files import DamagedStateError, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,9 @@ DEFAULT_MAX_BYTES = 4 << 30
 """Limit of a store on disk: 4 GiB, some thousand volumes with a handful of structures."""
 
 _KEY = re.compile(r"[0-9a-f]{64}")
-_WRITING = ".writing-"
+_CARD = "entry.json"
 _DAMAGED = ".damaged-"
 _KEPT_DAMAGED = 3
-_STALE_SECONDS = 3600.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,9 @@ class StoredResult:
     num_bytes: int
     whole: str = ""
     texts: tuple[str, ...] = ()
+
+
+_ENTRY = TypeAdapter(StoredResult)
 
 
 class ProposalStore:
@@ -92,7 +95,7 @@ class ProposalStore:
             raise StoreError(
                 f"The folder '{self.root}' for results cannot be made ({err}). Choose another one or free it."
             ) from err
-        self._remove_leftovers()
+        remove_leftovers(self.root)
 
     @staticmethod
     def key(
@@ -151,24 +154,16 @@ class ProposalStore:
         """
         if not _KEY.fullmatch(key):
             raise StoreError(f"'{key}' is no key of a result; make one with ProposalStore.key.")
-        temporary: Path | None = None
         with self._lock:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
-                temporary = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
-                proposals.to_files(temporary)
-                num_bytes = sum(file.stat().st_size for file in temporary.iterdir())
-                texts = tuple(query.text for query in queries)
-                entry = StoredResult(key, image_id, time.time(), proposals.structures, num_bytes, whole, texts)
-                (temporary / "entry.json").write_text(json.dumps(asdict(entry)), encoding="utf-8")
-                for file in temporary.iterdir():
-                    flush(file)
-                flush(temporary)
-                self._put_in_place(temporary, self.root / key)
-                flush(self.root)
+                with atomic_folder(self.root / key, existing="replace") as scratch:
+                    proposals.to_files(scratch)
+                    num_bytes = sum(file.stat().st_size for file in scratch.iterdir())
+                    texts = tuple(query.text for query in queries)
+                    entry = StoredResult(key, image_id, time.time(), proposals.structures, num_bytes, whole, texts)
+                    (scratch / _CARD).write_text(json.dumps(asdict(entry)), encoding="utf-8")
             except OSError as err:
-                if temporary is not None:
-                    shutil.rmtree(temporary, ignore_errors=True)
                 raise StoreError(
                     f"The result for '{image_id}' could not be kept in '{self.root}' ({err}). Free some disk space."
                 ) from err
@@ -249,34 +244,14 @@ class ProposalStore:
             return known
         folder = self.root / key
         try:
-            card = json.loads((folder / "entry.json").read_text(encoding="utf-8"))
-            structures, texts = (tuple(map(str, card.get(name, ()))) for name in ("structures", "texts"))
-            entry = StoredResult(
-                key,
-                str(card["image_id"]),
-                float(card["created"]),
-                structures,
-                int(card["num_bytes"]),
-                str(card.get("whole", "")),
-                texts,
-            )
-        except (OSError, ValueError, KeyError, TypeError) as err:
+            entry = replace(read_state(folder / _CARD, _ENTRY.validate_json), key=key)
+        except (OSError, DamagedStateError) as err:
             if not folder.is_dir():
                 return None  # another process pruned it meanwhile
-            self._move_aside(folder, f"entry.json cannot be read ({err})")
+            self._move_aside(folder, f"{_CARD} cannot be read ({err})")
             return None
         self._entries[key] = entry
         return entry
-
-    def _put_in_place(self, temporary: Path, target: Path) -> None:
-        """Rename; a folder cannot replace a folder that is not empty, so an older one steps aside first."""
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
-            os.replace(target, old)
-            os.replace(temporary, target)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
 
     def _move_aside(self, folder: Path, reason: str) -> None:
         logger.warning("Result %s is damaged and will be computed again: %s", folder.name, reason)
@@ -319,10 +294,3 @@ class ProposalStore:
     def _forget(self, key: str) -> None:
         self._open.pop(key, None)
         self._entries.pop(key, None)
-
-    def _remove_leftovers(self) -> None:
-        """Temporary folders of processes that died; young ones may belong to a living process."""
-        for path in self.root.glob(f"{_WRITING}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)

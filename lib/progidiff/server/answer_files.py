@@ -13,6 +13,7 @@ import numpy as np
 
 from progidiff.images.geometry import Grid
 from progidiff.images.writing import save_mask
+from progidiff.storage.atomic import make_scratch_name
 
 _lock = threading.Lock()
 _folder: Path | None = None
@@ -38,6 +39,7 @@ def _find_folder() -> Path:
     global _folder
     with _lock:
         if _folder is None or not _folder.is_dir():  # some systems clear what is old
-            _folder = Path(tempfile.mkdtemp(prefix=".progidiff-answers-"))
+            _folder = Path(tempfile.gettempdir()) / make_scratch_name(prefix=".progidiff-answers-")
+            _folder.mkdir(mode=0o700)
             atexit.register(shutil.rmtree, _folder, ignore_errors=True)
         return _folder

@@ -17,6 +17,7 @@ from progidiff.server import memory
 from progidiff.server.gate import answers, guard
 from progidiff.server.gate.endpoints import Endpoints, build_table
 from progidiff.server.tasks.volumes import ProposalInferTask
+from progidiff.storage.atomic import remove_scratch_folders
 
 _OURS = "is_progidiff"
 """Attribute that marks our routes among the host's, to find them again at a reload."""
@@ -44,6 +45,7 @@ def install(web: FastAPI, app: MONAILabelApp, modules: Sequence[Endpoints]) -> N
     router.routes[:0] = ours
     web.openapi_schema = None
     memory.use_one_arena()
+    remove_scratch_folders()
     answers.install_handlers(web)
     context = cast(Any, app).context
     guard.install(web, build_table(modules), context.auth, context.options)

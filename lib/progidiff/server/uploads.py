@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from contextlib import ExitStack
-from pathlib import Path
 
 from fastapi import UploadFile
 from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.errors import NotFoundError, RequestError
 from progidiff.images.formats import Use, find_format, list_suffixes
+from progidiff.storage.atomic import scratch_folder
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
@@ -27,8 +26,8 @@ def keep_upload(file: UploadFile, uploads: ExitStack) -> str:
             f"An upload named '{name}' is not read. Send {', '.join(most)} or {last}, or "
             "a picture; a DICOM series goes to PUT /session/."
         )
-    folder = uploads.enter_context(tempfile.TemporaryDirectory(prefix="progidiff-upload-"))
-    path = Path(folder) / f"image{row.suffix}"
+    folder = uploads.enter_context(scratch_folder("upload"))
+    path = folder / f"image{row.suffix}"
     with path.open("wb") as target:
         shutil.copyfileobj(file.file, target)
     return str(path)

@@ -19,13 +19,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, TypeGuard
 
 from progidiff.errors import BusyError, StoreError
 
 WRITING = ".writing-"
 """How the names of what is not finished begin."""
 
-_OWNER = re.compile(r"([0-9a-f]{8})\.(\d+)\.(\d+)-")
+_OWNER = re.compile(r"([0-9a-f]{8})\.(\d+)\.(\d+)-[0-9a-f]{12}")
+_TEMPORARY = re.compile(r"\.?progidiff-[a-z]+-(.*)")
 _STALE_SECONDS = 3600.0
 """What another machine, or a version that left its name out, has not touched for so long is nobody's any more."""
 
@@ -97,12 +99,20 @@ def replace_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: Path, *, previous: Path | None = None, durable: bool = True) -> Iterator[Path]:
+def atomic_folder(
+    path: Path,
+    *,
+    existing: Literal["refuse", "replace", "keep"] = "refuse",
+    previous: Path | None = None,
+    durable: bool = True,
+) -> Iterator[Path]:
     """Write a folder with all that is in it by rename.
 
     Args:
         path: Where it appears when the block ends; after an exception nothing has changed.
-        previous: Where a folder goes that is there already, in place of what is there; None to remove it.
+        existing: What happens to a folder that is there already and holds something: an `OSError`; or it is replaced;
+            or it stays, and the new one is dropped.
+        previous: Where a replaced folder goes, in place of what is there; None to remove it.
         durable: Whether it must survive a power cut; False for what can be made again.
 
     Yields:
@@ -120,11 +130,18 @@ def atomic_folder(path: Path, *, previous: Path | None = None, durable: bool = T
                 for name in files:
                     flush(Path(place) / name)
                 flush(Path(place))
-        _put_in_place(scratch, path, previous)
+        if existing == "replace":
+            _put_in_place(scratch, path, previous)
+        elif existing == "refuse" or not _holds_something(path):
+            os.replace(scratch, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     if durable:
         flush(path.parent)
+
+
+def _holds_something(path: Path) -> bool:
+    return path.is_dir() and any(path.iterdir())
 
 
 def _put_in_place(scratch: Path, path: Path, previous: Path | None) -> None:
@@ -146,13 +163,13 @@ def _put_in_place(scratch: Path, path: Path, previous: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A folder in the system's place for temporary files that is gone after the block; see `remove_leftovers`.
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """A folder in the system's place for temporary files that is gone after the block.
 
     Args:
-        prefix: How its name begins, for example "progidiff-label-".
+        purpose: A word for its name.
     """
-    folder = Path(tempfile.gettempdir()) / make_scratch_name(prefix=prefix)
+    folder = Path(tempfile.gettempdir()) / make_scratch_name(prefix=f"progidiff-{purpose}-")
     folder.mkdir(mode=0o700)
     try:
         yield folder
@@ -160,30 +177,42 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path, prefix: str = WRITING) -> int:
-    """Remove what processes that died were writing into a folder.
-
-    Args:
-        folder: Only what lies directly in it, and belongs to this account.
-        prefix: How the names begin.
+def remove_leftovers(folder: Path) -> int:
+    """Remove what processes that died were writing directly into a folder.
 
     Returns:
         How many files and folders are gone.
     """
     removed = 0
-    for path in folder.glob(f"{prefix}*"):
+    for path in folder.glob(f"{WRITING}*"):
+        owner = _OWNER.match(path.name[len(WRITING) :])
         with contextlib.suppress(OSError):
-            status = path.lstat()
-            if (hasattr(os, "getuid") and status.st_uid != os.getuid()) or not _is_dead(
-                path.name[len(prefix) :], status.st_mtime
-            ):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-            removed += 1
+            is_stale = time.time() - path.lstat().st_mtime > _STALE_SECONDS
+            removed += (_is_dead(owner) if _is_near(owner) else is_stale) and _remove(path)
     return removed
+
+
+def remove_scratch_folders() -> int:
+    """Remove what `scratch_folder` made for processes of this account and machine that died.
+
+    Returns:
+        How many folders are gone.
+    """
+    removed = 0
+    for path in Path(tempfile.gettempdir()).iterdir():
+        name = _TEMPORARY.fullmatch(path.name)
+        owner = None if name is None else _OWNER.fullmatch(name[1])
+        with contextlib.suppress(OSError):
+            removed += _is_near(owner) and _is_dead(owner) and path.lstat().st_uid == os.getuid() and _remove(path)
+    return removed
+
+
+def _remove(path: Path) -> bool:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    return True
 
 
 @contextlib.contextmanager
@@ -218,11 +247,12 @@ def locked(path: Path, holder: str, seconds: float = 30.0) -> Iterator[None]:
         lock.release()
 
 
-def _is_dead(name: str, touched: float) -> bool:
-    """Whether nobody will finish what has this name, less its prefix; `touched` in seconds since 1970."""
-    owner = _OWNER.match(name)
-    if owner is None or owner[1] != _name_machine() or owner[3] == "0":
-        return time.time() - touched > _STALE_SECONDS
+def _is_near(owner: re.Match[str] | None) -> TypeGuard[re.Match[str]]:
+    """Whether the process that a name speaks of would be seen from here."""
+    return owner is not None and owner[1] == _name_machine() and owner[3] != "0"
+
+
+def _is_dead(owner: re.Match[str]) -> bool:
     return _find_start(int(owner[2])) != int(owner[3])
 
 

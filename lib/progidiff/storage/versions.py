@@ -20,8 +20,6 @@ import json
 import logging
 import os
 import re
-import shutil
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -30,15 +28,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-from progidiff.errors import BusyError, ModelError, NotFoundError, RequestError, StoreError
-from progidiff.storage.atomic import flush
+from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
+from progidiff.storage.atomic import atomic_folder, locked, remove_leftovers, replace_bytes
 
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,8}")
-_WRITING = ".writing-"
-_STALE_SECONDS = 3600.0
 
 
 class VersionCard(Protocol):
@@ -182,35 +178,25 @@ class VersionStore(ABC, Generic[C]):
         """
         self.check_name(name)
         folder = self.root / name
-        scratch: Path | None = None
         with (
             self._locked(name),
             disk_errors(f"A new version of {self.noun.lower()} '{name}' could not be written into '{folder}'"),
         ):
-            try:
-                self._remove_leftovers(folder)
-                version = 1 + max(
-                    [0, *self._version_numbers(name), *(int(e["version"] or 0) for e in self.history(name))]
-                )
-                card = make_card(
-                    version, datetime.now(UTC).isoformat(timespec="seconds"), hashlib.sha256(content).hexdigest()
-                )
-                scratch = Path(tempfile.mkdtemp(prefix=_WRITING, dir=folder))
-                write_file(scratch / self.weights_file, content)
-                write_file(scratch / "run.json", to_json(run))
-                write_file(scratch / "README.md", readme(card).encode())
-                write_file(scratch / self.card_file, to_json(card.to_dict()))
+            remove_leftovers(folder)
+            numbers = (int(event["version"] or 0) for event in self.history(name))
+            version = 1 + max([0, *self._version_numbers(name), *numbers])
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            card = make_card(version, now, hashlib.sha256(content).hexdigest())
+            with atomic_folder(folder / str(version)) as scratch:
+                (scratch / self.weights_file).write_bytes(content)
+                (scratch / "run.json").write_bytes(to_json(run))
+                (scratch / "README.md").write_text(readme(card), encoding="utf-8")
+                (scratch / self.card_file).write_bytes(to_json(card.to_dict()))
                 for file in scratch.iterdir():
                     file.chmod(0o444)
-                scratch.chmod(0o755)
-                flush(scratch)
-                # First the number, then the folder: a crash between them wastes a number instead of giving it twice.
+                # First the number, then the folder: a crash between them wastes a number instead of giving it
+                # twice.
                 self._log(name, "added", version)
-                os.replace(scratch, folder / str(version))
-                flush(folder)
-            finally:
-                if scratch is not None:
-                    shutil.rmtree(scratch, ignore_errors=True)
         logger.info("Wrote %s %s", self.noun.lower(), card.full_name)
         return card
 
@@ -477,20 +463,8 @@ class VersionStore(ABC, Generic[C]):
         folder = self.root / name
         with disk_errors(f"CURRENT of {self.noun.lower()} '{name}' could not be moved"):
             self._log(name, event, pointer.version, pointer.before)
-            handle, scratch = tempfile.mkstemp(prefix=".current-", dir=folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(
-                        to_json({"version": pointer.version, "before": list(pointer.before), "time": pointer.time})
-                    )
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.chmod(scratch, 0o644)
-                os.replace(scratch, folder / "CURRENT")
-            except BaseException:
-                Path(scratch).unlink(missing_ok=True)
-                raise
-            flush(folder)
+            content = {"version": pointer.version, "before": list(pointer.before), "time": pointer.time}
+            replace_bytes(folder / "CURRENT", to_json(content))
 
     def _publication_time(self) -> float:
         """Now, but after every publication so far: `AdapterStore.pick_for` goes by it, and clocks are set back."""
@@ -514,45 +488,14 @@ class VersionStore(ABC, Generic[C]):
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        from filelock import FileLock, Timeout
-
-        folder = self.root / name
-        with disk_errors(f"The folder '{folder}' cannot be made"):
-            folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / ".lock", timeout=30)
-        try:
-            with disk_errors(f"'{folder}' cannot be locked"):
-                lock.acquire()
-        except Timeout as err:
-            raise BusyError(
-                f"Another process has been changing {self.noun.lower()} '{name}' for 30 s. Try again when it is done.",
-                retry_after=30,
-            ) from err
-        try:
+        holder = f"Another process has been changing {self.noun.lower()} '{name}'"
+        with locked(self.root / name / ".lock", holder):
             yield
-        finally:
-            lock.release()
-
-    @staticmethod
-    def _remove_leftovers(folder: Path) -> None:
-        """Temporary folders of processes that died."""
-        for path in folder.glob(f"{_WRITING}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
 
 
 def to_json(values: Any) -> bytes:
     """JSON as the files of a version have it."""
     return (json.dumps(values, indent=1) + "\n").encode()
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """A new file, on the disk when this returns."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

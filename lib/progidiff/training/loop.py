@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
-from progidiff.storage.atomic import flush
+from progidiff.storage.atomic import atomic_file
 from progidiff.training.processes import Team, find_team
 from progidiff.training.run_log import RunLog
 from progidiff.training.settings import Range, flatten
@@ -377,15 +376,11 @@ class _Run:
         # One file holds weights, optimizer and position, so that a kill between two renames cannot mix two steps.
         metadata = {"step": str(self.step), "config": json.dumps(self._identity()), "history": json.dumps(self.history)}
         metadata |= {"scaler": json.dumps(self.scaler.state_dict()), "settings": json.dumps(self._settings)}
-        scratch, target = self.folder / ".state.safetensors.tmp", self.folder / "state.safetensors"
+        target = self.folder / "state.safetensors"
         try:
-            save_file(tensors, scratch, metadata=metadata)
-            flush(scratch)
-            os.replace(scratch, target)
-            flush(self.folder)
+            with atomic_file(target) as scratch:
+                save_file(tensors, scratch, metadata=metadata)
         except Exception as err:  # safetensors raises its own untyped error for a full disk
-            with contextlib.suppress(OSError):
-                scratch.unlink(missing_ok=True)
             before = "The checkpoint before it is untouched, and the" if target.is_file() else "The"
             raise StoreError(
                 f"The checkpoint of step {self.step} cannot be written to '{self.folder}' "

@@ -10,13 +10,11 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import platform
 import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -40,6 +38,7 @@ from progidiff.model.folder import (
     save_conditioning,
 )
 from progidiff.model.pipeline import ProposalPipeline
+from progidiff.storage.atomic import atomic_folder
 from progidiff.training.backbone_stages import (
     compute_codec_ceiling,
     compute_picture_scale,
@@ -377,10 +376,8 @@ def _write_model(
     source, folder = pipeline.backbone.folder, model_dir / "backbone"
     if embedded and source.resolve() != folder.resolve() and not folder.exists():
         model_dir.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=".backbone.", dir=model_dir))
-        shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-        os.chmod(scratch, 0o755)
-        os.replace(scratch, folder)
+        with atomic_folder(folder) as scratch:
+            shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     if trained:
         save_backbone_part(folder, "unet", pipeline.unet)
     card = replace(card, backbone_digest=compute_backbone_digest(folder if embedded else source))

@@ -9,8 +9,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +26,7 @@ from progidiff.images.reading import load_volume
 from progidiff.images.working_grid import plan_working_grid
 from progidiff.labels.segments import load_label_map
 from progidiff.model.conditioning import ConditioningConfig
+from progidiff.storage.atomic import atomic_folder
 
 logger = logging.getLogger(__name__)
 
@@ -230,18 +229,14 @@ class SliceCache:
             labels.append(grid.extract_labels(label_stack, part, len(self.structures)).numpy())
         image, label = np.concatenate(images), np.concatenate(labels)
         pixels_per_slice = np.stack([(label == s + 1).sum(axis=(1, 2)) for s in range(len(self.structures))], axis=1)
-        scratch = Path(tempfile.mkdtemp(prefix=".slices.", dir=folder))
-        np.save(scratch / "image.npy", image)
-        np.save(scratch / "label.npy", label)
-        (scratch / "meta.json").write_text(
-            json.dumps({"dz": spacing[0], "pixels": pixels_per_slice.tolist(), "grid": grid.to_dict()}),
-            encoding="utf-8",
-        )
-        try:
-            os.replace(scratch, target)
-        except OSError:  # another process prepared the same case first
-            shutil.rmtree(scratch, ignore_errors=True)
-            logger.info("Slices of %s were prepared elsewhere meanwhile", case.name)
+        # Kept if it is there: another process prepared the same case first.
+        with atomic_folder(target, existing="keep", durable=False) as scratch:
+            np.save(scratch / "image.npy", image)
+            np.save(scratch / "label.npy", label)
+            (scratch / "meta.json").write_text(
+                json.dumps({"dz": spacing[0], "pixels": pixels_per_slice.tolist(), "grid": grid.to_dict()}),
+                encoding="utf-8",
+            )
         return target, content
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +35,7 @@ from progidiff.images.reading import load_label, load_volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL
 from progidiff.prompts.structures import name_label_id, number_structures
+from progidiff.storage.atomic import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class PacsDatastore(DICOMWebDatastore):
             StoreError: if the DICOM SEG cannot be made, or the server does not take it.
         """
         image = self.get_image_uri(image_id)
-        with tempfile.TemporaryDirectory(prefix="progidiff-label-") as folder:
+        with scratch_folder("label") as folder:
             file = label_filename
             if label_filename.endswith(".bin"):
                 file = binary_to_image(image, label_filename)
@@ -103,7 +103,7 @@ class PacsDatastore(DICOMWebDatastore):
                 volume = load_volume(image, info=self.get_image_info(image_id))
                 labels = load_label(file, like=volume.grid)
                 series = Path(self._datastore.image_path()) / image_id
-                plain = save_mask(labels, volume.grid, Path(folder) / "label.nii.gz")
+                plain = save_mask(labels, volume.grid, folder / "label.nii.gz")
                 segments = _describe_segments(labels, info.get("label_info") or [], str(info.get("provenance", "")))
                 info["SeriesInstanceUID"] = self._send(series, plain, segments)
                 with self._recent_lock:
@@ -211,8 +211,8 @@ class PacsDatastore(DICOMWebDatastore):
         for label, name in segmentation.names.items():
             table[label] = ids[name]
         names = [{"name": name, "idx": int(table[label])} for label, name in segmentation.names.items()]
-        with tempfile.TemporaryDirectory(prefix="progidiff-label-") as folder:
-            file = save_mask(table[segmentation.labels], volume.grid, Path(folder) / "label.nii.gz")
+        with scratch_folder("label") as folder:
+            file = save_mask(table[segmentation.labels], volume.grid, folder / "label.nii.gz")
             LocalDatastore.save_label(
                 self, image_id, str(file), FINAL, {**self._dicom_info(series), "label_info": names}
             )

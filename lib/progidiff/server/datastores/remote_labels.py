@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from progidiff.labels.saving import (
 )
 from progidiff.proposals.store import ProposalStore
 from progidiff.server.datastores.local import SavedLabel, check_tag, find_previous, is_repeat, record_ready
+from progidiff.storage.atomic import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -74,11 +74,11 @@ class RemoteLabels:
         check_tag(tag)
         grid = read_grid(Path(self._find_image(image_id)))
         options = SaveOptions.from_params(params, grid.num_slices)
-        with self._lock, tempfile.TemporaryDirectory(prefix="progidiff-label-") as scratch:
+        with self._lock, scratch_folder("label") as scratch:
             previous = find_previous(self.annotations, image_id, tag)
             kept_ids = combine_ids(load_label_ids(self._state), previous)
             checked = check_label(Path(label_file), grid, options, kept_ids)
-            ready = prepare_label(checked, grid, options, image_id, previous, self._proposals, Path(scratch))
+            ready = prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
             saves = self.annotations.in_force(image_id, tag)
             if is_repeat(ready, saves):
                 return SavedLabel(image_id, saves[-1], True, ready.warnings)

@@ -11,8 +11,6 @@ import io
 import logging
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlencode
 
@@ -41,6 +39,7 @@ from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, LARGE, LONG, READ, Endpoint, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes.labels import save
+from progidiff.storage.atomic import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -266,8 +265,8 @@ def _save_segmentation(context: Context, dataset: Dataset, study: str, user: Use
         raise RequestError(
             f"Segment '{bands[0]}' shows where proposals differ and is no structure. Show a proposal, then store it."
         )
-    with TemporaryDirectory(prefix="progidiff-seg-") as folder:
-        file = save_mask(segmentation.labels, volume.grid, Path(folder) / "label.nii.gz")
+    with scratch_folder("seg") as folder:
+        file = save_mask(segmentation.labels, volume.grid, folder / "label.nii.gz")
         params = {
             "label_info": [{"name": name, "idx": label} for label, name in segmentation.names.items()],
             "structures": list(segmentation.names.values()),

@@ -10,7 +10,6 @@ import logging
 import re
 import shutil
 import subprocess
-import tempfile
 import time
 import uuid
 from collections import deque
@@ -42,6 +41,7 @@ from progidiff.server.gate.endpoints import (
     Endpoints,
 )
 from progidiff.server.parts import get_context
+from progidiff.storage.atomic import scratch_folder
 from progidiff.users import Role
 
 logger = logging.getLogger(__name__)
@@ -169,8 +169,8 @@ def build_endpoints() -> Endpoints:
         user: User = CALLER,
     ) -> dict[str, Any]:
         sessions = _sessions()
-        with tempfile.TemporaryDirectory(prefix="progidiff-session-") as folder:
-            image = _receive(files, Path(folder), uncompress)
+        with scratch_folder("session") as folder:
+            image = _receive(files, folder, uncompress)
             session_id, info = sessions.add_session(str(image), expiry, uncompress=False, session_id=str(uuid.uuid4()))
         logger.info("Session %s by '%s': %d files", session_id, user.name, len(files))
         return {"session_id": session_id, "session_info": _describe(info)}

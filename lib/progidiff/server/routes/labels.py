@@ -12,7 +12,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +32,7 @@ from progidiff.server.datastores.local import SafeLocalDatastore, check_id, chec
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ADMINISTER, ANNOTATE, CALLER, LONG, MEDIUM, READ, UPLOAD, Endpoints
 from progidiff.server.parts import Context, get_context
+from progidiff.storage.atomic import scratch_folder
 from progidiff.storage.json_text import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -370,8 +370,8 @@ def _received(upload: UploadFile, use: Use) -> Iterator[tuple[Path, str]]:
     row = find_format(name, use)
     if row is None:
         raise RequestError(f"A file named '{name[-40:]}' is not taken here. Send {', '.join(list_suffixes(use))}.")
-    with tempfile.TemporaryDirectory(prefix="progidiff-upload-") as folder:
-        path = Path(folder) / f"upload{row.suffix}"
+    with scratch_folder("upload") as folder:
+        path = folder / f"upload{row.suffix}"
         try:
             with path.open("wb") as target:
                 shutil.copyfileobj(upload.file, target, 1 << 20)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import gzip
 import struct
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +40,7 @@ from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes import labels
+from progidiff.storage.atomic import scratch_folder
 
 MAX_SLICE_PIXELS = 1 << 24
 """Largest slice that a browser is asked to draw: 4096 x 4096 pixels."""
@@ -162,8 +162,8 @@ def _add_submit_route(endpoints: Endpoints) -> None:
             "seconds": None if seconds is None else read_float(seconds, "seconds", 0, _MAX_SECONDS),
             "client_id": CLIENT,
         }
-        with tempfile.TemporaryDirectory(prefix="progidiff-review-") as folder:
-            file = save_mask(label, volume.grid, Path(folder) / "label.nii.gz")
+        with scratch_folder("review") as folder:
+            file = save_mask(label, volume.grid, folder / "label.nii.gz")
             return labels.save(context, image, file, FINAL, params, user.name)
 
 

@@ -209,11 +209,10 @@ def test_a_store_killed_while_writing_shows_only_whole_results(tmp_path):
         [sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parents[1])], check=False
     )
     assert finished.returncode == 9
-    store = ProposalStore(tmp_path)
-    assert [entry.key for entry in store.list()] == [make_key(0)]
     leftover = next(tmp_path.glob(".writing-*"))
     os.utime(leftover, (0, 0))
-    ProposalStore(tmp_path)
+    store = ProposalStore(tmp_path)
+    assert [entry.key for entry in store.list()] == [make_key(0)]
     assert not leftover.exists()
 
 

@@ -49,11 +49,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from progidiff.errors import ProGiDiffError, RequestError
-from progidiff.evaluation.evaluate import Case, list_cases, load_label_names, match_structures
+from progidiff.evaluation.evaluate import match_structures
 from progidiff.images.formats import Use, find_kind, strip_suffix
 from progidiff.images.intensities import compute_window
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.volume import Volume
+from progidiff.labels.cases import LabelledCase, list_labelled, load_label_names
 from progidiff.prompts.parser import Query, parse_prompt
 from progidiff.proposals import drawing
 from progidiff.proposals.engine import Engine
@@ -563,7 +564,7 @@ def draw_worst(candidates: Sequence[Candidate], path: Path, max_proposals: int =
     return drawing._save(figure, path)
 
 
-def list_unlabelled(studies: Path, names: Sequence[str] | None) -> list[Case]:
+def list_unlabelled(studies: Path, names: Sequence[str] | None) -> list[LabelledCase]:
     """The volumes of a folder by name; nothing is asked about labels.
 
     Raises:
@@ -583,7 +584,7 @@ def list_unlabelled(studies: Path, names: Sequence[str] | None) -> list[Case]:
             f"In '{studies}' there is no image {', '.join(unknown)}; it holds {there}. "
             "`make setup` fills sample_datastore."
         )
-    return [Case(name, images[name], images[name]) for name in images if name in wanted]
+    return [LabelledCase(name, images[name], images[name]) for name in images if name in wanted]
 
 
 def show_worst(options: argparse.Namespace) -> None:
@@ -595,7 +596,7 @@ def show_worst(options: argparse.Namespace) -> None:
         cases = list_unlabelled(options.studies, options.cases)
         queries = [q for text in options.structures or engine.structures for q in parse_prompt(text, engine.structures)]
     else:
-        cases = list_cases(options.studies, options.cases)
+        cases = list_labelled(options.studies, options.cases)
         ids, _ = match_structures(load_label_names(options.studies), engine.structures, options.structures or ())
         queries = [Query(name, name) for name in ids]
     candidates: list[Candidate] = []

@@ -21,16 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from progidiff.evaluation.evaluate import (
-    list_cases,
-    load_label_names,
-    match_structures,
-    save_report,
-    score_case,
-    summarise,
-)
+from progidiff.evaluation.evaluate import match_structures, save_report, score_case, summarise
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.volume import Volume
+from progidiff.labels.cases import list_labelled, load_label_names
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import APART_MM, LARGEST, OFF, SMALL, SMALL_SHARE, drop_islands
@@ -94,7 +88,7 @@ def main() -> None:
     queries = [Query(name, name) for name in matched]
     scored: dict[str, list[dict[str, Any]]] = {rule: [] for rule in RULES}
     settings: dict[str, Any] = {}
-    for case in list_cases(options.studies, options.cases):
+    for case in list_labelled(options.studies, options.cases):
         volume = load_volume(case.image)
         labels = load_label(case.label, like=volume.grid)
         folder = options.keep / case.name if options.keep else None

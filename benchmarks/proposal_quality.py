@@ -48,15 +48,10 @@ import numpy as np
 from scipy import ndimage
 from scipy.stats import spearmanr
 
-from progidiff.evaluation.evaluate import (
-    TRANSUNET_STRUCTURES,
-    list_cases,
-    load_label_names,
-    match_structures,
-    save_report,
-)
+from progidiff.evaluation.evaluate import TRANSUNET_STRUCTURES, match_structures, save_report
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.volume import Volume
+from progidiff.labels.cases import list_labelled, load_label_names
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import drop_islands
@@ -544,7 +539,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     picking: dict[str, dict[str, dict[str, float]]] = {}
     started = time.monotonic()
     report: dict[str, Any] = {}
-    for case in list_cases(options.studies, options.cases):
+    for case in list_labelled(options.studies, options.cases):
         volume = load_volume(case.image)
         labels = load_label(case.label, like=volume.grid)
         depth, height, width = volume.to_stack()[0].shape

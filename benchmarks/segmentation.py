@@ -42,7 +42,6 @@ from baselines import Budget, LatentModel, UNet, compute_unet_loss, draw_slices,
 from progidiff.evaluation.evaluate import (
     RULES,
     TRANSUNET_STRUCTURES,
-    load_label_names,
     match_structures,
     save_report,
     score_case,
@@ -52,6 +51,7 @@ from progidiff.images.intensities import compute_body_threshold, compute_window
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import plan_working_grid
+from progidiff.labels.cases import load_label_names
 from progidiff.model.backbone import Backbone
 from progidiff.model.folder import (
     ModelCard,

@@ -35,14 +35,9 @@ from typing import Any
 
 import numpy as np
 
-from progidiff.evaluation.evaluate import (
-    TRANSUNET_STRUCTURES,
-    list_cases,
-    load_label_names,
-    match_structures,
-    save_report,
-)
+from progidiff.evaluation.evaluate import TRANSUNET_STRUCTURES, match_structures, save_report
 from progidiff.images.reading import load_label, load_volume
+from progidiff.labels.cases import list_labelled, load_label_names
 from progidiff.prompts.parser import Query, heldout_phrases, training_phrases
 from progidiff.proposals.engine import Engine
 from progidiff.storage.provenance import describe_versions
@@ -206,7 +201,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cases = _read_cases(options.out, settings)
     started = time.monotonic()
     report: dict[str, Any] = {}
-    for case in list_cases(options.studies, options.cases):
+    for case in list_labelled(options.studies, options.cases):
         if case.name not in cases:
             volume = load_volume(case.image)
             stack = volume.arrange(load_label(case.label, like=volume.grid))

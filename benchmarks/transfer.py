@@ -45,12 +45,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from progidiff.evaluation.evaluate import Case, list_cases, load_label_names, match_structures
+from progidiff.evaluation.evaluate import match_structures
 from progidiff.evaluation.metrics import compute_dice, compute_hd95, keep_largest_component
 from progidiff.images.intensities import compute_body_threshold, compute_window
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import plan_working_grid
+from progidiff.labels.cases import LabelledCase, list_labelled, load_label_names
 from progidiff.model.adapters import AdapterStore, build_networks, compute_base_digest
 from progidiff.model.backbone import Backbone
 from progidiff.model.folder import ModelCard, load_card, load_pipeline
@@ -312,7 +313,7 @@ class Bench:
         self.base_digest = compute_base_digest(model_dir)
         self._bases: dict[float, tuple[Path, ModelCard, ProposalPipeline]] = {}
         self.card = self.load_base(1.0)[1]
-        self.cases: dict[str, Case] = {case.name: case for case in list_cases(studies)}
+        self.cases: dict[str, LabelledCase] = {case.name: case for case in list_labelled(studies)}
         missing = [name for name in setup.test if name not in self.cases]
         if missing:
             sys.exit(f"The test volumes {', '.join(missing)} are not in '{studies}'; name others with --test.")

@@ -15,8 +15,6 @@ from progidiff.errors import RequestError, StoreError
 from progidiff.evaluation.evaluate import (
     TRANSUNET_STRUCTURES,
     evaluate,
-    list_cases,
-    load_label_names,
     match_structures,
     save_report,
     score_case,
@@ -25,6 +23,7 @@ from progidiff.evaluation.evaluate import (
 from progidiff.evaluation.metrics import compute_dice, compute_hd95, keep_largest_component
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import WorkingGrid
+from progidiff.labels.cases import list_labelled, load_label_names
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.proposals.volume_proposals import VolumeProposals
 
@@ -228,23 +227,23 @@ def test_wanted_structures_may_be_synonyms():
 
 
 def test_only_cases_with_a_label_are_taken(studies):
-    assert [case.name for case in list_cases(studies)] == ["case1", "case2"]
-    assert [case.name for case in list_cases(studies, ["case2.nii.gz", "case1"])] == ["case1", "case2"]
+    assert [case.name for case in list_labelled(studies)] == ["case1", "case2"]
+    assert [case.name for case in list_labelled(studies, ["case2.nii.gz", "case1"])] == ["case1", "case2"]
     with pytest.raises(RequestError, match="unlabelled has no label"):
-        list_cases(studies, ["unlabelled"])
+        list_labelled(studies, ["unlabelled"])
     with pytest.raises(RequestError, match="there is no image case9"):
-        list_cases(studies, ["case9"])
+        list_labelled(studies, ["case9"])
 
 
 def test_a_folder_without_labels_is_refused(tmp_path, studies):
     with pytest.raises(RequestError, match="There is no folder"):
-        list_cases(tmp_path / "absent")
+        list_labelled(tmp_path / "absent")
     shutil.rmtree(studies / "labels")
     with pytest.raises(RequestError, match="nothing to compare with"):
-        list_cases(studies)
+        list_labelled(studies)
 
 
-@pytest.mark.parametrize("content", ["[1]", "{", '{"liver": 1}'])
+@pytest.mark.parametrize("content", ["[1]", "{", '{"liver": [1, 2]}', '{"1": 2}', '{"liver": "spleen"}'])
 def test_labels_json_must_map_ids_to_structures(studies, content):
     (studies / "labels.json").write_text(content)
     with pytest.raises(RequestError, match="does not map label ids"):

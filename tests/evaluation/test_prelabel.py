@@ -20,7 +20,7 @@ from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.cli.main import app
 from progidiff.errors import ModelError, PromptError, RequestError
 from progidiff.evaluation.prelabel import (
-    Outcome,
+    ImageOutcome,
     Prelabeller,
     PrelabelSettings,
     build_report,
@@ -46,12 +46,12 @@ def studies(tmp_path: Path, phantom_writer: Callable[..., Path]) -> Path:
     return folder
 
 
-def label_all(studies: Path, model: Path, settings: PrelabelSettings = SETTINGS) -> dict[str, Outcome]:
+def label_all(studies: Path, model: Path, settings: PrelabelSettings = SETTINGS) -> dict[str, ImageOutcome]:
     make = lambda: Prelabeller(Engine(model, device="cpu"), studies, settings)  # noqa: E731
     return {outcome.image: outcome for outcome in run_here(list_images(studies), make)}
 
 
-def states(outcomes: dict[str, Outcome]) -> dict[str, str]:
+def states(outcomes: dict[str, ImageOutcome]) -> dict[str, str]:
     return {image: outcome.state for image, outcome in outcomes.items()}
 
 

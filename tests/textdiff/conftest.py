@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from progidiff.testing import build_tiny_denoiser, write_blob_pictures
-from progidiff.textdiff.data import Case, find_cases
+from progidiff.textdiff.data import PictureCase, find_cases
 from progidiff.textdiff.features import DiffusionFeatures
 from progidiff.textdiff.model import TextDiffModel
 from progidiff.textdiff.sentences import SentenceEncoder
@@ -36,13 +36,13 @@ def blobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cases(blobs: Path) -> list[Case]:
+def cases(blobs: Path) -> list[PictureCase]:
     return find_cases(blobs / "images")
 
 
 @pytest.fixture(scope="session")
 def training(
-    cases: list[Case], denoiser: Path, encoder: SentenceEncoder, tmp_path_factory: pytest.TempPathFactory
+    cases: list[PictureCase], denoiser: Path, encoder: SentenceEncoder, tmp_path_factory: pytest.TempPathFactory
 ) -> TextDiffTraining:
     """Trained on three pictures, the fourth held out; written to a version folder."""
     folder = tmp_path_factory.mktemp("trained")

@@ -16,7 +16,6 @@ from PIL import Image
 from progidiff.errors import RequestError
 from progidiff.images.reading import load_label, load_volume
 from progidiff.testing import build_tiny_denoiser
-from progidiff.textdiff import data
 from progidiff.textdiff.accepted import (
     AcceptedConfig,
     Chosen,
@@ -26,6 +25,7 @@ from progidiff.textdiff.accepted import (
     plan_features,
     run_accepted,
 )
+from progidiff.textdiff.data import PictureCase, read_classes
 from progidiff.textdiff.features import HISTOLOGY_TONE, FeatureOptions
 from progidiff.textdiff.model import load_textdiff
 from progidiff.textdiff.slices import render_slice
@@ -164,7 +164,7 @@ def test_another_word_for_mirror_is_refused():
 # What nobody annotated
 
 
-def prepare(tmp_path: Path, cases: list[Case], classes: tuple[str, ...]) -> dict[str, data.Case]:
+def prepare(tmp_path: Path, cases: list[Case], classes: tuple[str, ...]) -> dict[str, PictureCase]:
     chosen = choose(TextDiffStore(tmp_path / "none"), cases, "new", classes, (), (), None, 0)
     training, held_out = _write_cases(chosen, {}, tmp_path / "cases")
     return {case.name: case for case in (*training, *held_out)}
@@ -174,14 +174,14 @@ def test_a_class_that_a_label_does_not_name_is_unknown_there_and_not_absent(tmp_
     both, nuclei = write_pictures(tmp_path, {2: "nuclei", 7: "stroma"})
     written = prepare(tmp_path, [both, replace(nuclei, structures={2: "nuclei", 7: "ink"})], ("nuclei", "stroma"))
     assert (written["p0"].unknown, written["p1"].unknown) == ((), (2,))
-    assert set(np.unique(data.read_classes(written["p1"], (SIDE, SIDE), 2))) == {0, 1}
+    assert set(np.unique(read_classes(written["p1"], (SIDE, SIDE), 2))) == {0, 1}
 
 
 def test_a_class_that_is_drawn_but_not_vouched_for_is_unknown(tmp_path: Path):
     cases = write_pictures(tmp_path, {2: "nuclei", 7: "stroma"}, annotated={"stroma": None})
     written = prepare(tmp_path, [replace(cases[0], annotated={"": None}), cases[1]], ("nuclei", "stroma"))
     assert (written["p0"].unknown, written["p1"].unknown) == ((), (1,))
-    assert set(np.unique(data.read_classes(written["p1"], (SIDE, SIDE), 2))) == {0, 2}
+    assert set(np.unique(read_classes(written["p1"], (SIDE, SIDE), 2))) == {0, 2}
 
 
 def test_of_a_volume_every_slice_has_its_own_unknown_classes(tmp_path: Path):

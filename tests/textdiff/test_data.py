@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from progidiff.errors import GeometryError, ImageError, RequestError
-from progidiff.textdiff.data import Case, find_cases, pick_cases, read_classes
+from progidiff.textdiff.data import PictureCase, find_cases, pick_cases, read_classes
 
 
 def write_mask(path: Path, values: object) -> Path:
@@ -46,7 +46,7 @@ def test_masks_with_a_prefix_and_a_table_that_names_them_are_matched(tmp_path: P
         "Image,Description\nmask_covid_1.png,Unilateral infection\n", encoding="utf-8"
     )
     assert find_cases(tmp_path) == [
-        Case(
+        PictureCase(
             "covid_1",
             tmp_path / "Images" / "covid_1.png",
             tmp_path / "Ground-truths" / "mask_covid_1.png",
@@ -58,7 +58,7 @@ def test_masks_with_a_prefix_and_a_table_that_names_them_are_matched(tmp_path: P
 def test_pictures_without_labels_or_sentences_are_cases_too(tmp_path: Path):
     write_mask(tmp_path / "b.png", np.zeros((4, 4)))
     (tmp_path / ".hidden.png").write_bytes(b"")
-    assert find_cases(tmp_path) == [Case("b", tmp_path / "b.png")]
+    assert find_cases(tmp_path) == [PictureCase("b", tmp_path / "b.png")]
 
 
 def test_what_cannot_be_found_or_matched_is_refused(blobs: Path, tmp_path: Path):
@@ -85,36 +85,36 @@ def test_what_cannot_be_found_or_matched_is_refused(blobs: Path, tmp_path: Path)
         find_cases(tmp_path / "one")
 
 
-def test_cases_are_picked_by_name_with_or_without_suffix(cases: list[Case]):
+def test_cases_are_picked_by_name_with_or_without_suffix(cases: list[PictureCase]):
     assert [c.name for c in pick_cases(cases, ["a2", "a0.png", "a2.png"])] == ["a2", "a0"]
     with pytest.raises(RequestError, match="no picture 'a9'; there are: a0, a1"):
         pick_cases(cases, ["a9"])
 
 
 def test_with_one_class_all_above_zero_is_it(tmp_path: Path):
-    case = Case("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", [[0, 255], [1, 7]]))
+    case = PictureCase("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", [[0, 255], [1, 7]]))
     assert read_classes(case, (2, 2), 1).tolist() == [[0, 1], [1, 1]]
 
 
 def test_with_several_classes_values_are_their_numbers(tmp_path: Path):
-    case = Case("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", [[0, 2], [1, 1]]))
+    case = PictureCase("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", [[0, 2], [1, 1]]))
     assert read_classes(case, (2, 2), 2).tolist() == [[0, 2], [1, 1]]
-    case = Case("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", [[0, 255], [1, 1]]))
+    case = PictureCase("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", [[0, 255], [1, 1]]))
     with pytest.raises(ImageError, match="holds class 255; 2 were named"):
         read_classes(case, (2, 2), 2)
 
 
 def test_an_empty_mask_is_a_mask(tmp_path: Path):
-    case = Case("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", np.zeros((3, 4))))
+    case = PictureCase("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", np.zeros((3, 4))))
     assert not read_classes(case, (3, 4), 1).any()
 
 
 def test_a_mask_of_another_size_or_none_is_refused(tmp_path: Path):
-    case = Case("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", np.zeros((3, 4))))
+    case = PictureCase("m", tmp_path / "m.png", write_mask(tmp_path / "l.png", np.zeros((3, 4))))
     with pytest.raises(GeometryError, match=r"3 x 4 pixels, its picture 'm\.png' 4 x 3"):
         read_classes(case, (4, 3), 1)
     with pytest.raises(ImageError, match="has no label"):
-        read_classes(Case("m", tmp_path / "m.png"), (4, 3), 1)
+        read_classes(PictureCase("m", tmp_path / "m.png"), (4, 3), 1)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from monai.metrics import DiceMetric, MeanIoU
 from PIL import Image
 
 from progidiff.errors import CancelledError, RequestError
-from progidiff.textdiff.data import Case
+from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.evaluate import compute_scores, evaluate, shuffle_sentences
 from progidiff.textdiff.model import TextDiffModel
 from progidiff.textdiff.pictures import read_label
@@ -47,7 +47,7 @@ def test_both_empty_counts_one_and_one_empty_zero():
     assert compute_scores(some, none) == compute_scores(none, some) == (0.0, 0.0)
 
 
-def test_a_report_has_every_image_and_their_means(model: TextDiffModel, cases: list[Case]):
+def test_a_report_has_every_image_and_their_means(model: TextDiffModel, cases: list[PictureCase]):
     seen = []
     report = evaluate(model, cases, on_progress=lambda done, total: seen.append((done, total)))
     assert [entry["name"] for entry in report["images"]] == ["a0", "a1", "a2", "a3"]
@@ -61,7 +61,7 @@ def test_a_report_has_every_image_and_their_means(model: TextDiffModel, cases: l
     assert report["notes"] == []
 
 
-def test_controls_change_the_sentences_and_nothing_else(model: TextDiffModel, cases: list[Case]):
+def test_controls_change_the_sentences_and_nothing_else(model: TextDiffModel, cases: list[PictureCase]):
     heard = {}
     for control in ("none", "empty", "shuffled", "no-text"):
         listening = Listening(model)
@@ -75,7 +75,7 @@ def test_controls_change_the_sentences_and_nothing_else(model: TextDiffModel, ca
     assert all(s != mine for (s, _), mine in zip(heard["shuffled"], own, strict=True))
 
 
-def test_an_unknown_control_or_no_labels_are_refused(model: TextDiffModel, cases: list[Case]):
+def test_an_unknown_control_or_no_labels_are_refused(model: TextDiffModel, cases: list[PictureCase]):
     with pytest.raises(RequestError, match="'other' is unknown"):
         evaluate(model, cases, "other")  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="no labelled picture"):
@@ -84,20 +84,20 @@ def test_an_unknown_control_or_no_labels_are_refused(model: TextDiffModel, cases
         evaluate(model, cases[:1], "shuffled")
 
 
-def test_pictures_without_a_label_are_left_out_and_said(model: TextDiffModel, cases: list[Case]):
+def test_pictures_without_a_label_are_left_out_and_said(model: TextDiffModel, cases: list[PictureCase]):
     report = evaluate(model, [replace(cases[0], label=None), cases[1]])
     assert report["summary"]["images"] == 1
     assert report["notes"][0] == "a0 has no label and was left out."
 
 
-def test_an_empty_mask_is_marked(model: TextDiffModel, cases: list[Case], tmp_path: Path):
+def test_an_empty_mask_is_marked(model: TextDiffModel, cases: list[PictureCase], tmp_path: Path):
     Image.fromarray(np.zeros((48, 48), np.uint8)).save(tmp_path / "a0.png")
     entry = evaluate(model, [replace(cases[0], label=tmp_path / "a0.png")])["images"][0]
     assert entry["empty_label"]
     assert entry["dice"] == 0.0  # the picture shows blobs, and they are drawn
 
 
-def test_an_evaluation_can_be_cancelled(model: TextDiffModel, cases: list[Case]):
+def test_an_evaluation_can_be_cancelled(model: TextDiffModel, cases: list[PictureCase]):
     with pytest.raises(CancelledError, match="after 0 of 4"):
         evaluate(model, cases, is_cancelled=lambda: True)
 
@@ -135,16 +135,16 @@ class Drawing:
 
 
 @pytest.fixture
-def halves(tmp_path: Path) -> Case:
+def halves(tmp_path: Path) -> PictureCase:
     """A picture whose left half is labelled as the first class."""
     label = np.zeros((8, 8), np.uint8)
     label[:, :4] = 1
     for name, values in (("a.png", np.zeros((8, 8, 3), np.uint8)), ("l.png", label)):
         Image.fromarray(values).save(tmp_path / name)
-    return Case("a", tmp_path / "a.png", tmp_path / "l.png", "Dense.")
+    return PictureCase("a", tmp_path / "a.png", tmp_path / "l.png", "Dense.")
 
 
-def test_classes_that_a_label_does_not_speak_about_do_not_count(halves: Case):
+def test_classes_that_a_label_does_not_speak_about_do_not_count(halves: PictureCase):
     mask = np.full((8, 8), 2, np.uint8)
     mask[:, :4] = 1
     assert evaluate(Drawing(mask), [halves])["summary"]["dice"] == pytest.approx(2 / 3)
@@ -153,7 +153,7 @@ def test_classes_that_a_label_does_not_speak_about_do_not_count(halves: Case):
     assert report["summary"]["per_class"] == {"one": 1.0}
 
 
-def test_a_control_asked_of_a_head_that_reads_no_text_is_said(halves: Case):
+def test_a_control_asked_of_a_head_that_reads_no_text_is_said(halves: PictureCase):
     mask = np.ones((8, 8), np.uint8)
     deaf = {control: evaluate(Drawing(mask), [halves], control) for control in ("none", "empty", "no-text")}
     assert not any(report["reads_text"] for report in deaf.values())

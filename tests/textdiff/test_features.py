@@ -14,7 +14,7 @@ import torch
 
 from progidiff.errors import GeometryError, ModelError, RequestError
 from progidiff.testing import build_tiny_denoiser, build_tiny_model
-from progidiff.textdiff.data import Case
+from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
 from progidiff.textdiff.features import PATTERNS, DiffusionFeatures, FeatureOptions
 from progidiff.textdiff.model import load_textdiff
@@ -107,7 +107,7 @@ def test_a_latent_denoiser_gives_features_at_its_strides(tmp_path: Path):
     assert not torch.allclose(maps[0], extractor(-PICTURE)[0])
 
 
-def test_a_head_on_a_latent_denoiser_is_trained_saved_and_loaded(cases: list[Case], tmp_path: Path):
+def test_a_head_on_a_latent_denoiser_is_trained_saved_and_loaded(cases: list[PictureCase], tmp_path: Path):
     backbone = build_tiny_model(tmp_path / "model") / "backbone"
     options = FeatureOptions(timesteps=(50,), blocks=(0, 1), scale=1.0, picture=True)
     config = toy(steps=2, features=options, use_text=False, views=1)

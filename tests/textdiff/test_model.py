@@ -14,7 +14,7 @@ import torch
 
 from progidiff.errors import CancelledError, ModelError, NotFoundError, RequestError
 from progidiff.testing import build_tiny_denoiser
-from progidiff.textdiff.data import Case
+from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.model import (
     TextDiffCard,
     TextDiffModel,
@@ -46,7 +46,7 @@ def test_an_answer_has_the_size_of_its_picture(model: TextDiffModel, height: int
     assert result.notes == ()
 
 
-def test_a_picture_in_tiles_is_answered_nearly_as_in_one(model: TextDiffModel, cases: list[Case]):
+def test_a_picture_in_tiles_is_answered_nearly_as_in_one(model: TextDiffModel, cases: list[PictureCase]):
     picture = np.tile(read_picture(cases[3].image).pixels.permute(1, 2, 0).numpy(), (3, 3, 1))
     one, many = (model.predict(picture, SENTENCE, tile=tile, overlap=32) for tile in (512, 96))
     assert np.abs(one.probabilities - many.probabilities).mean() < 0.1
@@ -87,7 +87,9 @@ def test_draws_are_averaged_and_their_disagreement_is_told(model: TextDiffModel)
             model.predict(picture, SENTENCE, draws=draws)
 
 
-def test_later_draws_look_at_the_mirrored_picture_with_the_mirrored_sentence(model: TextDiffModel, cases: list[Case]):
+def test_later_draws_look_at_the_mirrored_picture_with_the_mirrored_sentence(
+    model: TextDiffModel, cases: list[PictureCase]
+):
     picture = read_picture(cases[0].image).pixels.permute(1, 2, 0).numpy()
     heard: list[str] = []
     seen: list[torch.Tensor] = []

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from progidiff.errors import CancelledError, GeometryError, ImageError, RequestError
-from progidiff.textdiff.data import Case
+from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.evaluate import evaluate
 from progidiff.textdiff.features import DiffusionFeatures
 from progidiff.textdiff.model import TextDiffModel
@@ -24,7 +24,7 @@ def weights(model: TextDiffModel) -> dict[str, torch.Tensor]:
     return model.head.state_dict()
 
 
-def test_a_minute_of_training_finds_blobs_it_never_saw(training: TextDiffTraining, cases: list[Case]):
+def test_a_minute_of_training_finds_blobs_it_never_saw(training: TextDiffTraining, cases: list[PictureCase]):
     assert training.figures["dice"] > 0.8
     assert training.model.card.threshold == training.figures["threshold"]
     report = evaluate(training.model, cases[3:])
@@ -42,7 +42,7 @@ def test_what_made_a_model_is_kept(training: TextDiffTraining):
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
-    cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
+    cases: list[PictureCase], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
     config = toy(steps=12)
     whole = train_textdiff(
@@ -68,7 +68,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
 
 
 def test_another_picture_sentence_or_mask_is_another_run(
-    cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
+    cases: list[PictureCase], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
     config = toy(steps=1)
     train_textdiff(cases[:1], denoiser=extractor, encoder=encoder, work=tmp_path, config=config, device="cpu")
@@ -78,7 +78,7 @@ def test_another_picture_sentence_or_mask_is_another_run(
 
 
 def test_features_are_computed_once_and_cancelling_there_works(
-    cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
+    cases: list[PictureCase], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
     seen: list[dict] = []
     train_textdiff(
@@ -106,7 +106,7 @@ def test_features_are_computed_once_and_cancelling_there_works(
 
 
 def test_without_text_no_encoder_is_needed_and_sentences_change_nothing(
-    cases: list[Case], extractor: DiffusionFeatures, tmp_path: Path
+    cases: list[PictureCase], extractor: DiffusionFeatures, tmp_path: Path
 ):
     result = train_textdiff(
         cases[:1], denoiser=extractor, encoder=None, work=tmp_path, config=toy(steps=2, use_text=False), device="cpu"
@@ -118,7 +118,7 @@ def test_without_text_no_encoder_is_needed_and_sentences_change_nothing(
 
 
 def test_without_held_out_pictures_the_threshold_is_a_half(
-    cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
+    cases: list[PictureCase], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
     result = train_textdiff(
         cases[:1], denoiser=extractor, encoder=encoder, work=tmp_path, config=toy(steps=1), device="cpu"
@@ -129,13 +129,13 @@ def test_without_held_out_pictures_the_threshold_is_a_half(
 
 def write_case(
     folder: Path, picture: np.ndarray, mask: np.ndarray, name: str = "p", sentence: str | None = None
-) -> Case:
+) -> PictureCase:
     paths = []
     for kind, array in (("images", picture), ("labels", mask)):
         (folder / kind).mkdir(parents=True, exist_ok=True)
         paths.append(folder / kind / f"{name}.png")
         Image.fromarray(array).save(paths[-1])
-    return Case(name, *paths, sentence)
+    return PictureCase(name, *paths, sentence)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +177,9 @@ def test_several_classes_are_learned(extractor: DiffusionFeatures, encoder: Sent
 
 
 def test_what_makes_no_sense_is_refused_before_anything_is_computed(
-    cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
+    cases: list[PictureCase], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
-    def run(chosen: list[Case], held_out: list[Case] | None = None, **changes: object) -> None:
+    def run(chosen: list[PictureCase], held_out: list[PictureCase] | None = None, **changes: object) -> None:
         train_textdiff(
             chosen, held_out or [], denoiser=extractor, encoder=encoder, work=tmp_path / "w", config=toy(steps=1,
             **changes), device="cpu",
@@ -206,7 +206,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_computed(
 
 
 def test_damaged_pictures_and_masks_of_another_size_are_refused_by_name(
-    cases: list[Case], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
+    cases: list[PictureCase], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):
     wrong = write_case(tmp_path, np.zeros((40, 40, 3), np.uint8), np.zeros((40, 41), np.uint8))
     with pytest.raises(GeometryError, match=r"p\.png"):

@@ -186,7 +186,7 @@ def test_a_folder_without_label_names_says_how_to_write_them(tmp_path: Path):
         list_cases(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["{", "[1, 2]", '{"liver": 1}'])
+@pytest.mark.parametrize("text", ["{", "[1, 2]", '{"liver": [1]}'])
 def test_label_names_that_cannot_be_read_are_refused(tmp_path: Path, text: str):
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(RequestError, match=r"labels\.json' does not map label ids to structures"):

@@ -129,7 +129,7 @@ def prelabel(
     else:
         outcomes = work.run_here(images, make, index, count)
         total = len(work.pick_share(images, index, count))
-    done: list[work.Outcome] = []
+    done: list[work.ImageOutcome] = []
     for outcome in outcomes:
         done.append(outcome)
         typer.echo(f"{len(done)}/{total} {outcome.image}: {outcome.state} {outcome.reason}".rstrip(), err=True)

@@ -17,7 +17,7 @@ import typer
 from progidiff.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
-    from progidiff.textdiff.data import Case
+    from progidiff.textdiff.data import PictureCase
     from progidiff.textdiff.versions import TextDiffStore
 
 T = TypeVar("T")
@@ -373,7 +373,7 @@ def evaluate(
     from progidiff.textdiff.model import load_textdiff
 
     target = _require(out, "--out")
-    cases: list[Case] = find_cases(_require(images, "--images"), labels, text)
+    cases: list[PictureCase] = find_cases(_require(images, "--images"), labels, text)
     if case:
         cases = pick_cases(cases, _split(case))
     _prepare(threads)

@@ -19,6 +19,7 @@ Rules, also written into every report:
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -26,7 +27,6 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -35,9 +35,10 @@ import numpy as np
 
 from progidiff.errors import ImageError, PromptError, RequestError, StoreError
 from progidiff.evaluation.metrics import compute_dice, compute_hd95, keep_largest_component
-from progidiff.images.formats import Use, find_kind, strip_suffix
-from progidiff.images.reading import load_label, load_volume
+from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
+from progidiff.labels.cases import LABELS_JSON, LabelledCase, list_labelled, load_label_names
+from progidiff.labels.segments import LabelMap, load_label_map, read_names
 from progidiff.prompts.parser import Query, parse_prompt
 from progidiff.proposals.request import DEFAULT_CLEAN_UP
 from progidiff.proposals.volume_proposals import VolumeProposals
@@ -81,92 +82,6 @@ RULES = {
 
 Progress = Callable[[int, int, str, int, int], None]
 """Called with (cases done, cases in all, name of the case, slices done, slices in all)."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A volume with its ground truth.
-
-    Attributes:
-        name: File name without suffix.
-        image: Path of the image.
-        label: Path of the label map on the image's grid.
-    """
-
-    name: str
-    image: Path
-    label: Path
-
-
-def load_label_names(studies: Path) -> dict[int, str]:
-    """Label id -> structure, from `labels.json` of a datastore.
-
-    Raises:
-        RequestError: if it is absent or something else.
-    """
-    path = studies / "labels.json"
-    if not path.is_file():
-        raise RequestError(
-            f"'{studies}' has no labels.json (label id -> structure), so its labels "
-            'have no names. Write one, for example {"1": "liver"}.'
-        )
-    try:
-        names = {int(key): str(value) for key, value in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (ValueError, AttributeError, UnicodeDecodeError) as err:
-        raise RequestError(
-            f"'{path}' does not map label ids to structures ({err}). It should look "
-            'like {"1": "liver", "2": "spleen"}.'
-        ) from err
-    if any(value < 1 for value in names):
-        raise RequestError(f"'{path}' names label ids below 1; 0 is the background and has no name.")
-    return names
-
-
-def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
-    """The volumes of a local datastore that have a label in `labels/final`, by name.
-
-    Args:
-        studies: Folder of images.
-        names: Only these, with or without suffix, in the order of the folder.
-
-    Raises:
-        RequestError: if the folder is absent, nothing is labelled, or a name is unknown or has no label.
-    """
-    if not studies.is_dir():
-        raise RequestError(
-            f"There is no folder '{studies}'. Name a folder of images with labels/final and labels.json."
-        )
-    images = _find_images(studies)
-    final = studies / "labels" / "final"
-    labels = _find_images(final) if final.is_dir() else {}
-    cases = {name: Case(name, images[name], labels[name]) for name in images if name in labels}
-    if not cases:
-        raise RequestError(
-            f"'{studies}' holds no image with a label of the same name in labels/final; "
-            "there is nothing to compare with."
-        )
-    if names is None:
-        return list(cases.values())
-    wanted = [strip_suffix(name) for name in names]
-    unknown = [name for name in wanted if name not in cases]
-    if unknown:
-        without = [name for name in unknown if name in images]
-        reason = (
-            f"{', '.join(without)} has no label in labels/final"
-            if without
-            else f"there is no image {', '.join(unknown)}"
-        )
-        raise RequestError(f"In '{studies}' {reason}. The labelled cases are {', '.join(cases)}.")
-    return [case for name, case in cases.items() if name in wanted]
-
-
-def _find_images(folder: Path) -> dict[str, Path]:
-    """Name without suffix -> path, by name."""
-    return {
-        strip_suffix(path.name): path
-        for path in sorted(folder.iterdir())
-        if find_kind(path, Use.UPLOAD) == "volume" and not path.name.startswith(".")
-    }
 
 
 def match_structures(
@@ -390,23 +305,20 @@ def evaluate(
         RequestError: if there is nothing to evaluate, or an option is wrong.
         ModelError: if the model cannot be loaded.
     """
-    folder = Path(studies)
     started = time.monotonic()
-    chosen = list_cases(folder, cases)
-    matched, notes = match_structures(load_label_names(folder), engine.structures, structures)
-    queries = [Query(name, name) for name in matched]
+    folder = Path(studies)
+    chosen = list_labelled(folder, cases)
+    meanings, notes = _read_meanings(folder, chosen, engine.structures, structures)
+    asked = [name for name in engine.structures if any(name in ids for ids in meanings.values())]
+    queries = [Query(name, name) for name in asked]
     results: list[dict[str, Any]] = []
     settings: dict[str, Any] = {}
     for number, case in enumerate(chosen):
-
-        def report_slices(done: int, total: int, number: int = number, name: str = case.name) -> None:
-            if progress is not None:
-                progress(number, len(chosen), name, done, total)
-
+        report_slices = functools.partial(_report, progress, number, len(chosen), case.name)
         report_slices(0, 1)
         try:
             volume = load_volume(case.image, modality)
-            labels = load_label(case.label, like=volume.grid)
+            labels = load_label_map(case.label, volume.grid)
             proposals = engine.propose(
                 volume,
                 queries,
@@ -422,30 +334,13 @@ def evaluate(
             results.append({"case": case.name, "error": str(err), "structures": {}})
             notes.append(f"case {case.name} could not be read and is left out: {err}")
             continue
-        strangers = sorted(
-            set(np.unique(labels).tolist())
-            - {0}
-            - {value for ids in matched.values() for value in ids}
-            - set(load_label_names(folder))
-        )
-        if strangers:
-            notes.append(
-                f"case {case.name} holds label ids that labels.json does not name: {strangers}; taken as background"
-            )
+        ids = meanings[case.name]
+        notes += [f"case {case.name}: {note}" for note in labels.notes]
+        notes += _note_strangers(folder, case, labels, ids)
         settings = {key: value for key, value in proposals.summary().items() if key in _SETTINGS}
-        results.append(
-            {
-                "case": case.name,
-                "modality": volume.modality,
-                "modality_source": volume.modality_source,
-                "shape": list(volume.array.shape),
-                "spacing_mm": [round(edge, 4) for edge in volume.spacing],
-                "seconds": round(proposals.seconds, 3),
-                "structures": score_case(volume, labels, proposals, matched, hd95, largest_component),
-            }
-        )
-    if progress is not None:
-        progress(len(chosen), len(chosen), "", 1, 1)
+        scores = score_case(volume, labels.array, proposals, ids, hd95, largest_component)
+        results.append(_describe_case(case.name, volume, proposals.seconds, scores))
+    _report(progress, len(chosen), len(chosen), "", 1, 1)
     report = {
         "command": command if command is not None else shlex.join(sys.argv),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -459,10 +354,60 @@ def evaluate(
         "versions": describe_versions(),
         "seconds": round(time.monotonic() - started, 1),
         "num_cases": sum("error" not in case for case in results),
-        "summary": summarise(results, list(matched)),
+        "summary": summarise(results, asked),
         "cases": results,
     }
     return _without_nan(report)
+
+
+def _report(progress: Progress | None, number: int, count: int, name: str, done: int, total: int) -> None:
+    if progress is not None:
+        progress(number, count, name, done, total)
+
+
+def _read_meanings(
+    folder: Path, cases: Sequence[LabelledCase], known: Sequence[str], wanted: Sequence[str]
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], list[str]]:
+    """Case -> structure -> its ids there, and notes: by labels.json, and by what the file of a label itself says."""
+    own = {case.name: _read_own_names(case) for case in cases}
+    named = [case.name for case in cases if own[case.name]]
+    table = load_label_names(folder) if len(named) < len(cases) or (folder / LABELS_JSON).is_file() else {}
+    shared, notes = match_structures(table, known, wanted) if len(named) < len(cases) else ({}, [])
+    meanings = dict.fromkeys((case.name for case in cases), shared)
+    for name in named:
+        meanings[name], told = match_structures({**table, **own[name]}, known, wanted)
+        notes += [f"case {name}: {note}" for note in told]
+    return meanings, notes
+
+
+def _read_own_names(case: LabelledCase) -> dict[int, str]:
+    try:
+        return read_names(case.label)
+    except ImageError:
+        return {}  # Told where the label is read.
+
+
+def _note_strangers(folder: Path, case: LabelledCase, labels: LabelMap, ids: Mapping[str, Sequence[int]]) -> list[str]:
+    """A sentence about ids that nothing names."""
+    known = {value for values in ids.values() for value in values} | set(labels.names)
+    if (folder / LABELS_JSON).is_file():
+        known |= set(load_label_names(folder))
+    strangers = sorted(set(np.unique(labels.array).tolist()) - {0} - known)
+    if not strangers:
+        return []
+    return [f"case {case.name} holds label ids that labels.json does not name: {strangers}; taken as background"]
+
+
+def _describe_case(name: str, volume: Volume, seconds: float, scores: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "case": name,
+        "modality": volume.modality,
+        "modality_source": volume.modality_source,
+        "shape": list(volume.array.shape),
+        "spacing_mm": [round(edge, 4) for edge in volume.spacing],
+        "seconds": round(seconds, 3),
+        "structures": dict(scores),
+    }
 
 
 _SETTINGS = ("num_proposals", "seed", "num_inference_steps", "guidance_scale", "model_version", "adapter", "clean_up")

@@ -87,7 +87,7 @@ class PrelabelSettings:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ImageOutcome:
     """What became of one image.
 
     Attributes:
@@ -157,7 +157,7 @@ class Prelabeller:
         self._notes = root / "prelabel" / settings.tag
         self._proposals = ProposalStore(root)
 
-    def label(self, path: Path) -> Outcome:
+    def label(self, path: Path) -> ImageOutcome:
         """Label one image.
 
         Raises:
@@ -175,7 +175,7 @@ class Prelabeller:
         except Exception as err:  # one image's surprise must not end a night's run
             logger.exception("'%s' failed unexpectedly", image)
             state, reason = "failed", f"Unexpected {type(err).__name__}: {err}. The log has the details."
-        return Outcome(image, state, reason, round(time.monotonic() - started, 3))
+        return ImageOutcome(image, state, reason, round(time.monotonic() - started, 3))
 
     def _label(self, image: str, path: Path) -> tuple[str, str]:
         engine = self._engine
@@ -281,7 +281,7 @@ class Prelabeller:
 
 def run_here(
     images: Sequence[Path], make: Callable[[], Prelabeller], index: int = 0, count: int = 1
-) -> Iterator[Outcome]:
+) -> Iterator[ImageOutcome]:
     """Label this process's share, one image after the other."""
     prelabeller = make()
     for path in pick_share(images, index, count):
@@ -290,7 +290,7 @@ def run_here(
 
 def run_on_ray(
     images: Sequence[Path], make: Callable[[], Prelabeller], workers: int, gpus_per_worker: float = 0.0
-) -> Iterator[Outcome]:
+) -> Iterator[ImageOutcome]:
     """Label through Ray Data: `workers` actors with a model each, wherever the cluster has room.
 
     Every machine must see the same folders under the same paths. `ray.init` must have been called, or it starts a
@@ -318,10 +318,12 @@ def run_on_ray(
     # One block per image: a row that waits behind another one in the same block cannot go to a worker that is free.
     rows = ray.data.from_items([{"path": str(path)} for path in images], override_num_blocks=len(images))
     for row in rows.map(Worker, concurrency=workers, num_gpus=gpus_per_worker or None).iter_rows():
-        yield Outcome(**row)
+        yield ImageOutcome(**row)
 
 
-def build_report(outcomes: Sequence[Outcome], settings: PrelabelSettings, model: str, seconds: float) -> dict[str, Any]:
+def build_report(
+    outcomes: Sequence[ImageOutcome], settings: PrelabelSettings, model: str, seconds: float
+) -> dict[str, Any]:
     """What happened, for JSON: counts per state, why images failed or were kept, settings and times."""
     counts = Counter(outcome.state for outcome in outcomes)
     return {

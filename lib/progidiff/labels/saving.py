@@ -14,7 +14,6 @@ before.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from progidiff.images.formats import Use, find_format, is_picture, list_suffixes
 from progidiff.images.geometry import Grid
 from progidiff.images.reading import read_grid
 from progidiff.images.writing import save_mask
+from progidiff.labels.cases import LABELS_JSON, read_label_names
 from progidiff.labels.history import Source
 from progidiff.labels.segments import MAX_NAME, LabelMap, combine_names, is_unnamed, load_label_map
 from progidiff.params import read_bool, read_choice, read_float, read_int
@@ -181,18 +181,11 @@ def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) ->
     Raises:
         RequestError: if labels.json is something else.
     """
-    path = folder / "labels.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        names = {canonical_name(str(name)): int(value) for value, name in values.items()}
-    except FileNotFoundError:
+    path = folder / LABELS_JSON
+    if not path.exists():
         return fixed_ids() if served_ids is None else dict(served_ids)
-    except (OSError, ValueError, AttributeError) as err:
-        raise RequestError(
-            f"'{path}' does not map label ids to structures ({err}), so no label can be "
-            f"saved. Make it look like {_EXAMPLE}."
-        ) from err
-    if any(not 1 <= value <= MAX_LABEL_ID for value in names.values()):
+    names = {canonical_name(name): value for value, name in read_label_names(path).items()}
+    if any(value > MAX_LABEL_ID for value in names.values()):
         raise RequestError(
             f"'{path}' has ids outside 1 to {MAX_LABEL_ID}, so no label can be saved. Number the structures from 1."
         )
@@ -580,5 +573,4 @@ def _read_label_info(entries: object, table: object) -> dict[int, str] | None:
     return names or None
 
 
-_EXAMPLE = '{"1": "liver", "2": "spleen"}'
 _LABEL_INFO = '[{"name": "liver", "idx": 6}]'

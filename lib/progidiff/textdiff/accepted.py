@@ -34,7 +34,7 @@ from progidiff.images.reading import load_label, load_volume
 from progidiff.labels.history import hash_file
 from progidiff.labels.segments import load_label_map
 from progidiff.prompts.parser import canonical_name
-from progidiff.textdiff import data
+from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.feature_cache import FeatureCache
 from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
 from progidiff.textdiff.model import TextDiffCard
@@ -424,11 +424,13 @@ def _make_name(structure: str) -> str:
     return plain or "model"
 
 
-def _write_cases(chosen: Chosen, sentences: Mapping[str, str], folder: Path) -> tuple[list[data.Case], list[data.Case]]:
+def _write_cases(
+    chosen: Chosen, sentences: Mapping[str, str], folder: Path
+) -> tuple[list[PictureCase], list[PictureCase]]:
     """Masks as class numbers, and slices of volumes as pictures; the same files whenever the run is continued."""
     folder.mkdir(parents=True, exist_ok=True)
 
-    def write(cases: Sequence[Case]) -> list[data.Case]:
+    def write(cases: Sequence[Case]) -> list[PictureCase]:
         return [
             found for case in cases for found in _write_case(case, chosen.classes, sentences.get(case.name), folder)
         ]
@@ -436,7 +438,7 @@ def _write_cases(chosen: Chosen, sentences: Mapping[str, str], folder: Path) -> 
     return write(chosen.training), write(chosen.held_out)
 
 
-def _write_case(case: Case, classes: Sequence[str], sentence: str | None, folder: Path) -> list[data.Case]:
+def _write_case(case: Case, classes: Sequence[str], sentence: str | None, folder: Path) -> list[PictureCase]:
     from PIL import Image
 
     if is_picture(case.image):
@@ -444,7 +446,7 @@ def _write_case(case: Case, classes: Sequence[str], sentence: str | None, folder
         path = folder / f"{case.name}.label.png"
         spoken = _find_spoken(case, label, classes)[0]
         Image.fromarray(_number_classes(label[0], case, classes, spoken)).save(path)
-        return [data.Case(case.name, case.image, path, sentence, _list_unknown(spoken))]
+        return [PictureCase(case.name, case.image, path, sentence, _list_unknown(spoken))]
     volume = load_volume(case.image, info=case.info)
     label = volume.arrange(load_label_map(case.label, volume.grid).array)
     found = []
@@ -454,7 +456,7 @@ def _write_case(case: Case, classes: Sequence[str], sentence: str | None, folder
         Image.fromarray(render_slice(volume, z)).save(folder / f"{name}.png")
         Image.fromarray(_number_classes(label[z], case, classes, table[z])).save(folder / f"{name}.label.png")
         found.append(
-            data.Case(name, folder / f"{name}.png", folder / f"{name}.label.png", sentence, _list_unknown(table[z]))
+            PictureCase(name, folder / f"{name}.png", folder / f"{name}.label.png", sentence, _list_unknown(table[z]))
         )
     return found
 

@@ -22,7 +22,7 @@ TEXT_NAMES = ("text.csv", "text.xlsx", "texts.csv", "sentences.csv")
 
 
 @dataclass(frozen=True)
-class Case:
+class PictureCase:
     """A picture with what is known of it.
 
     Attributes:
@@ -41,7 +41,7 @@ class Case:
     unknown: tuple[int, ...] = ()
 
 
-def find_cases(images: Path, labels: Path | None = None, text: Path | None = None) -> list[Case]:
+def find_cases(images: Path, labels: Path | None = None, text: Path | None = None) -> list[PictureCase]:
     """Find pictures, their masks and sentences.
 
     Layouts, recognised by what is there (folder names in any case):
@@ -91,10 +91,10 @@ def find_cases(images: Path, labels: Path | None = None, text: Path | None = Non
         raise RequestError(
             f"No row of '{text}' names a picture in '{folder}'; its column 'image' must hold file names."
         )
-    return [Case(name, path, masks.get(name), found[name]) for name, path in sorted(pictures.items())]
+    return [PictureCase(name, path, masks.get(name), found[name]) for name, path in sorted(pictures.items())]
 
 
-def pick_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+def pick_cases(cases: Sequence[PictureCase], names: Sequence[str]) -> list[PictureCase]:
     """Cases by name, with or without suffix, in the order of `names`.
 
     Raises:
@@ -110,7 +110,7 @@ def pick_cases(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     return list({known[name].name: known[name] for name in names}.values())
 
 
-def read_classes(case: Case, size: tuple[int, int], classes: int) -> np.ndarray:
+def read_classes(case: PictureCase, size: tuple[int, int], classes: int) -> np.ndarray:
     """The mask of a case as class numbers.
 
     0 stays background. With one class everything above 0 is it (masks of 0 and 255); with more, values are class

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from progidiff.errors import CancelledError, RequestError
-from progidiff.textdiff.data import Case, read_classes
+from progidiff.textdiff.data import PictureCase, read_classes
 from progidiff.textdiff.model import TextDiffModel
 from progidiff.textdiff.pictures import read_picture
 
@@ -19,7 +19,7 @@ CONTROLS: tuple[Control, ...] = ("none", "empty", "shuffled", "no-text")
 
 def evaluate(
     model: TextDiffModel,
-    cases: Sequence[Case],
+    cases: Sequence[PictureCase],
     control: Control = "none",
     *,
     draws: int | None = None,

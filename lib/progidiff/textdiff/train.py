@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from progidiff.errors import CancelledError, RequestError
 from progidiff.model.backbone import pick_device
-from progidiff.textdiff.data import Case, read_classes
+from progidiff.textdiff.data import PictureCase, read_classes
 from progidiff.textdiff.evaluate import compute_scores
 from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
@@ -107,8 +107,8 @@ class TextDiffTraining:
 
 
 def train_textdiff(
-    cases: Sequence[Case],
-    held_out: Sequence[Case] = (),
+    cases: Sequence[PictureCase],
+    held_out: Sequence[PictureCase] = (),
     *,
     denoiser: str | Path | FeatureExtractor | None = None,
     encoder: str | Path | SentenceEncoder | None = None,
@@ -416,8 +416,8 @@ class _Words:
 
 
 def _check_request(
-    cases: Sequence[Case],
-    held_out: Sequence[Case],
+    cases: Sequence[PictureCase],
+    held_out: Sequence[PictureCase],
     extractor: FeatureExtractor,
     out: Path | None,
     config: TextDiffTrainConfig,
@@ -447,7 +447,7 @@ def _check_request(
 
 
 def _prepare(
-    cases: Sequence[Case],
+    cases: Sequence[PictureCase],
     extractor: FeatureExtractor,
     cache: FeatureCache,
     config: TextDiffTrainConfig,
@@ -532,7 +532,10 @@ def make_view(
 
 
 def choose_threshold(
-    model: TextDiffModel, held_out: Sequence[Case], cache: FeatureCache, is_cancelled: Callable[[], bool] | None = None
+    model: TextDiffModel,
+    held_out: Sequence[PictureCase],
+    cache: FeatureCache,
+    is_cancelled: Callable[[], bool] | None = None,
 ) -> tuple[float, dict[str, float]]:
     """The threshold with the best mean Dice, and what it gives.
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from progidiff.evaluation import evaluate
+from progidiff.labels.cases import LABELS_JSON, list_labelled, load_label_names
 from progidiff.labels.history import AnnotationStore
 from progidiff.labels.segments import combine_names, read_names
 from progidiff.prompts.parser import canonical_name
@@ -62,7 +62,7 @@ def list_local_labels(studies: Path) -> list[AcceptedLabel]:
     except (OSError, ValueError, KeyError, TypeError):
         objects = {}  # No server was here yet, or it is writing at this moment: labels.json still names the ids.
     found = []
-    for case in evaluate.list_cases(studies):
+    for case in list_labelled(studies):
         record = objects.get(case.name) or {}
         label = (record.get("labels") or {}).get("final") or {}
         found.append(
@@ -157,7 +157,7 @@ def load_folder_names(studies: Path) -> dict[int, str] | None:
     Raises:
         RequestError: if it is something else.
     """
-    return evaluate.load_label_names(studies) if (studies / "labels.json").is_file() else None
+    return load_label_names(studies) if (studies / LABELS_JSON).is_file() else None
 
 
 def to_json(cases: Iterable[Case]) -> list[dict[str, Any]]:

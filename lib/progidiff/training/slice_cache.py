@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from progidiff.errors import ImageError
-from progidiff.evaluation import evaluate
 from progidiff.images.formats import strip_suffix
 from progidiff.images.intensities import compute_body_threshold, compute_window
 from progidiff.images.reading import load_volume
 from progidiff.images.working_grid import plan_working_grid
+from progidiff.labels.cases import LabelledCase, list_labelled, load_label_names
 from progidiff.labels.segments import load_label_map
 from progidiff.model.conditioning import ConditioningConfig
 from progidiff.storage.atomic import atomic_folder
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Case(evaluate.Case):
+class Case(LabelledCase):
     """One labelled volume and what its labels mean.
 
     Attributes:
@@ -72,9 +72,9 @@ def list_cases(studies: Path, names: Iterable[str] | None = None) -> list[Case]:
     Raises:
         RequestError: if the folder, its labels.json or a named case is missing.
     """
-    structures = evaluate.load_label_names(studies)
+    structures = load_label_names(studies)
     wanted = None if names is None else [strip_suffix(name) for name in names]
-    found = {c.name: Case(c.name, c.image, c.label, structures) for c in evaluate.list_cases(studies, wanted)}
+    found = {c.name: Case(c.name, c.image, c.label, structures) for c in list_labelled(studies, wanted)}
     return [found[name] for name in wanted or found]
 
 

@@ -45,7 +45,7 @@ export function countDrawn(masks) {
   return count;
 }
 
-/** The mask that a pick makes of all proposals, as the server will make it: see `Pick.draw` in merging.py. */
+/** The mask that a pick makes of all proposals, as the server will make it: see `Pick.draw` in decisions.py. */
 export function drawPick(masks, pick, best) {
   const size = masks.length ? masks[0].length : 0;
   if (pick.rule === "nothing") return new Uint8Array(size);

@@ -2,8 +2,8 @@
 
 A browser never gets a whole volume. It gets the slice it shows, 16 bits a pixel, and for the same slice every proposal
 with one bit a pixel, so that window, level, proposals, merging and heat maps are its own arithmetic and switch at once,
-on a phone too. What it sends back are decisions (`progidiff.labels.merging.Plan`), a few hundred bytes; the voxels are
-made here, on the grid of the image, from the kept proposals.
+on a phone too. What it sends back are decisions (`labels.decisions.Plan`), a few hundred bytes; the voxels are made
+here, on the grid of the image, from the kept proposals.
 
 Masks of a slice, little-endian::
 
@@ -28,8 +28,8 @@ from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundE
 from progidiff.images.intensities import compute_window
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
+from progidiff.labels.decisions import Plan, compose_label
 from progidiff.labels.history import FINAL, Annotation
-from progidiff.labels.merging import Plan, compose_label
 from progidiff.labels.segments import load_label_map
 from progidiff.params import read_float, read_int
 from progidiff.prompts.structures import COLORS, OTHER_COLORS, number_structures
@@ -141,7 +141,7 @@ def _add_submit_route(endpoints: Endpoints) -> None:
         content=Content.JSON,
     )
     def submit(image: str, decisions: dict[str, Any], user: User = CALLER) -> dict[str, Any]:
-        """Body: proposals (key), volume and slices (see `merging.Plan`), base (the newest save the page knows),
+        """Body: proposals (key), volume and slices (see `decisions.Plan`), base (the newest save the page knows),
         seconds.
         """
         context = get_context()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from progidiff.errors import GeometryError, RequestError
-from progidiff.labels.merging import Plan, compose_label
+from progidiff.labels.decisions import Plan, compose_label
 from progidiff.proposals.agreement import compute_agreement, merge_masks
 from progidiff.proposals.volume_proposals import VolumeProposals
 from support.proposals import AFFINES, DEPTH, make_proposals, make_volume

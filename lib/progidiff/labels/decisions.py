@@ -29,7 +29,7 @@ _RULES = ("consensus", "best", "proposal", "union", "intersection", "majority", 
 
 
 @dataclass(frozen=True)
-class Pick:
+class MaskPick:
     """What is drawn of a structure.
 
     Attributes:
@@ -45,15 +45,15 @@ class Pick:
     threshold: float = 0.5
 
     @classmethod
-    def from_params(cls, params: object, num_proposals: int) -> Pick:
+    def from_params(cls, params: object, num_proposals: int) -> MaskPick:
         """Read a pick as sent: {"rule", "members", "threshold"}.
 
         Raises:
             RequestError: if it is none, or names proposals that there are not.
 
         Example:
-            >>> Pick.from_params({"rule": "union", "members": [3, 1]}, 4)
-            Pick(rule='union', members=(1, 3), threshold=0.5)
+            >>> MaskPick.from_params({"rule": "union", "members": [3, 1]}, 4)
+            MaskPick(rule='union', members=(1, 3), threshold=0.5)
         """
         if not isinstance(params, Mapping) or params.get("rule") not in _RULES:
             raise RequestError(f"A pick is an object with a rule, one of {', '.join(_RULES)}; got {str(params)[:60]}.")
@@ -90,7 +90,7 @@ class Pick:
 
         Example:
             >>> masks = np.array([[[True, True]], [[True, False]]])
-            >>> Pick("intersection").draw(masks, 0).tolist()
+            >>> MaskPick("intersection").draw(masks, 0).tolist()
             [[True, False]]
         """
         if self.rule == "nothing":
@@ -113,8 +113,8 @@ class Plan:
         slices: Axial index -> structure -> pick.
     """
 
-    volume: Mapping[str, Pick]
-    slices: Mapping[int, Mapping[str, Pick]]
+    volume: Mapping[str, MaskPick]
+    slices: Mapping[int, Mapping[str, MaskPick]]
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], result: VolumeProposals) -> Plan:
@@ -152,7 +152,7 @@ class Plan:
         picked = {pick.shown for picks in (self.volume, *self.slices.values()) for pick in picks.values()}
         return picked.pop() if len(picked) == 1 else MERGED
 
-    def picks_on(self, z: int) -> dict[str, Pick]:
+    def picks_on(self, z: int) -> dict[str, MaskPick]:
         """Structure -> pick on an axial slice; empty if it is not decided."""
         return {**self.volume, **self.slices.get(z, {})}
 
@@ -194,7 +194,7 @@ def compose_label(result: VolumeProposals, grid: Grid, plan: Plan, label_ids: Ma
     return labels
 
 
-def _read_picks(picks: object, result: VolumeProposals) -> dict[str, Pick]:
+def _read_picks(picks: object, result: VolumeProposals) -> dict[str, MaskPick]:
     if not isinstance(picks, Mapping):
         raise RequestError(
             "Picks are an object of structures, for example {'liver': {'rule': "
@@ -203,4 +203,4 @@ def _read_picks(picks: object, result: VolumeProposals) -> dict[str, Pick]:
     unknown = [str(name) for name in picks if name not in result.structures]
     if unknown:
         raise RequestError(f"These proposals hold no '{unknown[0][:60]}'; they hold {', '.join(result.structures)}.")
-    return {str(name): Pick.from_params(pick, result.num_proposals) for name, pick in picks.items()}
+    return {str(name): MaskPick.from_params(pick, result.num_proposals) for name, pick in picks.items()}

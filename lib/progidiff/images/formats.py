@@ -16,8 +16,8 @@ from typing import Any, Literal
 from numpy.typing import NDArray
 
 from progidiff.images import dicom, itk, nifti, pictures
-from progidiff.images.geometry import Affine
-from progidiff.images.raw import Raw
+from progidiff.images.geometry import Grid
+from progidiff.images.raw import Place, Raw
 
 Kind = Literal["volume", "picture"]
 
@@ -50,23 +50,23 @@ class Format:
         kind: "volume" or "picture".
         uses: What such files may be.
         read: Voxels and affine of a file; of a picture, a label map's.
-        read_grid: Shape, of any number of axes, and affine from the header; None if only reading all tells.
-        write: Writes an array (I, J, K) with its affine; None if this program does not.
+        read_place: What the header alone says; None if only reading all tells.
+        write: Writes an array (I, J, K) on its grid; None if this program does not.
     """
 
     suffix: str
     kind: Kind
     uses: Use
     read: Callable[[Path], Raw]
-    read_grid: Callable[[Path], tuple[tuple[int, ...], Affine]] | None = None
-    write: Callable[[NDArray[Any], Affine, Path], None] | None = None
+    read_place: Callable[[Path], Place] | None = None
+    write: Callable[[NDArray[Any], Grid, Path], None] | None = None
 
 
 _READ = Use.UPLOAD | Use.SESSION
 _ALL = _READ | Use.IMAGE | Use.LABEL | Use.ANSWER
-_NIFTI = (nifti.read_nifti, nifti.read_nifti_grid, nifti.write_nifti)
-_ITK = (itk.read_itk, itk.read_itk_grid)
-_PICTURE = (pictures.read_picture_map, pictures.read_picture_grid)
+_NIFTI = (nifti.read_nifti, nifti.read_nifti_place, nifti.write_nifti)
+_ITK = (itk.read_itk, itk.read_itk_place)
+_PICTURE = (pictures.read_picture_map, pictures.read_picture_place)
 
 FORMATS: tuple[Format, ...] = (
     Format(".nii.gz", "volume", _ALL, *_NIFTI),

@@ -11,7 +11,7 @@ where they are read and written, and nowhere else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,6 +35,24 @@ Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
+class HeaderReading:
+    """How a header that says more than one thing about the place of the voxels was read.
+
+    Attributes:
+        taken: What was taken: "sform", "qform", "both" if they agree, or "none" if the header gives no orientation.
+        others: What other programs make of the same header, each voxel index -> RAS mm, shape (4, 4). A label that lies
+            there lies on the image.
+        warnings: What people should know, one sentence each.
+        stated: The fields of the header that say where the voxels lie, for the files that answer.
+    """
+
+    taken: str
+    others: tuple[Affine, ...]
+    warnings: tuple[str, ...]
+    stated: Mapping[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
 class Grid:
     """Where the voxels of an image lie.
 
@@ -42,6 +60,7 @@ class Grid:
         shape: (I, J, K) in file order.
         affine: Voxel index (i, j, k, 1) -> RAS mm, shape (4, 4), float64.
         name: What to call the image in messages.
+        header: How its header was read, where there is a choice (NIfTI).
 
     Example:
         >>> grid = Grid((4, 5, 6), np.diag([1.0, 2.0, 3.0, 1.0]), "example")
@@ -52,6 +71,18 @@ class Grid:
     shape: Shape
     affine: Affine
     name: str = "the image"
+    header: HeaderReading | None = None
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What people should know about the place of the voxels, one sentence each; mostly nothing."""
+        return () if self.header is None else self.header.warnings
+
+    def describe(self) -> dict[str, Any]:
+        """For the parameters of an answer: `reading`, what of the header was taken (see `HeaderReading.taken`; "file"
+        where there is no choice), and `warnings`.
+        """
+        return {"reading": "file" if self.header is None else self.header.taken, "warnings": list(self.warnings)}
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -155,34 +186,28 @@ class Grid:
         """
         self._check(shape, self.shape, "in file order")
 
-    def check_same(self, shape: tuple[int, ...], affine: Affine, name: str) -> None:
-        """Refuse another grid.
-
-        Args:
-            shape: (I, J, K) of the other array.
-            affine: Its voxel index -> RAS mm, shape (4, 4).
-            name: What to call the other array in the message.
+    def check_same(self, other: Grid) -> None:
+        """Refuse another grid. Where a header can be read in several ways, one that fits is enough: programs differ in
+        what they take, and all of them mean the same voxels.
 
         Raises:
             GeometryError: if the shapes differ, or any corner by more than `GRID_TOLERANCE` of the smallest voxel edge.
         """
-        if tuple(shape) != self.shape:
+        if other.shape != self.shape:
             raise GeometryError(
-                f"'{name}' has {times(shape)} voxels and the image '{self.name}' {times(self.shape)}; resample it "
-                "to the image's grid, or save it uncropped."
+                f"'{other.name}' has {times(other.shape)} voxels and the image '{self.name}' {times(self.shape)}; "
+                "resample it to the image's grid, or save it uncropped."
             )
-        distance = self.find_distance(affine)
-        if not distance <= GRID_TOLERANCE * min(self.spacing):
+        if not any(is_same_place(self.shape, mine, theirs) for mine in self._readings for theirs in other._readings):
+            distance = find_distance(self.shape, self.affine, other.affine)
             raise GeometryError(
-                f"'{name}' lies up to {distance:.2f} mm away from the image '{self.name}' although both have "
-                f"{times(shape)} voxels (another origin, spacing or orientation); resample it to the image's grid."
+                f"'{other.name}' lies up to {distance:.2f} mm away from the image '{self.name}' although both have "
+                f"{times(self.shape)} voxels (another origin, spacing or orientation); resample it to the image's grid."
             )
 
-    def find_distance(self, affine: Affine) -> float:
-        """By how many mm the corner that moves most lies elsewhere with another affine."""
-        last = np.asarray(self.shape, dtype=np.float64) - 1
-        corners = np.array([[i, j, k, 1.0] for i in (0, last[0]) for j in (0, last[1]) for k in (0, last[2])])
-        return float(np.abs(corners @ (np.asarray(affine, dtype=np.float64) - self.affine).T).max())
+    @property
+    def _readings(self) -> tuple[Affine, ...]:
+        return (self.affine, *(() if self.header is None else self.header.others))
 
     def _check(self, given: tuple[int, ...], wanted: tuple[int, ...], kind: str) -> None:
         if tuple(given) != tuple(wanted):
@@ -198,6 +223,19 @@ class Grid:
         order = np.argsort(transform[:, 0])
         flips = transform[order, 1] < 0
         return (int(order[0]), int(order[1]), int(order[2])), (bool(flips[0]), bool(flips[1]), bool(flips[2]))
+
+
+def find_distance(shape: Shape, one: Affine, other: Affine) -> float:
+    """By how many mm, along any axis of the patient, the corner that moves most lies elsewhere with another affine."""
+    last = np.asarray(shape, dtype=np.float64) - 1
+    corners = np.array([[i, j, k, 1.0] for i in (0, last[0]) for j in (0, last[1]) for k in (0, last[2])])
+    return float(np.abs(corners @ (np.asarray(other, dtype=np.float64) - one).T).max())
+
+
+def is_same_place(shape: Shape, one: Affine, other: Affine) -> bool:
+    """Whether no corner differs by more than `GRID_TOLERANCE` of the smallest voxel edge of the first."""
+    edges = np.linalg.norm(one[:3, :3], axis=0)
+    return find_distance(shape, one, other) <= GRID_TOLERANCE * float(edges.min())
 
 
 def times(shape: Iterable[int]) -> str:

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from progidiff.errors import ImageError
-from progidiff.images.geometry import LPS_TO_RAS, Affine
-from progidiff.images.raw import Raw, check_size
+from progidiff.images.geometry import LPS_TO_RAS, Affine, Grid
+from progidiff.images.raw import Place, Raw, check_size
 
 
 def read_itk(path: Path) -> Raw:
@@ -33,21 +33,21 @@ def read_itk(path: Path) -> Raw:
     return Raw(sitk.GetArrayFromImage(reader.Execute()).T, _find_affine(reader))
 
 
-def read_itk_grid(path: Path) -> tuple[tuple[int, ...], Affine]:
+def read_itk_place(path: Path) -> Place:
     """Shape and affine from the header."""
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    return tuple(reader.GetSize()), _find_affine(reader)
+    return Place(tuple(reader.GetSize()), _find_affine(reader))
 
 
-def write_itk(array: NDArray[Any], affine: Affine, path: Path) -> None:
+def write_itk(array: NDArray[Any], grid: Grid, path: Path) -> None:
     """Write an array (I, J, K), compressed."""
     import SimpleITK as sitk
 
-    lps = LPS_TO_RAS @ affine
+    lps = LPS_TO_RAS @ grid.affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     image = sitk.GetImageFromArray(np.ascontiguousarray(array.T))
     image.SetSpacing(spacing.tolist())

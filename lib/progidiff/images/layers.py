@@ -39,7 +39,7 @@ def read_layers(path: str | os.PathLike[str], like: Grid, count: int) -> NDArray
 
     path = Path(path)
     grid = read_grid(path)
-    like.check_same(grid.shape, grid.affine, path.name)
+    like.check_same(grid)
     if not 1 < count <= MAX_LAYERS or count * math.prod(grid.shape) > MAX_VOXELS:
         raise ImageError(f"'{path.name}' has {count} layers; at most {MAX_LAYERS} and {MAX_VOXELS} voxels are read.")
     try:

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, NotFoundError
-from progidiff.images.geometry import LPS_TO_RAS, Affine
-from progidiff.images.raw import Raw
+from progidiff.images.geometry import LPS_TO_RAS, Affine, Grid
+from progidiff.images.raw import Place, Raw
 
 PICTURE = "picture"
 """What stands where a volume has its modality, "CT" or "MR"."""
@@ -108,12 +108,17 @@ def read_picture_label(path: str | os.PathLike[str]) -> NDArray[Any]:
     return np.ascontiguousarray(array.T[:, :, None].astype(np.min_scalar_type(high), copy=False))
 
 
+def read_picture_place(path: Path) -> Place:
+    """`read_picture_grid`, as the table of formats wants it."""
+    return Place(*read_picture_grid(path))
+
+
 def read_picture_map(path: Path) -> Raw:
     """`read_picture_label`, as the table of formats wants it."""
     return Raw(read_picture_label(path), PICTURE_AFFINE.copy())
 
 
-def write_picture_map(array: NDArray[Any], affine: Affine, path: Path) -> None:
+def write_picture_map(array: NDArray[Any], grid: Grid, path: Path) -> None:
     """`write_picture_label`, as the table of formats wants it: a picture keeps no affine."""
     write_picture_label(array, path)
 

@@ -10,13 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from progidiff.errors import ImageError
-from progidiff.images.geometry import Affine, times
+from progidiff.images.geometry import Affine, HeaderReading, times
 
 MAX_VOXELS = 1 << 30
 """Largest volume that is read: 1024 x 1024 x 1024."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
+class Place:
+    """What a header alone says.
+
+    Attributes:
+        shape: Voxels per axis, of any number of axes.
+        affine: Voxel index (i, j, k, 1) -> RAS mm, shape (4, 4).
+        header: How the header was read, where there is a choice.
+    """
+
+    shape: tuple[int, ...]
+    affine: Affine
+    header: HeaderReading | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Raw:
     """What a reader returns.
 
@@ -24,11 +39,13 @@ class Raw:
         array: Voxels in file order.
         affine: Voxel index (i, j, k, 1) -> RAS mm, shape (4, 4).
         modality: The tag, if the format has one.
+        header: How the header was read, where there is a choice.
     """
 
     array: NDArray[Any]
     affine: Affine
     modality: str | None = None
+    header: HeaderReading | None = None
 
 
 def check_size(shape: tuple[int, ...], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from numpy.typing import NDArray
 from progidiff.errors import ImageError, NotFoundError
 from progidiff.images import dicom
 from progidiff.images.formats import find_format, is_picture, strip_suffix
-from progidiff.images.geometry import Affine, Grid, times
+from progidiff.images.geometry import Grid, times
 from progidiff.images.intensities import guess_modality
 from progidiff.images.modality import check_modality
-from progidiff.images.raw import Raw, check_affine, check_voxels, squeeze
+from progidiff.images.raw import Place, Raw, check_affine, check_voxels, squeeze
 from progidiff.images.sidecars import find_stated_modality
 from progidiff.images.volume import Volume
 
@@ -63,7 +64,7 @@ def load_volume(
         )
     raw = _read(path)
     array = check_voxels(raw.array, path)
-    grid = _make_grid(array.shape, raw.affine, path)
+    grid = _make_grid(array.shape, raw, path)
     if min(grid.stack_shape[1:]) < 2:
         raise ImageError(
             f"'{path.name}' is a single sagittal or coronal slice ({times(array.shape)} "
@@ -75,7 +76,9 @@ def load_volume(
             "nothing to see in it. Check the export."
         )
     found, source = _find_modality(option, raw, path, info, array)
-    return Volume(array=array, affine=grid.affine, modality=found, modality_source=source, name=grid.name)
+    return Volume(
+        array=array, affine=grid.affine, modality=found, modality_source=source, name=grid.name, header=raw.header
+    )
 
 
 def read_grid(path: str | os.PathLike[str]) -> Grid:
@@ -89,15 +92,16 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     if not path.exists():
         raise NotFoundError(f"There is no image at '{path}'. Check the path.")
     row = None if path.is_dir() else find_format(path)
-    if row is None or row.read_grid is None:
+    if row is None or row.read_place is None:
         return load_volume(path).grid
     try:
-        shape, affine = row.read_grid(path)
+        place = row.read_place(path)
     except _READ_ERRORS as err:
         raise _unreadable(path, err) from err
+    shape = place.shape
     if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
         raise ImageError(f"'{path.name}' has {times(shape)} voxels; a single volume of slices is needed.")
-    return _make_grid(shape[:3], affine, path)
+    return _make_grid(shape[:3], place, path)
 
 
 def load_label(path: str | os.PathLike[str], like: Grid | None = None) -> NDArray[Any]:
@@ -127,13 +131,14 @@ def load_label(path: str | os.PathLike[str], like: Grid | None = None) -> NDArra
     if low < 0 or high > np.iinfo(np.uint32).max:
         raise ImageError(f"'{path.name}' holds the values {low} to {high}; label ids are whole numbers from 0.")
     if like is not None:
-        like.check_same(array.shape, raw.affine, path.name)
+        size_i, size_j, size_k = array.shape
+        like.check_same(Grid((size_i, size_j, size_k), raw.affine, path.name, raw.header))
     return array.astype(np.min_scalar_type(high), copy=False)
 
 
-def _make_grid(shape: tuple[int, ...], affine: Affine, path: Path) -> Grid:
+def _make_grid(shape: tuple[int, ...], read: Place | Raw, path: Path) -> Grid:
     size_i, size_j, size_k = (int(size) for size in shape)
-    return Grid((size_i, size_j, size_k), check_affine(affine, path), strip_suffix(path))
+    return Grid((size_i, size_j, size_k), check_affine(read.affine, path), strip_suffix(path), read.header)
 
 
 def _read(path: Path) -> Raw:
@@ -144,7 +149,7 @@ def _read(path: Path) -> Raw:
         raw = _find_reader(path)(path)
     except _READ_ERRORS as err:
         raise _unreadable(path, err) from err
-    return Raw(squeeze(raw.array, path), np.asarray(raw.affine, dtype=np.float64), raw.modality)
+    return replace(raw, array=squeeze(raw.array, path), affine=np.asarray(raw.affine, dtype=np.float64))
 
 
 def _find_reader(path: Path) -> Callable[[Path], Raw]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from progidiff.images.geometry import Affine, Grid
+from progidiff.images.geometry import Affine, Grid, HeaderReading
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +23,7 @@ class Volume:
         modality: "CT" or "MR".
         modality_source: Where the modality comes from: "dicom", "option", "sidecar" or "guessed".
         name: File name without its suffix, or the folder's name for a DICOM series.
+        header: How its header was read, where there is a choice (NIfTI).
     """
 
     array: NDArray[Any]
@@ -30,12 +31,13 @@ class Volume:
     modality: str
     modality_source: str
     name: str
+    header: HeaderReading | None = None
 
     @cached_property
     def grid(self) -> Grid:
         """Where the voxels lie. Whatever needs no intensities takes this instead of the volume."""
         size_i, size_j, size_k = self.array.shape
-        return Grid((size_i, size_j, size_k), self.affine, self.name)
+        return Grid((size_i, size_j, size_k), self.affine, self.name, self.header)
 
     @cached_property
     def digest(self) -> str:

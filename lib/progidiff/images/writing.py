@@ -40,22 +40,25 @@ def save_mask(mask: NDArray[Any], like: Grid, path: str | os.PathLike[str]) -> P
         mask = mask.astype(np.float32, copy=False)
     elif mask.dtype in (np.int64, np.uint64):
         mask = mask.astype(np.int32)
-    return save_array(mask, like.affine, path)
+    return _save(mask, like, Path(path))
 
 
 def save_array(array: NDArray[Any], affine: Affine, path: str | os.PathLike[str]) -> Path:
     """Write an array in file order (I, J, K) with its affine (voxel index -> RAS mm); see `save_mask`."""
-    path = Path(path)
+    size_i, size_j, size_k = array.shape
+    return _save(array, Grid((size_i, size_j, size_k), affine), Path(path))
+
+
+def _save(array: NDArray[Any], grid: Grid, path: Path) -> Path:
     row = find_writer(path)
-    is_flat = array.ndim == 3 and array.shape[2] == 1
-    if row is None or row.write is None or (row.kind == "picture" and not is_flat):
+    if row is None or row.write is None or (row.kind == "picture" and array.shape[2] != 1):
         raise RequestError(
             f"Cannot write '{path.name}': its suffix must be one of {', '.join(list_written('volume'))}."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path, suffix=row.suffix) as scratch:
-            row.write(array, affine, scratch)
+            row.write(array, grid, scratch)
     except (OSError, RuntimeError) as err:
         raise StoreError(f"'{path}' could not be written ({err}). Free some space or choose another folder.") from err
     return path

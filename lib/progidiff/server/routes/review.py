@@ -212,6 +212,7 @@ def _describe_image(context: Context, image: str) -> dict[str, Any]:
         "spacing": [round(edge, 6) for edge in spacing],
         "modality": volume.modality,
         "modality_source": volume.modality_source,
+        "geometry": volume.grid.describe(),
         "scale": [slope, intercept],
         "window": list(compute_window(volume)),
         "range": [float(volume.array.min()), float(volume.array.max())],

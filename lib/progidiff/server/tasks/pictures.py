@@ -301,7 +301,8 @@ class TextDiffInferTask(InferTask):
             "saved_original": image_id if saved else None,
             "saved_tags": saved,
             "ignored": list(options.ignored),
-            "warnings": list(notes),
+            "geometry": subject.grid.describe(),
+            "warnings": [*subject.grid.warnings, *notes],
             "latencies": {
                 "total": round(time.monotonic() - started, 3),
                 "compute": round(result.seconds, 3) if job is not None else 0.0,

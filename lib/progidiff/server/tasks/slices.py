@@ -158,6 +158,7 @@ class SliceInferTask(InferTask):
             "seed": options.seed,
             "model_version": self._proposals.engine.model_version,
             "modality": volume.modality,
+            "geometry": volume.grid.describe(),
             "ignored": list(options.ignored),
             "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(seconds, 3)},
         }

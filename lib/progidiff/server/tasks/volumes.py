@@ -159,7 +159,8 @@ class ProposalInferTask(InferTask):
             "saved_original": image_id if saved else None,
             "saved_tags": saved,
             "ignored": list(options.ignored),
-            "warnings": self.engine.find_warnings(volume, queries, adapter),
+            "geometry": volume.grid.describe(),
+            "warnings": [*volume.grid.warnings, *self.engine.find_warnings(volume, queries, adapter)],
             "latencies": {
                 "total": round(time.monotonic() - started, 3),
                 "compute": round(result.seconds, 3) if job is not None else 0.0,

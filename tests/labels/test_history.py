@@ -373,3 +373,100 @@ def test_the_command_line_writes_the_audit_and_finds_damage(tmp_path: Path):
     store.label_file(saved).write_bytes(b"other")
     bad = run.invoke(app, ["audit", "verify", "--studies", str(tmp_path / "studies")])
     assert (bad.exit_code, "is not what was saved" in bad.output) == (1, True)
+
+
+def test_a_log_that_lost_its_end_is_said_at_once_and_for_good_and_gives_no_number_twice(
+    store: AnnotationStore, tmp_path: Path
+):
+    label = write(tmp_path)
+    for _ in range(6):
+        store.record("x", label)
+    log = store.root / "log.jsonl"
+    lines = log.read_bytes().splitlines(keepends=True)
+    assert store.find_losses() == []
+    for kept in (0, 4):
+        log.write_bytes(b"".join(lines[:kept]))
+        again = AnnotationStore(store.root)
+        (loss,) = again.find_losses()
+        assert f"it went to event 6 and ends with {kept}" in loss
+        assert loss in again.verify()
+        assert again.set_aside_unfinished() is None
+    assert again.record("y", label).sequence == 7  # Of another image: its folder does not show what is used.
+    again = AnnotationStore(store.root)
+    assert any("Lines before line 5" in loss for loss in again.find_losses())
+    assert any("Lines before line 5" in problem for problem in again.verify())
+
+
+def test_a_log_of_an_older_version_that_was_emptied_is_said_by_the_label_versions(
+    store: AnnotationStore, tmp_path: Path
+):
+    label = write(tmp_path)
+    for image in ("x", "y", "x"):
+        store.record(image, label)
+    (store.root / "head.json").unlink()
+    assert AnnotationStore(store.root).find_losses() == []
+    (store.root / "log.jsonl").write_bytes(b"")
+    again = AnnotationStore(store.root)
+    (loss,) = again.find_losses()
+    assert "3 label versions" in loss
+    assert again.record("z", label).sequence == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"sequence": 1}'])
+def test_a_damaged_head_is_set_aside_and_the_log_goes_on(store: AnnotationStore, tmp_path: Path, content: bytes):
+    store.record("x", write(tmp_path))
+    (store.root / "head.json").write_bytes(content)
+    again = AnnotationStore(store.root)
+    assert again.find_losses() == []
+    assert again.record("x", write(tmp_path)).sequence == 2
+    assert AnnotationStore(store.root).verify() == []
+    assert len(list(store.root.glob("head.json.damaged-*"))) == 1
+
+
+def test_text_that_no_answer_can_hold_is_mended_when_the_log_is_read(store: AnnotationStore, tmp_path: Path):
+    store.record("x", write(tmp_path), user="ada")
+    log = store.root / "log.jsonl"
+    values = json.loads(log.read_text(encoding="utf-8"))
+    values |= {"client": "\ud800", "seconds": float("nan")}  # As version 0.1.0 let it in.
+    values["check"] = module._compute_check(values)
+    (store.root / "head.json").unlink()
+    line = (json.dumps(values) + "\n").encode()
+    log.write_bytes(line)
+    again = AnnotationStore(store.root)
+    (label,) = again.list()
+    assert (label.client, label.seconds) == ("\ufffd", None)
+    format_audit(list_audit(again), "csv").encode()
+    json.dumps(label.to_dict(), allow_nan=False, ensure_ascii=False).encode()
+    assert again.record("x", write(tmp_path), client="\udcff", seconds=float("inf")).sequence == 2
+    assert AnnotationStore(store.root).list()[1].client == "\ufffd"
+    assert AnnotationStore(store.root).verify() == []
+    assert log.read_bytes().startswith(line)
+
+
+def test_what_the_folder_refused_is_taken_back(store: AnnotationStore, tmp_path: Path):
+    first = store.record("x", write(tmp_path, b"1"))
+    second = store.record("x", write(tmp_path, b"2"))
+    store.take_back("x", "final", "disk")
+    assert store.current("x") == first
+    store.restore("x", second.sequence)
+    store.take_back("x", "final", "disk")
+    assert store.current("x") == first
+    assert store.find_undone("x") is None
+    store.undo("x")
+    store.take_back("x", "final", "disk")
+    assert store.current("x") == first
+    store.delete("x")
+    assert store.find_undone("x") == first
+    store.take_back("x", "final", "disk")
+    assert store.current("x") == first
+    assert AnnotationStore(store.root).verify() == []
+
+
+def test_labels_in_the_folder_are_found_by_every_suffix_in_any_case(tmp_path: Path):
+    final = tmp_path / "final"
+    final.mkdir()
+    for name in ("a.seg.nrrd", "b.NII.GZ", "c.Mha", "d.txt", ".writing-e.nii.gz"):
+        write(final, name=name)
+    with contextlib.suppress(OSError):  # Some disks take no such name.
+        (final / os.fsdecode(b"\xff.nii.gz")).write_bytes(b"label")
+    assert set(AnnotationStore(tmp_path / "annotations", final).annotated_images()) == {"a", "b", "c"}

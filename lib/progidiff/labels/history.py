@@ -5,6 +5,7 @@
     <root>/
       log.jsonl                        one JSON object per line and event; only ever appended to
       labels/<image>/<sequence>.<ext>  every label that was saved, byte for byte; written once, never changed or removed
+      head.json                        how far the log went when it was last written; tells whether its end is missing
       torn/                            what a crash left of a save never acknowledged: its file, part of its line
 
 Order is by sequence number, never by clock. A label's file is on disk (flushed, renamed) before the line that speaks of
@@ -29,7 +30,6 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -39,9 +39,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
 
-from progidiff.errors import BusyError, NotFoundError, RequestError, StoreError
+from pydantic import BaseModel, ConfigDict
+
+from progidiff.errors import NotFoundError, RequestError, StoreError
 from progidiff.images.formats import Use, find_format, list_suffixes
-from progidiff.storage.atomic import flush
+from progidiff.storage.atomic import flush, locked, make_scratch_name, remove_leftovers, replace_text
+from progidiff.storage.json_text import is_whole, mend
+from progidiff.storage.state_files import load_state
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +55,16 @@ FINAL = "final"
 
 Kind = Literal["label", "delete", "undo", "restore", "skip"]
 
-_LOCK_SECONDS = 30.0
+_NOT_KEPT = (
+    "The label could not be kept in '{}' ({}); nothing was saved. Free some disk space, or check who may write there, "
+    "and save again."
+)
+_NOTHING_TO_UNDO = (
+    "There is nothing to undo: no label of '{}' with tag '{}' was saved, or every save is undone already."
+)
+
 _MAX_TEXT = 200
 _NUMBER = re.compile(r"(\d+)\.")
-_STALE_SECONDS = 3600.0
-_WRITING = ".writing-"
 
 
 @dataclass(frozen=True)
@@ -197,6 +206,20 @@ class _Track:
         return next((state for number, state in reversed(self.timeline) if number <= sequence), ())
 
 
+class _Head(BaseModel):
+    """How far the log went when its last line was written.
+
+    Attributes:
+        sequence: Of the last event.
+        check: Of its line.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    sequence: int
+    check: str
+
+
 @dataclass(frozen=True)
 class _Line:
     """One line as read: the event, or why it cannot be read."""
@@ -221,7 +244,9 @@ class AnnotationStore:
         self.root = Path(root)
         self.final_labels = None if final_labels is None else Path(final_labels)
         self._log = self.root / "log.jsonl"
+        self._head_file = self.root / "head.json"
         self._mutex = threading.RLock()
+        self._is_locked = False
         self._reset()
 
     def record(
@@ -256,11 +281,11 @@ class AnnotationStore:
         label_file = Path(label_file)
         suffix = _label_suffix(label_file)
         chosen = None if slices is None else _check_slices(slices, num_slices)
-        with self._locked():
+        with self._staged(label_file) as (staged, sha256), self._locked():
             lines = self._lines()
             folder = self.root / "labels" / _folder_name(image)
             sequence = self._next_sequence(lines, folder)
-            file, sha256 = self._keep(label_file, folder, f"{sequence}{suffix}")
+            file = self._keep(staged, folder / f"{sequence}{suffix}")
             label = Annotation(
                 sequence=sequence,
                 time=_now(),
@@ -306,12 +331,35 @@ class AnnotationStore:
         with self._locked():
             self._refresh()
             if len(self._track(image, tag).states) < 2:
-                raise NotFoundError(
-                    f"There is nothing to undo: no label of '{image[:100]}' with tag "
-                    f"'{tag}' was saved, or every save is undone already."
-                )
+                raise NotFoundError(_NOTHING_TO_UNDO.format(image[:100], tag))
             self._record_event("undo", image, user, tag)
             return self.current(image, tag)
+
+    def find_undone(self, image: str, tag: str = FINAL) -> Annotation | None:
+        """The save that would be in force after an `undo`; None if none would be.
+
+        Raises:
+            NotFoundError: if there is no step to go back.
+        """
+        with self._mutex:
+            self._refresh()
+            states = self._track(image, tag).states
+            if len(states) < 2:
+                raise NotFoundError(_NOTHING_TO_UNDO.format(image[:100], tag))
+            return self._labels[states[-2][-1]] if states[-2] else None
+
+    def take_back(self, image: str, tag: str, reason: str) -> None:
+        """Say that the last event of an image had no effect, because the folder with the labels refused it: what was in
+        force before counts again.
+        """
+        with self._locked():
+            self._lines()
+            timeline = self._track(image, tag).timeline
+            last = next(event for event in reversed(self._events) if event.sequence == timeline[-1][0])
+            if last.kind == "undo":
+                self._record_event("restore", image, "", tag, reason, target=timeline[-2][0])
+            else:
+                self._record_event("undo", image, "", tag, reason)
 
     def restore(self, image: str, sequence: int, user: str = "") -> Annotation:
         """Go back to the state right after an earlier save.
@@ -447,7 +495,47 @@ class AnnotationStore:
                 for path in kept
                 if path.is_file() and path.relative_to(self.root).as_posix() not in known
             ]
-            return problems
+            self._refresh()
+            return problems + self._find_lost_end()
+
+    def find_losses(self) -> builtins.list[str]:
+        """What the log itself says to be missing, one sentence each, without reading label versions; see `verify`."""
+        with self._mutex:
+            self._refresh()
+            return [*self._gaps, *self._find_lost_end()]
+
+    def _find_lost_end(self) -> builtins.list[str]:
+        head = self._read_head()
+        if head is not None and not self._reaches(head):
+            last = self._events[-1].sequence if self._events else 0
+            return [
+                f"The end of '{self._log}' is missing: it went to event {head.sequence} and ends with {last}. "
+                "The label versions are kept; restore the log from a backup."
+            ]
+        unknown = self._find_unknown_versions() if head is None else []
+        if unknown:
+            return [
+                f"{len(unknown)} label versions up to '{unknown[-1]}' have no line in '{self._log}', whose end may be "
+                "missing; restore it from a backup."
+            ]
+        return []
+
+    def _find_unknown_versions(self) -> builtins.list[Path]:
+        """Label versions beyond the last event, but for one that a crash may have left; see `set_aside_unfinished`."""
+        last = self._events[-1].sequence if self._events else 0
+        found = [
+            (int(number.group(1)), path)
+            for path in (self.root / "labels").glob("*/*")
+            if (number := _NUMBER.match(path.name)) and int(number.group(1)) > last
+        ]
+        return [path for _, path in sorted(found)] if len(found) > 1 else []
+
+    def _read_head(self) -> _Head | None:
+        meaning = "Whether the end of the history's log is missing cannot be told."
+        return load_state(self._head_file, _Head.model_validate_json, lambda: None, meaning)
+
+    def _reaches(self, head: _Head) -> bool:
+        return self._checks.get(head.sequence) == head.check
 
     def list_torn(self) -> builtins.list[str]:
         """What crashes left of saves that nobody was told about, one sentence each: no damage, but somebody may miss a
@@ -482,6 +570,9 @@ class AnnotationStore:
             ]
             number = _NUMBER.match(files[0].name) if len(files) == 1 else None
             if number is None or lines != len(self._events) or int(number.group(1)) != self._next_sequence(lines, None):
+                return None
+            head = self._read_head()
+            if head is not None and not self._reaches(head):
                 return None
             target = self.root / "torn" / f"{files[0].parent.name}-{time.time_ns()}-{files[0].name}"
             try:
@@ -528,37 +619,49 @@ class AnnotationStore:
 
     def _next_sequence(self, lines: int, folder: Path | None) -> int:
         """Above every number ever given, also to events whose line is damaged and to files that no event speaks of."""
-        used = [lines, self._events[-1].sequence if self._events else 0]
+        head = self._read_head()
+        used = [lines, self._events[-1].sequence if self._events else 0, 0 if head is None else head.sequence]
+        if head is None:
+            used += [int(_NUMBER.match(path.name).group(1)) for path in self._find_unknown_versions()]  # type: ignore[union-attr]
         if folder is not None and folder.is_dir():
             used += [int(match.group(1)) for match in map(_NUMBER.match, os.listdir(folder)) if match]
         return max(used) + 1
 
-    def _keep(self, label_file: Path, folder: Path, name: str) -> tuple[Path, str]:
-        """Copy a label into the history by rename; its path and SHA-256."""
-        scratch: Path | None = None
+    @contextlib.contextmanager
+    def _staged(self, label_file: Path) -> Iterator[tuple[Path, str]]:
+        """A copy of a label in the history's folder, before any lock, and its SHA-256."""
+        scratch = self.root / make_scratch_name()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            scratch = Path(tempfile.mkdtemp(prefix=_WRITING, dir=self.root))
-            copy = scratch / name
-            shutil.copyfile(label_file, copy)
-            flush(copy)
-            sha256 = hash_file(copy)
-            os.replace(copy, folder / name)
-            for changed in (folder, folder.parent, self.root):
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(label_file, scratch)
+                flush(scratch)
+                sha256 = hash_file(scratch)
+            except OSError as err:
+                raise StoreError(_NOT_KEPT.format(self.root, err)) from err
+            yield scratch, sha256
+        finally:
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+
+    def _keep(self, staged: Path, file: Path) -> Path:
+        """Rename a copy to a label version. Needs the lock."""
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staged, file)
+            for changed in (file.parent, file.parent.parent, self.root):
                 flush(changed)
         except OSError as err:
-            raise StoreError(
-                f"The label could not be kept in '{folder}' ({err}); nothing was saved. "
-                "Free some disk space and save again."
-            ) from err
-        finally:
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
-        return folder / name, sha256
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+            raise StoreError(_NOT_KEPT.format(file.parent, err)) from err
+        return file
 
     def _append(self, event: Event) -> None:
         """Write one line and flush it; if the disk refuses, the log is as it was."""
-        line = _encode(event, self._last_check)
+        head = self._read_head()
+        # Where the end of the log is missing, the line follows what is lost: `verify` finds the gap for good.
+        line = _encode(event, self._last_check if head is None or self._reaches(head) else head.check)
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             handle = os.open(self._log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -583,6 +686,10 @@ class AnnotationStore:
                 f"'{self._log}' could not be written ({err}); nothing was saved. Free some disk space and save again."
             ) from err
         self._refresh()
+        try:
+            replace_text(self._head_file, _Head(sequence=event.sequence, check=self._last_check).model_dump_json())
+        except OSError as err:  # The event is kept. An older head is one that the log reaches.
+            logger.warning("'%s' could not be written: %s", self._head_file, err)
 
     def _mend_tail(self) -> None:
         """Finish or set aside a last line that a crash left without its end. Needs the lock."""
@@ -624,6 +731,9 @@ class AnnotationStore:
         self._identity: tuple[int, int] | None = None
         self._num_lines = 0
         self._last_check = ""
+        self._checks: dict[int, str] = {}
+        self._gaps: builtins.list[str] = []
+        self._is_after_damage = False
         self._events: builtins.list[Event] = []
         self._labels: dict[int, Annotation] = {}
         self._tracks: dict[tuple[str, str], _Track] = {}
@@ -648,8 +758,15 @@ class AnnotationStore:
             self._num_lines = line.number
             if line.event is None:
                 logger.error("Line %d of '%s' is damaged and left out: %s", line.number, self._log, line.problem)
+                self._gaps.append(
+                    f"Line {line.number} of '{self._log}' is damaged ({line.problem}); its event is lost."
+                )
+                self._is_after_damage = True
                 continue
-            self._last_check = line.check
+            if line.after != self._last_check and not self._is_after_damage:
+                self._gaps.append(f"Lines before line {line.number} of '{self._log}' are missing.")
+            self._is_after_damage = False
+            self._last_check = self._checks[line.event.sequence] = line.check
             self._events.append(line.event)
             if line.event.label is not None:
                 self._labels[line.event.sequence] = line.event.label
@@ -681,50 +798,39 @@ class AnnotationStore:
         """Ids of the files among the final labels."""
         if self.final_labels is None or not self.final_labels.is_dir():
             return set()
-        names = (name for name in os.listdir(self.final_labels) if not name.startswith("."))
-        suffixes = list_suffixes(Use.LABEL)
-        return {name[: -len(suffix)] for name in names for suffix in suffixes if name.lower().endswith(suffix)}
+        names = os.listdir(self.final_labels)
+        found = {split_label_name(name) for name in names if not name.startswith(".") and is_whole(name)}
+        return {parts[0] for parts in found if parts is not None}
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout
-
         with self._mutex:
-            if getattr(self, "_is_locked", False):
+            if self._is_locked:
                 yield
                 return
-            try:
-                self.root.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(self.root / ".lock", timeout=_LOCK_SECONDS)
-                lock.acquire()
-            except Timeout as err:
-                raise BusyError(
-                    f"Another process has been writing to '{self.root}' for {_LOCK_SECONDS:.0f} s. Try again.",
-                    retry_after=30,
-                ) from err
-            except OSError as err:
-                raise StoreError(
-                    f"'{self.root}' cannot be locked ({err}). Free some disk space or check who may write there."
-                ) from err
-            self._is_locked = True
-            try:
-                self._remove_leftovers()
-                yield
-            finally:
-                self._is_locked = False
-                lock.release()
+            with locked(self.root / ".lock", f"Another process has been writing to '{self.root}'"):
+                self._is_locked = True
+                try:
+                    remove_leftovers(self.root)
+                    yield
+                finally:
+                    self._is_locked = False
 
-    def _remove_leftovers(self) -> None:
-        """Temporary folders of processes that died."""
-        for path in self.root.glob(f"{_WRITING}*"):
-            with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(path, ignore_errors=True)
+
+def split_label_name(name: str) -> tuple[str, str] | None:
+    """A label's file name as the id of its image and a suffix, as it is written; None if it is no label's.
+
+    Example:
+        >>> split_label_name("case.01.SEG.nrrd"), split_label_name("notes.txt")
+        (('case.01', '.SEG.nrrd'), None)
+    """
+    row = find_format(name, Use.LABEL)
+    return None if row is None else (name[: -len(row.suffix)], name[-len(row.suffix) :])
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:
-    """SHA-256 (hexadecimal) of a file's bytes."""
-    with open(path, "rb") as file:
+    """SHA-256 (hexadecimal) of a file's bytes. It does not wait for the other end of a pipe: this runs under locks."""
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -743,6 +849,7 @@ def _encode(event: Event, last_check: str) -> bytes:
         values["target"] = event.target
     if event.label is not None:
         values |= {name: value for name, value in event.label.to_dict().items() if name not in values}
+    values = mend(values)
     values["after"] = last_check
     values["check"] = _compute_check(values)
     return (json.dumps(values) + "\n").encode()
@@ -763,6 +870,7 @@ def _parse(content: bytes, first: int) -> Iterator[_Line]:
                 raise ValueError("its checksum does not fit")
             if values["format"] != FORMAT:
                 raise ValueError(f"it has format {values['format']}, this version reads {FORMAT}")
+            values = mend(values)  # An older version took text that no answer can hold. The line stays as it is.
             label = Annotation.from_dict(values) if values["event"] == "label" else None
             event = Event(
                 sequence=int(values["sequence"]),

@@ -70,11 +70,12 @@ from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
 from progidiff.model.folder import ModelCard, load_pipeline
 from progidiff.model.lora import LoraSettings, inject_lora
 from progidiff.model.pipeline import ProposalPipeline
-from progidiff.training.adapt import measure_dice
+from progidiff.training.augment import augment
 from progidiff.training.dice_tally import one_hot
 from progidiff.training.evidence_stage import PhraseTable
+from progidiff.training.gate import measure_dice
 from progidiff.training.losses import compute_evidence_loss
-from progidiff.training.slice_cache import SliceCache, augment, list_cases
+from progidiff.training.slice_cache import SliceCache, list_cases
 from progidiff.training.split import restrict_cache
 
 ROOT = Path(__file__).resolve().parents[1]

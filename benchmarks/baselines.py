@@ -26,12 +26,13 @@ from torch.nn import functional as F
 
 from progidiff.model.codec import encode_pictures
 from progidiff.model.pipeline import ProposalPipeline
+from progidiff.training.augment import augment
 from progidiff.training.dice_tally import one_hot
 from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.loop import AveragedWeights, derive_seed, named_parameters
 from progidiff.training.losses import ProposalLosses, compute_mask_loss
 from progidiff.training.proposal_stage import ProposalOptions, decode_crops, draw_pairs
-from progidiff.training.slice_cache import SliceCache, augment
+from progidiff.training.slice_cache import SliceCache
 
 
 class ChannelDropout(nn.Module):

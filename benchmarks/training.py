@@ -34,10 +34,11 @@ from progidiff.model.backbone import Backbone
 from progidiff.model.folder import load_card, load_pipeline
 from progidiff.model.lora import INJECTION
 from progidiff.model.pipeline import ProposalPipeline
+from progidiff.training.augment import augment
 from progidiff.training.evidence_stage import EvidenceObjective, EvidenceOptions, PhraseTable
 from progidiff.training.loop import LoopConfig, find_autocast_dtype, run_loop
 from progidiff.training.proposal_stage import ProposalObjective, ProposalOptions
-from progidiff.training.slice_cache import SliceCache, augment, list_cases
+from progidiff.training.slice_cache import SliceCache, list_cases
 
 ROOT = Path(__file__).resolve().parents[1]
 ORGANS = {

@@ -57,8 +57,9 @@ from progidiff.model.backbone import Backbone
 from progidiff.model.folder import ModelCard, load_card, load_pipeline
 from progidiff.model.lora import LoraSettings
 from progidiff.model.pipeline import ProposalPipeline
-from progidiff.training.adapt import AdaptConfig, run_adapt
+from progidiff.training.adapt import run_adapt
 from progidiff.training.loop import find_autocast_dtype
+from progidiff.training.recipe_settings import AdaptConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 

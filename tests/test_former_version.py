@@ -43,8 +43,9 @@ from progidiff.server.tasks.volumes import ProposalInferTask, build_task
 from progidiff.textdiff.pictures import read_picture
 from progidiff.textdiff.versions import TextDiffStore
 from progidiff.training.accepted_labels import from_json
-from progidiff.training.adapt import AdaptConfig, run_adapt
+from progidiff.training.adapt import run_adapt
 from progidiff.training.loop import pick_precision
+from progidiff.training.recipe_settings import AdaptConfig
 from progidiff.training_runs.mark import MarkFile
 from progidiff.training_runs.options import TrainingOptions
 from progidiff.training_runs.runner import TrainingRunner

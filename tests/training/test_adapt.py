@@ -22,7 +22,8 @@ from progidiff.model.folder import load_card
 from progidiff.model.lora import LoraSettings
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
-from progidiff.training.adapt import AdaptConfig, AdaptResult, judge, run_adapt
+from progidiff.training.adapt import AdaptResult, judge, run_adapt
+from progidiff.training.recipe_settings import AdaptConfig
 from progidiff.training.split import pick_evenly, prepare_data, restrict_cache, split_slices
 from support.labelled_phantoms import write_case, write_table
 
@@ -75,7 +76,9 @@ def adapt(studies: Path, model: Path, config: AdaptConfig = BARELY, **options: A
 # --- a whole run ---
 
 
-def test_a_few_labels_make_a_published_version_that_is_better_on_held_back_volumes(adapted: tuple[Path, AdaptResult]):
+def test_a_few_labels_make_a_published_version_that_is_better_on_held_back_volumes(
+    adapted: tuple[Path, AdaptResult],
+):
     folder, result = adapted
     assert result.published
     assert "mr@1 is published: Dice" in result.message
@@ -323,7 +326,7 @@ def test_a_full_disk_during_training_is_told_and_the_run_continues_later(
     def refuse(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("progidiff.training.adapt.save_file", refuse)
+    monkeypatch.setattr("progidiff.training.adapt_stages.save_file", refuse)
     with pytest.raises(
         StoreError, match="weights of step 2 cannot be written.*No space left.*continues from the last checkpoint"
     ):

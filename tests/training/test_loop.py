@@ -100,6 +100,23 @@ def test_a_run_that_was_killed_between_checkpoints_ends_as_if_it_had_not_been(tm
     assert_equal(train(tmp_path / "killed"), train(tmp_path / "whole"))
 
 
+def test_a_validation_that_fails_leaves_the_weights_that_are_trained_in_the_networks(tmp_path: Path):
+    module, other = build_module(), build_module()
+    seen: list[Tensor] = []
+
+    def fail() -> dict[str, float]:
+        seen.append(next(module.parameters()).detach().clone())
+        raise RequestError("The validation failed.")
+
+    with pytest.raises(RequestError, match="The validation failed"):
+        run_loop({"net": module}, build_loss(module), replace(CONFIG, validate_every=4), tmp_path / "failed", fail)
+    asked = iter(range(100))
+    with pytest.raises(CancelledError, match="at step 4"):
+        run_loop({"net": other}, build_loss(other), CONFIG, tmp_path / "other", is_cancelled=lambda: next(asked) >= 4)
+    assert_equal(module, other)
+    assert not torch.equal(seen[0], next(other.parameters()))  # The validation saw the average.
+
+
 def test_a_finished_run_is_loaded_and_not_repeated(tmp_path: Path):
     first = train(tmp_path)
     module = build_module()

@@ -12,9 +12,8 @@ from typer.testing import CliRunner
 
 from progidiff.cli import main
 from progidiff.errors import RequestError
-from progidiff.training.adapt import AdaptConfig
 from progidiff.training.loop import LoopConfig, RunConfig, Schedule
-from progidiff.training.recipe_settings import EvidenceStage, PretrainConfig, ProposalStage, TrainConfig
+from progidiff.training.recipe_settings import AdaptConfig, EvidenceStage, PretrainConfig, ProposalStage, TrainConfig
 from progidiff.training.settings import Range, flatten, load_config, read_template, render_config, to_values
 
 RECIPES: dict[str, Any] = {"pretrain": PretrainConfig, "train": TrainConfig, "adapt": AdaptConfig}

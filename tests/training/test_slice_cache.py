@@ -12,7 +12,8 @@ import torch
 
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.model.conditioning import ConditioningConfig
-from progidiff.training.slice_cache import SliceCache, augment, list_cases, simulate_bias_field
+from progidiff.training.augment import augment, simulate_bias_field
+from progidiff.training.slice_cache import SliceCache, list_cases
 from support.labelled_phantoms import AFFINE, write_case, write_table
 
 CONFIG = ConditioningConfig(

@@ -336,8 +336,9 @@ def adapt(
     is served and the model itself on the held-back slices. Exit code 0: published. 3: kept but not published. 2: an
     error, nothing written. The same command continues a run that was stopped or killed.
     """
-    from progidiff.training.adapt import AdaptConfig, run_adapt
+    from progidiff.training.adapt import run_adapt
     from progidiff.training.processes import find_team
+    from progidiff.training.recipe_settings import AdaptConfig
     from progidiff.training.settings import load_config
 
     flags = {

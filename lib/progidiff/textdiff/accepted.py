@@ -40,12 +40,13 @@ from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
 from progidiff.textdiff.model import TextDiffCard
 from progidiff.textdiff.sentences import mirror_sentence
 from progidiff.textdiff.slices import render_slice
-from progidiff.textdiff.train import TextDiffTrainConfig, choose_threshold, train_textdiff
+from progidiff.textdiff.train import TextDiffTrainConfig, TextDiffTraining, choose_threshold, train_textdiff
 from progidiff.textdiff.versions import TextDiffStore
-from progidiff.training.loop import Schedule
+from progidiff.training.gate import TrainedVersion, conclude, judge_dice
+from progidiff.training.loop import Report, Schedule
 from progidiff.training.recipes import describe_run
 from progidiff.training.slice_cache import Case
-from progidiff.training.split import pick_named
+from progidiff.training.split import choose_cases
 
 logger = logging.getLogger(__name__)
 
@@ -81,24 +82,7 @@ class AcceptedConfig:
     mirror: bool | None = None
 
 
-@dataclass(frozen=True)
-class AcceptedResult:
-    """What came out.
-
-    Attributes:
-        card: The version that was written.
-        published: Whether it is served now.
-        message: The verdict in a sentence.
-        figures: Held-back "dice" and "iou" of "current" (if one was served) and "adapted", and the "threshold" they
-            were judged at.
-        folder: What the run left behind, which nothing needs any more.
-    """
-
-    card: TextDiffCard
-    published: bool
-    message: str
-    figures: dict[str, dict[str, float]]
-    folder: Path
+AcceptedResult = TrainedVersion[TextDiffCard]
 
 
 @dataclass(frozen=True)
@@ -137,7 +121,7 @@ def run_accepted(
     device: str | None = None,
     command: str = "",
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> AcceptedResult:
     """Train a version and publish it if it is better than what is served.
 
@@ -166,11 +150,7 @@ def run_accepted(
         CancelledError: if `is_cancelled` said so.
     """
     config = config or AcceptedConfig()
-
-    def tell(entry: dict[str, Any]) -> None:
-        if report is not None:
-            report(entry)
-
+    tell: Report = report or (lambda entry: None)
     tell({"stage": "prepare"})
     store = TextDiffStore(root)
     chosen = choose(store, cases, name, structures, wanted, held_out, shots, config.seed)
@@ -178,24 +158,52 @@ def run_accepted(
     fingerprint = _fingerprint(chosen, config, sentences)
     folder = work / f"textdiff-{chosen.name}-{fingerprint[:12]}"
     training, kept_back = _write_cases(chosen, sentences, folder / "cases")
-    tell(
-        {
-            "stage": "prepare",
-            "name": chosen.name,
-            "training_cases": [c.name for c in chosen.training],
-            "training_slices": len(training),
-            "held_out_cases": [c.name for c in chosen.held_out],
-            "held_out_slices": len(kept_back),
-            "unused_cases": chosen.unused,
-            "structures": list(chosen.classes),
-            "without_sentence": sum(c.sentence is None for c in training),
-        }
-    )
-    earlier = store.find_run(chosen.name, fingerprint)
-    if earlier is not None:
-        return _finish(store, earlier, store.run(earlier), publish, folder, repeated=True)
+    tell({"stage": "prepare", **_describe_data(chosen, training, kept_back)})
+    written = store.find_run(chosen.name, fingerprint)
+    repeated = written is not None
+    if written is None:
+        trained, figures = _train(
+            store, chosen, training, kept_back, config, features, folder, device, is_cancelled, tell
+        )
+        tell({"stage": "version", **{kind: values["dice"] for kind, values in figures.items()}})
+        record = _describe_version(chosen, trained, figures, {"command": command, "fingerprint": fingerprint})
+        card = trained.model.card
+        trained.model.card = replace(card, figures={**card.figures, **figures["adapted"]})
+        written = store.add(chosen.name, trained.model, record, None)
+    shutil.rmtree(folder / "cases", ignore_errors=True)
+    how = f"POST /progidiff/versions/{written.name}/{written.version}/use serves"
+    return conclude(store, written, store.run(written), publish, folder, how, repeated)
 
+
+def _describe_data(chosen: Chosen, training: Sequence[data.Case], kept_back: Sequence[data.Case]) -> dict[str, Any]:
+    """How much there is to learn from, for whoever watches."""
+    return {
+        "name": chosen.name,
+        "training_cases": [c.name for c in chosen.training],
+        "training_slices": len(training),
+        "held_out_cases": [c.name for c in chosen.held_out],
+        "held_out_slices": len(kept_back),
+        "unused_cases": chosen.unused,
+        "structures": list(chosen.classes),
+        "without_sentence": sum(c.sentence is None for c in training),
+    }
+
+
+def _train(
+    store: TextDiffStore,
+    chosen: Chosen,
+    training: Sequence[data.Case],
+    kept_back: Sequence[data.Case],
+    config: AcceptedConfig,
+    features: FeatureOptions,
+    folder: Path,
+    device: str | None,
+    is_cancelled: Callable[[], bool] | None,
+    tell: Report,
+) -> tuple[TextDiffTraining, dict[str, dict[str, float]]]:
+    """Train a version (3) and measure it and the served one (4)."""
     current = None if chosen.served is None else store.load_model(chosen.served, device)
+    cache = folder.parent / FEATURES
     settings = TextDiffTrainConfig(
         name=chosen.name,
         classes=chosen.classes,
@@ -216,11 +224,11 @@ def run_accepted(
     trained = train_textdiff(
         training,
         kept_back,
-        denoiser=_find_denoiser(store, root) if current is None else _copy_extractor(current.extractor, features),
+        denoiser=_find_denoiser(store.root) if current is None else _copy_extractor(current.extractor, features),
         encoder=None if current is None else current.encoder,
         start=current,
         work=folder / "run",
-        cache=work / FEATURES,
+        cache=cache,
         config=settings,
         device=device,
         is_cancelled=is_cancelled,
@@ -229,18 +237,22 @@ def run_accepted(
     tell({"stage": "gate"})
     figures = {"adapted": _round(trained.figures)}
     if current is not None:
-        figures = {
-            "current": _round(choose_threshold(current, kept_back, FeatureCache(work / FEATURES), is_cancelled)[1]),
-            **figures,
-        }
-    tell({"stage": "version", **{kind: values["dice"] for kind, values in figures.items()}})
-    accepted, verdict = judge(figures, None if chosen.served is None else chosen.served.full_name)
-    record = {
+        found = choose_threshold(current, kept_back, FeatureCache(cache), is_cancelled)[1]
+        figures = {"current": _round(found), **figures}
+    return trained, figures
+
+
+def _describe_version(
+    chosen: Chosen, trained: TextDiffTraining, figures: dict[str, dict[str, float]], origin: Mapping[str, str]
+) -> dict[str, Any]:
+    """run.json: what made a version, what it learned from, and the verdict."""
+    parent = None if chosen.served is None else chosen.served.full_name
+    accepted, verdict = judge(figures, parent)
+    return {
         **trained.run,
         **describe_run(),
-        "command": command,
-        "fingerprint": fingerprint,
-        "parent": None if chosen.served is None else chosen.served.full_name,
+        **origin,
+        "parent": parent,
         "training_cases": [c.name for c in chosen.training],
         "held_out_cases": [c.name for c in chosen.held_out],
         "validation": figures,
@@ -248,9 +260,6 @@ def run_accepted(
         "verdict": verdict,
         "notes": list(trained.notes),
     }
-    trained.model.card = replace(trained.model.card, figures={**trained.model.card.figures, **figures["adapted"]})
-    card = store.add(chosen.name, trained.model, record, None)
-    return _finish(store, card, record, publish, folder)
 
 
 def choose(
@@ -288,21 +297,8 @@ def choose(
             f"{told} Train a model of another name on them with the options name and "
             "structures, or name the classes when saving labels."
         )
-    kept_back, picked = pick_named(usable, held_out), pick_named(usable, wanted)
-    both = {c.name for c in kept_back} & {c.name for c in picked}
-    if both:
-        raise RequestError(
-            f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each image once."
-        )
-    shuffled = sorted(usable, key=lambda c: hashlib.sha256(f"{seed}:{c.name}".encode()).digest())
-    if not kept_back:
-        run = {} if served is None else store.run(served)
-        held_before, trained_before = set(run.get("held_out_cases", ())), set(run.get("training_cases", ()))
-        free = [c for c in shuffled if c.name not in {t.name for t in picked}]
-        free.sort(key=lambda c: 2 if c.name in held_before else 0 if c.name in trained_before else 1)
-        spare = len(free) if picked else len(free) - 1
-        kept_back = free[-min(2 if len(usable) >= 5 else 1, spare) :] if spare > 0 else []
-    training = picked or [c for c in shuffled if c.name not in {k.name for k in kept_back}]
+    run = {} if served is None else store.run(served)
+    training, kept_back = choose_cases(usable, wanted, held_out, run, seed, "image")
     if not training or not kept_back:
         raise RequestError(
             f"{len(usable)} image has an accepted label of {', '.join(classes)}: one is learned from and another one "
@@ -379,12 +375,8 @@ def judge(figures: Mapping[str, Mapping[str, float]], current: str | None) -> tu
         >>> judge({"current": {"dice": 0.5}, "adapted": {"dice": 0.7}}, "nuclei@1")
         (True, 'Dice 0.700 on the held-back images, nuclei@1 has 0.500.')
     """
-    new = figures["adapted"]["dice"]
-    told = f"Dice {new:.3f} on the held-back images"
-    if current is None or "current" not in figures:
-        return new > 0, f"{told}; there was no version before."
-    old = figures["current"]["dice"]
-    return new > old, f"{told}, {current} has {old:.3f}."
+    rivals = {} if current is None or "current" not in figures else {current: figures["current"]["dice"]}
+    return judge_dice(figures["adapted"]["dice"], rivals, "images")
 
 
 def _round(figures: Mapping[str, float]) -> dict[str, float]:
@@ -401,7 +393,7 @@ def _find_served(store: TextDiffStore, name: str | None) -> TextDiffCard | None:
     return store.find(newest.name) if newest else None
 
 
-def _find_denoiser(store: TextDiffStore, root: Path) -> Path:
+def _find_denoiser(root: Path) -> Path:
     """Where a first version gets its features from: the folder beside the models."""
     if (root / DENOISER).is_dir():
         return root / DENOISER
@@ -547,32 +539,3 @@ def _fingerprint(chosen: Chosen, config: AcceptedConfig, sentences: Mapping[str,
     served = None if chosen.served is None else [chosen.served.full_name, chosen.served.sha256]
     values = [chosen.name, served, list(chosen.classes), asdict(config), described]
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _finish(
-    store: TextDiffStore,
-    card: TextDiffCard,
-    run: Mapping[str, Any],
-    publish: bool,
-    folder: Path,
-    repeated: bool = False,
-) -> AcceptedResult:
-    """Publish a version if the gate accepted it; once, so that a rollback is not undone by repeating the training."""
-    shutil.rmtree(folder / "cases", ignore_errors=True)
-    name, verdict = card.full_name, run["verdict"]
-    before = "This very training was done before. " if repeated else ""
-    if not run["accepted"]:
-        return AcceptedResult(
-            card, False, f"{before}{name} is kept but not published: {verdict}", run["validation"], folder
-        )
-    if publish:
-        store.publish_once(card)
-    served = store.current(card.name) == card.version
-    if served:
-        message = f"{before}{name} is published: {verdict}"
-    else:
-        message = (
-            f"{before}{name} is kept and not published, as asked; POST "
-            f"/progidiff/versions/{card.name}/{card.version}/use serves it. {verdict}"
-        )
-    return AcceptedResult(card, served, message, run["validation"], folder)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from progidiff.errors import RequestError
 from progidiff.storage.atomic import atomic_folder
-from progidiff.training.loop import LoopConfig, RunConfig, Schedule, run_loop
+from progidiff.training.loop import LoopConfig, Report, RunConfig, Schedule, run_loop
 from progidiff.training.settings import Range
 
 SHARD_SIZE = "15MB"
@@ -111,7 +111,7 @@ def run_pretrain(
     config: DenoiserConfig | None = None,
     device: str = "cpu",
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Train a denoiser and write it as a diffusers folder.
 

@@ -28,7 +28,7 @@ from progidiff.textdiff.model import OVERLAP, TILE, TextDiffCard, TextDiffModel,
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
 from progidiff.textdiff.pictures import list_tiles, pad, read_picture, resize, to_working
 from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
-from progidiff.training.loop import LoopConfig, Precision, RunConfig, Schedule, derive_seed, run_loop
+from progidiff.training.loop import LoopConfig, Precision, Report, RunConfig, Schedule, derive_seed, run_loop
 from progidiff.training.recipes import describe_run
 from progidiff.training.settings import Range, check_config, to_values
 
@@ -119,7 +119,7 @@ def train_textdiff(
     config: TextDiffTrainConfig | None = None,
     device: str | None = None,
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> TextDiffTraining:
     """Train a head.
 
@@ -452,7 +452,7 @@ def _prepare(
     cache: FeatureCache,
     config: TextDiffTrainConfig,
     is_cancelled: Callable[[], bool] | None,
-    report: Callable[[dict[str, Any]], None] | None,
+    report: Report | None,
 ) -> _Pool:
     """Features and targets of all views of all pictures."""
     options, coarsest = extractor.options, max(extractor.strides)

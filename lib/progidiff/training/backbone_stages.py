@@ -19,10 +19,11 @@ from torch.nn import functional as F
 
 from progidiff.model.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.model.codec import MaskCodec, encode_pictures
-from progidiff.training.loop import LoopConfig, run_loop
+from progidiff.training.augment import augment
+from progidiff.training.loop import LoopConfig, Report, run_loop
 from progidiff.training.losses import CodecLosses, compute_dice_loss
 from progidiff.training.settings import Range
-from progidiff.training.slice_cache import SliceCache, augment
+from progidiff.training.slice_cache import SliceCache
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ def train_codec(
     refine: bool = False,
     settings: Mapping[str, Any] | None = None,
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> list[dict[str, float]]:
     """Train the autoencoder on crops of masks (Dice + cross-entropy + L1) and of slices (L1 + gradients).
 
@@ -241,7 +242,7 @@ def train_text_to_image(
     options: TextToImageOptions | None = None,
     settings: Mapping[str, Any] | None = None,
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> None:
     """Train the denoiser as a text-to-image model: half slices, half masks, v-prediction.
 

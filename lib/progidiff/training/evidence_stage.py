@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from progidiff.model.backbone import PROMPT_TEMPLATE, Backbone
-from progidiff.model.conditioning import ConditioningBranch
+from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.prompts.parser import training_phrases
+from progidiff.training.augment import augment
 from progidiff.training.dice_tally import DiceTally, average_volumes, one_hot
 from progidiff.training.logged_pictures import draw_answers
-from progidiff.training.loop import LoopConfig, find_autocast_dtype, run_loop
+from progidiff.training.loop import LoopConfig, Report, find_autocast_dtype, run_loop
 from progidiff.training.losses import EvidenceLosses, compute_evidence_loss
 from progidiff.training.settings import Range
-from progidiff.training.slice_cache import SliceCache, augment
+from progidiff.training.slice_cache import SliceCache
 
 
 class PhraseTable:
@@ -80,11 +81,19 @@ class EvidenceOptions:
 
 @dataclass
 class EvidenceBatch:
-    """Slices (N, C, H, W), label ids (N, H, W), and which structures their labels speak about (N, P); on the CPU."""
+    """N slices on the CPU.
+
+    Attributes:
+        images: (N, C, H, W).
+        labels: (N, H, W) label ids.
+        spoken: (N, P), 1 where the label speaks about a structure.
+        rng: Goes on where drawing the batch stopped.
+    """
 
     images: Tensor
     labels: Tensor
     spoken: Tensor
+    rng: np.random.Generator
 
 
 class EvidenceObjective:
@@ -95,12 +104,24 @@ class EvidenceObjective:
         phrases: Of the structures of `training`.
         training: Slices to draw from.
         options: What a step sees.
+        random_share: See `SliceCache.draw_balanced`.
     """
 
     def __init__(
-        self, branch: ConditioningBranch, phrases: PhraseTable, training: SliceCache, options: EvidenceOptions
+        self,
+        branch: ConditioningBranch,
+        phrases: PhraseTable,
+        training: SliceCache,
+        options: EvidenceOptions,
+        random_share: float = 0.15,
     ) -> None:
         self.branch, self.phrases, self.training, self.options = branch, phrases, training, options
+        self._random_share = random_share
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return self.phrases.pooled.device
 
     def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Loss and figures of a fresh batch, for `run_loop`."""
@@ -109,21 +130,25 @@ class EvidenceObjective:
     def draw_batch(self, generator: torch.Generator) -> EvidenceBatch:
         """Draw, read and augment slices."""
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        chosen = self.training.draw_balanced(self.options.slices_per_step, rng)
+        chosen = self.training.draw_balanced(self.options.slices_per_step, rng, self._random_share)
         images, labels = augment(
             *self.training.read(chosen), generator, self.options.augmentation, self.options.bias_field
         )
-        return EvidenceBatch(images, labels, self.training.weigh(chosen))
+        return EvidenceBatch(images, labels, self.training.weigh(chosen), rng)
 
     def compute_loss(self, batch: EvidenceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         """Run the networks on a batch: a slice is encoded once for all its prompts."""
-        device = self.phrases.pooled.device
-        features = self.branch.encode_slices(batch.images.to(device))
+        return self.compare(self.branch.encode_slices(batch.images.to(self.device)), batch, generator)
+
+    def compare(
+        self, features: SliceFeatures, batch: EvidenceBatch, generator: torch.Generator
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Answer for every structure, in words that are drawn, and compare with the labels."""
         logits = self.branch.predict_evidence(
             features, self.phrases.pooled[self.phrases.draw(generator, self.options.canonical_share)]
         )
         targets = one_hot(batch.labels, len(self.training.structures))
-        return compute_evidence_loss(logits, targets.to(device), batch.spoken.to(device), self.options.losses)
+        return compute_evidence_loss(logits, targets.to(self.device), batch.spoken.to(self.device), self.options.losses)
 
 
 @torch.no_grad()
@@ -166,7 +191,7 @@ def train_evidence(
     folder: Path,
     options: EvidenceOptions | None = None,
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train the encoder and the query head; the rest of the branch is not touched.

@@ -39,6 +39,9 @@ Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
 ComputeLoss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
 
+Report = Callable[[dict[str, Any]], None]
+"""Receives log entries, for a status that clients poll."""
+
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -171,7 +174,7 @@ def run_loop(
     folder: Path,
     validate: Callable[[], dict[str, float]] | None = None,
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
     draw: Callable[[], dict[str, np.ndarray]] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
@@ -349,10 +352,12 @@ class _Run:
     def averaged(self) -> Iterator[None]:
         """The averaged weights in place and the networks in evaluation mode, for a validation."""
         self.average.swap(self.parameters)
-        for module in self.modules.values():
-            module.eval()
-        yield
-        self.average.swap(self.parameters)
+        try:
+            for module in self.modules.values():
+                module.eval()
+            yield
+        finally:
+            self.average.swap(self.parameters)
 
     def finish(self) -> None:
         """Leave the averaged weights in the networks."""

@@ -18,16 +18,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.model.codec import MaskCodec
+from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.lora import INJECTION
-from progidiff.model.pipeline import ProposalPipeline, draw_smooth_field
+from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline, draw_smooth_field
 from progidiff.proposals.agreement import compute_disagreement
+from progidiff.training.augment import augment
 from progidiff.training.dice_tally import DiceTally, average_volumes, one_hot
 from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.logged_pictures import draw_answers
-from progidiff.training.loop import LoopConfig, run_loop
+from progidiff.training.loop import LoopConfig, Report, run_loop
 from progidiff.training.losses import ProposalLosses, compute_mask_loss
 from progidiff.training.settings import Range
-from progidiff.training.slice_cache import SliceCache, augment
+from progidiff.training.slice_cache import SliceCache
 
 
 def wear_down_evidence(logits: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
@@ -227,7 +229,7 @@ def train_proposals(
     freeze_denoiser: bool = False,
     trained: Mapping[str, torch.nn.Module] | None = None,
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train denoiser and injection jointly; encoder, query head and codec stay as they are.
@@ -270,22 +272,58 @@ def train_proposals(
     )
 
 
-def _propose(
-    pipeline: ProposalPipeline, images: Tensor, phrases: PhraseTable, num_proposals: int = 4, gate: float = 0.2
-) -> list[Tensor]:
+class ProposalSampler:
+    """Draws K proposals for every structure of a slice whose evidence is above a gate.
+
+    Args:
+        pipeline: The networks.
+        num_proposals: K.
+        gate: Smallest evidence of a pixel for which anything is drawn.
+        num_inference_steps, guidance_scale: Of the sampling.
+    """
+
+    def __init__(
+        self,
+        pipeline: ProposalPipeline,
+        num_proposals: int = 4,
+        gate: float = 0.2,
+        num_inference_steps: int = 2,
+        guidance_scale: float = 1.0,
+    ) -> None:
+        self._pipeline, self._gate = pipeline, gate
+        self._steps, self._guidance = num_inference_steps, guidance_scale
+        self._noise = pipeline.draw_noise(num_proposals, seed=0)
+        self._offsets = pipeline.draw_offsets(num_proposals, seed=0)
+
+    def draw(self, features: SliceFeatures, evidence: Tensor, prompts: EncodedPrompts) -> Tensor:
+        """Masks of N slices and P prompts.
+
+        Args:
+            features: Of the slices.
+            evidence: (N, P, H, W).
+            prompts: P.
+
+        Returns:
+            (N, P, K, H, W) bool on the CPU; nothing where the evidence is below the gate.
+        """
+        drawn = torch.zeros(*evidence.shape[:2], len(self._noise), *evidence.shape[2:], dtype=torch.bool)
+        pairs = [(n, p) for n, p in np.ndindex(*evidence.shape[:2]) if float(evidence[n, p].max()) >= self._gate]
+        for at in range(0, len(pairs), 16):
+            part = pairs[at : at + 16]
+            soft = self._pipeline.propose(
+                features, evidence, prompts, part, self._noise, self._steps, self._guidance, self._offsets
+            )
+            for (n, p), masks in zip(part, soft >= 0.5, strict=True):
+                drawn[n, p] = masks
+        return drawn
+
+
+def _propose(pipeline: ProposalPipeline, images: Tensor, phrases: PhraseTable) -> list[Tensor]:
     """Evidence, one proposal and the consensus of some slices, each (N, P, H, W) bool."""
     prompts = phrases.pick_canonical()
     features = pipeline.encode_slices(images)
     evidence = pipeline.predict_evidence(features, prompts)
-    pairs = [(n, p) for n, p in np.ndindex(*evidence.shape[:2]) if float(evidence[n, p].max()) >= gate]
-    drawn = torch.zeros(*evidence.shape[:2], num_proposals, *evidence.shape[2:], dtype=torch.bool)
-    noise, offsets = pipeline.draw_noise(num_proposals, seed=0), pipeline.draw_offsets(num_proposals, seed=0)
-    for at in range(0, len(pairs), 16):
-        part = pairs[at : at + 16]
-        for (n, p), masks in zip(
-            part, pipeline.propose(features, evidence, prompts, part, noise, 2, offsets=offsets) >= 0.5, strict=True
-        ):
-            drawn[n, p] = masks
+    drawn = ProposalSampler(pipeline).draw(features, evidence, prompts)
     return [evidence >= 0.5, drawn[:, :, 0], drawn.float().mean(2) >= 0.5]
 
 
@@ -349,10 +387,9 @@ def validate_proposals(
     """Dice of evidence, single proposals, consensus and best of K on every n-th slice, pooled per volume, averaged over
     volumes.
     """
-    branch, structures = pipeline.branch, len(cache.structures)
-    branch.eval()
+    pipeline.branch.eval()
     prompts = phrases.pick_canonical()
-    noise, offsets = pipeline.draw_noise(num_proposals, seed=0), pipeline.draw_offsets(num_proposals, seed=0)
+    sampler = ProposalSampler(pipeline, num_proposals, gate, num_inference_steps)
     tally = DiceTally(cache)
     spread: list[float] = []
     chosen = list(range(0, len(cache), every))
@@ -361,17 +398,9 @@ def validate_proposals(
         images, labels = cache.read(batch)
         features = pipeline.encode_slices(images)
         evidence = pipeline.predict_evidence(features, prompts)
-        drawn = torch.zeros(len(batch), structures, num_proposals, *labels.shape[-2:], dtype=torch.bool)
-        pairs = [(n, p) for n in range(len(batch)) for p in range(structures) if float(evidence[n, p].max()) >= gate]
-        for at in range(0, len(pairs), 16):
-            part = pairs[at : at + 16]
-            result = (
-                pipeline.propose(features, evidence, prompts, part, noise, num_inference_steps, offsets=offsets) >= 0.5
-            )
-            for (n, p), masks in zip(part, result, strict=True):
-                drawn[n, p] = masks
-                if num_proposals > 1 and masks.any():
-                    spread.append(compute_disagreement(masks))
+        drawn = sampler.draw(features, evidence, prompts)
+        if num_proposals > 1:
+            spread += [compute_disagreement(masks) for masks in drawn.flatten(0, 1) if masks.any()]
         masks_of = {f"proposal {k}": drawn[:, :, k] for k in range(num_proposals)}
         tally.add(
             batch, labels, {"evidence": evidence.cpu() >= 0.5, "consensus": drawn.float().mean(2) >= 0.5, **masks_of}

@@ -1,20 +1,20 @@
-"""All settings of `progidiff pretrain` and `progidiff train` with their defaults; ``configs/*.yaml`` say what they are
-for.
-
-Those of `progidiff adapt` are in `progidiff.training.adapt`.
+"""All settings of `progidiff pretrain`, `progidiff train` and `progidiff adapt` with their defaults; ``configs/*.yaml``
+say what they are for.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from progidiff.errors import RequestError
+from progidiff.model.adapters import Kind
+from progidiff.model.lora import LoraSettings
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.training.backbone_stages import CodecOptions, TextToImageOptions
 from progidiff.training.build_model import BackboneWidths
 from progidiff.training.evidence_stage import EvidenceOptions
-from progidiff.training.loop import RunConfig, Schedule
+from progidiff.training.loop import Precision, RunConfig, Schedule
 from progidiff.training.proposal_stage import ProposalOptions
 from progidiff.training.settings import Range
 
@@ -136,3 +136,96 @@ class PretrainConfig(RunConfig):
     denoiser: TextToImageStage = field(
         default_factory=lambda: TextToImageStage(steps=500, learning_rate=8e-4, ema_decay=0.998, checkpoint_every=100)
     )
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """How a version is trained; the defaults are meant for 1 to 10 volumes.
+
+    Attributes:
+        kind: "lora": low-rank updates of the targets; "full": all weights of the targets.
+        lora: Targets, and for kind "lora" rank and alpha.
+        steps: Largest number of steps; validation stops earlier.
+        learning_rate: Peak; None: 2e-3 for kind "lora", 3e-4 for kind "full".
+        batch_size: Slices per step.
+        validate_every: Steps between validations.
+        patience: Validations without a gain after which training stops.
+        augmentation: Strength of affine and intensity augmentation; 1 is the recipe of the base.
+        bias_field: Standard deviation of the logarithm of a smooth random shading (coil sensitivity); None: 0.3 for MR,
+            0 for CT.
+        proposal_steps: Steps of stage 3; 0 leaves it out.
+        proposal_rate: Its learning rate.
+        num_proposals: K of the consensus that the gate compares.
+        random_share: Share of the slices that are drawn from all annotated ones; the others show a structure that is
+            drawn first. More of them teach where nothing is.
+        seed: Run seed.
+        precision, accumulate: See `progidiff.training.loop.RunConfig`.
+        ema_decay: Of the averaged weights.
+        keep: Weight of the loss that holds the answers for structures that nobody labelled to the base's, on images of
+            the base's modality; 0 switches it off. On another modality the base's answers are not worth keeping.
+    """
+
+    kind: Kind = "lora"
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    steps: int = 200
+    learning_rate: float | None = None
+    batch_size: int = 12
+    validate_every: int = 25
+    patience: int = 4
+    augmentation: float = 1.0
+    bias_field: float | None = None
+    proposal_steps: int = 0
+    proposal_rate: float = 1e-3
+    num_proposals: int = 4
+    random_share: float = 0.15
+    seed: int = 0
+    precision: Precision = "auto"
+    accumulate: int = 1
+    ema_decay: float = 0.98
+    keep: float = 1.0
+
+    def check(self) -> None:
+        """Refuse settings out of range.
+
+        Raises:
+            RequestError: naming the setting and its range.
+        """
+        self.lora.check()
+        if self.kind not in ("lora", "full"):
+            raise RequestError(f"Setting kind must be lora or full, got {self.kind!r}.")
+        ranges: dict[str, tuple[float, float]] = {
+            "steps": (1, 100_000), "learning_rate": (1e-7, 1.0), "batch_size": (1, 256), "validate_every": (1,
+            10_000), "patience": (1, 1000),
+            "augmentation": (0, 3), "bias_field": (0, 2), "proposal_steps": (0, 100_000), "proposal_rate": (1e-7,
+            1.0), "num_proposals": (1, 16),
+            "keep": (0, 100), "random_share": (0, 1), "seed": (0, 2**62), "accumulate": (1, 1024), "ema_decay": (0,
+            0.999999),
+        }  # fmt: skip
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise RequestError(f"Setting {name} must lie in {low:g}..{high:g}, got {value}.")
+        targets = set(self.lora.target_modules)
+        if self.kind == "full" and "denoiser" in targets:
+            raise RequestError(
+                "A version of kind full holds the conditioning branch, not the denoiser; "
+                "leave the target denoiser out, or use kind lora."
+            )
+        if self.proposal_steps and not {"injection", "denoiser"} & targets:
+            raise RequestError(
+                "proposal_steps train 'injection' or 'denoiser', but neither is a target; "
+                "add one, or set proposal_steps to 0."
+            )
+        if not self.proposal_steps and not {"encoder", "query_head"} & targets:
+            raise RequestError(
+                "Nothing would be trained: 'injection' and 'denoiser' learn from "
+                "proposals only; set proposal_steps, for example 200."
+            )
+
+    def complete(self, modality: str) -> AdaptConfig:
+        """The same with every None replaced by what it stands for."""
+        return replace(
+            self,
+            learning_rate=self.learning_rate or (2e-3 if self.kind == "lora" else 3e-4),
+            bias_field=(0.3 if modality == "MR" else 0.0) if self.bias_field is None else self.bias_field,
+        )

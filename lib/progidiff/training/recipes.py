@@ -48,7 +48,7 @@ from progidiff.training.backbone_stages import (
 )
 from progidiff.training.build_model import create_backbone, create_branch
 from progidiff.training.evidence_stage import train_evidence
-from progidiff.training.loop import LoopConfig, RunConfig, Schedule, find_autocast_dtype
+from progidiff.training.loop import LoopConfig, Report, RunConfig, Schedule, find_autocast_dtype
 from progidiff.training.processes import find_team
 from progidiff.training.proposal_stage import train_proposals
 from progidiff.training.recipe_settings import PretrainConfig, TrainConfig
@@ -108,7 +108,7 @@ def run_pretrain(
     held_out: Sequence[str] = (),
     device: str | None = None,
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> dict[str, Any]:
     """Train an embedded backbone from scratch: the mask codec, then the text-to-image denoiser.
 
@@ -204,7 +204,7 @@ def run_train(
     device: str | None = None,
     extra_notes: str = "",
     is_cancelled: Callable[[], bool] | None = None,
-    report: Callable[[dict[str, Any]], None] | None = None,
+    report: Report | None = None,
 ) -> ModelCard:
     """Train the conditioning on a backbone: first encoder and query head, then the denoiser's proposals.
 
@@ -393,7 +393,7 @@ class _Hooks:
         data: Datasets,
         origin: Mapping[str, Any],
         is_cancelled: Callable[[], bool] | None,
-        report: Callable[[dict[str, Any]], None] | None,
+        report: Report | None,
     ) -> None:
         self._config, self._origin, self._is_cancelled, self._report = config, origin, is_cancelled, report
         # Slices too: an image may be known for more of them than when the run began.

@@ -67,8 +67,7 @@ def prepare_data(
     """Choose and check the labelled volumes; see `run_adapt` for the other arguments.
 
     Args:
-        parent: run.json of the version that is served now. Volumes that it held back are held back again, and those
-            that it was trained on are the last to be: it would look better on them than it is.
+        parent: See `choose_cases`.
 
     Raises:
         RequestError: if a case, structure or number makes no sense.
@@ -79,22 +78,7 @@ def prepare_data(
             raise RequestError(f"Option {option} must be at least 1, got {value}.")
     labelled = find_cases(studies, annotated)
     everything = labelled if modality is None else keep_modality(labelled, modality)
-    kept_back, chosen = pick_named(everything, held_out), pick_named(everything, cases)
-    both = {c.name for c in kept_back} & {c.name for c in chosen}
-    if both:
-        raise RequestError(
-            f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each volume once."
-        )
-    # An order that depends on the names and the seed alone: the same volumes are picked on every machine.
-    shuffled = sorted(everything, key=lambda c: hashlib.sha256(f"{seed}:{c.name}".encode()).digest())
-    if not kept_back:
-        before = parent or {}
-        held_before, trained_before = set(before.get("held_out_cases", ())), set(before.get("training_cases", ()))
-        free = [c for c in shuffled if c.name not in {t.name for t in chosen}]
-        free.sort(key=lambda c: 2 if c.name in held_before else 0 if c.name in trained_before else 1)
-        spare = len(free) if chosen else len(free) - 1
-        kept_back = free[-min(2 if len(everything) >= 5 else 1, spare) :] if spare > 0 else []
-    training = chosen or [c for c in shuffled if c.name not in {k.name for k in kept_back}]
+    training, kept_back = choose_cases(everything, cases, held_out, parent or {}, seed, "volume")
     if not training:
         raise RequestError("All labelled volumes are held back; leave at least one for training.")
     if shots is not None:
@@ -104,23 +88,83 @@ def prepare_data(
                 f"not held back: {_names(training)}."
             )
         training = training[:shots]
-    used = [*training, *kept_back]
     names = [parse_structure(s, card) for s in structures] or None
-    used, found_modality = check_cases(used, card, names)
+    used, found_modality = check_cases([*training, *kept_back], card, names)
     training, kept_back = used[: len(training)], used[len(training) :]
-    known = {s for c in training for s in (*c.structures.values(), *(c.annotated or ()))}
-    order = [s for s in card.structures if s in known and (names is None or s in names)]
+    train, valid = _cache_slices(training, kept_back, card, names, cache, slices)
+    unused = [c.name for c in labelled if c.name not in {u.name for u in used}]
+    return AdaptData(train, valid, found_modality, [c.name for c in kept_back], unused, same_patient=not kept_back)
 
-    first = SliceCache(training, order, card.conditioning, cache)
+
+def choose_cases(
+    cases: Sequence[Case],
+    wanted: Sequence[str],
+    held_out: Sequence[str],
+    parent: Mapping[str, Any],
+    seed: int,
+    noun: str,
+) -> tuple[list[Case], list[Case]]:
+    """Choose what is trained on and what is held back.
+
+    Args:
+        wanted: Train on these; empty for all that are not held back.
+        held_out: Hold these back; empty to pick 1, of 5 or more 2, but never the only one.
+        parent: run.json of the version that is served now. What it held back is held back again, and what it was
+            trained on is the last to be: it would look better there than it is.
+        seed: Of the order.
+        noun: What a case is, for messages: "volume" or "image".
+
+    Returns:
+        Both lists in an order that depends on names and seed alone: the same are picked on every machine.
+
+    Raises:
+        RequestError: if a name is not among the cases, or in both lists.
+    """
+    kept_back, chosen = pick_named(cases, held_out), pick_named(cases, wanted)
+    both = {c.name for c in kept_back} & {c.name for c in chosen}
+    if both:
+        raise RequestError(
+            f"{', '.join(sorted(both))} cannot be trained on and held back at once; name each {noun} once."
+        )
+    shuffled = sorted(cases, key=lambda c: hashlib.sha256(f"{seed}:{c.name}".encode()).digest())
+    if not kept_back:
+        held_before, trained_before = set(parent.get("held_out_cases", ())), set(parent.get("training_cases", ()))
+        free = [c for c in shuffled if c.name not in {t.name for t in chosen}]
+        free.sort(key=lambda c: 2 if c.name in held_before else 0 if c.name in trained_before else 1)
+        spare = len(free) if chosen else len(free) - 1
+        kept_back = free[-min(2 if len(cases) >= 5 else 1, spare) :] if spare > 0 else []
+    return chosen or [c for c in shuffled if c.name not in {k.name for k in kept_back}], kept_back
+
+
+def _cache_slices(
+    training: Sequence[Case],
+    kept_back: Sequence[Case],
+    card: ModelCard,
+    only: Sequence[str] | None,
+    folder: Path,
+    slices: int | None,
+) -> tuple[SliceCache, SliceCache]:
+    """Prepare the slices of the structures that the training labels show.
+
+    Args:
+        only: Structures to train; None for all.
+        slices: Train on so many.
+
+    Returns:
+        Those to train on and those that are held back; of other volumes if there are any, else of the same one.
+    """
+    known = {s for c in training for s in (*c.structures.values(), *(c.annotated or ()))}
+    order = [s for s in card.structures if s in known and (only is None or s in only)]
+    first = SliceCache(training, order, card.conditioning, folder)
     present = [s for s, positions in zip(order, first.by_structure, strict=True) if len(positions)]
     if not present:
         raise ImageError(
             f"The training labels hold none of {', '.join(order)}; accept at least one label that is not empty."
         )
-    train = SliceCache(training, present, card.conditioning, cache)
-    valid = SliceCache(kept_back, present, card.conditioning, cache) if kept_back else None
-    same_patient = valid is None
-    if valid is None:
+    train = SliceCache(training, present, card.conditioning, folder)
+    if kept_back:
+        valid = SliceCache(kept_back, present, card.conditioning, folder)
+    else:
         train, valid = split_slices(train)
     if slices is not None:
         train = restrict_cache(train, pick_evenly(train, slices))
@@ -131,8 +175,7 @@ def prepare_data(
             f"The held-back volumes ({_names(kept_back)}) hold none of "
             f"{', '.join(present)}; hold back others with --hold-out."
         )
-    unused = [c.name for c in labelled if c.name not in {u.name for u in used}]
-    return AdaptData(train, valid, found_modality, [c.name for c in kept_back], unused, same_patient)
+    return train, valid
 
 
 def find_cases(

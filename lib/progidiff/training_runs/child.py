@@ -217,7 +217,8 @@ def _train(folder: Path, request: Mapping[str, Any], control: Control, progress:
     with lock:
         from progidiff.model.lora import LoraSettings
         from progidiff.training.accepted_labels import from_json
-        from progidiff.training.adapt import CACHE, AdaptConfig, run_adapt
+        from progidiff.training.adapt import CACHE, run_adapt
+        from progidiff.training.recipe_settings import AdaptConfig
         from progidiff.training.split import NEWEST
 
         options = TrainingOptions.from_dict(request["options"])

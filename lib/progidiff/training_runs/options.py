@@ -43,7 +43,7 @@ class TrainingOptions:
         name: Of the adapter; None for the modality in lower case.
         modality: "CT", "MR", or None for that of the label saved last.
         steps, learning_rate, batch_size, validate_every, patience, augmentation, proposal_steps, seed: See
-            `progidiff.training.adapt.AdaptConfig`.
+            `progidiff.training.recipe_settings.AdaptConfig`.
         rank: Of the low-rank updates; alpha is twice the rank.
         crop, views, mirror: See `progidiff.textdiff.accepted.AcceptedConfig`.
         shots, slices: Train on so many volumes or labelled slices; None for all.

@@ -175,7 +175,7 @@ def run_accepted(
     return conclude(store, written, store.run(written), publish, folder, how, repeated)
 
 
-def _describe_data(chosen: Chosen, training: Sequence[PictureCase], kept_back: Sequence[data.Case]) -> dict[str, Any]:
+def _describe_data(chosen: Chosen, training: Sequence[PictureCase], kept_back: Sequence[PictureCase]) -> dict[str, Any]:
     """How much there is to learn from, for whoever watches."""
     return {
         "name": chosen.name,

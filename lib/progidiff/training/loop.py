@@ -207,63 +207,91 @@ def run_loop(
     folder.mkdir(parents=True, exist_ok=True)
     team = find_team()
     run = _Run(modules, config, folder, team, settings or {})
-    first = run.step
-    log = RunLog(folder, first, config.tensorboard) if team.is_first else None
-    bar = tqdm(
-        range(first, config.steps),
-        initial=first,
-        total=config.steps,
-        unit="step",
-        dynamic_ncols=True,
-        mininterval=5.0,
-        disable=not team.is_first,
-    )
-    smoothed: dict[str, float] = {}
-    started = time.monotonic()
+    watcher = _Watcher(run, validate, draw, report) if team.is_first else None
     try:
-        for step in bar:
+        while run.step < config.steps:
             if team.agree(is_cancelled is not None and is_cancelled(), run.device):
                 run.save()
                 raise CancelledError(
-                    f"Training stopped on request at step {step} of {config.steps}; start "
+                    f"Training stopped on request at step {run.step} of {config.steps}; start "
                     "it again with the same folder to continue."
                 )
             figures = run.train_step(compute_loss)
-            if log is not None:
-                smoothed = {name: 0.98 * smoothed.get(name, value) + 0.02 * value for name, value in figures.items()}
-                bar.set_postfix({k: f"{v:.3f}" for k, v in smoothed.items()}, refresh=False)
-                if run.step % config.log_every == 0 or run.step == config.steps:
-                    seconds = time.monotonic() - started
-                    left = seconds / (run.step - first) * (config.steps - run.step)
-                    entry = {
-                        "step": run.step,
-                        "total": config.steps,
-                        "rate": compute_learning_rate(step, config),
-                        "seconds": round(seconds, 1),
-                    }
-                    entry |= {"eta_seconds": round(left, 1), **{k: round(v, 5) for k, v in smoothed.items()}}
-                    log.add(entry)
-                    if report is not None:
-                        report(entry)
-                if (
-                    validate is not None
-                    and config.validate_every
-                    and (run.step % config.validate_every == 0 or run.step == config.steps)
-                ):
-                    with run.averaged():
-                        found = {"step": run.step, **validate()}
-                        pictures = draw() if draw is not None and config.tensorboard else None
-                    run.history.append(found)
-                    log.add_validation(found, pictures)
-                    tqdm.write(json.dumps({k: round(v, 4) for k, v in found.items()}), file=sys.stderr)
-            if run.step % config.checkpoint_every == 0 or run.step == config.steps:
+            if watcher is not None:
+                watcher.note(figures)
+            if _is_due(run.step, config.checkpoint_every, config.steps):
                 run.save()
     finally:
-        if log is not None:
-            log.close()
-        bar.close()
+        if watcher is not None:
+            watcher.close()
     run.finish()
     return run.history
+
+
+class _Watcher:
+    """What the first process does between two steps: log, report and validate.
+
+    Args:
+        run: At its first step, or where it resumes.
+        validate, draw, report: See `run_loop`.
+    """
+
+    def __init__(
+        self,
+        run: _Run,
+        validate: Callable[[], dict[str, float]] | None,
+        draw: Callable[[], dict[str, np.ndarray]] | None,
+        report: Report | None,
+    ) -> None:
+        config = run.config
+        self._run, self._first = run, run.step
+        self._validate, self._draw, self._report = validate, draw, report
+        self._log = RunLog(run.folder, run.step, config.tensorboard)
+        self._bar = tqdm(initial=run.step, total=config.steps, unit="step", dynamic_ncols=True, mininterval=5.0)
+        self._smoothed: dict[str, float] = {}
+        self._started = time.monotonic()
+
+    def note(self, figures: Mapping[str, float]) -> None:
+        """Take the figures of a step into account that was just done."""
+        run, config = self._run, self._run.config
+        self._smoothed = {k: 0.98 * self._smoothed.get(k, v) + 0.02 * v for k, v in figures.items()}
+        self._bar.set_postfix({k: f"{v:.3f}" for k, v in self._smoothed.items()}, refresh=False)
+        self._bar.update()
+        if _is_due(run.step, config.log_every, config.steps):
+            entry = self._describe()
+            self._log.add(entry)
+            if self._report is not None:
+                self._report(entry)
+        if self._validate is not None and _is_due(run.step, config.validate_every, config.steps):
+            with run.averaged():
+                found = {"step": run.step, **self._validate()}
+                pictures = self._draw() if self._draw is not None and config.tensorboard else None
+            run.history.append(found)
+            self._log.add_validation(found, pictures)
+            tqdm.write(json.dumps({k: round(v, 4) for k, v in found.items()}), file=sys.stderr)
+
+    def close(self) -> None:
+        """Write out what is still buffered."""
+        self._log.close()
+        self._bar.close()
+
+    def _describe(self) -> dict[str, Any]:
+        """The log entry of the step that was just done."""
+        run, total = self._run, self._run.config.steps
+        seconds = time.monotonic() - self._started
+        return {
+            "step": run.step,
+            "total": total,
+            "rate": compute_learning_rate(run.step - 1, run.config),
+            "seconds": round(seconds, 1),
+            "eta_seconds": round(seconds / (run.step - self._first) * (total - run.step), 1),
+            **{k: round(v, 5) for k, v in self._smoothed.items()},
+        }
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    """Whether something that is done every so many steps (0: never), and at the end, is done now."""
+    return bool(every) and (step % every == 0 or step == last)
 
 
 class _Run:

@@ -21,13 +21,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from progidiff.errors import RequestError
 from progidiff.images.formats import strip_suffix
 from progidiff.model.backbone import Backbone
 from progidiff.model.codec import MaskCodec
-from progidiff.model.conditioning import ConditioningConfig
+from progidiff.model.conditioning import ConditioningBranch, ConditioningConfig
 from progidiff.model.folder import (
     ModelCard,
     compute_backbone_digest,
@@ -142,53 +143,34 @@ def run_pretrain(
     branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, config.seed)
     data = prepare_datasets(list_cases(studies), branch.config, config.structures, held_out, work)
     hooks = _Hooks(config, data, {"grid": to_values(grid), "widths": to_values(config.widths)}, is_cancelled, report)
-
-    vae = backbone.vae
-    train_codec(
-        vae,
-        data.training,
-        data.validation,
-        LoopConfig.of(config.codec, config),
-        work / "codec",
-        config.codec,
-        **hooks.of("codec"),
-    )
-    if config.refine.steps:
-        loop = LoopConfig.of(config.refine, config)
-        train_codec(
-            vae,
-            data.training,
-            data.validation,
-            loop,
-            work / "codec_refined",
-            config.refine,
-            refine=True,
-            **hooks.of("refine"),
-        )
-    vae.eval().requires_grad_(False)
-    vae.register_to_config(scaling_factor=compute_picture_scale(vae, data.training))
-    unet, loop = backbone.unet, LoopConfig.of(config.denoiser, config)
-    train_text_to_image(
-        backbone,
-        unet,
-        data.training,
-        config.modality,
-        loop,
-        work / "denoiser",
-        config.denoiser,
-        **hooks.of("denoiser", modality=config.modality),
-    )
+    _train_backbone(backbone, data, config, work, hooks)
     ceiling: dict[str, float] = {}
     with team.first_alone():
         if team.is_first:
-            ceiling = compute_codec_ceiling(vae, data.validation or data.training)
-            for part, model in (("vae", vae), ("unet", unet)):
+            ceiling = compute_codec_ceiling(backbone.vae, data.validation or data.training)
+            for part, model in (("vae", backbone.vae), ("unet", backbone.unet)):
                 save_backbone_part(scratch, part, model)
             for random_weights in scratch.glob(".*.previous"):
                 shutil.rmtree(random_weights)
             folder.parent.mkdir(parents=True, exist_ok=True)
             scratch.rename(folder)
     return {"ceiling": ceiling, "config": to_values(config), "cases": data.training_cases, "held_out": data.held_out}
+
+
+def _train_backbone(backbone: Backbone, data: Datasets, config: PretrainConfig, work: Path, hooks: _Hooks) -> None:
+    """Train the codec, if asked for its decoder further, and on its latents the denoiser."""
+    vae, loop = backbone.vae, LoopConfig.of(config.codec, config)
+    training, validation = data.training, data.validation
+    train_codec(vae, training, validation, loop, work / "codec", config.codec, **hooks.of("codec"))
+    if config.refine.steps:
+        loop, folder = LoopConfig.of(config.refine, config), work / "codec_refined"
+        train_codec(vae, training, validation, loop, folder, config.refine, refine=True, **hooks.of("refine"))
+    vae.eval().requires_grad_(False)
+    vae.register_to_config(scaling_factor=compute_picture_scale(vae, training))
+    loop, stage = LoopConfig.of(config.denoiser, config), hooks.of("denoiser", modality=config.modality)
+    train_text_to_image(
+        backbone, backbone.unet, training, config.modality, loop, work / "denoiser", config.denoiser, **stage
+    )
 
 
 def run_train(
@@ -244,57 +226,13 @@ def run_train(
             f"it to '{model_dir}/backbone' and leave --backbone out."
         )
     team = find_team()
-    start = None if continue_from is None else _check_start(continue_from, model_dir, config)
-    source = backbone_source or (continue_from or model_dir) / "backbone"
-    # Weights are trained in fp32 under autocast; bf16 weights would lose small updates.
-    backbone = Backbone(source, team.device or device, dtype="fp32")
-    autocast = find_autocast_dtype(config.precision, backbone.device)
-    if start is None:
-        if "evidence" not in config.stages:
-            raise RequestError(
-                "Proposals are trained on top of evidence: add the stage evidence, or "
-                "name a model that has it with --continue-from."
-            )
-        grid = config.grid
-        branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, config.seed).to(backbone.device)
-        pipeline, structures = None, config.structures
-    else:
-        assert continue_from is not None
-        start, pipeline = load_pipeline(continue_from, backbone, autocast)
-        branch, structures = pipeline.branch, start.structures
-    data = prepare_datasets(list_cases(studies) if cases is None else cases, branch.config, structures, held_out, work)
-    origin = (
-        {"backbone": compute_backbone_digest(backbone.folder)}
-        if start is None
-        else {"continued": _identify(continue_from)}
-    )
-    hooks = _Hooks(config, data, {"grid": branch.config.to_dict(), **origin}, is_cancelled, report)
-
-    history: dict[str, Any] = {}
-    if "evidence" in config.stages:
-        loop = LoopConfig.of(config.evidence, config)
-        history["evidence"] = train_evidence(
-            branch,
-            backbone,
-            data.training,
-            data.validation,
-            loop,
-            work / "evidence",
-            config.evidence,
-            **hooks.of("evidence"),
-        )
-    if pipeline is None:
-        codec = MaskCodec(backbone.vae)
-        codec.fit_statistics(_sample_masks(data.training, 12))
-        pipeline = ProposalPipeline(backbone, branch, codec, autocast=autocast)
-    if "proposals" in config.stages:
-        loop = LoopConfig.of(config.proposals, config)
-        before = {"evidence": to_values(config.evidence)} if "evidence" in config.stages else {}
-        stage = hooks.of("proposals", frozen=freeze, **before)
-        history["proposals"] = train_proposals(
-            pipeline, data.training, data.validation, loop, work / "proposals", config.proposals, freeze, **stage
-        )
-    elif "evidence" in config.stages and start is None:
+    origin = _open_origin(model_dir, config, backbone_source, continue_from, team.device or device)
+    listed = list_cases(studies) if cases is None else cases
+    data = prepare_datasets(listed, origin.branch.config, origin.structures, held_out, work)
+    described = {"grid": origin.branch.config.to_dict(), **origin.digest}
+    hooks = _Hooks(config, data, described, is_cancelled, report)
+    pipeline, history = _train_conditioning(origin, data, config, work, hooks, freeze)
+    if "proposals" not in config.stages and origin.card is None:
         logger.warning(
             "The proposals are not trained yet; continue with --continue-from %s --set stages=[proposals]", model_dir
         )
@@ -304,7 +242,7 @@ def run_train(
                 **describe_run(),
                 "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
                 "config": to_values(config),
-                "continued_from": None if start is None else start.full_name,
+                "continued_from": None if origin.card is None else origin.card.full_name,
                 "frozen_denoiser": freeze,
                 "training_cases": data.training_cases,
                 "held_out_cases": data.held_out,
@@ -312,23 +250,93 @@ def run_train(
                 "validation": history,
                 "notes": extra_notes,
             }
-            written = _describe_model(config, start, pipeline)
-            _write_model(
-                model_dir,
-                written,
-                pipeline,
-                run,
-                embedded=backbone_source is None,
-                trained="proposals" in config.stages and not freeze,
-            )
+            card, trained = _describe_model(config, origin.card, pipeline), "proposals" in config.stages and not freeze
+            _write_model(model_dir, card, pipeline, run, embedded=backbone_source is None, trained=trained)
     return load_card(model_dir)
 
 
-def _check_start(continue_from: Path, model_dir: Path, config: TrainConfig) -> ModelCard:
-    """The card of the model that is continued.
+@dataclass(frozen=True)
+class _Origin:
+    """What a training of the conditioning starts from.
+
+    Attributes:
+        backbone: In fp32.
+        branch: Fresh, or that of the model that is continued.
+        structures: What it learns.
+        digest: Identifies the weights in checkpoints.
+        autocast: What the networks compute in; None for fp32.
+        card, pipeline: Of the model that is continued; None for a new one.
+    """
+
+    backbone: Backbone
+    branch: ConditioningBranch
+    structures: tuple[str, ...]
+    digest: dict[str, str]
+    autocast: torch.dtype | None
+    card: ModelCard | None = None
+    pipeline: ProposalPipeline | None = None
+
+
+def _open_origin(
+    model_dir: Path, config: TrainConfig, backbone_source: str | None, continue_from: Path | None, device: str | None
+) -> _Origin:
+    """Load the backbone, and the conditioning that is continued or a fresh one.
 
     Raises:
-        RequestError: if it would be overwritten, or its name be given to other weights.
+        RequestError: if there is nothing that proposals could be trained on.
+    """
+    if continue_from is not None:
+        _check_start(continue_from, model_dir, config)
+    # Weights are trained in fp32 under autocast; bf16 weights would lose small updates.
+    backbone = Backbone(backbone_source or (continue_from or model_dir) / "backbone", device, dtype="fp32")
+    autocast = find_autocast_dtype(config.precision, backbone.device)
+    if continue_from is not None:
+        card, pipeline = load_pipeline(continue_from, backbone, autocast)
+        digest = {"continued": _identify(continue_from)}
+        return _Origin(backbone, pipeline.branch, card.structures, digest, autocast, card, pipeline)
+    if "evidence" not in config.stages:
+        raise RequestError(
+            "Proposals are trained on top of evidence: add the stage evidence, or "
+            "name a model that has it with --continue-from."
+        )
+    grid = config.grid
+    branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, config.seed).to(backbone.device)
+    return _Origin(
+        backbone, branch, config.structures, {"backbone": compute_backbone_digest(backbone.folder)}, autocast
+    )
+
+
+def _train_conditioning(
+    origin: _Origin, data: Datasets, config: TrainConfig, work: Path, hooks: _Hooks, freeze: bool
+) -> tuple[ProposalPipeline, dict[str, Any]]:
+    """The stages. Returns the networks and the validations of each stage."""
+    history: dict[str, Any] = {}
+    training, validation = data.training, data.validation
+    if "evidence" in config.stages:
+        loop, folder = LoopConfig.of(config.evidence, config), work / "evidence"
+        history["evidence"] = train_evidence(
+            origin.branch, origin.backbone, training, validation, loop, folder, config.evidence, **hooks.of("evidence")
+        )
+    pipeline = origin.pipeline
+    if pipeline is None:
+        codec = MaskCodec(origin.backbone.vae)
+        codec.fit_statistics(_sample_masks(training, 12))
+        pipeline = ProposalPipeline(origin.backbone, origin.branch, codec, autocast=origin.autocast)
+    if "proposals" in config.stages:
+        loop, folder = LoopConfig.of(config.proposals, config), work / "proposals"
+        before = {"evidence": to_values(config.evidence)} if "evidence" in config.stages else {}
+        stage = hooks.of("proposals", frozen=freeze, **before)
+        history["proposals"] = train_proposals(
+            pipeline, training, validation, loop, folder, config.proposals, freeze, **stage
+        )
+    return pipeline, history
+
+
+def _check_start(continue_from: Path, model_dir: Path, config: TrainConfig) -> None:
+    """Refuse to overwrite the model that is continued, and to give its name to other weights.
+
+    Raises:
+        RequestError: naming what to change.
     """
     start = load_card(continue_from)
     if continue_from.resolve() == model_dir.resolve():
@@ -340,12 +348,10 @@ def _check_start(continue_from: Path, model_dir: Path, config: TrainConfig) -> M
             f"'{start.full_name}' is what is continued; give the new weights another "
             f"name, for example --version {start.version}.1."
         )
-    return start
 
 
-def _identify(model_dir: Path | None) -> str:
+def _identify(model_dir: Path) -> str:
     """Content of a model: conditioning and backbone."""
-    assert model_dir is not None
     return f"{compute_conditioning_digest(model_dir)[:16]} {load_card(model_dir).backbone_digest[:16]}"
 
 
@@ -467,8 +473,6 @@ Dice):
 
 
 def _sample_masks(cache: SliceCache, batches: int) -> list[torch.Tensor]:
-    import numpy as np
-
     rng = np.random.default_rng(0)
     masks = []
     for _ in range(batches):

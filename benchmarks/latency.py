@@ -71,7 +71,7 @@ def run_server(studies: Path, conf: list[str], log: Path) -> Iterator[tuple[str,
         "--studies",
         str(studies),
     ]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--conf", "login", "off"]
     for name, value in zip(conf[::2], conf[1::2], strict=True):
         command += ["--conf", name, value]
     started = time.monotonic()

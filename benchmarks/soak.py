@@ -279,7 +279,7 @@ def run_server(folder: Path, model: Path, conf: list[str]) -> Iterator[tuple[str
         "adapters",
         str(folder / "adapters"),
     ]
-    command += ["--conf", "score_pool", "off", *conf]
+    command += ["--conf", "score_pool", "off", "--conf", "login", "off", *conf]
     environment = {**os.environ, "TMPDIR": str(folder / "tmp"), "MONAI_LABEL_SESSION_PATH": str(folder / "sessions")}
     log = folder / "server.log"
     with log.open("wb") as output:

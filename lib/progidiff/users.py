@@ -23,9 +23,11 @@ from pathlib import Path
 
 from progidiff.errors import LoginError, NotFoundError, RequestError
 from progidiff.storage.atomic import replace_bytes
+from progidiff.storage.state_files import load_state
 
 MIN_PASSWORD = 10
 MAX_PASSWORD = 256
+TOKEN_BYTES = 32
 MIN_TOKEN = 20
 """Characters. A token is not slowed down by a hash as a password is, so it must be too long to guess."""
 
@@ -275,6 +277,50 @@ class Token:
     def of(cls, name: str, role: Role, secret: str) -> Token:
         """Of the token's text."""
         return cls(name, role, hashlib.sha256(secret.encode()).digest())
+
+
+LOCAL_NAME = "local"
+"""Whom the token stands for that a server makes for its own machine."""
+
+LOGIN_LINK = "/progidiff/login?token="
+"""What stands before that token in the link that a browser opens."""
+
+_LOCAL_FILE = "local-token"
+
+
+def find_local_token(store: Path) -> Path:
+    """Where a server with this store keeps the token of its own machine."""
+    return store / "sessions" / _LOCAL_FILE
+
+
+def open_local_token(store: Path) -> str:
+    """The token with which this machine logs in where no other login is configured; made at the first start.
+
+    It is an administrator's, lies in a file that only the account of the server can read, and stays the same until the
+    file is deleted.
+
+    Raises:
+        RequestError: if every account of the machine can read the file.
+        OSError: if it can be neither read nor written.
+    """
+    file = find_local_token(store)
+    if file.exists():
+        check_private(file, "The file with this machine's token")
+
+    def make() -> str:
+        secret = secrets.token_urlsafe(TOKEN_BYTES)
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_private(file, f"{secret}\n".encode())
+        return secret
+
+    return load_state(file, _read_local, make, "This machine gets another token; open the link that the server prints.")
+
+
+def _read_local(content: bytes) -> str:
+    secret = content.decode("ascii").strip()
+    if len(secret) < MIN_TOKEN:
+        raise ValueError(f"{len(secret)} characters are no token")
+    return secret
 
 
 def read_tokens(path: Path) -> tuple[Token, ...]:

@@ -83,6 +83,8 @@ def run_server(
     command += ["--host", "127.0.0.1", "--port", str(port)]
     if "score_pool" not in conf[::2]:  # what a test does not ask for must not take the processor from it
         conf += ("score_pool", "off")
+    if "login" not in conf[::2]:  # as most tests send no token; `test_auth_server` tests the default
+        conf += ("login", "off")
     for name, value in zip(conf[::2], conf[1::2], strict=True):
         command += ["--conf", name, value]
     started = time.monotonic()

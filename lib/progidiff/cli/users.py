@@ -10,7 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from progidiff.errors import RequestError
-from progidiff.users import Token, UsersFile, check_name, read_role
+from progidiff.storage.state import REPOSITORY, default_store
+from progidiff.users import (
+    LOGIN_LINK,
+    TOKEN_BYTES,
+    Token,
+    UsersFile,
+    check_name,
+    find_local_token,
+    open_local_token,
+    read_role,
+)
 
 NameArgument = Annotated[str, typer.Argument(help="Letters, digits, '.', '_', '@' or '-'.")]
 FileOption = Annotated[
@@ -19,8 +29,6 @@ FileOption = Annotated[
 RoleOption = Annotated[
     str, typer.Option(help="read: look; annotate: also ask for proposals and save; administer: everything.")
 ]
-
-_TOKEN_BYTES = 32
 
 
 def register(app: Any) -> None:
@@ -32,6 +40,7 @@ def register(app: Any) -> None:
     users.command("list")(list_users)
     users.command("remove")(remove_user)
     users.command("token")(make_token)
+    users.command("link")(print_link)
     app.add_typer(users, name="users")
 
 
@@ -62,9 +71,29 @@ def make_token(name: NameArgument, role: RoleOption = "annotate") -> None:
     """Print a line for the token file (--conf token_file) with a new token; the part after the last colon is what
     clients send.
     """
-    secret = secrets.token_urlsafe(_TOKEN_BYTES)
+    secret = secrets.token_urlsafe(TOKEN_BYTES)
     token = Token.of(check_name(name, "NAME"), read_role(role, "--role"), secret)
     typer.echo(f"{token.name}:{token.role}:{secret}")
+
+
+def print_link(
+    studies: Annotated[str, typer.Option(help="What the server serves, as for `progidiff serve`.")] = str(
+        REPOSITORY / "sample_datastore"
+    ),
+    store: Annotated[
+        Path | None, typer.Option(help="The server's --conf store, if it has one.", show_default=False)
+    ] = None,
+    port: Annotated[int, typer.Option(help="The server's port.", min=1, max=65535)] = 8000,
+) -> None:
+    """Print the link that logs this machine in, where neither users nor tokens are configured.
+
+    What follows `token=` is the password for 3D Slicer (without a name) and the token for scripts.
+    """
+    folder = store or default_store(studies)
+    file = find_local_token(folder)
+    if not file.is_file():
+        raise RequestError(f"There is no token in '{file}'. Start the server once, or name what it serves: --studies.")
+    typer.echo(f"http://127.0.0.1:{port}{LOGIN_LINK}{open_local_token(folder)}")
 
 
 def _read_password(name: str) -> str:

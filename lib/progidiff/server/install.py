@@ -14,8 +14,10 @@ from fastapi import FastAPI
 from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.server import memory
-from progidiff.server.gate import answers, guard
+from progidiff.server.gate import answers, connections, guard, invitation, repeated_lines
+from progidiff.server.gate.auth import Authenticator
 from progidiff.server.gate.endpoints import Endpoints, build_table
+from progidiff.server.options import ServerOptions
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.storage.atomic import remove_scratch_folders
 
@@ -48,10 +50,20 @@ def install(web: FastAPI, app: MONAILabelApp, modules: Sequence[Endpoints]) -> N
     remove_scratch_folders()
     answers.install_handlers(web)
     context = cast(Any, app).context
+    _prepare_server(context.auth, context.options)
     guard.install(web, build_table(modules), context.auth, context.options)
     web.middleware_stack = None  # Built again with these handlers at the next request.
     queues = [task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)]
     _end_jobs_on_signals([queue.close for queue in queues] + [context.training.close])
+
+
+def _prepare_server(auth: Authenticator, options: ServerOptions) -> None:
+    """Limit the connections of the web server, and have it print the link when it listens; nothing at a reload."""
+    repeated_lines.install()
+    server = connections.find_server()
+    if server is not None and not server.started:
+        connections.limit(server.config, options)
+        invitation.print_link_when_ready(server, auth)
 
 
 def _end_jobs_on_signals(closers: list[Callable[[], None]]) -> None:

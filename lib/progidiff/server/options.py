@@ -27,6 +27,9 @@ _HOST_CONF = ("server_mode",)
 none of.
 """
 
+TOKEN, OFF = "token", "off"
+"""Choices of `--conf login`."""
+
 _ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
@@ -51,12 +54,17 @@ class ServerOptions:
         store_gb: Size that the store may grow to before the oldest proposals go, in GB.
         token_file: Tokens that open the server to other hosts, see `progidiff.users.read_tokens`.
         users_file: Users with hashed passwords, see `progidiff.users.UsersFile`.
+        login: Whether this machine logs in where neither tokens nor users are configured: "token", with a token that
+            the server makes, keeps in its state folder and prints as a link; or "off": whoever reaches the loop-back
+            address administers.
         allow_anonymous: What somebody without a login may do from another host; None for nothing. "true" means
             annotate.
         session_hours: How long a login lasts, in hours, 0.1..720.
         hosts: Names, without a port, that browsers may call this server by, beside localhost and addresses.
         cors_origins: Pages of these origins ("https://viewer.example.org") may call this server from a browser;
             otherwise only its own.
+        header_seconds: How long a connection may take to send the header of a request, 0.1..300.
+        connections_per_address: Connections of one address at a time, 8..10000.
         max_upload_gb: Largest body of a request that brings an image or a label, in GB.
         score_pool: Whether images are scored in the background: "on", "off", or "auto": if they lie in a folder (behind
             a DICOMweb address all of them would have to be fetched).
@@ -86,10 +94,13 @@ class ServerOptions:
     textdiff: Path | None = None
     token_file: Path | None = None
     users_file: Path | None = None
+    login: str = TOKEN
     allow_anonymous: Role | None = None
     session_hours: float = 12.0
     hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    header_seconds: float = 10.0
+    connections_per_address: int = 256
     max_upload_gb: float = 4.0
     score_pool: str = "auto"
     score_prompt: str = "all"
@@ -136,6 +147,7 @@ class ServerOptions:
             store_gb=read_float(given.get("store_gb", cls.store_gb), "--conf store_gb", 0.01, 1e6),
             token_file=Path(given["token_file"]).expanduser() if "token_file" in given else None,
             users_file=Path(given["users_file"]).expanduser() if "users_file" in given else None,
+            login=read_choice(given.get("login", cls.login), "--conf login", (TOKEN, OFF)),
             allow_anonymous=_read_anonymous(given.get("allow_anonymous", "false")),
             session_hours=read_float(given.get("session_hours", cls.session_hours), "--conf session_hours", 0.1, 720),
             hosts=_read_list(
@@ -146,6 +158,15 @@ class ServerOptions:
                 "cors_origins",
                 _ORIGIN,
                 "origins such as https://viewer.example.org:3000",
+            ),
+            header_seconds=read_float(
+                given.get("header_seconds", cls.header_seconds), "--conf header_seconds", 0.1, 300
+            ),
+            connections_per_address=read_int(
+                given.get("connections_per_address", cls.connections_per_address),
+                "--conf connections_per_address",
+                8,
+                10_000,
             ),
             max_upload_gb=read_float(
                 given.get("max_upload_gb", cls.max_upload_gb), "--conf max_upload_gb", 0.001, 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
 import time
@@ -11,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from progidiff.cli.main import app
-from progidiff.errors import LoginError, NotFoundError, RequestError, TooManyTriesError
+from progidiff.errors import BusyError, LoginError, NotFoundError, RequestError, TooManyTriesError
 from progidiff.server.gate.auth import COOKIE, Attempts, Authenticator, User
 from progidiff.server.options import ServerOptions
 from progidiff.storage.state_files import list_damage
@@ -267,26 +269,80 @@ def test_a_session_that_somebody_changed_is_worth_nothing(auth: Authenticator):
         assert auth.read_session(forged) is None
 
 
-def test_failed_logins_are_counted_per_address_and_per_name_and_forgotten(auth: Authenticator):
+def test_failed_logins_are_counted_per_address_and_forgotten(auth: Authenticator):
     now = [1000.0]
     attempts = Attempts(per_key=3, window=60, clock=lambda: now[0])
     auth.attempts = attempts
     for _ in range(3):
         with pytest.raises(LoginError):
             auth.log_in("anna", "wrong password", "10.0.0.1")
-    for name, address in (("anna", "10.0.0.2"), ("other", "10.0.0.1")):
+    for name in ("anna", "other"):
         with pytest.raises(TooManyTriesError, match="Try again in 61 seconds") as caught:
-            auth.log_in(name, PASSWORD, address)
+            auth.log_in(name, PASSWORD, "10.0.0.1")
         assert (caught.value.status, caught.value.retry_after) == (429, 61)
     now[0] += 61
     assert auth.log_in("anna", PASSWORD, "10.0.0.1")[0].name == "anna"
 
 
-def test_trying_names_by_the_thousand_takes_no_memory():
+def test_wrong_passwords_from_elsewhere_never_lock_a_name(auth: Authenticator):
+    for number in range(40):
+        with pytest.raises((LoginError, TooManyTriesError)):
+            auth.log_in("anna", "wrong password", f"10.0.1.{number // 10}")
+    assert auth.log_in("anna", PASSWORD, "10.0.0.1")[0].name == "anna"
+
+
+def test_right_passwords_are_never_counted(auth: Authenticator):
+    for _ in range(30):
+        auth.log_in("anna", PASSWORD, "10.0.0.1")
+
+
+def test_an_ipv6_machine_cannot_try_from_each_of_its_addresses(auth: Authenticator):
+    with pytest.raises(TooManyTriesError):
+        for number in range(12):
+            with contextlib.suppress(LoginError):
+                auth.log_in("anna", "wrong password", f"2001:db8::{number:x}")
+
+
+def test_of_many_wrong_passwords_at_once_no_more_are_looked_at_than_may_fail(
+    auth: Authenticator, users: UsersFile, monkeypatch: pytest.MonkeyPatch
+):
+    looked: list[str] = []
+
+    def look(name: str, password: str) -> Role:
+        looked.append(password)
+        time.sleep(0.02)
+        raise LoginError("wrong")
+
+    monkeypatch.setattr(users, "check", look)
+
+    async def try_all() -> tuple[list[BaseException], float]:
+        tries = [auth.log_in_apart("anna", f"wrong password {number}", "10.0.0.1") for number in range(60)]
+        gathered = asyncio.ensure_future(asyncio.gather(*tries, return_exceptions=True))
+        started = time.monotonic()
+        await asyncio.gather(*(asyncio.to_thread(time.monotonic) for _ in range(20)))  # Readers have threads meanwhile.
+        return await gathered, time.monotonic() - started
+
+    errors, waited = asyncio.run(try_all())
+    assert len(looked) == 10
+    assert sorted({type(error).__name__ for error in errors}) == ["LoginError", "TooManyTriesError"]
+    assert waited < 5
+
+
+def test_no_more_logins_wait_than_the_server_can_look_at(auth: Authenticator, users: UsersFile, monkeypatch):
+    monkeypatch.setattr(users, "check", lambda name, password: time.sleep(0.05) or Role.READ)
+
+    async def try_all() -> list[BaseException]:
+        tries = [auth.log_in_apart("anna", PASSWORD, f"10.0.0.{number}") for number in range(100)]
+        return await asyncio.gather(*tries, return_exceptions=True)
+
+    assert sum(isinstance(error, BusyError) for error in asyncio.run(try_all())) == 36
+
+
+def test_trying_from_addresses_by_the_thousand_takes_no_memory():
     attempts = Attempts()
     for number in range(attempts.MAX_KEYS + 100):
-        attempts.fail(f"name {number}")
-    assert len(attempts._failures) <= attempts.MAX_KEYS
+        attempts.reserve(f"address {number}")
+    assert len(attempts._tries) <= attempts.MAX_KEYS
 
 
 def options(tmp_path: Path, **conf: str) -> ServerOptions:
@@ -296,8 +352,10 @@ def options(tmp_path: Path, **conf: str) -> ServerOptions:
 def test_the_log_says_who_may_connect(tmp_path: Path, users: UsersFile):
     token_file = write(tmp_path / "tokens", SECRET)
     for conf, environment, required, words in (
-        ({}, {}, False, "this machine only"),
-        ({"allow_anonymous": "true"}, {}, False, "annotate WITHOUT A LOGIN"),
+        ({}, {}, True, "this machine only, with the link that is printed"),
+        ({"login": "off"}, {}, False, "this machine only, everybody on it WITHOUT A LOGIN"),
+        ({"allow_anonymous": "true"}, {}, True, "annotate WITHOUT A LOGIN; with the link"),
+        ({"allow_anonymous": "true", "login": "off"}, {}, False, "annotate WITHOUT A LOGIN"),
         ({"token_file": str(token_file)}, {}, True, "1 tokens"),
         (
             {"token_file": str(token_file), "users_file": str(users.path)},
@@ -325,9 +383,37 @@ def test_secrets_that_do_not_fit_stop_the_start(tmp_path: Path):
             Authenticator.from_options(options(tmp_path, **conf), environment)
 
 
+def test_without_users_and_tokens_this_machine_has_a_token_of_its_own_that_stays(tmp_path: Path):
+    first = Authenticator.from_options(options(tmp_path), {})
+    file = tmp_path / ".progidiff" / "sessions" / "local-token"
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert first.local_token == file.read_text().strip()
+    assert first.find_user(bearer(first.local_token), {}) == User("local", Role.ADMINISTER)
+    assert first.log_in("", first.local_token, "127.0.0.1")[0].name == "local"
+    again = Authenticator.from_options(options(tmp_path), {})
+    assert (again.local_token, again.only_local) == (first.local_token, True)
+    printed = CliRunner().invoke(app, ["users", "link", "--studies", str(tmp_path), "--port", "8123"]).stdout
+    assert printed == f"http://127.0.0.1:8123/progidiff/login?token={first.local_token}\n"
+    file.write_text("half")
+    assert len(Authenticator.from_options(options(tmp_path), {}).local_token or "") >= 20
+    file.chmod(0o644)
+    with pytest.raises(RequestError, match="chmod o-rwx"):
+        Authenticator.from_options(options(tmp_path), {})
+
+
+def test_a_configured_login_makes_no_token_for_this_machine(tmp_path: Path):
+    auth = Authenticator.from_options(options(tmp_path), {"PROGIDIFF_TOKEN": SECRET})
+    assert (auth.local_token, auth.only_local) == (None, False)
+    assert not (tmp_path / ".progidiff").exists()
+    nothing = CliRunner().invoke(app, ["users", "link", "--studies", str(tmp_path)])
+    assert nothing.exit_code == 2
+    assert "Start the server once" in nothing.output
+
+
 @pytest.mark.parametrize(
     ("conf", "reason"),
     [
+        ({"login": "none"}, "must be one of token, off"),
         ({"tokenfile": "x"}, "Did you mean token_file"),
         ({"modeldir": "x"}, "Did you mean model_dir"),
         ({"zzz": "x"}, "There are .*adapters"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -185,7 +186,7 @@ def test_a_start_with_secrets_that_everybody_can_read_is_refused(tmp_path: Path)
         pass
 
 
-def test_under_the_stock_start_other_machines_are_refused(tmp_path: Path, tiny_model: Path):
+def test_under_the_stock_start_this_machine_has_a_link_and_others_are_refused(tmp_path: Path, tiny_model: Path):
     """`monailabel start_server` listens on every interface."""
     address = find_own_address()
     if not address or address.startswith("127."):
@@ -203,7 +204,7 @@ def test_under_the_stock_start_other_machines_are_refused(tmp_path: Path, tiny_m
         "--studies",
         str(studies),
     ]
-    command += ["--port", str(port), "--conf", "model_dir", str(tiny_model)]
+    command += ["--port", str(port), "--conf", "model_dir", str(tiny_model), "--conf", "header_seconds", "1"]
     with (
         (tmp_path / "log").open("wb") as log,
         subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path) as process,
@@ -217,7 +218,44 @@ def test_under_the_stock_start_other_machines_are_refused(tmp_path: Path, tiny_m
                     assert process.poll() is None, (tmp_path / "log").read_text()
                     time.sleep(0.2)
             outside = requests.get(f"http://{address}:{port}/info/", timeout=30)
+            link = wait_for_link(tmp_path / "log")
+            token = link.rpartition("=")[2]
+            assert link == f"http://127.0.0.1:{port}/progidiff/login?token={token}"
+            with_token = requests.get(f"http://{address}:{port}/info/", headers=bearer(token), timeout=30)
+            browser = requests.Session()
+            page = browser.get(link, timeout=30)
+            as_local = browser.get(f"http://127.0.0.1:{port}/auth/token/valid", timeout=30).json()
+            wrong = requests.get(f"{link}x", timeout=30)
+            client = MONAILabelClient(f"http://127.0.0.1:{port}", tmpdir=str(tmp_path))
+            enabled = client.auth_enabled()
+            client.update_auth(client.auth_token("", token))
+            models = client.info()["models"]
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as half:
+                half.sendall(b"GET /info/ HTTP/1.1\r\nHost: localhost\r\n")
+                given_up = half.recv(4096)
         finally:
             process.terminate()
-    assert inside.status_code == 200
-    assert (outside.status_code, "--conf token_file" in outside.json()["detail"]) == (403, True)
+    assert (inside.status_code, "progidiff users link" in inside.json()["detail"]) == (401, True)
+    for refused in (outside, with_token):
+        assert (refused.status_code, "--conf token_file" in refused.json()["detail"]) == (403, True)
+    assert (page.status_code, page.url) == (200, f"http://127.0.0.1:{port}/progidiff/")
+    assert (as_local["username"], as_local["roles"]) == ("local", ["administer"])
+    assert (wrong.status_code, "Open the link that the server printed" in wrong.text) == (401, True)
+    assert enabled
+    assert "progidiff" in models
+    assert given_up.startswith(b"HTTP/1.1 408 ")
+    assert token not in "".join(path.read_text(errors="replace") for path in (tmp_path / "app" / "logs").iterdir())
+
+
+def wait_for_link(log: Path) -> str:
+    """The link that the server prints once it listens."""
+    for _ in range(100):
+        found = re.search(r"http://\S+token=\S+", log.read_text(errors="replace"))
+        if found:
+            return found[0]
+        time.sleep(0.1)
+    raise AssertionError(log.read_text(errors="replace"))
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}

@@ -114,16 +114,28 @@ def connect(tmp_path: Path) -> Connect:
     """A client of a guarded application: `connect(peer, conf...)`."""
 
     def build(
-        peer: tuple[str, int] = LOCAL, tokens: bool = False, host: str = "127.0.0.1:8000", **conf: str
+        peer: tuple[str, int] = LOCAL,
+        tokens: bool = False,
+        host: str = "127.0.0.1:8000",
+        local: str | None = None,
+        root: str = "",
+        **conf: str,
     ) -> TestClient:
         web = build_app()
         options = ServerOptions.from_conf(conf, str(tmp_path))
         secrets = tuple(Token.of(f"{role}r", role, text) for role, text in TOKENS.items()) if tokens else ()
         users = UsersFile(options.users_file) if options.users_file else None
-        auth = Authenticator(secrets, users, options.allow_anonymous, tmp_path / "state")
+        if local is not None:
+            secrets = (Token.of("local", ADMINISTER, local),)
+        auth = Authenticator(secrets, users, options.allow_anonymous, tmp_path / "state", local_token=local)
         guard.install(web, TABLE, auth, options)
         return TestClient(
-            web, base_url=f"http://{host}", client=peer, follow_redirects=False, raise_server_exceptions=False
+            web,
+            base_url=f"http://{host}",
+            client=peer,
+            root_path=root,
+            follow_redirects=False,
+            raise_server_exceptions=False,
         )
 
     return build
@@ -153,6 +165,59 @@ def test_without_a_login_this_machine_administers_and_others_are_told_how_to_be_
 def test_a_request_that_a_proxy_passed_on_is_not_from_this_machine(connect: Connect, header: str):
     assert_refused(connect(LOCAL).get("/read", headers={header: "127.0.0.1"}), 403, "its own machine only")
     assert_refused(connect(REMOTE).get("/read", headers={header: "127.0.0.1"}), 403, "its own machine only")
+
+
+LOCAL_TOKEN = "the-token-in-the-link-of-this-machine"
+PROXY_HEADERS = [
+    "X-Forwarded-For",
+    "X-Forwarded-Host",
+    "X-Forwarded-Proto",
+    "X-Forwarded-Server",
+    "X-Forwarded-Port",
+    "Forwarded",
+    "Via",
+    "X-Real-IP",
+    "X-Client-IP",
+    "X-Cluster-Client-IP",
+    "True-Client-IP",
+    "CF-Connecting-IP",
+    "Fastly-Client-IP",
+    "X-Original-Host",
+    "Client-IP",
+    "X-ProxyUser-Ip",
+]
+
+
+@pytest.mark.parametrize("header", [*PROXY_HEADERS, ""])
+def test_nobody_is_administrator_for_coming_through_a_proxy_or_a_tunnel(connect: Connect, header: str):
+    headers = {header: "203.0.113.7"} if header else {}
+    client = connect(LOCAL, local=LOCAL_TOKEN)
+    assert client.get("/read", headers=headers).status_code in (401, 403)
+    assert client.post("/write", content=b"x", headers=headers).status_code in (401, 403)
+
+
+def test_this_machine_enters_with_its_token_and_other_machines_do_not(connect: Connect):
+    token = {"Authorization": f"Bearer {LOCAL_TOKEN}"}
+    client = connect(LOCAL, local=LOCAL_TOKEN)
+    assert_refused(client.get("/read"), 401, "asks for a login: .*`progidiff users link` prints it again")
+    assert client.get("/read", headers=token).json() == {"name": "local", "role": "administer"}
+    assert client.get("/open").status_code == 200
+    assert_refused(client.get("/read", headers={"Host": "evil.example", **token}), 403, "--conf hosts")
+    led = client.get("/page", headers={"Accept": "text/html"})
+    assert (led.status_code, led.headers["location"]) == (303, "/progidiff/login?next=%2Fpage")
+    for path in ("/read", "/open"):
+        assert_refused(connect(REMOTE, local=LOCAL_TOKEN).get(path, headers=token), 403, "its own machine only")
+    guest = connect(REMOTE, local=LOCAL_TOKEN, allow_anonymous="true")
+    assert guest.get("/read").json() == {"name": "", "role": "annotate"}
+    assert connect(LOCAL, local=LOCAL_TOKEN, allow_anonymous="true").get("/read").json()["role"] == "annotate"
+
+
+def test_behind_a_proxy_with_a_sub_path_a_browser_is_led_to_the_login_below_it(connect: Connect):
+    client = connect(REMOTE, tokens=True, root="/labels")
+    for path in ("/page?a=1", "/labels/page?a=1"):  # As the web server writes it, and as an older one did.
+        led = client.get(path, headers={"Accept": "text/html"})
+        assert (led.status_code, led.headers["location"]) == (303, "/labels/progidiff/login?next=%2Fpage%3Fa%3D1")
+    assert client.get("/labels/read", headers=bearer(READ)).status_code == 200
 
 
 def test_anonymous_users_get_the_role_that_the_option_names_and_not_more(connect: Connect):

@@ -21,10 +21,11 @@ from monailabel.interfaces.exception import (
     MONAILabelError,
     MONAILabelException,
 )
+from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
 
 from progidiff.errors import BusyError, LoginError, ProGiDiffError, PromptError
-from progidiff.storage.json_text import write_json
+from progidiff.storage.json_text import show_text, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,22 @@ _CURES = {
     429: "Wait until the running task has ended, or stop it.",
 }
 """What to do about an error of the host or the framework, whose own text does not say."""
+
+
+class ErrorAnswer(BaseModel):
+    """What every refusal and every error looks like.
+
+    Attributes:
+        error: Its kind, a class of `progidiff.errors` or of the host.
+        detail: What happened, why, and what to do about it.
+        suggestions: Names that may have been meant, best first.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    error: str
+    detail: str
+    suggestions: list[str]
 
 
 class JSONAnswer(JSONResponse):
@@ -86,9 +103,8 @@ def one_line(text: str) -> str:
 def _answer(
     status: int, error: str, detail: str, suggestions: Sequence[str] = (), headers: dict[str, str] | None = None
 ) -> Response:
-    return JSONAnswer(
-        {"error": error, "detail": detail, "suggestions": list(suggestions)}, status_code=status, headers=headers
-    )
+    answer = ErrorAnswer(error=error, detail=show_text(detail, len(detail)), suggestions=list(suggestions))
+    return JSONAnswer(answer.model_dump(), status_code=status, headers=headers)
 
 
 async def _answer_error(request: Request, err: Exception) -> Response:

@@ -10,10 +10,12 @@ What a role may do is in the declaration of each address, see `progidiff.server.
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import os
@@ -22,17 +24,29 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import FiniteFloat, TypeAdapter
 
-from progidiff.errors import AccessError, LoginError, RequestError, TooManyTriesError
+from progidiff.errors import AccessError, BusyError, LoginError, RequestError, TooManyTriesError
 from progidiff.server.gate.answers import one_line
-from progidiff.server.options import ServerOptions
+from progidiff.server.options import TOKEN, ServerOptions
 from progidiff.storage.state_files import load_state
-from progidiff.users import Role, Token, UsersFile, find_token, read_token, read_tokens, write_private
+from progidiff.users import (
+    LOCAL_NAME,
+    TOKEN_BYTES,
+    Role,
+    Token,
+    UsersFile,
+    find_token,
+    open_local_token,
+    read_token,
+    read_tokens,
+    write_private,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -59,15 +73,17 @@ class User:
 
 
 LOCAL_USER = User("", Role.ADMINISTER)
-"""Everybody on this machine, as long as no login is configured."""
+"""Everybody on this machine, if the server was started without a login."""
 
 
 class Attempts:
-    """Failed logins per address and per name; too many of them and the next ones wait.
+    """Logins that failed or are being looked at, per address; too many of them and the next ones wait.
+
+    They are never counted per name alone: ten wrong passwords from anywhere would lock the real user out.
 
     Args:
-        per_key: Failures within the window that are let pass.
-        window: Seconds after which a failure is forgotten.
+        per_key: Tries of an address within the window that are let pass.
+        window: Seconds after which a try is forgotten.
         clock: Seconds that never go back.
     """
 
@@ -77,46 +93,71 @@ class Attempts:
         self._per_key = per_key
         self._window = window
         self._clock = clock
-        self._failures: dict[str, deque[float]] = {}
+        self._tries: dict[str, deque[float]] = {}
         self._lock = threading.Lock()
 
-    def check(self, *keys: str) -> None:
-        """Let a try pass.
+    def reserve(self, address: str) -> None:
+        """Count a try before it is looked at, so that many at once are not looked at all.
 
         Raises:
-            TooManyTriesError: if one of the keys has failed too often; it says for how long.
+            TooManyTriesError: if there were too many from this address; it says for how long.
         """
+        key = group_address(address)
         with self._lock:
             now = self._clock()
-            for key in keys:
-                failures = self._recent(key, now)
-                if len(failures) >= self._per_key:
-                    wait = int(failures[0] + self._window - now) + 1
-                    raise TooManyTriesError(
-                        f"There were too many failed logins. Try again in {wait} seconds.", retry_after=wait
-                    )
+            tries = self._recent(key, now)
+            if len(tries) >= self._per_key:
+                wait = int(tries[0] + self._window - now) + 1
+                raise TooManyTriesError(
+                    f"There were too many failed logins. Try again in {wait} seconds.", retry_after=wait
+                )
+            self._tries.setdefault(key, deque()).append(now)
+            if len(self._tries) > self.MAX_KEYS:  # Somebody has thousands of addresses: forget the oldest tries.
+                for oldest in sorted(self._tries, key=lambda key: self._tries[key][-1])[: self.MAX_KEYS // 2]:
+                    del self._tries[oldest]
 
-    def fail(self, *keys: str) -> None:
-        """Count a failed try."""
+    def forgive(self, address: str) -> None:
+        """Take a try back that did not fail."""
+        key = group_address(address)
         with self._lock:
-            now = self._clock()
-            for key in keys:
-                self._recent(key, now)
-                self._failures.setdefault(key, deque(maxlen=self._per_key)).append(now)
-            if (
-                len(self._failures) > self.MAX_KEYS
-            ):  # Somebody tries names by the thousand: forget those that have waited longest.
-                for key in sorted(self._failures, key=lambda key: self._failures[key][-1])[: self.MAX_KEYS // 2]:
-                    del self._failures[key]
+            tries = self._tries.get(key)
+            if tries:
+                tries.pop()
+            if not tries:
+                self._tries.pop(key, None)
 
     def _recent(self, key: str, now: float) -> deque[float]:
-        failures = self._failures.get(key, deque())
-        while failures and failures[0] <= now - self._window:
-            failures.popleft()
-        if not failures:
-            self._failures.pop(key, None)
-        return failures
+        tries = self._tries.get(key, deque())
+        while tries and tries[0] <= now - self._window:
+            tries.popleft()
+        if not tries:
+            self._tries.pop(key, None)
+        return tries
 
+
+def group_address(address: str) -> str:
+    """The addresses that one machine may take as it likes: itself, or with IPv6 the 2^64 of its network.
+
+    Example:
+        >>> group_address("10.0.0.1"), group_address("2001:db8::1") == group_address("2001:db8::2")
+        ('10.0.0.1', True)
+    """
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(parsed, ipaddress.IPv6Address):
+        if parsed.ipv4_mapped is not None:
+            return str(parsed.ipv4_mapped)
+        return str(ipaddress.ip_network((parsed, 64), strict=False))
+    return str(parsed)
+
+
+_HASHERS = 2
+"""Threads that look at passwords."""
+
+_MAX_WAITING = 64
+"""Logins that wait for them."""
 
 _KEY_FILE = "session.key"
 _KEY_BYTES = 32
@@ -142,6 +183,8 @@ class Authenticator:
         anonymous: What somebody without a login may do from another machine, or None for nothing.
         state: Folder for the signing key and the ended sessions; made when the first session starts.
         session_seconds: How long a login lasts.
+        local_token: The text of this machine's own token, one of `tokens`; None if there is none. With it, and without
+            `anonymous`, other machines are refused whatever they send.
     """
 
     def __init__(
@@ -151,6 +194,7 @@ class Authenticator:
         anonymous: Role | None,
         state: Path,
         session_seconds: float = 43_200,
+        local_token: str | None = None,
     ) -> None:
         self.tokens = tokens
         self.users = users
@@ -159,7 +203,9 @@ class Authenticator:
         self.attempts = Attempts()
         self._state = state
         self._lock = threading.Lock()
-        self._hashing = threading.BoundedSemaphore(2)
+        self.local_token = local_token
+        self._hashing = ThreadPoolExecutor(_HASHERS, "progidiff-login")
+        self._waiting = 0
         self._key: bytes | None = None
         self._ended: dict[str, float] | None = None
 
@@ -182,15 +228,35 @@ class Authenticator:
                 f"The users file {users.path} has no user. Add one: progidiff users add "
                 f"NAME --role annotate --file {users.path}"
             )
-        return cls(tokens, users, options.allow_anonymous, options.store / "sessions", options.session_hours * 3600)
+        local = None
+        if not tokens and users is None and options.login == TOKEN:
+            local = _open_local(options.store)
+            tokens = (Token.of(LOCAL_NAME, Role.ADMINISTER, local),)
+        state, seconds = options.store / "sessions", options.session_hours * 3600
+        return cls(tokens, users, options.allow_anonymous, state, seconds, local)
 
     @property
     def required(self) -> bool:
         """Whether there is something to log in with; then nobody is let in for being on this machine."""
         return bool(self.tokens) or self.users is not None
 
+    @property
+    def only_local(self) -> bool:
+        """Whether other machines are refused, whatever they send."""
+        unconfigured = self.local_token is not None or not self.required
+        return unconfigured and self.anonymous is None
+
     def describe(self) -> str:
         """Who may connect, as a line of the log."""
+        if self.local_token is not None:
+            with_token = "with the link that is printed where it was started"
+            if self.anonymous:
+                return (
+                    f"everybody who reaches this server may {self.anonymous} WITHOUT A LOGIN; {with_token}, administer"
+                )
+            return (
+                f"this machine only, {with_token}; other hosts are refused until --conf token_file or users_file is set"
+            )
         ways = [f"{len(self.tokens)} tokens"] if self.tokens else []
         ways += [f"the users of {self.users.path}"] if self.users is not None else []
         if ways:
@@ -202,7 +268,8 @@ class Authenticator:
                 "(--conf allow_anonymous); this machine may administer"
             )
         return (
-            "this machine only; other hosts are refused until --conf token_file, users_file or allow_anonymous is set"
+            "this machine only, everybody on it WITHOUT A LOGIN (--conf login off); other hosts are refused until "
+            "--conf token_file, users_file or allow_anonymous is set"
         )
 
     def find_user(self, headers: Mapping[str, str], cookies: Mapping[str, str]) -> User | None:
@@ -241,23 +308,37 @@ class Authenticator:
             LoginError: if they are wrong.
             TooManyTriesError: after too many failures.
         """
-        keys = (f"address {address}", f"name {name[:64]}")
-        self.attempts.check(*keys)
         token = find_token(self.tokens, password)
         if token is not None and name in ("", token.name):
             return User(token.name, token.role), self._start_session(token.name, _stamp(token.digest))
+        self.attempts.reserve(address)
         try:
             if self.users is None:
                 raise LoginError(
                     "The name or the token is wrong. Try again; an administrator gives you a line of the token file."
                 )
-            with self._hashing:  # Each takes 16 MiB and a core: many at once would be a way to slow everybody down.
-                role = self.users.check(name, password)
+            role = self.users.check(name, password)
         except LoginError:
-            self.attempts.fail(*keys)
             logger.warning("Failed login of '%s' from %s", one_line(name[:64]), address)
             raise
+        self.attempts.forgive(address)
         return User(name, role), self._start_session(name, _stamp(self.users.read()[name].password.encode()))
+
+    async def log_in_apart(self, name: str, password: str, address: str) -> tuple[User, str]:
+        """As `log_in`, in threads of its own: each hash takes 16 MiB and a core, and the threads that answer everybody
+        else must not wait for it.
+
+        Raises:
+            BusyError: if too many wait already.
+        """
+        if self._waiting >= _MAX_WAITING:
+            raise BusyError("Too many people log in at this moment. Try again in a few seconds.")
+        self._waiting += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self._hashing, self.log_in, name, password, address)
+        finally:
+            self._waiting -= 1
 
     def _start_session(self, name: str, stamp: str) -> str:
         content = {"n": name, "e": int(time.time() + self.session_seconds), "s": stamp, "i": secrets.token_hex(8)}
@@ -340,6 +421,15 @@ class Authenticator:
         """Without the list a session that was ended would be worth something again, so all of them end."""
         self._key = self._make_key()
         return {}
+
+
+def _open_local(store: Path) -> str:
+    """This machine's token; one for this run if the disk refuses to keep it."""
+    try:
+        return open_local_token(store)
+    except OSError as err:
+        logger.warning("The link of this server changes with every start: its token cannot be kept (%s)", err)
+        return secrets.token_urlsafe(TOKEN_BYTES)
 
 
 def _read_key(content: bytes) -> bytes:

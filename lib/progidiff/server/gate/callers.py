@@ -18,9 +18,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from progidiff.errors import AccessError, LoginError
 from progidiff.server.gate.auth import LOCAL_USER, Authenticator, User, set_user
 from progidiff.server.gate.endpoints import OPEN, Endpoint, get_endpoint
+from progidiff.server.gate.paths import find_root, strip_prefix
 from progidiff.users import Role
 
 LOGIN_PAGE = "/progidiff/login"
+
+_LINK_HINT = " Where the server was started it printed a link; `progidiff users link` prints it again."
 
 _FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 
@@ -46,22 +49,21 @@ class Callers:
             except LoginError:
                 if not _is_page(scope["method"], headers):
                     raise
-                target = f"{LOGIN_PAGE}?next={quote(_read_target(scope), safe='')}"
+                target = f"{find_root(scope)}{LOGIN_PAGE}?next={quote(_read_target(scope), safe='')}"
                 await RedirectResponse(target, status_code=303)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
     def _find_user(self, scope: Scope, headers: Headers, endpoint: Endpoint) -> User:
+        local = is_local(scope, headers)
+        if self._auth.only_local and not local:
+            raise AccessError(
+                "This server answers its own machine only. To open it, an "
+                "administrator starts it with --conf token_file FILE or --conf users_file FILE, or with --conf "
+                "allow_anonymous true for everybody."
+            )
         if not self._auth.required:
-            if is_local(scope, headers):
-                return LOCAL_USER
-            if self._auth.anonymous is None:
-                raise AccessError(
-                    "This server answers its own machine only. To open it, an "
-                    "administrator starts it with --conf token_file FILE or --conf users_file FILE, or with --conf "
-                    "allow_anonymous true for everybody."
-                )
-            return User("", self._auth.anonymous)
+            return LOCAL_USER if local else User("", self._auth.anonymous or Role.READ)
         anonymous = User("", self._auth.anonymous or Role.READ)
         try:
             user = self._auth.find_user(headers, cookie_parser(headers.get("cookie", "")))
@@ -72,7 +74,7 @@ class Callers:
         if user is None and self._auth.anonymous is None and endpoint.role is not OPEN:
             raise LoginError(
                 "This server asks for a login: a bearer token (POST /auth/token gives "
-                "one), or the page /progidiff/login."
+                f"one), or the page /progidiff/login.{_LINK_HINT if self._auth.local_token else ''}"
             )
         return user or anonymous
 
@@ -99,5 +101,5 @@ def _is_page(method: str, headers: Headers) -> bool:
 
 
 def _read_target(scope: Scope) -> str:
-    query = scope.get("query_string", b"").decode("latin1")
-    return f"{scope['path']}?{query}" if query else str(scope["path"])
+    path, query = strip_prefix(scope), scope.get("query_string", b"").decode("latin1")
+    return f"{path}?{query}" if query else path

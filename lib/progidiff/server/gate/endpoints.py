@@ -26,7 +26,7 @@ from fastapi import APIRouter, Depends, Request
 from monailabel.config import settings
 
 from progidiff.errors import AccessError
-from progidiff.server.gate.answers import JSONAnswer
+from progidiff.server.gate.answers import ErrorAnswer, JSONAnswer
 from progidiff.server.gate.auth import User, check_role, find_user
 from progidiff.users import Role
 
@@ -172,7 +172,11 @@ class Endpoints:
     """
 
     router: APIRouter = field(
-        default_factory=lambda: APIRouter(prefix=settings.MONAI_LABEL_API_STR, default_response_class=JSONAnswer)
+        default_factory=lambda: APIRouter(
+            prefix=settings.MONAI_LABEL_API_STR,
+            default_response_class=JSONAnswer,
+            responses={"default": {"model": ErrorAnswer, "description": "What happened, why, and what to do"}},
+        )
     )
     declared: list[Endpoint] = field(default_factory=list)
 

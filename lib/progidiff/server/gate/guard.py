@@ -51,7 +51,7 @@ def build_middlewares(table: EndpointTable, auth: Authenticator, options: Server
         Middleware(SecurityHeaders),
         Middleware(Refusals),
         Middleware(PlainPaths, table=table),
-        Middleware(KnownHosts, hosts=options.hosts, login=auth.required),
+        Middleware(KnownHosts, hosts=options.hosts, login=auth.required and not auth.only_local),
         Middleware(Callers, auth=auth),
         Middleware(OwnOrigins, origins=options.cors_origins),
         Middleware(Roles),

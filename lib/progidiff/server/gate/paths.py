@@ -34,6 +34,16 @@ class PlainPaths(Check):
         set_endpoint(scope, self._table.find(scope["method"], path))
 
 
+def find_root(scope: Scope) -> str:
+    """What stands before every address in a link: the prefix of the proxy (`--root_path`) and of the host.
+
+    Example:
+        >>> find_root({"root_path": "/labels/"}), find_root({})
+        ('/labels', '')
+    """
+    return f"{str(scope.get('root_path', '')).rstrip('/')}{settings.MONAI_LABEL_API_STR}"
+
+
 def strip_prefix(scope: Scope) -> str:
     """The path as it is declared: without a prefix of the proxy (`--root_path`) and of the host
     (MONAI_LABEL_API_STR).

@@ -6,21 +6,27 @@ from __future__ import annotations
 
 import html
 import logging
-from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi import Depends, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from monailabel.config import settings
+from pydantic import BaseModel, ConfigDict
 
 from progidiff.errors import BusyError, LoginError, ProGiDiffError
 from progidiff.server.gate.auth import COOKIE, Authenticator, User
+from progidiff.server.gate.callers import LOGIN_PAGE
 from progidiff.server.gate.endpoints import CALLER, OPEN, READ, SMALL, Endpoints
+from progidiff.server.gate.paths import find_root
 from progidiff.server.parts import get_context
 
 logger = logging.getLogger(__name__)
 
-_START = "/"
+_START, _REVIEW = "/", "/progidiff/"
+
+_LINK_HINT = (
+    "<p>Open the link that the server printed where it was started, or leave the name empty and give the token in it "
+    "as the password. <code>progidiff users link</code> prints both again.</p>"
+)
 
 _POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src 'self'; form-action 'self'; "
@@ -39,14 +45,69 @@ button { margin-top: 1.2rem } .error { color: #c0392b }
 """
 
 
+class LoginNeeded(BaseModel):
+    """Whether a login is needed, in the words of the host's own login.
+
+    Attributes:
+        enabled: Whether it is.
+        client_id: Of no meaning here.
+        realm: Of no meaning here.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    enabled: bool
+    client_id: str = "progidiff"
+    realm: str = ""
+
+
+class TokenAnswer(BaseModel):
+    """A bearer token, or none where no login is needed.
+
+    Attributes:
+        access_token: What goes into the header ``Authorization`` after its type.
+        token_type: "bearer".
+        expires_in: Seconds for which it is good.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    access_token: str | None
+    token_type: str | None
+    expires_in: int | None = None
+
+
+class CallerAnswer(BaseModel):
+    """Whose bearer token it is.
+
+    Attributes:
+        username: Of the user or token; "" for somebody without a login.
+        name: The same.
+        email: None; this server keeps none.
+        roles: The one role.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    username: str
+    name: str
+    email: str | None
+    roles: list[str]
+
+
 def build_endpoints() -> Endpoints:
     """Both kinds of login, and the start page."""
-    prefix = settings.MONAI_LABEL_API_STR
     endpoints = Endpoints()
+    _add_tokens(endpoints)
+    _add_pages(endpoints)
+    return endpoints
+
+
+def _add_tokens(endpoints: Endpoints) -> None:
 
     @endpoints.get("/auth/", OPEN, tags=["Auth"], summary="Whether a login is needed (Slicer asks this first)")
-    def describe_login() -> dict[str, Any]:
-        return {"enabled": _auth().required, "client_id": "progidiff", "realm": ""}
+    def describe_login() -> LoginNeeded:
+        return LoginNeeded(enabled=_auth().required)
 
     @endpoints.post(
         "/auth/token",
@@ -55,32 +116,36 @@ def build_endpoints() -> Endpoints:
         summary="A bearer token for name and password; 10 failures in 5 minutes, then 429",
         takes="Form: username, password (or a token)",
         body=SMALL,
+        response_model_exclude_unset=True,
     )
-    def give_token(
+    async def give_token(
         request: Request, username: str = Form("", max_length=64), password: str = Form("", max_length=256)
-    ) -> dict[str, Any]:
+    ) -> TokenAnswer:
         auth = _auth()
-        if not auth.required:
-            return {
-                "access_token": None,
-                "token_type": None,
-            }  # What the stock client expects of a server without a login.
-        _, session = auth.log_in(username, password, _address(request))
-        return {"access_token": session, "token_type": "bearer", "expires_in": int(auth.session_seconds)}
+        if not auth.required:  # What the stock client expects of a server without a login.
+            return TokenAnswer(access_token=None, token_type=None)
+        _, session = await auth.log_in_apart(username, password, _address(request))
+        return TokenAnswer(access_token=session, token_type="bearer", expires_in=int(auth.session_seconds))
 
     @endpoints.get("/auth/token/valid", READ, tags=["Auth"], summary="Whose bearer token it is, if it is still good")
-    def check_token(user: User = CALLER) -> dict[str, Any]:
-        return {"username": user.name, "name": user.name, "email": None, "roles": [str(user.role)]}
+    def check_token(user: User = CALLER) -> CallerAnswer:
+        return CallerAnswer(username=user.name, name=user.name, email=None, roles=[str(user.role)])
 
+
+def _add_pages(endpoints: Endpoints) -> None:
     @endpoints.get(
         "/progidiff/login",
         OPEN,
         include_in_schema=False,
-        summary="The login page",
-        takes="Query: next (an address of this server)",
+        summary="The login page; with a token, as in the link that the server prints, sets the session cookie",
+        takes="Query: next (an address of this server), token",
     )
-    def show_login(next: str = _START) -> Response:
-        return _page("Log in", _form(_check_target(next)))
+    async def show_login(request: Request, next: str = "", token: str = "") -> Response:
+        auth = _auth()
+        if token and auth.required:
+            target = _check_target(next or _REVIEW)
+            return await _log_in(request, "", token, target)
+        return _page("Log in", _form(request, _check_target(next)))
 
     # The address is the login page's own, so a browser's back button and a failed try stay on it.
     @endpoints.post(
@@ -91,44 +156,29 @@ def build_endpoints() -> Endpoints:
         takes="Form: name, password, next (an address of this server)",
         body=SMALL,
     )
-    def log_in(request: Request, fields: dict[str, str] = _FIELDS) -> Response:
-        auth = _auth()
+    async def log_in(request: Request, fields: dict[str, str] = _FIELDS) -> Response:
         name, target = fields.get("name", "").strip(), _check_target(fields.get("next", _START))
-        try:
-            _, session = auth.log_in(name, fields.get("password", ""), _address(request))
-        except (LoginError, BusyError) as err:
-            return _refuse(err, target, name)
-        response = RedirectResponse(f"{prefix}{target}", status_code=303)
-        response.set_cookie(
-            COOKIE,
-            session,
-            max_age=int(auth.session_seconds),
-            path="/",
-            httponly=True,
-            samesite="strict",
-            secure=request.url.scheme == "https",
-        )
-        return response
+        return await _log_in(request, name, fields.get("password", ""), target)
 
     @endpoints.post("/progidiff/logout", OPEN, include_in_schema=False, summary="Ends the session", body=SMALL)
     def log_out(request: Request) -> Response:
         _auth().end_session(request.cookies.get(COOKIE, ""))
         _auth().end_session(request.headers.get("authorization", "").partition(" ")[2].strip())
-        response = RedirectResponse(f"{prefix}/progidiff/login", status_code=303)
-        response.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+        response = RedirectResponse(f"{find_root(request.scope)}{LOGIN_PAGE}", status_code=303)
+        response.delete_cookie(COOKIE, path=_find_cookie_path(request), httponly=True, samesite="strict")
         return response
 
     @endpoints.get("/", READ, include_in_schema=False, summary="Start page: links, and who is logged in")
-    def show_start(user: User = CALLER) -> Response:
+    def show_start(request: Request, user: User = CALLER) -> Response:
+        root = html.escape(find_root(request.scope))
         who = f"You are {html.escape(user.name)} and may {user.role}." if user.name else f"You may {user.role}."
         out = (
-            f'<form method="post" action="{prefix}/progidiff/logout"><button>Log out</button></form>'
-            if user.name
-            else ""
+            f'<form method="post" action="{root}/progidiff/logout"><button>Log out</button></form>' if user.name else ""
         )
         links = "".join(
-            f'<li><a href="{prefix}{address}">{text}</a></li>'
+            f'<li><a href="{root}{address}">{text}</a></li>'
             for address, text in (
+                (_REVIEW, "review page"),
                 ("/ohif/", "OHIF viewer"),
                 ("/info/", "what this server offers"),
                 ("/progidiff/jobs", "running jobs"),
@@ -137,7 +187,25 @@ def build_endpoints() -> Endpoints:
         )
         return _page("ProGiDiff Label", f"<p>{who} For research, not for diagnosis.</p><ul>{links}</ul>{out}")
 
-    return endpoints
+
+async def _log_in(request: Request, name: str, password: str, target: str) -> Response:
+    """Lead to the target with the cookie of a session, or show the form again."""
+    auth = _auth()
+    try:
+        _, session = await auth.log_in_apart(name, password, _address(request))
+    except (LoginError, BusyError) as err:
+        return _refuse(request, err, target, name)
+    response = RedirectResponse(f"{find_root(request.scope)}{target}", status_code=303)
+    response.set_cookie(
+        COOKIE,
+        session,
+        max_age=int(auth.session_seconds),
+        path=_find_cookie_path(request),
+        httponly=True,
+        samesite="strict",
+        secure=request.url.scheme == "https",
+    )
+    return response
 
 
 async def _read_fields(request: Request) -> dict[str, str]:
@@ -157,6 +225,11 @@ def _address(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
+def _find_cookie_path(request: Request) -> str:
+    """Behind a proxy with a sub-path the cookie is of no use to what else lies under the name."""
+    return str(request.scope.get("root_path", "")).rstrip("/") or "/"
+
+
 def _check_target(target: str) -> str:
     """Where to go after the login, if that is on this server; else the start page.
 
@@ -174,13 +247,15 @@ def _check_target(target: str) -> str:
     return target if plain else _START
 
 
-def _form(target: str, name: str = "", error: str = "") -> str:
+def _form(request: Request, target: str, name: str = "", error: str = "") -> str:
+    root = html.escape(find_root(request.scope))
     if not _auth().required:
-        return f'<p>This server needs no login. <a href="{settings.MONAI_LABEL_API_STR}/">Go on</a>.</p>'
-    action = f"{settings.MONAI_LABEL_API_STR}/progidiff/login"
+        return f'<p>This server needs no login. <a href="{root}/">Go on</a>.</p>'
+    action = f"{root}{LOGIN_PAGE}"
+    hint = _LINK_HINT if _auth().local_token is not None else ""
     problem = f'<p class="error" role="alert">{html.escape(error)}</p>' if error else ""
     return (
-        f'{problem}<form method="post" action="{action}">'
+        f'{problem}{hint}<form method="post" action="{action}">'
         f'<input type="hidden" name="next" value="{html.escape(target)}">'
         f'<label>Name<input name="name" value="{html.escape(name)}" autocomplete="username" autofocus></label>'
         '<label>Password or token<input name="password" type="password" '
@@ -189,9 +264,9 @@ def _form(target: str, name: str = "", error: str = "") -> str:
     )
 
 
-def _refuse(err: ProGiDiffError, target: str, name: str) -> Response:
+def _refuse(request: Request, err: ProGiDiffError, target: str, name: str) -> Response:
     headers = {"Retry-After": str(err.retry_after)} if isinstance(err, BusyError) else {}
-    return _page("Log in", _form(target, name[:64], str(err)), err.status, headers)
+    return _page("Log in", _form(request, target, name[:64], str(err)), err.status, headers)
 
 
 def _page(title: str, content: str, status: int = 200, headers: dict[str, str] | None = None) -> Response:

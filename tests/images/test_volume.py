@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation
 
+from progidiff.dicomweb.catalogue import describe_file
 from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError, StoreError
 from progidiff.images.formats import strip_suffix
 from progidiff.images.intensities import compute_body_threshold, compute_window, guess_modality
@@ -215,6 +216,23 @@ def test_the_dicom_tag_that_a_datastore_hands_on_is_the_modality(tmp_path: Path)
     assert load_volume(path, info={"Modality": "UNK"}).modality_source == "guessed"
     with pytest.raises(ImageError, match="is a PT image"):
         load_volume(path, info={"Modality": "PT"})
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_converters_sidecar_says_the_modality_with_a_capital_m(tmp_path: Path, encoding: str) -> None:
+    path = write_nifti(tmp_path / "case.nii.gz", make_image())  # HU, which would be guessed to be CT.
+    sidecar = tmp_path / "case.json"
+    sidecar.write_text(json.dumps({"Modality": "MR", "ConversionSoftware": "dcm2niix"}), encoding=encoding)
+    assert (load_volume(path).modality, load_volume(path).modality_source) == ("MR", "sidecar")
+    sidecar.write_text(json.dumps({"Modality": "MR", "modality": "CT"}), encoding=encoding)
+    assert load_volume(path).modality == "CT"
+    sidecar.write_text(json.dumps({"Modality": "PT"}), encoding=encoding)
+    with pytest.raises(ImageError, match="is a PT image, and only CT and MR are known here; give modality=CT or MR"):
+        load_volume(path)
+    assert load_volume(path, modality="CT").modality_source == "option"
+    assert "is a PT image" in describe_file("case", path).refused
+    sidecar.write_text(json.dumps({"Modality": "OT"}), encoding=encoding)
+    assert load_volume(path).modality_source == "guessed"
 
 
 def test_a_broken_sidecar_is_ignored(tmp_path: Path) -> None:

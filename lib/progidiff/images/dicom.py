@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import ImageError
 from progidiff.images.geometry import LPS_TO_RAS
@@ -113,17 +115,42 @@ def _read_dicom_series(files: list[str], path: Path) -> Raw:
             f"The slices of the series in '{path.name}' are {gaps.min():.2f} to {gaps.max():.2f} mm apart: some are "
             "missing, doubled or belong to another phase; send one complete series."
         )
-    reader = sitk.ImageSeriesReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileNames([files[index] for index in order])
-    image = reader.Execute()
-    if image.GetNumberOfComponentsPerPixel() > 1:
-        raise ImageError(
-            f"The series in '{path.name}' is in colour; send the original images, not captures of a screen."
-        )
     lps = np.eye(4)
     lps[:3, 0] = row * spacings[0][0]
     lps[:3, 1] = column * spacings[0][1]
     lps[:3, 2] = (places[-1] - places[0]) / (len(places) - 1)
     lps[:3, 3] = places[0]
-    return Raw(sitk.GetArrayFromImage(image).T, LPS_TO_RAS @ lps, modality)
+    return Raw(_read_slices([files[index] for index in order], path), LPS_TO_RAS @ lps, modality)
+
+
+def _read_slices(files: list[str], path: Path) -> NDArray[Any]:
+    """The slices as one array (I, J, K), each rescaled by its own slope and intercept.
+
+    One after the other: ITK's reader of series takes the type of the first slice for all, and where that one has a
+    whole slope, as the first slices of PET and some MR series do, fractions of all others would be cut off.
+
+    Returns:
+        Whole numbers of the smallest type that holds those of all slices, or float32 if a slice has fractions.
+    """
+    import SimpleITK as sitk
+
+    slices = []
+    for file in files:
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(file)
+        image = reader.Execute()
+        if image.GetNumberOfComponentsPerPixel() > 1:
+            raise ImageError(
+                f"The series in '{path.name}' is in colour; send the original images, not captures of a screen."
+            )
+        pixels = sitk.GetArrayFromImage(image)
+        pixels = pixels.reshape(pixels.shape[-2:])
+        if slices and pixels.shape != slices[0].shape:
+            raise ImageError(f"The slices of the series in '{path.name}' differ in size; remove scouts and localisers.")
+        slices.append(pixels)
+    dtype = np.result_type(*{pixels.dtype for pixels in slices})
+    stack = np.empty((len(slices), *slices[0].shape), np.float32 if np.issubdtype(dtype, np.floating) else dtype)
+    for index, pixels in enumerate(slices):
+        stack[index] = pixels
+    return stack.T

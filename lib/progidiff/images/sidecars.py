@@ -36,27 +36,39 @@ def find_stated_modality(
         RequestError: if what the datastore or sidecar says is no modality.
     """
     # A datastore that converted the series to NIfTI (DICOMweb) hands on the tag, or "UNK".
-    tag = str(tag or (info or {}).get("Modality") or "").strip().upper()
-    if tag and tag not in _UNSAID:
-        row = find_modality(tag)
-        if row is None or row.name != tag:
-            names = list_modalities()
-            raise ImageError(
-                f"'{path.name}' is a {tag} image, and only {' and '.join(names)} are known here; give "
-                f"modality={' or '.join(names)} to try it anyway."
-            )
-        return row.name, "dicom"
+    found = _check_tag(tag or (info or {}).get("Modality"), path)
+    if found is not None:
+        return found, "dicom"
     stated = info.get("modality") if info else None
-    stated = read_sidecar(path).get("modality") if stated is None else stated
-    found = check_modality(stated, f"The modality that the datastore gives for '{path.name}'")
+    if stated is None:
+        sidecar = read_sidecar(path)
+        stated = sidecar.get("modality")
+        # Converters (dcm2niix) write down DICOM's own tag.
+        found = _check_tag(sidecar.get("Modality"), path) if stated is None else None
+    found = found or check_modality(stated, f"The modality that the datastore gives for '{path.name}'")
     return None if found is None else (found, "sidecar")
+
+
+def _check_tag(tag: object, path: Path) -> str | None:
+    """The modality that DICOM's tag names; None if it names none."""
+    text = str(tag or "").strip().upper()
+    if text in ("", *_UNSAID):
+        return None
+    row = find_modality(text)
+    if row is None or row.name != text:
+        names = list_modalities()
+        raise ImageError(
+            f"'{path.name}' is a {text[:16]} image, and only {' and '.join(names)} are known here; give "
+            f"modality={' or '.join(names)} to try it anyway."
+        )
+    return row.name
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
     """What the file `<name>.json` next to an image says; empty if there is none or it is no JSON object."""
     sidecar = path.with_name(strip_suffix(path) + ".json")
     try:
-        content = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else None
+        content = json.loads(sidecar.read_text(encoding="utf-8-sig")) if sidecar.is_file() else None
     except (OSError, ValueError) as err:
         logger.warning("Ignored %s, which is no readable JSON: %s", sidecar.name, err)
         return {}

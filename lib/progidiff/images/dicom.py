@@ -134,7 +134,7 @@ def _read_slices(files: list[str], path: Path) -> NDArray[Any]:
     """
     import SimpleITK as sitk
 
-    slices = []
+    slices: list[NDArray[Any]] = []
     for file in files:
         reader = sitk.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")

@@ -58,8 +58,9 @@ from progidiff.labels.cases import LabelledCase, list_labelled, load_label_names
 from progidiff.prompts.parser import Query, parse_prompt
 from progidiff.proposals import drawing
 from progidiff.proposals.engine import Engine
-from progidiff.proposals.request import DEFAULT_CLEAN_UP
+from progidiff.proposals.request import DEFAULT_CLEAN_UP, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import Work
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -604,14 +605,13 @@ def show_worst(options: argparse.Namespace) -> None:
     for case in cases:
         volume = load_volume(case.image, options.modality)
         labels = None if unlabelled else load_label(case.label, like=volume.grid)
-        proposals = engine.propose(
-            volume,
-            list(dict.fromkeys(queries)),
+        request = ProposalRequest(
+            queries=tuple(dict.fromkeys(queries)),
             num_proposals=options.num_proposals,
             seed=options.seed,
             clean_up=DEFAULT_CLEAN_UP,
-            remember=False,
         )
+        proposals = engine.propose(request, volume, Work(remember=False))
         settings = proposals.summary()
         candidates += find_worst(case.name, volume, proposals, labels, ids)
         print(f"{case.name}: {proposals.seconds:.0f} s", file=sys.stderr, flush=True)

@@ -28,7 +28,9 @@ from progidiff.labels.cases import list_labelled, load_label_names
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import APART_MM, LARGEST, OFF, SMALL, SMALL_SHARE, drop_islands
+from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import Work
 from progidiff.storage.provenance import describe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -95,7 +97,9 @@ def main() -> None:
         if folder is not None and (folder / "proposals.json").is_file():
             proposals = VolumeProposals.from_files(folder)
         else:
-            proposals = engine.propose(volume, queries, num_proposals=options.num_proposals, remember=False)
+            proposals = engine.propose(
+                ProposalRequest(queries=queries, num_proposals=options.num_proposals), volume, Work(remember=False)
+            )
             if folder is not None:
                 proposals.to_files(folder)
         settings = {

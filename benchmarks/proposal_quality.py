@@ -55,7 +55,7 @@ from progidiff.labels.cases import list_labelled, load_label_names
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import drop_islands
-from progidiff.proposals.request import DEFAULT_CLEAN_UP
+from progidiff.proposals.request import DEFAULT_CLEAN_UP, NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import THRESHOLD, VolumeProposals
 from progidiff.storage.provenance import describe_versions
 
@@ -125,9 +125,10 @@ def draw(
         (setting.offsets * spread[0], setting.offsets * spread[1]) if setting.offsets and any(spread) else None
     )
     # The model itself: an adapter's pipeline is a copy that this change does not reach.
-    proposals = engine.propose(
-        volume, queries, num_proposals=num_proposals, num_inference_steps=setting.steps, adapter="none", slices=slices
+    request = ProposalRequest(
+        queries=queries, num_proposals=num_proposals, num_inference_steps=setting.steps, adapter=NONE, slices=slices
     )
+    proposals = engine.propose(request, volume)
     if folder is not None:
         proposals.to_files(folder)
     return proposals

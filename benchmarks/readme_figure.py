@@ -16,6 +16,7 @@ from progidiff.images.reading import load_volume
 from progidiff.prompts.parser import parse_prompt
 from progidiff.proposals.drawing import draw_proposals
 from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -39,9 +40,10 @@ def main() -> None:
     queries = []
     for prompt in options.prompt:
         queries += [query for query in parse_prompt(prompt, known=engine.structures) if query not in queries]
-    proposals = engine.propose(
-        volume, queries, num_proposals=options.num_proposals, num_inference_steps=options.steps, seed=options.seed
+    request = ProposalRequest(
+        queries=queries, num_proposals=options.num_proposals, num_inference_steps=options.steps, seed=options.seed
     )
+    proposals = engine.propose(request, volume)
     path = draw_proposals(volume, proposals, options.out, slices=options.slice)
     print(
         f"Wrote {path}: {volume.name}, {proposals.model_version}, K = "

@@ -63,7 +63,9 @@ from progidiff.model.folder import (
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import Work
 from progidiff.storage.provenance import describe_versions
 from progidiff.training.dice_tally import DiceTally, average_volumes, one_hot
 from progidiff.training.slice_cache import Case, SliceCache, list_cases
@@ -588,7 +590,8 @@ def propose_volume(options: argparse.Namespace, data: Data, volume: Volume) -> V
             )
         return replace(kept, probabilities=kept.probabilities[:, :count].copy())
     queries = [Query(name, name) for name in data.card.structures]
-    proposals = Engine(options.model).propose(volume, queries, num_proposals=count, adapter="none", remember=False)
+    request = ProposalRequest(queries=queries, num_proposals=count, adapter=NONE)
+    proposals = Engine(options.model).propose(request, volume, Work(remember=False))
     if folder is not None:
         proposals.to_files(folder)
     return proposals

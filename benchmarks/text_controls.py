@@ -40,6 +40,7 @@ from progidiff.images.reading import load_label, load_volume
 from progidiff.labels.cases import list_labelled, load_label_names
 from progidiff.prompts.parser import Query, heldout_phrases, training_phrases
 from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import NONE, ProposalRequest
 from progidiff.storage.provenance import describe_versions
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -210,9 +211,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             for start in range(0, len(texts), options.at_once):
                 part = texts[start : start + options.at_once]
                 queries = [Query(f"text {start + index}", text, known=False) for index, text in enumerate(part)]
-                proposals = engine.propose(
-                    volume, queries, num_proposals=options.num_proposals, adapter="none", slices=chosen
+                request = ProposalRequest(
+                    queries=queries, num_proposals=options.num_proposals, adapter=NONE, slices=chosen
                 )
+                proposals = engine.propose(request, volume)
                 for query in queries:
                     drawn = [proposals.slice_masks(query.name, z) for z in chosen]
                     masks[query.text] = np.stack([mask.sum(axis=0) * 2 >= len(mask) for mask in drawn])

@@ -26,6 +26,7 @@ from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.prompts.parser import compute_label_ids, parse_prompt
 from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +59,7 @@ def measure(
     started = time.perf_counter()
     volume = load_volume(path)
     queries = parse_prompt(prompt, engine.structures)
-    result = engine.propose(volume, queries, num_proposals=num_proposals)
+    result = engine.propose(ProposalRequest(queries=queries, num_proposals=num_proposals), volume)
     labels = result.label_map(volume.grid, "consensus", compute_label_ids(queries))
     save_mask(labels, volume.grid, out / "mask.nii.gz")
     total = time.perf_counter() - started
@@ -108,7 +109,8 @@ def main() -> None:
             path = save_mask(large.array, large.grid, folder / "large.nii.gz")
             del large
         # Loading the text encoder and the first call of every network are not part of a volume's cost.
-        engine.propose(load_volume(path), parse_prompt("liver", engine.structures), num_proposals=1, slices=[0, 1])
+        first = ProposalRequest(queries=parse_prompt("liver", engine.structures), num_proposals=1, slices=(0, 1))
+        engine.propose(first, load_volume(path))
         for owner, method, label in (
             (pipeline.backbone, "encode_text", "text encoder"),
             (pipeline, "encode_slices", "image encoder"),

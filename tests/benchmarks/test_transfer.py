@@ -121,12 +121,13 @@ def test_the_model_as_it_is_answers_as_the_engine_does(
     from progidiff.images.reading import load_volume
     from progidiff.prompts.parser import parse_prompt
     from progidiff.proposals.engine import Engine
+    from progidiff.proposals.request import ProposalRequest
 
     bench = benchmark.Bench(benchmark.Setup(test=("three",)), studies, tiny_model, tmp_path / "work", print)
     volume = load_volume(studies / "three.nii.gz")
     engine = Engine(tiny_model)
     queries = parse_prompt("spleen, liver", engine.structures)
-    expected = engine.propose(volume, queries, num_proposals=2, adapter="none")
+    expected = engine.propose(ProposalRequest(queries=queries, num_proposals=2, adapter="none"), volume)
     chosen = range(0, 20, 4)
     drawn = benchmark.draw_masks(
         bench.load_base(1.0)[2], bench.card, volume, [query.name for query in queries], chosen, 2

@@ -38,11 +38,10 @@ from progidiff.active_learning.strategies import ImageScores
 from progidiff.errors import NotFoundError
 from progidiff.model.adapters import AdapterCard, AdapterStore
 from progidiff.model.lora import LoraSettings
-from progidiff.prompts.parser import parse_prompt
 from progidiff.proposals.store import ProposalStore
 from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
 from support.phantoms import write_phantom
-from support.proposals import make_proposals
+from support.proposals import make_proposals, make_request
 
 IMAGES = ("one", "two", "three")
 SHAPE = (20, 16, 6)
@@ -123,7 +122,7 @@ def write(studies: Path, scratch: Path, random_: random.Random, acknowledge: Cal
             stores.scores.save(ScoredImage(scores, "f00", "CT", time.time()))
             acknowledge({"kind": "scores", "image": image, "seed": seed})
         else:
-            key = ProposalStore.key(image, "00", parse_prompt("liver"), 4, 4, seed, 1.0, VERSION)
+            key = make_request(seed=seed).key(image, "00", VERSION)
             stores.proposals.save(key, replace(make_proposals(), seed=seed), image)
             acknowledge({"kind": "proposals", "key": key})
 

@@ -35,6 +35,7 @@ from progidiff.model.lora import (
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
 
 LIVER = Query("liver", "liver")
 ALL_TARGETS = LoraSettings(rank=2, alpha=4, target_modules=("encoder", "query_head", "injection", "denoiser"))
@@ -462,7 +463,9 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def run(engine: Engine, volume: Volume, adapter: str | None = None) -> tuple[str, np.ndarray]:
-    result = engine.propose(volume, [LIVER], num_proposals=1, num_inference_steps=1, adapter=adapter)
+    result = engine.propose(
+        ProposalRequest(queries=[LIVER], num_proposals=1, num_inference_steps=1, adapter=adapter), volume
+    )
     return result.adapter, result.probabilities
 
 

@@ -108,8 +108,8 @@ def test_a_running_job_learns_that_it_is_cancelled_and_hands_the_device_on():
         queue.get(job.id).cancel()
         assert job.cancelled()
         raise CancelledError("stopped after slice 3")
-    assert job.info()["state"] == "cancelled"
-    assert job.info()["reason"] == "stopped after slice 3"
+    assert job.info().state == "cancelled"
+    assert job.info().reason == "stopped after slice 3"
     with queue.job("infer", "b") as after:
         assert after.state is JobState.RUNNING
 
@@ -139,13 +139,13 @@ def test_a_failed_job_keeps_its_reason_and_frees_the_device():
 def test_progress_is_told_as_percent_and_slices():
     queue = DeviceQueue("cpu")
     with queue.job("infer", "a") as job:
-        assert job.info()["percent"] == 0
+        assert job.info().percent == 0
         job.progress(30, 120)
         info = job.info()
-        assert (info["percent"], info["slices_done"], info["slices_total"], info["state"]) == (25, 30, 120, "running")
+        assert (info.percent, info.slices_done, info.slices_total, info.state) == (25, 30, 120, "running")
         job.progress(500, 120)
-        assert job.info()["slices_done"] == 120
-    assert job.info()["percent"] == 100
+        assert job.info().slices_done == 120
+    assert job.info().percent == 100
 
 
 def test_old_jobs_are_forgotten_and_asking_for_one_says_so():

@@ -16,8 +16,11 @@ from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query
 from progidiff.prompts.structures import STRUCTURES
-from progidiff.proposals.engine import Engine, is_out_of_memory
+from progidiff.proposals.batches import is_out_of_memory
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import Work
 from progidiff.testing import build_tiny_model
 
 LIVER, SPLEEN, AORTA = (Query(name, name) for name in ("liver", "spleen", "aorta"))
@@ -58,7 +61,7 @@ def assert_same(first: VolumeProposals, second: VolumeProposals, tolerance: int 
 
 
 def test_proposals_lie_on_the_working_grid_and_come_back_on_the_grid_of_the_input(engine: Engine, volume: Volume):
-    result = engine.propose(volume, [LIVER, AORTA], num_proposals=3, seed=7)
+    result = engine.propose(ProposalRequest(queries=[LIVER, AORTA], num_proposals=3, seed=7), volume)
     assert result.probabilities.shape == (2, 3, 8, 32, 64)
     assert result.probabilities.any()
     assert result.structures == ("liver", "aorta")
@@ -68,22 +71,22 @@ def test_proposals_lie_on_the_working_grid_and_come_back_on_the_grid_of_the_inpu
 
 def test_each_slice_is_encoded_once_for_all_prompts_proposals_and_steps(engine: Engine, volume: Volume):
     encoder, denoiser = count_calls(engine.load().branch.encoder), count_calls(engine.load().unet)
-    engine.propose(volume, [LIVER, SPLEEN, AORTA], num_proposals=4, num_inference_steps=3)
+    engine.propose(ProposalRequest(queries=[LIVER, SPLEEN, AORTA], num_proposals=4, num_inference_steps=3), volume)
     assert sum(encoder) == 8
     assert sum(denoiser) == 8 * 3 * 4 * 3
 
 
 def test_a_second_prompt_on_the_same_volume_reuses_the_features(engine: Engine, volume: Volume):
     encoder = count_calls(engine.load().branch.encoder)
-    engine.propose(volume, [LIVER], num_proposals=1)
-    engine.propose(volume, [SPLEEN], num_proposals=2, seed=5)
+    engine.propose(ProposalRequest(queries=[LIVER], num_proposals=1), volume)
+    engine.propose(ProposalRequest(queries=[SPLEEN], num_proposals=2, seed=5), volume)
     assert sum(encoder) == 8
 
 
 def test_another_volume_under_the_same_name_does_not_reuse_them(engine: Engine, volume: Volume):
     encoder = count_calls(engine.load().branch.encoder)
-    engine.propose(volume, [LIVER], num_proposals=1)
-    engine.propose(replace(volume, array=volume.array + 1), [LIVER], num_proposals=1)
+    engine.propose(ProposalRequest(queries=[LIVER], num_proposals=1), volume)
+    engine.propose(ProposalRequest(queries=[LIVER], num_proposals=1), replace(volume, array=volume.array + 1))
     assert sum(encoder) == 16
 
 
@@ -92,8 +95,8 @@ def test_features_are_forgotten_when_they_would_outgrow_the_memory_limit(
 ):
     monkeypatch.setattr("progidiff.proposals.engine.FEATURE_CACHE_BYTES", 1000)
     encoder = count_calls(engine.load().branch.encoder)
-    first = engine.propose(volume, [LIVER], num_proposals=1)
-    assert_same(first, engine.propose(volume, [LIVER], num_proposals=1))
+    first = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=1), volume)
+    assert_same(first, engine.propose(ProposalRequest(queries=[LIVER], num_proposals=1), volume))
     assert sum(encoder) == 16
 
 
@@ -103,45 +106,53 @@ def test_remembered_features_give_exactly_the_proposals_of_fresh_ones(
 ):
     engine = request.getfixturevalue(kind)
     encoder = count_calls(engine.load().branch.encoder)
-    first = engine.propose(volume, [LIVER, SPLEEN], num_proposals=2)
-    second = engine.propose(volume, [LIVER, SPLEEN], num_proposals=2)
+    first = engine.propose(ProposalRequest(queries=[LIVER, SPLEEN], num_proposals=2), volume)
+    second = engine.propose(ProposalRequest(queries=[LIVER, SPLEEN], num_proposals=2), volume)
     assert sum(encoder) == 8
     assert_same(first, second)
 
 
 def test_the_same_seed_gives_the_same_proposals_from_a_new_engine(tiny_model: Path, engine: Engine, volume: Volume):
     again = Engine(tiny_model, device="cpu", dtype="fp32")
-    assert_same(engine.propose(volume, [LIVER], seed=3), again.propose(volume, [LIVER], seed=3))
+    assert_same(
+        engine.propose(ProposalRequest(queries=[LIVER], seed=3), volume),
+        again.propose(ProposalRequest(queries=[LIVER], seed=3), volume),
+    )
 
 
 @pytest.mark.parametrize("seed", [1, 2**63 - 1])
 def test_another_seed_gives_other_proposals(engine: Engine, volume: Volume, seed: int):
-    first, second = engine.propose(volume, [LIVER], seed=0), engine.propose(volume, [LIVER], seed=seed)
+    first, second = (
+        engine.propose(ProposalRequest(queries=[LIVER], seed=0), volume),
+        engine.propose(ProposalRequest(queries=[LIVER], seed=seed), volume),
+    )
     assert (first.probabilities != second.probabilities).any()
 
 
 def test_a_structure_is_proposed_the_same_alone_and_among_others(engine: Engine, volume: Volume):
-    together = engine.propose(volume, [AORTA, LIVER, SPLEEN], num_proposals=3)
-    alone = engine.propose(volume, [LIVER], num_proposals=3)
+    together = engine.propose(ProposalRequest(queries=[AORTA, LIVER, SPLEEN], num_proposals=3), volume)
+    alone = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=3), volume)
     assert np.abs(together.probabilities[1].astype(int) - alone.probabilities[0]).max() <= 1
 
 
 def test_proposal_k_is_the_same_for_any_number_of_proposals(engine: Engine, volume: Volume):
-    many = engine.propose(volume, [LIVER], num_proposals=5)
-    few = engine.propose(volume, [LIVER], num_proposals=2)
+    many = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=5), volume)
+    few = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2), volume)
     assert np.abs(many.probabilities[:, :2].astype(int) - few.probabilities).max() <= 1
 
 
 def test_only_the_slices_asked_for_are_computed_and_they_are_the_same(engine: Engine, long_volume: Volume):
-    whole = engine.propose(long_volume, [LIVER], num_proposals=2).probabilities
-    part = engine.propose(long_volume, [LIVER], num_proposals=2, slices=[30, 3, 3, 17]).probabilities
+    whole = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2), long_volume).probabilities
+    part = engine.propose(
+        ProposalRequest(queries=[LIVER], num_proposals=2, slices=[30, 3, 3, 17]), long_volume
+    ).probabilities
     chosen = [3, 17, 30]
     assert np.abs(whole[:, :, chosen].astype(int) - part[:, :, chosen]).max() <= 1
     assert not np.delete(part, chosen, axis=2).any()
 
 
 def test_slices_come_first_where_somebody_looks_and_are_the_same_in_any_order(engine: Engine, long_volume: Volume):
-    straight = engine.propose(long_volume, [LIVER], num_proposals=2)
+    straight = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2), long_volume)
     come: list[int] = []
     early: list[np.ndarray] = []
 
@@ -149,7 +160,9 @@ def test_slices_come_first_where_somebody_looks_and_are_the_same_in_any_order(en
         early.append(part.slice_masks("liver", slices[0]))
         come.append(slices[0])
 
-    result = engine.propose(long_volume, [LIVER], num_proposals=2, first=36, on_slices=look)
+    result = engine.propose(
+        ProposalRequest(queries=[LIVER], num_proposals=2), long_volume, Work(first=36, on_slices=look)
+    )
     assert come == [32, 16, 0]
     assert np.array_equal(result.probabilities, straight.probabilities)
     assert all(np.array_equal(masks, result.slice_masks("liver", z)) for z, masks in zip(come, early, strict=True))
@@ -158,13 +171,13 @@ def test_slices_come_first_where_somebody_looks_and_are_the_same_in_any_order(en
 @pytest.mark.parametrize("slices", [[], [-1], [8]])
 def test_slices_outside_the_volume_are_refused_with_the_range(engine: Engine, volume: Volume, slices: list[int]):
     with pytest.raises(RequestError, match=r"0\.\.7, the axial indices of 'phantom'"):
-        engine.propose(volume, [LIVER], slices=slices)
+        engine.propose(ProposalRequest(queries=[LIVER], slices=slices), volume)
 
 
 def test_an_absent_structure_gives_exact_zeros_and_is_not_denoised(tmp_path: Path, volume: Volume):
     engine = Engine(build_tiny_model(tmp_path / "model", evidence_bias=-30.0), device="cpu", dtype="fp32")
     denoiser = count_calls(engine.load().unet)
-    result = engine.propose(volume, [LIVER, SPLEEN], num_proposals=2)
+    result = engine.propose(ProposalRequest(queries=[LIVER, SPLEEN], num_proposals=2), volume)
     assert not result.probabilities.any()
     assert denoiser == []
     assert result.present() == ()
@@ -172,14 +185,18 @@ def test_an_absent_structure_gives_exact_zeros_and_is_not_denoised(tmp_path: Pat
 
 
 def test_proposals_that_draw_nothing_are_stored_as_exact_zeros(engine: Engine, volume: Volume):
-    probabilities = engine.propose(volume, [LIVER, SPLEEN, AORTA]).probabilities
+    probabilities = engine.propose(ProposalRequest(queries=[LIVER, SPLEEN, AORTA]), volume).probabilities
     silent = (probabilities < 128).all(axis=(-2, -1))
     assert not probabilities[silent].any()
 
 
 def test_progress_never_goes_back_and_ends_at_the_total(engine: Engine, long_volume: Volume):
     told: list[tuple[int, int]] = []
-    engine.propose(long_volume, [LIVER, SPLEEN], progress=lambda done, total: told.append((done, total)))
+    engine.propose(
+        ProposalRequest(queries=[LIVER, SPLEEN]),
+        long_volume,
+        Work(on_progress=lambda done, total: told.append((done, total))),
+    )
     done = [d for d, _ in told]
     assert {t for _, t in told} == {37}
     assert done == sorted(done)
@@ -190,7 +207,11 @@ def test_progress_never_goes_back_and_ends_at_the_total(engine: Engine, long_vol
 def test_progress_ends_at_the_total_when_everything_is_absent(tmp_path: Path, volume: Volume):
     engine = Engine(build_tiny_model(tmp_path / "model", evidence_bias=-30.0), device="cpu", dtype="fp32")
     told: list[tuple[int, int]] = []
-    engine.propose(volume, [LIVER], slices=[1, 2], progress=lambda done, total: told.append((done, total)))
+    engine.propose(
+        ProposalRequest(queries=[LIVER], slices=[1, 2]),
+        volume,
+        Work(on_progress=lambda done, total: told.append((done, total))),
+    )
     assert told[-1] == (2, 2)
 
 
@@ -198,9 +219,11 @@ def test_progress_ends_at_the_total_when_everything_is_absent(tmp_path: Path, vo
 def test_cancelling_raises_and_keeps_nothing(engine: Engine, long_volume: Volume, after: int):
     asked = iter(range(1000))
     with pytest.raises(CancelledError, match=r"Stopped on request after \d+ of 37 slices of 'long'; nothing was kept"):
-        engine.propose(long_volume, [LIVER, SPLEEN], is_cancelled=lambda: next(asked) >= after)
+        engine.propose(
+            ProposalRequest(queries=[LIVER, SPLEEN]), long_volume, Work(is_cancelled=lambda: next(asked) >= after)
+        )
     encoder = count_calls(engine.load().branch.encoder)
-    result = engine.propose(long_volume, [LIVER], num_proposals=1)
+    result = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=1), long_volume)
     assert sum(encoder) == 37
     assert result.probabilities.any()
 
@@ -224,26 +247,29 @@ def test_options_out_of_range_are_refused_by_name_before_anything_is_loaded(
 ):
     engine = Engine(tiny_model, device="cpu")
     with pytest.raises(RequestError, match=message):
-        engine.propose(volume, [LIVER], **options)
+        engine.propose(ProposalRequest(queries=[LIVER], **options), volume)
     assert not engine.info()["loaded"]
 
 
 def test_no_prompt_is_refused(engine: Engine, volume: Volume):
     with pytest.raises(RequestError, match="give at least one prompt"):
-        engine.propose(volume, [])
+        engine.propose(ProposalRequest(queries=[]), volume)
 
 
 def test_a_volume_with_holes_in_its_values_is_refused(engine: Engine, volume: Volume):
     array = volume.array.astype(np.float32)
     array[30:34, 20:24, 4] = np.nan
     with pytest.raises(ImageError, match="'phantom' holds values that are not finite"):
-        engine.propose(replace(volume, array=array), [LIVER])
+        engine.propose(ProposalRequest(queries=[LIVER]), replace(volume, array=array))
 
 
 def test_guidance_changes_the_proposals_and_one_does_not(engine: Engine, volume: Volume):
-    plain = engine.propose(volume, [LIVER])
-    assert_same(plain, engine.propose(volume, [LIVER], guidance_scale=1.0))
-    assert (engine.propose(volume, [LIVER], guidance_scale=4.0).probabilities != plain.probabilities).any()
+    plain = engine.propose(ProposalRequest(queries=[LIVER]), volume)
+    assert_same(plain, engine.propose(ProposalRequest(queries=[LIVER], guidance_scale=1.0), volume))
+    assert (
+        engine.propose(ProposalRequest(queries=[LIVER], guidance_scale=4.0), volume).probabilities
+        != plain.probabilities
+    ).any()
 
 
 def test_info_is_cheap_and_says_what_the_model_knows(tiny_model: Path):
@@ -262,7 +288,7 @@ def test_info_of_a_folder_without_weights_gives_the_reason_instead_of_raising(tm
 
 def test_a_folder_without_weights_is_refused_on_use_with_the_cure(tmp_path: Path, volume: Volume):
     with pytest.raises(ModelError, match=r"Missing: vae/config\.json|train one with `progidiff train`|does not exist"):
-        Engine(tmp_path, device="cpu").propose(volume, [LIVER])
+        Engine(tmp_path, device="cpu").propose(ProposalRequest(queries=[LIVER]), volume)
 
 
 class SmallDevice:
@@ -305,15 +331,15 @@ def test_a_device_with_little_memory_gets_smaller_batches_and_gives_the_same_ans
     seen: list[int] = []
     options: dict[str, Any] = {"num_proposals": 3, "num_inference_steps": 1, "seed": 3}
     result = engine.propose(
+        ProposalRequest(queries=[LIVER, SPLEEN], **options),
         long_volume,
-        [LIVER, SPLEEN],
-        **options,
-        progress=lambda *now: told.append(now),
-        on_slices=lambda _, batch: seen.extend(batch),
+        Work(on_progress=lambda *now: told.append(now), on_slices=lambda _, batch: seen.extend(batch)),
     )
     assert_same(
         result,
-        Engine(tiny_model, device="cpu", dtype="fp32").propose(long_volume, [LIVER, SPLEEN], **options),
+        Engine(tiny_model, device="cpu", dtype="fp32").propose(
+            ProposalRequest(queries=[LIVER, SPLEEN], **options), long_volume
+        ),
         tolerance=1,
     )
     assert sorted(seen) == list(range(37))
@@ -323,18 +349,18 @@ def test_a_device_with_little_memory_gets_smaller_batches_and_gives_the_same_ans
     # What did not fit once may fit later: the next request begins with whole batches, and remembers its features again.
     device.slices = device.latents = 10**6
     device.refused.clear()
-    engine.propose(long_volume, [LIVER], **options)
+    engine.propose(ProposalRequest(queries=[LIVER], **options), long_volume)
     calls = count_calls(engine.load().branch.encoder)
-    engine.propose(long_volume, [SPLEEN], **options)
+    engine.propose(ProposalRequest(queries=[SPLEEN], **options), long_volume)
     assert device.refused == []
     assert calls == []
 
 
 def test_what_is_remembered_makes_room_first(engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch):
-    engine.propose(volume, [LIVER], num_proposals=2, num_inference_steps=1)
+    engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, num_inference_steps=1), volume)
     assert engine._features
     device = SmallDevice(engine, monkeypatch, 16, 4)
-    engine.propose(volume, [SPLEEN], num_proposals=2, num_inference_steps=1)
+    engine.propose(ProposalRequest(queries=[SPLEEN], num_proposals=2, num_inference_steps=1), volume)
     assert device.refused
     assert not engine._features
 
@@ -350,17 +376,19 @@ def test_a_device_without_memory_for_one_slice_refuses_with_when_to_come_back(
     with pytest.raises(
         MemoryFullError, match=r"not enough memory on cpu for one proposal of one slice.*--conf cpu_fallback true"
     ) as refusal:
-        engine.propose(volume, [LIVER], num_proposals=2)
+        engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2), volume)
     assert (refusal.value.status, refusal.value.retry_after) == (503, 30)
     assert device.refused[-1] == (1, 0)
     device.slices = device.latents = 64
-    assert engine.propose(volume, [LIVER], num_proposals=1, num_inference_steps=1).probabilities.any()
+    assert engine.propose(
+        ProposalRequest(queries=[LIVER], num_proposals=1, num_inference_steps=1), volume
+    ).probabilities.any()
 
 
 def test_other_errors_are_no_reason_to_try_again(engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch):
     device = SmallDevice(engine, monkeypatch, 0, 0, RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes cannot"):
-        engine.propose(volume, [LIVER])
+        engine.propose(ProposalRequest(queries=[LIVER]), volume)
     assert len(device.refused) == 1
     assert not is_out_of_memory(ValueError("out of memory"))
 
@@ -370,14 +398,14 @@ def test_the_processor_answers_for_a_full_device_if_that_is_allowed(
     tiny_model: Path, volume: Volume, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, full: str
 ):
     options: dict[str, Any] = {"num_proposals": 2, "num_inference_steps": 1, "adapter": "none"}
-    expected = Engine(tiny_model, device="cpu").propose(volume, [LIVER], **options)
+    expected = Engine(tiny_model, device="cpu").propose(ProposalRequest(queries=[LIVER], **options), volume)
     engine = Engine(tiny_model, device="cpu", cpu_fallback=True)
     device = SmallDevice(engine, monkeypatch, 0, 0)
     monkeypatch.setattr("progidiff.proposals.engine.pick_device", lambda name: torch.device("cuda:3"))
     if full == "while loading":
         monkeypatch.setattr(engine, "load", lambda: device.check(1, 1))
-    assert_same(engine.propose(volume, [LIVER], **options), expected)
+    assert_same(engine.propose(ProposalRequest(queries=[LIVER], **options), volume), expected)
     assert "does not fit into the memory of cuda:3 (CUDA out of memory. Tried to allocate 2 GiB)" in caplog.text
     before = len(device.refused)
-    engine.propose(volume, [LIVER], **options)
+    engine.propose(ProposalRequest(queries=[LIVER], **options), volume)
     assert len(device.refused) > before  # The device is asked first, every time.

@@ -16,7 +16,9 @@ from progidiff.images.reading import load_volume
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import CLEAN_UPS, LARGEST, OFF, SMALL, drop_islands, find_islands
+from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import Work
 
 SHAPE = (6, 20, 24)
 LIVER, SPLEEN = Query("liver", "liver"), Query("spleen", "spleen")
@@ -137,11 +139,11 @@ def count_parts(proposals: VolumeProposals) -> list[int]:
 
 
 def test_the_engine_cleans_a_whole_volume_as_asked(engine: Engine, volume):
-    raw = engine.propose(volume, [LIVER, SPLEEN], num_proposals=3)
+    raw = engine.propose(ProposalRequest(queries=[LIVER, SPLEEN], num_proposals=3), volume)
     assert raw.clean_up == OFF
     assert max(count_parts(raw)) > 1, "the toy model draws one blot, which proves nothing"
     for clean_up in (SMALL, LARGEST):
-        result = engine.propose(volume, [LIVER, SPLEEN], num_proposals=3, clean_up=clean_up)
+        result = engine.propose(ProposalRequest(queries=[LIVER, SPLEEN], num_proposals=3, clean_up=clean_up), volume)
         assert result.clean_up == clean_up
         assert result.summary()["clean_up"] == clean_up
         expected = raw.probabilities.copy()
@@ -155,18 +157,22 @@ def test_the_engine_cleans_a_whole_volume_as_asked(engine: Engine, volume):
 
 
 def test_some_slices_alone_are_not_cleaned(engine: Engine, volume):
-    some = engine.propose(volume, [LIVER], num_proposals=2, slices=[2, 3, 5], clean_up=LARGEST)
+    some = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, slices=[2, 3, 5], clean_up=LARGEST), volume)
     assert some.clean_up == OFF
     np.testing.assert_array_equal(
-        some.probabilities, engine.propose(volume, [LIVER], num_proposals=2, slices=[2, 3, 5]).probabilities
+        some.probabilities,
+        engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, slices=[2, 3, 5]), volume).probabilities,
     )
 
 
 def test_all_slices_by_their_numbers_are_a_whole_volume(engine: Engine, volume):
     depth = len(volume.to_stack()[0])
-    named = engine.propose(volume, [LIVER], num_proposals=2, slices=range(depth), clean_up=LARGEST)
+    named = engine.propose(
+        ProposalRequest(queries=[LIVER], num_proposals=2, slices=range(depth), clean_up=LARGEST), volume
+    )
     np.testing.assert_array_equal(
-        named.probabilities, engine.propose(volume, [LIVER], num_proposals=2, clean_up=LARGEST).probabilities
+        named.probabilities,
+        engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, clean_up=LARGEST), volume).probabilities,
     )
     assert named.clean_up == LARGEST
 
@@ -174,12 +180,16 @@ def test_all_slices_by_their_numbers_are_a_whole_volume(engine: Engine, volume):
 def test_the_engine_refuses_an_unknown_clean_up_before_it_computes(engine: Engine, volume):
     told: list[int] = []
     with pytest.raises(RequestError, match="clean_up is 'medium'"):
-        engine.propose(volume, [LIVER], clean_up="medium", progress=lambda done, total: told.append(done))
+        engine.propose(
+            ProposalRequest(queries=[LIVER], clean_up="medium"),
+            volume,
+            Work(on_progress=lambda done, total: told.append(done)),
+        )
     assert told == []
 
 
 def test_kept_proposals_say_how_they_were_cleaned(engine: Engine, volume, tmp_path: Path):
-    result = engine.propose(volume, [LIVER], num_proposals=2, clean_up=SMALL)
+    result = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, clean_up=SMALL), volume)
     result.to_files(tmp_path / "new")
     assert VolumeProposals.from_files(tmp_path / "new").clean_up == SMALL
     replace(result, clean_up=OFF).to_files(tmp_path / "old")

@@ -7,15 +7,17 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from progidiff.errors import StoreError
 from progidiff.prompts.parser import parse_prompt
+from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.store import ProposalStore
 from progidiff.proposals.volume_proposals import VolumeProposals
-from support.proposals import make_key, make_proposals, make_volume
+from support.proposals import make_key, make_proposals, make_request, make_volume
 
 
 @pytest.fixture
@@ -39,15 +41,9 @@ def test_a_shorter_request_is_answered_from_a_longer_one_with_the_same_settings(
     proposals = make_proposals()
     queries = parse_prompt(" and ".join(proposals.structures))
     assert tuple(query.name for query in queries) == proposals.structures
-    settings = {
-        "image_digest": "00",
-        "num_proposals": 4,
-        "num_inference_steps": 4,
-        "guidance_scale": 1.0,
-        "model_version": "toy@1",
-    }
-    whole, other_seed = (ProposalStore.key("image", queries=(), seed=seed, **settings) for seed in (0, 1))
-    store.save(ProposalStore.key("image", queries=queries, seed=0, **settings), proposals, "image", queries, whole)
+    request, other = (make_request(" and ".join(proposals.structures), seed=seed) for seed in (0, 1))
+    whole, other_seed = (asked.whole_key("image", "00", "toy@1") for asked in (request, other))
+    store.save(request.key("image", "00", "toy@1"), proposals, "image", queries, whole)
     fresh = ProposalStore(store.root)  # what answers it survives a restart
     last = queries[-1:]
     part = fresh.find_part("image", last, whole)
@@ -87,14 +83,18 @@ def test_everything_that_a_result_depends_on_is_in_its_key():
     base = {
         "image_id": "image", "image_digest": "00", "queries": parse_prompt("liver"), "num_proposals": 4,
         "num_inference_steps": 4, "seed": 0,
-        "guidance_scale": 1.0, "model_version": "toy@1", "adapter": "", "clean_up": "off",
+        "guidance_scale": 1.0, "model_version": "toy@1", "adapter": "none", "clean_up": "off", "slices": None,
     }  # fmt: skip
     changes = {
         "image_id": "other", "image_digest": "01", "queries": parse_prompt("spleen"), "num_proposals": 5,
         "num_inference_steps": 2, "seed": 1,
-        "guidance_scale": 2.0, "model_version": "toy@2", "adapter": "mr@1", "clean_up": "small",
+        "guidance_scale": 2.0, "model_version": "toy@2", "adapter": "mr@1", "clean_up": "small", "slices": (3,),
     }  # fmt: skip
-    keys = {ProposalStore.key(**base)} | {ProposalStore.key(**{**base, name: value}) for name, value in changes.items()}
+
+    def key(image_id: str, image_digest: str, model_version: str, **settings: Any) -> str:
+        return ProposalRequest(**settings).key(image_id, image_digest, model_version)
+
+    keys = {key(**base)} | {key(**{**base, name: value}) for name, value in changes.items()}
     assert len(keys) == len(changes) + 1
 
 
@@ -234,7 +234,7 @@ def test_the_last_results_stay_open(store):
 
 
 def test_a_key_of_another_kind_is_refused(store):
-    with pytest.raises(StoreError, match="make one with ProposalStore.key"):
+    with pytest.raises(StoreError, match="make one with ProposalRequest.key"):
         store.save("../escape", make_proposals(), "image")
 
 

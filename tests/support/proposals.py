@@ -1,12 +1,14 @@
 """Proposals that no network made."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.prompts.parser import parse_prompt
-from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 
 AFFINES = {
@@ -69,6 +71,12 @@ def make_proposals(num_proposals: int = 4, seed: int = 0) -> VolumeProposals:
     )
 
 
+def make_request(prompt: str = "liver", **settings: Any) -> ProposalRequest:
+    """A settled request."""
+    settings = {"num_inference_steps": 4, "guidance_scale": 1.0, "adapter": "none", **settings}
+    return ProposalRequest(queries=parse_prompt(prompt), **settings)
+
+
 def make_key(seed: int = 0, prompt: str = "liver") -> str:
     """The key of a result that no request made."""
-    return ProposalStore.key("image", "digest", parse_prompt(prompt), 4, 4, seed, 1.0, "toy@1", "")
+    return make_request(prompt, seed=seed).key("image", "digest", "toy@1")

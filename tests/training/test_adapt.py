@@ -22,6 +22,7 @@ from progidiff.model.folder import load_card
 from progidiff.model.lora import LoraSettings
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
 from progidiff.training.adapt import AdaptResult, judge, run_adapt
 from progidiff.training.recipe_settings import AdaptConfig
 from progidiff.training.split import pick_evenly, prepare_data, restrict_cache, split_slices
@@ -107,7 +108,7 @@ def test_the_engine_serves_the_published_version_for_this_modality(adapted: tupl
     folder, _ = adapted
     engine = Engine(folder / "model", device="cpu")
     volume = load_volume(folder / "studies" / "one.nii.gz")
-    assert engine.propose(volume, [Query("liver", "liver")], num_proposals=1).adapter == "mr@1"
+    assert engine.propose(ProposalRequest(queries=[Query("liver", "liver")], num_proposals=1), volume).adapter == "mr@1"
 
 
 def test_the_same_command_again_trains_nothing_and_does_not_undo_a_rollback(
@@ -188,7 +189,8 @@ def test_the_proposals_are_trained_on_request_and_kept_only_if_they_gain(studies
     assert result.card.lora is not None
     assert ("denoiser" in result.card.lora.target_modules) == kept
     assert Engine(model, device="cpu").propose(
-        load_volume(studies / "one.nii.gz"), [Query("liver", "liver")], num_proposals=1, adapter=result.card.full_name
+        ProposalRequest(queries=[Query("liver", "liver")], num_proposals=1, adapter=result.card.full_name),
+        load_volume(studies / "one.nii.gz"),
     )
 
 
@@ -238,7 +240,12 @@ def test_a_version_of_kind_full_is_trained_published_and_served(studies: Path, m
     )
     volume = load_volume(studies / "one.nii.gz")
     store.publish("mr", 1)
-    assert Engine(model, device="cpu").propose(volume, [Query("liver", "liver")], num_proposals=1).adapter == "mr@1"
+    assert (
+        Engine(model, device="cpu")
+        .propose(ProposalRequest(queries=[Query("liver", "liver")], num_proposals=1), volume)
+        .adapter
+        == "mr@1"
+    )
 
 
 def test_structures_that_nobody_labelled_keep_the_answers_of_the_base(tmp_path: Path, model: Path):

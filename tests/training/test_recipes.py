@@ -23,6 +23,7 @@ from progidiff.model.folder import compute_backbone_digest, load_card, load_pipe
 from progidiff.model.lora import INJECTION
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
 from progidiff.testing import TOY_WIDTHS
 from progidiff.training.backbone_stages import crop_around, describe_slice, draw_masks
 from progidiff.training.evidence_stage import PhraseTable, one_hot
@@ -103,7 +104,9 @@ def test_pretraining_and_training_give_a_model_that_proposes(
     assert card.backbone_digest == compute_backbone_digest(folder / "model" / "backbone")
     engine = Engine(folder / "model", device="cpu")
     volume = load_volume(studies / "two.nii.gz", modality="CT")
-    result = engine.propose(volume, [Query("liver", "liver"), Query("aorta", "aorta")], num_proposals=2)
+    result = engine.propose(
+        ProposalRequest(queries=[Query("liver", "liver"), Query("aorta", "aorta")], num_proposals=2), volume
+    )
     assert result.probabilities.shape == (2, 2, 10, 64, 64)
     assert result.model_version == "toy@7"
 

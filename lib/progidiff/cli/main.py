@@ -36,7 +36,7 @@ from progidiff.cli import annotating, audit, textdiff, training, users
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
 from progidiff.prompts.structures import STRUCTURES
-from progidiff.proposals.request import DEFAULT_CLEAN_UP
+from progidiff.proposals.request import DEFAULT_CLEAN_UP, NONE, ProposalRequest
 from progidiff.storage.state import REPOSITORY
 
 if TYPE_CHECKING:
@@ -314,6 +314,7 @@ def predict(
     from progidiff.images.reading import load_volume
     from progidiff.images.writing import save_mask
     from progidiff.proposals.drawing import draw_overlay
+    from progidiff.proposals.work import Work
 
     if out.exists() and not out.is_dir():
         raise RequestError(f"'{out}' is a file. Name a folder with --out.")
@@ -326,17 +327,17 @@ def predict(
         console.print(warning, highlight=False, style="yellow")
     with show_progress("slices") as bar:
         task = bar.add_task(volume.name, total=None)
-        proposals = engine.propose(
-            volume,
-            queries,
+        request = ProposalRequest(
+            queries=tuple(queries),
             num_proposals=num_proposals,
             num_inference_steps=steps,
             seed=seed,
             guidance_scale=guidance_scale,
-            adapter=chosen.full_name if chosen else "none",
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            adapter=chosen.full_name if chosen else NONE,
             clean_up=clean_up,
         )
+        watched = Work(on_progress=lambda done, total: bar.update(task, completed=done, total=total))
+        proposals = engine.propose(request, volume, watched)
     ids = compute_label_ids(queries)
     out.mkdir(parents=True, exist_ok=True)
     earlier = _read_earlier_files(out)

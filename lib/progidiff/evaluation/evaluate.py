@@ -40,8 +40,9 @@ from progidiff.images.volume import Volume
 from progidiff.labels.cases import LABELS_JSON, LabelledCase, list_labelled, load_label_names
 from progidiff.labels.segments import LabelMap, load_label_map, read_names
 from progidiff.prompts.parser import Query, parse_prompt
-from progidiff.proposals.request import DEFAULT_CLEAN_UP
+from progidiff.proposals.request import DEFAULT_CLEAN_UP, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import Work
 from progidiff.storage.atomic import replace_text
 from progidiff.storage.provenance import describe_versions
 
@@ -310,7 +311,15 @@ def evaluate(
     chosen = list_labelled(folder, cases)
     meanings, notes = _read_meanings(folder, chosen, engine.structures, structures)
     asked = [name for name in engine.structures if any(name in ids for ids in meanings.values())]
-    queries = [Query(name, name) for name in asked]
+    request = ProposalRequest(
+        queries=tuple(Query(name, name) for name in asked),
+        num_proposals=num_proposals,
+        num_inference_steps=num_inference_steps,
+        seed=seed,
+        guidance_scale=guidance_scale,
+        adapter=adapter,
+        clean_up=clean_up,
+    )
     results: list[dict[str, Any]] = []
     settings: dict[str, Any] = {}
     for number, case in enumerate(chosen):
@@ -319,17 +328,7 @@ def evaluate(
         try:
             volume = load_volume(case.image, modality)
             labels = load_label_map(case.label, volume.grid)
-            proposals = engine.propose(
-                volume,
-                queries,
-                num_proposals=num_proposals,
-                num_inference_steps=num_inference_steps,
-                seed=seed,
-                guidance_scale=guidance_scale,
-                adapter=adapter,
-                progress=report_slices,
-                clean_up=clean_up,
-            )
+            proposals = engine.propose(request, volume, Work(on_progress=report_slices))
         except ImageError as err:
             results.append({"case": case.name, "error": str(err), "structures": {}})
             notes.append(f"case {case.name} could not be read and is left out: {err}")

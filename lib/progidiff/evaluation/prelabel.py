@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ from progidiff.images.reading import load_volume
 from progidiff.images.writing import save_mask
 from progidiff.prompts.parser import Query, compute_label_ids, parse_prompt
 from progidiff.proposals.engine import Engine
-from progidiff.proposals.request import DEFAULT_CLEAN_UP, NONE
+from progidiff.proposals.keeper import Alone, DiskShelf, Keeper, Question
+from progidiff.proposals.request import DEFAULT_CLEAN_UP, ProposalRequest
 from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.work import Work
 from progidiff.storage.atomic import atomic_file, replace_text
 from progidiff.storage.state import default_store
 
@@ -152,10 +155,17 @@ class Prelabeller:
         self._engine = engine
         self._settings = settings
         self._queries: tuple[Query, ...] = parse_prompt(settings.prompt, engine.structures, False, engine.model_version)
+        self._request = ProposalRequest(
+            queries=self._queries,
+            num_proposals=settings.num_proposals,
+            num_inference_steps=settings.steps,
+            seed=settings.seed,
+            clean_up=settings.clean_up,
+        )
         root = store or default_store(str(studies))
         self._labels = studies / "labels" / settings.tag
         self._notes = root / "prelabel" / settings.tag
-        self._proposals = ProposalStore(root)
+        self._keeper = Keeper(DiskShelf(ProposalStore(root), must_keep=True))
 
     def label(self, path: Path) -> ImageOutcome:
         """Label one image.
@@ -178,7 +188,6 @@ class Prelabeller:
         return ImageOutcome(image, state, reason, round(time.monotonic() - started, 3))
 
     def _label(self, image: str, path: Path) -> tuple[str, str]:
-        engine = self._engine
         target = self._labels / f"{image}.nii.gz"
         present = next(
             (
@@ -191,10 +200,10 @@ class Prelabeller:
         stamp = [path.stat().st_mtime_ns, path.stat().st_size]
         note = self._read_note(image) if present == target else None
         ours = note is not None and note.get("sha256") == _hash(target)
+        # If the image is what it was, whether the model is too can be told without opening it.
         if ours and note is not None and note.get("stamp") == stamp:
-            # The image is what it was: whether the model is too can be told without opening it.
-            _, key = self._find_key(image, str(note["digest"]), str(note["modality"]))
-            if note.get("key") == key:
+            question = self._ask(image, str(note["digest"]), str(note["modality"]))
+            if note.get("key") == question.key:
                 return "there", ""
         if present is not None and not ours and not self._settings.overwrite:
             return (
@@ -203,20 +212,10 @@ class Prelabeller:
                 "changed since; --overwrite replaces it.",
             )
         volume = load_volume(path, self._settings.modality)
-        adapter, key = self._find_key(image, volume.digest, volume.modality)
-        result = self._proposals.load(key)
-        if result is None:
-            result = engine.propose(
-                volume,
-                self._queries,
-                num_proposals=self._settings.num_proposals,
-                num_inference_steps=self._settings.steps,
-                seed=self._settings.seed,
-                adapter=adapter or NONE,
-                remember=False,
-                clean_up=self._settings.clean_up,
-            )
-            self._proposals.save(key, result, image)
+        question = self._ask(image, volume.digest, volume.modality)
+        compute = partial(self._engine.propose, question.request, volume)
+        answer = self._keeper.find_or_compute(question, compute, partial(Alone.take, image), Work(remember=False))
+        result, key = answer.proposals, answer.key
         labels = result.label_map(volume.grid, "consensus", compute_label_ids(self._queries))
         try:
             self._labels.mkdir(parents=True, exist_ok=True)
@@ -241,24 +240,12 @@ class Prelabeller:
             present.unlink(missing_ok=True)
         return "made", ""
 
-    def _find_key(self, image: str, digest: str, modality: str) -> tuple[str, str]:
-        """The full name of the adapter ("" for none), and the key of the proposals."""
-        settings, engine = self._settings, self._engine
-        adapter = engine.pick_adapter(settings.adapter, modality)
+    def _ask(self, image: str, digest: str, modality: str) -> Question:
+        card = self._engine.card
+        adapter = self._engine.pick_adapter(self._settings.adapter, modality)
         name = adapter.full_name if adapter else ""
-        key = self._proposals.key(
-            image_id=image,
-            image_digest=digest,
-            queries=self._queries,
-            num_proposals=settings.num_proposals,
-            num_inference_steps=settings.steps or engine.card.num_inference_steps,
-            seed=settings.seed,
-            guidance_scale=engine.card.guidance_scale,
-            model_version=engine.model_version,
-            adapter=name,
-            clean_up=settings.clean_up,
-        )
-        return name, key
+        request = self._request.settle(card.num_inference_steps, card.guidance_scale, name)
+        return Question(request, image, digest, card.full_name)
 
     def _note_file(self, image: str) -> Path:
         return self._notes / f"{hashlib.sha256(image.encode()).hexdigest()}.json"

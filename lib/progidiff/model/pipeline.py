@@ -21,6 +21,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from progidiff.errors import RequestError
 from progidiff.model.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.model.codec import MaskCodec
 from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
+from progidiff.model.sampling import guide, sample
 
 
 @dataclass
@@ -186,53 +188,70 @@ class ProposalPipeline:
         count = len(noise)
         if not pairs:
             return torch.zeros(0, count, *evidence.shape[-2:])
-        rows = torch.tensor([n for n, _ in pairs], device=self.device)
-        columns = torch.tensor([p for _, p in pairs], device=self.device)
-        worn = evidence[rows, columns].to(self.device)[:, None]
+        rows = torch.tensor([n for n, _ in pairs], device=self.device)  # (M,)
+        columns = torch.tensor([p for _, p in pairs], device=self.device)  # (M,)
+
+        # 1. Evidence as each proposal reads it; one reading for all of them without offsets
+        worn = evidence[rows, columns].to(self.device)[:, None]  # (M, 1, H, W)
         if offsets is not None:
-            worn = (torch.logit(worn, eps=1e-4) + offsets.to(self.device)).sigmoid()
+            worn = (torch.logit(worn, eps=1e-4) + offsets.to(self.device)).sigmoid()  # (M, K, H, W)
+
         with self._autocast():
-            if offsets is None:
-                down, middle = self.branch.compute_residuals(features[rows], worn)
-                down = [r.repeat_interleave(count, dim=0) for r in down]
-                middle = middle.repeat_interleave(count, dim=0)
-            else:
-                down, middle = self.branch.compute_residuals(
-                    features[rows.repeat_interleave(count)], worn.flatten(0, 1)[:, None]
-                )
-            latents = noise.to(self.device).repeat(len(pairs), 1, 1, 1)
-            tokens = prompts.tokens[columns].repeat_interleave(count, dim=0)
-            mask = None if prompts.mask is None else prompts.mask[columns].repeat_interleave(count, dim=0)
-            self.scheduler.set_timesteps(num_inference_steps, device=self.device)
-            for timestep in self.scheduler.timesteps:
-                predicted = self._predict(latents, timestep, tokens, mask, down, middle)
-                if guidance_scale != 1.0:
-                    empty = prompts.empty_tokens.expand(len(latents), -1, -1)
-                    empty_mask = None if prompts.empty_mask is None else prompts.empty_mask.expand(len(latents), -1)
-                    without = self._predict(latents, timestep, empty, empty_mask, down, middle)
-                    predicted = without + guidance_scale * (predicted - without)
-                step = self.scheduler.step(predicted, timestep, latents)
-                latents = step.prev_sample
-            # Where T does not divide the training steps, the scheduler's last step stops just short of the clean
-            # latent.
-            probabilities = self.codec.decode_latents(step.pred_original_sample)
-        probabilities = probabilities.view(len(pairs), count, *probabilities.shape[-2:]).float()
+            # 2. Residuals of the conditioning branch
+            down, middle = self._compute_residuals(features, rows, worn, count)  # each (M K, c_l, h_l, w_l)
+
+            # 3. Denoise
+            latents = noise.to(self.device).repeat(len(pairs), 1, 1, 1)  # (M K, c, h, w)
+            tokens = prompts.tokens[columns].repeat_interleave(count, dim=0)  # (M K, L, D)
+            mask = None if prompts.mask is None else prompts.mask[columns].repeat_interleave(count, dim=0)  # (M K, L)
+            empty = prompts.empty_tokens.expand(len(latents), -1, -1)  # (M K, L', D)
+            empty_mask = None if prompts.empty_mask is None else prompts.empty_mask.expand(len(latents), -1)
+            denoise = guide(
+                partial(self._predict, tokens=tokens, mask=mask, down=down, middle=middle),
+                partial(self._predict, tokens=empty, mask=empty_mask, down=down, middle=middle),
+                guidance_scale,
+            )
+            clean = sample(denoise, self.scheduler, latents, num_inference_steps)  # (M K, c, h, w)
+
+            # 4. Decode
+            decoded = self.codec.decode_latents(clean)  # (M K, H, W)
+        probabilities = decoded.view(len(pairs), count, *decoded.shape[-2:]).float()  # (M, K, H, W)
+
+        # 5. Fuse with the evidence
         if self.evidence_weight:
-            probabilities = fuse_evidence(probabilities, worn, self.evidence_weight)
+            probabilities = fuse_evidence(probabilities, worn, self.evidence_weight)  # (M, K, H, W)
         return probabilities.cpu()
 
+    def _compute_residuals(
+        self, features: SliceFeatures, rows: Tensor, worn: Tensor, count: int
+    ) -> tuple[list[Tensor], Tensor]:
+        """What is added to the denoiser's skips and middle, for every proposal of every pair."""
+        if worn.shape[1] == count:
+            return self.branch.compute_residuals(features[rows.repeat_interleave(count)], worn.flatten(0, 1)[:, None])
+        # All proposals read the same evidence: once per pair is enough.
+        down, middle = self.branch.compute_residuals(features[rows], worn)
+        return [r.repeat_interleave(count, dim=0) for r in down], middle.repeat_interleave(count, dim=0)
+
     def _predict(
-        self, latents: Tensor, timestep: Tensor, tokens: Tensor, mask: Tensor | None, down: list[Tensor], middle: Tensor
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        *,
+        tokens: Tensor,
+        mask: Tensor | None,
+        down: list[Tensor],
+        middle: Tensor,
     ) -> Tensor:
         dtype = self.unet.dtype
-        return self.unet(
+        predicted: Tensor = self.unet(
             latents.to(dtype),
             timestep,
             tokens.to(dtype),
             encoder_attention_mask=mask,
             down_block_additional_residuals=tuple(r.to(dtype) for r in down),
             mid_block_additional_residual=middle.to(dtype),
-        ).sample.float()
+        ).sample
+        return predicted.float()
 
 
 def draw_smooth_field(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:

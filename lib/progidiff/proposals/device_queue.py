@@ -1,11 +1,15 @@
 """One queue per device: who computes, who waits, how far it is, and how to stop it.
 
 The concurrency design in full: every inference request has a thread of its own (the web framework's pool), and exactly
-one of them at a time is between `DeviceQueue.job`'s enter and exit. The others wait there, first come, first served.
-Nothing else in the server takes the queue's lock for longer than a dictionary look-up, so other requests are never held
-up by an inference.
+one of them at a time is between `DeviceQueue.job`'s enter and exit. The others wait there. Nothing else in the server
+takes the queue's lock for longer than a dictionary look-up, so other requests are never held up by an inference.
 
-A waiting request holds a thread, therefore the queue is short: beyond `max_waiting` it answers `BusyError` at once.
+Turns go round the users who wait (`Asker`), the one whose last turn is longest ago first; one user's requests are
+served as they came. A waiting request holds a thread, therefore the queue is short: beyond `max_waiting` it answers
+`BusyError` at once. Nobody can hold all its places: of whoever has most, the youngest waiting request makes room for
+somebody who has at least two fewer.
+
+A request whose client went away is cancelled: while it waits within a second, while it computes after its batch.
 
 Work that nobody waits for (`DeviceQueue.background_job`) gets the device only while it is idle, and is cancelled by the
 first request that comes; it takes no place in the queue and is not listed.
@@ -17,15 +21,40 @@ import re
 import threading
 import time
 import uuid
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+
+from pydantic import BaseModel, ConfigDict
 
 from progidiff.errors import BusyError, CancelledError, NotFoundError, RequestError
 
 _JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+_LOOK_SECONDS = 0.5
+"""How often a job asks whether its client is still there."""
+
+_REMEMBERED_TURNS = 256
+"""Users whose last turn is remembered."""
+
+
+@dataclass(frozen=True)
+class Asker:
+    """Who sent a request.
+
+    Attributes:
+        name: Turns go round these: a user's name, or the address of somebody without a login.
+        is_gone: Whether the client closed the connection; called by the thread that waits or computes, and cheap.
+    """
+
+    name: str = ""
+    is_gone: Callable[[], bool] | None = None
+
+
+NOBODY = Asker()
+"""Who asks where there is no client."""
 
 
 class JobState(StrEnum):
@@ -38,6 +67,53 @@ class JobState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Stop(StrEnum):
+    """Why a job was told to stop."""
+
+    ASKED = "asked"
+    """Somebody cancelled it, or the server ends."""
+    GONE = "gone"
+    """Its client went away."""
+    PREEMPTED = "preempted"
+    """It was background work, and a request came."""
+    DISPLACED = "displaced"
+    """It waited, and others have waited for less."""
+
+
+class JobInfo(BaseModel):
+    """A job as it stands now.
+
+    Attributes:
+        id, kind, image: See `Job`.
+        device: Name of the device.
+        state: One of `JobState`.
+        position: Jobs before this one on its device: 0 = running or finished, 1 = next.
+        waiting_for: What it waits for, to be read after "waiting for"; "" if it does not wait.
+        percent: 0 to 100.
+        slices_done, slices_total: Axial slices; 0 of 0 before the first are counted.
+        created: Seconds since 1970.
+        waited_s, running_s: Seconds.
+        reason: Why it failed or was cancelled, else "".
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    kind: str
+    image: str
+    device: str
+    state: JobState
+    position: int
+    waiting_for: str
+    percent: int
+    slices_done: int
+    slices_total: int
+    created: float
+    waited_s: float
+    running_s: float
+    reason: str
+
+
 class Job:
     """One piece of work for a device, seen by the worker, by whoever polls it, and by whoever cancels it.
 
@@ -45,14 +121,20 @@ class Job:
         id: Name to poll and cancel it by.
         kind: What it is, e.g. ``"infer"``.
         image: The image id it is about.
+        owner: Name of who asked, see `Asker`.
         reason: Why it failed or was cancelled, else empty.
+        stop: Why it was told to stop; None if it was not.
     """
 
-    def __init__(self, queue: DeviceQueue, job_id: str, kind: str, image: str) -> None:
+    def __init__(self, queue: DeviceQueue, job_id: str, kind: str, image: str, asker: Asker = NOBODY) -> None:
         self.id = job_id
         self.kind = kind
         self.image = image
+        self.owner = asker.name
         self.reason = ""
+        self.stop: Stop | None = None
+        self._is_gone = asker.is_gone
+        self._next_look = 0.0
         self._queue = queue
         self._state = JobState.QUEUED
         self._created = time.time()
@@ -71,7 +153,7 @@ class Job:
     @property
     def position(self) -> int:
         """Jobs before this one on its device: 0 = running or finished, 1 = next."""
-        return self._queue._position(self)
+        return self._queue._describe_wait(self)[0]
 
     def progress(self, done: int, total: int) -> None:
         """Report how far the work is.
@@ -84,48 +166,72 @@ class Job:
         self._slices_done = min(max(0, int(done)), self._slices_total)
 
     def cancelled(self) -> bool:
-        """Whether someone asked to stop it; the worker looks between two batches of slices and raises
-        `CancelledError`.
-        """
+        """Whether it is to stop; the worker looks between two batches of slices and raises `CancelledError`."""
+        now = time.monotonic()
+        if self._is_gone is not None and self.stop is None and now >= self._next_look:
+            self._next_look = now + _LOOK_SECONDS
+            if self._is_gone():
+                self.cancel(Stop.GONE)
         return self._cancel.is_set()
 
-    def cancel(self) -> None:
+    def cancel(self, why: Stop = Stop.ASKED) -> None:
         """Ask to stop it. A waiting job leaves the queue at once, a running one after its current batch of slices; no
         effect on a finished one.
         """
+        if self.stop is None:
+            self.stop = why
         self._cancel.set()
         self._turn.set()
 
-    def info(self) -> dict[str, Any]:
-        """State as plain values.
+    def wait(self) -> None:
+        """Wait for the turn.
 
-        Returns:
-            id, kind, image, device, state, position (see `position`), percent (0..100), slices_done, slices_total,
-            waited_s and running_s (seconds), created (Unix time), reason.
+        Raises:
+            BusyError: if it made room for others.
+            CancelledError: if it was cancelled, or its client went away.
         """
+        while not self._turn.wait(None if self._is_gone is None else _LOOK_SECONDS):
+            self.cancelled()
+        if self.stop is Stop.DISPLACED:
+            raise BusyError(
+                f"Others wait for {self._queue.device} too, and your requests held more than their share of the "
+                "places. Send this one again when one of yours is done.",
+                retry_after=self._queue.retry_after,
+            )
+        if self.stop is Stop.GONE:
+            raise CancelledError(f"Whoever asked for job {self.id} on image '{self.image}' went away while it waited.")
+        if self.cancelled():
+            raise CancelledError(
+                f"Job {self.id} on image '{self.image}' was cancelled while it waited; send "
+                "the request again to restart it."
+            )
+
+    def info(self) -> JobInfo:
+        """How it stands now."""
         now = time.time()
         started, ended, state = self._started, self._ended, self._state
         total = self._slices_total
-        percent = 100 if state is JobState.DONE else int(100 * self._slices_done / total) if total else 0
-        return {
-            "id": self.id,
-            "kind": self.kind,
-            "image": self.image,
-            "device": self._queue.device,
-            "state": state.value,
-            "position": self.position,
-            "percent": percent,
-            "slices_done": self._slices_done,
-            "slices_total": total,
-            "created": round(self._created, 3),
-            "waited_s": max(0.0, round((started or ended or now) - self._created, 3)),
-            "running_s": max(0.0, round((ended or now) - started, 3)) if started else 0.0,
-            "reason": self.reason,
-        }
+        position, waiting_for = self._queue._describe_wait(self)
+        return JobInfo(
+            id=self.id,
+            kind=self.kind,
+            image=self.image,
+            device=self._queue.device,
+            state=state,
+            position=position,
+            waiting_for=waiting_for,
+            percent=100 if state is JobState.DONE else int(100 * self._slices_done / total) if total else 0,
+            slices_done=self._slices_done,
+            slices_total=total,
+            created=round(self._created, 3),
+            waited_s=max(0.0, round((started or ended or now) - self._created, 3)),
+            running_s=max(0.0, round((ended or now) - started, 3)) if started else 0.0,
+            reason=self.reason,
+        )
 
 
 class DeviceQueue:
-    """First come, first served access to one device, with a memory of recent jobs.
+    """Access to one device by turns, with a memory of recent jobs.
 
     Args:
         device: Name of the device, for messages and polls.
@@ -141,9 +247,9 @@ class DeviceQueue:
         >>> queue = DeviceQueue("cpu")
         >>> with queue.job("infer", "patient-1") as job:
         ...     job.progress(5, 10)
-        ...     job.info()["percent"]
+        ...     job.info().percent
         50
-        >>> job.info()["state"]
+        >>> job.info().state.value
         'done'
     """
 
@@ -154,7 +260,9 @@ class DeviceQueue:
         self._lock = threading.Lock()
         self._running: Job | None = None
         self._background: Job | None = None
-        self._waiting: deque[Job] = deque()
+        self._waiting: list[Job] = []
+        self._last_turns: OrderedDict[str, int] = OrderedDict()
+        self._turns = 0
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._seconds_of_last_job = 5.0
         self._closed = False
@@ -171,28 +279,29 @@ class DeviceQueue:
         for job in unfinished:
             job.cancel()
 
+    @property
+    def retry_after(self) -> int:
+        """Seconds after which another try makes sense: a guess from the last job's duration."""
+        return max(1, round(self._seconds_of_last_job))
+
     @contextmanager
-    def job(self, kind: str, image: str, job_id: str | None = None) -> Iterator[Job]:
+    def job(self, kind: str, image: str, job_id: str | None = None, asker: Asker = NOBODY) -> Iterator[Job]:
         """Wait for the device, hold it for the `with` block, hand it on.
 
         Args:
             kind: What the work is, e.g. ``"infer"``.
             image: The image id it is about.
             job_id: A name chosen by the client, so that it can poll before the answer is there; made up if None.
+            asker: Who asks.
 
         Raises:
-            BusyError: if the queue is full (`retry_after` is a guess from the last job's duration) or closed.
-            CancelledError: if it was cancelled while waiting.
+            BusyError: if the queue is full or closed, or the job made room for others.
+            CancelledError: if it was cancelled while waiting, or its client went away.
             RequestError: if `job_id` is malformed or belongs to an unfinished job.
         """
-        job = self._enter(kind, image, job_id)
+        job = self._enter(kind, image, job_id, asker)
         try:
-            job._turn.wait()
-            if job.cancelled():
-                raise CancelledError(
-                    f"Job {job.id} on image '{image}' was cancelled while it waited; send "
-                    "the request again to restart it."
-                )
+            job.wait()
             with self._lock:
                 job._state = JobState.RUNNING
                 job._started = time.time()
@@ -261,7 +370,7 @@ class DeviceQueue:
         with self._lock:
             return [job for job in reversed(self._jobs.values()) if image is None or job.image == image]
 
-    def _enter(self, kind: str, image: str, job_id: str | None) -> Job:
+    def _enter(self, kind: str, image: str, job_id: str | None, asker: Asker) -> Job:
         if job_id is not None and not _JOB_ID.fullmatch(job_id):
             raise RequestError("A job id has 1 to 64 letters, digits, '-' or '_'; leave job_id out to get one made up.")
         with self._lock:
@@ -270,34 +379,70 @@ class DeviceQueue:
                     "The server is stopping and takes no more work; send the request again when it is back.",
                     retry_after=30,
                 )
-            # The first request behind background work is next at once: it does not count as waiting.
-            places = self.max_waiting + (self._background is not None)
-            if len(self._waiting) >= places:
-                retry_after = max(1, round(self._seconds_of_last_job))
-                raise BusyError(
-                    f"{len(self._waiting)} requests already wait for {self.device}, more "
-                    f"would time out. Try again in about {retry_after} s, or cancel some "
-                    "with DELETE /progidiff/jobs/<id>.",
-                    retry_after=retry_after,
-                )
             known = self._jobs.get(job_id) if job_id else None
             if known is not None and known.state in (JobState.QUEUED, JobState.RUNNING):
                 raise RequestError(
                     f"Job '{job_id}' is still {known.state.value}; choose another job_id or leave it out."
                 )
-            job = Job(self, job_id or uuid.uuid4().hex[:12], kind, image)
+            # The first request behind background work is next at once: it does not count as waiting.
+            if len(self._waiting) >= self.max_waiting + (self._background is not None):
+                self._make_room(asker.name)
+            job = Job(self, job_id or uuid.uuid4().hex[:12], kind, image, asker)
             self._jobs.pop(job.id, None)
             self._jobs[job.id] = job
             if self._running is None:
-                self._running = job
-                job._turn.set()
+                self._start(job)
             else:
                 self._waiting.append(job)
                 if self._background is not None:
-                    self._background.cancel()
+                    self._background.cancel(Stop.PREEMPTED)
             self._forget_old()
             self._tell_demand()
         return job
+
+    def _make_room(self, owner: str) -> None:
+        """Send away the youngest waiting job of whoever has most, if that is at least two more than the owner has.
+
+        Raises:
+            BusyError: if nobody has.
+        """
+        held = Counter(job.owner for job in self._waiting)
+        if self._running is not None and self._running is not self._background:
+            held[self._running.owner] += 1
+        youngest_of = {job.owner: job for job in self._waiting}
+        greediest = max(youngest_of, key=lambda name: held[name], default=None)
+        if greediest is None or held[greediest] < held[owner] + 2:
+            raise BusyError(
+                f"{len(self._waiting)} requests already wait for {self.device}, more would time out. Try again in "
+                f"about {self.retry_after} s, or cancel some with DELETE /progidiff/jobs/<id>.",
+                retry_after=self.retry_after,
+            )
+        displaced = youngest_of[greediest]
+        self._waiting.remove(displaced)
+        displaced.cancel(Stop.DISPLACED)
+
+    def _start(self, job: Job) -> None:
+        """Give the device to a job."""
+        self._running = job
+        self._turns += 1
+        self._last_turns[job.owner] = self._turns
+        self._last_turns.move_to_end(job.owner)
+        while len(self._last_turns) > _REMEMBERED_TURNS:
+            self._last_turns.popitem(last=False)
+        job._turn.set()
+
+    def _list_turns(self) -> Sequence[Job]:
+        """Those who wait, in the order in which they are served if nobody else comes."""
+        last = dict(self._last_turns)
+        left = list(self._waiting)
+        order = []
+        while left:
+            # `min` takes the first of equals: of users who never had a turn, the one who came first.
+            job = min(left, key=lambda job: last.get(job.owner, 0))
+            left.remove(job)
+            order.append(job)
+            last[job.owner] = self._turns + len(order)
+        return order
 
     def _leave(self, job: Job, state: JobState, reason: str) -> None:
         with self._lock:
@@ -309,9 +454,11 @@ class DeviceQueue:
                     self._background = None
                 elif job._started is not None and state is JobState.DONE:
                     self._seconds_of_last_job = job._ended - job._started
-                self._running = self._waiting.popleft() if self._waiting else None
-                if self._running is not None:
-                    self._running._turn.set()
+                self._running = None
+                if self._waiting:
+                    following = self._list_turns()[0]
+                    self._waiting.remove(following)
+                    self._start(following)
             elif job in self._waiting:
                 self._waiting.remove(job)
             self._forget_old()
@@ -327,9 +474,18 @@ class DeviceQueue:
             for listener in self.on_demand:
                 listener(demanded)
 
-    def _position(self, job: Job) -> int:
+    def _describe_wait(self, job: Job) -> tuple[int, str]:
+        """The position of a job, and what it waits for; 0 and "" if it does not wait."""
         with self._lock:
-            return self._waiting.index(job) + 1 if job in self._waiting else 0
+            if job not in self._waiting:
+                return 0, ""
+            position = self._list_turns().index(job) + 1
+            requests = position if self._background is None else position - 1
+            if self._background is None or requests:
+                return position, f"{requests} request{'s' if requests > 1 else ''} before it"
+            return position, (
+                f"the background scoring of '{self._background.image}', which makes way after the slices it is at"
+            )
 
     def _forget_old(self) -> None:
         finished = [

@@ -1,4 +1,5 @@
-"""From a volume and prompts to proposals on the working grid; slices are streamed, features are remembered.
+"""The model behind one device: loads networks, picks adapters, remembers features, and answers requests
+(`progidiff.proposals.walk` is the way of one through the networks).
 
 Not thread-safe: callers take turns (see `progidiff.proposals.device_queue`). Networks are loaded on first use;
 `Engine.info` never loads.
@@ -12,33 +13,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from progidiff.errors import CancelledError, ImageError, MemoryFullError, NotFoundError, ProGiDiffError, RequestError
-from progidiff.images.intensities import compute_body_threshold, compute_window
+from progidiff.errors import MemoryFullError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.images.volume import Volume
-from progidiff.images.working_grid import plan_working_grid
 from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.model.backbone import Backbone, pick_device
 from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.folder import ModelCard, load_card, load_pipeline
 from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.prompts.parser import Query
-from progidiff.proposals.islands import OFF, check_clean_up, drop_islands
-from progidiff.proposals.request import MAX_PROPOSALS, MAX_STEPS
+from progidiff.proposals.batches import Batch, BatchSize, compute_in_batches, is_out_of_memory
+from progidiff.proposals.request import AUTO, NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.walk import FeatureBook, Walk, count_bytes
+from progidiff.proposals.work import Work
 
 logger = logging.getLogger(__name__)
-
-SLICES_PER_BATCH = 16
-SAMPLES_PER_BATCH = 64
-"""Latents denoised at once: pairs x proposals."""
 
 FEATURE_CACHE_BYTES = 600_000_000
 
@@ -153,9 +149,9 @@ class Engine:
             RequestError: if there is no such adapter; the message names what there is.
             ModelError: if it is damaged.
         """
-        if adapter == "none":
+        if adapter == NONE:
             return None
-        if adapter in (None, "", "auto"):
+        if adapter in (None, "", AUTO):
             return self.adapters.pick_for(modality, compute_base_digest(self.model_dir))
         try:
             return self.adapters.find(adapter)
@@ -199,70 +195,24 @@ class Engine:
         self._adapted.move_to_end(card.full_name)
         return self._adapted[card.full_name]
 
-    def propose(
-        self,
-        volume: Volume,
-        queries: Sequence[Query],
-        *,
-        num_proposals: int = 4,
-        num_inference_steps: int | None = None,
-        seed: int = 0,
-        guidance_scale: float | None = None,
-        adapter: str | None = None,
-        slices: Sequence[int] | None = None,
-        first: int | None = None,
-        progress: Callable[[int, int], None] | None = None,
-        on_slices: Callable[[VolumeProposals, Sequence[int]], None] | None = None,
-        is_cancelled: Callable[[], bool] | None = None,
-        remember: bool = True,
-        clean_up: str = OFF,
-    ) -> VolumeProposals:
-        """K proposals for every query on every slice of a volume.
+    def propose(self, request: ProposalRequest, volume: Volume, work: Work | None = None) -> VolumeProposals:
+        """K proposals for every structure on every slice of a volume.
 
         Args:
+            request: What is asked.
             volume: Any orientation and spacing.
-            queries: P structures, from `progidiff.prompts.parser.parse_prompt`.
-            num_proposals: K, 1..64.
-            num_inference_steps: T, 1..50; None for the model's default.
-            seed: Of the noise, 0..2**63 - 1.
-            guidance_scale: 1 for none; None for the model's default.
-            adapter: See `pick_adapter`.
-            slices: Only these axial indices; None for all.
-            first: Somebody looks at this axial index: the slices around it are computed first, the others by their
-                distance. The proposals are the same in any order.
-            progress: Called with (slices done, slices in all).
-            on_slices: Called after every batch with the proposals so far and the axial indices that are new in them.
-                Their `probabilities` are filled further by later batches; everything derived belongs to this moment.
-            is_cancelled: Asked between batches.
-            remember: Keep the features of the slices in memory for the next prompt; work that nobody watches leaves
-                that to others.
-            clean_up: How to drop islands from every proposal (`progidiff.proposals.islands`), once all slices are
-                there: what `on_slices` gets is not cleaned yet, and some `slices` alone never are, since what they hold
-                may hang together on the others.
+            work: How to compute it, and who watches.
 
         Raises:
-            RequestError: if an option is out of range.
-            CancelledError: if `is_cancelled` said so.
+            RequestError: if there is no such adapter or slice.
+            CancelledError: if `work.is_cancelled` said so.
             ModelError: if the model cannot be loaded.
             ImageError: if the volume cannot be segmented.
             MemoryFullError: if the device has not even memory for one proposal of one slice.
         """
-        asked: dict[str, Any] = {
-            "num_proposals": num_proposals,
-            "num_inference_steps": num_inference_steps,
-            "seed": seed,
-            "guidance_scale": guidance_scale,
-            "adapter": adapter,
-            "slices": slices,
-            "first": first,
-            "progress": progress,
-            "on_slices": on_slices,
-            "is_cancelled": is_cancelled,
-            "remember": remember,
-            "clean_up": clean_up,
-        }
+        work = work or Work()
         try:
-            return self._propose(volume, queries, **asked)
+            return self._propose(request, volume, work)
         except Exception as err:
             if not is_out_of_memory(err):
                 raise
@@ -285,160 +235,46 @@ class Engine:
         )
         if self._on_cpu is None:
             self._on_cpu = Engine(self.model_dir, self._backbone_source, "cpu", adapters=self.adapters.root)
-        return self._on_cpu.propose(volume, queries, **asked)
+        return self._on_cpu.propose(request, volume, work)
 
-    def _propose(
-        self,
-        volume: Volume,
-        queries: Sequence[Query],
-        *,
-        num_proposals: int,
-        num_inference_steps: int | None,
-        seed: int,
-        guidance_scale: float | None,
-        adapter: str | None,
-        slices: Sequence[int] | None,
-        first: int | None,
-        progress: Callable[[int, int], None] | None,
-        on_slices: Callable[[VolumeProposals, Sequence[int]], None] | None,
-        is_cancelled: Callable[[], bool] | None,
-        remember: bool,
-        clean_up: str,
-    ) -> VolumeProposals:
+    def _propose(self, request: ProposalRequest, volume: Volume, work: Work) -> VolumeProposals:
         """`propose` on this device, in smaller and smaller batches; raises what torch raises if the smallest do not
         fit.
         """
         started = time.monotonic()
-        check_options(num_proposals, num_inference_steps, seed, guidance_scale, len(queries))
-        check_clean_up(clean_up)
-        chosen = self.pick_adapter(adapter, volume.modality)
+        chosen = self.pick_adapter(request.adapter, volume.modality)
         pipeline = self.load() if chosen is None else self._load_adapted(chosen)
-        adapter_name = "" if chosen is None else chosen.full_name
         card = self.card
-        config = card.conditioning
-        steps = num_inference_steps or card.num_inference_steps
-        guidance = card.guidance_scale if guidance_scale is None else guidance_scale
+        adapter = "" if chosen is None else chosen.full_name
+        settled = request.settle(card.num_inference_steps, card.guidance_scale, adapter)
+        prompts = self._encode_prompts(pipeline, tuple(query.text for query in request.queries))
+        walk = Walk(pipeline, card, settled, adapter, volume, prompts, work, started)
 
-        stack, spacing = volume.to_stack()
-        grid = plan_working_grid(
-            stack, spacing, compute_body_threshold(volume), config.height, config.width, config.spacing_range
-        )
-        wanted = np.arange(len(stack)) if slices is None else np.unique(np.asarray(slices, dtype=np.int64))
-        if len(wanted) == 0 or wanted[0] < 0 or wanted[-1] >= len(stack):
-            raise RequestError(f"Slices must lie in 0..{len(stack) - 1}, the axial indices of '{volume.name}'.")
-        prompts = self._encode_prompts(pipeline, tuple(q.text for q in queries))
-        noise, offsets = pipeline.draw_noise(num_proposals, seed), pipeline.draw_offsets(num_proposals, seed)
-        result = np.zeros((len(queries), num_proposals, len(stack), config.height, config.width), np.uint8)
-        batches = [wanted[i : i + SLICES_PER_BATCH] for i in range(0, len(wanted), SLICES_PER_BATCH)]
-        window = compute_window(volume, config.mr_headroom)
-        remembered = self._recall(volume, wanted, adapter_name)
-        fresh: dict[int, SliceFeatures] | None = {} if remember else None
-        done = 0
-        cleaned = OFF
+        # Features of this very volume and these slices, if they are still there.
+        key = (adapter, f"{volume.digest}:{len(walk.slices)}:{hash(walk.slices.tobytes())}:{walk.size.slices}")
+        if key in self._features:
+            self._features.move_to_end(key)
+        book = FeatureBook(self._features.get(key), work.remember, FEATURE_CACHE_BYTES)
 
-        def collect() -> VolumeProposals:
-            return VolumeProposals(
-                structures=tuple(q.name for q in queries),
-                probabilities=result,
-                grid=grid,
-                seed=seed,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                model_version=card.full_name,
-                adapter=adapter_name,
-                modality=volume.modality,
-                modality_source=volume.modality_source,
-                seconds=time.monotonic() - started,
-                clean_up=cleaned,
+        def compute(batch: Batch, size: BatchSize) -> SliceFeatures:
+            return walk.compute(batch, size, book.find(batch.number))
+
+        def make_room(size: BatchSize) -> None:
+            logger.warning(
+                "Not enough memory on %s: going on with %d slices and %d samples at once",
+                pipeline.device,
+                size.slices,
+                size.samples,
             )
+            book.drop()
+            self._free_memory()
 
-        def check_cancelled() -> None:
-            if is_cancelled is not None and is_cancelled():
-                raise CancelledError(
-                    f"Stopped on request after {done} of {len(wanted)} slices of '{volume.name}'; nothing was kept."
-                )
-
-        def compute(batch: np.ndarray, features: SliceFeatures | None, samples: int) -> SliceFeatures:
-            """Fill `result` on some slices, `samples` latents at once; the features, for the next prompt."""
-            check_cancelled()
-            if features is None:
-                inputs = grid.extract_slices(stack, batch, window, config.num_neighbours, config.neighbour_mm)
-                if not torch.isfinite(inputs).all():
-                    raise ImageError(
-                        f"'{volume.name}' holds values that are not finite; replace NaN and infinity before segmenting."
-                    )
-                features = pipeline.encode_slices(inputs)
-                # What is remembered is what is used the first time too: the second prompt must not see rounder numbers.
-                features = features.to(torch.bfloat16 if pipeline.device.type == "cpu" else features.fine.dtype)
-            used = features.to(next(pipeline.branch.parameters()).dtype)
-            evidence = pipeline.predict_evidence(used, prompts)
-            strongest = evidence.amax(dim=(2, 3)).cpu()
-            pairs = [
-                (n, p) for p in range(len(queries)) for n in range(len(batch)) if float(strongest[n, p]) >= card.gate
-            ]
-            at_once = max(1, samples // num_proposals)
-            for start in range(0, len(pairs), at_once):
-                check_cancelled()
-                part = pairs[start : start + at_once]
-                drawn = []
-                for k in range(0, num_proposals, samples):
-                    worn = None if offsets is None else offsets[k : k + samples]
-                    drawn.append(
-                        pipeline.propose(used, evidence, prompts, part, noise[k : k + samples], steps, guidance, worn)
-                    )
-                probabilities = torch.cat(drawn, dim=1)
-                quantised = (probabilities * 255).round().to(torch.uint8).numpy()
-                for (n, p), masks in zip(part, quantised, strict=True):
-                    # Proposals that draw nothing are stored as exact zeros: "absent" is then the same everywhere.
-                    result[p, :, batch[n]] = masks * (masks >= 128).any(axis=(1, 2), keepdims=True)
-                if progress is not None:
-                    progress(done + int(len(batch) * (start + len(part)) / max(1, len(pairs))), len(wanted))
-            return features
-
-        todo = deque((number, batches[number]) for number in _order_batches(batches, first))
-        size, samples = SLICES_PER_BATCH, SAMPLES_PER_BATCH
-        while todo:
-            number, batch = todo.popleft()
-            if len(batch) > size:
-                todo.extendleft(reversed([(number, batch[i : i + size]) for i in range(0, len(batch), size)]))
-                continue
-            is_full = False
-            try:
-                features = compute(batch, None if remembered is None else remembered[number], samples)
-            except Exception as err:
-                if not is_out_of_memory(err) or (len(batch) == 1 and samples == 1):
-                    raise
-                is_full = True
-            if is_full:  # After the except clause: its error holds what was computed so far.
-                size, samples = (
-                    max(1, len(batch) // 2),
-                    max(1, min(samples, len(batch) * len(queries) * num_proposals) // 2),
-                )
-                logger.warning(
-                    "Not enough memory on %s: going on with %d slices and %d samples at once",
-                    pipeline.device,
-                    size,
-                    samples,
-                )
-                remembered = fresh = None
-                self._free_memory()
-                todo.appendleft((number, batch))
-                continue
-            if fresh is not None and remembered is None:
-                fresh[number] = features
-                if _count_bytes(fresh.values()) > FEATURE_CACHE_BYTES:
-                    fresh = None  # Too large to remember; do not hold what will not be kept.
-            done += len(batch)
-            if progress is not None:
-                progress(done, len(wanted))
-            if on_slices is not None:
-                on_slices(collect(), batch.tolist())
-        if remembered is None and fresh is not None:
-            self._remember(volume, wanted, adapter_name, [fresh[number] for number in range(len(batches))])
-        if len(wanted) == len(stack):
-            drop_islands(result, clean_up, (grid.stack_spacing[0], grid.spacing, grid.spacing), grid.covered)
-            cleaned = clean_up
-        return collect()
+        samples_per_slice = len(request.queries) * request.num_proposals
+        for batch, features in compute_in_batches(walk.batches, walk.size, samples_per_slice, compute, make_room):
+            book.add(batch.number, features)
+            walk.finish(batch)
+        self._remember(key, book.collected(len(walk.batches)))
+        return walk.end()
 
     def _free_memory(self) -> None:
         """Let go of everything that can be made again."""
@@ -455,58 +291,9 @@ class Engine:
             self._prompts[texts] = pipeline.encode_prompts(texts)
         return self._prompts[texts]
 
-    def _recall(self, volume: Volume, wanted: np.ndarray, adapter: str) -> list[SliceFeatures] | None:
-        """Features of this very volume and these slices, if they are still there."""
-        key = (adapter, f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}")
-        if key in self._features:
-            self._features.move_to_end(key)
-            return self._features[key]
-        return None
-
-    def _remember(self, volume: Volume, wanted: np.ndarray, adapter: str, features: list[SliceFeatures]) -> None:
-        key = (adapter, f"{volume.digest}:{volume.modality}:{len(wanted)}:{hash(wanted.tobytes())}")
+    def _remember(self, key: tuple[str, str], features: list[SliceFeatures] | None) -> None:
+        if features is None:
+            return
         self._features[key] = features
-        while sum(_count_bytes(f) for f in self._features.values()) > FEATURE_CACHE_BYTES:
+        while sum(count_bytes(one) for one in self._features.values()) > FEATURE_CACHE_BYTES:
             self._features.popitem(last=False)
-
-
-def check_options(
-    num_proposals: int, num_inference_steps: int | None, seed: int, guidance_scale: float | None, num_queries: int
-) -> None:
-    """Refuse options out of range before anything is computed.
-
-    Raises:
-        RequestError: naming the option, its range and what was given.
-    """
-    if num_queries < 1:
-        raise RequestError("No structure was asked for; give at least one prompt.")
-    if not 1 <= num_proposals <= MAX_PROPOSALS:
-        raise RequestError(f"num_proposals must lie in 1..{MAX_PROPOSALS}, got {num_proposals}; 4 to 8 are useful.")
-    if num_inference_steps is not None and not 1 <= num_inference_steps <= MAX_STEPS:
-        raise RequestError(
-            f"num_inference_steps must lie in 1..{MAX_STEPS}, got {num_inference_steps}; 1 to 8 are useful."
-        )
-    if not 0 <= seed < 2**63:
-        raise RequestError(f"seed must lie in 0..2**63 - 1, got {seed}.")
-    if guidance_scale is not None and not 0.0 <= guidance_scale <= 20.0:
-        raise RequestError(f"guidance_scale must lie in 0..20, got {guidance_scale}; 1 switches guidance off.")
-
-
-def is_out_of_memory(err: BaseException) -> bool:
-    """Whether an error of torch or numpy means that memory did not suffice; not every device has a class for it."""
-    text = str(err).lower()
-    signs = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-    return isinstance(err, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(err, RuntimeError) and any(sign in text for sign in signs)
-    )
-
-
-def _order_batches(batches: Sequence[np.ndarray], first: int | None) -> list[int]:
-    """In which order to compute them: as they lie, or by their distance to an axial index."""
-    if first is None:
-        return list(range(len(batches)))
-    return sorted(range(len(batches)), key=lambda number: int(np.abs(batches[number] - first).min()))
-
-
-def _count_bytes(features: Iterable[SliceFeatures]) -> int:
-    return sum(t.numel() * t.element_size() for f in features for t in (f.fine, f.coarse, *f.levels.values()))

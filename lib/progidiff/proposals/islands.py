@@ -28,8 +28,8 @@ APART_MM = 10.0
 is nearer.
 """
 
-_DRAWN = 128
-"""Probability, of 255, from which a voxel is drawn (as in `progidiff.proposals.volume_proposals`)."""
+DRAWN = 128
+"""Probability, of 255, from which a voxel of the working grid is drawn."""
 
 _HALO = 2
 """Pixels around a dropped part whose probability goes with it."""
@@ -139,7 +139,7 @@ def drop_islands(
             rows, cols = (np.flatnonzero(plane.any(axis=axis)) for axis in (1, 0))
             box = (slice(rows[0], rows[-1] + 1), slice(cols[0], cols[-1] + 1))
             part = part[:, box[0], box[1]]
-            drawn = part >= _DRAWN
+            drawn = part >= DRAWN
             if covered is not None:
                 drawn &= covered[box]
             islands = find_islands(drawn, clean_up, spacing, share, apart_mm)
@@ -148,4 +148,4 @@ def drop_islands(
             # The soft edge goes too, or an empty place would keep a probability. What stays is drawn exactly as before.
             part[ndimage.binary_dilation(islands, around, iterations=_HALO) & ~(drawn & ~islands)] = 0
             # As the engine has it: a proposal that draws nothing on a slice is exact zeros there.
-            part *= (part >= _DRAWN).any(axis=(1, 2), keepdims=True)
+            part *= (part >= DRAWN).any(axis=(1, 2), keepdims=True)

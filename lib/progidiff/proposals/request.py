@@ -1,49 +1,54 @@
-"""What one request for proposals asks for, checked and typed (form field `params`)."""
+"""What a request for proposals asks for.
+
+`ProposalRequest` is what the model is asked, and under which key the answer is kept. `InferOptions` reads one from the
+form field `params` of a client, with what to show and to save of the answer.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from progidiff.errors import RequestError
 from progidiff.images.formats import Use, list_suffixes
 from progidiff.images.modality import list_modalities
 from progidiff.params import read_bool, read_choice, read_float, read_int, show_value
+from progidiff.prompts.parser import Query
 from progidiff.prompts.structures import LAST_LABEL_ID, name_label_id
-from progidiff.proposals.islands import CLEAN_UPS, SMALL
+from progidiff.proposals.islands import CLEAN_UPS, OFF, SMALL, check_clean_up
+
+FORMAT = 1
+"""Version of what is kept: of the files that `VolumeProposals.to_files` writes, and of the keys."""
 
 CONSENSUS = "consensus"
 
-
 BEST = "best"
 
-
 DISAGREEMENT = "disagreement"
-
 
 DEFAULT_CLEAN_UP = SMALL
 """What the command line and the server drop from proposals unless told otherwise; benchmarks/notes.md says why."""
 
-
 AUTO = "auto"
-
 
 NONE = "none"
 """What the option adapter may be beside the names of adapters: chosen by modality, or the model itself."""
 
-
 MAX_PROPOSALS = 64
-
 
 MAX_STEPS = 50
 
+MAX_GUIDANCE = 20.0
 
 MAX_SEED = 2**32 - 1
-
+"""Of a client's request; the model takes any below 2**63."""
 
 MAX_SLICE = 2**20
-
 
 _RESERVED = (
     "model",
@@ -61,9 +66,7 @@ _RESERVED = (
     "adapters",
 )
 
-
 _ALIASES = {"num_inference_steps": "steps", "k": "num_proposals"}
-
 
 OPTION_NAMES = (
     "prompt",
@@ -84,6 +87,167 @@ OPTION_NAMES = (
     "job_id",
 )
 """Every option that a request may carry in `params`."""
+
+
+class ProposalRequest(BaseModel):
+    """What a model is asked about one image.
+
+    Nothing else decides what the proposals are: two equal requests about the same voxels get the same bits. A request
+    that leaves something to the model is settled (`settle`) before it has a key.
+
+    Attributes:
+        queries: P structures, from `progidiff.prompts.parser.parse_prompt`; at least one.
+        num_proposals: K, 1..64.
+        num_inference_steps: T, 1..50; None for the model's default.
+        seed: Of the noise, 0..2**63 - 1.
+        guidance_scale: 0..20, 1 for none; None for the model's default.
+        adapter: A name, ``name@version``, "none" for the model itself; None, "" or "auto" to have it chosen by the
+            image's modality.
+        clean_up: How islands are dropped from every proposal (`progidiff.proposals.islands`), once all slices are
+            there. Some `slices` alone are never cleaned: what they hold may hang together on the others.
+        slices: Only these axial indices, ascending; None for all.
+
+    Raises:
+        RequestError: if a value is out of range; the message names it and what was given.
+
+    Example:
+        >>> ProposalRequest(queries=[Query("liver", "liver")], num_proposals=2, slices=[5, 3, 3]).slices
+        (3, 5)
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    queries: tuple[Query, ...]
+    num_proposals: int = 4
+    num_inference_steps: int | None = None
+    seed: int = 0
+    guidance_scale: float | None = None
+    adapter: str | None = None
+    clean_up: str = OFF
+    slices: tuple[int, ...] | None = None
+
+    @field_validator("queries")
+    @classmethod
+    def _check_queries(cls, value: tuple[Query, ...]) -> tuple[Query, ...]:
+        if not value:
+            raise RequestError("No structure was asked for; give at least one prompt.")
+        return value
+
+    @field_validator("num_proposals")
+    @classmethod
+    def _check_num_proposals(cls, value: int) -> int:
+        if not 1 <= value <= MAX_PROPOSALS:
+            raise RequestError(f"num_proposals must lie in 1..{MAX_PROPOSALS}, got {value}; 4 to 8 are useful.")
+        return value
+
+    @field_validator("num_inference_steps")
+    @classmethod
+    def _check_steps(cls, value: int | None) -> int | None:
+        if value is not None and not 1 <= value <= MAX_STEPS:
+            raise RequestError(f"num_inference_steps must lie in 1..{MAX_STEPS}, got {value}; 1 to 8 are useful.")
+        return value
+
+    @field_validator("seed")
+    @classmethod
+    def _check_seed(cls, value: int) -> int:
+        if not 0 <= value < 2**63:
+            raise RequestError(f"seed must lie in 0..2**63 - 1, got {value}.")
+        return value
+
+    @field_validator("guidance_scale")
+    @classmethod
+    def _check_guidance(cls, value: float | None) -> float | None:
+        if value is not None and not 0.0 <= value <= MAX_GUIDANCE:
+            raise RequestError(f"guidance_scale must lie in 0..{MAX_GUIDANCE:g}, got {value}; 1 switches guidance off.")
+        return value
+
+    @field_validator("clean_up")
+    @classmethod
+    def _check_clean_up(cls, value: str) -> str:
+        return check_clean_up(value)
+
+    @field_validator("slices", mode="before")
+    @classmethod
+    def _sort_slices(cls, value: Iterable[int] | None) -> tuple[int, ...] | None:
+        return None if value is None else tuple(sorted({int(z) for z in value}))
+
+    def settle(self, num_inference_steps: int, guidance_scale: float, adapter: str) -> ProposalRequest:
+        """The same request with nothing left to the model.
+
+        Args:
+            num_inference_steps: The model's default.
+            guidance_scale: The model's default.
+            adapter: Full name of the version that answers; "" for the model itself.
+        """
+        return self.model_copy(
+            update={
+                "num_inference_steps": self.num_inference_steps or num_inference_steps,
+                "guidance_scale": guidance_scale if self.guidance_scale is None else self.guidance_scale,
+                "adapter": adapter or NONE,
+            }
+        )
+
+    def settled(self) -> tuple[int, float]:
+        """Steps and guidance of a settled request.
+
+        Raises:
+            RequestError: if something is left to the model, see `settle`.
+        """
+        if self.num_inference_steps is None or self.guidance_scale is None or self.adapter in (None, "", AUTO):
+            raise RequestError(
+                "The request leaves steps, guidance or adapter to the model, and its answer is not determined yet. "
+                "Settle it first."
+            )
+        return self.num_inference_steps, self.guidance_scale
+
+    def key(self, image_id: str, image_digest: str, model_version: str) -> str:
+        """SHA-256 (hexadecimal) of everything that the answer depends on.
+
+        Args:
+            image_id: Of the datastore, "" for an upload.
+            image_digest: Of the voxels, their grid and modality, see `Volume.digest`.
+            model_version: ``name@version`` of the model.
+
+        Raises:
+            RequestError: if something is left to the model, see `settle`.
+
+        Example:
+            >>> from progidiff.prompts.parser import parse_prompt
+            >>> first, same, other = (
+            ...     ProposalRequest(queries=parse_prompt(prompt), seed=seed).settle(4, 1.0, "").key("a", "00", "base@1")
+            ...     for prompt, seed in (("liver", 0), ("hepatic parenchyma", 0), ("liver", 1))
+            ... )
+            >>> first == same, first == other
+            (True, False)
+        """
+        return self._compute_key(self.queries, image_id, image_digest, model_version)
+
+    def whole_key(self, image_id: str, image_digest: str, model_version: str) -> str:
+        """`key` without the structures: requests that share it are parts of one another, since noise and offsets are
+        drawn for the slice and not for the structure.
+        """
+        return self._compute_key((), image_id, image_digest, model_version)
+
+    def _compute_key(self, queries: Sequence[Query], image_id: str, image_digest: str, model_version: str) -> str:
+        steps, guidance = self.settled()
+        parts: list[Any] = [
+            FORMAT,
+            image_id,
+            image_digest,
+            [[query.name, query.text, query.known] for query in queries],
+            self.num_proposals,
+            steps,
+            self.seed,
+            guidance,
+            model_version,
+            "" if self.adapter == NONE else self.adapter,
+        ]
+        # What came later is in a key only where it was asked for: what earlier versions kept is still found.
+        if self.clean_up != OFF:
+            parts.append(self.clean_up)
+        if self.slices is not None:
+            parts.append({"slices": self.slices})
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -171,7 +335,7 @@ class InferOptions:
             show=_read_show(values.get("show", CONSENSUS), num_proposals),
             steps=None if steps is None else read_int(steps, "steps", 1, MAX_STEPS),
             seed=read_int(values.get("seed", 0), "seed", 0, MAX_SEED),
-            guidance_scale=None if guidance is None else read_float(guidance, "guidance_scale", 0.0, 20.0),
+            guidance_scale=None if guidance is None else read_float(guidance, "guidance_scale", 0.0, MAX_GUIDANCE),
             adapter=adapter,
             modality=None if modality == AUTO else modality,
             allow_free_text=read_bool(values.get("allow_free_text", False), "allow_free_text"),
@@ -182,6 +346,18 @@ class InferOptions:
             result_extension=read_choice(values.get("result_extension", extensions[0]), "result_extension", extensions),
             job_id=None if job_id is None else str(job_id),
             ignored=tuple(sorted(name for name in sent if name not in OPTION_NAMES)),
+        )
+
+    def to_request(self, queries: Sequence[Query]) -> ProposalRequest:
+        """What the model is asked; `queries` are what `prompt` names."""
+        return ProposalRequest(
+            queries=tuple(queries),
+            num_proposals=self.num_proposals,
+            num_inference_steps=self.steps,
+            seed=self.seed,
+            guidance_scale=self.guidance_scale,
+            adapter=self.adapter,
+            clean_up=self.clean_up,
         )
 
 

@@ -9,7 +9,6 @@ the store grows beyond its limit, the results that were not used for longest go 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
@@ -21,15 +20,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from progidiff.errors import ImageError, StoreError
 from progidiff.prompts.parser import Query
-from progidiff.proposals.islands import OFF
-from progidiff.proposals.volume_proposals import FORMAT, VolumeProposals
+from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.storage.atomic import atomic_folder, remove_leftovers
 from progidiff.storage.state_files import DamagedStateError, read_state
 
@@ -49,12 +46,12 @@ class StoredResult:
     """What the store knows about a result without opening it.
 
     Attributes:
-        key: See `ProposalStore.key`.
+        key: See `ProposalRequest.key`.
         image_id: The image it belongs to.
         created: Seconds since 1970.
         structures: The structures asked for.
         num_bytes: Size on disk.
-        whole: The key of the same request without any structure, see `ProposalStore.find_part`; "" if it was not kept.
+        whole: See `ProposalRequest.whole_key` and `ProposalStore.find_part`; "" if it was not kept.
         texts: What the text encoder read per structure; empty if it was not kept.
     """
 
@@ -97,45 +94,6 @@ class ProposalStore:
             ) from err
         remove_leftovers(self.root)
 
-    @staticmethod
-    def key(
-        image_id: str,
-        image_digest: str,
-        queries: Sequence[Query],
-        num_proposals: int,
-        num_inference_steps: int,
-        seed: int,
-        guidance_scale: float,
-        model_version: str,
-        adapter: str = "",
-        clean_up: str = OFF,
-    ) -> str:
-        """SHA-256 (hexadecimal) of everything that a result depends on.
-
-        Example:
-            >>> from progidiff.prompts.parser import parse_prompt
-            >>> first = ProposalStore.key("a", "00", parse_prompt("liver"), 4, 4, 0, 1.0, "base@1")
-            >>> first == ProposalStore.key("a", "00", parse_prompt("hepatic parenchyma"), 4, 4, 0, 1.0, "base@1")
-            True
-            >>> first == ProposalStore.key("a", "00", parse_prompt("liver"), 4, 4, 1, 1.0, "base@1")
-            False
-        """
-        asked = [[query.name, query.text, query.known] for query in queries]
-        parts: list[Any] = [
-            FORMAT,
-            image_id,
-            image_digest,
-            asked,
-            int(num_proposals),
-            int(num_inference_steps),
-            int(seed),
-            float(guidance_scale),
-        ]
-        parts += [model_version, adapter or ""]
-        if clean_up != OFF:  # Results kept before there was a choice were not cleaned; their keys still find them.
-            parts.append(clean_up)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
     def save(
         self, key: str, proposals: VolumeProposals, image_id: str, queries: Sequence[Query] = (), whole: str = ""
     ) -> StoredResult:
@@ -146,14 +104,14 @@ class ProposalStore:
             proposals: The result.
             image_id: The image it belongs to.
             queries: What was asked for, in the order of its structures.
-            whole: The `key` of the same request with no queries; with it, `find_part` answers shorter requests from
+            whole: See `ProposalRequest.whole_key`; with it, `find_part` answers shorter requests from
                 this result.
 
         Raises:
-            StoreError: if the key is none of `ProposalStore.key`, or the disk refuses; nothing is left behind then.
+            StoreError: if the key is none of `ProposalRequest.key`, or the disk refuses; nothing is left behind then.
         """
         if not _KEY.fullmatch(key):
-            raise StoreError(f"'{key}' is no key of a result; make one with ProposalStore.key.")
+            raise StoreError(f"'{key}' is no key of a result; make one with ProposalRequest.key.")
         with self._lock:
             try:
                 self.root.mkdir(parents=True, exist_ok=True)
@@ -200,7 +158,7 @@ class ProposalStore:
         Args:
             image_id: The image.
             queries: The structures asked for.
-            whole: The `key` of the request with no queries: image, settings and weights.
+            whole: See `ProposalRequest.whole_key`: image, settings and weights.
 
         Returns:
             The structures asked for, in their order; None if no kept result holds them all. A structure's proposals do

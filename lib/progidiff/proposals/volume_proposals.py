@@ -17,7 +17,7 @@ import json
 import os
 import zipfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,9 @@ from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.geometry import Grid
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.proposals.agreement import compute_disagreement_per_slice, compute_pairwise_dice
-from progidiff.proposals.islands import OFF
-from progidiff.proposals.request import MAX_PROPOSALS
+from progidiff.proposals.islands import DRAWN, OFF, drop_islands
+from progidiff.proposals.request import FORMAT, MAX_PROPOSALS
 
-FORMAT = 1
-"""Version of the files that `VolumeProposals.to_files` writes."""
-
-_DRAWN = 128
 THRESHOLD = 127.475
 """0.5 on the scale 0..255, a little lower: resampled 8-bit values that tie at exactly 127.5 must not depend on
 rounding.
@@ -169,6 +165,17 @@ class VolumeProposals:
     def present(self, shown: str | int = "consensus") -> tuple[str, ...]:
         """The structures of which anything is shown, in the order asked."""
         return tuple(name for name in self.structures if self.volume_ml(name, shown) > 0)
+
+    def drop_islands(self, clean_up: str) -> VolumeProposals:
+        """The same proposals without their islands, see `progidiff.proposals.islands`; `probabilities` are changed in
+        place. All slices must be there.
+
+        Raises:
+            RequestError: if there is no such clean-up.
+        """
+        spacing = (self.grid.stack_spacing[0], self.grid.spacing, self.grid.spacing)
+        drop_islands(self.probabilities, clean_up, spacing, self.grid.covered)
+        return replace(self, clean_up=clean_up)
 
     def mask(self, grid: Grid, structure: str, shown: str | int = "consensus") -> np.ndarray:
         """One structure on the input's grid.
@@ -457,7 +464,7 @@ class VolumeProposals:
         """The masks inside a box of the working grid, bool (K, z, h, w). What lies beyond the edge of the image is
         nobody's organ.
         """
-        return (_inside(self.probabilities[index], box) >= _DRAWN) & self.grid.covered[box[1], box[2]]
+        return (_inside(self.probabilities[index], box) >= DRAWN) & self.grid.covered[box[1], box[2]]
 
     @cached_property
     def _drawn_slices(self) -> np.ndarray:

@@ -14,8 +14,8 @@ from progidiff.errors import RequestError
 from progidiff.images.formats import is_picture
 from progidiff.labels.history import Annotation
 from progidiff.server.background.next_sample import Selection, is_whole
-from progidiff.server.background.picture_scoring import PictureScorer
 from progidiff.server.background.retraining import Retraining
+from progidiff.server.background.scorers import PictureScorer
 from progidiff.server.background.scoring import PoolScorer
 from progidiff.server.datastores.images import find_image
 from progidiff.server.datastores.local import is_folder
@@ -56,7 +56,7 @@ def build(context: Context) -> None:
         options.score_prompt,
         find_labelled,
         lambda: context.training.is_running(),
-        PictureScorer(context.textdiff, context.infer.queue, scores),
+        PictureScorer(context.textdiff, scores),
     )
     context.selection = Selection(
         context.app,

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.errors import CancelledError, ImageError, MemoryFullError, ModelError, NotFoundError, RequestError
 from progidiff.images.pictures import PICTURE
 from progidiff.proposals.device_queue import JobState
-from progidiff.server.background.picture_scoring import PictureScorer
+from progidiff.server.background.scorers import PictureScorer
 from progidiff.server.options import ServerOptions
 from progidiff.server.picture_trainings import collect, list_versions
 from progidiff.server.tasks.picture_engine import SentenceTable, TextDiffEngine
@@ -282,7 +283,7 @@ def test_a_running_request_reports_its_progress_and_can_be_cancelled(place: Plac
     thread.start()
     assert entered.wait(30)
     job = place.whole.queue.get("mine")
-    assert (job.info()["kind"], job.state) == ("textdiff", JobState.RUNNING)
+    assert (job.info().kind, job.state) == ("textdiff", JobState.RUNNING)
     job.cancel()
     leave.set()
     thread.join(30)
@@ -290,7 +291,7 @@ def test_a_running_request_reports_its_progress_and_can_be_cancelled(place: Plac
     assert job.state is JobState.CANCELLED
     place.engine.before = lambda: None
     assert place.ask("one.png", job_id="again")[1]["job"] == "again"
-    assert place.whole.queue.get("again").info()["percent"] == 100
+    assert place.whole.queue.get("again").info().percent == 100
 
 
 def test_a_full_memory_is_a_reason_to_try_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -318,11 +319,13 @@ def test_without_a_folder_of_models_nothing_is_imported_and_the_cure_is_named(tm
 
 @pytest.fixture
 def scorer(place: Place, tmp_path: Path) -> PictureScorer:
-    return PictureScorer(place.task, place.whole.queue, SliceScoreStore(tmp_path / "scores"))
+    return PictureScorer(place.task, SliceScoreStore(tmp_path / "scores"))
 
 
 def test_a_picture_is_scored_by_how_far_its_draws_disagree_and_the_draws_are_kept(place: Place, scorer: PictureScorer):
-    assert scorer.score("one", place.studies / "one.png", "fingerprint")
+    assert scorer.score(
+        "one", place.studies / "one.png", "fingerprint", partial(place.whole.queue.background_job, "score", "one")
+    )
     entry = scorer._scores.load("one", "nuclei@1")
     assert entry is not None
     assert (entry.modality, entry.scores.structures, entry.scores.num_slices) == (PICTURE, ("nuclei", "stroma"), 1)
@@ -336,14 +339,21 @@ def test_a_picture_is_scored_by_how_far_its_draws_disagree_and_the_draws_are_kep
 
 def test_somebody_who_uses_the_device_comes_first(place: Place, scorer: PictureScorer):
     with place.whole.queue.job("infer", "another"):
-        assert scorer.score("one", place.studies / "one.png", "") is False
+        assert (
+            scorer.score(
+                "one", place.studies / "one.png", "", partial(place.whole.queue.background_job, "score", "one")
+            )
+            is False
+        )
     assert place.engine.calls == []
 
 
 def test_a_sentence_that_is_too_long_does_not_keep_a_picture_from_being_scored(place: Place, scorer: PictureScorer):
     place.engine.refuse_longer_than = 5
     for _ in range(2):  # The second time from what was kept.
-        assert scorer.score("one", place.studies / "one.png", "")
+        assert scorer.score(
+            "one", place.studies / "one.png", "", partial(place.whole.queue.background_job, "score", "one")
+        )
     assert place.engine.calls == [(None, NUM_DRAWS)]
     # The draws without the sentence are no answer to a request with it.
     with pytest.raises(RequestError, match="The sentence is too long"):

@@ -1,76 +1,43 @@
 """Scores of the whole pool, made in the background while nobody uses the device.
 
-One thread of low priority takes the images one after the other: those without scores first, then those scored by an
-older model version, labelled ones last. It asks the engine for K proposals under `DeviceQueue.background_job`, so that
-the first request of a person stops it after the batch of slices it is at; the slices that are ready are kept and the
-rest follows when the device is idle again. Scores go to the `SliceScoreStore`; the proposals themselves go to the
-`ProposalStore` under the key of the request that would ask for them, so that the first look at an image costs a
-reading.
+One thread takes the images one after the other: those without scores first, then those scored by an older model
+version, labelled ones last. It asks for K proposals under `DeviceQueue.background_job`, so that the first request of a
+person stops it after the small batch of slices it is at; the slices that are ready are kept and the rest follows when
+the device is idle again. Scores go to the `SliceScoreStore`; the proposals themselves are kept as the answer to the
+request that would ask for them, so that the first look at an image costs a reading.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import hashlib
 import logging
-import os
 import threading
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
 
-from progidiff.active_learning.scores import ScoredImage, SliceScoreStore, name_version
-from progidiff.active_learning.strategies import compute_scores
-from progidiff.errors import (
-    BusyError,
-    CancelledError,
-    MemoryFullError,
-    ModelError,
-    NotFoundError,
-    ProGiDiffError,
-    StoreError,
-)
+from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
+from progidiff.errors import BusyError, CancelledError, ModelError, NotFoundError, ProGiDiffError, StoreError
 from progidiff.images.formats import is_picture, strip_suffix
 from progidiff.images.pictures import PICTURE
-from progidiff.images.reading import load_volume
-from progidiff.images.volume import Volume
-from progidiff.prompts.parser import Query, parse_prompt
-from progidiff.proposals.islands import drop_islands
-from progidiff.proposals.request import NONE
-from progidiff.proposals.volume_proposals import VolumeProposals
-from progidiff.server.background.picture_scoring import PictureScorer
+from progidiff.proposals.device_queue import Job
+from progidiff.server.background.scorers import ImageScorer, PictureScorer, VolumeScorer
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks.volumes import ProposalInferTask
 
 logger = logging.getLogger(__name__)
-
-NUM_PROPOSALS = 4
-"""K of the scores, and of a request that does not say."""
 
 SECONDS_BETWEEN_ROUNDS = 20.0
 """After which the pool is looked through for new images when there is nothing to do."""
 
 SECONDS_AFTER_REQUESTS = 2.0
 """A person who just asked will ask again: the device is left alone for so long."""
-
-_NICE = 10
-
-
-@dataclass
-class _Unfinished:
-    """Slices of an image that are ready; the others follow."""
-
-    image: str
-    key: str
-    proposals: VolumeProposals
-    ready: set[int]
 
 
 class PoolScorer:
@@ -100,12 +67,11 @@ class PoolScorer:
         self._pictures = pictures
         self.scores = scores
         self._app = app
-        self._prompt = prompt
+        self._volumes = VolumeScorer(infer, scores, prompt)
         self._find_labelled = find_labelled
         self._is_training = is_training
         self._failed: dict[str, tuple[str, str]] = {}
-        self._unfinished: _Unfinished | None = None
-        self._current: tuple[str, int, int] | None = None
+        self._job: Job | None = None
         self._state = "off"
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -128,6 +94,9 @@ class PoolScorer:
         """End after the batch of slices that is computed now."""
         self._stop.set()
         self._wake.set()
+        job = self._job
+        if job is not None:
+            job.cancel()
         if self._thread is not None:
             self._thread.join(10)
             self._thread = None
@@ -140,9 +109,8 @@ class PoolScorer:
     def wanted_version(self, modality: str) -> str:
         """The version that a request for an image of this modality is answered with."""
         if modality == PICTURE:
-            return self._pictures.version() if self._pictures is not None else ""
-        adapter = self.infer.engine.pick_adapter(None, modality)
-        return name_version(self.infer.engine.model_version, adapter.full_name if adapter else "")
+            return self._pictures.version(modality) if self._pictures is not None else ""
+        return self._volumes.version(modality)
 
     def failures(self) -> dict[str, str]:
         """Image -> why it could not be scored; a file that has changed since gets another try."""
@@ -168,16 +136,17 @@ class PoolScorer:
             for image, entry in entries.items()
             if image in images and entry.scores.version == wanted[entry.modality]
         ]
-        image, done, total = self._current or ("", 0, 0)
+        job = self._job
+        info = None if job is None else job.info()
         return {
             "state": self._state,
             "images": len(images),
             "scored": len(current),
             "outdated": len(images & entries.keys()) - len(current),
             "failed": {name: reason for name, reason in self.failures().items() if name in images},
-            "image": image,
-            "slices_done": done,
-            "slices_total": total,
+            "image": "" if info is None else info.image,
+            "slices_done": 0 if info is None else info.slices_done,
+            "slices_total": 0 if info is None else info.slices_total,
         }
 
     def find_next(self) -> str | None:
@@ -209,15 +178,11 @@ class PoolScorer:
         """
         fingerprint = ""
         try:
-            path = find_image(self._app, image)
+            path = Path(find_image(self._app, image))
             fingerprint = self.fingerprint(image)
-            if self._pictures is not None and is_picture(path):
-                return self._score_picture(image, Path(path), fingerprint)
-            volume = load_volume(path, None, self._app.datastore().get_image_info(image))
-            found = self._propose(image, volume)
-            if found is None:
+            info = self._app.datastore().get_image_info(image)
+            if not self._scorer_of(path).score(image, path, fingerprint, partial(self._take_turn, image), info):
                 return False
-            self._keep(image, fingerprint, found, volume)
         except (ModelError, BusyError, StoreError):
             raise
         except NotFoundError as err:
@@ -229,107 +194,22 @@ class PoolScorer:
             self._failed[image] = (fingerprint, str(err))
         else:
             self._failed.pop(image, None)
-        self._unfinished = None
         return True
 
-    def _score_picture(self, image: str, path: Path, fingerprint: str) -> bool:
-        assert self._pictures is not None
-        is_done = self._pictures.score(image, path, fingerprint)
-        if is_done:
-            self._failed.pop(image, None)
-        return is_done
+    def _scorer_of(self, path: Path) -> ImageScorer:
+        return self._pictures if self._pictures is not None and is_picture(path) else self._volumes
 
-    def _propose(self, image: str, volume: Volume) -> VolumeProposals | None:
-        """The proposals of all slices, from the store or the engine; None if the device is needed elsewhere."""
-        task = self.infer
-        adapter = task.engine.pick_adapter(None, volume.modality)
-        queries = self._parse_prompt()
-        key, whole = (self._key(image, volume, asked, adapter.full_name if adapter else "") for asked in (queries, ()))
-        stored = task.store.load(key)
-        if stored is not None:
-            return stored
-        depth = len(volume.to_stack()[0])
-        if self._unfinished is not None and (self._unfinished.image, self._unfinished.key) != (image, key):
-            self._unfinished = None
-        before = self._unfinished
-        if before is None or len(before.ready) < depth:
+    @contextmanager
+    def _take_turn(self, image: str) -> Iterator[Job]:
+        """The device while nobody else wants it."""
+        with self.infer.queue.background_job("score", image) as job:
+            self._job = job
             try:
-                with task.queue.background_job("score", image) as job:
-                    task.engine.propose(
-                        volume,
-                        queries,
-                        num_proposals=NUM_PROPOSALS,
-                        adapter=adapter.full_name if adapter else NONE,
-                        slices=[z for z in range(depth) if before is None or z not in before.ready],
-                        progress=lambda done, total: self._note(image, depth - total + done, depth),
-                        on_slices=lambda part, slices: self._collect(image, key, part, slices),
-                        is_cancelled=lambda: job.cancelled() or self._stop.is_set(),
-                        remember=False,
-                    )
-            except MemoryFullError:
-                raise  # Nobody asked for the device: it will not be better in two seconds.
-            except (BusyError, CancelledError):
-                return None
+                if self._stop.is_set():
+                    raise CancelledError("Scoring ends with the server.")
+                yield job
             finally:
-                self._current = None
-        assert self._unfinished is not None
-        # All slices are there only now, of one try or of several.
-        clean_up = task.options.clean_up
-        result = replace(self._unfinished.proposals, clean_up=clean_up)
-        grid = result.grid
-        drop_islands(result.probabilities, clean_up, (grid.stack_spacing[0], grid.spacing, grid.spacing), grid.covered)
-        try:
-            task.store.save(key, result, image, queries, whole)
-        except StoreError as err:
-            logger.warning("The proposals for '%s' are scored but not kept: %s", image, err)
-        return result
-
-    def _collect(self, image: str, key: str, part: VolumeProposals, slices: Sequence[int]) -> None:
-        """Add slices that are ready to those of earlier tries."""
-        if self._unfinished is None:
-            self._unfinished = _Unfinished(
-                image, key, replace(part, probabilities=np.zeros_like(part.probabilities)), set()
-            )
-        known = self._unfinished
-        known.proposals.probabilities[:, :, list(slices)] = part.probabilities[:, :, list(slices)]
-        known.ready.update(slices)
-
-    def _keep(self, image: str, fingerprint: str, proposals: VolumeProposals, volume: Volume) -> None:
-        trained = self.infer.engine.structures
-        adapter = self.infer.engine.pick_adapter(proposals.adapter or NONE, volume.modality)
-        if adapter is not None:
-            trained = adapter.structures
-        # What the version was never shown is guessed: its disagreement says nothing about this image.
-        chosen = [index for index, name in enumerate(proposals.structures) if name in trained] or list(
-            range(len(proposals.structures))
-        )
-        scores = compute_scores(
-            image,
-            [proposals.structures[index] for index in chosen],
-            proposals.probabilities[chosen],
-            proposals.grid.stack_spacing[0],
-            name_version(proposals.model_version, proposals.adapter),
-            proposals.grid.covered,
-        )
-        self.scores.save(ScoredImage(scores, fingerprint, volume.modality, time.time()))
-
-    def _key(self, image: str, volume: Volume, queries: tuple[Query, ...], adapter: str) -> str:
-        card = self.infer.engine.card
-        return self.infer.store.key(
-            image_id=image,
-            image_digest=volume.digest,
-            queries=queries,
-            num_proposals=NUM_PROPOSALS,
-            num_inference_steps=card.num_inference_steps,
-            seed=0,
-            guidance_scale=card.guidance_scale,
-            model_version=card.full_name,
-            adapter=adapter,
-            clean_up=self.infer.options.clean_up,
-        )
-
-    def _parse_prompt(self) -> tuple[Query, ...]:
-        return parse_prompt(self._prompt, self.infer.structures, False, self.infer.engine.model_version)
+                self._job = None
 
     def _find_scores(self) -> dict[str, ScoredImage]:
         return self.scores.pick_newest(self.wanted_version)
@@ -344,11 +224,7 @@ class PoolScorer:
             return ""  # asking for the file would fetch it, and a series does not change
         path = Path(datastore.get_image_uri(image) or "/")
         of_file = fingerprint_image(path)
-        return (
-            self._pictures.fingerprint(path, of_file)
-            if of_file and self._pictures is not None and is_picture(path)
-            else of_file
-        )
+        return self._scorer_of(path).fingerprint(path, of_file) if of_file else ""
 
     def _find_picture(self, image: str) -> Path | None:
         """The file of a picture; None if the image is something else."""
@@ -358,13 +234,10 @@ class PoolScorer:
         path = Path(datastore.get_image_uri(image) or "/")
         return path if is_picture(path) else None
 
-    def _note(self, image: str, done: int, total: int) -> None:
-        self._current = (image, done, total)
-
     def _run(self, first: Callable[[], None]) -> None:
-        first()  # at full priority: it takes locks that requests need
-        with contextlib.suppress(AttributeError, OSError):  # threads have a priority of their own on Linux only
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+        # At the priority of everybody else: whoever comes while a batch is computed waits for this thread, and a busy
+        # machine would pass a thread of low priority over.
+        first()
         while not self._stop.is_set():
             pause = SECONDS_BETWEEN_ROUNDS
             try:

@@ -27,6 +27,7 @@ from monailabel.interfaces.utils.app import app_instance
 
 from progidiff.errors import NotFoundError, ProGiDiffError, RequestError
 from progidiff.params import read_choice, read_int
+from progidiff.proposals.device_queue import JobInfo
 from progidiff.server.datastores.images import find_image
 from progidiff.server.gate.endpoints import ADMINISTER, ANNOTATE, LONG, MEDIUM, READ, UPLOAD, Content, Endpoints
 from progidiff.server.inference import check_tag, find_model, infer, pick_options
@@ -138,15 +139,15 @@ def build_endpoints() -> Endpoints:
         summary="Waiting, running and recent jobs, newest first",
         takes="Query: image",
     )
-    async def list_jobs(image: str | None = None) -> list[dict[str, Any]]:
+    async def list_jobs(image: str | None = None) -> list[JobInfo]:
         return [job.info() for job in _task().queue.list(image)]
 
     @endpoints.get("/progidiff/jobs/{job_id}", READ, tags=["ProGiDiff"], summary="State and progress of one job")
-    async def get_job(job_id: str) -> dict[str, Any]:
+    async def get_job(job_id: str) -> JobInfo:
         return _task().queue.get(job_id).info()
 
     @endpoints.delete("/progidiff/jobs/{job_id}", ANNOTATE, tags=["ProGiDiff"], summary="Cancel a job")
-    async def cancel_job(job_id: str) -> dict[str, Any]:
+    async def cancel_job(job_id: str) -> JobInfo:
         job = _task().queue.get(job_id)
         job.cancel()
         return job.info()

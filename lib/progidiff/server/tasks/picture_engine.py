@@ -1,7 +1,7 @@
 """The textdiff models of a server: versions on disk, one of them in memory once somebody asks.
 
 Nothing is loaded, and no weight is looked for, before the first request: a server without these weights starts as fast
-and says what is missing when it is asked. Whoever calls `TextDiffEngine.predict` holds the device (`jobs.DeviceQueue`).
+and says what is missing when it is asked. Whoever calls `TextDiffEngine.predict` holds the device (`DeviceQueue`).
 """
 
 from __future__ import annotations

@@ -13,9 +13,7 @@ one is answered without, and the answer says so.
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +23,7 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from progidiff.errors import GeometryError, RequestError, StoreError
+from progidiff.errors import GeometryError, RequestError
 from progidiff.images.formats import Use, find_kind, is_picture, list_suffixes
 from progidiff.images.geometry import Grid
 from progidiff.images.modality import list_modalities
@@ -36,10 +34,11 @@ from progidiff.images.working_grid import WorkingGrid
 from progidiff.labels.history import hash_file
 from progidiff.params import read_bool, read_choice, read_int
 from progidiff.prompts.parser import Query
-from progidiff.proposals.device_queue import Job
-from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, MAX_SLICE
-from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.device_queue import NOBODY
+from progidiff.proposals.keeper import Answer, Keeper, MemoryShelf, Question, TakeTurn
+from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, MAX_SLICE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import Work
 from progidiff.server.answer_files import write_temporary
 from progidiff.server.datastores.proposal_labels import save_as_labels
 from progidiff.server.options import ServerOptions
@@ -211,8 +210,7 @@ class TextDiffInferTask(InferTask):
         self.sentences = sentences
         self._proposals = proposals
         self._datastore = datastore
-        self._slices: OrderedDict[str, tuple[VolumeProposals, tuple[str, ...]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._slices = Keeper(MemoryShelf(_KEPT_SLICES))
         super().__init__(
             type=InferType.SEGMENTATION,
             labels=None,
@@ -277,7 +275,16 @@ class TextDiffInferTask(InferTask):
         subject = self._open(Path(str(request["image"])), options, request.get("image_info") or {})
         extension = _pick_extension(options.result_extension, subject)
         sentence, source = self.find_sentence(subject.path, options.sentence)
-        result, notes, job, key = self._find_or_compute(subject, sentence, options, card, image_id)
+        asker = request.get("asker", NOBODY)
+        found = self.answer(
+            subject,
+            sentence,
+            options.num_proposals,
+            card,
+            image_id,
+            lambda: self._proposals.queue.job(NAME, image_id or subject.grid.name, options.job_id, asker),
+        )
+        result, key, job = found.proposals, found.key, found.job
         names = number_classes(card.classes)
         file, shown = _write_shown(result, subject, names, options.show, extension)
         try:
@@ -297,12 +304,12 @@ class TextDiffInferTask(InferTask):
             "slices": [subject.z],
             "proposals": key if is_kept else None,
             "cached": job is None,
-            "job": job.id if job is not None else None,
+            "job": job,
             "saved_original": image_id if saved else None,
             "saved_tags": saved,
             "ignored": list(options.ignored),
             "geometry": subject.grid.describe(),
-            "warnings": [*subject.grid.warnings, *notes],
+            "warnings": [*subject.grid.warnings, *find_notes_about(subject, sentence, card)],
             "latencies": {
                 "total": round(time.monotonic() - started, 3),
                 "compute": round(result.seconds, 3) if job is not None else 0.0,
@@ -320,38 +327,39 @@ class TextDiffInferTask(InferTask):
         found = self.sentences.find(path.name)
         return (found, "text.csv") if found else (None, _NO_SENTENCE)
 
-    def propose(
-        self, subject: Subject, sentence: str | None, draws: int, card: TextDiffCard, job: Job
-    ) -> tuple[VolumeProposals, tuple[str, ...]]:
-        """Run the model; the caller holds the device.
+    def answer(
+        self, subject: Subject, sentence: str | None, draws: int, card: TextDiffCard, image_id: str, take_turn: TakeTurn
+    ) -> Answer:
+        """K draws, kept or computed; see `Keeper.find_or_compute`.
 
-        Returns:
-            The draws, and what the user should know.
+        Args:
+            subject: The picture, or the slice of a volume.
+            sentence: What the report says of it; None for nothing.
+            draws: K.
+            card: The version that answers.
+            image_id: In the datastore; "" for an upload.
+            take_turn: Waits for the device.
 
         Raises:
             ProGiDiffError: whatever is wrong with picture, sentence or model.
         """
-        picture: Any = _read_pixels(subject)
-        result = self.engine.predict(
-            picture, sentence, draws, card, on_progress=job.progress, is_cancelled=job.cancelled
-        )
-        return to_proposals(result, subject, card), tuple(
-            dict.fromkeys((*getattr(picture, "notes", ()), *result.notes))
-        )
-
-    def make_key(self, subject: Subject, sentence: str | None, draws: int, card: TextDiffCard, image_id: str) -> str:
-        """Under which a result is kept; it changes with everything that the result depends on."""
-        queries = [Query(name, sentence or "", False) for name in card.classes]
-        return ProposalStore.key(
-            image_id=image_id,
-            image_digest=f"{subject.digest}:{subject.z}",
-            queries=queries,
+        request = ProposalRequest(
+            queries=tuple(Query(name, sentence or "", False) for name in card.classes),
             num_proposals=draws,
-            num_inference_steps=len(card.features.timesteps),
             seed=card.features.seed,
-            guidance_scale=1.0,
-            model_version=f"{NAME} {card.full_name} {card.sha256}",
-        )
+        ).settle(len(card.features.timesteps), 1.0, "")
+        model = f"{NAME} {card.full_name} {card.sha256}"
+        question = Question(request, image_id, f"{subject.digest}:{subject.z}", model)
+
+        def compute(work: Work) -> VolumeProposals:
+            result = self.engine.predict(
+                _read_pixels(subject), sentence, draws, card, work.on_progress, work.is_cancelled
+            )
+            return to_proposals(result, subject, card)
+
+        # Proposals of whole volumes are what the store's other readers look for: a slice's are kept in memory only.
+        keeper = self._proposals.keeper if subject.is_picture else self._slices
+        return keeper.find_or_compute(question, compute, take_turn)
 
     def _open(self, path: Path, options: TextDiffOptions, info: Mapping[str, Any]) -> Subject:
         if is_picture(path):
@@ -373,47 +381,6 @@ class TextDiffInferTask(InferTask):
                 f"There is no slice {options.slice}: '{volume.name}' has the axial slices 0 (inferior) to {depth - 1}."
             )
         return Subject(volume.grid, volume, options.slice, path, volume.digest)
-
-    def _find_or_compute(
-        self, subject: Subject, sentence: str | None, options: TextDiffOptions, card: TextDiffCard, image_id: str
-    ) -> tuple[VolumeProposals, tuple[str, ...], Job | None, str]:
-        key = self.make_key(subject, sentence, options.num_proposals, card, image_id)
-        known = self.load_kept(subject, sentence, card, key)
-        if known is not None:
-            return *known, None, key
-        with self._proposals.queue.job(NAME, image_id or subject.grid.name, options.job_id) as job:
-            known = self.load_kept(
-                subject, sentence, card, key
-            )  # Somebody may have asked for the same while this request waited.
-            if known is not None:
-                return *known, None, key
-            result, notes = self.propose(subject, sentence, options.num_proposals, card, job)
-        self.keep(subject, key, result, notes, image_id)
-        return result, notes, job, key
-
-    def keep(self, subject: Subject, key: str, result: VolumeProposals, notes: tuple[str, ...], image_id: str) -> None:
-        """Keep a result for the next request; a full disk is no reason to refuse this one."""
-        if not subject.is_picture:
-            with self._lock:
-                self._slices[key] = (result, notes)
-                while len(self._slices) > _KEPT_SLICES:
-                    self._slices.popitem(last=False)
-            return
-        try:
-            self._proposals.store.save(key, result, image_id)
-        except StoreError as err:
-            logger.warning("The draws for '%s' are shown but not kept: %s", image_id, err)
-
-    def load_kept(
-        self, subject: Subject, sentence: str | None, card: TextDiffCard, key: str
-    ) -> tuple[VolumeProposals, tuple[str, ...]] | None:
-        """A result that is kept, and what the user should know; None if there is none."""
-        if not subject.is_picture:
-            with self._lock:
-                return self._slices.get(key)
-        result = self._proposals.store.load(key)
-        # The notes are about the picture and the sentence: they are found again without the network.
-        return None if result is None else (result, _note(subject, sentence, card))
 
     def _save_labels(
         self,
@@ -512,12 +479,12 @@ def _read_pixels(subject: Subject) -> Any:
     return replace(picture, notes=())  # That a slice is gray needs no telling.
 
 
-def _note(subject: Subject, sentence: str | None, card: TextDiffCard) -> tuple[str, ...]:
-    """What the model would say again about a picture whose draws are kept."""
+def find_notes_about(subject: Subject, sentence: str | None, card: TextDiffCard) -> list[str]:
+    """What the user should know, one sentence each: about the picture and the sentence, without the network."""
     from progidiff.textdiff.model import find_notes
 
     picture = _read_pixels(subject)
-    return (*picture.notes, *find_notes(card, picture, sentence or None))
+    return list(dict.fromkeys((*picture.notes, *find_notes(card, picture, sentence or None))))
 
 
 def _write_shown(

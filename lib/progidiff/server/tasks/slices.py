@@ -15,22 +15,25 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
+from numpy.typing import NDArray
 
 from progidiff.errors import GeometryError, RequestError
 from progidiff.images.volume import Volume
 from progidiff.params import read_int
-from progidiff.prompts.parser import Query
 from progidiff.proposals.clicks import Choice, Pixel, choose_by_clicks
-from progidiff.proposals.request import MAX_SEED, InferOptions
+from progidiff.proposals.device_queue import NOBODY
+from progidiff.proposals.islands import OFF
+from progidiff.proposals.keeper import Keeper, MemoryShelf, Question, TakeTurn
+from progidiff.proposals.request import MAX_SEED, ProposalRequest
+from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.answer_files import write_temporary
 from progidiff.server.tasks.volumes import ProposalInferTask, compute_label_id
 
@@ -40,8 +43,8 @@ MAX_ROUNDS = 16
 """Largest number of times that proposals are drawn for one slice."""
 
 _OWN_OPTIONS = ("label", "foreground", "background", "slice", "rounds")
-_REMEMBERED_SLICES = 8
-"""Up to 16 MB each, for 32 proposals of 512 x 512 pixels."""
+_REMEMBERED_ROUNDS = 32
+"""Of all slices together; less than a MB each, since nothing but one slice of the working grid is ever written to."""
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,20 @@ class Clicks:
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Proposals of one slice: probabilities (uint8, 0 to 255) and masks of shape (K, Y, X), and the rounds that they
-    come from.
-    """
+    """Proposals of one slice, of several rounds: probabilities (uint8, 0 to 255) and masks of shape (K, Y, X)."""
 
-    probabilities: np.ndarray
-    masks: np.ndarray
-    rounds: int
+    probabilities: NDArray[np.uint8]
+    masks: NDArray[np.bool_]
+
+    @classmethod
+    def of(cls, rounds: Sequence[VolumeProposals], names: Sequence[str], z: int) -> _Drawn:
+        """Of one segment. A prompt that names several structures ("kidneys") makes one segment of them."""
+        probabilities, masks = [], []
+        for result in rounds:
+            maps = np.max([result.slice_probabilities(name, z) for name in names], axis=0)
+            probabilities.append(maps.round().astype(np.uint8))
+            masks.append(np.any([result.slice_masks(name, z) for name in names], axis=0))
+        return cls(np.concatenate(probabilities), np.concatenate(masks))
 
 
 class SliceInferTask(InferTask):
@@ -81,8 +91,7 @@ class SliceInferTask(InferTask):
 
     def __init__(self, proposals: ProposalInferTask) -> None:
         self._proposals = proposals
-        self._drawn: OrderedDict[str, _Drawn] = OrderedDict()
-        self._lock = threading.Lock()
+        self._keeper = Keeper(MemoryShelf(_REMEMBERED_ROUNDS))
         super().__init__(
             type=InferType.DEEPGROW,
             labels=None,
@@ -133,8 +142,17 @@ class SliceInferTask(InferTask):
         rounds = read_int(self.config()["rounds"] if own["rounds"] is None else own["rounds"], "rounds", 1, MAX_ROUNDS)
         volume = self._proposals.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         clicks = read_clicks(own["foreground"], own["background"], own["slice"], volume)
+        image_id = str(request.get("image_id", ""))
+        asker = request.get("asker", NOBODY)
+        # One slice alone is never cleaned of islands: what it holds may hang together on the others.
+        asked = options.to_request(queries).model_copy(update={"slices": (clicks.z,), "clean_up": OFF})
         choice, drawn, seconds = self._choose(
-            volume, queries, options, clicks, rounds, str(request.get("image_id", ""))
+            volume,
+            asked,
+            clicks,
+            rounds,
+            image_id,
+            lambda: self._proposals.queue.job("slice", image_id or volume.name, options.job_id, asker),
         )
 
         labels = np.zeros(volume.to_stack()[0].shape, dtype=np.uint8)
@@ -166,75 +184,37 @@ class SliceInferTask(InferTask):
     def _choose(
         self,
         volume: Volume,
-        queries: tuple[Query, ...],
-        options: InferOptions,
+        request: ProposalRequest,
         clicks: Clicks,
         rounds: int,
         image_id: str,
+        take_turn: TakeTurn,
     ) -> tuple[Choice, _Drawn, float]:
         """Draw until a proposal fits, or `rounds` are drawn; what earlier clicks drew on this slice comes first."""
-        adapter = self._proposals.engine.pick_adapter(options.adapter, volume.modality)
-        key = repr(
-            (
-                volume.digest,
-                queries,
-                clicks.z,
-                options.num_proposals,
-                options.steps,
-                options.seed,
-                options.guidance_scale,
-                adapter,
-            )
-        )
+        adapter = self._proposals.engine.pick_adapter(request.adapter, volume.modality)
+
+        def ask(number: int) -> Question:
+            """The question of a round: the same with another seed."""
+            seed = (request.seed + number) % (MAX_SEED + 1)
+            return self._proposals.ask(request.model_copy(update={"seed": seed}), volume, image_id, adapter)
+
+        names = [query.name for query in request.queries]
+        results: list[VolumeProposals] = []
+        while len(results) < MAX_ROUNDS and (kept := self._keeper.find(ask(len(results)))) is not None:
+            results.append(kept)
         seconds = 0.0
-        drawn = self._recall(key)
         while True:
-            if drawn is not None:
+            if results:
+                drawn = _Drawn.of(results, names, clicks.z)
                 choice = choose_by_clicks(drawn.probabilities, drawn.masks, clicks.foreground, clicks.background)
                 # Nothing at all drawn: the model finds the structure absent here, and no seed changes that.
-                if choice.fits or drawn.rounds >= rounds or not drawn.masks.any():
+                if choice.fits or len(results) >= rounds or not drawn.masks.any():
                     return choice, drawn, seconds
-            with self._proposals.queue.job("slice", image_id or volume.name, options.job_id) as job:
-                result = self._proposals.engine.propose(
-                    volume,
-                    queries,
-                    num_proposals=options.num_proposals,
-                    num_inference_steps=options.steps,
-                    seed=(options.seed + (drawn.rounds if drawn else 0)) % (MAX_SEED + 1),
-                    guidance_scale=options.guidance_scale,
-                    adapter=adapter.full_name if adapter else "none",
-                    slices=[clicks.z],
-                    progress=job.progress,
-                    is_cancelled=job.cancelled,
-                )
-            seconds += result.seconds
-            # A prompt that names several structures ("kidneys") makes one segment of them.
-            probabilities = (
-                np.max([result.slice_probabilities(query.name, clicks.z) for query in queries], axis=0)
-                .round()
-                .astype(np.uint8)
-            )
-            masks = np.any([result.slice_masks(query.name, clicks.z) for query in queries], axis=0)
-            if drawn is not None:
-                probabilities, masks = (
-                    np.concatenate([drawn.probabilities, probabilities]),
-                    np.concatenate([drawn.masks, masks]),
-                )
-            drawn = _Drawn(probabilities, masks, (drawn.rounds if drawn else 0) + 1)
-            self._remember(key, drawn)
-
-    def _recall(self, key: str) -> _Drawn | None:
-        with self._lock:
-            if key in self._drawn:
-                self._drawn.move_to_end(key)
-            return self._drawn.get(key)
-
-    def _remember(self, key: str, drawn: _Drawn) -> None:
-        with self._lock:
-            self._drawn[key] = drawn
-            self._drawn.move_to_end(key)
-            while len(self._drawn) > _REMEMBERED_SLICES:
-                self._drawn.popitem(last=False)
+            question = ask(len(results))
+            compute = partial(self._proposals.engine.propose, question.request, volume)
+            answer = self._keeper.find_or_compute(question, compute, take_turn)
+            results.append(answer.proposals)
+            seconds += answer.proposals.seconds
 
 
 def read_clicks(foreground: object, background: object, index: object, volume: Volume) -> Clicks:

@@ -11,8 +11,8 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -20,19 +20,22 @@ import numpy as np
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
+from progidiff.errors import ModelError, NotFoundError, RequestError
 from progidiff.images.formats import strip_suffix
 from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
+from progidiff.model.adapters import AdapterCard
 from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
 from progidiff.prompts.structures import STRUCTURES, fixed_ids
-from progidiff.proposals.device_queue import DeviceQueue, Job
+from progidiff.proposals.device_queue import NOBODY, DeviceQueue
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import CLEAN_UPS
-from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions
+from progidiff.proposals.keeper import Answer, DiskShelf, Keeper, Question, TakeTurn
+from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions, ProposalRequest
 from progidiff.proposals.store import ProposalStore
 from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import UnfinishedProposals, Work
 from progidiff.server.answer_files import write_temporary
 from progidiff.server.datastores.proposal_labels import save_as_labels
 from progidiff.server.options import ServerOptions
@@ -47,21 +50,6 @@ hundred segments.
 T = TypeVar("T")
 
 _KEPT_VOLUMES = 2
-
-
-@dataclass(frozen=True)
-class UnfinishedProposals:
-    """What a running job has so far.
-
-    Attributes:
-        image: Id of the image.
-        proposals: Right on the slices that are ready, empty on the others.
-        slices: The axial indices that are ready.
-    """
-
-    image: str
-    proposals: VolumeProposals
-    slices: frozenset[int]
 
 
 class ProposalInferTask(InferTask):
@@ -80,11 +68,11 @@ class ProposalInferTask(InferTask):
     ) -> None:
         self.engine = engine
         self.store = store
+        self.keeper = Keeper(DiskShelf(store))
         self.options = options
         self.queue = DeviceQueue(options.device or "the device", max_waiting=options.max_waiting)
         self._datastore = datastore
         self._volumes: _Recent[Volume] = _Recent(_KEPT_VOLUMES)
-        self._unfinished: dict[str, UnfinishedProposals] = {}
         self.structures = _known_structures(engine)
         super().__init__(
             type=InferType.SEGMENTATION,
@@ -124,7 +112,7 @@ class ProposalInferTask(InferTask):
 
         Args:
             request: "image" (path), "image_id" (id in the datastore, "" for an upload), "image_info" (what the
-                datastore knows about it) and "params" (see `InferOptions`).
+                datastore knows about it), "params" (see `InferOptions`) and "asker" (an `Asker`, if there is a client).
 
         Returns:
             Path of a new temporary file with the mask, which the caller removes, and the result parameters.
@@ -138,9 +126,15 @@ class ProposalInferTask(InferTask):
         volume = self.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         # Decided once per request, so that a version published meanwhile cannot mix with this one's name.
         adapter = self.engine.pick_adapter(options.adapter, volume.modality)
-        result, job, key = self._find_or_compute(
-            volume, queries, options, image_id, adapter.full_name if adapter else ""
+        question = self.ask(options.to_request(queries), volume, image_id, adapter)
+        asker = request.get("asker", NOBODY)
+        found = self.answer(
+            question,
+            volume,
+            lambda: self.queue.job("infer", image_id or volume.name, options.job_id, asker),
+            Work(first=options.first_slice),
         )
+        result, key, job = found.proposals, found.key, found.job
         file, shown = self._write_shown(result, volume, queries, options.show, options.result_extension)
         try:
             saved = self._save_labels(result, volume, queries, image_id, key, options)
@@ -155,7 +149,7 @@ class ProposalInferTask(InferTask):
             "slice_axis": "disagreement_per_slice counts axial slices from inferior to superior",
             "proposals": key,
             "cached": job is None,
-            "job": job.id if job is not None else None,
+            "job": job,
             "saved_original": image_id if saved else None,
             "saved_tags": saved,
             "ignored": list(options.ignored),
@@ -241,89 +235,28 @@ class ProposalInferTask(InferTask):
             self._volumes.put(key, volume)
         return volume
 
-    def _find_or_compute(
-        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, image_id: str, adapter: str
-    ) -> tuple[VolumeProposals, Job | None, str]:
-        info = self.engine.info()
-        steps = options.steps or int(info["num_inference_steps"])
-        guidance_scale = float(info["guidance_scale"] if options.guidance_scale is None else options.guidance_scale)
-        key, whole = (
-            self.store.key(
-                image_id=image_id,
-                image_digest=volume.digest,
-                queries=asked,
-                num_proposals=options.num_proposals,
-                num_inference_steps=steps,
-                seed=options.seed,
-                guidance_scale=guidance_scale,
-                model_version=str(info.get("model_version", "")),
-                adapter=adapter,
-                clean_up=options.clean_up,
-            )
-            for asked in (queries, ())
-        )
-        result = self._find(image_id, queries, key, whole)
-        if result is not None:
-            return result, None, key
-        with self.queue.job("infer", image_id or volume.name, options.job_id) as job:
-            result = self._find(
-                image_id, queries, key, whole
-            )  # Somebody may have asked for the same while this request waited.
-            if result is not None:
-                return result, None, key
-            result = self._compute(volume, queries, options, adapter, job)
-        self._keep(key, result, image_id, queries, whole)
-        return result, job, key
+    def ask(self, request: ProposalRequest, volume: Volume, image_id: str, adapter: AdapterCard | None) -> Question:
+        """A request about an image, with the model's defaults filled in.
 
-    def _find(self, image_id: str, queries: tuple[Query, ...], key: str, whole: str) -> VolumeProposals | None:
-        """What is kept, under the request's own key or as a part of an answer to a longer prompt: the pool is scored
-        with `all`.
+        Args:
+            request: What is asked.
+            volume: The image.
+            image_id: Its id in the datastore, "" for an upload.
+            adapter: The version that answers, see `Engine.pick_adapter`; None for the model itself.
         """
-        result = self.store.load(key)
-        if result is None:
-            result = self.store.find_part(image_id, queries, whole)
-            if result is not None:
-                self._keep(
-                    key, result, image_id, queries, whole
-                )  # Annotations name proposals by their key, and it is found faster.
-        return result
+        card = self.engine.card
+        settled = request.settle(card.num_inference_steps, card.guidance_scale, adapter.full_name if adapter else "")
+        return Question(settled, image_id, volume.digest, card.full_name)
 
-    def _keep(self, key: str, result: VolumeProposals, image_id: str, queries: tuple[Query, ...], whole: str) -> None:
-        try:
-            self.store.save(key, result, image_id, queries, whole)
-        except StoreError as err:
-            logger.warning("The proposals for '%s' are shown but not kept: %s", image_id, err)
+    def answer(self, question: Question, volume: Volume, take_turn: TakeTurn, work: Work | None = None) -> Answer:
+        """The proposals, kept or computed; see `Keeper.find_or_compute`."""
+        return self.keeper.find_or_compute(
+            question, partial(self.engine.propose, question.request, volume), take_turn, work
+        )
 
     def find_unfinished(self, job_id: str) -> UnfinishedProposals | None:
         """What a running job has proposed so far; None before its first slices and after its end."""
-        return self._unfinished.get(job_id)
-
-    def _compute(
-        self, volume: Volume, queries: tuple[Query, ...], options: InferOptions, adapter: str, job: Job
-    ) -> VolumeProposals:
-        ready: set[int] = set()
-
-        def keep(proposals: VolumeProposals, slices: Sequence[int]) -> None:
-            ready.update(slices)
-            self._unfinished[job.id] = UnfinishedProposals(job.image, proposals, frozenset(ready))
-
-        try:
-            return self.engine.propose(
-                volume,
-                queries,
-                num_proposals=options.num_proposals,
-                num_inference_steps=options.steps,
-                seed=options.seed,
-                guidance_scale=options.guidance_scale,
-                adapter=adapter or NONE,
-                first=options.first_slice,
-                progress=job.progress,
-                on_slices=keep,
-                is_cancelled=job.cancelled,
-                clean_up=options.clean_up,
-            )
-        finally:
-            self._unfinished.pop(job.id, None)
+        return self.keeper.find_unfinished(job_id)
 
     def _write_shown(
         self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], show: str, extension: str

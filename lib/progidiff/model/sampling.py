@@ -1,0 +1,54 @@
+"""From noise to clean latents: what comes out depends on the arguments alone, whatever ran before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+"""Latents (M, c, h, w) and a timestep -> what the scheduler's `prediction_type` says, of the same shape."""
+
+
+def guide(predict: Denoise, predict_without_text: Denoise, guidance_scale: float) -> Denoise:
+    """Classifier-free guidance: away from what is predicted without the text.
+
+    Args:
+        predict: With the text.
+        predict_without_text: The same network on the same image with an empty text.
+        guidance_scale: 1 gives `predict` itself and costs nothing; other values double the work.
+    """
+    if guidance_scale == 1.0:
+        return predict
+
+    def guided(latents: Tensor, timestep: Tensor) -> Tensor:
+        with_text = predict(latents, timestep)
+        without = predict_without_text(latents, timestep)
+        return without + guidance_scale * (with_text - without)
+
+    return guided
+
+
+def sample(
+    denoise: Denoise, scheduler: Any, noise: Float[Tensor, "M c h w"], num_inference_steps: int
+) -> Float[Tensor, "M c h w"]:
+    """Denoise in T steps.
+
+    Args:
+        denoise: The network with everything else that it is told.
+        scheduler: A scheduler of diffusers; its timesteps are set anew.
+        noise: Where to start.
+        num_inference_steps: T, at least 1.
+
+    Returns:
+        The clean latents as the last step predicts them: where T does not divide the training steps, the scheduler's
+        own last sample stops just short of them.
+    """
+    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    latents = clean = noise
+    for timestep in scheduler.timesteps:
+        step = scheduler.step(denoise(latents, timestep), timestep, latents)
+        latents, clean = step.prev_sample, step.pred_original_sample
+    return clean

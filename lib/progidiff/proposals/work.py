@@ -1,0 +1,53 @@
+"""How a request is computed, and who watches. None of it changes the proposals, but for a last bit that batches of
+another size may round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from progidiff.proposals.volume_proposals import VolumeProposals
+
+
+@dataclass(frozen=True)
+class UnfinishedProposals:
+    """What a computation has so far.
+
+    Attributes:
+        image: Id of the image.
+        proposals: Right on the slices that are ready, empty on the others.
+        slices: The axial indices that are ready.
+    """
+
+    image: str
+    proposals: VolumeProposals
+    slices: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Work:
+    """How to compute a request.
+
+    Attributes:
+        first: Somebody looks at this axial index: the slices around it are computed first, the others by their
+            distance.
+        remember: Keep the features of the slices in memory for the next prompt; work that nobody watches leaves that to
+            others.
+        is_yielding: Somebody else may want the device at any time: where a whole batch takes seconds, on the processor,
+            batches are small.
+        unfinished: What an earlier computation of the same request left; its slices are not computed again.
+        on_progress: Called with (slices done, slices in all).
+        on_slices: Called after every batch with the proposals so far and the axial indices that are new in them. Their
+            `probabilities` are filled further by later batches, and islands are not dropped yet; everything derived
+            belongs to this moment.
+        is_cancelled: Asked between batches.
+    """
+
+    first: int | None = None
+    remember: bool = True
+    is_yielding: bool = False
+    unfinished: UnfinishedProposals | None = None
+    on_progress: Callable[[int, int], None] = lambda done, total: None
+    on_slices: Callable[[VolumeProposals, Sequence[int]], None] = lambda proposals, slices: None
+    is_cancelled: Callable[[], bool] = lambda: False

@@ -24,6 +24,7 @@ from progidiff.prompts.parser import parse_prompt
 
 # Everything that may move is imported here and nowhere else.
 from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.store import ProposalStore
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.options import ServerOptions
@@ -140,8 +141,10 @@ def propose(volume: Volume, prompt: str, full: bool = True, **options: Any) -> C
     """K = 4, 2 steps, seed 0."""
     engine = load_engine(full)
     with full_precision() if full else contextlib.nullcontext():
-        queries = parse_prompt(prompt, engine.structures)
-        return describe(engine.propose(volume, queries, num_proposals=4, num_inference_steps=2, seed=0, **options))
+        request = ProposalRequest(
+            queries=parse_prompt(prompt, engine.structures), num_proposals=4, num_inference_steps=2, seed=0, **options
+        )
+        return describe(engine.propose(request, volume))
 
 
 def describe(result: VolumeProposals) -> Case:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import pytest
+from PIL import Image
 from watchdog.events import (
     FileClosedEvent,
     FileClosedNoWriteEvent,
@@ -37,6 +39,8 @@ from progidiff.errors import (
     RequestError,
     StoreError,
 )
+from progidiff.images.reading import read_grid
+from progidiff.images.writing import save_array
 from progidiff.labels.history import AnnotationStore
 from progidiff.server.datastores import local as module
 from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
@@ -566,3 +570,48 @@ def test_files_that_are_only_read_do_not_keep_the_watcher_busy(studies: Path, mo
         watching._handler.dispatch(change(image))
     watching._handler.dispatch(FileMovedEvent(score, image))
     assert handled == ["created", "deleted", "modified", "moved"]
+
+
+def test_every_spelling_of_a_suffix_is_served_and_what_is_not_is_named(studies: Path, caplog: pytest.LogCaptureFixture):
+    image = studies / "one.nii.gz"
+    shutil.copy(image, studies / "UPPER.NII.GZ")
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(studies / "IMG.JPG", format="JPEG")
+    with gzip.open(image) as packed:
+        (studies / "one.nii").write_bytes(packed.read())
+    (studies / "clinic").mkdir()
+    shutil.copy(image, studies / "clinic" / "deep.nii.gz")
+    shutil.copy(image, studies / "other.mha")
+    for name in ("notes.txt", "one.json", "text.csv", ".hidden.nii"):
+        (studies / name).write_text("{}")
+    (studies / "series").mkdir()
+    (studies / "series" / "IM0001").write_bytes(bytes(128) + b"DICM")
+    state = studies / ".progidiff"
+    with caplog.at_level("WARNING"):
+        store = SafeLocalDatastore(
+            str(studies),
+            state,
+            open_annotations(state, str(studies)),
+            extensions=["*.nii.gz", "*.nii", "*.jpg"],
+        )
+    assert sorted(store.list_images()) == ["IMG", "UPPER", "one", "two"]
+    assert Path(store.get_image_uri("UPPER")).name == "UPPER.NII.GZ"
+    assert read_grid(store.get_image_uri("UPPER")).shape == SHAPE
+    assert read_grid(store.get_image_uri("IMG")).shape == (9, 8, 1)
+    labels = np.zeros(SHAPE, np.uint8)
+    labels[3:9, 4:8, 2] = LIVER
+    saved = store.save_annotated(
+        "UPPER", save_array(labels, read_grid(image).affine, studies.parent / "l.nii"), "final", {}
+    )
+    assert saved.label_id == "UPPER"
+    reasons = {entry.name: entry.reason for entry in store.left_out}
+    assert set(reasons) == {"clinic/", "one.nii.gz", "other.mha", "series/"}
+    assert "'one.nii' has the same name" in reasons["one.nii.gz"]
+    assert "deep.nii.gz" in reasons["clinic/"]
+    assert "Move them" in reasons["clinic/"]
+    assert ".mha" in reasons["other.mha"]
+    assert "DICOM" in reasons["series/"]
+    for name in reasons:
+        assert f"Not served: '{name}'" in caplog.text
+    caplog.clear()
+    store.refresh()
+    assert "Not served" not in caplog.text

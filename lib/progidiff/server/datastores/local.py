@@ -38,6 +38,7 @@ from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastor
 from pydantic import ValidationError
 
 from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError, StoreError
+from progidiff.images.folders import LeftOut, list_left_out
 from progidiff.images.formats import Use, find_format, is_picture, list_suffixes, strip_suffix
 from progidiff.images.geometry import Grid
 from progidiff.images.pictures import check_picture
@@ -128,6 +129,8 @@ class SafeLocalDatastore(LocalDatastore):
         self._depth = 0
         self._config_state: tuple[int, int, int] | None = None
         self._is_settled = not serves
+        self.left_out: tuple[LeftOut, ...] = ()
+        """What of the folder is not served, and why; as of the last look at it."""
         if serves:
             Path(studies).mkdir(parents=True, exist_ok=True)
             _claim(Path(studies))
@@ -527,11 +530,30 @@ class SafeLocalDatastore(LocalDatastore):
                     objects[image_id].labels[folder.name] = old
                 else:
                     objects[image_id].labels[folder.name] = DataModel(info={"ts": now, "name": name}, ext=suffix)
+        self._note_left_out({self._filename(image_id, record.image.ext) for image_id, record in objects.items()})
         return objects
 
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
+        """Names that fit the host's patterns, in any case."""
         names = [name for name in os.listdir(path) if not name.startswith(".")]
-        return {name: name for pattern in patterns for name in fnmatch.filter(names, pattern)}
+        return {name: name for name in names if any(fnmatch.fnmatchcase(name.lower(), p.lower()) for p in patterns)}
+
+    def _to_id(self, file: str) -> tuple[str, str]:
+        """The id of an image or label, and its suffix as it is written."""
+        row = find_format(file, Use.IMAGE)
+        if row is None:
+            image_id, suffix = super()._to_id(file)
+            return str(image_id), str(suffix)
+        return file[: -len(row.suffix)], file[-len(row.suffix) :]
+
+    def _note_left_out(self, served: set[str]) -> None:
+        """Say what somebody may look for in vain, once."""
+        labels = Path(self._datastore.label_path(None))
+        found = list_left_out(Path(self._datastore.image_path()), served, {labels.name})
+        for entry in found:
+            if entry not in self.left_out and self._serves:
+                logger.warning("Not served: '%s'. %s", entry.name, entry.reason)
+        self.left_out = found
 
     def _finish_last_save(self, listed: Mapping[str, ImageLabelModel]) -> None:
         """Do what a crash left undone between the log and the folder; only the last event can be concerned.

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import Request
@@ -77,10 +78,14 @@ def build_endpoints() -> Endpoints:
         return get_context().selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
 
     @endpoints.get(
-        "/progidiff/scoring", READ, tags=["ProGiDiff"], summary="How far the background scoring of the pool is"
+        "/progidiff/scoring",
+        READ,
+        tags=["ProGiDiff"],
+        summary="How far the background scoring of the pool is, and which files are in no pool",
     )
     def describe_scoring() -> dict[str, Any]:
-        return get_context().scorer.progress()
+        left_out = getattr(get_context().app.datastore(), "left_out", ())
+        return {**get_context().scorer.progress(), "left_out": [asdict(entry) for entry in left_out]}
 
     @endpoints.get(
         "/progidiff/report",

@@ -9,7 +9,7 @@ import pytest
 
 from progidiff.errors import ImageError, RequestError
 from progidiff.images.reading import read_grid
-from progidiff.labels.saving import CheckedLabel, SaveOptions, check_label
+from progidiff.labels.saving import CheckedLabel, SaveOptions, check_label, open_label
 from progidiff.labels.segments import load_label_map, read_names
 from progidiff.prompts.structures import fixed_ids
 from support.phantoms import write_phantom
@@ -36,7 +36,7 @@ def draw(first: int, second: int) -> np.ndarray:
 
 def check(file: Path, image: Path, **params: object) -> CheckedLabel:
     grid = read_grid(image)
-    return check_label(file, grid, SaveOptions.from_params(params, grid.num_slices), fixed_ids())
+    return check_label(file, open_label(file, grid), SaveOptions.from_params(params, grid.num_slices), fixed_ids())
 
 
 def test_the_header_of_a_segmentation_names_its_numbers(tmp_path: Path, image: Path):

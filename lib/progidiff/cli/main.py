@@ -320,7 +320,7 @@ def predict(
         raise RequestError(f"'{out}' is a file. Name a folder with --out.")
     engine = load_engine(model, backbone, device)
     queries = parse_prompts(prompt, engine.structures, allow_free_text, engine.model_version)
-    volume = load_volume(image, modality)
+    volume = load_volume(image, modality, detached=True)
     chosen = engine.pick_adapter(adapter, volume.modality)
     warnings = engine.find_warnings(volume, queries, chosen)
     for warning in warnings:
@@ -533,7 +533,7 @@ def export_dicom(
     from progidiff.images.formats import strip_suffix
     from progidiff.images.reading import load_volume
 
-    volume = load_volume(image, modality)
+    volume = load_volume(image, modality, detached=True)
     entry = describe_file(strip_suffix(image), image, {"modality": volume.modality})
     files = export_series(Series.of(entry.identity, volume), folder)
     typer.echo(f"{len(files)} slices of series {entry.identity.series_uid} in {folder}")

@@ -211,7 +211,7 @@ class Prelabeller:
                 f"Its label '{self._settings.tag}' was not made by this command, or was "
                 "changed since; --overwrite replaces it.",
             )
-        volume = load_volume(path, self._settings.modality)
+        volume = load_volume(path, self._settings.modality, detached=True)
         question = self._ask(image, volume.digest, volume.modality)
         compute = partial(self._engine.propose, question.request, volume)
         answer = self._keeper.find_or_compute(question, compute, partial(Alone.take, image), Work(remember=False))

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from progidiff.errors import ImageError
 from progidiff.images.geometry import LPS_TO_RAS
 from progidiff.images.raw import Raw, check_size
+from progidiff.storage.atomic import check_regular, open_regular
 
 
 def is_dicom(path: Path) -> bool:
     """Whether a file says that it is DICOM, whatever its name."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(132)[128:] == b"DICM"
 
 
@@ -23,6 +24,7 @@ def read_dicom_file(path: Path) -> Raw:
     """The series that a file belongs to, from the files beside it."""
     import SimpleITK as sitk
 
+    check_regular(path.parent)  # Every file in it is opened to find the series.
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))

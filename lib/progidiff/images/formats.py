@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from numpy.typing import NDArray
 
-from progidiff.images import dicom, itk, nifti, pictures
+from progidiff.images import dicom, itk, nifti, pictures, text_headers
 from progidiff.images.geometry import Grid
 from progidiff.images.raw import Place, Raw
 
@@ -65,17 +65,17 @@ class Format:
 _READ = Use.UPLOAD | Use.SESSION
 _ALL = _READ | Use.IMAGE | Use.LABEL | Use.ANSWER
 _NIFTI = (nifti.read_nifti, nifti.read_nifti_place, nifti.write_nifti)
-_ITK = (itk.read_itk, itk.read_itk_place)
+_TEXT = (text_headers.read_file, text_headers.read_file_place)
 _PICTURE = (pictures.read_picture_map, pictures.read_picture_place)
 
 FORMATS: tuple[Format, ...] = (
     Format(".nii.gz", "volume", _ALL, *_NIFTI),
     Format(".nii", "volume", _ALL, *_NIFTI),
-    Format(".seg.nrrd", "volume", Use.LABEL, *_ITK),
-    Format(".nrrd", "volume", _ALL, *_ITK, itk.write_itk),
-    Format(".mha", "volume", _READ | Use.LABEL, *_ITK, itk.write_itk),
-    Format(".nhdr", "volume", Use.NONE, *_ITK),
-    Format(".mhd", "volume", Use.NONE, *_ITK),
+    Format(".seg.nrrd", "volume", Use.LABEL, *_TEXT),
+    Format(".nrrd", "volume", _ALL, *_TEXT, itk.write_itk),
+    Format(".mha", "volume", _READ | Use.LABEL, *_TEXT, itk.write_itk),
+    Format(".nhdr", "volume", Use.NONE, *_TEXT),
+    Format(".mhd", "volume", Use.NONE, *_TEXT),
     Format(".dcm", "volume", Use.SESSION, dicom.read_dicom_file),
     Format(".ima", "volume", Use.SESSION, dicom.read_dicom_file),
     Format(".dicom", "volume", Use.SESSION, dicom.read_dicom_file),

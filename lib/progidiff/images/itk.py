@@ -1,4 +1,4 @@
-"""NRRD and MetaImage, with SimpleITK."""
+"""Writing NRRD and MetaImage, with SimpleITK; reading them is for `text_headers`."""
 
 from __future__ import annotations
 
@@ -8,33 +8,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from progidiff.errors import ImageError
 from progidiff.images.geometry import LPS_TO_RAS, Affine, Grid
-from progidiff.images.raw import Place, Raw, check_size
-
-
-def read_itk(path: Path) -> Raw:
-    """Voxels and affine; beyond three the further axes are for the caller to drop.
-
-    Raises:
-        ImageError: if it has several values per voxel.
-    """
-    import SimpleITK as sitk
-
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
-    reader.ReadImageInformation()
-    check_size(reader.GetSize(), path)
-    if reader.GetNumberOfComponents() > 1:
-        raise ImageError(
-            f"'{path.name}' has {reader.GetNumberOfComponents()} values per voxel "
-            "(colour, several layers or time points); save a single one."
-        )
-    return Raw(sitk.GetArrayFromImage(reader.Execute()).T, _find_affine(reader))
+from progidiff.images.raw import Place
 
 
 def read_itk_place(path: Path) -> Place:
-    """Shape and affine from the header."""
+    """Shape and affine from the header of a file that was made here: what others send, ITK does not open."""
     import SimpleITK as sitk
 
     reader = sitk.ImageFileReader()

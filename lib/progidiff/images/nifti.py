@@ -9,8 +9,11 @@ other readings, for labels that were written with them, and says in words what p
 
 from __future__ import annotations
 
+import gzip
+import struct
 import tempfile
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from numpy.typing import NDArray
 from progidiff.errors import ImageError
 from progidiff.images.geometry import Affine, Grid, HeaderReading, Shape, find_distance, is_same_place
 from progidiff.images.itk import read_itk_place
-from progidiff.images.raw import Place, Raw, check_size
+from progidiff.images.raw import MAX_HEADER_BYTES, Place, Raw, check_size
+from progidiff.storage.atomic import open_regular
 
 _GEOMETRY_FIELDS = (
     "qform_code",
@@ -50,6 +54,8 @@ _ORTHONORMAL = 1e-4
 _EXACT = 1e-3
 """Share of a voxel edge below which two readings are one, written with different rounding."""
 
+_NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
+
 
 def read_nifti(path: Path) -> Raw:
     """Voxels, scaled where the header says so, and where they lie.
@@ -57,9 +63,7 @@ def read_nifti(path: Path) -> Raw:
     Raises:
         ImageError: if it is another format.
     """
-    image = nibabel.load(path)
-    if not isinstance(image, nibabel.Nifti1Pair):
-        raise ImageError(f"'{path.name}' is named as NIfTI and is a {type(image).__name__}; convert it to NIfTI.")
+    image = open_nifti(path)
     check_size(image.shape, path)
     affine, header = _read_header(image, path)
     proxy: Any = image.dataobj
@@ -70,8 +74,49 @@ def read_nifti(path: Path) -> Raw:
 
 def read_nifti_place(path: Path) -> Place:
     """Shape and affine from the header."""
-    image = nibabel.load(path)
+    image = open_nifti(path)
     return Place(tuple(image.shape), *_read_header(image, path))
+
+
+def open_nifti(path: Path) -> nibabel.Nifti1Image:
+    """The header of a NIfTI file that holds its own voxels.
+
+    Raises:
+        ImageError: if it is something else, or has a header of more than `MAX_HEADER_BYTES`.
+    """
+    start = _read_start(path)
+    for order in ("<", ">"):
+        size = int.from_bytes(start[:4], "little" if order == "<" else "big")
+        if size == _NIFTI1_BYTES:
+            kind, magic = nibabel.Nifti1Image, start[344:348]
+            voxels = struct.unpack_from(f"{order}f", start.ljust(_NIFTI1_BYTES, b"\0"), 108)[0]
+        elif size == _NIFTI2_BYTES:
+            kind, magic = nibabel.Nifti2Image, start[4:8]
+            voxels = struct.unpack_from(f"{order}q", start.ljust(_NIFTI2_BYTES, b"\0"), 168)[0]
+        else:
+            continue
+        if magic in (b"ni1\0", b"ni2\0"):
+            raise ImageError(
+                f"'{path.name}' has its voxels in another file (.hdr and .img). Save it as one file, .nii or .nii.gz."
+            )
+        if magic not in (b"n+1\0", b"n+2\0"):
+            break
+        if not 0 <= voxels <= MAX_HEADER_BYTES:
+            raise ImageError(
+                f"The header of '{path.name}' has {voxels:.0f} bytes; at most {MAX_HEADER_BYTES} are read. Save it "
+                "without extensions."
+            )
+        return kind.from_filename(path)
+    raise ImageError(
+        f"'{path.name}' cannot be read as an image: it is named as NIfTI and is something else. Convert it to NIfTI."
+    )
+
+
+def _read_start(path: Path) -> bytes:
+    with open_regular(path) as file:
+        packed = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else nullcontext(file)
+        with packed as content:
+            return content.read(_NIFTI2_BYTES)
 
 
 def write_nifti(array: NDArray[Any], grid: Grid, path: Path) -> None:

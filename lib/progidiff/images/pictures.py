@@ -20,9 +20,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from progidiff.errors import ImageError, NotFoundError
+from progidiff.errors import ImageError, NotFoundError, ProGiDiffError
 from progidiff.images.geometry import LPS_TO_RAS, Affine, Grid
 from progidiff.images.raw import Place, Raw
+from progidiff.storage.atomic import open_regular
+
+PICTURE_FORMATS = ("PNG", "JPEG", "TIFF")
+"""What Pillow may take a picture for. Left alone it goes by the content, and some of its formats start other programs
+or name other files.
+"""
 
 PICTURE = "picture"
 """What stands where a volume has its modality, "CT" or "MR"."""
@@ -32,7 +38,6 @@ PICTURE_AFFINE: Affine = LPS_TO_RAS.copy()
 
 _MASK_VALUE = 255
 _ORIENTATION_TAG, _FIRST_TURNED = 0x0112, 5
-_READ_ERRORS = (OSError, EOFError, ValueError, TypeError, SyntaxError, IndexError, KeyError, OverflowError, MemoryError)
 
 
 def read_picture_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int], Affine]:
@@ -148,14 +153,14 @@ def write_picture_label(array: NDArray[Any], path: str | os.PathLike[str]) -> No
 def _opened(path: Path) -> Iterator[Any]:
     from PIL import Image
 
-    if not path.is_file():
+    if not path.exists():
         raise NotFoundError(f"There is no image at '{path}'. Check the path.")
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=PICTURE_FORMATS) as image:
             yield image
-    except ImageError:
+    except ProGiDiffError:
         raise
-    except (*_READ_ERRORS, Image.DecompressionBombError) as err:
+    except Exception as err:  # Whatever the decoders raise on bytes that somebody sent, the file is at fault.
         reason = " ".join(str(err).replace(str(path.parent) + os.sep, "").split())[-200:] or type(err).__name__
         raise ImageError(
             f"'{path.name}' cannot be read as a picture ({reason}). It may be cut off or "

@@ -15,6 +15,9 @@ from progidiff.images.geometry import Affine, HeaderReading, times
 MAX_VOXELS = 1 << 30
 """Largest volume that is read: 1024 x 1024 x 1024."""
 
+MAX_HEADER_BYTES = 4 << 20
+"""Of any header. 3D Slicer writes about half a kilobyte per segment."""
+
 
 @dataclass(frozen=True, eq=False)
 class Place:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 from numpy.typing import NDArray
 
-from progidiff.errors import ImageError, NotFoundError
+from progidiff.errors import ImageError, NotFoundError, ProGiDiffError
 from progidiff.images import dicom
 from progidiff.images.formats import find_format, is_picture, strip_suffix
 from progidiff.images.geometry import Grid, times
@@ -21,25 +19,16 @@ from progidiff.images.intensities import guess_modality
 from progidiff.images.modality import check_modality
 from progidiff.images.raw import Place, Raw, check_affine, check_voxels, squeeze
 from progidiff.images.sidecars import find_stated_modality
+from progidiff.images.text_headers import detached_data
 from progidiff.images.volume import Volume
-
-_READ_ERRORS = (
-    OSError,
-    EOFError,
-    ValueError,
-    TypeError,
-    RuntimeError,
-    KeyError,
-    IndexError,
-    OverflowError,
-    MemoryError,
-    zlib.error,
-    ImageFileError,
-)
+from progidiff.storage.atomic import check_regular
 
 
 def load_volume(
-    path: str | os.PathLike[str], modality: str | None = None, info: Mapping[str, Any] | None = None
+    path: str | os.PathLike[str],
+    modality: str | None = None,
+    info: Mapping[str, Any] | None = None,
+    detached: bool | None = None,
 ) -> Volume:
     """Read an image: NIfTI, NRRD, MetaImage, a folder with one DICOM series, or one file of such a series.
 
@@ -50,6 +39,8 @@ def load_volume(
         path: File or folder.
         modality: "CT" or "MR" (any case); None, "" or "auto" to find out.
         info: What a datastore knows about the image.
+        detached: Whether the voxels of a .nhdr or .mhd may lie in a file beside it; None for what the server was
+            started with.
 
     Raises:
         NotFoundError: if there is no such path.
@@ -62,7 +53,8 @@ def load_volume(
         raise ImageError(
             f"'{path.name}' is a picture, and structures are found in CT and MR volumes. Ask the model textdiff for it."
         )
-    raw = _read(path)
+    with detached_data(detached):
+        raw = _read(path)
     array = check_voxels(raw.array, path)
     grid = _make_grid(array.shape, raw, path)
     if min(grid.stack_shape[1:]) < 2:
@@ -95,8 +87,11 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     if row is None or row.read_place is None:
         return load_volume(path).grid
     try:
+        check_regular(path)
         place = row.read_place(path)
-    except _READ_ERRORS as err:
+    except ProGiDiffError:
+        raise
+    except Exception as err:  # Whatever a reader raises on bytes that somebody sent, the file is at fault.
         raise _unreadable(path, err) from err
     shape = place.shape
     if len(shape) < 3 or any(size != 1 for size in shape[3:]) or min(shape) < 1:
@@ -146,8 +141,11 @@ def _read(path: Path) -> Raw:
     if not path.exists():
         raise NotFoundError(f"There is no image at '{path}'. Check the path.")
     try:
+        check_regular(path)
         raw = _find_reader(path)(path)
-    except _READ_ERRORS as err:
+    except ProGiDiffError:
+        raise
+    except Exception as err:  # Whatever a reader raises on bytes that somebody sent, the file is at fault.
         raise _unreadable(path, err) from err
     return replace(raw, array=squeeze(raw.array, path), affine=np.asarray(raw.affine, dtype=np.float64))
 

@@ -205,35 +205,47 @@ def combine_ids(folder_ids: Mapping[str, int], previous: Previous | None) -> dic
     return {**ids, **_assign_ids(others, ids)}
 
 
-def check_label(
-    file: Path,
-    grid: Grid,
-    options: SaveOptions,
-    kept_ids: Mapping[str, int],
-    served_ids: Mapping[str, int] | None = None,
-) -> CheckedLabel:
-    """Open a label and refuse what cannot count.
+def open_label(file: Path, grid: Grid) -> LabelMap:
+    """Read a label that somebody sent, and nothing else: it may take long, so whoever holds a lock has it done before.
 
     Args:
         file: As sent.
         grid: Of its image.
-        options: What was sent along.
-        kept_ids: Structure -> id as kept labels use them, see `combine_ids`.
-        served_ids: Structure -> id as answers use them; None for the fixed ids.
 
     Raises:
-        ImageError: if it cannot be read, holds anything but whole numbers, or ids that nothing names.
-        RequestError: if the file and `label_info` name an id differently.
+        ImageError: if it cannot be read, or holds anything but whole numbers.
         GeometryError: if it is not on the image's grid.
     """
     _check_suffix(file)
     _check_voxel_count(file, grid)
     try:
-        label = load_label_map(file, grid)
+        return load_label_map(file, grid)
     except OverflowError as err:
         raise ImageError(
             f"'{file.name}' holds infinite values, so it is no label map; save it with whole numbers."
         ) from err
+
+
+def check_label(
+    file: Path,
+    label: LabelMap,
+    options: SaveOptions,
+    kept_ids: Mapping[str, int],
+    served_ids: Mapping[str, int] | None = None,
+) -> CheckedLabel:
+    """Refuse a label that cannot count, and translate its ids.
+
+    Args:
+        file: As sent.
+        label: What `open_label` read from it.
+        options: What was sent along.
+        kept_ids: Structure -> id as kept labels use them, see `combine_ids`.
+        served_ids: Structure -> id as answers use them; None for the fixed ids.
+
+    Raises:
+        ImageError: if it holds ids that nothing names.
+        RequestError: if the file and `label_info` name an id differently.
+    """
     _check_agreement(label, options)
     present = _find_present(label.array)
     meaning = _find_meaning(label, options, kept_ids, served_ids)

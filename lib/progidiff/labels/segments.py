@@ -24,7 +24,10 @@ from numpy.typing import NDArray
 from progidiff.errors import ImageError
 from progidiff.images.geometry import Grid
 from progidiff.images.layers import read_layers
+from progidiff.images.nifti import open_nifti
+from progidiff.images.raw import MAX_HEADER_BYTES
 from progidiff.images.reading import load_label
+from progidiff.images.text_headers import read_header
 from progidiff.prompts.parser import canonical_name, contradicts
 from progidiff.prompts.structures import find_coded
 
@@ -32,7 +35,6 @@ MAX_NAME = 100
 """Characters of a structure's name."""
 
 _UNNAMED = re.compile(r"(segment(ation)?|label|unnamed|unknown)?[\s_.#-]*\d*", re.IGNORECASE)
-_MAX_HEADER = 4 << 20
 _FIELD = re.compile(r"Segment(\d{1,5})_(Name|LabelValue|Layer|Tags)")
 _TABLE_ROW = re.compile(
     r'<Label\s[^>]*?Key="(\d{1,9})"[^>]*>\s*(?:<!\[CDATA\[(.*?)\]\]>|([^<]*))\s*</Label>', re.DOTALL
@@ -136,7 +138,7 @@ def load_label_map(path: str | os.PathLike[str], like: Grid) -> LabelMap:
             present = set(np.unique(array).tolist()) if names else set()
             names = {value: name for value, name in names.items() if value in present}
         return LabelMap(array, names)
-    array, notes = _join_layers(read_layers(path, like, header.layers), header)
+    array, notes = _join_layers(read_layers(path, like), header)
     return LabelMap(array, names, False, tuple(notes))
 
 
@@ -197,18 +199,16 @@ def _read_header(path: Path) -> _Header:
 
 
 def _read_nrrd(path: Path) -> _Header:
-    fields, pairs = _split_nrrd(path)
-    layers = 1
-    kinds, sizes = fields.get("kinds", "").split(), fields.get("sizes", "").split()
-    if len(sizes) == 4 and len(kinds) == 4 and kinds[0] in ("list", "vector") and sizes[0].isdecimal():
-        layers = int(sizes[0])
+    try:
+        header = read_header(path, layered=True)
+    except (OSError, ValueError):
+        return _Header((), 1)  # Whoever reads the voxels says why.
+    layers, pairs = header.layers, header.pairs
     found: dict[int, dict[str, str]] = {}
     for key, value in pairs.items():
         match = _FIELD.fullmatch(key)
         if match:
             found.setdefault(int(match[1]), {})[match[2]] = value
-    if layers > 1 and "datafile" in fields:
-        raise ImageError(f"'{path.name}' has its voxels in another file. Save it as one file, with the data attached.")
     if layers > 1 and not found:
         raise ImageError(
             f"'{path.name}' has {layers} values per voxel and names no segments; save a single layer, or a "
@@ -227,30 +227,6 @@ def _read_nrrd(path: Path) -> _Header:
     return _Header(tuple(segments), layers)
 
 
-def _split_nrrd(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Fields, and key/value pairs, of a header; both empty if there is none."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_HEADER)
-    except OSError:
-        return {}, {}  # Whoever reads the voxels says why.
-    if not content.startswith(b"NRRD"):
-        return {}, {}
-    text = re.split(rb"\r?\n\r?\n", content, maxsplit=1)[0].decode("utf-8", errors="replace")
-    fields: dict[str, str] = {}
-    pairs: dict[str, str] = {}
-    for line in text.splitlines()[1:]:
-        if line.startswith("#"):
-            continue
-        key, is_pair, value = line.partition(":=")
-        if is_pair:
-            pairs[key.strip()] = re.sub(r"\\([\\n])", lambda match: "\n" if match[1] == "n" else "\\", value)
-        else:
-            field, _, value = line.partition(":")
-            fields["".join(field.split()).lower()] = value.strip()
-    return fields, pairs
-
-
 def _read_tags(tags: str) -> tuple[str, ...]:
     """The structures that the terminology of a segment can mean.
 
@@ -265,18 +241,15 @@ def _read_tags(tags: str) -> tuple[str, ...]:
 
 def _read_nifti(path: Path) -> _Header:
     """The label table in a header extension."""
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-
     try:
-        extensions = nibabel.load(path).header.extensions
-    except (OSError, ValueError, ImageFileError, EOFError):
+        extensions = open_nifti(path).header.extensions
+    except Exception:  # Whatever the decoder raises on bytes that somebody sent: whoever reads the voxels says why.
         return _Header((), 1)  # Whoever reads the voxels says why.
     rows: Mapping[int, str] = {}
     for extension in extensions:
         content = extension.get_content()
         text = content.decode("utf-8", errors="replace") if isinstance(content, bytes) else str(content)
-        if "LabelTable" in text and len(text) <= _MAX_HEADER:
+        if "LabelTable" in text and len(text) <= MAX_HEADER_BYTES:
             rows = {int(key): html.unescape(plain) or cdata for key, cdata, plain in _TABLE_ROW.findall(text)}
     segments = [_Segment(_clean(name), (), value, 0) for value, name in rows.items() if value and name.strip()]
     return _Header(tuple(segments), 1)

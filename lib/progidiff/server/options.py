@@ -80,6 +80,7 @@ class ServerOptions:
         clean_up: How islands are dropped from proposals where a request does not say, see
             `progidiff.proposals.islands`.
         retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_runs.options.TrainingOptions`.
+        detached_data: Whether .nhdr and .mhd in the studies folder may have their voxels in a plain file beside them.
     """
 
     store: Path
@@ -112,6 +113,7 @@ class ServerOptions:
     retrain_task: str = AUTO
     retrain_params: str = ""
     clean_up: str = DEFAULT_CLEAN_UP
+    detached_data: bool = False
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
@@ -183,6 +185,7 @@ class ServerOptions:
             retrain_task=given.get("retrain_task", cls.retrain_task),
             retrain_params=given.get("retrain_params", cls.retrain_params),
             clean_up=read_choice(given.get("clean_up", cls.clean_up), "--conf clean_up", CLEAN_UPS),
+            detached_data=read_bool(given.get("detached_data", cls.detached_data), "--conf detached_data"),
         )
 
 

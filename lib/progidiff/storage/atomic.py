@@ -1,4 +1,5 @@
-"""Files and folders that appear by rename, whole or not at all, and stay through a power cut; used by every store.
+"""Files and folders that appear by rename, whole or not at all, and stay through a power cut; plain files, and no
+others, opened for reading; used by every store.
 
 What is being written has a name of its own beside its place, ``.writing-<machine>.<process>.<start>-<random>``, until
 it is complete and flushed. A process that is killed leaves such a name behind; as it says whose it is, the next one
@@ -15,13 +16,14 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TypeGuard
+from typing import BinaryIO, Literal, TypeGuard
 
-from progidiff.errors import BusyError, StoreError
+from progidiff.errors import BusyError, ImageError, StoreError
 
 WRITING = ".writing-"
 """How the names of what is not finished begin."""
@@ -213,6 +215,50 @@ def _remove(path: Path) -> bool:
     else:
         path.unlink()
     return True
+
+
+def open_regular(path: str | os.PathLike[str], follow: bool = True) -> BinaryIO:
+    """Open a file for reading, but no device, pipe or socket: those block, never end, or do something when opened.
+
+    Args:
+        path: The file.
+        follow: Whether it may be a symbolic link to one.
+
+    Raises:
+        ImageError: if it is something else.
+        OSError: if it cannot be opened.
+    """
+    path = Path(path)
+    state = path.stat() if follow else path.lstat()
+    # Asked before, since opening some devices does something already, and after, since names can change hands.
+    if stat.S_ISREG(state.st_mode):
+        flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        handle = os.open(path, flags | (0 if follow else getattr(os, "O_NOFOLLOW", 0)))
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            return open(handle, "rb")
+        os.close(handle)
+    raise ImageError(
+        f"'{path.name}' is a link, device, pipe or folder and no plain file. Put the image itself in its place."
+    )
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what `open_regular` refuses; of a folder, any entry that is neither a plain file nor a folder.
+
+    Raises:
+        ImageError: if it is something else.
+        OSError: if it cannot be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        strange = next((entry.name for entry in os.scandir(path) if not (entry.is_file() or entry.is_dir())), None)
+        if strange is not None:
+            raise ImageError(
+                f"The folder '{path.name}' holds '{strange[:60]}', which is a broken link, device or pipe. Leave "
+                "only the images in it."
+            )
+        return
+    open_regular(path).close()
 
 
 @contextlib.contextmanager

@@ -22,7 +22,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from progidiff.errors import GeometryError, ImageError, TooLargeError
+from progidiff.errors import GeometryError, ImageError, ProGiDiffError, TooLargeError
+from progidiff.images.pictures import PICTURE_FORMATS
+from progidiff.storage.atomic import open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +275,7 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
     notes: list[str] = []
     try:
         # The limit of the library only warns at first; ours is checked before a pixel is read.
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=PICTURE_FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise TooLargeError(
                     f"'{path.name}' has {image.width} x {image.height} pixels; cut it "
@@ -288,7 +290,9 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
             return np.array(upright), notes
     except FileNotFoundError as err:
         raise ImageError(f"The picture '{path}' does not exist; check its path.") from err
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as err:
+    except ProGiDiffError:
+        raise
+    except Exception as err:  # Whatever the decoders raise on bytes that somebody sent, the file is at fault.
         raise ImageError(
             f"'{path.name}' cannot be read as a picture ({err}); PNG, JPEG and TIFF can. "
             "Export it again if it is damaged."

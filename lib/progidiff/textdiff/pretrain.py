@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.errors import RequestError
+from progidiff.images.pictures import PICTURE_FORMATS
 from progidiff.storage.atomic import atomic_folder
 from progidiff.training.loop import LoopConfig, Report, RunConfig, Schedule, run_loop
 from progidiff.training.settings import Range
@@ -201,7 +202,7 @@ def read_rgb(path: Path) -> Tensor:
         RequestError: if it is no picture.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=PICTURE_FORMATS) as image:
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
     except OSError as err:
         raise RequestError(f"'{path}' cannot be read as a picture ({err}); PNG, JPEG and TIFF can.") from err

@@ -43,6 +43,7 @@ from progidiff.images.reading import read_grid
 from progidiff.images.writing import save_array
 from progidiff.labels.history import AnnotationStore
 from progidiff.server.datastores import local as module
+from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
 from support.phantoms import write_phantom
 
@@ -615,3 +616,178 @@ def test_every_spelling_of_a_suffix_is_served_and_what_is_not_is_named(studies: 
     caplog.clear()
     store.refresh()
     assert "Not served" not in caplog.text
+
+
+def save_in_thread(store: SafeLocalDatastore, *arguments: Any) -> tuple[threading.Thread, list[Any]]:
+    """A save of its own thread, and where its result or error will be."""
+    outcome: list[Any] = []
+
+    def save() -> None:
+        try:
+            outcome.append(store.save_annotated(*arguments))
+        except ProGiDiffError as err:
+            outcome.append(err)
+
+    thread = threading.Thread(target=save, daemon=True)
+    thread.start()
+    return thread, outcome
+
+
+class Gate:
+    """Stands before a function and lets its first call through only when it is opened."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not self.reached.is_set():
+            self.reached.set()
+            assert self.opened.wait(60)
+        return self.function(*arguments, **options)
+
+
+def test_a_label_that_takes_for_ever_to_read_keeps_nobody_from_saving(
+    store: SafeLocalDatastore, studies: Path, monkeypatch: pytest.MonkeyPatch
+):
+    gate = Gate(module.open_label)
+    monkeypatch.setattr(module, "open_label", gate)
+    thread, outcome = save_in_thread(store, "one", write_label(studies, "slow", {1: LIVER}), "final", {})
+    assert gate.reached.wait(30)
+    for image in ("one", "two"):
+        thread_2, outcome_2 = save_in_thread(
+            store, image, write_label(studies, "fast", {2: SPLEEN}, image), "final", {}
+        )
+        thread_2.join(30)
+        assert [saved.label_id for saved in outcome_2] == [image]
+    assert store.undo("two") is None
+    store.refresh()
+    gate.opened.set()
+    thread.join(30)
+    assert outcome[0].label_id == "one"
+    assert read_final(studies)[..., 1].any()
+
+
+def test_joining_a_label_keeps_only_its_own_image_and_that_not_for_ever(
+    store: SafeLocalDatastore, studies: Path, monkeypatch: pytest.MonkeyPatch
+):
+    gate = Gate(module.prepare_label)
+    monkeypatch.setattr(module, "prepare_label", gate)
+    monkeypatch.setattr(store, "_images", ImageLocks(seconds=0.2))
+    thread, outcome = save_in_thread(store, "one", write_label(studies, "slow", {1: LIVER}), "final", {})
+    assert gate.reached.wait(30)
+    fast = write_label(studies, "fast", {2: SPLEEN})
+    with pytest.raises(BusyError, match="'one' has been saved for somebody else") as refused:
+        store.save_annotated("one", fast, "final", {})
+    assert refused.value.retry_after > 0
+    assert store.save_annotated("two", write_label(studies, "two", {2: SPLEEN}, "two"), "final", {}).label_id == "two"
+    gate.opened.set()
+    thread.join(30)
+    assert outcome[0].label_id == "one"
+    assert store.save_annotated("one", fast, "final", {}).label_id == "one"
+    assert not store._images._locks
+
+
+def test_a_change_of_the_datastore_that_hangs_is_said_and_not_waited_for(
+    store: SafeLocalDatastore, studies: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(module, "_LOCK_SECONDS", 0.2)
+    gate = Gate(module.record_ready)
+    monkeypatch.setattr(module, "record_ready", gate)
+    thread, outcome = save_in_thread(store, "one", write_label(studies, "slow", {1: LIVER}), "final", {})
+    assert gate.reached.wait(30)
+    with pytest.raises(BusyError, match="has been going on"):
+        store.save_annotated("two", write_label(studies, "two", {2: SPLEEN}, "two"), "final", {})
+    gate.opened.set()
+    thread.join(30)
+    assert outcome[0].label_id == "one"
+
+
+def test_a_label_that_another_process_saves_meanwhile_is_joined_with_and_not_lost(
+    store: SafeLocalDatastore, studies: Path, monkeypatch: pytest.MonkeyPatch
+):
+    other = open_store(studies)
+    theirs = write_label(studies, "theirs", {2: SPLEEN})
+    prepare, calls = module.prepare_label, iter(range(9))
+
+    def interrupted(*arguments: Any) -> Any:
+        ready = prepare(*arguments)
+        if next(calls) == 0:
+            other.save_annotated("one", theirs, "final", {"slices": [2]})
+        return ready
+
+    monkeypatch.setattr(module, "prepare_label", interrupted)
+    saved = store.save_annotated("one", write_label(studies, "ours", {1: LIVER}), "final", {"slices": [1]})
+    assert not saved.repeated
+    assert {z for z in range(SHAPE[2]) if read_final(studies)[..., z].any()} == {1, 2}
+    assert len(store.annotations.list("one")) == 2
+    assert store.annotations.verify() == []
+
+
+def test_links_out_of_the_studies_folder_and_devices_are_left_out_with_the_reason(
+    store: SafeLocalDatastore, studies: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    write_phantom(outside / "secret.nii.gz", shape=SHAPE)
+    (studies / "out.nii.gz").symlink_to(outside / "secret.nii.gz")
+    (studies / "device.nii.gz").symlink_to("/dev/zero")
+    (studies / "key.nii.gz").symlink_to(studies / ".progidiff" / "key")
+    (studies / "inside.nii.gz").symlink_to("one.nii.gz")
+    os.mkfifo(studies / "pipe.nii.gz")
+    (studies / "labels" / "other").symlink_to(outside)
+    store.refresh()
+    assert sorted(store.list_images()) == ["inside", "one", "two"]
+    assert store._object("one").labels == {}
+    assert "'out.nii.gz' is a link to something outside" in caplog.text
+    label = write_label(studies, "label", {1: LIVER})
+    for image, reason in {
+        "out": "not followed. Copy",
+        "device": "not followed",
+        "key": "not followed",
+        "pipe": "is a device, pipe",
+    }.items():
+        with pytest.raises(ImageError, match=reason):
+            store.save_annotated(image, label, "final", {})
+        assert reason.split(".")[0] in (store.explain_absence(image) or "")
+    assert store.explain_absence("nobody") is None
+    (studies / "out.nii.gz").unlink()
+    with pytest.raises(NotFoundError):
+        store.save_annotated("out", label, "final", {})
+
+
+def test_an_image_that_becomes_a_link_is_not_followed_before_the_next_look_at_the_folder_either(
+    store: SafeLocalDatastore, studies: Path, tmp_path: Path
+):
+    label = write_label(studies, "label", {1: LIVER})
+    store.save_annotated("one", label, "final", {})
+    outside = tmp_path / "outside.nii.gz"
+    for path in (studies / "one.nii.gz", studies / "labels/final/one.nii.gz"):
+        shutil.copyfile(path, outside)
+        path.unlink()
+        path.symlink_to(outside)
+    with pytest.raises(ImageError, match="not followed"):
+        store.get_image_uri("one")
+    with pytest.raises(ImageError, match="not followed"):
+        store.get_label_uri("one", "final")
+    with pytest.raises(ImageError, match="not followed"):
+        store.save_annotated("one", label, "final", {})
+    write_phantom(studies / "new.nii.gz", shape=SHAPE)
+    os.replace(studies / "new.nii.gz", studies / "one.nii.gz")
+    store.save_annotated("one", label, "final", {})
+    assert not (studies / "labels/final/one.nii.gz").is_symlink()
+    assert outside.exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_label_that_becomes_a_pipe_or_a_device_stops_no_save(store: SafeLocalDatastore, studies: Path, kind: str):
+    store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {})
+    path = studies / "labels/final/one.nii.gz"
+    path.unlink()
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    thread, outcome = save_in_thread(store, "one", write_label(studies, "b", {2: SPLEEN}), "final", {})
+    thread.join(30)
+    assert outcome[0].label_id == "one"
+    assert path.is_file()
+    assert not path.is_symlink()
+    assert module.hash_file(path) == store.annotations.list("one")[-1].sha256

@@ -91,6 +91,19 @@ def a_bomb() -> bytes:
     return file.getvalue()
 
 
+def elsewhere(name: str, suffix: str, shape: tuple[int, ...] = (32, 28, 5)) -> tuple[str, bytes]:
+    """A file name, and a header of the grid of the image 'plain' whose voxels are another file."""
+    sizes = " ".join(map(str, shape))
+    if suffix == ".nrrd":
+        text = f"NRRD0004\ntype: uchar\ndimension: 3\nsizes: {sizes}\nspace: RAS\nencoding: raw\nspace directions: "
+        text += f"(-5.5,0,0) (0,6.5,0) (0,0,5)\nspace origin: (170,-160,300)\ndata file: {name}\n\n"
+    else:
+        text = "ObjectType = Image\nNDims = 3\nBinaryData = True\nElementSpacing = 5.5 6.5 5\nOffset = -170 160 300\n"
+        text += f"TransformMatrix = 1 0 0 0 -1 0 0 0 1\nDimSize = {sizes}\nElementType = MET_UCHAR\n"
+        text += f"ElementDataFile = {name}\n"
+    return f"x{suffix}", text.encode()
+
+
 GOOD_LABEL = nifti(np.ones(SHAPE, np.uint8))
 GOOD_IMAGE = nifti(np.zeros((8, 8, 3), np.int16))
 LONG = "x" * 5000
@@ -221,6 +234,11 @@ INFER = [
     upload("POST /infer/progidiff", "is not read", "a.nii.gz.exe", b"x"),
     upload("POST /infer/progidiff", "prompt|cannot be read", "a.nii.gz", b"this is no image"),
     upload("POST /infer/progidiff", "larger than", "a.nii", bytes(LARGEST_UPLOAD + 1000), status=413),
+    *(
+        upload("POST /infer/progidiff", "has its voxels in another file", *elsewhere(name, suffix))
+        for name in ("/etc/passwd", "/dev/ptmx", "/dev/zero", "LIST")
+        for suffix in (".nrrd", ".mha")
+    ),
     body("POST /infer/progidiff", "names no image|cannot be read", "{}"),
     body("POST /infer/progidiff", "boundary|pars|cannot be read", b"--x\r\nbroken", "multipart/form-data", 400),
 ]
@@ -281,6 +299,23 @@ IMAGES = [
     upload("PUT /datastore/image", "nii", "evil.py", b"import os", image="evil"),
     upload("PUT /datastore/image", "read|image", "a.nii.gz", b"this is no image", image="evil"),
     upload("PUT /datastore/image", "read|image|empty", "a.nii.gz", b"", image="evil"),
+    *(
+        upload(
+            "PUT /datastore/image",
+            "has its voxels in another file|is not taken here",
+            *elsewhere(name, suffix),
+            image="evil",
+        )
+        for name in ("/etc/passwd", "/dev/ptmx")
+        for suffix in (".nrrd", ".mha")
+    ),
+    upload(
+        "PUT /datastore/image",
+        "as a picture",
+        "a.png",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        image="evil",
+    ),
     upload(
         "PUT /datastore/image", "holds 2 volumes", "a.nii.gz", nifti(np.zeros((4, 4, 3, 2), np.int16)), image="evil"
     ),
@@ -325,6 +360,11 @@ LABELS = [
     label("read|label|image", b"this is no label"),
     label("read|label|image|empty", b""),
     label("read|label|image|nii", b"import os", "evil.py"),
+    *(
+        label("has its voxels in another file", elsewhere(name, suffix)[1], f"a{kind}{suffix}")
+        for name in ("/etc/passwd", "/dev/ptmx", "/dev/zero", "LIST")
+        for kind, suffix in (("", ".nrrd"), (".seg", ".nrrd"), ("", ".mha"))
+    ),
     label("grid|shape|voxels", nifti(np.ones((9, 9, 3), np.uint8))),
     label("grid|affine|position|place", nifti(np.ones(SHAPE, np.uint8), np.diag([9.0, 9, 9, 1]))),
     label("whole|integer|number", nifti(np.full(SHAPE, 0.5, np.float32))),
@@ -557,6 +597,35 @@ def test_an_address_that_means_two_places_is_refused_as_it_stands(server: Server
 )
 def test_asking_for_an_image_without_its_body_is_refused_too(server: Server, query: dict[str, str]):
     assert requests.head(f"{server.url}/datastore/image", params=query, timeout=30).status_code in (404, 422)
+
+
+def test_headers_that_name_a_device_stop_no_save(server: Server):
+    for suffix in (".nrrd", ".mha"):
+        files = {"label": elsewhere("/dev/ptmx", suffix)}
+        assert (
+            requests.put(
+                f"{server.url}/datastore/label", params={"image": "plain"}, files=files, timeout=10
+            ).status_code
+            == 422
+        )
+    files = {"label": ("label.nii.gz", GOOD_LABEL)}
+    answer = requests.put(f"{server.url}/datastore/label", params={"image": "plain"}, files=files, timeout=10)
+    assert answer.json()["annotation"]["repeated"] is True, answer.text
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".mha", ".nhdr", ".mhd"])
+def test_a_session_reads_no_file_of_the_server(server: Server, suffix: str):
+    name, content = elsewhere("/etc/passwd", {".nhdr": ".nrrd", ".mhd": ".mha"}.get(suffix, suffix))
+    sent = requests.put(
+        f"{server.url}/session/", files=[("files", (Path(name).with_suffix(suffix).name, content))], timeout=60
+    )
+    query = {"session_id": sent.json()["session_id"]}
+    answer = requests.post(
+        f"{server.url}/infer/progidiff", params=query, files={"params": (None, '{"prompt": "liver"}')}, timeout=60
+    )
+    assert answer.status_code == 422, answer.text[:500]
+    assert "has its voxels in another file" in answer.json()["detail"]
+    assert requests.delete(f"{server.url}/session/{query['session_id']}", timeout=60).status_code == 200
 
 
 def test_an_archive_of_a_series_becomes_a_session_whose_answers_name_no_folder(server: Server, tmp_path: Path):

@@ -7,19 +7,19 @@ no file of the server.
 from __future__ import annotations
 
 import re
-import threading
 from pathlib import Path
 
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 
-from progidiff.errors import BusyError, NotFoundError
+from progidiff.errors import BusyError, ImageError, NotFoundError
+from progidiff.server.datastores.image_locks import ImageLocks
+from progidiff.server.datastores.local import SafeLocalDatastore
 
 _SERIES_UID = re.compile(r"\d+(\.\d+)+")
 
-
-_DOWNLOADS = threading.Lock()
+_DOWNLOADS = ImageLocks("fetched", seconds=120.0)
 """The host takes a DICOM folder that another thread is still filling for a whole series."""
 
 
@@ -28,12 +28,13 @@ def find_image(app: MONAILabelApp, image_id: str) -> str:
 
     Raises:
         NotFoundError: if the datastore has no image of this id, or its file is gone.
+        ImageError: if the file is a link out of the studies folder, or no plain file.
         BusyError: if a DICOMweb server does not answer.
     """
     datastore = app.datastore()
     try:
         known = bool(image_id) and (image_id in datastore.list_images() or _is_series(datastore, image_id))
-        with _DOWNLOADS:
+        with _DOWNLOADS.hold(image_id):
             path = datastore.get_image_uri(image_id) if known else ""
     except (IndexError, KeyError):
         known = False  # How the host's DICOMweb datastore says that the server has no such series.
@@ -43,6 +44,9 @@ def find_image(app: MONAILabelApp, image_id: str) -> str:
             "studies folder is there; try again."
         ) from err
     if not known:
+        reason = datastore.explain_absence(image_id) if isinstance(datastore, SafeLocalDatastore) else None
+        if reason is not None:
+            raise ImageError(reason)
         raise NotFoundError(
             f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids; PUT "
             "/session/ takes other images."

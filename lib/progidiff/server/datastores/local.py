@@ -1,11 +1,15 @@
 """The local datastore: checked labels, kept history, files that appear by rename, one server per folder.
 
 What MONAI Label's own class does without locks and in place happens here under one lock per process and one between
-processes, on copies that are swapped in: a reader never sees half of a change. A save goes
+processes, on copies that are swapped in: a reader never sees half of a change. What somebody sent is opened before any
+lock is taken, and joined with the label in force under a lock of its image alone: a file that takes long to read keeps
+nobody from saving. Then, under the lock of all, a save goes
 
 1. the label version into the history (`AnnotationStore.record`: file, then its line in the log, both flushed),
 2. the file into `labels/<tag>/` by rename,
 3. `datastore_v2.json` by rename, the one before it kept as `.bak`.
+
+No lock is waited for longer than 30 s. Only plain files count, and links only if they stay in the studies folder.
 
 After a crash between 1 and 2 the next start finishes the last save; after one between 2 and 3 it finds the file by
 looking. Files that somebody else puts into, changes in or takes out of the folders are taken as they are; before one is
@@ -37,7 +41,7 @@ from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
 from pydantic import ValidationError
 
-from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError, StoreError
+from progidiff.errors import BusyError, ImageError, NotFoundError, ProGiDiffError, RequestError, StoreError
 from progidiff.images.folders import LeftOut, list_left_out
 from progidiff.images.formats import Use, find_format, is_picture, list_suffixes, strip_suffix
 from progidiff.images.geometry import Grid
@@ -51,17 +55,20 @@ from progidiff.labels.saving import (
     check_label,
     combine_ids,
     load_label_ids,
+    open_label,
     prepare_label,
 )
-from progidiff.labels.segments import combine_names, read_names
+from progidiff.labels.segments import LabelMap, combine_names, read_names
 from progidiff.proposals.store import ProposalStore
-from progidiff.storage.atomic import flush
+from progidiff.server.datastores.image_locks import ImageLocks
+from progidiff.storage.atomic import flush, scratch_folder
 
 logger = logging.getLogger(__name__)
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LOCK_SECONDS = 30.0
+_TRIES = 5
 _WRITING = ".writing-"
 _CHANGES = ("created", "deleted", "modified", "moved")
 _STALE_SECONDS = 3600.0
@@ -126,6 +133,8 @@ class SafeLocalDatastore(LocalDatastore):
         self._state = state
         self._serves = serves
         self._mutex = threading.RLock()
+        self._images = ImageLocks()
+        self._faults: dict[str, str] = {}
         self._depth = 0
         self._config_state: tuple[int, int, int] | None = None
         self._is_settled = not serves
@@ -173,12 +182,46 @@ class SafeLocalDatastore(LocalDatastore):
         check_tag(tag)
         grid = self._load_grid(image_id)
         options = SaveOptions.from_params(params, grid.num_slices)
-        with self._guard(), tempfile.TemporaryDirectory(prefix="progidiff-label-") as scratch:
+        label = open_label(Path(label_file), grid)
+        with self._images.hold(image_id):
+            for _ in range(_TRIES):
+                with self._guard():
+                    self._check_known(image_id)
+                    self._adopt(image_id, tag)
+                    before = self._state_of(image_id, tag)
+                with scratch_folder("label") as scratch:
+                    ready = self._prepare(Path(label_file), label, grid, options, image_id, tag, scratch)
+                    saved = self._commit(ready, before, image_id, tag, params, user, client)
+                if saved is not None:
+                    return saved
+        raise BusyError(
+            f"Another process keeps changing the label of '{image_id[:100]}'. Send it again; nothing was changed.",
+            retry_after=5,
+        )
+
+    def _state_of(self, image_id: str, tag: str) -> tuple[list[Annotation], tuple[int, int, int] | None]:
+        """Saves in force, and which file the folder has; equal while nobody saved, deleted, or put a file there."""
+        path = self._label_path(image_id, tag)
+        return self.annotations.in_force(image_id, tag), None if path is None else _identify(path)
+
+    def _commit(
+        self,
+        ready: ReadyLabel,
+        before: tuple[list[Annotation], tuple[int, int, int] | None],
+        image_id: str,
+        tag: str,
+        params: Mapping[str, Any],
+        user: str,
+        client: str,
+    ) -> SavedLabel | None:
+        """Keep a prepared label and put it in force; None if what it was joined with is not in force any more."""
+        with self._guard():
             self._check_known(image_id)
-            self._adopt(image_id, tag)
-            ready = self._prepare(Path(label_file), grid, options, image_id, tag, Path(scratch))
-            current = self.annotations.current(image_id, tag)
-            repeated = current is not None and is_repeat(ready, self.annotations.in_force(image_id, tag))
+            if self._state_of(image_id, tag) != before:
+                return None
+            saves = before[0]
+            current = saves[-1] if saves else None
+            repeated = current is not None and is_repeat(ready, saves)
             if current is None or not repeated:
                 current = record_ready(self.annotations, image_id, ready, tag, user, ready.client or client)
             self._put_in_force(image_id, tag, current, params)
@@ -279,11 +322,12 @@ class SafeLocalDatastore(LocalDatastore):
             check_picture(image_filename)
         else:
             load_volume(image_filename, info=image_info)
+        sha256 = hash_file(image_filename)
         with self._guard():
             old = self._datastore.objects.get(image_id)
             target = Path(self._datastore.image_path()) / (image_id + (row.suffix if old is None else old.image.ext))
             if target.exists():
-                if hash_file(target) == hash_file(image_filename):
+                if hash_file(target) == sha256:
                     return image_id
                 raise RequestError(
                     f"There is another image '{image_id}' already, with its labels. "
@@ -341,6 +385,51 @@ class SafeLocalDatastore(LocalDatastore):
             raise
         return name
 
+    def get_image_uri(self, image_id: str) -> str:
+        """The path of an image, "" if there is none.
+
+        Raises:
+            ImageError: if it is a link out of the studies folder.
+        """
+        record = self._datastore.objects.get(image_id)
+        if record is not None:
+            self._check_place(Path(self._datastore.image_path()) / self._filename(image_id, record.image.ext))
+        return str(LocalDatastore.get_image_uri(self, image_id))
+
+    def get_label_uri(self, label_id: str, label_tag: str) -> str:
+        """The path of a label, "" if there is none.
+
+        Raises:
+            ImageError: if it is a link out of the studies folder.
+        """
+        record = self._datastore.objects.get(label_id)
+        label = record.labels.get(label_tag) if record is not None else None
+        if label is not None:
+            self._check_place(Path(self._datastore.label_path(label_tag)) / self._filename(label_id, label.ext))
+        return str(LocalDatastore.get_label_uri(self, label_id, label_tag))
+
+    def _check_place(self, path: Path) -> None:
+        reason = self._find_fault(path)
+        if reason is not None:
+            raise ImageError(reason)
+
+    def _find_fault(self, path: Path) -> str | None:
+        """Why a name in the folders is not used; None for a plain file, a folder, or a link to one that is served."""
+        try:
+            if path.is_symlink():
+                parts = Path(os.path.realpath(path)).parts
+                root = Path(os.path.realpath(self._datastore_path)).parts
+                if parts[: len(root)] != root or any(part.startswith(".") for part in parts[len(root) :]):
+                    return (
+                        f"'{path.name}' is a link to something outside of the studies folder, and such links are not "
+                        "followed. Copy the file itself into the folder, or have its folder mounted there."
+                    )
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                return f"'{path.name}' is a device, pipe or socket and no file. Put the image itself in its place."
+        except OSError as err:
+            return f"'{path.name}' cannot be looked at ({err.strerror}). Check who may read it."
+        return None
+
     # What saves are made of
 
     def _load_grid(self, image_id: str) -> Grid:
@@ -349,7 +438,9 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _check_known(self, image_id: str) -> None:
         record = self._object(image_id)
-        if not (Path(self._datastore.image_path()) / self._filename(image_id, record.image.ext)).exists():
+        path = Path(self._datastore.image_path()) / self._filename(image_id, record.image.ext)
+        self._check_place(path)
+        if not path.exists():
             raise NotFoundError(
                 f"The file of image '{image_id[:100]}' is gone from the studies folder. Put it back to label it."
             )
@@ -357,18 +448,21 @@ class SafeLocalDatastore(LocalDatastore):
     def _object(self, image_id: str) -> ImageLabelModel:
         record = self._datastore.objects.get(image_id)
         if record is None:
+            reason = self.explain_absence(image_id)
+            if reason is not None:
+                raise ImageError(reason)
             raise NotFoundError(
                 f"There is no image '{image_id[:100]}' in the datastore. GET /datastore/?output=all lists the ids."
             )
         return record
 
     def _prepare(
-        self, file: Path, grid: Grid, options: SaveOptions, image_id: str, tag: str, scratch: Path
+        self, file: Path, label: LabelMap, grid: Grid, options: SaveOptions, image_id: str, tag: str, scratch: Path
     ) -> ReadyLabel:
         previous = find_previous(self.annotations, image_id, tag)
         served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
         kept_ids = combine_ids(load_label_ids(Path(self._datastore_path), served_ids), previous)
-        checked = check_label(file, grid, options, kept_ids, served_ids)
+        checked = check_label(file, label, options, kept_ids, served_ids)
         return prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
 
     def _put_in_force(self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any]) -> None:
@@ -414,7 +508,7 @@ class SafeLocalDatastore(LocalDatastore):
         record = self._datastore.objects.get(image_id)
         label = record.labels.get(tag) if record is not None else None
         path = None if label is None else Path(self._datastore.label_path(tag)) / self._filename(image_id, label.ext)
-        return path if path is not None and path.exists() else None
+        return path if path is not None and path.is_file() and self._find_fault(path) is None else None
 
     def _adopt(self, image_id: str, tag: str) -> None:
         """Note in the history what somebody changed in the folder since: a label replaced, added or taken away."""
@@ -508,7 +602,7 @@ class SafeLocalDatastore(LocalDatastore):
         known = self._datastore.objects
         objects: dict[str, ImageLabelModel] = {}
         now = int(time.time())
-        names = set(os.listdir(self._datastore.image_path()))
+        names = set(self._list_names(self._datastore.image_path()))
         for image_id, record in known.items():
             if self._filename(image_id, record.image.ext) in names:
                 objects[image_id] = record.model_copy(update={"labels": {}})
@@ -519,7 +613,9 @@ class SafeLocalDatastore(LocalDatastore):
             if image_id not in objects:
                 objects[image_id] = ImageLabelModel(image=DataModel(info={"ts": now, "name": name}, ext=suffix))
         labels = Path(self._datastore.label_path(None))
-        for folder in sorted(path for path in labels.iterdir() if path.is_dir() and _TAG.fullmatch(path.name)):
+        tags = [name for name in self._list_names(str(labels)) if _TAG.fullmatch(name)]
+        # Labels that count may lie on another disk, which the administrator then has linked.
+        for folder in sorted(path for path in (labels / name for name in {*tags, FINAL}) if path.is_dir()):
             files = self._list_files(str(folder), self._extensions)
             for name in sorted(files):
                 image_id, suffix = self._to_id(name)
@@ -535,7 +631,7 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
         """Names that fit the host's patterns, in any case."""
-        names = [name for name in os.listdir(path) if not name.startswith(".")]
+        names = [name for name in self._list_names(path) if not name.startswith(".")]
         return {name: name for name in names if any(fnmatch.fnmatchcase(name.lower(), p.lower()) for p in patterns)}
 
     def _to_id(self, file: str) -> tuple[str, str]:
@@ -554,6 +650,24 @@ class SafeLocalDatastore(LocalDatastore):
             if entry not in self.left_out and self._serves:
                 logger.warning("Not served: '%s'. %s", entry.name, entry.reason)
         self.left_out = found
+
+    def _list_names(self, path: str) -> list[str]:
+        """What a folder holds, without what is neither a file nor a folder, and without links that lead out."""
+        with os.scandir(path) as entries:
+            faults = {
+                entry.name: None if entry.is_file(follow_symlinks=False) else self._find_fault(Path(entry.path))
+                for entry in entries
+            }
+        for name, fault in faults.items():
+            if fault is not None and self._faults.get(name) != fault:
+                self._faults[name] = fault
+                logger.warning("Left out of the datastore: %s", fault)
+        return [name for name, fault in faults.items() if fault is None]
+
+    def explain_absence(self, image_id: str) -> str | None:
+        """Why an image that lies in the folder is not in the list; None if there is no such file."""
+        names = [name for name in list(self._faults) if self._to_id(name)[0] == image_id]
+        return next(filter(None, (self._find_fault(Path(self._datastore.image_path()) / name) for name in names)), None)
 
     def _finish_last_save(self, listed: Mapping[str, ImageLabelModel]) -> None:
         """Do what a crash left undone between the log and the folder; only the last event can be concerned.
@@ -679,7 +793,7 @@ class SafeLocalDatastore(LocalDatastore):
     @contextlib.contextmanager
     def _guard(self, reads: bool = True) -> Iterator[None]:
         """The lock of all changes, for threads and for processes; with the newest list of images."""
-        with self._mutex:
+        with self._own_mutex():
             if self._depth:
                 yield
                 return
@@ -701,6 +815,18 @@ class SafeLocalDatastore(LocalDatastore):
             finally:
                 self._depth = 0
                 lock.release()
+
+    @contextlib.contextmanager
+    def _own_mutex(self) -> Iterator[None]:
+        if not self._mutex.acquire(timeout=_LOCK_SECONDS):
+            raise BusyError(
+                f"Somebody else's change of the datastore has been going on for {_LOCK_SECONDS:.0f} s. Try again.",
+                retry_after=30,
+            )
+        try:
+            yield
+        finally:
+            self._mutex.release()
 
     def _remove_leftovers(self) -> None:
         """Temporary files of processes that died."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,9 +25,11 @@ from progidiff.labels.saving import (
     check_label,
     combine_ids,
     load_label_ids,
+    open_label,
     prepare_label,
 )
 from progidiff.proposals.store import ProposalStore
+from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.local import SavedLabel, check_tag, find_previous, is_repeat, record_ready
 from progidiff.storage.atomic import scratch_folder
 
@@ -59,7 +60,7 @@ class RemoteLabels:
         self._find_image = find_image
         self._state = state
         self._proposals = proposals
-        self._lock = threading.RLock()
+        self._locks = ImageLocks()
 
     def save_annotated(
         self,
@@ -74,10 +75,11 @@ class RemoteLabels:
         check_tag(tag)
         grid = read_grid(Path(self._find_image(image_id)))
         options = SaveOptions.from_params(params, grid.num_slices)
-        with self._lock, scratch_folder("label") as scratch:
+        sent = open_label(Path(label_file), grid)
+        with self._locks.hold(image_id), scratch_folder("label") as scratch:
             previous = find_previous(self.annotations, image_id, tag)
             kept_ids = combine_ids(load_label_ids(self._state), previous)
-            checked = check_label(Path(label_file), grid, options, kept_ids)
+            checked = check_label(Path(label_file), sent, options, kept_ids)
             ready = prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
             saves = self.annotations.in_force(image_id, tag)
             if is_repeat(ready, saves):
@@ -101,14 +103,14 @@ class RemoteLabels:
                 f"Image '{label_id[:100]}' has no label with tag '{tag}'. GET "
                 "/datastore/?output=all lists what there is."
             )
-        with self._lock:
+        with self._locks.hold(label_id):
             if self.annotations.current(label_id, tag) is not None:
                 self.annotations.delete(label_id, user, tag, reason)
             self._forget(label_id, tag)
 
     def undo(self, image_id: str, user: str = "") -> Annotation | None:
         """Go back one step and send what is in force then; see `AnnotationStore.undo`."""
-        with self._lock:
+        with self._locks.hold(image_id):
             label = self.annotations.undo(image_id, user)
             if label is None:
                 self._forget(image_id, FINAL)
@@ -118,7 +120,7 @@ class RemoteLabels:
 
     def restore(self, image_id: str, sequence: int, user: str = "") -> Annotation:
         """Put an earlier save in force again and send it; see `AnnotationStore.restore`."""
-        with self._lock:
+        with self._locks.hold(image_id):
             label = self.annotations.restore(image_id, sequence, user)
             self._send(image_id, label.tag, label, {}, user)
             return label

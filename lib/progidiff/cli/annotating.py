@@ -5,29 +5,52 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from progidiff.active_learning.settings import DEFAULT_STRATEGY
+from progidiff.cli.options import (
+    AdapterOption,
+    AdaptersOption,
+    BackboneOption,
+    CleanUpOption,
+    DeviceOption,
+    ModelOption,
+    NoiseSeedOption,
+    StepsOption,
+    find_model,
+)
 from progidiff.errors import RequestError
 from progidiff.proposals.islands import check_clean_up
 from progidiff.proposals.request import DEFAULT_CLEAN_UP
-from progidiff.storage.state import EMBEDDED_MODEL
+
+if TYPE_CHECKING:
+    from progidiff.evaluation.prelabel import ImageOutcome
 
 StudiesOption = Annotated[
     Path, typer.Option(help="Folder of images, as `progidiff serve` serves it.", show_default=False)
 ]
-ModelFolderOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--model", help="Folder of the model. Default: apps/progidiff/model of this checkout.", show_default=False
-    ),
-]
 StoreOption = Annotated[
     Path | None,
     typer.Option(help="State folder of the server (--conf store). Default: STUDIES/.progidiff.", show_default=False),
+]
+
+ReportOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        help="JSON: what became of every image. Default: prelabel.json in the state folder.",
+        show_default=False,
+    ),
+]
+RayOption = Annotated[
+    bool,
+    typer.Option(
+        "--ray", help="Spread over a Ray cluster (pip install 'progidiff[ray]'); every machine sees the folders."
+    ),
 ]
 
 FAILED_EXIT_CODE = 1
@@ -49,47 +72,22 @@ def prelabel(
     num_proposals: Annotated[
         int, typer.Option("--num-proposals", "-k", help="K; the server's default, so that its first answers are there.")
     ] = 4,
-    steps: Annotated[
-        int | None, typer.Option(help="Denoising steps. Default: the model's.", show_default=False)
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of an adapter, name@version, or none. Default: by the image's modality.", show_default=False
-        ),
-    ] = None,
+    steps: StepsOption = None,
+    seed: NoiseSeedOption = 0,
+    adapter: AdapterOption = None,
     modality: Annotated[
         str | None, typer.Option(help="CT or MR for all images. Default: found out for each.", show_default=False)
     ] = None,
-    clean_up: Annotated[
-        str, typer.Option(help="Islands to drop from every proposal: off, small or largest.")
-    ] = DEFAULT_CLEAN_UP,
+    clean_up: CleanUpOption = DEFAULT_CLEAN_UP,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace labels of this tag that this command did not make.")
     ] = False,
-    report_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--report",
-            help="JSON: what became of every image. Default: prelabel.json in the state folder.",
-            show_default=False,
-        ),
-    ] = None,
-    model: ModelFolderOption = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Folder or hub id of the backbone. Default: the model's own.", show_default=False)
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)
-    ] = None,
+    report_file: ReportOption = None,
+    model: ModelOption = None,
+    backbone: BackboneOption = None,
+    device: DeviceOption = None,
     store: StoreOption = None,
-    ray: Annotated[
-        bool,
-        typer.Option(
-            "--ray", help="Spread over a Ray cluster (pip install 'progidiff[ray]'); every machine sees the folders."
-        ),
-    ] = False,
+    ray: RayOption = False,
     ray_address: Annotated[
         str | None, typer.Option(help="Of the cluster. Default: one on this machine.", show_default=False)
     ] = None,
@@ -111,7 +109,7 @@ def prelabel(
     )
     settings.check()
     images = work.list_images(studies)
-    folder = model or EMBEDDED_MODEL
+    folder = find_model(model)
     # What accelerate and torchrun tell their processes; they need to know nothing else of each other.
     index, count = _read_rank("RANK"), max(1, _read_rank("WORLD_SIZE", 1))
     chosen = device or (f"cuda:{_read_rank('LOCAL_RANK')}" if count > 1 and _has_cuda() else None)
@@ -129,10 +127,7 @@ def prelabel(
     else:
         outcomes = work.run_here(images, make, index, count)
         total = len(work.pick_share(images, index, count))
-    done: list[work.ImageOutcome] = []
-    for outcome in outcomes:
-        done.append(outcome)
-        typer.echo(f"{len(done)}/{total} {outcome.image}: {outcome.state} {outcome.reason}".rstrip(), err=True)
+    done = _follow(outcomes, total)
     result = work.build_report(done, settings, version, time.monotonic() - started)
     target = report_file or (store or default_store(str(studies))) / "prelabel.json"
     written = work.write_report(result, target, index, count)
@@ -142,17 +137,23 @@ def prelabel(
         raise typer.Exit(FAILED_EXIT_CODE)
 
 
+def _follow(outcomes: Iterable[ImageOutcome], total: int) -> list[ImageOutcome]:
+    """Say of each image what became of it."""
+    done = []
+    for outcome in outcomes:
+        done.append(outcome)
+        typer.echo(f"{len(done)}/{total} {outcome.image}: {outcome.state} {outcome.reason}".rstrip(), err=True)
+    return done
+
+
 def report(
     studies: StudiesOption,
     out: Annotated[
         Path | None,
         typer.Option(help="File to write, .html or .json. Default: JSON to standard output.", show_default=False),
     ] = None,
-    model: ModelFolderOption = None,
-    adapters: Annotated[
-        Path | None,
-        typer.Option(help="Folder of adapters. Default: adapters/ in the model folder.", show_default=False),
-    ] = None,
+    model: ModelOption = None,
+    adapters: AdaptersOption = None,
     store: StoreOption = None,
     limit: Annotated[int, typer.Option(help="Images of the queue.", min=1, max=500)] = 20,
     textdiff: Annotated[
@@ -180,7 +181,7 @@ def report(
     images = _list_pool(studies)
     root = store or default_store(str(studies))
     annotations = AnnotationStore(root / "annotations", studies / "labels" / "final")
-    folder = model or EMBEDDED_MODEL
+    folder = find_model(model)
     trained, pictured = AdapterStore(adapters or folder / "adapters"), _open_textdiff(textdiff or folder / "textdiff")
     rounds = work.count_rounds(work.list_versions(trained, pictured, []), {*images, *annotations.annotated_images()})
     queue = work.list_queue(

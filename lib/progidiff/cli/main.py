@@ -12,7 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +33,22 @@ from typer.core import TyperCommand, TyperGroup
 
 import progidiff
 from progidiff.cli import annotating, audit, textdiff, training, users
+from progidiff.cli.options import (
+    AdapterOption,
+    BackboneOption,
+    CleanUpOption,
+    DeviceOption,
+    GuidanceOption,
+    JsonOption,
+    ModalityOption,
+    ModelOption,
+    NoiseSeedOption,
+    ProposalsOption,
+    StepsOption,
+    find_model,
+    make_slug,
+    split_commas,
+)
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
 from progidiff.prompts.structures import STRUCTURES
@@ -40,11 +56,11 @@ from progidiff.proposals.request import DEFAULT_CLEAN_UP, NONE, ProposalRequest
 from progidiff.storage.state import REPOSITORY
 
 if TYPE_CHECKING:
+    from progidiff.images.volume import Volume
     from progidiff.proposals.engine import Engine
+    from progidiff.proposals.volume_proposals import VolumeProposals
 
 console = Console(stderr=True)
-
-"""Where the app, the embedded model and the sample images lie in a checkout."""
 
 
 class _Commands(TyperGroup):
@@ -93,67 +109,43 @@ app = typer.Typer(
     help="Type a prompt, get K proposals of a mask, keep one. ProGiDiff Label segments CT and MR volumes by text.",
 )
 
-ModelOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--model", help="Folder of the model. Default: apps/progidiff/model of this checkout.", show_default=False
-    ),
-]
-BackboneOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Another Stable-Diffusion folder or hub id, as the model was trained with. Default: the model's own.",
-        show_default=False,
-    ),
-]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)
-]
-ProposalsOption = Annotated[
-    int,
-    typer.Option(
-        "--num-proposals",
-        "-k",
-        help="K, how many masks are drawn, each from its own noise. 4 to 8 are useful; time grows with K.",
-    ),
-]
-StepsOption = Annotated[
-    int | None,
-    typer.Option(
-        "--steps",
-        help="Denoising steps, 1 to 50. More is slower and rarely better. Default: the model's.",
-        show_default=False,
-    ),
-]
-SeedOption = Annotated[int, typer.Option(help="Of the noise. The same seed gives the same proposals.")]
-GuidanceOption = Annotated[
-    float | None,
-    typer.Option(
-        help="How strongly the text is enforced; 1 is off and twice as fast. Default: the model's.", show_default=False
-    ),
-]
-AdapterOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Name of an adapter, name@version, or none. Default: by the image's modality.", show_default=False
-    ),
-]
-ModalityOption = Annotated[
-    str | None,
-    typer.Option(
-        help="CT or MR. Default: from DICOM or a sidecar <name>.json, else guessed from the intensities.",
-        show_default=False,
-    ),
-]
+# --- what `progidiff evaluate` measures ---
 
-
-CleanUpOption = Annotated[
-    str,
+LabelledStudiesOption = Annotated[
+    Path,
     typer.Option(
-        help=(
-            "Islands to drop from every proposal: off, small (parts under a tenth of the "
-            "largest, over 10 mm away) or largest (all but that)."
-        )
+        "--studies",
+        help="Folder of images with labels/final and labels.json (label id -> structure).",
+        show_default=False,
+    ),
+]
+StructuresOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--structures",
+        help="Only these, by name or synonym; several values may follow. Default: all labelled ones.",
+        show_default=False,
+    ),
+]
+CasesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--cases",
+        help="Only these, with or without .nii.gz; several values may follow. Default: all with a label.",
+        show_default=False,
+    ),
+]
+DistanceOption = Annotated[
+    bool,
+    typer.Option(
+        "--hd95/--no-hd95", help="Compute the 95th percentile Hausdorff distance in mm; slow on large volumes."
+    ),
+]
+LargestOption = Annotated[
+    bool,
+    typer.Option(
+        "--largest-component",
+        help="Keep only the largest connected part of every mask before scoring; the report says so.",
     ),
 ]
 
@@ -189,7 +181,7 @@ def load_engine(model: Path | None, backbone: str | None, device: str | None) ->
     from progidiff.proposals.engine import Engine
 
     transformers_logging.disable_progress_bar()  # this command draws its own
-    return Engine(model_dir=model or REPOSITORY / "apps" / "progidiff" / "model", backbone=backbone, device=device)
+    return Engine(model_dir=find_model(model), backbone=backbone, device=device)
 
 
 @contextmanager
@@ -291,7 +283,7 @@ def predict(
     ],
     out: Annotated[Path, typer.Option(help="Folder for the results; made if absent.", show_default=False)],
     num_proposals: ProposalsOption = 4,
-    seed: SeedOption = 0,
+    seed: NoiseSeedOption = 0,
     steps: StepsOption = None,
     guidance_scale: GuidanceOption = None,
     adapter: AdapterOption = None,
@@ -312,7 +304,6 @@ def predict(
     exactly the grid of the image.
     """
     from progidiff.images.reading import load_volume
-    from progidiff.images.writing import save_mask
     from progidiff.proposals.drawing import draw_overlay
     from progidiff.proposals.work import Work
 
@@ -342,19 +333,7 @@ def predict(
     out.mkdir(parents=True, exist_ok=True)
     earlier = _read_earlier_files(out)
     consensus = proposals.label_map(volume.grid, "consensus", ids)
-    files = [
-        save_mask(consensus, volume.grid, out / "mask.nii.gz"),
-        save_mask(proposals.agreement(volume.grid), volume.grid, out / "agreement.nii.gz"),
-    ]
-    if len(queries) > 1:
-        files += [
-            save_mask(
-                proposals.agreement(volume.grid, query.name), volume.grid, out / f"agreement_{_slug(query.name)}.nii.gz"
-            )
-            for query in queries
-        ]
-    for k in range(1, proposals.num_proposals + 1):
-        files.append(save_mask(proposals.label_map(volume.grid, k, ids), volume.grid, out / f"proposal_{k}.nii.gz"))
+    files = _save_masks(volume, proposals, queries, ids, consensus, out)
     title = (
         f"{volume.name}: consensus of {proposals.num_proposals} proposals, seed {seed}, "
         f"{proposals.adapter or proposals.model_version}"
@@ -363,24 +342,46 @@ def predict(
         draw_overlay(volume, consensus, {value: name for name, value in ids.items()}, out / "overlay.png", title=title)
     )
     summary = {**proposals.summary(), "warnings": warnings}
-    result = _describe_prediction(
-        volume, image, prompt, queries, ids, summary, consensus, [path.name for path in files]
-    )
+    names = [path.name for path in files]
+    result = _describe_prediction(volume, image, prompt, queries, ids, summary, consensus, names)
     _save_json(result, out / "result.json")
-    for name in set(earlier) - {path.name for path in files} - {"result.json"}:
+    for name in set(earlier) - set(names) - {"result.json"}:
         (out / name).unlink(missing_ok=True)
+    _print_prediction(result)
+    typer.echo(str(out / "result.json"))
+
+
+def _save_masks(
+    volume: Volume,
+    proposals: VolumeProposals,
+    queries: tuple[Query, ...],
+    ids: dict[str, int],
+    consensus: Any,
+    out: Path,
+) -> list[Path]:
+    """Write the consensus, the agreement (of several structures each one's too) and the proposals."""
+    from progidiff.images.writing import save_mask
+
+    grid = volume.grid
+    masks = {"mask": consensus, "agreement": proposals.agreement(grid)}
+    if len(queries) > 1:
+        masks |= {f"agreement_{make_slug(query.name)}": proposals.agreement(grid, query.name) for query in queries}
+    masks |= {f"proposal_{k}": proposals.label_map(grid, k, ids) for k in range(1, proposals.num_proposals + 1)}
+    return [save_mask(mask, grid, out / f"{name}.nii.gz") for name, mask in masks.items()]
+
+
+def _print_prediction(result: dict[str, Any]) -> None:
     table = Table("structure", "label", "consensus ml", "proposals ml", "disagreement", box=None, header_style="bold")
     for name, entry in result["structures"].items():
         spread = f"{min(entry['proposals_ml']):.1f} to {max(entry['proposals_ml']):.1f}"
         table.add_row(
             name,
-            str(ids[name]),
+            str(entry["label"]),
             f"{entry['consensus_ml']:.1f}" if entry["present"] else "absent",
             spread,
             f"{entry['mean_disagreement']:.2f}",
         )
     console.print(table)
-    typer.echo(str(out / "result.json"))
 
 
 def parse_prompts(texts: list[str], known: tuple[str, ...], allow_free_text: bool, model: str) -> tuple[Query, ...]:
@@ -394,47 +395,19 @@ def parse_prompts(texts: list[str], known: tuple[str, ...], allow_free_text: boo
 
 @app.command(cls=_ManyValues)
 def evaluate(
-    studies: Annotated[
-        Path,
-        typer.Option(
-            help="Folder of images with labels/final and labels.json (label id -> structure).", show_default=False
-        ),
-    ],
+    studies: LabelledStudiesOption,
     out: Annotated[Path, typer.Option(help="JSON file to write.", show_default=False)],
-    structures: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only these, by name or synonym; several values may follow. Default: all labelled ones.",
-            show_default=False,
-        ),
-    ] = None,
-    cases: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Only these, with or without .nii.gz; several values may follow. Default: all with a label.",
-            show_default=False,
-        ),
-    ] = None,
+    structures: StructuresOption = None,
+    cases: CasesOption = None,
     num_proposals: ProposalsOption = 4,
     steps: StepsOption = None,
-    seed: SeedOption = 0,
+    seed: NoiseSeedOption = 0,
     guidance_scale: GuidanceOption = None,
     adapter: AdapterOption = None,
     modality: ModalityOption = None,
-    hd95: Annotated[
-        bool,
-        typer.Option(
-            "--hd95/--no-hd95", help="Compute the 95th percentile Hausdorff distance in mm; slow on large volumes."
-        ),
-    ] = True,
+    hd95: DistanceOption = True,
     clean_up: CleanUpOption = DEFAULT_CLEAN_UP,
-    largest_component: Annotated[
-        bool,
-        typer.Option(
-            "--largest-component",
-            help="Keep only the largest connected part of every mask before scoring; the report says so.",
-        ),
-    ] = False,
+    largest_component: LargestOption = False,
     model: ModelOption = None,
     backbone: BackboneOption = None,
     device: DeviceOption = None,
@@ -451,19 +424,12 @@ def evaluate(
     if out.is_dir():
         raise RequestError(f"'{out}' is a folder. Name a file with --out, for example {out / 'evaluate.json'}.")
     engine = load_engine(model, backbone, device)
-    with show_progress("slices") as bar:
-        whole = bar.add_task("cases", total=None)
-        single = bar.add_task("", total=None)
-
-        def report(number: int, count: int, name: str, done: int, total: int) -> None:
-            bar.update(whole, completed=number, total=count)
-            bar.update(single, description=name, completed=done, total=total)
-
+    with _show_cases() as report:
         result = evaluate.evaluate(
             engine,
             studies,
             structures=structures or [],
-            cases=_split_commas(cases) or None,
+            cases=split_commas(cases) or None,
             num_proposals=num_proposals,
             num_inference_steps=steps,
             seed=seed,
@@ -485,12 +451,26 @@ def evaluate(
         )
 
 
+@contextmanager
+def _show_cases() -> Iterator[Callable[[int, int, str, int, int], None]]:
+    """A bar for the cases and one for the slices of the case at hand: (number, count, name, slices done, slices)."""
+    with show_progress("slices") as bar:
+        whole = bar.add_task("cases", total=None)
+        single = bar.add_task("", total=None)
+
+        def report(number: int, count: int, name: str, done: int, total: int) -> None:
+            bar.update(whole, completed=number, total=count)
+            bar.update(single, description=name, completed=done, total=total)
+
+        yield report
+
+
 @app.command()
 def prompts(
     text: Annotated[
         str | None, typer.Argument(help="A prompt to try: prints the structures that it means.", show_default=False)
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: JsonOption = False,
     model: ModelOption = None,
 ) -> None:
     """List the structures that the model knows and the words for them, or say what a prompt means."""
@@ -610,14 +590,6 @@ def _print_evaluation(result: dict[str, Any]) -> None:
     console.print(table)
     for note in result["notes"]:
         console.print(f"note: {note}", highlight=False, style="yellow")
-
-
-def _split_commas(values: list[str] | None) -> list[str]:
-    return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
-
-
-def _slug(name: str) -> str:
-    return "".join(character if character.isalnum() else "_" for character in name)[:60]
 
 
 def _read_earlier_files(out: Path) -> list[str]:

@@ -7,20 +7,35 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from progidiff.cli import versions
+from progidiff.cli.options import (
+    ConfigOption,
+    DeviceOption,
+    JsonOption,
+    RunSeedOption,
+    SetOption,
+    ShowConfigOption,
+    ThreadsOption,
+    load_settings,
+    make_slug,
+    make_steps_option,
+    require,
+    split_commas,
+    use_threads,
+)
 from progidiff.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
     from progidiff.textdiff.data import PictureCase
+    from progidiff.textdiff.model import TextDiffModel, TextDiffResult
     from progidiff.textdiff.versions import TextDiffStore
-
-T = TypeVar("T")
 
 ImagesOption = Annotated[
     Path | None,
@@ -38,7 +53,7 @@ TextOption = Annotated[
         help="Table (CSV or XLSX) with columns image,text. Default: text.csv beside the pictures.", show_default=False
     ),
 ]
-ModelOption = Annotated[
+PictureModelOption = Annotated[
     Path | None,
     typer.Option(
         "--model", help="Folder of a model, or of its versions. Default: the shipped one, nuclei.", show_default=False
@@ -51,28 +66,46 @@ DenoiserOption = Annotated[
         show_default=False,
     ),
 ]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", help="YAML file with settings; those it leaves out keep their defaults.", show_default=False
-    ),
+CaseOption = Annotated[
+    list[str] | None,
+    typer.Option("--case", help="Learn from this picture; may be repeated. Default: all.", show_default=False),
 ]
-SetOption = Annotated[
+HoldOutOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", help="A setting, name=value, for example schedule.steps=500; may be repeated.", show_default=False
+        "--hold-out",
+        help="Keep this picture back, to choose the threshold and for the figures; may be repeated.",
+        show_default=False,
     ),
 ]
-ShowConfigOption = Annotated[
-    bool, typer.Option("--show-config", help="Print all settings as a commented YAML file, train nothing.")
+ValidationOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--validation",
+        help="Folder with images/, labels/ and text.csv, all of which are kept back.",
+        show_default=False,
+    ),
 ]
-SeedOption = Annotated[
-    int | None, typer.Option(help="Run seed; the seed of step i is a function of it and i.", show_default=False)
+ClassesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--classes",
+        help="Names of the classes in the masks, comma-separated, value 1 first. Default: foreground.",
+        show_default=False,
+    ),
 ]
-DeviceOption = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:1. Default: CUDA if there is one.", show_default=False)
+UseTextOption = Annotated[
+    bool | None,
+    typer.Option("--with-text/--without-text", help="Read the sentences. Default: yes.", show_default=False),
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="CPU threads. Default: all cores.", show_default=False)]
+EncoderOption = Annotated[
+    str | None,
+    typer.Option(
+        "--encoder",
+        help="Folder or hub id of a transformers text encoder. Default: MiniLM from PyPI.",
+        show_default=False,
+    ),
+]
 DrawsOption = Annotated[
     int | None,
     typer.Option(
@@ -103,15 +136,15 @@ def register(app: Any) -> None:
     )
     for command in (pretrain, convert, train, predict, evaluate):
         group.command()(command)
-    versions = typer.Typer(
+    group_of_versions = typer.Typer(
         no_args_is_help=True, help="Versions of TextDiff models: list, show, add, use, rollback.", rich_markup_mode=None
     )
-    versions.command("list")(list_versions)
-    versions.command("show")(show_version)
-    versions.command("add")(add_version)
-    versions.command("use")(use_version)
-    versions.command("rollback")(roll_back)
-    group.add_typer(versions, name="versions")
+    group_of_versions.command("list")(list_versions)
+    group_of_versions.command("show")(show_version)
+    group_of_versions.command("add")(add_version)
+    group_of_versions.command("use")(use_version)
+    group_of_versions.command("rollback")(roll_back)
+    group.add_typer(group_of_versions, name="versions")
     app.add_typer(group, name="textdiff")
 
 
@@ -131,25 +164,22 @@ def pretrain(
     config: ConfigOption = None,
     changes: SetOption = None,
     show_config: ShowConfigOption = False,
-    steps: Annotated[int | None, typer.Option(help="Same as --set schedule.steps=N.", show_default=False)] = None,
-    seed: SeedOption = None,
+    steps: Annotated[int | None, make_steps_option("schedule.steps")] = None,
+    seed: RunSeedOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Train a small denoiser on pictures without labels; `train` takes its features."""
     from progidiff.textdiff.pretrain import DenoiserConfig, run_pretrain
-    from progidiff.training.settings import load_config, render_config
 
-    settings = load_config(DenoiserConfig, config, changes or [], {"schedule.steps": steps, "seed": seed})
-    if show_config:
-        typer.echo(render_config(settings, "textdiff_pretrain"), nl=False)
-        return
+    flags = {"schedule.steps": steps, "seed": seed}
+    settings = load_settings(DenoiserConfig, "textdiff_pretrain", config, changes, show_config, flags)
     from progidiff.model.backbone import pick_device
     from progidiff.textdiff.data import find_cases
 
     _prepare(threads)
-    target = _require(out, "--out")
-    pictures = [case.image for folder in _require(images, "--images") for case in find_cases(folder)]
+    target = require(out, "--out")
+    pictures = [case.image for folder in require(images, "--images") for case in find_cases(folder)]
     found = run_pretrain(pictures, target, work, settings, str(pick_device(device)))
     typer.echo(json.dumps(found, indent=1))
 
@@ -179,21 +209,9 @@ def train(
     labels: LabelsOption = None,
     text: TextOption = None,
     out: Annotated[Path | None, typer.Option(help="Folder to make; the model. Required.", show_default=False)] = None,
-    case: Annotated[
-        list[str] | None,
-        typer.Option("--case", help="Learn from this picture; may be repeated. Default: all.", show_default=False),
-    ] = None,
-    hold_out: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Keep this picture back, to choose the threshold and for the figures; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    validation: Annotated[
-        Path | None,
-        typer.Option(help="Folder with images/, labels/ and text.csv, all of which are kept back.", show_default=False),
-    ] = None,
+    case: CaseOption = None,
+    hold_out: HoldOutOption = None,
+    validation: ValidationOption = None,
     work: Annotated[
         Path, typer.Option(help="Checkpoints, curves and features. The same command continues a run that was stopped.")
     ] = Path("runs/textdiff"),
@@ -201,26 +219,12 @@ def train(
     changes: SetOption = None,
     show_config: ShowConfigOption = False,
     name: Annotated[str | None, typer.Option(help="Name of the model.", show_default=False)] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            help="Names of the classes in the masks, comma-separated, value 1 first. Default: foreground.",
-            show_default=False,
-        ),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Same as --set schedule.steps=N.", show_default=False)] = None,
-    use_text: Annotated[
-        bool | None,
-        typer.Option("--with-text/--without-text", help="Read the sentences. Default: yes.", show_default=False),
-    ] = None,
+    classes: ClassesOption = None,
+    steps: Annotated[int | None, make_steps_option("schedule.steps")] = None,
+    use_text: UseTextOption = None,
     denoiser: DenoiserOption = None,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            help="Folder or hub id of a transformers text encoder. Default: MiniLM from PyPI.", show_default=False
-        ),
-    ] = None,
-    seed: SeedOption = None,
+    encoder: EncoderOption = None,
+    seed: RunSeedOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
@@ -230,43 +234,29 @@ def train(
     threshold is chosen on them; without any it is 0.5.
     """
     from progidiff.textdiff.train import TextDiffTrainConfig, train_textdiff
-    from progidiff.training.settings import load_config, render_config
 
     flags = {
         "name": name,
-        "classes": None if classes is None else _split([classes]),
+        "classes": None if classes is None else split_commas([classes]),
         "schedule.steps": steps,
         "use_text": use_text,
         "seed": seed,
     }
-    settings = load_config(TextDiffTrainConfig, config, changes or [], flags)
-    if show_config:
-        typer.echo(render_config(settings, "textdiff_train"), nl=False)
-        return
-    from progidiff.textdiff.data import find_cases, pick_cases
-
+    settings = load_settings(TextDiffTrainConfig, "textdiff_train", config, changes, show_config, flags)
     _prepare(threads)
-    cases = find_cases(_require(images, "--images"), labels, text)
-    held = pick_cases(cases, _split(hold_out))
-    names = {c.name for c in held}
-    chosen = (
-        pick_cases(cases, _split(case)) if case else [c for c in cases if c.name not in names and c.label is not None]
-    )
-    if validation is not None:
-        held += find_cases(validation)
+    chosen, held = _choose_pictures(require(images, "--images"), labels, text, case, hold_out, validation)
     with _show_progress("pictures") as show:
-        stages: dict[str, Callable[[int, int], None]] = {"features": show}
 
         def report(entry: dict[str, Any]) -> None:
-            if entry["stage"] in stages:
-                stages[entry["stage"]](entry["step"], entry["total"])
+            if entry["stage"] == "features":
+                show(entry["step"], entry["total"])
 
         result = train_textdiff(
             chosen,
             held,
             denoiser=denoiser,
             encoder=encoder,
-            out=_require(out, "--out"),
+            out=require(out, "--out"),
             work=work,
             config=settings,
             device=device,
@@ -276,6 +266,28 @@ def train(
     typer.echo(json.dumps({"model": str(out), "figures": result.figures, "seconds": result.run["seconds"]}, indent=1))
 
 
+def _choose_pictures(
+    images: Path,
+    labels: Path | None,
+    text: Path | None,
+    case: list[str] | None,
+    hold_out: list[str] | None,
+    validation: Path | None,
+) -> tuple[list[PictureCase], list[PictureCase]]:
+    """The pictures to learn from, and those to keep back."""
+    from progidiff.textdiff.data import find_cases, pick_cases
+
+    cases = find_cases(images, labels, text)
+    held = pick_cases(cases, split_commas(hold_out))
+    names = {c.name for c in held}
+    chosen = (
+        pick_cases(cases, split_commas(case))
+        if case
+        else [c for c in cases if c.name not in names and c.label is not None]
+    )
+    return chosen, held if validation is None else [*held, *find_cases(validation)]
+
+
 def predict(
     image: Annotated[Path, typer.Argument(help="PNG, JPEG or TIFF.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for mask.png, probability.png, result.json.", show_default=False)],
@@ -283,7 +295,7 @@ def predict(
     text: Annotated[
         Path | None, typer.Option(help="Table to take the sentence from, by file name.", show_default=False)
     ] = None,
-    model: ModelOption = None,
+    model: PictureModelOption = None,
     draws: DrawsOption = None,
     denoiser: DenoiserOption = None,
     device: DeviceOption = None,
@@ -304,13 +316,20 @@ def predict(
     loaded = load_textdiff(model, device, denoiser)
     with _show_progress("tiles") as show:
         result = loaded.predict(picture, sentence, draws, on_progress=show)
-    classes = loaded.card.classes
+    files = _save_answer(loaded.card.classes, result, out)
+    save_report(_describe_answer(image, loaded, result, files), out / "result.json")
+    _print_notes(result.notes)
+    typer.echo(f"{', '.join(files)} and result.json are in {out}")
+
+
+def _save_answer(classes: tuple[str, ...], result: TextDiffResult, out: Path) -> list[str]:
+    """Write mask, probabilities and disagreement as PNG. Returns their names."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         _save_gray(out / "mask.png", result.mask * 255 if len(classes) == 1 else result.mask)
         files = ["mask.png"]
         for name, probabilities in zip(classes, result.probabilities, strict=True):
-            files.append("probability.png" if len(classes) == 1 else f"probability_{_slug(name)}.png")
+            files.append("probability.png" if len(classes) == 1 else f"probability_{make_slug(name)}.png")
             _save_gray(out / files[-1], (probabilities * 255).round().astype("uint8"))
         if len(result.masks) > 1:
             files.append("disagreement.png")
@@ -319,30 +338,31 @@ def predict(
         raise StoreError(
             f"The result could not be written to '{out}' ({err}). Choose another place or free some space."
         ) from err
-    save_report(
-        {
-            "image": str(image),
-            "sentence": result.sentence,
-            "model": loaded.card.full_name,
-            "classes": {name: 255 if len(classes) == 1 else number for number, name in enumerate(classes, start=1)},
-            "share": {name: float((result.mask == number).mean()) for number, name in enumerate(classes, start=1)},
-            "threshold": loaded.card.threshold,
-            "draws": len(result.masks),
-            "disagreement": result.disagreement,
-            "notes": list(result.notes),
-            "files": files,
-            "seconds": round(result.seconds, 2),
-            "units": {
-                "classes": "value of a class in mask.png; 0 is background",
-                "share": "of the picture's pixels",
-                "probability": "0..255 for 0..1, mean over the draws; not calibrated",
-                "disagreement": "1 - mean pairwise Dice of the draws' masks",
-            },
+    return files
+
+
+def _describe_answer(image: Path, model: TextDiffModel, result: TextDiffResult, files: list[str]) -> dict[str, Any]:
+    """What result.json says."""
+    classes = model.card.classes
+    return {
+        "image": str(image),
+        "sentence": result.sentence,
+        "model": model.card.full_name,
+        "classes": {name: 255 if len(classes) == 1 else number for number, name in enumerate(classes, start=1)},
+        "share": {name: float((result.mask == number).mean()) for number, name in enumerate(classes, start=1)},
+        "threshold": model.card.threshold,
+        "draws": len(result.masks),
+        "disagreement": result.disagreement,
+        "notes": list(result.notes),
+        "files": files,
+        "seconds": round(result.seconds, 2),
+        "units": {
+            "classes": "value of a class in mask.png; 0 is background",
+            "share": "of the picture's pixels",
+            "probability": "0..255 for 0..1, mean over the draws; not calibrated",
+            "disagreement": "1 - mean pairwise Dice of the draws' masks",
         },
-        out / "result.json",
-    )
-    _print_notes(result.notes)
-    typer.echo(f"{', '.join(files)} and result.json are in {out}")
+    }
 
 
 def evaluate(
@@ -350,7 +370,7 @@ def evaluate(
     labels: LabelsOption = None,
     text: TextOption = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write. Required.", show_default=False)] = None,
-    model: ModelOption = None,
+    model: PictureModelOption = None,
     control: Annotated[
         ControlName,
         typer.Option(help="Of the text: each image's own, empty, another image's, or left out of the network."),
@@ -372,10 +392,10 @@ def evaluate(
     from progidiff.textdiff.evaluate import evaluate as measure
     from progidiff.textdiff.model import load_textdiff
 
-    target = _require(out, "--out")
-    cases: list[PictureCase] = find_cases(_require(images, "--images"), labels, text)
+    target = require(out, "--out")
+    cases: list[PictureCase] = find_cases(require(images, "--images"), labels, text)
     if case:
-        cases = pick_cases(cases, _split(case))
+        cases = pick_cases(cases, split_commas(case))
     _prepare(threads)
     loaded = load_textdiff(model, device, denoiser)
     with _show_progress("pictures") as show:
@@ -392,40 +412,18 @@ def evaluate(
     )
 
 
-def list_versions(
-    store: StoreOption = None, as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False
-) -> None:
+def list_versions(store: StoreOption = None, as_json: JsonOption = False) -> None:
     """List the models: name, versions, and the one that is served (*)."""
-    found = _store(store)
-    entries = found.entries()
-    if as_json:
-        typer.echo(json.dumps([asdict(entry) for entry in entries], indent=1))
-        return
-    if not entries:
-        typer.echo(f"'{found.root}' holds no models; `progidiff textdiff train` trains one.", err=True)
-    for entry in entries:
-        numbers = " ".join(f"{v}*" if v == entry.current else str(v) for v in entry.versions)
-        typer.echo(f"{entry.name}: {numbers}{'' if entry.current is not None else ' (none is served)'}")
-        if entry.problem:
-            typer.echo(f"  {entry.problem}", err=True)
+    versions.print_versions(_store(store), as_json)
 
 
 def show_version(
-    reference: Annotated[
-        str, typer.Argument(help="NAME for the version that is served, or NAME@VERSION.", show_default=False)
-    ],
+    reference: versions.ReferenceArgument,
     store: StoreOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print card.json, run.json and the history as JSON.")] = False,
 ) -> None:
     """Print the card of a version."""
-    found = _store(store)
-    card = found.find(reference)
-    if as_json:
-        typer.echo(
-            json.dumps({"model": card.to_dict(), "run": found.run(card), "history": found.history(card.name)}, indent=1)
-        )
-    else:
-        typer.echo((found.folder(card) / "README.md").read_text(encoding="utf-8"))
+    versions.print_version(_store(store), reference, as_json)
 
 
 def add_version(
@@ -463,26 +461,16 @@ def add_version(
     typer.echo(f"{card.full_name} is in {found.folder(card)}{' and is served' if publish else ''}.")
 
 
-def use_version(
-    reference: Annotated[str, typer.Argument(help="NAME@VERSION.", show_default=False)], store: StoreOption = None
-) -> None:
+def use_version(reference: versions.ExactReferenceArgument, store: StoreOption = None) -> None:
     """Serve this version; a running server picks it up with the next request."""
-    found = _store(store)
-    if "@" not in reference:
-        raise RequestError(
-            f"Name the version too, for example {reference}@1; `progidiff textdiff versions list` shows what there is."
-        )
-    card = found.find(reference)
-    found.publish(card.name, card.version)
-    typer.echo(f"{card.full_name} is served.")
+    versions.serve_version(_store(store), reference)
 
 
 def roll_back(
     name: Annotated[str, typer.Argument(help="Name of the model.", show_default=False)], store: StoreOption = None
 ) -> None:
     """Serve what was served before."""
-    version = _store(store).rollback(name)
-    typer.echo(f"{name}@{version} is served." if version is not None else f"No version of {name} is served now.")
+    versions.roll_back(_store(store), name, f"No version of {name} is served now.")
 
 
 def _store(root: Path | None) -> TextDiffStore:
@@ -520,21 +508,6 @@ def _print_notes(notes: Any) -> None:
         typer.echo(f"note: {note}", err=True)
 
 
-def _split(values: list[str] | None) -> list[str]:
-    return [part.strip() for value in values or [] for part in value.split(",") if part.strip()]
-
-
-def _slug(name: str) -> str:
-    return "".join(character if character.isalnum() else "_" for character in name)[:60]
-
-
-def _require(value: T | None, option: str) -> T:
-    """The value of an option that only --show-config can do without."""
-    if value is None:
-        raise RequestError(f"Option {option} is missing; `--help` says what it is for.")
-    return value
-
-
 def _prepare(threads: int | None) -> None:
     """Set the number of threads; keep libraries from drawing bars of their own."""
     from diffusers.utils import logging as diffusers_logging
@@ -542,7 +515,4 @@ def _prepare(threads: int | None) -> None:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
+    use_threads(threads)

@@ -125,13 +125,12 @@ def run_adapt(
     fingerprint = _fingerprint(config, base.digest, data)
     folder = work / f"{name}-{fingerprint[:12]}"
     folder.mkdir(parents=True, exist_ok=True)
-    written = base.store.find_run(name, fingerprint)
-    repeated = written is not None
+    written = earlier = base.store.find_run(name, fingerprint)
     if written is None:
         origin = {"command": command or shlex.join(sys.argv), "fingerprint": fingerprint}
         written = _write_version(base, name, data, config, folder, origin, is_cancelled or (lambda: False), tell)
     how = f"`progidiff adapters use {written.full_name}` publishes"
-    return conclude(base.store, written, base.store.run(written), publish, folder, how, repeated)
+    return conclude(base.store, written, base.store.run(written), publish, folder, how, earlier is not None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,39 +35,64 @@ def read_dicom_file(path: Path) -> Raw:
     return _read_dicom_series(list(files) or [str(path)], path)
 
 
+@dataclass(frozen=True)
+class DicomSeries:
+    """The files of one series in a folder.
+
+    Attributes:
+        uid: SeriesInstanceUID, with what else the reader tells series apart by.
+        modality, description: As DICOM says; "" if it does not.
+        files: Their paths.
+    """
+
+    uid: str
+    modality: str
+    description: str
+    files: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.uid} ({', '.join([*filter(None, (self.modality, self.description)), f'{len(self.files)} files'])})"
+        )
+
+
+def list_series(folder: Path) -> list[DicomSeries]:
+    """The series whose files lie directly in a folder; what is no DICOM image is passed over."""
+    import SimpleITK as sitk
+
+    found = []
+    for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
+        files = tuple(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid))
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(files[0])
+        reader.ReadImageInformation()
+        modality, description = (
+            reader.GetMetaData(key).strip() if reader.HasMetaDataKey(key) else "" for key in ("0008|0060", "0008|103e")
+        )
+        found.append(DicomSeries(uid, modality, description, files))
+    return found
+
+
 def read_dicom_folder(path: Path) -> Raw:
     """The one series of a folder.
 
     Raises:
         ImageError: if it holds none, or several.
     """
-    import SimpleITK as sitk
-
-    series = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
+    series = list_series(path)
     if not series:
         raise ImageError(
             f"The folder '{path.name}' holds no DICOM series; send a file, or a folder "
             "whose files are one DICOM series."
         )
     if len(series) > 1:
-        names = "; ".join(_describe_series(path, uid) for uid in series[:8])
+        names = "; ".join(map(str, series[:8]))
         raise ImageError(
             f"The folder '{path.name}' holds {len(series)} DICOM series: {names}. Put the "
             "one you want into a folder of its own."
         )
-    return _read_dicom_series(list(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), series[0])), path)
-
-
-def _describe_series(path: Path, uid: str) -> str:
-    import SimpleITK as sitk
-
-    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), uid)
-    reader = sitk.ImageFileReader()
-    reader.SetImageIO("GDCMImageIO")
-    reader.SetFileName(files[0])
-    reader.ReadImageInformation()
-    tags = [reader.GetMetaData(key).strip() for key in ("0008|0060", "0008|103e") if reader.HasMetaDataKey(key)]
-    return f"{uid} ({', '.join([*filter(None, tags), f'{len(files)} files'])})"
+    return _read_dicom_series(list(series[0].files), path)
 
 
 def _read_dicom_series(files: list[str], path: Path) -> Raw:

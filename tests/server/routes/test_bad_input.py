@@ -634,6 +634,8 @@ def test_an_archive_of_a_series_becomes_a_session_whose_answers_name_no_folder(s
     with zipfile.ZipFile(packed, "w") as archive:
         for file in series.iterdir():
             archive.write(file, f"series/{file.name}")
+        for name in ("__MACOSX/series/._000.dcm", "series/.DS_Store", "DICOMDIR", "README.txt"):
+            archive.writestr(name, "a companion")
     files = [("files", ("series.zip", packed.getvalue()))]
     answer = requests.put(f"{server.url}/session/", params={"uncompress": "true"}, files=files, timeout=60)
     assert answer.status_code == 200, answer.text

@@ -26,6 +26,7 @@ from monailabel.utils.sessions import SessionInfo, Sessions
 
 from progidiff.errors import ClosedError, NotFoundError, RequestError
 from progidiff.images.archives import SUFFIXES, Limits, extract_archive
+from progidiff.images.choosing import is_companion, keep_one_image
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import (
     ADMINISTER,
@@ -157,20 +158,21 @@ def build_endpoints() -> Endpoints:
         ANNOTATE,
         tags=["Session"],
         summary="Upload an image for a while: one file, several DICOM files, or an archive of them",
-        takes="Form: files (1 to 1000, or one archive with uncompress); query: uncompress, expiry; unpacked within "
-        "limits",
+        takes="Form: files (1 to 1000, or one archive with uncompress); query: uncompress, series (which image of "
+        "several), expiry; unpacked within limits",
         body=UPLOAD,
         deadline=LONG,
     )
     def create_session(
         files: list[UploadFile] = File(...),
         uncompress: bool = False,
+        series: str = "",
         expiry: int = Query(0, ge=0, le=30 * 86_400),
         user: User = CALLER,
     ) -> dict[str, Any]:
         sessions = _sessions()
         with scratch_folder("session") as folder:
-            image = _receive(files, folder, uncompress)
+            image = _receive(files, folder, uncompress, series)
             session_id, info = sessions.add_session(str(image), expiry, uncompress=False, session_id=str(uuid.uuid4()))
         logger.info("Session %s by '%s': %d files", session_id, user.name, len(files))
         return {"session_id": session_id, "session_info": _describe(info)}
@@ -266,8 +268,15 @@ def _describe(info: SessionInfo) -> dict[str, Any]:
     return {**info.to_json(), "path": "", "image": Path(info.image).name}
 
 
-def _receive(files: list[UploadFile], folder: Path, uncompress: bool) -> Path:
-    """The uploaded file, or a folder of several, below `folder`, under names that are plain whatever was sent."""
+def _receive(files: list[UploadFile], folder: Path, uncompress: bool, series: str) -> Path:
+    """The uploaded file, or a folder of several, below `folder`, under names that are plain whatever was sent.
+
+    Args:
+        files: As sent.
+        folder: To write to.
+        uncompress: Whether it is one archive.
+        series: Which image of several is meant, see `keep_one_image`.
+    """
     received = folder / "image"
     received.mkdir()
     if uncompress:
@@ -279,6 +288,7 @@ def _receive(files: list[UploadFile], folder: Path, uncompress: bool) -> Path:
         archive = folder / "archive"
         _write(files[0], archive)
         extract_archive(archive, received, Limits(size=int(get_context().options.max_upload_gb * 1e9) * 2))
+        keep_one_image(received, series)
         return _unwrap(received)
     if len(files) == 1:
         name = (files[0].filename or "").lower()
@@ -286,8 +296,10 @@ def _receive(files: list[UploadFile], folder: Path, uncompress: bool) -> Path:
             raise RequestError(f"'{name[-40:]}' is an archive. Add ?uncompress=true.")
         return _write(files[0], received / _make_plain(files[0].filename, "image"))
     for number, file in enumerate(files):
-        _write(file, received / f"{number:04d}-{_make_plain(file.filename, 'image')}")
-    return received
+        if not is_companion(Path((file.filename or "").replace("\\", "/"))):
+            _write(file, received / f"{number:04d}-{_make_plain(file.filename, 'image')}")
+    keep_one_image(received, series)
+    return _unwrap(received)
 
 
 def _unwrap(folder: Path) -> Path:

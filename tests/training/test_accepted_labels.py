@@ -211,3 +211,32 @@ def test_a_file_in_the_folder_that_names_its_ids_is_believed(tmp_path: Path, tin
     data = prepare(studies, tiny_model)
     assert data.training.structures == ("left kidney", "liver")
     assert np.array_equal(data.training.read([5])[1].numpy(), data.validation.read([5])[1].numpy())
+
+
+def test_a_segment_without_a_name_is_left_out_and_told_of(tmp_path: Path, tiny_model: Path):
+    studies = write_study(tmp_path / "studies", (1, 2), ("a", "b", "c"))
+    named = {"label_info": [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]}
+    unnamed = {"label_info": [{"name": "liver", "idx": 1}, {"name": "Segment_2", "idx": 2}]}
+    write_records(studies, {"a": unnamed, "b": named, "c": named})
+    data = prepare(studies, tiny_model)
+    (note,) = data.notes
+    assert note.startswith("'Segment_2' of 'a' does not say what it is, and is left out.")
+    assert "POST /progidiff/annotations/a/rename" in note
+    spoken = dict(zip(data.training.names, data.training.annotated, strict=True))
+    liver, spleen = (data.training.structures.index(name) for name in ("liver", "spleen"))
+    assert spoken["a"][:, liver].all()
+    assert not spoken["a"][:, spleen].any()  # It may be what has no name.
+    assert spoken["c"][:, spleen].all()
+
+
+def test_a_volume_without_any_named_segment_stops_no_training(tmp_path: Path, tiny_model: Path):
+    studies = write_study(tmp_path / "studies", (1, 2), ("a", "b", "c"))
+    named = {"label_info": [{"name": "liver", "idx": 1}, {"name": "spleen", "idx": 2}]}
+    unnamed = {"label_info": [{"name": "Segment_1", "idx": 1}, {"name": "Segment_2", "idx": 2}]}
+    write_records(studies, {"a": unnamed, "b": named, "c": named})
+    data = prepare(studies, tiny_model)
+    assert data.training.names == ["c"]
+    assert "'Segment_1', 'Segment_2' of 'a'" in data.notes[0]
+    write_records(studies, {"a": unnamed, "b": named, "c": unnamed})
+    with pytest.raises(ImageError, match="No volume is left to train on. 'Segment_1'"):
+        prepare(studies, tiny_model)

@@ -15,20 +15,20 @@ before.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from progidiff.errors import GeometryError, ImageError, RequestError
+from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError
 from progidiff.images.formats import Use, find_format, is_picture, list_suffixes
 from progidiff.images.geometry import Grid
 from progidiff.images.reading import read_grid
 from progidiff.images.writing import save_mask
 from progidiff.labels.cases import LABELS_JSON, read_label_names
-from progidiff.labels.history import Source
+from progidiff.labels.history import Annotation, Source
 from progidiff.labels.segments import MAX_NAME, LabelMap, combine_names, is_unnamed, load_label_map
 from progidiff.params import read_bool, read_choice, read_float, read_int
 from progidiff.prompts.parser import canonical_name
@@ -42,6 +42,9 @@ MERGED = "merged"
 
 MAX_LABEL_ID = 255
 """Masks are 8 bits for every viewer."""
+
+RENAMED = "rename"
+"""The client of a save that gave a structure another name."""
 
 UNKNOWN_SEED = -1
 """Of a `Source` whose proposals are no longer kept."""
@@ -325,6 +328,54 @@ def prepare_label(
     return ReadyLabel(
         file, slices, structures, source, edited, options.seconds, options.client, num_slices, ids, tuple(warnings)
     )
+
+
+def prepare_renamed(
+    old: str,
+    new: str,
+    grid: Grid,
+    saves: Sequence[Annotation],
+    previous: Previous,
+    kept_ids: Mapping[str, int],
+    scratch: Path,
+) -> ReadyLabel:
+    """The label in force with another name for one of its structures, as a save of its own.
+
+    It speaks about the new name only, on the slices on which somebody spoke about the old one; what the other saves say
+    stays. If both names are drawn already they are one structure then.
+
+    Args:
+        old: As the label has it, in any spelling.
+        new: A name that says what it is.
+        grid: Of the image.
+        saves: In force, oldest first.
+        previous: What they say together.
+        kept_ids: Structure -> id as kept labels use them, see `combine_ids`.
+        scratch: Folder for the file.
+
+    Raises:
+        RequestError: if the new name is none.
+        NotFoundError: if the label has no structure of the old name.
+    """
+    name = _read_name(new, "new")
+    if is_unnamed(name):
+        raise RequestError(f"'{name}' does not say what is drawn either. Give a name such as 'liver'.")
+    wanted = canonical_name(old).casefold()
+    found = next((own for own in previous.label_ids if canonical_name(own).casefold() == wanted), None)
+    if found is None:
+        raise NotFoundError(
+            f"The label has no structure '{old[:60]}'; it has {', '.join(previous.label_ids) or 'none'}."
+        )
+    ids = {own: kept_ids[own] for own in previous.label_ids if own != found}
+    ids |= _assign_ids([name], kept_ids)
+    array = translate(_load_previous(previous, grid, kept_ids), {kept_ids[found]: ids[name]})
+    speaking = [save for save in saves if not save.structures or found in map(canonical_name, save.structures)] or saves
+    slices = None
+    if all(save.slices is not None for save in speaking):
+        slices = tuple(sorted({z for save in speaking for z in save.slices or ()}))
+    suffix = "label.png" if is_picture(previous.file) else "label.nii.gz"
+    file = save_mask(array, grid, scratch / suffix)
+    return ReadyLabel(file, slices, (name,), saves[-1].source, True, None, RENAMED, grid.num_slices, ids)
 
 
 def translate(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:

@@ -32,7 +32,7 @@ from progidiff.errors import ImageError, ModelError, RequestError
 from progidiff.images.formats import is_picture
 from progidiff.images.reading import load_label, load_volume
 from progidiff.labels.history import hash_file
-from progidiff.labels.segments import load_label_map
+from progidiff.labels.segments import is_unnamed, load_label_map
 from progidiff.prompts.parser import canonical_name
 from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.feature_cache import FeatureCache
@@ -280,7 +280,7 @@ def choose(
         RequestError: if a name, class or number makes no sense, or fewer than two images can be used.
     """
     served = _find_served(store, name)
-    labelled = sorted({text for case in cases for text in case.structures.values()})
+    labelled = sorted({text for case in cases for text in case.structures.values() if not is_unnamed(text)})
     classes = tuple(structures) or (served.classes if served is not None else tuple(labelled))
     if served is not None and classes != served.classes:
         raise RequestError(

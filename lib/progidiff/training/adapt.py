@@ -184,6 +184,8 @@ def _write_version(
         ", ".join(data.training.names),
         ", ".join(data.held_out) or "slices of it",
     )
+    for note in data.notes:
+        logger.warning("%s", note)
     phrases = PhraseTable(base.pipeline.backbone, data.training.structures)
     stages = AdaptStages(base.pipeline, data, phrases, base.card, config, folder, is_cancelled, tell)
     tensors, settings, choice = stages.train()
@@ -234,6 +236,8 @@ def _describe_version(
     if "kept" in figures["adapted"]:
         kept = figures["adapted"]["kept"]
         verdict += f" For the structures without labels it agrees with {model} to {kept:.3f} (Dice)."
+    if data.notes:
+        verdict += f" {' '.join(data.notes)}"
     if data.same_patient:
         verdict += " Only one volume is labelled: some of its slices were held back, so the figures flatter."
     training = data.training
@@ -246,6 +250,7 @@ def _describe_version(
         "training_slices": {n: [z for v, z in training.index if v == i] for i, n in enumerate(training.names)},
         "held_out_cases": data.held_out,
         "same_patient": data.same_patient,
+        "notes": list(data.notes),
         "data_sha256": {**training.digests, **data.validation.digests},
         "choice": origin["choice"],
         "validation": figures,
@@ -296,6 +301,7 @@ def _describe_data(data: AdaptData) -> dict[str, Any]:
         "unused_cases": data.unused,
         "structures": list(data.training.structures),
         "same_patient": data.same_patient,
+        "notes": list(data.notes),
     }
 
 

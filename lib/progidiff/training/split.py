@@ -16,7 +16,7 @@ import numpy as np
 from progidiff.errors import ImageError, PromptError, RequestError
 from progidiff.images.formats import strip_suffix
 from progidiff.images.reading import load_volume
-from progidiff.labels.segments import load_label_map
+from progidiff.labels.segments import is_unnamed, load_label_map
 from progidiff.model.folder import ModelCard
 from progidiff.prompts.parser import parse_prompt
 from progidiff.training.accepted_labels import EVERYTHING, find_local_cases
@@ -39,6 +39,7 @@ class AdaptData:
         held_out: Names of the held-back volumes.
         unused: Labelled volumes that were neither trained on nor held back.
         same_patient: One volume only: some of its slices are held back.
+        notes: Sentences about what was left out.
     """
 
     training: SliceCache
@@ -47,6 +48,7 @@ class AdaptData:
     held_out: list[str]
     unused: list[str]
     same_patient: bool
+    notes: tuple[str, ...] = ()
 
 
 def prepare_data(
@@ -89,11 +91,16 @@ def prepare_data(
             )
         training = training[:shots]
     names = [parse_structure(s, card) for s in structures] or None
-    used, found_modality = check_cases([*training, *kept_back], card, names)
-    training, kept_back = used[: len(training)], used[len(training) :]
+    used, found_modality, notes = check_cases([*training, *kept_back], card, names)
+    held_names = {c.name for c in kept_back}
+    training = [c for c in used if c.name not in held_names]
+    kept_back = [c for c in used if c.name in held_names]
+    if not training:
+        raise ImageError(f"No volume is left to train on. {' '.join(notes)}")
     train, valid = _cache_slices(training, kept_back, card, names, cache, slices)
     unused = [c.name for c in labelled if c.name not in {u.name for u in used}]
-    return AdaptData(train, valid, found_modality, [c.name for c in kept_back], unused, same_patient=not kept_back)
+    held = [c.name for c in kept_back]
+    return AdaptData(train, valid, found_modality, held, unused, not kept_back, tuple(notes))
 
 
 def choose_cases(
@@ -254,14 +261,20 @@ def parse_structure(text: str, card: ModelCard) -> str:
     return queries[0].name
 
 
-def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | None = None) -> tuple[list[Case], str]:
+def check_cases(
+    cases: Sequence[Case], card: ModelCard, only: Sequence[str] | None = None
+) -> tuple[list[Case], str, list[str]]:
     """Read every label and image once, before anything is trained.
+
+    A segment whose name says nothing ("Segment_1") is left out. It may be any structure, so nothing that its volume
+    does not draw counts as absent there.
 
     Args:
         only: Structures to train; the others may have any name and count as background.
 
     Returns:
-        The cases with the model's own names for their structures, and their modality.
+        The cases with the model's own names for their structures, without those of which nothing is left; their
+        modality; and sentences about what is left out.
 
     Raises:
         ImageError: for a label that cannot be read, lies on another grid, has unknown ids, no foreground or numbers
@@ -269,6 +282,7 @@ def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | No
         RequestError: if a label has a name that the model does not know.
     """
     checked = []
+    notes = []
     modalities: dict[str, str] = {}
     for case in cases:
         volume = load_volume(case.image, info=case.info)
@@ -286,31 +300,23 @@ def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | No
                 f'for example {{"{strange[0]}": "liver"}}, or remove '
                 "them from the label."
             )
-        names: dict[int, str] = {}
-        for value in values:
-            try:
-                found = parse_structure(case.structures[value], card)
-            except PromptError as err:
-                if only is not None:
-                    continue
-                raise RequestError(
-                    f"Label id {value} of '{case.name}' is named "
-                    f"'{case.structures[value]}', which '{card.full_name}' does not "
-                    f"know{f' (did you mean {err.suggestions[0]!r}?)' if err.suggestions else ''}. Rename it in "
-                    "labels.json or in the viewer to one of "
-                    f"{', '.join(card.structures)}, or choose what to train with --structures; an adapter cannot teach "
-                    "new structures, `progidiff train` can."
-                ) from err
-            if only is None or found in only:
-                names[value] = found
+        unnamed = [case.structures[value] for value in values if is_unnamed(case.structures[value])]
+        if unnamed:
+            notes.append(_tell_unnamed(case.name, unnamed))
+        names = _match_names(case, [value for value in values if not is_unnamed(case.structures[value])], card, only)
+        if unnamed and not names and not named:
+            continue
         if not names and not named:
             raise ImageError(
                 f"The label of '{case.name}' holds none of {', '.join(only or ())}; leave "
                 "this volume out or choose other structures."
             )
         # What is not asked for, or absent from this volume, keeps its place in the table as background.
-        absent = _absent(case, card, only, names) if case.names_all else {}
+        absent = _absent(case, card, only, names) if case.names_all and not unnamed else {}
         checked.append(replace(case, structures={**dict.fromkeys(values, ""), **names, **absent}))
+    if not checked:
+        raise ImageError(f"No volume is left to train on. {' '.join(notes)}")
+    modalities = {case.name: modalities[case.name] for case in checked}
     if len(set(modalities.values())) > 1:
         told = "; ".join(
             f"{m}: {', '.join(n for n, k in modalities.items() if k == m)}" for m in sorted(set(modalities.values()))
@@ -320,7 +326,42 @@ def check_cases(cases: Sequence[Case], card: ModelCard, only: Sequence[str] | No
             "with --case or the option modality, or, if the guess is "
             'wrong, write {"modality": "MR"} into a file <name>.json beside the image.'
         )
-    return checked, next(iter(modalities.values()))
+    return checked, next(iter(modalities.values())), notes
+
+
+def _match_names(case: Case, values: Sequence[int], card: ModelCard, only: Sequence[str] | None) -> dict[int, str]:
+    """Label id -> structure of the model, of those that are trained.
+
+    Raises:
+        RequestError: for a name that the model does not know, unless only some structures are trained.
+    """
+    names: dict[int, str] = {}
+    for value in values:
+        try:
+            found = parse_structure(case.structures[value], card)
+        except PromptError as err:
+            if only is not None:
+                continue
+            hint = f" (did you mean {err.suggestions[0]!r}?)" if err.suggestions else ""
+            raise RequestError(
+                f"Label id {value} of '{case.name}' is named '{case.structures[value]}', which '{card.full_name}' does "
+                f"not know{hint}. {_RENAME.format(case=case.name)} It knows {', '.join(card.structures)}. Or choose "
+                "what to train with --structures; an adapter cannot teach new structures, `progidiff train` can."
+            ) from err
+        if only is None or found in only:
+            names[value] = found
+    return names
+
+
+_RENAME = (
+    "Rename it in labels.json if it is named there, and in a label that was saved here with POST "
+    "/progidiff/annotations/{case}/rename."
+)
+
+
+def _tell_unnamed(case: str, unnamed: Sequence[str]) -> str:
+    listed = ", ".join(f"'{name}'" for name in unnamed[:8])
+    return f"{listed} of '{case}' does not say what it is, and is left out. {_RENAME.format(case=case)}"
 
 
 def _absent(case: Case, card: ModelCard, only: Sequence[str] | None, present: Mapping[int, str]) -> dict[int, str]:

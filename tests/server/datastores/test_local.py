@@ -46,6 +46,7 @@ from progidiff.server.datastores import local as module
 from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
 from support.phantoms import write_phantom
+from support.segment_files import write_seg_nrrd
 
 SHAPE = (32, 24, 8)
 LIVER, SPLEEN = 6, 1
@@ -791,3 +792,51 @@ def test_a_label_that_becomes_a_pipe_or_a_device_stops_no_save(store: SafeLocalD
     assert path.is_file()
     assert not path.is_symlink()
     assert module.hash_file(path) == store.annotations.list("one")[-1].sha256
+
+
+def test_a_segment_without_a_name_is_renamed_and_the_rename_can_be_undone(store: SafeLocalDatastore, studies: Path):
+    store.save_annotated("one", write_label(studies, "a", {2: LIVER}), "final", {"slices": [2]})
+    info = {"label_info": [{"name": "Segment_1", "idx": 1}], "slices": [5, 6], "structures": ["Segment_1"]}
+    saved = store.save_annotated("one", write_label(studies, "b", {5: 1}), "final", info)
+    assert "'Segment_1' has no name" in saved.warnings[0]
+    label = store.rename_structure("one", "segment_1", "Spleen", "ann")
+    assert (label.structures, label.slices, label.user, label.client) == (("spleen",), (5, 6), "ann", "rename")
+    assert dict(label.label_ids) == {"liver": LIVER, "spleen": SPLEEN}
+    final = read_final(studies)
+    assert {k: int(final[5, 5, k]) for k in range(8) if final[5, 5, k]} == {2: LIVER, 5: SPLEEN}
+    assert store.annotations.annotated_slices("one") == {2, 5, 6}
+    assert [len(save.structures) for save in store.annotations.in_force("one")] == [1, 1, 1]
+    store.undo("one")
+    assert set(np.unique(read_final(studies))) == {0, LIVER, 14}
+
+
+@pytest.mark.parametrize(
+    ("image", "old", "new", "error", "message"),
+    [
+        ("one", "aorta", "spleen", NotFoundError, "has no structure 'aorta'; it has liver"),
+        ("one", "liver", "Segment_2", RequestError, "does not say what is drawn"),
+        ("one", "liver", " ", RequestError, "is named by"),
+        ("two", "liver", "spleen", NotFoundError, "no saved label"),
+        ("three", "liver", "spleen", NotFoundError, "no image"),
+    ],
+)
+def test_a_rename_that_makes_no_sense_is_refused(
+    store: SafeLocalDatastore, studies: Path, image: str, old: str, new: str, error: type[ProGiDiffError], message: str
+):
+    store.save_annotated("one", write_label(studies, "a", {2: LIVER}), "final", {})
+    with pytest.raises(error, match=message):
+        store.rename_structure(image, old, new)
+    assert len(store.annotations.list()) == 1
+
+
+def test_a_file_put_into_the_folder_names_its_own_ids(store: SafeLocalDatastore, studies: Path):
+    affine = nibabel.load(studies / "one.nii.gz").affine
+    array = np.zeros(SHAPE, np.uint8)
+    array[4:7, 4:7, 3] = 2
+    final = studies / "labels" / "final"
+    final.mkdir(parents=True, exist_ok=True)
+    write_seg_nrrd(final / "one.nrrd", array, [("spleen", 1), ("liver", 2)], affine)
+    store.refresh()
+    store.save_annotated("one", write_label(studies, "a", {6: SPLEEN}), "final", {"slices": [6]})
+    assert {k: int(read_final(studies)[5, 5, k]) for k in (3, 6)} == {3: LIVER, 6: SPLEEN}
+    assert dict(store.annotations.list("one")[0].label_ids) == {"spleen": 1, "liver": 2}

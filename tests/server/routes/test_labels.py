@@ -21,6 +21,7 @@ import requests
 from monailabel.client import MONAILabelClient
 
 from support.phantoms import write_phantom
+from support.segment_files import write_seg_nrrd
 from support.servers import Server, copy_app, run_server
 
 SHAPE = (32, 24, 8)
@@ -32,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     folder = tmp_path_factory.mktemp("labels")
     studies = folder / "studies"
     studies.mkdir()
-    for seed, name in enumerate(("stock", "slices", "proposals", "history", "refused", "removed")):
+    for seed, name in enumerate(("stock", "slices", "proposals", "history", "refused", "removed", "named")):
         write_phantom(studies / f"{name}.nii.gz", shape=SHAPE, seed=seed)
     (folder / "secret.nii.gz").write_bytes(b"secret")
     with run_server(
@@ -289,6 +290,45 @@ def test_what_cannot_count_is_refused_with_a_cure_and_changes_nothing(server: Se
     assert response.status_code == 422
     assert requests.put(f"{server.url}/datastore/label", params={"image": "refused"}, timeout=30).status_code == 422
     assert list_files(server) == before
+
+
+def test_a_segmentation_of_slicer_is_saved_by_its_own_names(server: Server, tmp_path: Path):
+    affine = nibabel.load(server.studies / "named.nii.gz").affine
+    array = np.zeros(SHAPE, np.uint8)
+    array[4:7, 4:7, 2], array[4:7, 4:7, 4] = 1, 2
+    segments = [("liver", 1), ("Segment_2", 2)]
+    content = write_seg_nrrd(tmp_path / "x.seg.nrrd", array, segments, affine).read_bytes()
+    swapped = {"label_info": [{"name": "spleen", "idx": 1}, {"name": "liver", "idx": 2}]}
+    refused = put_label(server, "named", content, swapped, name="x.seg.nrrd")
+    assert refused.status_code == 422
+    assert "The file says that 1 is 'liver', and label_info says 'spleen'" in refused.json()["detail"]
+    saved = put_label(server, "named", content, name="x.seg.nrrd").json()["annotation"]
+    assert saved["label_ids"] == {"liver": LIVER, "Segment_2": 14}
+    assert "'Segment_2' has no name" in saved["warnings"][0]
+    renamed = requests.post(
+        f"{server.url}/progidiff/annotations/named/rename", json={"old": "Segment_2", "new": "Milz"}, timeout=60
+    ).json()
+    assert renamed["annotation"]["label_ids"] == {"liver": LIVER, "spleen": 1}
+    assert renamed["annotated_slices"] is None
+    for body in ({"old": "liver"}, {"old": "liver", "new": "spleen", "by": "me"}, {"old": 1, "new": "spleen"}):
+        answer = requests.post(f"{server.url}/progidiff/annotations/named/rename", json=body, timeout=60)
+        assert answer.status_code == 422
+
+
+def test_an_image_may_be_uploaded_under_the_name_that_its_viewer_gives_it(server: Server, tmp_path: Path):
+    client = MONAILabelClient(server.url, str(tmp_path))
+    name = "5: Body 1.5 CE"
+    path = write_phantom(tmp_path / "volume.nii.gz", shape=SHAPE, seed=78)
+    image = client.upload_image(str(path), name)["image"]
+    assert image == "5_Body_1.5_CE-86dc8c"
+    assert server.get("/datastore/image/info", params={"image": name}).json()["original_name"] == name
+    assert server.get("/datastore/image", params={"image": name}).content == path.read_bytes()
+    affine = nibabel.load(path).affine
+    label = nibabel.Nifti1Image(np.full(SHAPE, LIVER, np.uint8), affine).to_bytes()
+    assert put_label(server, name, label).json()["image"] == image
+    assert server.get("/progidiff/annotations", params={"image": name}).json()["total"] == 1
+    assert server.get(f"/progidiff/review/{name}").json()["sequence"] > 0
+    assert client.upload_image(str(path), name)["image"] == image
 
 
 def test_no_upload_is_left_behind(server: Server):

@@ -13,7 +13,8 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 
-from progidiff.errors import BusyError, ImageError, NotFoundError
+from progidiff.errors import BusyError, ImageError, NotFoundError, RequestError
+from progidiff.server.datastores.ids import is_plain_id, make_id
 from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.local import SafeLocalDatastore
 
@@ -21,6 +22,21 @@ _SERIES_UID = re.compile(r"\d+(\.\d+)+")
 
 _DOWNLOADS = ImageLocks("fetched", seconds=120.0)
 """The host takes a DICOM folder that another thread is still filling for a whole series."""
+
+
+def resolve_id(app: MONAILabelApp, name: str) -> str:
+    """The id of the image that a client names: by its id, or by the name that it uploaded it under.
+
+    Example: see `make_id`. What names no image comes back as it is, so that whoever looks for it says so.
+    """
+    if not name or is_plain_id(name):
+        return name
+    known = app.datastore().list_images()
+    try:
+        made = make_id(name)
+    except RequestError:
+        return name
+    return made if name not in known and made in known else name
 
 
 def find_image(app: MONAILabelApp, image_id: str) -> str:

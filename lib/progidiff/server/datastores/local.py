@@ -57,15 +57,16 @@ from progidiff.labels.saving import (
     load_label_ids,
     open_label,
     prepare_label,
+    prepare_renamed,
 )
 from progidiff.labels.segments import LabelMap, combine_names, read_names
 from progidiff.proposals.store import ProposalStore
+from progidiff.server.datastores.ids import check_id
 from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.storage.atomic import flush, scratch_folder
 
 logger = logging.getLogger(__name__)
 
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LOCK_SECONDS = 30.0
 _TRIES = 5
@@ -107,7 +108,7 @@ class SafeLocalDatastore(LocalDatastore):
         extensions: Patterns of image and label files.
         auto_reload: Watch the folder.
         read_only: Do not look for new files at start.
-        picture_ids: Structure -> label id, as answers about pictures use them; see `label_checks.check_label`.
+        picture_ids: Structure -> label id, as answers about pictures use them; see `labels.saving.check_label`.
 
     Raises:
         BusyError: if another server runs on this folder.
@@ -170,7 +171,7 @@ class SafeLocalDatastore(LocalDatastore):
             image_id: Of this datastore.
             label_file: Copied.
             tag: "final" for a label that counts.
-            params: See `label_checks.SaveOptions`; all of it is kept beside the label, as the host does.
+            params: See `labels.saving.SaveOptions`; all of it is kept beside the label, as the host does.
             user: Who saves it.
             client: What saves it, unless `params` says so.
 
@@ -183,6 +184,29 @@ class SafeLocalDatastore(LocalDatastore):
         grid = self._load_grid(image_id)
         options = SaveOptions.from_params(params, grid.num_slices)
         label = open_label(Path(label_file), grid)
+        return self._save(
+            image_id,
+            tag,
+            params,
+            user,
+            client,
+            lambda scratch: self._prepare(Path(label_file), label, grid, options, image_id, tag, scratch),
+        )
+
+    def _save(
+        self,
+        image_id: str,
+        tag: str,
+        params: Mapping[str, Any],
+        user: str,
+        client: str,
+        prepare: Callable[[Path], ReadyLabel],
+    ) -> SavedLabel:
+        """Prepare a label beside all locks but that of its image, and put it in force.
+
+        Args:
+            prepare: Gets a folder for files; asked again if what it joined the label with is not in force any more.
+        """
         with self._images.hold(image_id):
             for _ in range(_TRIES):
                 with self._guard():
@@ -190,8 +214,7 @@ class SafeLocalDatastore(LocalDatastore):
                     self._adopt(image_id, tag)
                     before = self._state_of(image_id, tag)
                 with scratch_folder("label") as scratch:
-                    ready = self._prepare(Path(label_file), label, grid, options, image_id, tag, scratch)
-                    saved = self._commit(ready, before, image_id, tag, params, user, client)
+                    saved = self._commit(prepare(scratch), before, image_id, tag, params, user, client)
                 if saved is not None:
                     return saved
         raise BusyError(
@@ -285,6 +308,22 @@ class SafeLocalDatastore(LocalDatastore):
             label = self.annotations.restore(image_id, sequence, user)
             self._settle(image_id, label.tag, label)
             return label
+
+    def rename_structure(self, image_id: str, old: str, new: str, user: str = "") -> Annotation:
+        """Give a structure of the label in force another name; a save like any other, which an undo takes back.
+
+        Raises:
+            NotFoundError: if there is no such image, label or structure.
+            RequestError: if the new name is none.
+        """
+        grid = self._load_grid(image_id)
+
+        def prepare(scratch: Path) -> ReadyLabel:
+            served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
+            ids = load_label_ids(Path(self._datastore_path), served_ids)
+            return rename_in_force(self.annotations, image_id, old, new, grid, ids, scratch)
+
+        return self._save(image_id, FINAL, {}, user, "", prepare).annotation
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Add to a label's record.
@@ -876,24 +915,6 @@ def open_local(
     )
 
 
-def check_id(image_id: str) -> str:
-    """Refuse an id that would not do as a file name.
-
-    Raises:
-        RequestError: saying what it may hold.
-
-    Example:
-        >>> check_id("case_01")
-        'case_01'
-    """
-    if not _ID.fullmatch(image_id):
-        raise RequestError(
-            f"'{image_id[:60]}' cannot name an image: use up to 128 letters, digits, '.', "
-            "'_' and '-', not starting with a sign."
-        )
-    return image_id
-
-
 def check_tag(tag: str) -> str:
     """Refuse a tag that would not do as a folder.
 
@@ -909,7 +930,7 @@ def check_tag(tag: str) -> str:
 
 
 def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Previous | None:
-    """The label in force, for `label_checks.prepare_label`."""
+    """The label in force, for `labels.saving.prepare_label`."""
     saves = annotations.in_force(image_id, tag)
     if not saves:
         return None
@@ -920,6 +941,25 @@ def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Prev
     file = annotations.label_file(saves[-1])
     names = combine_names(read_names(file), {value: name for name, value in saves[-1].label_ids})
     return Previous(file, {name: value for value, name in names.items()}, slices, structures)
+
+
+def rename_in_force(
+    annotations: AnnotationStore, image_id: str, old: str, new: str, grid: Grid, ids: Mapping[str, int], scratch: Path
+) -> ReadyLabel:
+    """The label in force with another name for a structure, see `labels.saving.prepare_renamed`.
+
+    Args:
+        ids: Structure -> id, of the folder.
+        scratch: For the file.
+
+    Raises:
+        NotFoundError: if there is no label, or no such structure.
+    """
+    previous = find_previous(annotations, image_id, FINAL)
+    if previous is None:
+        raise NotFoundError(f"Image '{image_id[:100]}' has no saved label yet, so there is nothing to rename.")
+    saves = annotations.in_force(image_id, FINAL)
+    return prepare_renamed(old, new, grid, saves, previous, combine_ids(ids, previous), scratch)
 
 
 def is_repeat(ready: ReadyLabel, saves: list[Annotation]) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 
+from progidiff.dicomweb.codes import warn_uncoded
 from progidiff.errors import NotFoundError
 from progidiff.images.reading import read_grid
 from progidiff.labels.audit import describe_origin
@@ -30,7 +31,14 @@ from progidiff.labels.saving import (
 )
 from progidiff.proposals.store import ProposalStore
 from progidiff.server.datastores.image_locks import ImageLocks
-from progidiff.server.datastores.local import SavedLabel, check_tag, find_previous, is_repeat, record_ready
+from progidiff.server.datastores.local import (
+    SavedLabel,
+    check_tag,
+    find_previous,
+    is_repeat,
+    record_ready,
+    rename_in_force,
+)
 from progidiff.storage.atomic import scratch_folder
 
 logger = logging.getLogger(__name__)
@@ -86,7 +94,7 @@ class RemoteLabels:
                 return SavedLabel(image_id, saves[-1], True, ready.warnings)
             label = record_ready(self.annotations, image_id, ready, tag, user, ready.client or client)
             label_id = self._send(image_id, tag, label, params, user)
-            return SavedLabel(label_id, label, False, ready.warnings)
+            return SavedLabel(label_id, label, False, (*ready.warnings, *warn_uncoded(ready.label_ids)))
 
     def remove_label(self, label_id: str, label_tag: str, user: str = "", reason: str = "") -> None:
         """Take a label out of force, and out of what the host keeps of it; a series that was sent stays where it is.
@@ -123,6 +131,15 @@ class RemoteLabels:
         with self._locks.hold(image_id):
             label = self.annotations.restore(image_id, sequence, user)
             self._send(image_id, label.tag, label, {}, user)
+            return label
+
+    def rename_structure(self, image_id: str, old: str, new: str, user: str = "") -> Annotation:
+        """As `SafeLocalDatastore.rename_structure`; the renamed label is sent."""
+        grid = read_grid(Path(self._find_image(image_id)))
+        with self._locks.hold(image_id), scratch_folder("label") as scratch:
+            ready = rename_in_force(self.annotations, image_id, old, new, grid, load_label_ids(self._state), scratch)
+            label = record_ready(self.annotations, image_id, ready, FINAL, user, ready.client)
+            self._send(image_id, FINAL, label, {}, user)
             return label
 
     def _forget(self, image_id: str, tag: str) -> None:

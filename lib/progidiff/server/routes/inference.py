@@ -32,6 +32,7 @@ from progidiff.server.datastores.images import find_image
 from progidiff.server.gate.endpoints import ADMINISTER, ANNOTATE, LONG, MEDIUM, READ, UPLOAD, Content, Endpoints
 from progidiff.server.inference import check_tag, find_model, infer, pick_options
 from progidiff.server.parts import get_context
+from progidiff.server.routes.image_id import ImageId
 from progidiff.server.tasks.pictures import TextDiffInferTask
 from progidiff.server.tasks.slices import SliceInferTask
 from progidiff.server.tasks.volumes import ProposalInferTask
@@ -58,7 +59,7 @@ def build_endpoints() -> Endpoints:
     def run_infer(
         background_tasks: BackgroundTasks,
         model: str,
-        image: str = "",
+        image: ImageId = "",
         session_id: str = "",
         params: str = Form("{}"),
         file: UploadFile | None = File(None),

@@ -28,10 +28,35 @@ from progidiff.images.formats import Use, find_format, list_suffixes
 from progidiff.labels.audit import format_audit, list_audit
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore
 from progidiff.server.datastores import images
-from progidiff.server.datastores.local import SafeLocalDatastore, check_id, check_tag
+from progidiff.server.datastores.local import SafeLocalDatastore, check_tag
 from progidiff.server.gate.auth import User
-from progidiff.server.gate.endpoints import ADMINISTER, ANNOTATE, CALLER, LONG, MEDIUM, READ, UPLOAD, Endpoints
+from progidiff.server.gate.endpoints import (
+    ADMINISTER,
+    ANNOTATE,
+    CALLER,
+    LONG,
+    MEDIUM,
+    READ,
+    SMALL,
+    UPLOAD,
+    Content,
+    Endpoints,
+)
 from progidiff.server.parts import Context, get_context
+from progidiff.server.routes.image_id import ImageId
+from progidiff.server.routes.label_answers import (
+    AddedImage,
+    AnnotationAnswer,
+    AnnotationsAnswer,
+    LabelStateAnswer,
+    NewLabelAnswer,
+    NothingAnswer,
+    RenameRequest,
+    SaveAnswer,
+    SavedLabelAnswer,
+    SkipAnswer,
+    list_slices,
+)
 from progidiff.storage.atomic import scratch_folder
 from progidiff.storage.json_text import read_json_object
 
@@ -96,19 +121,23 @@ def _add_image_routes(endpoints: Endpoints) -> None:
         ANNOTATE,
         tags=["Datastore"],
         summary="Add an image",
-        takes="Query: image (id: letters, digits, '.', '_', '-'); form: file (a readable volume), params",
+        takes="Query: image (id: letters, digits, '.', '_', '-'; of another name one is made); form: file (a readable "
+        "volume), params",
         body=UPLOAD,
     )
     def add_image(
         image: str | None = None, params: str = Form("{}"), file: UploadFile = File(...), user: User = CALLER
-    ) -> dict[str, Any]:
+    ) -> AddedImage:
         info = read_object(params, "params")
         if user.name:
             info["user"] = user.name
         with _received(file, Use.IMAGE) as (path, suffix):
             name = Path(file.filename or "").name
-            image_id = check_id(image or name[: -len(suffix)])
-            return {"image": get_context().app.datastore().add_image(image_id, str(path), info)}
+            original = image or name[: -len(suffix)]
+            image_id = images.make_id(original)
+            if image_id != original:
+                info["original_name"] = original
+            return AddedImage(image=get_context().app.datastore().add_image(image_id, str(path), info))
 
     @endpoints.delete(
         "/datastore/",
@@ -124,19 +153,19 @@ def _add_image_routes(endpoints: Endpoints) -> None:
         summary="Take an image and its labels out; they go to the server's trash",
         takes="Query: id",
     )
-    def remove_image(id: str, user: User = CALLER) -> dict[str, Any]:
+    def remove_image(id: ImageId, user: User = CALLER) -> NothingAnswer:
         datastore = get_context().app.datastore()
         if isinstance(datastore, SafeLocalDatastore):
             datastore.remove_image(id, user.name)
         else:
             images.find_image(get_context().app, id)
             datastore.remove_image(id)
-        return {}
+        return NothingAnswer()
 
     @endpoints.head("/datastore/image", tags=["Datastore"], summary="Whether an image is there")
-    def check_image(image: str, check_sum: str | None = None) -> dict[str, Any]:
+    def check_image(image: ImageId, check_sum: str | None = None) -> NothingAnswer:
         _check_sum(_find_file(images.find_image(get_context().app, image)), check_sum)
-        return {}
+        return NothingAnswer()
 
     @endpoints.get(
         "/datastore/image",
@@ -145,13 +174,13 @@ def _add_image_routes(endpoints: Endpoints) -> None:
         summary="Download an image",
         takes="Query: image (id); HEAD with check_sum",
     )
-    def download_image(image: str) -> Response:
+    def download_image(image: ImageId) -> Response:
         return _send(_find_file(images.find_image(get_context().app, image)))
 
     @endpoints.get(
         "/datastore/image/info", READ, tags=["Datastore"], summary="What is known about an image", takes="Query: image"
     )
-    def get_image_info(image: str) -> Any:
+    def get_image_info(image: ImageId) -> Any:
         images.find_image(get_context().app, image)
         return get_context().app.datastore().get_image_info(image)
 
@@ -163,7 +192,7 @@ def _add_image_routes(endpoints: Endpoints) -> None:
         takes="Query: image; form: info (JSON object)",
         body=MEDIUM,
     )
-    def put_image_info(image: str, info: str = Form("{}"), user: User = CALLER) -> Any:
+    def put_image_info(image: ImageId, info: str = Form("{}"), user: User = CALLER) -> Any:
         images.find_image(get_context().app, image)
         return get_context().app.datastore().update_image_info(image, _with_user(read_object(info, "info"), user))
 
@@ -178,8 +207,8 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         body=UPLOAD,
     )
     def save_label(
-        image: str, params: str = Form("{}"), tag: str = FINAL, label: UploadFile = File(...), user: User = CALLER
-    ) -> dict[str, Any]:
+        image: ImageId, params: str = Form("{}"), tag: str = FINAL, label: UploadFile = File(...), user: User = CALLER
+    ) -> SaveAnswer:
         context = get_context()
         options = read_object(params, "params")
         with _received(label, Use.LABEL) as (path, _):
@@ -192,19 +221,19 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         summary="Take a label out of force; the history keeps it",
         takes="Query: id, tag",
     )
-    def remove_label(id: str, tag: str, user: User = CALLER) -> dict[str, Any]:
+    def remove_label(id: ImageId, tag: str, user: User = CALLER) -> NothingAnswer:
         get_context().labels.remove_label(id, tag, user.name)
-        return {}
+        return NothingAnswer()
 
     @endpoints.head("/datastore/label", tags=["Datastore"], summary="Whether a label is there")
-    def check_label(image: str, tag: str) -> dict[str, Any]:
+    def check_label(image: ImageId, tag: str) -> NothingAnswer:
         _find_label(image, tag)
-        return {}
+        return NothingAnswer()
 
     @endpoints.get(
         "/datastore/label", READ, tags=["Datastore"], summary="Download a label", takes="Query: label (image id), tag"
     )
-    def download_label(label: str, tag: str) -> Response:
+    def download_label(label: ImageId, tag: str) -> Response:
         return _send(_find_label(label, tag))
 
     @endpoints.get(
@@ -214,7 +243,7 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         summary="What is known about a label",
         takes="Query: label, tag",
     )
-    def get_label_info(label: str, tag: str) -> Any:
+    def get_label_info(label: ImageId, tag: str) -> Any:
         _check_label_name(label, tag)
         return get_context().app.datastore().get_label_info(label, tag)
 
@@ -226,7 +255,7 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         takes="Query: label, tag; form: info (JSON object)",
         body=MEDIUM,
     )
-    def put_label_info(label: str, tag: str, info: str = Form("{}"), user: User = CALLER) -> Any:
+    def put_label_info(label: ImageId, tag: str, info: str = Form("{}"), user: User = CALLER) -> Any:
         _check_label_name(label, tag)
         return get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(info, "info"), user))
 
@@ -238,7 +267,7 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         takes="As PUT /datastore/label/info, form field params",
         body=MEDIUM,
     )
-    def update_label_info(label: str, tag: str, params: str = Form("{}"), user: User = CALLER) -> Any:
+    def update_label_info(label: ImageId, tag: str, params: str = Form("{}"), user: User = CALLER) -> Any:
         _check_label_name(label, tag)
         return (
             get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(params, "params"), user))
@@ -253,7 +282,7 @@ def _add_history_routes(endpoints: Endpoints) -> None:
         summary="Saved labels, newest first, and which slices are annotated",
         takes="Query: image, limit",
     )
-    def list_annotations(image: str | None = None, limit: int = 100) -> dict[str, Any]:
+    def list_annotations(image: ImageId | None = None, limit: int = 100) -> AnnotationsAnswer:
         if not 1 <= limit <= _MAX_LISTED:
             raise RequestError(f"limit must be from 1 to {_MAX_LISTED}; GET /progidiff/annotations/export gives all.")
         store = get_context().annotations
@@ -261,13 +290,15 @@ def _add_history_routes(endpoints: Endpoints) -> None:
             images.find_image(get_context().app, image)
         counting = store.counting()
         labels = store.list(image)
-        newest = [{**label.to_dict(), "in_force": label.sequence in counting} for label in reversed(labels[-limit:])]
         annotated = store.annotated_images() if image is None else {image: store.annotated_slices(image)}
-        return {
-            "total": len(labels),
-            "annotations": newest,
-            "annotated_slices": {name: _list_slices(slices) for name, slices in annotated.items()},
-        }
+        return AnnotationsAnswer(
+            total=len(labels),
+            annotations=[
+                AnnotationAnswer(**label.to_dict(), in_force=label.sequence in counting)
+                for label in reversed(labels[-limit:])
+            ],
+            annotated_slices={name: list_slices(slices) for name, slices in annotated.items()},
+        )
 
     @endpoints.get(
         "/progidiff/annotations/export",
@@ -276,7 +307,7 @@ def _add_history_routes(endpoints: Endpoints) -> None:
         summary="The audit: one row per saved label, delete, undo, restore and skip",
         takes="Query: format (csv, jsonl), image",
     )
-    def export_annotations(format: str = "csv", image: str | None = None) -> Response:
+    def export_annotations(format: str = "csv", image: ImageId | None = None) -> Response:
         text = format_audit(list_audit(get_context().annotations, image), format)
         media = "text/csv" if format == "csv" else "application/x-ndjson"
         return PlainTextResponse(
@@ -289,9 +320,23 @@ def _add_history_routes(endpoints: Endpoints) -> None:
         tags=["ProGiDiff"],
         summary="Go back to the label before the last save",
     )
-    def undo(image: str, user: User = CALLER) -> dict[str, Any]:
+    def undo(image: ImageId, user: User = CALLER) -> LabelStateAnswer:
         images.find_image(get_context().app, image)
         return _describe_state(image, get_context().labels.undo(image, user.name))
+
+    @endpoints.post(
+        "/progidiff/annotations/{image}/rename",
+        ANNOTATE,
+        tags=["ProGiDiff"],
+        summary="Give a structure of the label in force another name; a save like any other",
+        takes="JSON: old, new",
+        body=SMALL,
+        content=Content.JSON,
+    )
+    def rename(image: ImageId, names: RenameRequest, user: User = CALLER) -> LabelStateAnswer:
+        images.find_image(get_context().app, image)
+        label = get_context().labels.rename_structure(image, names.old, names.new, user.name)
+        return _describe_state(image, label)
 
     @endpoints.post(
         "/progidiff/annotations/{image}/skip",
@@ -300,10 +345,10 @@ def _add_history_routes(endpoints: Endpoints) -> None:
         summary="Note that an image was looked at and left",
         takes="Query: reason",
     )
-    def skip(image: str, reason: str = "", user: User = CALLER) -> dict[str, Any]:
+    def skip(image: ImageId, reason: str = "", user: User = CALLER) -> SkipAnswer:
         images.find_image(get_context().app, image)
         event = get_context().annotations.skip(image, user.name, reason)
-        return {"image": image, "sequence": event.sequence}
+        return SkipAnswer(image=image, sequence=event.sequence)
 
     @endpoints.post(
         "/progidiff/annotations/{image}/{sequence}/restore",
@@ -311,7 +356,7 @@ def _add_history_routes(endpoints: Endpoints) -> None:
         tags=["ProGiDiff"],
         summary="Put an earlier save in force again",
     )
-    def restore(image: str, sequence: int, user: User = CALLER) -> dict[str, Any]:
+    def restore(image: ImageId, sequence: int, user: User = CALLER) -> LabelStateAnswer:
         images.find_image(get_context().app, image)
         return _describe_state(image, get_context().labels.restore(image, sequence, user.name))
 
@@ -321,7 +366,7 @@ def _add_history_routes(endpoints: Endpoints) -> None:
         tags=["ProGiDiff"],
         summary="Download a saved label as it was",
     )
-    def download_version(image: str, sequence: int) -> Response:
+    def download_version(image: ImageId, sequence: int) -> Response:
         store: AnnotationStore = get_context().annotations
         path = store.label_file(store.get(image, sequence))
         if not path.is_file():
@@ -331,7 +376,7 @@ def _add_history_routes(endpoints: Endpoints) -> None:
         return _send(path)
 
 
-def save(context: Context, image: str, path: Path, tag: str, params: Mapping[str, Any], user: str) -> dict[str, Any]:
+def save(context: Context, image: str, path: Path, tag: str, params: Mapping[str, Any], user: str) -> SaveAnswer:
     """Save a label file and describe what that did, as the answer to `PUT /datastore/label`.
 
     An image that is named by its SeriesInstanceUID has its label on the grid of that series; the file is then rewritten
@@ -346,8 +391,8 @@ def save(context: Context, image: str, path: Path, tag: str, params: Mapping[str
         context.served.to_image_grid(path, series)
     saved = context.labels.save_annotated(image, path, tag, params, user)
     answer = _run_hooks(context, saved.annotation, saved.repeated, saved.label_id)
-    annotation = {**_describe(saved.annotation), "repeated": saved.repeated, "warnings": list(saved.warnings)}
-    return {**answer, "annotation": annotation, "image": image, "label": saved.label_id}
+    annotation = NewLabelAnswer.of(saved.annotation, repeated=saved.repeated, warnings=list(saved.warnings))
+    return SaveAnswer(**{**answer, "annotation": annotation, "image": image, "label": saved.label_id})
 
 
 def read_object(text: str, field: str) -> dict[str, Any]:
@@ -398,27 +443,12 @@ def _run_hooks(context: Context, annotation: Annotation, repeated: bool, label_i
     return answer
 
 
-def _describe(label: Annotation) -> dict[str, Any]:
-    return {
-        "sequence": label.sequence,
-        "slices": _list_slices(label.slices),
-        "structures": list(label.structures),
-        "edited": label.edited,
-        "label_ids": dict(label.label_ids),
-    }
-
-
-def _describe_state(image: str, label: Annotation | None) -> dict[str, Any]:
-    slices = get_context().annotations.annotated_slices(image)
-    return {
-        "image": image,
-        "annotation": None if label is None else _describe(label),
-        "annotated_slices": _list_slices(slices),
-    }
-
-
-def _list_slices(slices: Any) -> list[int] | None:
-    return None if slices is None else sorted(slices)
+def _describe_state(image: str, label: Annotation | None) -> LabelStateAnswer:
+    return LabelStateAnswer(
+        image=image,
+        annotation=None if label is None else SavedLabelAnswer.of(label),
+        annotated_slices=list_slices(get_context().annotations.annotated_slices(image)),
+    )
 
 
 def _check_label_name(label: str, tag: str) -> None:

@@ -40,6 +40,15 @@ from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes import labels
+from progidiff.server.routes.image_id import ImageId
+from progidiff.server.routes.label_answers import (
+    CurrentLabel,
+    GeometryAnswer,
+    KeptProposals,
+    ReviewedImage,
+    SaveAnswer,
+    list_slices,
+)
 from progidiff.storage.atomic import scratch_folder
 
 MAX_SLICE_PIXELS = 1 << 24
@@ -82,13 +91,13 @@ def _add_page_routes(endpoints: Endpoints) -> None:
 
 def _add_data_routes(endpoints: Endpoints) -> None:
     @endpoints.get("/progidiff/review/{image}", READ, tags=["Review"], summary="Size, window and state of an image")
-    def describe_image(image: str) -> dict[str, Any]:
+    def describe_image(image: ImageId) -> ReviewedImage:
         return _describe_image(get_context(), image)
 
     @endpoints.get(
         "/progidiff/review/{image}/slices/{z}", READ, tags=["Review"], summary="One axial slice, int16, little-endian"
     )
-    def get_slice(request: Request, image: str, z: int) -> Response:
+    def get_slice(request: Request, image: ImageId, z: int) -> Response:
         volume = _open_volume(get_context(), image)
         stack, _ = volume.to_stack()
         _check_slice(z, stack.shape)
@@ -105,7 +114,7 @@ def _add_data_routes(endpoints: Endpoints) -> None:
         summary="All proposals on one axial slice; 204 if a job is not there yet",
         takes="Query: proposals (a key) or job",
     )
-    def get_masks(request: Request, image: str, z: int, proposals: str = "", job: str = "") -> Response:
+    def get_masks(request: Request, image: ImageId, z: int, proposals: str = "", job: str = "") -> Response:
         result = (
             _find_unfinished(get_context(), image, job, z) if job else _find_result(get_context(), image, proposals)
         )
@@ -120,7 +129,7 @@ def _add_data_routes(endpoints: Endpoints) -> None:
         tags=["Review"],
         summary="The saved label on one axial slice, uint8",
     )
-    def get_label(request: Request, image: str, z: int) -> Response:
+    def get_label(request: Request, image: ImageId, z: int) -> Response:
         context = get_context()
         volume = _open_volume(context, image)
         _check_slice(z, volume.to_stack()[0].shape)
@@ -140,7 +149,7 @@ def _add_submit_route(endpoints: Endpoints) -> None:
         body=MEDIUM,
         content=Content.JSON,
     )
-    def submit(image: str, decisions: dict[str, Any], user: User = CALLER) -> dict[str, Any]:
+    def submit(image: ImageId, decisions: dict[str, Any], user: User = CALLER) -> SaveAnswer:
         """Body: proposals (key), volume and slices (see `decisions.Plan`), base (the newest save the page knows),
         seconds.
         """
@@ -194,7 +203,7 @@ def pack_masks(result: VolumeProposals, z: int) -> bytes:
     return b"".join(parts)
 
 
-def _describe_image(context: Context, image: str) -> dict[str, Any]:
+def _describe_image(context: Context, image: str) -> ReviewedImage:
     volume = _open_volume(context, image)
     stack, spacing = volume.to_stack()
     if stack.shape[1] * stack.shape[2] > MAX_SLICE_PIXELS:
@@ -206,30 +215,28 @@ def _describe_image(context: Context, image: str) -> dict[str, Any]:
     annotations = context.annotations
     slices = annotations.annotated_slices(image)
     current = annotations.current(image)
-    return {
-        "image": image,
-        "shape": list(stack.shape),
-        "spacing": [round(edge, 6) for edge in spacing],
-        "modality": volume.modality,
-        "modality_source": volume.modality_source,
-        "geometry": volume.grid.describe(),
-        "scale": [slope, intercept],
-        "window": list(compute_window(volume)),
-        "range": [float(volume.array.min()), float(volume.array.max())],
-        "voxel_ml": volume.voxel_ml,
-        "kept": [
-            {"proposals": entry.key, "created": entry.created, "structures": list(entry.structures)}
+    return ReviewedImage(
+        image=image,
+        shape=list(stack.shape),
+        spacing=[round(edge, 6) for edge in spacing],
+        modality=volume.modality,
+        modality_source=volume.modality_source,
+        geometry=GeometryAnswer.model_validate(volume.grid.describe()),
+        scale=(slope, intercept),
+        window=compute_window(volume),
+        range=(float(volume.array.min()), float(volume.array.max())),
+        voxel_ml=volume.voxel_ml,
+        kept=[
+            KeptProposals(proposals=entry.key, created=entry.created, structures=list(entry.structures))
             for entry in context.infer.store.list(image)
         ],
-        "label": None
-        if current is None
-        else {"sequence": current.sequence, "user": current.user, "time": current.time},
-        "label_ids": dict(current.label_ids) if current is not None else {},
-        "colors": dict(COLORS),
-        "other_colors": list(OTHER_COLORS),
-        "annotated_slices": None if slices is None else sorted(slices),
-        "sequence": max((saved.sequence for saved in annotations.list(image)), default=0),
-    }
+        label=None if current is None else CurrentLabel.model_validate(current),
+        label_ids=dict(current.label_ids) if current is not None else {},
+        colors=dict(COLORS),
+        other_colors=list(OTHER_COLORS),
+        annotated_slices=list_slices(slices),
+        sequence=max((saved.sequence for saved in annotations.list(image)), default=0),
+    )
 
 
 def _open_volume(context: Context, image: str) -> Volume:

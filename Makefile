@@ -4,7 +4,8 @@
 # make test-faults  hundreds of kills with SIGKILL, of server, training, scoring and stores; FAULT_SEED=... repeats a run
 # make test-browser the tests in a real browser; needs chromium, nodejs and npm (Debian's), skips with a reason without them
 # make pacs         Orthanc (Debian's) on 127.0.0.1:8042 with the sample images in it; then make serve STUDIES=http://127.0.0.1:8042/dicom-web
-# make check        ruff, mypy, import-linter
+# make check        ruff, mypy, import-linter; the types of the pages where npm is
+# make api-types    the types of the server's answers for the pages, after a route has changed; needs npm
 #
 # PYTHON=...        the interpreter for .venv (3.11 or 3.12)
 # TORCH=...         what to hand to `pip install` for PyTorch. The default takes PyPI's build, which brings CUDA on Linux;
@@ -24,7 +25,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup serve test test-slow test-faults test-browser pacs check
+.PHONY: setup serve test test-slow test-faults test-browser pacs check check-pages page-tools api-types
 
 setup: $(STAMP)
 	@$(BIN)/python sample_datastore/prepare.py
@@ -67,3 +68,13 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	PYTHONPATH=lib $(BIN)/lint-imports
+	@$(MAKE) --no-print-directory check-pages
+
+page-tools:
+	@command -v npm > /dev/null && npm ci --prefix tests/pages --no-audit --no-fund --silent || echo "There is no npm (Debian: nodejs npm), or it reaches no registry."
+
+check-pages: page-tools
+	@if test -x tests/pages/node_modules/.bin/tsc; then npm run --prefix tests/pages --silent check; else echo "Without the tools of npm the types of the pages are not checked."; fi
+
+api-types: setup page-tools
+	PYTHONPATH=lib:tests $(BIN)/python -m support.api_types

@@ -1,11 +1,14 @@
 // A label as an NRRD file, gzip inside.
 
+/** @typedef {{shape: [number, number, number], origin: number[], directions: number[][]}} Grid shape (Z, Y, X); origin and steps along x, y, z in LPS mm */
+
 /**
- * @param {Uint8Array} voxels X fastest, then Y, then Z.
- * @param {{shape: number[], origin: number[], directions: number[][]}} grid shape (Z, Y, X); origin and steps along x, y, z in LPS mm.
+ * @param {Uint8Array<ArrayBuffer>} voxels X fastest, then Y, then Z.
+ * @param {Grid} grid
  * @returns {Promise<Blob>}
  */
 export async function encodeNrrd(voxels, { shape, origin, directions }) {
+  /** @param {number[]} values */
   const vector = (values) => `(${values.join(',')})`;
   const header = [
     'NRRD0004',

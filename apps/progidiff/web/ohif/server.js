@@ -1,6 +1,14 @@
 // The server, as the panel needs it. Errors become `ServerError` with a text for people.
 
+/** @typedef {import('../answers.d.ts').Refusal} Refusal */
+/** @typedef {import('./masks.js').Mask} Mask */
+
 export class ServerError extends Error {
+  /**
+   * @param {string} message
+   * @param {number} status 0 if there was no answer
+   * @param {string[]} suggestions
+   */
   constructor(message, status = 0, suggestions = []) {
     super(message);
     this.status = status;
@@ -10,15 +18,21 @@ export class ServerError extends Error {
 
 const GONE = 'The server does not answer. What was saved is safe, and what you accepted here stays in this tab. Try again when it is back.';
 
+/**
+ * @param {string} path
+ * @param {RequestInit} options
+ */
 async function ask(path, options = {}) {
+  /** @type {Response} */
   let response;
   try {
     response = await fetch(path, { credentials: 'same-origin', ...options });
   } catch (error) {
-    if (error.name === 'AbortError') throw error;
+    if (error instanceof Error && error.name === 'AbortError') throw error;
     throw new ServerError(GONE);
   }
   if (response.ok) return response;
+  /** @type {Refusal} */
   const answer = await response.json().catch(() => ({}));
   if (response.status === 401) {
     const login = `/progidiff/login?next=${encodeURIComponent(location.pathname + location.search)}`;
@@ -28,49 +42,78 @@ async function ask(path, options = {}) {
   throw new ServerError(detail, response.status, answer.suggestions || []);
 }
 
-const askJson = async (path, options) => (await ask(path, options)).json();
+/**
+ * @param {string} path
+ * @param {RequestInit} options
+ */
+const askJson = async (path, options = {}) => (await ask(path, options)).json();
 
-const asForm = (fields) => {
-  const form = new FormData();
-  for (const [name, value] of Object.entries(fields)) form.append(name, ...[].concat(value));
-  return form;
-};
-
+/**
+ * @param {string} path
+ * @param {string} method
+ * @param {object} value
+ */
 const sendJson = (path, method, value) =>
   askJson(path, { method, headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(value) });
 
-export const listPrompts = () => askJson('/progidiff/prompts');
-
-export const getInfo = () => askJson('/info/');
-
-export const describeImage = (image) => askJson(`/progidiff/ohif/images/${encodeURIComponent(image)}`);
-
-export const propose = (series, params) =>
-  askJson(`/infer/progidiff?image=${encodeURIComponent(series)}&output=json`, {
-    method: 'POST',
-    body: asForm({ params: JSON.stringify(params) }),
-  });
-
-export const getJob = (id) => askJson(`/progidiff/jobs/${id}`);
-
-export const cancelJob = (id) => askJson(`/progidiff/jobs/${id}`, { method: 'DELETE' });
-
-/** One proposal: {box: [z0, z1, y0, y1, x0, x1], shape: [Z, Y, X], voxels: Uint8Array of what is in the box}. */
-export async function getMask(series, query) {
-  const response = await ask(`/progidiff/ohif/masks/${encodeURIComponent(series)}?${new URLSearchParams(query)}`);
-  const read = (name) => response.headers.get(name).split(',').map(Number);
-  return { box: read('X-Box'), shape: read('X-Shape'), voxels: new Uint8Array(await response.arrayBuffer()) };
+/**
+ * @param {object} params
+ * @param {Blob} [label]
+ */
+function makeForm(params, label) {
+  const form = new FormData();
+  form.append('params', JSON.stringify(params));
+  if (label) form.append('label', label, 'label.nrrd');
+  return form;
 }
 
-export const saveLabel = (series, file, params) =>
-  askJson(`/datastore/label?image=${encodeURIComponent(series)}&tag=final`, {
-    method: 'PUT',
-    body: asForm({ params: JSON.stringify(params), label: [file, 'label.nrrd'] }),
-  });
+const name = encodeURIComponent;
 
+/** @type {() => Promise<import('../answers.d.ts').Prompt[]>} */
+export const listPrompts = () => askJson('/progidiff/prompts');
+
+/** @type {() => Promise<import('../answers.d.ts').ServerInfo>} */
+export const getInfo = () => askJson('/info/');
+
+/** @type {(image: string) => Promise<import('../answers.d.ts').SeriesInfo>} */
+export const describeImage = (image) => askJson(`/progidiff/ohif/images/${name(image)}`);
+
+/** @type {(series: string, params: object) => Promise<import('../answers.d.ts').Proposed>} */
+export const propose = (series, params) => askJson(`/infer/progidiff?image=${name(series)}&output=json`, { method: 'POST', body: makeForm(params) });
+
+/** @type {(id: string) => Promise<import('../answers.d.ts').Job>} */
+export const getJob = (id) => askJson(`/progidiff/jobs/${id}`);
+
+/** @type {(id: string) => Promise<import('../answers.d.ts').Job>} */
+export const cancelJob = (id) => askJson(`/progidiff/jobs/${id}`, { method: 'DELETE' });
+
+/**
+ * One proposal.
+ * @param {string} series
+ * @param {{show: string, proposals: string}|{show: string, job: string}} query
+ * @returns {Promise<Mask>}
+ */
+export async function getMask(series, query) {
+  const response = await ask(`/progidiff/ohif/masks/${name(series)}?${new URLSearchParams(query)}`);
+  /** @param {string} header */
+  const read = (header) => (response.headers.get(header) ?? '').split(',').map(Number);
+  const [z0, z1, y0, y1, x0, x1] = read('X-Box');
+  const [depth, rows, columns] = read('X-Shape');
+  return { box: [z0, z1, y0, y1, x0, x1], shape: [depth, rows, columns], voxels: new Uint8Array(await response.arrayBuffer()) };
+}
+
+/** @type {(series: string, file: Blob, params: object) => Promise<import('../answers.d.ts').Saved>} */
+export const saveLabel = (series, file, params) =>
+  askJson(`/datastore/label?image=${name(series)}&tag=final`, { method: 'PUT', body: makeForm(params, file) });
+
+/** @type {(client: string) => Promise<import('../answers.d.ts').NextSample>} */
 export const pickNext = (client) => sendJson('/activelearning/proposal_disagreement', 'POST', { client_id: client });
 
+/** @type {() => Promise<unknown>} */
 export const startTraining = () => sendJson('/train/progidiff_adapt', 'POST', {});
 
-/** The training under way or the last one: {running, state, step, total, message, published, version}. */
+/**
+ * The training under way or the last one.
+ * @type {() => Promise<import('../answers.d.ts').Training>}
+ */
 export const getTraining = () => askJson('/progidiff/training?limit=0');

@@ -1,9 +1,17 @@
 // Talking to the server: one place that knows addresses, and that turns every failure into a sentence.
 
+/** @typedef {import("../answers.d.ts").Refusal} Refusal */
+/** @typedef {"offline"|"login"|"forbidden"|"conflict"|"busy"|"gone"|"refused"} FailureKind */
+
 const BASE = new URL("../", document.baseURI);
 
-/** Something went wrong; `kind` is "offline", "login", "forbidden", "conflict", "busy", "gone" or "refused". */
+/** Something went wrong, and the message says what in words for people. */
 export class ApiError extends Error {
+  /**
+   * @param {string} message
+   * @param {FailureKind} kind
+   * @param {string[]} suggestions
+   */
   constructor(message, kind, suggestions = []) {
     super(message);
     this.kind = kind;
@@ -11,25 +19,49 @@ export class ApiError extends Error {
   }
 }
 
+/** @type {Record<number, FailureKind>} */
 const KINDS = { 401: "login", 403: "forbidden", 404: "gone", 409: "conflict", 429: "busy", 503: "busy" };
 
-/** Called with true when the server answers and with false when it does not. */
+/**
+ * What kind of failure the server told of; "" if it is none of the server's.
+ * @param {unknown} error
+ * @returns {FailureKind|""}
+ */
+export const kindOf = (error) => (error instanceof ApiError ? error.kind : "");
+
+/** @param {unknown} error */
+export const messageOf = (error) => (error instanceof Error ? error.message : String(error));
+
+/** @param {unknown} error */
+export const isAborted = (error) => error instanceof Error && error.name === "AbortError";
+
+/** @type {(isReachable: boolean) => void} */
 let onReachable = () => {};
+/**
+ * Call back with true when the server answers and with false when it does not.
+ * @param {(isReachable: boolean) => void} callback
+ */
 export function watchConnection(callback) {
   onReachable = callback;
 }
 
+/**
+ * @param {string} path
+ * @param {RequestInit} options
+ */
 async function send(path, options = {}) {
+  /** @type {Response} */
   let response;
   try {
     response = await fetch(new URL(path, BASE), { credentials: "same-origin", cache: "no-store", ...options });
   } catch (error) {
-    if (error.name === "AbortError") throw error;
+    if (isAborted(error)) throw error;
     onReachable(false);
     throw new ApiError("The server does not answer. Your decisions are kept in this browser; submit them when it is back.", "offline");
   }
   onReachable(true);
   if (response.ok) return response;
+  /** @type {Refusal} */
   let answer = {};
   try {
     answer = await response.json();
@@ -40,55 +72,84 @@ async function send(path, options = {}) {
   throw new ApiError(detail, KINDS[response.status] ?? "refused", answer.suggestions ?? []);
 }
 
-export async function getJson(path, options) {
-  return (await send(path, options)).json();
-}
+/** @param {string} path */
+const getJson = async (path) => (await send(path)).json();
 
-export async function getBytes(path, options) {
-  return (await send(path, options)).arrayBuffer();
-}
+/** @param {string} path */
+const getBytes = async (path) => (await send(path)).arrayBuffer();
 
-export async function postJson(path, body, method = "POST") {
+/**
+ * @param {string} path
+ * @param {unknown} body
+ */
+async function postJson(path, body = undefined, method = "POST") {
   const options = { method, headers: { "Content-Type": "application/json" }, body: body === undefined ? undefined : JSON.stringify(body) };
   return (await send(path, options)).json();
 }
 
 const name = encodeURIComponent;
 
+/** @type {(image: string) => Promise<import("../answers.d.ts").ImageInfo>} */
 export const describeImage = (image) => getJson(`progidiff/review/${name(image)}`);
-export const getSlice = (image, z, signal) => getBytes(`progidiff/review/${name(image)}/slices/${z}`, { signal });
-export const getMasks = (image, z, source, signal) =>
-  getBytes(`progidiff/review/${name(image)}/masks/${z}?${new URLSearchParams(source)}`, { signal });
-export const getLabel = (image, z, signal) => getBytes(`progidiff/review/${name(image)}/label/${z}`, { signal });
+/** int16 of an axial slice. @type {(image: string, z: number) => Promise<ArrayBuffer>} */
+export const getSlice = (image, z) => getBytes(`progidiff/review/${name(image)}/slices/${z}`);
+/** For `unpackMasks`; empty while a job has not come to this slice. @type {(image: string, z: number, source: {proposals: string}|{job: string}) => Promise<ArrayBuffer>} */
+export const getMasks = (image, z, source) => getBytes(`progidiff/review/${name(image)}/masks/${z}?${new URLSearchParams(source)}`);
+/** Label ids of an axial slice. @type {(image: string, z: number) => Promise<ArrayBuffer>} */
+export const getLabel = (image, z) => getBytes(`progidiff/review/${name(image)}/label/${z}`);
+/** @type {(image: string, key: string) => Promise<import("../answers.d.ts").KeptProposals>} */
 export const describeProposals = (image, key) => getJson(`progidiff/proposals/${name(image)}?proposals=${key}`);
+/** @type {(image: string, decisions: import("../answers.d.ts").Decisions) => Promise<import("../answers.d.ts").Saved>} */
 export const submitDecisions = (image, decisions) => postJson(`progidiff/review/${name(image)}`, decisions);
+/** @type {(image: string) => Promise<import("../answers.d.ts").Undone>} */
 export const undoSave = (image) => postJson(`progidiff/annotations/${name(image)}/undo`);
+/** @type {(image: string, reason: string) => Promise<unknown>} */
 export const skipImage = (image, reason) => postJson(`progidiff/annotations/${name(image)}/skip?${new URLSearchParams({ reason })}`);
+/** @type {() => Promise<import("../answers.d.ts").Prompt[]>} */
 export const listPrompts = () => getJson("progidiff/prompts");
+/** @type {() => Promise<import("../answers.d.ts").Job[]>} */
+export const listJobs = () => getJson("progidiff/jobs");
+/** @type {(id: string) => Promise<import("../answers.d.ts").Job>} */
 export const getJob = (id) => getJson(`progidiff/jobs/${name(id)}`);
+/** @type {(id: string) => Promise<import("../answers.d.ts").Job>} */
 export const cancelJob = (id) => postJson(`progidiff/jobs/${name(id)}`, undefined, "DELETE");
+/** @type {() => Promise<import("../answers.d.ts").Training>} */
+export const getTraining = () => getJson("progidiff/training");
+/** @type {() => Promise<import("../answers.d.ts").Scoring>} */
+export const getScoring = () => getJson("progidiff/scoring");
+/** @type {() => Promise<import("../answers.d.ts").Adapter[]>} */
+export const listVersions = () => getJson("progidiff/versions");
+/** @type {(adapter: string, version: number) => Promise<import("../answers.d.ts").Served>} */
+export const useVersion = (adapter, version) => postJson(`progidiff/versions/${name(adapter)}/${version}/use`);
+/** @type {(adapter: string) => Promise<import("../answers.d.ts").Served>} */
+export const rollBack = (adapter) => postJson(`progidiff/versions/${name(adapter)}/rollback`);
 
-/** Images to review, the most disputed first; every image of the datastore where the server has no queue. */
+/**
+ * Images to review, the most disputed first; every image of the datastore where the server has no queue.
+ * @returns {Promise<import("../answers.d.ts").QueueEntry[]>}
+ */
 export async function listQueue() {
   try {
     return await getJson("progidiff/queue");
   } catch (error) {
-    if (error.kind !== "gone") throw error;
+    if (kindOf(error) !== "gone") throw error;
+    /** @type {import("../answers.d.ts").Datastore} */
     const { objects } = await getJson("datastore/?output=all");
     return Object.keys(objects).map((image) => ({ image, slices: [], reason: "", state: objects[image].labels?.final ? "labelled" : "" }));
   }
 }
 
-/** Ask for proposals; answers when all are there. */
+/**
+ * Ask for proposals; answers when all are there.
+ * @param {string} image
+ * @param {{prompt: string, num_proposals: number, job_id: string, first_slice: number}} params
+ * @returns {Promise<import("../answers.d.ts").Proposed>}
+ */
 export async function runPrompt(image, params) {
   const form = new FormData();
   form.set("params", JSON.stringify(params));
   const query = new URLSearchParams({ image, output: "json" });
   return (await send(`infer/progidiff?${query}`, { method: "POST", body: form })).json();
 }
-
-export const getTraining = () => getJson("progidiff/training");
-export const getVersions = () => getJson("progidiff/versions");
-export const getScoring = () => getJson("progidiff/scoring");
 
 export const loginAddress = () => new URL(`progidiff/login?next=${name(location.pathname + location.hash)}`, BASE).href;

@@ -1,38 +1,48 @@
 // Drawing a slice and what lies over it on a 2-D canvas. Nothing here knows the server or the keyboard.
 
-import { countDrawn, traceOutline } from "./masks.js";
+import { ONLY_FIRST, ONLY_SECOND, cssColor, heatColor, parseColor } from "./colors.js";
+import { fitFrame } from "./geometry.js";
+import { countDrawn, traceEdges } from "./masks.js";
 
 /** @typedef {import("./masks.js").Box} Box */
+/** @typedef {{path: Path2D, color: string, width: number, dash?: number[]}} Outline */
+/** @typedef {{box: Box, pixels: OffscreenCanvas|null, outlines: Outline[]}} Layer what lies over a slice: pixels in a box, and outlines */
+/** @typedef {readonly number[]} Rgba red, green, blue, alpha; 0 to 255 */
 
-/** Agreement from a single proposal to all of them: dark violet over magenta to light yellow, readable without telling red from green. */
-const HEAT = [
-  [59, 15, 112],
-  [114, 31, 129],
-  [183, 55, 121],
-  [241, 96, 93],
-  [254, 159, 109],
-  [252, 253, 191],
-];
-const ONLY_FIRST = [255, 171, 64];
-const ONLY_SECOND = [64, 196, 255];
+const DECIDED = "#3ddc97";
+const SAVED = "#4c8dff";
 
-/** Colour of an agreement between 0 and 1. */
-export function heatColor(share) {
-  const place = Math.min(Math.max(share, 0), 1) * (HEAT.length - 1);
-  const low = Math.min(Math.floor(place), HEAT.length - 2);
-  return HEAT[low].map((value, channel) => Math.round(value + (place - low) * (HEAT[low + 1][channel] - value)));
+/** @param {HTMLCanvasElement|OffscreenCanvas} canvas */
+function getContext(canvas) {
+  const context = /** @type {CanvasRenderingContext2D|OffscreenCanvasRenderingContext2D|null} */ (canvas.getContext("2d"));
+  if (!context) throw new Error("This browser gives no canvas to draw on. Close some tabs, or try another browser.");
+  return context;
 }
 
-export function parseColor(hex) {
-  return [1, 3, 5].map((start) => parseInt(hex.slice(start, start + 2), 16));
+/**
+ * Give a canvas as many pixels as the screen has under it.
+ * @param {HTMLCanvasElement} canvas
+ */
+function fitToScreen(canvas) {
+  const ratio = window.devicePixelRatio || 1;
+  const width = Math.max(1, Math.round(canvas.clientWidth * ratio));
+  const height = Math.max(1, Math.round(canvas.clientHeight * ratio));
+  if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
+  return { ratio, width, height };
 }
 
-/** Grey values of a slice as a canvas of its own size. */
-export function renderGrey(pixels, height, width, scale, [low, high]) {
+/**
+ * Grey values of a slice as a canvas of its own size.
+ * @param {Int16Array} pixels
+ * @param {number} height
+ * @param {number} width
+ * @param {readonly [slope: number, intercept: number]} scale
+ * @param {readonly [low: number, high: number]} window
+ */
+export function renderGrey(pixels, height, width, [slope, intercept], [low, high]) {
   const canvas = new OffscreenCanvas(width, height);
   const image = new ImageData(width, height);
   const words = new Uint32Array(image.data.buffer);
-  const [slope, intercept] = scale;
   const gain = 255 / Math.max(high - low, 1e-9);
   const offset = (intercept - low) * gain;
   const factor = slope * gain;
@@ -41,11 +51,15 @@ export function renderGrey(pixels, height, width, scale, [low, high]) {
     const grey = value <= 0 ? 0 : value >= 255 ? 255 : value | 0;
     words[i] = 0xff000000 | (grey << 16) | (grey << 8) | grey;
   }
-  canvas.getContext("2d").putImageData(image, 0, 0);
+  getContext(canvas).putImageData(image, 0, 0);
   return canvas;
 }
 
-/** A canvas of a box's size, coloured pixel by pixel; `colorOf(i)` gives [r, g, b, alpha] or null. */
+/**
+ * A canvas of a box's size, coloured pixel by pixel.
+ * @param {Box} box
+ * @param {(index: number) => Rgba|null} colorOf
+ */
 function renderPixels(box, colorOf) {
   const canvas = new OffscreenCanvas(box.x1 - box.x0, box.y1 - box.y0);
   const image = new ImageData(canvas.width, canvas.height);
@@ -53,60 +67,79 @@ function renderPixels(box, colorOf) {
     const color = colorOf(i);
     if (color) image.data.set(color, 4 * i);
   }
-  canvas.getContext("2d").putImageData(image, 0, 0);
+  getContext(canvas).putImageData(image, 0, 0);
   return canvas;
 }
 
 /**
- * A layer over a slice: pixels in a box, and outlines.
- * @typedef {{box: Box, pixels: OffscreenCanvas|null, outlines: {path: Path2D, color: string, width: number, dash?: number[]}[]}} Layer
+ * @param {Uint8Array} mask
+ * @param {Box} box
  */
-
-/** @returns {Layer} a mask as a tint with an outline */
-export function maskLayer(mask, box, color, fill = 0.22, width = 1.75) {
-  const [r, g, b] = parseColor(color);
-  const pixels = fill > 0 ? renderPixels(box, (i) => (mask[i] ? [r, g, b, Math.round(255 * fill)] : null)) : null;
-  return { box, pixels, outlines: [{ path: traceOutline(mask, box), color, width }] };
+function traceOutline(mask, box) {
+  const path = new Path2D();
+  for (const [x0, y0, x1, y1] of traceEdges(mask, box)) {
+    path.moveTo(x0, y0);
+    path.lineTo(x1, y1);
+  }
+  return path;
 }
 
-/** @returns {Layer} how many proposals draw each pixel */
+/**
+ * A mask as a tint with an outline.
+ * @param {Uint8Array} mask
+ * @param {Box} box
+ * @param {string} color
+ * @param {{fill?: number, width?: number, dash?: number[]}} style
+ * @returns {Layer}
+ */
+export function maskLayer(mask, box, color, { fill = 0.22, width = 1.75, dash } = {}) {
+  const tint = [...parseColor(color), Math.round(255 * fill)];
+  const pixels = fill > 0 ? renderPixels(box, (i) => (mask[i] ? tint : null)) : null;
+  return { box, pixels, outlines: [{ path: traceOutline(mask, box), color, width, dash }] };
+}
+
+/**
+ * How many proposals draw each pixel.
+ * @param {readonly Uint8Array[]} masks
+ * @param {Box} box
+ * @returns {Layer}
+ */
 export function agreementLayer(masks, box) {
   const count = countDrawn(masks);
   // Where all agree there is nothing to look for: the anatomy shows through.
-  const alpha = (k) => (k === masks.length ? 80 : 215);
-  const colors = Array.from({ length: masks.length + 1 }, (_, k) => [...heatColor((k - 1) / Math.max(1, masks.length - 1)), alpha(k)]);
+  const colors = Array.from({ length: masks.length + 1 }, (_, k) => [
+    ...heatColor((k - 1) / Math.max(1, masks.length - 1)),
+    k === masks.length ? 80 : 215,
+  ]);
   return { box, pixels: renderPixels(box, (i) => (count[i] ? colors[count[i]] : null)), outlines: [] };
 }
 
-/** @returns {Layer} where two masks differ, and the outline of what both draw */
+/**
+ * Where two masks differ, and the outline of what both draw.
+ * @param {Uint8Array} first
+ * @param {Uint8Array} second
+ * @param {Box} box
+ * @returns {Layer}
+ */
 export function differenceLayer(first, second, box) {
-  const pixels = renderPixels(box, (i) => (first[i] === second[i] ? null : [...(first[i] ? ONLY_FIRST : ONLY_SECOND), 200]));
+  const [mine, other] = [ONLY_FIRST, ONLY_SECOND].map((color) => [...color, 200]);
+  const pixels = renderPixels(box, (i) => (first[i] === second[i] ? null : first[i] ? mine : other));
   const both = first.map((value, i) => value & second[i]);
   return { box, pixels, outlines: [{ path: traceOutline(both, box), color: "#d7dee6", width: 1.25, dash: [4, 3] }] };
 }
 
-/** The part of a slice that a canvas shows: {x, y, width, height} in pixels of the slice. */
-export function fitFrame(frame, spacing, width, height) {
-  const [dy, dx] = spacing;
-  const scale = Math.min(width / (frame.width * dx), height / (frame.height * dy));
-  return {
-    scaleX: scale * dx,
-    scaleY: scale * dy,
-    left: (width - frame.width * dx * scale) / 2 - frame.x * dx * scale,
-    top: (height - frame.height * dy * scale) / 2 - frame.y * dy * scale,
-  };
-}
-
-/** Draw a slice and its layers. The canvas gets as many pixels as the screen has under it. */
+/**
+ * Draw a slice and its layers.
+ * @param {HTMLCanvasElement} canvas
+ * @param {OffscreenCanvas|null} grey
+ * @param {import("./geometry.js").Frame} frame
+ * @param {import("./geometry.js").Spacing} spacing
+ * @param {readonly Layer[]} layers
+ * @returns {import("./geometry.js").Place}
+ */
 export function drawSlice(canvas, grey, frame, spacing, layers) {
-  const ratio = window.devicePixelRatio || 1;
-  const width = Math.max(1, Math.round(canvas.clientWidth * ratio));
-  const height = Math.max(1, Math.round(canvas.clientHeight * ratio));
-  if (canvas.width !== width || canvas.height !== height) {
-    canvas.width = width;
-    canvas.height = height;
-  }
-  const context = canvas.getContext("2d");
+  const { ratio, width, height } = fitToScreen(canvas);
+  const context = getContext(canvas);
   context.setTransform(1, 0, 0, 1, 0, 0);
   context.fillStyle = "#000";
   context.fillRect(0, 0, width, height);
@@ -119,62 +152,60 @@ export function drawSlice(canvas, grey, frame, spacing, layers) {
     // Masks are voxels: their edges are shown where they are.
     context.imageSmoothingEnabled = false;
     if (layer.pixels) context.drawImage(layer.pixels, layer.box.x0, layer.box.y0);
-    for (const { path, color, width: stroke, dash } of layer.outlines) {
-      const placed = new Path2D();
-      placed.addPath(path, new DOMMatrix([place.scaleX, 0, 0, place.scaleY, place.left, place.top]));
-      context.save();
-      context.setTransform(1, 0, 0, 1, 0, 0);
-      context.lineCap = "square";
-      context.setLineDash((dash ?? []).map((length) => length * ratio));
-      context.strokeStyle = color;
-      context.lineWidth = stroke * ratio;
-      context.stroke(placed);
-      context.restore();
-    }
+    for (const outline of layer.outlines) strokeOutline(context, outline, place, ratio);
   }
   return place;
 }
 
-/** The frame of a whole slice. */
-export const wholeSlice = (height, width) => ({ x: 0, y: 0, width, height });
-
-/** A frame around a box with a margin, as wide and high in mm as the canvas asks for. */
-export function frameAround(box, height, width, spacing, aspect, margin = 0.12) {
-  const [dy, dx] = spacing;
-  let mmWide = (box.x1 - box.x0) * dx * (1 + 2 * margin);
-  let mmHigh = (box.y1 - box.y0) * dy * (1 + 2 * margin);
-  mmWide = Math.max(mmWide, mmHigh * aspect, 40);
-  mmHigh = Math.max(mmHigh, mmWide / aspect);
-  const middleX = (box.x0 + box.x1) / 2;
-  const middleY = (box.y0 + box.y1) / 2;
-  return { x: middleX - mmWide / dx / 2, y: middleY - mmHigh / dy / 2, width: mmWide / dx, height: mmHigh / dy };
+/**
+ * @param {CanvasRenderingContext2D|OffscreenCanvasRenderingContext2D} context
+ * @param {Outline} outline
+ * @param {import("./geometry.js").Place} place
+ * @param {number} ratio pixels of the canvas for one of the page
+ */
+function strokeOutline(context, { path, color, width, dash = [] }, place, ratio) {
+  const placed = new Path2D();
+  placed.addPath(path, new DOMMatrix([place.scaleX, 0, 0, place.scaleY, place.left, place.top]));
+  context.save();
+  context.setTransform(1, 0, 0, 1, 0, 0);
+  context.lineCap = "square";
+  context.setLineDash(dash.map((length) => length * ratio));
+  context.strokeStyle = color;
+  context.lineWidth = width * ratio;
+  context.stroke(placed);
+  context.restore();
 }
 
-/** The vertical strip beside the slice: disagreement per slice, what is decided, what is saved, where we are. */
-export function drawDepth(canvas, depth, z, disagreement, decided, saved) {
-  const ratio = window.devicePixelRatio || 1;
-  const width = Math.max(1, Math.round(canvas.clientWidth * ratio));
-  const height = Math.max(1, Math.round(canvas.clientHeight * ratio));
-  canvas.width = width;
-  canvas.height = height;
-  const context = canvas.getContext("2d");
+/**
+ * The vertical strip beside the slice: disagreement per slice, what is decided, what is saved, where we are.
+ * @param {HTMLCanvasElement} canvas
+ * @param {number} depth
+ * @param {number} z
+ * @param {readonly number[]} disagreement
+ * @param {(z: number) => boolean} isDecided
+ * @param {(z: number) => boolean} isSaved
+ */
+export function drawDepth(canvas, depth, z, disagreement, isDecided, isSaved) {
+  const { ratio, width, height } = fitToScreen(canvas);
+  const context = getContext(canvas);
   context.fillStyle = "#0b0f14";
   context.fillRect(0, 0, width, height);
   const row = height / depth;
-  const top = (index) => height - (index + 1) * row; // Superior is up.
+  /** @type {(index: number) => number} Superior is up. */
+  const top = (index) => height - (index + 1) * row;
   const highest = Math.max(0.05, ...disagreement);
   for (let index = 0; index < depth; index += 1) {
     const value = disagreement[index] ?? 0;
     if (value > 0) {
-      context.fillStyle = `rgb(${heatColor(0.15 + (0.85 * value) / highest).join(" ")})`;
+      context.fillStyle = cssColor(heatColor(0.15 + (0.85 * value) / highest));
       context.fillRect(width * 0.3, top(index), (width * 0.7 * value) / highest, Math.max(row, 1));
     }
-    if (saved(index)) {
-      context.fillStyle = "#4c8dff";
+    if (isSaved(index)) {
+      context.fillStyle = SAVED;
       context.fillRect(0, top(index), width * 0.11, Math.max(row, 1));
     }
-    if (decided(index)) {
-      context.fillStyle = "#3ddc97";
+    if (isDecided(index)) {
+      context.fillStyle = DECIDED;
       context.fillRect(width * 0.13, top(index), width * 0.11, Math.max(row, 1));
     }
   }

@@ -1,32 +1,38 @@
 // Failures that a person has to know about: what happened, what is kept, and what to do.
 
-import * as api from "./api.js";
+import { isAborted, kindOf, listJobs, loginAddress, messageOf } from "./api.js";
 import { clearNotice, notice } from "./dom.js";
 import { state } from "./state.js";
 
 const RETRY_MS = 4000;
 
 let back = () => {};
-/** Call back when the server answers again after it did not. */
+/**
+ * Call back when the server answers again after it did not.
+ * @param {() => void} callback
+ */
 export function onBack(callback) {
   back = callback;
 }
 
+/** @param {unknown} error */
 export function report(error) {
-  if (error.name === "AbortError") return;
-  if (!error.kind) console.error(error);
+  if (isAborted(error)) return;
+  const kind = kindOf(error);
+  if (!kind) console.error(error);
   const pending = state.work?.hasDecisions ? " Your decisions are kept in this browser." : "";
-  if (error.kind === "offline") {
-    notice(error.message, "bad", [["Try now", retry]]);
+  if (kind === "offline") {
+    notice(messageOf(error), "bad", [["Try now", retry]]);
     scheduleRetry();
-  } else if (error.kind === "login") {
-    notice(`Your login has expired.${pending} Log in, then go on here.`, "bad", [["Log in", () => window.open(api.loginAddress(), "_blank", "noopener")]]);
+  } else if (kind === "login") {
+    notice(`Your login has expired.${pending} Log in, then go on here.`, "bad", [["Log in", () => void window.open(loginAddress(), "_blank", "noopener")]]);
   } else {
-    notice(error.message + (error.kind === "forbidden" ? pending : ""), "bad", [["Close", clearNotice]]);
+    notice(messageOf(error) + (kind === "forbidden" ? pending : ""), "bad", [["Close", clearNotice]]);
   }
 }
 
-let retryTimer = 0;
+/** @type {ReturnType<typeof setTimeout>|undefined} */
+let retryTimer;
 function scheduleRetry() {
   clearTimeout(retryTimer);
   retryTimer = setTimeout(retry, RETRY_MS);
@@ -35,9 +41,9 @@ function scheduleRetry() {
 async function retry() {
   clearTimeout(retryTimer);
   try {
-    await api.getJson("progidiff/jobs");
+    await listJobs();
   } catch (error) {
-    if (error.kind === "offline") scheduleRetry();
+    if (kindOf(error) === "offline") scheduleRetry();
     else report(error);
     return;
   }

@@ -1,6 +1,15 @@
 // What keys do, in the order of the legend, and the windows that W goes through.
 
-/** `action` names an entry of `actions` in review.js; `show` is what the legend prints instead of `keys`. */
+/**
+ * @typedef {"consensus"|"best"|"absent"|"union"|"intersection"|"majority"|"threshold"|"lower"|"higher"|"scope"|"agreement"|"difference"
+ *   |"hide"|"saved"|"up"|"down"|"farUp"|"farDown"|"first"|"last"|"disputed"|"skip"|"structure"|"leaveOut"|"preset"|"fit"|"zoomIn"
+ *   |"zoomOut"|"acceptSlice"|"acceptVolume"|"undo"|"submit"|"next"|"prompt"|"help"} Action
+ */
+/** @typedef {{keys: string[], show?: string[], what: string, action?: Action}} Key `show` is what the legend prints instead of `keys` */
+/** @typedef {Pick<KeyboardEvent, "key"|"code"|"shiftKey"|"ctrlKey"|"altKey"|"metaKey">} Press */
+/** @typedef {{action: Action}|{proposal: number}|{compared: number}} Meaning */
+
+/** @type {readonly Key[]} */
 export const KEYS = [
   { keys: [], show: ["1", "…", "9"], what: "Pick a proposal" },
   { keys: ["c"], show: ["C"], what: "Pick the consensus", action: "consensus" },
@@ -41,6 +50,39 @@ export const KEYS = [
   { keys: ["?"], what: "These keys", action: "help" },
 ];
 
+/**
+ * What a pressed key means; null if nothing.
+ * @param {Press} press
+ * @returns {Meaning|null}
+ */
+export function readKey(press) {
+  if (press.altKey || press.metaKey) return null;
+  if (/^Digit[1-9]$/.test(press.code) && !press.ctrlKey) {
+    const number = Number(press.code.slice(5));
+    return press.shiftKey ? { compared: number } : { proposal: number };
+  }
+  const action = KEYS.find(({ keys }) => keys.some((key) => matches(key, press)))?.action;
+  return action ? { action } : null;
+}
+
+/**
+ * @param {string} wanted "Ctrl z"
+ * @param {Press} press
+ */
+function matches(wanted, press) {
+  const parts = wanted.split(" ");
+  const key = parts[parts.length - 1];
+  const isLetter = /^[a-z]$/i.test(key);
+  const isSame = isLetter ? press.key.toLowerCase() === key.toLowerCase() : press.key === key;
+  const needsShift = parts.includes("Shift");
+  // "?" and "+" need Shift on some keyboards and not on others.
+  const isShiftRight = isLetter || key.length > 1 ? press.shiftKey === needsShift : true;
+  return isSame && press.ctrlKey === parts.includes("Ctrl") && isShiftRight;
+}
+
+/** @typedef {{name: string, window: readonly [low: number, high: number]}} Preset */
+
+/** @type {readonly Preset[]} */
 const CT_PRESETS = [
   { name: "soft tissue", window: [-160, 240] },
   { name: "liver", window: [-10, 170] },
@@ -48,8 +90,14 @@ const CT_PRESETS = [
   { name: "bone", window: [-600, 1400] },
 ];
 
-/** Windows for an image, the first one to begin with; all as [low, high]. */
+/**
+ * Windows for an image, the first one to begin with; all as [low, high].
+ * @param {{modality: string, range: readonly [number, number], window: readonly [number, number]}} info
+ * @returns {[Preset, ...Preset[]]}
+ */
 export function presetsFor(info) {
+  /** @type {Preset} */
   const full = { name: "full range", window: info.range };
-  return info.modality === "CT" ? [...CT_PRESETS, full] : [{ name: "body, 1 to 99 %", window: info.window }, full];
+  const [first, ...others] = CT_PRESETS;
+  return info.modality === "CT" ? [first, ...others, full] : [{ name: "body, 1 to 99 %", window: info.window }, full];
 }

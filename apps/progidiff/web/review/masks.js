@@ -1,15 +1,19 @@
 // Arithmetic on the masks of one slice. A mask is a Uint8Array of 0 and 1, one per pixel of its box, row by row.
 
 /** @typedef {{y0: number, y1: number, x0: number, x1: number}} Box half-open, in pixels of the slice */
-/** @typedef {{rule: string, members: number[], threshold: number}} Pick as `progidiff.merging.Pick` reads it; members count from 1 */
 /** @typedef {{box: Box|null, masks: Uint8Array[]}} StructureMasks all proposals of a structure; box is null if nothing is drawn */
 
-export const MERGE_RULES = ["union", "intersection", "majority", "threshold"];
-
-/** How many structures the server packed. */
+/**
+ * How many structures the server packed.
+ * @param {ArrayBuffer} buffer
+ */
 export const countStructures = (buffer) => new DataView(buffer).getUint16(0, true);
 
-/** What the server packed (see review_routes.py): masks of every structure, in the order asked. */
+/**
+ * What the server packed (`pack_masks` in routes/review.py): masks of every structure, in the order asked.
+ * @param {ArrayBuffer} buffer
+ * @returns {StructureMasks[]}
+ */
 export function unpackMasks(buffer) {
   const view = new DataView(buffer);
   const structures = view.getUint16(0, true);
@@ -38,33 +42,29 @@ export function unpackMasks(buffer) {
   return result;
 }
 
-/** How many of the masks draw each pixel. */
+/**
+ * How many of the masks draw each pixel.
+ * @param {readonly Uint8Array[]} masks of one box
+ * @returns {Uint8Array}
+ */
 export function countDrawn(masks) {
   const count = new Uint8Array(masks.length ? masks[0].length : 0);
   for (const mask of masks) for (let i = 0; i < count.length; i += 1) count[i] += mask[i];
   return count;
 }
 
-/** The mask that a pick makes of all proposals, as the server will make it: see `Pick.draw` in decisions.py. */
-export function drawPick(masks, pick, best) {
-  const size = masks.length ? masks[0].length : 0;
-  if (pick.rule === "nothing") return new Uint8Array(size);
-  if (pick.rule === "best") return masks[best];
-  if (pick.rule === "proposal") return masks[pick.members[0] - 1];
-  const chosen = pick.members.length ? pick.members.map((member) => masks[member - 1]) : masks;
-  const share = { union: 0, intersection: 1, threshold: pick.threshold }[pick.rule] ?? 0.5;
-  // The same tolerance as on the server: 0.3 of 10 proposals are 3 of them.
-  const needed = Math.max(1, Math.ceil(share * chosen.length - 1e-6));
-  return countDrawn(chosen).map((count) => (count >= needed ? 1 : 0));
-}
-
+/** @param {ArrayLike<number>} mask */
 export function countPixels(mask) {
   let total = 0;
   for (let i = 0; i < mask.length; i += 1) total += mask[i];
   return total;
 }
 
-/** Dice of two masks in one box; 1 if both are empty. */
+/**
+ * Dice of two masks in one box; 1 if both are empty.
+ * @param {Uint8Array} first
+ * @param {Uint8Array} second
+ */
 export function computeDice(first, second) {
   let overlap = 0;
   for (let i = 0; i < first.length; i += 1) overlap += first[i] & second[i];
@@ -72,20 +72,27 @@ export function computeDice(first, second) {
   return total ? (2 * overlap) / total : 1;
 }
 
-/** The border of a mask along the edges of its pixels, in pixels of the slice. */
-export function traceOutline(mask, box) {
-  const path = new Path2D();
+/** @typedef {[x0: number, y0: number, x1: number, y1: number]} Line in pixels of the slice */
+
+/**
+ * The border of a mask along the edges of its pixels. Runs of edges become one line each: fewer pieces to stroke, and no dots where they meet.
+ * @param {Uint8Array} mask
+ * @param {Box} box
+ * @returns {Line[]} first the horizontal ones, from the top; then the vertical ones, from the left
+ */
+export function traceEdges(mask, box) {
+  /** @type {Line[]} */
+  const lines = [];
   const width = box.x1 - box.x0;
   const height = box.y1 - box.y0;
+  /** @type {(y: number, x: number) => number} */
   const at = (y, x) => (y >= 0 && x >= 0 && y < height && x < width ? mask[y * width + x] : 0);
-  // Runs of edges become one line each: fewer pieces to stroke, and no dots where they meet.
   for (let y = 0; y <= height; y += 1) {
     for (let x = 0, start = -1; x <= width; x += 1) {
       const isEdge = x < width && at(y - 1, x) !== at(y, x);
       if (isEdge && start < 0) start = x;
       if (!isEdge && start >= 0) {
-        path.moveTo(box.x0 + start, box.y0 + y);
-        path.lineTo(box.x0 + x, box.y0 + y);
+        lines.push([box.x0 + start, box.y0 + y, box.x0 + x, box.y0 + y]);
         start = -1;
       }
     }
@@ -95,22 +102,10 @@ export function traceOutline(mask, box) {
       const isEdge = y < height && at(y, x - 1) !== at(y, x);
       if (isEdge && start < 0) start = y;
       if (!isEdge && start >= 0) {
-        path.moveTo(box.x0 + x, box.y0 + start);
-        path.lineTo(box.x0 + x, box.y0 + y);
+        lines.push([box.x0 + x, box.y0 + start, box.x0 + x, box.y0 + y]);
         start = -1;
       }
     }
   }
-  return path;
-}
-
-/** A pick in words. */
-export function describePick(pick, numProposals) {
-  if (!pick) return "consensus";
-  if (pick.rule === "proposal") return `proposal ${pick.members[0]}`;
-  if (pick.rule === "best") return "most typical proposal";
-  if (pick.rule === "nothing") return "absent";
-  if (pick.rule === "consensus") return "consensus";
-  const of = pick.members.length && pick.members.length < numProposals ? `of ${pick.members.join(", ")}` : "of all";
-  return pick.rule === "threshold" ? `at least ${Math.round(pick.threshold * 100)} % ${of}` : `${pick.rule} ${of}`;
+  return lines;
 }

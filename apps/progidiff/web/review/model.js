@@ -3,10 +3,17 @@
 import * as api from "./api.js";
 import { element, find, toast } from "./dom.js";
 
+/** @typedef {import("../answers.d.ts").Adapter} Adapter */
+/** @typedef {import("../answers.d.ts").Version} Version */
+/** @typedef {import("../answers.d.ts").Training} Training */
+/** @typedef {import("../answers.d.ts").Scoring} Scoring */
+
 const WATCH_MS = 10000;
 
 export class ModelPanel {
+  /** @type {Training|null} */
   #training = null;
+  /** @type {Scoring|null} */
   #scoring = null;
 
   /** Keep the line in the bar up to date while somebody looks at the page. */
@@ -19,31 +26,26 @@ export class ModelPanel {
   }
 
   async open() {
+    const dialog = find("versions", HTMLDialogElement);
     find("versions-body").replaceChildren(element("p", { className: "muted" }, "Loading …"));
-    if (!find("versions").open) find("versions").showModal();
+    if (!dialog.open) dialog.showModal();
     await this.#refresh();
     try {
-      this.#render(await api.getVersions());
+      this.#render(await api.listVersions());
     } catch (error) {
-      find("versions-body").replaceChildren(...this.#renderProgress(), element("p", { className: "block" }, error.message));
+      find("versions-body").replaceChildren(...this.#renderProgress(), element("p", { className: "block" }, api.messageOf(error)));
     }
   }
 
   async #refresh() {
-    const ask = async (request) => {
-      try {
-        return await request();
-      } catch {
-        return null; // Not offered by this server, or not now; a lost server shows in the bar by itself.
-      }
-    };
-    [this.#training, this.#scoring] = await Promise.all([ask(api.getTraining), ask(api.getScoring)]);
+    [this.#training, this.#scoring] = await Promise.all([askOrNull(api.getTraining), askOrNull(api.getScoring)]);
     const running = this.#training?.running ? describeTraining(this.#training) : "";
     find("activity").textContent = [running, describeScoring(this.#scoring)].filter(Boolean).join(" · ");
   }
 
   #renderProgress() {
     const training = this.#training;
+    /** @type {HTMLElement[]} */
     const parts = [element("p", { className: "block" }, describeTraining(training) || "No training was started yet.")];
     if (training?.running && training.total) parts.push(element("progress", { max: training.total, value: training.step }));
     const scoring = describeScoring(this.#scoring);
@@ -51,6 +53,7 @@ export class ModelPanel {
     return parts;
   }
 
+  /** @param {Adapter[]} adapters */
   #render(adapters) {
     find("versions-body").replaceChildren(
       ...this.#renderProgress(),
@@ -58,60 +61,86 @@ export class ModelPanel {
     );
   }
 
+  /** @param {Adapter} adapter */
   #renderAdapter(adapter) {
     const served = adapter.current ? `version ${adapter.current} is served` : "none is served: images get the base model";
     const rows = [...adapter.versions].reverse().map((version) => this.#renderVersion(adapter, version));
     const head = element("tr", {}, ...["Version", "For", "Dice, held back", "Verdict", ""].map((name) => element("th", {}, name)));
-    const back = element(
-      "button",
-      { className: "small", disabled: !adapter.current, on: { click: () => this.#change(`progidiff/versions/${encodeURIComponent(adapter.name)}/rollback`) } },
-      "Roll back",
-    );
+    const back = () => this.#change(() => api.rollBack(adapter.name));
     return element(
       "section",
       { className: "block" },
-      element("div", { className: "queue-head" }, element("h2", {}, `Adapter ${adapter.name}: ${served}`), back),
-      adapter.problem ? element("p", { className: "prompt-error" }, adapter.problem) : null,
+      element(
+        "div",
+        { className: "queue-head" },
+        element("h2", {}, `Adapter ${adapter.name}: ${served}`),
+        element("button", { className: "small", disabled: !adapter.current, on: { click: back } }, "Roll back"),
+      ),
+      adapter.problem && element("p", { className: "prompt-error" }, adapter.problem),
       element("table", {}, element("thead", {}, head), element("tbody", {}, ...rows)),
     );
   }
 
+  /**
+   * @param {Adapter} adapter
+   * @param {Version} version
+   */
   #renderVersion(adapter, version) {
-    const isServed = version.version === adapter.current;
-    const dice = [version.dice?.base?.consensus, version.dice?.adapted?.consensus].map((value) => (typeof value === "number" ? value.toFixed(3) : "–"));
-    const path = `progidiff/versions/${encodeURIComponent(adapter.name)}/${version.version}/use`;
-    const use = isServed
-      ? element("span", { className: "tag done" }, "served")
-      : element("button", { className: "small", disabled: !version.fits, on: { click: () => this.#change(path) } }, "Use");
+    const [base, adapted] = [version.dice?.base?.consensus, version.dice?.adapted?.consensus].map((value) => (typeof value === "number" ? value.toFixed(3) : "–"));
+    const use = () => this.#change(() => api.useVersion(adapter.name, version.version));
+    const created = version.created ? new Date(version.created).toLocaleDateString() : "";
     return element(
       "tr",
       {},
-      element("td", {}, `${version.version}`, element("div", { className: "muted" }, new Date(version.created).toLocaleDateString())),
-      element("td", {}, `${version.modality}`, element("div", { className: "muted" }, version.structures.join(", "))),
-      element("td", { className: "number" }, `${dice[0]} → ${dice[1]}`),
+      element("td", {}, String(version.version), element("div", { className: "muted" }, created)),
+      element("td", {}, version.modality, element("div", { className: "muted" }, (version.structures ?? []).join(", "))),
+      element("td", { className: "number" }, `${base} → ${adapted}`),
       element("td", {}, version.problem || version.verdict),
-      element("td", {}, use),
+      element(
+        "td",
+        {},
+        version.version === adapter.current
+          ? element("span", { className: "tag done" }, "served")
+          : element("button", { className: "small", disabled: !version.fits, on: { click: use } }, "Use"),
+      ),
     );
   }
 
-  async #change(path) {
+  /** @param {() => Promise<import("../answers.d.ts").Served>} request */
+  async #change(request) {
     try {
-      const answer = await api.postJson(path);
-      toast(answer.served ? `${answer.served} is served from the next prompt on.` : "The base model is served from the next prompt on.", "good");
+      const { served } = await request();
+      toast(served ? `${served} is served from the next prompt on.` : "The base model is served from the next prompt on.", "good");
     } catch (error) {
-      toast(error.message, "bad", 7);
+      toast(api.messageOf(error), "bad", 7);
     }
     await this.open();
   }
 }
 
+/**
+ * @template T
+ * @param {() => Promise<T>} request
+ * @returns {Promise<T|null>}
+ */
+async function askOrNull(request) {
+  try {
+    return await request();
+  } catch {
+    return null; // Not offered by this server, or not now; a lost server shows in the bar by itself.
+  }
+}
+
+/** @param {Training|null} training */
 function describeTraining(training) {
   if (!training || training.state === "idle") return "";
-  const share = training.running && training.total ? ` ${Math.round((100 * training.step) / training.total)} %` : "";
-  const left = training.running && training.eta_seconds ? `, about ${Math.max(1, Math.round(training.eta_seconds / 60))} min left` : "";
+  const { running, step = 0, total = 0, eta_seconds: eta } = training;
+  const share = running && total ? ` ${Math.round((100 * step) / total)} %` : "";
+  const left = running && eta ? `, about ${Math.max(1, Math.round(eta / 60))} min left` : "";
   return `Training ${training.trainer ?? ""}: ${training.state}${share}${left}. ${training.reason || training.message || ""}`.trim();
 }
 
+/** @param {Scoring|null} scoring */
 function describeScoring(scoring) {
   if (!scoring || scoring.state === "off" || !scoring.images) return "";
   return `${scoring.scored} of ${scoring.images} images scored${scoring.image ? `, now ${scoring.image}` : ""}`;

@@ -1,55 +1,76 @@
 // Mouse, wheel and fingers on the picture and on the strip of slices.
 
-import { find } from "./dom.js";
+import { noteActivity } from "./activity.js";
+import { find, findInput } from "./dom.js";
+import { dragWindow, keepPoint, limitZoom, locate } from "./geometry.js";
+import { goTo, scrollBy, setZoom } from "./moving.js";
 import { paint } from "./stage.js";
-import { shown, state } from "./state.js";
+import { shown, state, store } from "./state.js";
 
-export function listenToView({ goTo, scrollBy, setZoom }) {
-  const view = find("view");
-  let drag = null;
+const PIXELS_PER_SLICE = 9;
+const PIXELS_PER_STEP = 40;
+const ZOOM_PIXELS = 300;
+
+export function listenToView() {
+  const view = find("view", HTMLCanvasElement);
+  listenToDrags(view);
+  listenToWheel(view);
+  listenToDepth(find("depth", HTMLCanvasElement));
+  const scroll = findInput("scroll");
+  scroll.addEventListener("input", () => goTo(Number(scroll.value)));
+  new ResizeObserver(paint).observe(view);
+}
+
+/** @param {HTMLCanvasElement} view */
+function listenToDrags(view) {
+  /** @type {{event: PointerEvent, z: number, window: readonly [number, number], center: import("./geometry.js").Point}|null} */
+  let start = null;
   view.addEventListener("pointerdown", (event) => {
+    const { session, z, window, center } = state;
     view.focus({ preventScroll: true });
     view.setPointerCapture(event.pointerId);
-    drag = { x: event.clientX, y: event.clientY, z: state.z, window: state.window, center: state.center, isTouch: event.pointerType === "touch", button: event.button };
+    if (session) start = { event, z, window, center: center ?? [session.height / 2, session.width / 2] };
   });
   view.addEventListener("pointermove", (event) => {
-    if (!drag || !state.session) return;
-    state.lastActive = Date.now();
-    const [dx, dy] = [event.clientX - drag.x, event.clientY - drag.y];
-    if (drag.isTouch) {
-      goTo(drag.z + Math.round(-dy / 9));
-    } else if ((drag.button === 1 || event.shiftKey) && shown.place && state.zoom > 1) {
+    if (!start || !state.session) return;
+    noteActivity();
+    const [dx, dy] = [event.clientX - start.event.clientX, event.clientY - start.event.clientY];
+    if (start.event.pointerType === "touch") {
+      goTo(start.z + Math.round(-dy / PIXELS_PER_SLICE));
+    } else if ((start.event.button === 1 || event.shiftKey) && shown.place && state.zoom > 1) {
       const ratio = window.devicePixelRatio || 1;
-      const [y, x] = drag.center ?? [state.session.height / 2, state.session.width / 2];
-      state.center = [y - (dy * ratio) / shown.place.scaleY, x - (dx * ratio) / shown.place.scaleX];
-      paint();
+      const [y, x] = start.center;
+      store.set({ center: [y - (dy * ratio) / shown.place.scaleY, x - (dx * ratio) / shown.place.scaleX] });
     } else if (Math.abs(dx) + Math.abs(dy) > 2) {
-      const [low, high] = drag.window;
-      const span = Math.max(1e-6, (high - low) * Math.exp(dx / 300));
-      const middle = (high + low) / 2 + (dy / 500) * (high - low);
-      Object.assign(state, { window: [middle - span / 2, middle + span / 2], preset: "custom" });
-      paint();
+      store.set({ window: dragWindow(start.window, dx, dy), preset: "custom" });
     }
   });
-  for (const name of ["pointerup", "pointercancel"]) view.addEventListener(name, () => (drag = null));
+  view.addEventListener("pointerup", () => (start = null));
+  view.addEventListener("pointercancel", () => (start = null));
+}
+
+/** @param {HTMLCanvasElement} view */
+function listenToWheel(view) {
   let wheel = 0;
-  view.addEventListener(
-    "wheel",
-    (event) => {
-      event.preventDefault();
-      state.lastActive = Date.now();
-      if (event.ctrlKey) {
-        zoomAt(event, setZoom);
-        return;
-      }
-      wheel += Math.sign(event.deltaY) * Math.min(1, Math.abs(event.deltaY) / 40);
-      const steps = Math.trunc(wheel);
-      wheel -= steps;
-      if (steps) scrollBy(-steps);
-    },
-    { passive: false },
-  );
-  const depth = find("depth");
+  /** @param {WheelEvent} event */
+  const turn = (event) => {
+    event.preventDefault();
+    noteActivity();
+    if (event.ctrlKey) {
+      zoomAt(event, view);
+      return;
+    }
+    wheel += Math.sign(event.deltaY) * Math.min(1, Math.abs(event.deltaY) / PIXELS_PER_STEP);
+    const steps = Math.trunc(wheel);
+    wheel -= steps;
+    if (steps) scrollBy(-steps);
+  };
+  view.addEventListener("wheel", turn, { passive: false });
+}
+
+/** @param {HTMLCanvasElement} depth */
+function listenToDepth(depth) {
+  /** @param {PointerEvent} event */
   const jump = (event) => {
     if (!state.session || (event.type === "pointermove" && !event.buttons)) return;
     const box = depth.getBoundingClientRect();
@@ -57,20 +78,19 @@ export function listenToView({ goTo, scrollBy, setZoom }) {
   };
   depth.addEventListener("pointerdown", (event) => (depth.setPointerCapture(event.pointerId), jump(event)));
   depth.addEventListener("pointermove", jump);
-  find("scroll").addEventListener("input", (event) => goTo(Number(event.target.value)));
-  new ResizeObserver(() => state.session && paint()).observe(find("view"));
 }
 
-/** Zoom so that the pixel under the pointer stays there. */
-function zoomAt(event, setZoom) {
-  if (!shown.place) return;
-  const view = find("view").getBoundingClientRect();
+/**
+ * Zoom so that the pixel under the pointer stays there.
+ * @param {WheelEvent} event
+ * @param {HTMLCanvasElement} view
+ */
+function zoomAt(event, view) {
+  const { session } = state;
+  if (!session || !shown.place) return;
+  const box = view.getBoundingClientRect();
   const ratio = window.devicePixelRatio || 1;
-  const factor = Math.exp(-event.deltaY / 300);
-  const x = ((event.clientX - view.left) * ratio - shown.place.left) / shown.place.scaleX;
-  const y = ((event.clientY - view.top) * ratio - shown.place.top) / shown.place.scaleY;
-  const [cy, cx] = state.center ?? [state.session.height / 2, state.session.width / 2];
-  const zoom = Math.min(12, Math.max(1, state.zoom * factor));
-  const moved = 1 - state.zoom / zoom;
-  setZoom(zoom, [cy + (y - cy) * moved, cx + (x - cx) * moved]);
+  const point = locate(shown.place, (event.clientX - box.left) * ratio, (event.clientY - box.top) * ratio);
+  const zoom = limitZoom(state.zoom * Math.exp(-event.deltaY / ZOOM_PIXELS));
+  setZoom(zoom, keepPoint(point, state.center ?? [session.height / 2, session.width / 2], state.zoom, zoom));
 }

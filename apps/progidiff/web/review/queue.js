@@ -1,17 +1,24 @@
 // The list of images to review, with the reason for each and the slices worth looking at.
 
-import * as api from "./api.js";
+import { listQueue, messageOf } from "./api.js";
 import { element, find } from "./dom.js";
+import { isSliceDone, listDisputed, state } from "./state.js";
 import { listUnsent } from "./work.js";
 
+/** @typedef {import("../answers.d.ts").QueueEntry} QueueEntry */
+
 export class Queue {
+  /** @type {QueueEntry[]} */
   #entries = [];
+  /** @type {string|null} the image that was opened last; it keeps its place here when another one cannot be opened */
   #current = null;
-  #isDecided = () => false;
-  #disputed = [];
   #onOpen;
   #onSlice;
 
+  /**
+   * @param {(image: string) => void} onOpen
+   * @param {(z: number) => void} onSlice
+   */
   constructor(onOpen, onSlice) {
     this.#onOpen = onOpen;
     this.#onSlice = onSlice;
@@ -20,19 +27,11 @@ export class Queue {
 
   async load() {
     try {
-      this.#entries = await api.listQueue();
+      this.#entries = await listQueue();
       find("queue-note").textContent = this.#entries.length ? "Most disputed first" : "No image is waiting.";
     } catch (error) {
-      find("queue-note").textContent = error.message;
+      find("queue-note").textContent = messageOf(error);
     }
-    this.render();
-  }
-
-  /** `disputed`: slices to list where the server's queue names none. */
-  setCurrent(image, isDecided, disputed) {
-    this.#current = image;
-    this.#disputed = disputed;
-    this.#isDecided = isDecided;
     this.render();
   }
 
@@ -44,6 +43,7 @@ export class Queue {
   }
 
   render() {
+    this.#current = state.session?.image ?? this.#current;
     const unsent = new Set(listUnsent());
     const known = new Set(this.#entries.map(({ image }) => image));
     const entries = [...this.#entries];
@@ -57,24 +57,29 @@ export class Queue {
     find("queue-list").replaceChildren(...entries.map((entry) => this.#renderEntry(entry, unsent.has(entry.image))));
   }
 
+  /**
+   * @param {QueueEntry} entry
+   * @param {boolean} isUnsent
+   */
   #renderEntry(entry, isUnsent) {
     const isCurrent = entry.image === this.#current;
-    const state = isUnsent ? ["unsent", "not sent"] : entry.reserved_by ? ["", `with ${entry.reserved_by}`] : entry.state ? ["", entry.state] : null;
+    const mark = isUnsent ? "not sent" : entry.reserved_by ? `with ${entry.reserved_by}` : entry.state;
     const button = element(
       "button",
       { className: "case", "aria-current": String(isCurrent), on: { click: () => this.#onOpen(entry.image) } },
-      element("span", { className: "case-name" }, entry.image, state && element("span", { className: `tag ${state[0]}` }, state[1])),
+      element("span", { className: "case-name" }, entry.image, mark && element("span", { className: `tag ${isUnsent ? "unsent" : ""}` }, mark)),
       element("span", { className: "case-why" }, [entry.modality, entry.reason].filter(Boolean).join(" · ") || "not scored yet"),
     );
-    const slices = isCurrent ? (entry.slices?.length ? entry.slices : this.#disputed) : [];
-    return element("li", {}, button, slices.length ? element("div", { className: "slices" }, ...slices.map((slice) => this.#renderSlice(slice))) : null);
+    const slices = isCurrent ? (entry.slices?.length ? entry.slices : listDisputed()) : [];
+    return element("li", {}, button, slices.length > 0 && element("div", { className: "slices" }, ...slices.map((slice) => this.#renderSlice(slice))));
   }
 
+  /** @param {import("../answers.d.ts").QueueSlice} slice */
   #renderSlice(slice) {
     const why = [slice.reason, (slice.structures ?? []).join(", ")].filter(Boolean).join(": ");
     return element(
       "button",
-      { className: `small${this.#isDecided(slice.index) ? " decided" : ""}`, title: why, on: { click: () => this.#onSlice(slice.index) } },
+      { className: `small${isSliceDone(slice.index) ? " decided" : ""}`, title: why, on: { click: () => this.#onSlice(slice.index) } },
       `z ${slice.index}`,
     );
   }

@@ -1,97 +1,147 @@
 // What the page shows, in one place, and what follows from it. Nothing here draws or asks the server.
 
-import { drawPick } from "./masks.js";
+import { drawPick, makePick, pickProposal } from "./picks.js";
+import { findHighest, rankSlices } from "./slices.js";
+import { Store } from "./store.js";
 
-const OTHER_COLORS = ["#e0aaff", "#80ed99", "#ff8fa3", "#a0c4ff", "#ffd6a5", "#caffbf"];
+/** Where no image says another one. */
+const UNKNOWN_COLOR = "#e0aaff";
 
-export const state = {
-  /** @type {ImageSession|null} */
-  session: null,
-  /** @type {Work|null} */
-  work: null,
-  z: 0,
-  structure: "",
-  included: new Set(),
-  mode: "pick",
-  compared: null,
-  scope: "slice",
-  window: [0, 1],
-  preset: "",
-  zoom: 1,
-  center: null,
-  isHidden: false,
-  isSavedShown: false,
-  isReadOnly: false,
-  opening: 0,
-  job: null,
-  lastActive: Date.now(),
-};
+/** @typedef {import("./picks.js").Pick} Pick */
+/** @typedef {"pick"|"agreement"|"difference"} Mode */
+/** @typedef {Partial<import("../answers.d.ts").Job> & {problem?: string}} Progress what the server says of a job, or why it says nothing */
+/** @typedef {{id: string, image: string, count: number, progress: Progress}} RunningJob */
 
-/** What is drawn right now: pixels and masks of slice `z`, and the grey picture made of them. */
-export const shown = { z: -1, pixels: null, masks: null, masksOf: null, label: null, grey: null, greyOf: "", place: null };
+/**
+ * @typedef {object} State
+ * @property {import("./session.js").ImageSession|null} session
+ * @property {import("./work.js").Work|null} work
+ * @property {number} z
+ * @property {string} structure
+ * @property {ReadonlySet<string>} included structures that are accepted together
+ * @property {Mode} mode
+ * @property {Pick|null} compared what the shown pick is compared with, if that was asked for
+ * @property {"slice"|"volume"} scope
+ * @property {readonly [low: number, high: number]} window
+ * @property {string} preset
+ * @property {number} zoom
+ * @property {import("./geometry.js").Point|null} center
+ * @property {boolean} isHidden
+ * @property {boolean} isSavedShown
+ * @property {boolean} isReadOnly
+ * @property {boolean} isSubmitting
+ * @property {RunningJob|null} job
+ */
 
-/** Times that somebody waits for: from the key or click to the picture. Read by anybody with `performance.getEntriesByType`. */
-const waiting = new Map();
-export const startWaiting = (name) => waiting.set(name, performance.now());
+/**
+ * Changes inside of the session (what is saved and kept; the result) and of the work (what is picked; what is accepted).
+ * @typedef {"info"|"result"|"picks"|"decisions"} Change
+ */
 
-/** The picture is there; or, with `isDone` false, it will not come. */
-export function stopWaiting(name, isDone = true) {
-  if (!waiting.has(name)) return;
-  if (isDone) performance.measure(name, { start: waiting.get(name), end: performance.now() });
-  waiting.delete(name);
-}
+/** @type {Store<State, Change>} */
+export const store = new Store(
+  /** @type {State} */ ({
+    session: null,
+    work: null,
+    z: 0,
+    structure: "",
+    included: new Set(),
+    mode: "pick",
+    compared: null,
+    scope: "slice",
+    window: [0, 1],
+    preset: "",
+    zoom: 1,
+    center: null,
+    isHidden: false,
+    isSavedShown: false,
+    isReadOnly: false,
+    isSubmitting: false,
+    job: null,
+  }),
+);
 
+export const state = store.values;
+
+/**
+ * What the large picture is made of right now; the stage alone changes it.
+ * @typedef {object} Shown
+ * @property {import("./session.js").ImageSession|null} session
+ * @property {number} z
+ * @property {Int16Array|null} pixels
+ * @property {import("./masks.js").StructureMasks[]|null} masks
+ * @property {string} masksOf source of the masks
+ * @property {Uint8Array|null} label
+ * @property {import("./session.js").ImageInfo|null} labelOf what was known when the label was fetched
+ * @property {OffscreenCanvas|null} grey
+ * @property {string} greyOf
+ * @property {import("./geometry.js").Place|null} place
+ */
+
+/** @type {Shown} */
+export const shown = { session: null, z: -1, pixels: null, masks: null, masksOf: "", label: null, labelOf: null, grey: null, greyOf: "", place: null };
+
+/**
+ * A structure on the shown slice: all proposals, and what is picked of them.
+ * @typedef {import("./masks.js").StructureMasks & {best: number, pick: Pick, mask: Uint8Array}} Look
+ */
+
+/** @param {number} z */
 export const isSliceDone = (z) => Boolean(state.work?.isDecided(z) || state.session?.isSaved(z));
 
-/** The undecided slice with the highest disagreement, other than this one; null if none is left. */
-export function findDisputed(without = null) {
-  const { session } = state;
-  if (!session?.result?.summary) return null;
-  const values = session.disagreement([...state.included]);
-  let best = null;
-  for (let z = 0; z < values.length; z += 1) {
-    if (z !== without && values[z] > 0 && !isSliceDone(z) && (best === null || values[z] > values[best])) best = z;
-  }
-  return best;
-}
+/** @returns {number[]} disagreement per slice of the structures that are accepted together; empty while it is not known */
+const includedDisagreement = () => state.session?.disagreement([...state.included]) ?? [];
+
+/**
+ * The undecided slice with the highest disagreement, other than this one; null if none is left.
+ * @param {number|null} without
+ */
+export const findDisputed = (without = null) => findHighest(includedDisagreement(), isSliceDone, without);
 
 /** The slices on which the shown proposals differ most, as the queue lists them. */
-export function listDisputed() {
-  const { session } = state;
-  const values = session.disagreement([...state.included]);
-  const order = [...values.keys()].filter((z) => values[z] > 0).sort((a, b) => values[b] - values[a]);
-  return order.slice(0, 8).map((index) => ({ index, score: values[index], reason: `disagreement ${values[index].toFixed(2)}`, structures: [] }));
-}
+export const listDisputed = () => rankSlices(state.session?.disagreement(state.session.result?.structures ?? []) ?? []);
 
-export function isDrawnHere() {
-  const values = state.session.disagreement([...state.included]);
-  return values[state.z] > 0;
-}
+export const isDrawnHere = () => includedDisagreement()[state.z] > 0;
 
-/** The masks and the pick of a structure on the shown slice; null while they are not there. */
+/** Whether masks of the slice that is looked at are there. */
+export const areMasksShown = () => Boolean(shown.masks) && shown.session === state.session && shown.z === state.z && shown.masksOf === state.session?.source;
+
+/**
+ * The masks and the pick of a structure on the shown slice; null while they are not there.
+ * @param {string} structure
+ * @returns {Look|null}
+ */
 export function look(structure) {
   const { session, work } = state;
-  if (!shown.masks || shown.z !== state.z || !work) return null;
-  const index = session.result.structures.indexOf(structure);
-  const entry = shown.masks[index];
+  if (!session?.result || !work || !areMasksShown()) return null;
+  const entry = shown.masks?.[session.result.structures.indexOf(structure)];
   if (!entry) return null;
   const best = (session.result.summary?.structures[structure].best ?? 1) - 1;
   const pick = work.pickOn(structure, state.z);
   return { ...entry, best, pick, mask: entry.box ? drawPick(entry.masks, pick, best) : new Uint8Array(0) };
 }
 
+/** @param {string} structure */
 export function colorOf(structure) {
   const { session } = state;
-  return session.info.colors[structure] ?? OTHER_COLORS[session.result.structures.indexOf(structure) % OTHER_COLORS.length];
+  if (!session) return UNKNOWN_COLOR;
+  const { colors, other_colors: others } = session.info;
+  const place = session.result?.structures.indexOf(structure) ?? 0;
+  return colors[structure] ?? others[place % others.length] ?? UNKNOWN_COLOR;
 }
 
-export const currentPick = () => state.work?.pickOn(state.structure, state.z) ?? { rule: "consensus", members: [], threshold: 0.5 };
+export const currentPick = () => state.work?.pickOn(state.structure, state.z) ?? makePick("consensus");
 
-export const chosenStructures = () => state.session.result.structures.filter((name) => state.included.has(name));
+export const countProposals = () => state.session?.result?.numProposals ?? 0;
 
-/** What the shown pick is compared with: the proposal that was asked for, else the consensus, else the first other one. */
+export const chosenStructures = () => state.session?.result?.structures.filter((name) => state.included.has(name)) ?? [];
+
+/**
+ * What the shown pick is compared with: the proposal that was asked for, else the consensus, else the first other one.
+ * @param {Look} active
+ * @returns {Pick}
+ */
 export function comparedPick(active) {
   if (state.compared) return state.compared;
-  if (active.pick.rule !== "consensus") return { rule: "consensus", members: [], threshold: 0.5 };
-  return { rule: "proposal", members: [1], threshold: 0.5 };
+  return active.pick.rule === "consensus" ? pickProposal(1) : makePick("consensus");
 }

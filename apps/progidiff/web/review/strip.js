@@ -1,89 +1,119 @@
 // The proposals of the shown slice side by side: consensus, every proposal, agreement, difference, absent.
 
 import { element, find } from "./dom.js";
-import * as draw from "./draw.js";
-import { countPixels, describePick, drawPick } from "./masks.js";
+import { agreementLayer, differenceLayer, drawSlice, maskLayer } from "./draw.js";
+import { frameAround, wholeSlice } from "./geometry.js";
+import { countPixels } from "./masks.js";
+import { describePick, drawPick, makePick, pickProposal } from "./picks.js";
 import { colorOf, comparedPick, currentPick, look, shown, state } from "./state.js";
 
-const MAX_KEY = 9;
+/** @typedef {"consensus"|"agreement"|"difference"|"nothing"|number} Thumb a number is a proposal, from 1 */
+/** @typedef {import("./state.js").Look} Look */
+/** @typedef {import("./session.js").ImageSession} ImageSession */
 
+const MAX_KEY = 9;
+/** Width by height of a thumbnail. */
+const ASPECT = 84 / 72;
+const NAMES = { consensus: "Consensus", agreement: "Agreement", difference: "Difference", nothing: "Absent" };
+const SHORTCUTS = { consensus: "C", agreement: "H", difference: "D", nothing: "0" };
+
+/** @type {(kind: Thumb) => void} */
 let choose = () => {};
-/** Call back with "consensus", a number, "agreement", "difference" or "nothing" when one is clicked. */
+/**
+ * Call back when one is clicked.
+ * @param {(kind: Thumb) => void} callback
+ */
 export function onChoose(callback) {
   choose = callback;
 }
 
-/** Thumbnails: consensus, every proposal, agreement, difference, absent. */
+/** @type {{kind: Thumb, node: HTMLButtonElement, canvas: HTMLCanvasElement, note: HTMLElement}[]} */
+let thumbs = [];
+
 export function renderStrip() {
   const { session } = state;
   const strip = find("strip");
-  const result = session.result;
+  const result = session?.result;
   if (!result || !state.work) {
     strip.replaceChildren(element("p", { className: "muted" }, session ? "Proposals appear here, side by side." : ""));
-    delete strip.dataset.of;
+    thumbs = [];
     return;
   }
-  const wanted = ["consensus", ...Array.from({ length: result.numProposals }, (_, k) => k + 1), "agreement", "difference", "nothing"];
-  if (strip.dataset.of !== wanted.join()) {
-    strip.dataset.of = wanted.join();
-    strip.replaceChildren(...wanted.map(buildThumb));
+  const numbers = Array.from({ length: result.numProposals }, (_, k) => k + 1);
+  /** @type {Thumb[]} */
+  const wanted = ["consensus", ...numbers, "agreement", "difference", "nothing"];
+  if (wanted.length !== thumbs.length) {
+    thumbs = wanted.map(buildThumb);
+    strip.replaceChildren(...thumbs.map(({ node }) => node));
   }
   const found = look(state.structure);
-  for (const thumb of strip.children) paintThumb(thumb, found);
+  for (const thumb of thumbs) paintThumb(thumb, session, found);
 }
 
+/** @param {Thumb} kind */
 function buildThumb(kind) {
   const isProposal = typeof kind === "number";
-  const names = { consensus: "Consensus", agreement: "Agreement", difference: "Difference", nothing: "Absent" };
-  const keys = { consensus: "C", agreement: "H", difference: "D", nothing: "0" };
-  const key = isProposal ? (kind <= MAX_KEY ? String(kind) : "") : keys[kind];
-  const thumb = element(
+  const key = isProposal ? (kind <= MAX_KEY ? String(kind) : "") : SHORTCUTS[kind];
+  const canvas = element("canvas");
+  const note = element("span", { className: "thumb-note" }, "\u00a0");
+  const node = element(
     "button",
     { className: "thumb", role: "option", "aria-selected": "false", on: { click: () => choose(kind) } },
-    element("canvas"),
-    element("span", { className: "thumb-name" }, isProposal ? `Prop. ${kind}` : names[kind], key && element("kbd", {}, key)),
-    element("span", { className: "thumb-note" }, "\u00a0"),
+    canvas,
+    element("span", { className: "thumb-name" }, isProposal ? `Prop. ${kind}` : NAMES[kind], key && element("kbd", {}, key)),
+    note,
   );
-  thumb.dataset.kind = kind;
-  return thumb;
+  node.dataset.kind = String(kind);
+  return { kind, node, canvas, note };
 }
 
-function paintThumb(thumb, found) {
-  const { session } = state;
-  const { kind } = thumb.dataset;
-  const number = Number(kind);
-  const isMode = kind === "agreement" || kind === "difference";
-  const current = currentPick();
-  const isPicked = number ? current.rule === "proposal" && current.members[0] === number : current.rule === kind;
-  thumb.setAttribute("aria-selected", String(isMode ? state.mode === kind : isPicked && state.mode === "pick"));
-  const canvas = thumb.querySelector("canvas");
-  const frame = found?.box
-    ? draw.frameAround(found.box, session.height, session.width, session.spacing, 84 / 72)
-    : draw.wholeSlice(session.height, session.width);
-  draw.drawSlice(canvas, shown.grey, frame, session.spacing, found?.box ? thumbLayers(kind, found) : []);
-  thumb.querySelector(".thumb-note").textContent = thumbNote(kind, found);
-  thumb.title = number && found?.best === number - 1 ? "The most typical proposal: the others agree with it most" : "";
+/**
+ * @param {typeof thumbs[number]} thumb
+ * @param {ImageSession} session
+ * @param {Look|null} found
+ */
+function paintThumb({ kind, node, canvas, note }, session, found) {
+  node.setAttribute("aria-selected", String(isSelected(kind)));
+  const frame = found?.box ? frameAround(found.box, session.spacing, ASPECT) : wholeSlice(session);
+  drawSlice(canvas, shown.grey, frame, session.spacing, found ? buildLayers(kind, found) : []);
+  note.textContent = found ? describeThumb(kind, session, found) : "…";
+  node.title = found && kind === found.best + 1 ? "The most typical proposal: the others agree with it most" : "";
 }
 
-function thumbLayers(kind, found) {
-  const color = colorOf(state.structure);
-  if (kind === "agreement") return [draw.agreementLayer(found.masks, found.box)];
-  if (kind === "difference") return [draw.differenceLayer(found.mask, drawPick(found.masks, comparedPick(found), found.best), found.box)];
-  if (kind === "nothing") return [];
-  const rule = Number(kind) ? { rule: "proposal", members: [Number(kind)] } : { rule: "consensus", members: [] };
-  return [draw.maskLayer(drawPick(found.masks, rule, found.best), found.box, color, 0.18, 1.5)];
+/** @param {Thumb} kind */
+function isSelected(kind) {
+  if (kind === "agreement" || kind === "difference") return state.mode === kind;
+  const { rule, members } = currentPick();
+  const isPicked = typeof kind === "number" ? rule === "proposal" && members[0] === kind : rule === kind;
+  return isPicked && state.mode === "pick";
 }
 
-function thumbNote(kind, found) {
-  const { session } = state;
-  if (!found) return "…";
-  const numbers = session.result.summary?.structures[state.structure];
-  const number = Number(kind);
+/**
+ * @param {Thumb} kind
+ * @param {Look} found
+ */
+function buildLayers(kind, found) {
+  const { box, masks, best } = found;
+  if (!box || kind === "nothing") return [];
+  if (kind === "agreement") return [agreementLayer(masks, box)];
+  if (kind === "difference") return [differenceLayer(found.mask, drawPick(masks, comparedPick(found), best), box)];
+  const drawn = drawPick(masks, kind === "consensus" ? makePick(kind) : pickProposal(kind), best);
+  return [maskLayer(drawn, box, colorOf(state.structure), { fill: 0.18, width: 1.5 })];
+}
+
+/**
+ * @param {Thumb} kind
+ * @param {ImageSession} session
+ * @param {Look} found
+ */
+function describeThumb(kind, session, found) {
   const [dy, dx] = session.spacing;
+  /** @type {(mask: Uint8Array) => string} */
   const area = (mask) => `${((countPixels(mask) * dy * dx) / 100).toFixed(1)} cm²`;
-  if (number) return `${area(found.box ? found.masks[number - 1] : [])}${numbers?.best === number ? " ★" : ""}`;
-  if (kind === "consensus") return found.box ? area(drawPick(found.masks, { rule: "consensus", members: [] }, found.best)) : "0.0 cm²";
   if (kind === "agreement") return "share";
-  if (kind === "difference") return `to ${describePick(comparedPick(found), session.result.numProposals)}`;
-  return "not here";
+  if (kind === "nothing") return "not here";
+  if (kind === "difference") return `to ${describePick(comparedPick(found), session.result?.numProposals ?? 0)}`;
+  if (kind === "consensus") return area(drawPick(found.masks, makePick(kind), found.best));
+  const best = session.result?.summary?.structures[state.structure].best;
+  return `${area(found.masks[kind - 1])}${best === kind ? " ★" : ""}`;
 }

@@ -1,0 +1,216 @@
+// What the server answers, by the names that the pages use. Types that the server declares come from api.d.ts, which is made from its
+// OpenAPI description (`make api-types`); those that it does not declare yet are written out here.
+
+import type { Pick } from "./review/picks.js";
+
+/** GET /progidiff/review/{image} */
+export interface ImageInfo {
+  image: string;
+  /** depth, height, width of the axial stack */
+  shape: [number, number, number];
+  /** dz, dy, dx in mm */
+  spacing: [number, number, number];
+  modality: string;
+  modality_source: string;
+  /** slope, intercept: intensity = slope * pixel + intercept */
+  scale: [number, number];
+  window: [number, number];
+  range: [number, number];
+  voxel_ml: number;
+  /** newest first */
+  kept: { proposals: string; created: number; structures: string[] }[];
+  label: { sequence: number; user: string; time: string } | null;
+  label_ids: Record<string, number>;
+  /** structure -> #rrggbb */
+  colors: Record<string, string>;
+  /** for all others, in turn */
+  other_colors: string[];
+  /** null for the whole volume */
+  annotated_slices: number[] | null;
+  /** of the newest save; 0 if there is none */
+  sequence: number;
+}
+
+export interface StructureNumbers {
+  present: boolean;
+  consensus_ml: number;
+  proposals_ml: number[];
+  /** the most typical proposal, counted from 1 */
+  best: number;
+  ranking: number[];
+  mean_disagreement: number;
+  disagreement_per_slice: number[];
+  nearby_disagreement_per_slice: number[];
+}
+
+export interface Summary {
+  num_proposals: number;
+  model_version: string;
+  adapter: string;
+  structures: Record<string, StructureNumbers>;
+}
+
+/** GET /progidiff/proposals/{image} */
+export interface KeptProposals {
+  image: string;
+  proposals: string;
+  summary: Summary;
+}
+
+/** POST /infer/progidiff?output=json */
+export interface Proposed extends Summary {
+  /** key of the result */
+  proposals: string;
+  warnings: string[];
+}
+
+/** GET /progidiff/jobs/{id} */
+export interface Job {
+  id: string;
+  state: "queued" | "running" | "done" | "failed" | "cancelled";
+  /** jobs before this one; 0 when it runs */
+  position: number;
+  percent: number;
+  slices_done: number;
+  slices_total: number;
+  /** what a queued job waits for, in words */
+  waiting_for?: string | null;
+}
+
+/** GET /progidiff/prompts, one of the list */
+export interface Prompt {
+  structure: string;
+  label: number;
+  synonyms: string[];
+  /** #rrggbb */
+  color: string;
+}
+
+export interface QueueSlice {
+  index: number;
+  score: number;
+  structures: string[];
+  reason: string;
+}
+
+/** GET /progidiff/queue, one of the list */
+export interface QueueEntry {
+  image: string;
+  slices: QueueSlice[];
+  reason: string;
+  state: string;
+  modality?: string;
+  reserved_by?: string | null;
+}
+
+/** The body of POST /progidiff/review/{image} */
+export interface Decisions {
+  proposals: string;
+  volume: Record<string, Pick>;
+  slices: Record<string, Record<string, Pick>>;
+  base: number;
+  seconds: number;
+}
+
+export interface SavedAnnotation {
+  sequence: number;
+  /** null for the whole volume */
+  slices: number[] | null;
+  structures: string[];
+  edited: boolean;
+  label_ids: Record<string, number>;
+}
+
+/** POST /progidiff/review/{image}, PUT /datastore/label */
+export interface Saved {
+  image: string;
+  label: string;
+  annotation: SavedAnnotation & { repeated: boolean; warnings: string[] };
+}
+
+/** POST /progidiff/annotations/{image}/undo */
+export interface Undone {
+  image: string;
+  annotation: SavedAnnotation | null;
+  annotated_slices: number[] | null;
+}
+
+/** GET /progidiff/training */
+export interface Training {
+  state: string;
+  message: string;
+  running: boolean;
+  trainer?: string;
+  step?: number;
+  total?: number;
+  eta_seconds?: number | null;
+  reason?: string;
+}
+
+/** GET /progidiff/scoring */
+export interface Scoring {
+  state: string;
+  images: number;
+  scored: number;
+  image: string;
+}
+
+/** A version that is damaged has a number and a problem only. */
+export interface Version {
+  version: number;
+  problem: string;
+  modality?: string;
+  structures?: string[];
+  /** ISO 8601 */
+  created?: string;
+  fits?: boolean;
+  verdict?: string;
+  dice?: { base?: { consensus?: number }; adapted?: { consensus?: number } };
+}
+
+/** GET /progidiff/versions, one of the list */
+export interface Adapter {
+  name: string;
+  current: number | null;
+  problem: string;
+  versions: Version[];
+}
+
+/** POST /progidiff/versions/{name}/{version}/use, .../rollback */
+export interface Served {
+  name: string;
+  served: string;
+}
+
+/** GET /datastore/?output=all */
+export interface Datastore {
+  objects: Record<string, { labels?: { final?: unknown } }>;
+}
+
+/** GET /progidiff/ohif/images/{image} */
+export interface SeriesInfo {
+  image: string;
+  study: string;
+  series: string;
+  /** for every slice of the series the axial index that the server counts with; null if the series is not axial */
+  axial_slices: number[] | null;
+}
+
+/** POST /activelearning/{strategy}: without an image to give, `message` alone */
+export interface NextSample {
+  id?: string;
+  slices?: QueueSlice[];
+  reason?: string;
+  message?: string;
+}
+
+/** GET /info/, what the panel reads of it */
+export interface ServerInfo {
+  models?: { progidiff?: { config?: { show?: string[] } } };
+}
+
+/** Why a request was refused. */
+export interface Refusal {
+  detail?: unknown;
+  suggestions?: string[];
+}

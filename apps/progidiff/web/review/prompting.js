@@ -1,0 +1,159 @@
+// Asking for proposals: the prompt, the job that answers it, and what it has so far.
+
+import * as api from "./api.js";
+import { clearNotice, element, find, findInput, notice, toast } from "./dom.js";
+import { report } from "./failures.js";
+import { countStructures } from "./masks.js";
+import { goToDisputed } from "./moving.js";
+import { openResult, useResult } from "./opening.js";
+import { describeProgress } from "./progress.js";
+import { isDrawnHere, state, store } from "./state.js";
+import { giveUpWaiting, startWaiting } from "./timing.js";
+import { Work } from "./work.js";
+
+/** @typedef {import("./session.js").ImageSession} ImageSession */
+/** @typedef {import("./state.js").RunningJob} RunningJob */
+/** @typedef {import("./state.js").Progress} Progress */
+
+const POLL_MS = 300;
+const [FEWEST, USUAL, MOST] = [2, 4, 16];
+
+/** @param {Event} [event] of the form */
+export async function runPrompt(event) {
+  event?.preventDefault();
+  const { session } = state;
+  const prompt = findInput("prompt").value.trim();
+  if (!session || state.job || !prompt) return;
+  if (state.work?.hasDecisions) {
+    showPromptError("Submit or undo the decisions on the proposals that are shown first; new ones would take their place.");
+    return;
+  }
+  find("prompt-error").hidden = true;
+  startWaiting("first-proposal");
+  const count = Math.min(MOST, Math.max(FEWEST, Number(findInput("count").value) || USUAL));
+  const id = `review-${Math.random().toString(36).slice(2, 12)}`;
+  store.set({ job: { id, image: session.image, count, progress: { state: "queued", position: 0, percent: 0 } } });
+  const timer = setInterval(() => watchJob(id, session), POLL_MS);
+  try {
+    const answer = await api.runPrompt(session.image, { prompt, num_proposals: count, job_id: id, first_slice: state.z });
+    if (state.session !== session) return;
+    await session.refresh();
+    store.touch("info");
+    await useResult(session, answer.proposals, undefined, true);
+    tellResult(prompt, answer);
+  } catch (error) {
+    giveUpWaiting("first-proposal");
+    if (session === state.session && session.result?.job === id) await dropUnfinished(session);
+    if (["refused", "busy", "conflict"].includes(api.kindOf(error))) showPromptError(api.messageOf(error), error instanceof api.ApiError ? error.suggestions : []);
+    else report(error);
+  } finally {
+    clearInterval(timer);
+    forget(id);
+  }
+}
+
+/**
+ * @param {string} prompt
+ * @param {import("../answers.d.ts").Proposed} answer
+ */
+function tellResult(prompt, answer) {
+  if (Object.values(answer.structures).every(({ present }) => !present)) toast(`Nothing found for “${prompt}” in this image.`);
+  if (answer.warnings.length) notice(answer.warnings.join(" "), "", [["Understood", clearNotice]]);
+  if (!isDrawnHere()) goToDisputed();
+}
+
+/**
+ * The slices that were ready are no result: back to what was kept before.
+ * @param {ImageSession} session
+ */
+async function dropUnfinished(session) {
+  session.dropResult();
+  store.set({ work: null, structure: "" });
+  store.touch("result");
+  await openResult(session).catch(report);
+}
+
+let isAsking = false;
+
+/**
+ * Progress, and the proposals of the slice that is looked at as soon as they are there.
+ * @param {string} id
+ * @param {ImageSession} session
+ */
+async function watchJob(id, session) {
+  if (isAsking || state.job?.id !== id) return;
+  isAsking = true;
+  try {
+    const progress = await api.getJob(id);
+    follow(id, progress);
+    if (progress.state === "running" && state.session === session) await useUnfinished(id, session);
+  } catch (error) {
+    if (api.kindOf(error) !== "gone") follow(id, { problem: api.messageOf(error), percent: 0 });
+  } finally {
+    isAsking = false;
+  }
+}
+
+/**
+ * @param {string} id
+ * @param {Progress} progress
+ */
+function follow(id, progress) {
+  if (state.job?.id === id) store.set({ job: { ...state.job, progress } });
+}
+
+/** @param {string} id */
+function forget(id) {
+  if (state.job?.id === id) store.set({ job: null });
+}
+
+/**
+ * The first slices of a job become the result that is shown; from then on the stage fetches what is there.
+ * @param {string} id
+ * @param {ImageSession} session
+ */
+async function useUnfinished(id, session) {
+  if (session.result?.job === id) return;
+  const packed = await api.getMasks(session.image, state.z, { job: id });
+  if (!packed.byteLength || state.job?.id !== id || state.session !== session) return;
+  const names = Array.from({ length: countStructures(packed) }, (_, index) => `structure ${index + 1}`);
+  session.useJob(id, names, state.job.count);
+  store.set({ work: new Work(session.image, ""), structure: names[0], included: new Set(names) });
+  store.touch("result");
+}
+
+export function cancelJob() {
+  if (state.job) api.cancelJob(state.job.id).catch(report);
+}
+
+export function renderJob() {
+  const { job } = state;
+  find("job").hidden = !job;
+  find("prompt-form").classList.toggle("busy", Boolean(job));
+  if (!job) return;
+  find("job-progress", HTMLProgressElement).value = job.progress.percent ?? 0;
+  find("job-text").textContent = describeProgress(job.progress);
+}
+
+/**
+ * @param {string} text
+ * @param {readonly string[]} suggestions
+ */
+function showPromptError(text, suggestions = []) {
+  const tries = suggestions.map((name) =>
+    element("button", { type: "button", on: { click: () => ((findInput("prompt").value = name), runPrompt()) } }, name),
+  );
+  find("prompt-error").replaceChildren(text, ...tries);
+  find("prompt-error").hidden = false;
+}
+
+/** The names that the box completes. */
+export async function fillPrompts() {
+  try {
+    const prompts = await api.listPrompts();
+    const names = prompts.flatMap(({ structure, synonyms }) => [structure, ...synonyms.slice(0, 3)]);
+    find("prompt-list").replaceChildren(...["all", ...names].map((name) => element("option", { value: name })));
+  } catch (error) {
+    report(error);
+  }
+}

@@ -1,0 +1,124 @@
+// Sending what was decided, going back to an earlier save, and going on to the next image.
+
+import * as api from "./api.js";
+import { findDecidable } from "./deciding.js";
+import { clearNotice, notice, toast } from "./dom.js";
+import { report } from "./failures.js";
+import { openImage } from "./opening.js";
+import { countSlices } from "./slices.js";
+import { state, store } from "./state.js";
+import { forgetWork } from "./work.js";
+
+/** @typedef {import("./session.js").ImageSession} ImageSession */
+
+/** @type {{load: () => Promise<void>, next: () => string|null}} */
+let queue = { load: async () => {}, next: () => null };
+/**
+ * The list that a save changes, and that names the next image.
+ * @param {typeof queue} list
+ */
+export function useQueue(list) {
+  queue = list;
+}
+
+export async function submit() {
+  const found = findDecidable();
+  if (!found?.work.hasDecisions || state.isSubmitting) return;
+  const { session, work } = found;
+  store.set({ isSubmitting: true });
+  try {
+    const { annotation } = await api.submitDecisions(session.image, work.toDecisions(session.info.sequence));
+    forgetWork(session.image);
+    tellSaved(annotation);
+    if (state.session === session) {
+      store.set({ work: work.next() });
+      await refresh(session);
+    }
+    await queue.load();
+  } catch (error) {
+    await reportSubmit(error, session);
+  } finally {
+    store.set({ isSubmitting: false });
+  }
+}
+
+/** @param {import("../answers.d.ts").Saved["annotation"]} annotation */
+function tellSaved({ slices, repeated, structures, warnings = [] }) {
+  const extent = slices === null ? "the whole volume" : countSlices(slices.length);
+  toast(repeated ? "This was saved already; nothing was saved twice." : `Saved: ${extent} of ${structures.join(", ")}`, "good", 5);
+  clearNotice();
+  if (warnings.length) notice(warnings.join(" "), "", [["Understood", clearNotice]]);
+}
+
+/**
+ * @param {unknown} error
+ * @param {ImageSession} session
+ */
+async function reportSubmit(error, session) {
+  if (api.kindOf(error) !== "conflict") {
+    report(error);
+    return;
+  }
+  await refresh(session).catch(() => {}); // Then the page knows of the other save when it is opened again.
+  notice(api.messageOf(error), "bad", [
+    ["Show that label", () => store.set({ isSavedShown: true })],
+    ["Submit again", () => (clearNotice(), void submit())],
+  ]);
+}
+
+/**
+ * Ask again what is saved.
+ * @param {ImageSession} session
+ */
+async function refresh(session) {
+  await session.refresh();
+  store.touch("info");
+}
+
+export async function undoSave() {
+  const { session } = state;
+  if (!session || state.isReadOnly) return;
+  try {
+    const { annotation } = await api.undoSave(session.image);
+    toast(annotation ? `The last save is undone; save ${annotation.sequence} is in force again.` : "The last save is undone; the image has no label now.", "good");
+    await refresh(session);
+    await queue.load();
+  } catch (error) {
+    report(error);
+  }
+}
+
+export async function skip() {
+  const { session } = state;
+  if (!session) return;
+  if (state.work?.hasDecisions) {
+    toast("There are decisions on this image. Submit or undo them before skipping it.", "bad");
+    return;
+  }
+  try {
+    await api.skipImage(session.image, "skipped on the review page");
+    toast(`${session.image} skipped`, "", 2);
+    await openNext();
+  } catch (error) {
+    report(error);
+  }
+}
+
+export async function openNext() {
+  await queue.load();
+  const image = queue.next();
+  if (image) await openImage(image);
+  else toast("No other image is waiting.");
+}
+
+/** The server is back after it was gone. */
+export async function offerAgain() {
+  if (state.work?.hasDecisions) {
+    notice("The server is back. Your decisions are still here.", "", [
+      ["Submit now", submit],
+      ["Later", clearNotice],
+    ]);
+  }
+  await queue.load();
+  store.touch("info");
+}

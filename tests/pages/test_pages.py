@@ -144,7 +144,8 @@ def test_the_server_reads_the_panel_s_file_as_it_was_written(tmp_path: Path):
 
 def test_the_types_of_the_answers_are_those_of_the_routes():
     assert read_digest(TYPES.read_text()) == compute_digest(describe_routes()), (
-        "The routes answer in another shape than apps/progidiff/web/api.d.ts says. Run make api-types, then make check."
+        "The routes answer in another shape than apps/progidiff/web/api.d.ts says. Run make api-types (which is "
+        "PYTHONPATH=lib:tests python -m support.api_types, after npm ci in tests/pages), then make check."
     )
 
 

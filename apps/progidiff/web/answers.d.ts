@@ -1,7 +1,11 @@
 // What the server answers, by the names that the pages use. Types that the server declares come from api.d.ts, which is made from its
 // OpenAPI description (`make api-types`); those that it does not declare yet are written out here.
 
+import type { paths } from "./api.d.ts";
 import type { Pick } from "./review/picks.js";
+
+/** What a route answers when all went well. */
+type Answer<P extends keyof paths, M extends keyof paths[P]> = paths[P][M] extends { responses: { 200: { content: { "application/json": infer T } } } } ? T : never;
 
 /** GET /progidiff/review/{image} */
 export interface ImageInfo {
@@ -64,18 +68,8 @@ export interface Proposed extends Summary {
   warnings: string[];
 }
 
-/** GET /progidiff/jobs/{id} */
-export interface Job {
-  id: string;
-  state: "queued" | "running" | "done" | "failed" | "cancelled";
-  /** jobs before this one; 0 when it runs */
-  position: number;
-  percent: number;
-  slices_done: number;
-  slices_total: number;
-  /** what a queued job waits for, in words */
-  waiting_for?: string | null;
-}
+/** `waiting_for` is to be read after "waiting for"; "" if it does not wait. */
+export type Job = Answer<"/progidiff/jobs/{job_id}", "get">;
 
 /** GET /progidiff/prompts, one of the list */
 export interface Prompt {

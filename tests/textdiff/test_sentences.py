@@ -195,6 +195,14 @@ def test_a_sentence_is_found_by_name_with_or_without_suffix():
     assert [find_sentence(sentences, n) for n in ("a.png", "b.png", "c.png", "d.png")] == ["One", "Two", "Three", None]
 
 
+def test_a_sentence_is_found_if_the_name_differs_by_case_only():
+    assert find_sentence({"IMG_1.PNG": "One"}, "img_1.png") == "One"
+    assert find_sentence({"IMG_1.PNG": "One", "img_1.png": "Two"}, "img_1.png") == "Two"
+    assert find_sentence({"Img_1.png": "One", "IMG_1": "One"}, "img_1.tif") == "One"
+    with pytest.raises(RequestError, match=r"'Img_1\.png', 'IMG_1' for the picture 'img_1\.tif'"):
+        find_sentence({"Img_1.png": "One", "IMG_1": "Two"}, "img_1.tif")
+
+
 def test_a_mirrored_sentence_says_the_same_of_the_mirrored_picture():
     text = "Dense in the upper left, sparse at the BOTTOM; nothing is left out above."
     assert mirror_sentence(text, horizontal=True).startswith("Dense in the upper right")

@@ -12,22 +12,10 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
@@ -49,6 +37,7 @@ from progidiff.cli.options import (
     make_slug,
     split_commas,
 )
+from progidiff.cli.progress import console, show_cases, show_count
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
 from progidiff.prompts.structures import STRUCTURES
@@ -59,8 +48,6 @@ if TYPE_CHECKING:
     from progidiff.images.volume import Volume
     from progidiff.proposals.engine import Engine
     from progidiff.proposals.volume_proposals import VolumeProposals
-
-console = Console(stderr=True)
 
 
 class _Commands(TyperGroup):
@@ -184,23 +171,6 @@ def load_engine(model: Path | None, backbone: str | None, device: str | None) ->
     return Engine(model_dir=find_model(model), backbone=backbone, device=device)
 
 
-@contextmanager
-def show_progress(unit: str) -> Iterator[Progress]:
-    """A progress bar with elapsed and remaining time, on standard error; silent where that is no terminal."""
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn(unit),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        yield bar
-
-
 @app.command()
 def serve(
     app_folder: Annotated[Path, typer.Option("--app", help="Folder of the MONAI Label app.")] = REPOSITORY
@@ -316,8 +286,7 @@ def predict(
     warnings = engine.find_warnings(volume, queries, chosen)
     for warning in warnings:
         console.print(warning, highlight=False, style="yellow")
-    with show_progress("slices") as bar:
-        task = bar.add_task(volume.name, total=None)
+    with show_count(volume.name, "slices") as show:
         request = ProposalRequest(
             queries=tuple(queries),
             num_proposals=num_proposals,
@@ -327,7 +296,7 @@ def predict(
             adapter=chosen.full_name if chosen else NONE,
             clean_up=clean_up,
         )
-        watched = Work(on_progress=lambda done, total: bar.update(task, completed=done, total=total))
+        watched = Work(on_progress=show)
         proposals = engine.propose(request, volume, watched)
     ids = compute_label_ids(queries)
     out.mkdir(parents=True, exist_ok=True)
@@ -424,7 +393,7 @@ def evaluate(
     if out.is_dir():
         raise RequestError(f"'{out}' is a folder. Name a file with --out, for example {out / 'evaluate.json'}.")
     engine = load_engine(model, backbone, device)
-    with _show_cases() as report:
+    with show_cases() as report:
         result = evaluate.evaluate(
             engine,
             studies,
@@ -449,20 +418,6 @@ def evaluate(
             f"{len(result['cases']) - result['num_cases']} cases could not be read and "
             f"are not in the means; see `notes` in '{out}'."
         )
-
-
-@contextmanager
-def _show_cases() -> Iterator[Callable[[int, int, str, int, int], None]]:
-    """A bar for the cases and one for the slices of the case at hand: (number, count, name, slices done, slices)."""
-    with show_progress("slices") as bar:
-        whole = bar.add_task("cases", total=None)
-        single = bar.add_task("", total=None)
-
-        def report(number: int, count: int, name: str, done: int, total: int) -> None:
-            bar.update(whole, completed=number, total=count)
-            bar.update(single, description=name, completed=done, total=total)
-
-        yield report
 
 
 @app.command()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -30,6 +28,7 @@ from progidiff.cli.options import (
     split_commas,
     use_threads,
 )
+from progidiff.cli.progress import make_step_report, show_count
 from progidiff.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
@@ -245,11 +244,14 @@ def train(
     settings = load_settings(TextDiffTrainConfig, "textdiff_train", config, changes, show_config, flags)
     _prepare(threads)
     chosen, held = _choose_pictures(require(images, "--images"), labels, text, case, hold_out, validation)
-    with _show_progress("pictures") as show:
+    steps_told = make_step_report()
+    with show_count("features", "pictures") as show:
 
         def report(entry: dict[str, Any]) -> None:
             if entry["stage"] == "features":
                 show(entry["step"], entry["total"])
+            elif steps_told is not None:
+                steps_told(entry)
 
         result = train_textdiff(
             chosen,
@@ -314,7 +316,7 @@ def predict(
     picture = read_picture(image)
     _prepare(threads)
     loaded = load_textdiff(model, device, denoiser)
-    with _show_progress("tiles") as show:
+    with show_count(image.name, "tiles") as show:
         result = loaded.predict(picture, sentence, draws, on_progress=show)
     files = _save_answer(loaded.card.classes, result, out)
     save_report(_describe_answer(image, loaded, result, files), out / "result.json")
@@ -398,7 +400,7 @@ def evaluate(
         cases = pick_cases(cases, split_commas(case))
     _prepare(threads)
     loaded = load_textdiff(model, device, denoiser)
-    with _show_progress("pictures") as show:
+    with show_count("pictures", "pictures") as show:
         found = measure(loaded, cases, control.value, draws=draws, seed=seed, on_progress=show)
     found |= {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]), "versions": describe_versions()}
     save_report(found, target)
@@ -478,20 +480,6 @@ def _store(root: Path | None) -> TextDiffStore:
     from progidiff.textdiff.versions import TextDiffStore
 
     return TextDiffStore(root or default_folder())
-
-
-@contextmanager
-def _show_progress(unit: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal, nothing elsewhere."""
-    from tqdm import tqdm
-
-    with tqdm(unit=unit.rstrip("s"), desc=unit, disable=not sys.stderr.isatty(), leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield show
 
 
 def _save_gray(path: Path, pixels: Any) -> None:

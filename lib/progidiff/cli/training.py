@@ -25,6 +25,7 @@ from progidiff.cli.options import (
     require,
     use_threads,
 )
+from progidiff.cli.progress import make_step_report
 from progidiff.errors import RequestError
 
 if TYPE_CHECKING:
@@ -231,7 +232,7 @@ def pretrain(
 
     use_threads(threads)
     place = require(studies, "--studies"), require(model, "--model")
-    result = run_pretrain(*place, work, settings, held_out=hold_out or [], device=device)
+    result = run_pretrain(*place, work, settings, held_out=hold_out or [], device=device, report=make_step_report())
     if _is_first():
         typer.echo(json.dumps(result, indent=1))
 
@@ -289,6 +290,7 @@ def train(
         backbone_source=backbone,
         continue_from=continue_from,
         device=device,
+        report=make_step_report(),
     )
     if _is_first():
         typer.echo(f"{card.full_name} is in {folder}")
@@ -369,6 +371,7 @@ def adapt(
         backbone_source=backbone,
         device=device,
         publish=publish,
+        report=make_step_report(),
     )
     typer.echo(json.dumps(result.figures, indent=1))
     typer.echo(result.message, err=True)

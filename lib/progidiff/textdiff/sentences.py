@@ -205,7 +205,11 @@ def read_sentences(path: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def find_sentence(sentences: Mapping[str, str], name: str) -> str | None:
-    """The sentence of an image by its file name, else by its name without suffix; None if there is none.
+    """The sentence of an image by its file name, else by its name without suffix, else by either in another case; None
+    if there is none.
+
+    Raises:
+        RequestError: if names that differ from the image's by case only have different sentences.
 
     Example:
         >>> find_sentence({"a.png": "Dense."}, "a.png"), find_sentence({"a": "Dense."}, "a.png"), find_sentence({},
@@ -217,7 +221,16 @@ def find_sentence(sentences: Mapping[str, str], name: str) -> str | None:
     for candidate in (name, stem):
         if candidate in sentences:
             return sentences[candidate]
-    return next((text for key, text in sentences.items() if Path(key).stem == stem), None)
+    exact = next((text for key, text in sentences.items() if Path(key).stem == stem), None)
+    if exact is not None:
+        return exact
+    alike = {key: text for key, text in sentences.items() if Path(key).stem.casefold() == stem.casefold()}
+    if len(set(alike.values())) > 1:
+        raise RequestError(
+            f"The table of sentences has {', '.join(repr(key) for key in alike)} for the picture '{name}', with "
+            "different sentences. Name the picture as its file is called, and keep one."
+        )
+    return next(iter(alike.values()), None)
 
 
 def mirror_sentence(text: str, horizontal: bool = False, vertical: bool = False) -> str:

@@ -247,7 +247,9 @@ class _Watcher:
         self._run, self._first = run, run.step
         self._validate, self._draw, self._report = validate, draw, report
         self._log = RunLog(run.folder, run.step, config.tensorboard)
-        self._bar = tqdm(initial=run.step, total=config.steps, unit="step", dynamic_ncols=True, mininterval=5.0)
+        self._bar = tqdm(
+            initial=run.step, total=config.steps, unit="step", dynamic_ncols=True, mininterval=5.0, disable=None
+        )  # disable=None: only where a terminal shows it
         self._smoothed: dict[str, float] = {}
         self._started = time.monotonic()
 

@@ -436,6 +436,12 @@ class AnnotationStore:
             foreign: dict[str, frozenset[int] | None] = dict.fromkeys(sorted(self._foreign_labels() - images))
             return {image: slices for image, slices in {**found, **foreign}.items() if slices is None or slices}
 
+    def list_tracked(self) -> set[tuple[str, str]]:
+        """Every image and tag that anything was ever saved for."""
+        with self._mutex:
+            self._refresh()
+            return set(self._tracks)
+
     def label_file(self, annotation: Annotation) -> Path:
         """The kept bytes of a save."""
         return self.root / annotation.file

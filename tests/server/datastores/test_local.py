@@ -381,6 +381,7 @@ def test_without_list_and_backup_the_folders_are_looked_through(
     store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {})
     (studies / "datastore_v2.json").write_bytes(b"{")
     (studies / "datastore_v2.json.bak").write_bytes(b"{")
+    (studies / ".progidiff" / "datastore.sqlite").write_bytes(b"no database" * 1000)
     again = open_store(studies)
     again.refresh()
     assert again.list_images() == ["one", "two"]

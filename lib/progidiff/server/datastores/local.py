@@ -3,24 +3,26 @@
 What MONAI Label's own class does without locks and in place happens here under one lock per process and one between
 processes, on copies that are swapped in: a reader never sees half of a change. What somebody sent is opened before any
 lock is taken, and joined with the label in force under a lock of its image alone: a file that takes long to read keeps
-nobody from saving. Then, under the lock of all, a save goes
+nobody from saving. A save then goes
 
-1. the label version into the history (`AnnotationStore.record`: file, then its line in the log, both flushed),
-2. the file into `labels/<tag>/` by rename,
-3. `datastore_v2.json` by rename, the one before it kept as `.bak`.
+1. a copy of the file beside its place in `labels/<tag>/`, flushed: a disk that refuses it refuses it here,
+2. the label version and its line into the history (`AnnotationStore.record`), under the lock of all,
+3. the copy to its place by rename; what refuses this is taken back in the history,
+4. a row into the index (`DatastoreIndex`), which remembers which file was placed. `datastore_v2.json`, the host's list,
+   is written when nothing else happens, and at the end.
 
 No lock is waited for longer than 30 s. Only plain files count, and links only if they stay in the studies folder.
 
-After a crash between 1 and 2 the next start finishes the last save; after one between 2 and 3 it finds the file by
-looking. Files that somebody else puts into, changes in or takes out of the folders are taken as they are; before one is
-replaced it goes into the history too.
+What a crash left between two steps is finished from the history at the next start, for every image: a file that is the
+one placed last and not the one in force shows it. Files that somebody else puts into, changes in or takes out of the
+folders are taken as they are, and go into the history too; one that cannot be read does not count.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fnmatch
-import json
 import logging
 import os
 import re
@@ -29,9 +31,9 @@ import sys
 import tempfile
 import threading
 import time
-import uuid
+import weakref
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,15 +41,22 @@ from typing import Any
 from filelock import FileLock, Timeout
 from monailabel.config import settings
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastore, LocalDatastoreModel
-from pydantic import ValidationError
 
-from progidiff.errors import BusyError, ImageError, NotFoundError, ProGiDiffError, RequestError, StoreError
+from progidiff.errors import (
+    BusyError,
+    ConflictError,
+    ImageError,
+    NotFoundError,
+    ProGiDiffError,
+    RequestError,
+    StoreError,
+)
 from progidiff.images.folders import LeftOut, list_left_out
 from progidiff.images.formats import Use, find_format, is_picture, list_suffixes, strip_suffix
 from progidiff.images.geometry import Grid
 from progidiff.images.pictures import check_picture
-from progidiff.images.reading import load_volume, read_grid
-from progidiff.labels.history import FINAL, Annotation, AnnotationStore, hash_file
+from progidiff.images.reading import load_label, load_volume, read_grid
+from progidiff.labels.history import FINAL, Annotation, AnnotationStore, hash_file, split_label_name
 from progidiff.labels.saving import (
     Previous,
     ReadyLabel,
@@ -61,18 +70,34 @@ from progidiff.labels.saving import (
 )
 from progidiff.labels.segments import LabelMap, combine_names, read_names
 from progidiff.proposals.store import ProposalStore
+from progidiff.server.datastores.host_file import HostFile, merge_records, parse_record, plain
 from progidiff.server.datastores.ids import check_id
 from progidiff.server.datastores.image_locks import ImageLocks
-from progidiff.storage.atomic import flush, scratch_folder
+from progidiff.server.datastores.index import DatastoreIndex, FileState, Placed, Row
+from progidiff.storage.atomic import flush, make_scratch_name, remove_leftovers, scratch_folder
+from progidiff.storage.json_text import is_whole, show_text, write_json
+from progidiff.storage.state_files import note_damage
 
 logger = logging.getLogger(__name__)
 
 _TAG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _LOCK_SECONDS = 30.0
 _TRIES = 5
-_WRITING = ".writing-"
 _CHANGES = ("created", "deleted", "modified", "moved")
-_STALE_SECONDS = 3600.0
+_TAKEN_OUT = "the file was taken out of the folder"
+_HOST_NOTE = "host file"
+"""Of the index: which `datastore_v2.json` is this program's own, or was taken over."""
+
+_HOST_REVISION = "host revision"
+"""Of the index: which of its revisions that file holds."""
+
+_NOT_WRITTEN = "'{}' could not be written ({}). Free some disk space and send it again; nothing else changed."
+
+_IDLE_SECONDS = 5.0
+"""Without a change before the host's file is written; twenty times longer than the last time took, if that is more."""
+
+_PATIENCE_SECONDS = 300.0
+"""After which it is written all the same."""
 
 _held: dict[str, FileLock] = {}
 """Folders that this process serves. A reload of the app opens its folder again, in the same process."""
@@ -115,6 +140,8 @@ class SafeLocalDatastore(LocalDatastore):
         StoreError: if the folder cannot be written.
     """
 
+    _datastore: LocalDatastoreModel
+
     def __init__(
         self,
         studies: str,
@@ -134,16 +161,25 @@ class SafeLocalDatastore(LocalDatastore):
         self._state = state
         self._serves = serves
         self._mutex = threading.RLock()
-        self._images = ImageLocks()
-        self._faults: dict[str, str] = {}
         self._depth = 0
-        self._config_state: tuple[int, int, int] | None = None
+        self._images = ImageLocks()
         self._is_settled = not serves
+        self._placed: dict[str, dict[str, Placed]] = {}
+        self._unsettled: set[tuple[str, str]] = set()
+        self._unwritten: set[str] = set()
+        self._faults: dict[str, str] = {}
         self.left_out: tuple[LeftOut, ...] = ()
         """What of the folder is not served, and why; as of the last look at it."""
         if serves:
             Path(studies).mkdir(parents=True, exist_ok=True)
             _claim(Path(studies))
+        self._index = DatastoreIndex(state / "datastore.sqlite")
+        self._revision = 0
+        self._host_file = HostFile(Path(studies) / "datastore_v2.json")
+        self._host_identity: str | None = None
+        self._host_revision: int | None = None
+        self._changed = self._host_seconds = 0.0
+        self._host_written = time.monotonic()
         super().__init__(
             studies, extensions=list(extensions), auto_reload=auto_reload and serves, read_only=read_only or not serves
         )
@@ -153,6 +189,10 @@ class SafeLocalDatastore(LocalDatastore):
             # Opening and closing change nothing. Matching these with every pattern kept the server busy for seconds
             # after 1000 files were read.
             self._handler.dispatch = lambda event: match(event) if event.event_type in _CHANGES else None
+        reference = weakref.ref(self)
+        atexit.register(_close, reference)
+        if serves:
+            threading.Thread(target=_keep_host_file, args=(reference,), name="host-file", daemon=True).start()
 
     # Labels
 
@@ -164,6 +204,7 @@ class SafeLocalDatastore(LocalDatastore):
         params: Mapping[str, Any],
         user: str = "",
         client: str = "",
+        replaces: int | None = None,
     ) -> SavedLabel:
         """Check a label, keep it in the history and make it the one in force.
 
@@ -174,10 +215,13 @@ class SafeLocalDatastore(LocalDatastore):
             params: See `labels.saving.SaveOptions`; all of it is kept beside the label, as the host does.
             user: Who saves it.
             client: What saves it, unless `params` says so.
+            replaces: The save that was in force when the work on this one began, 0 for none; None to replace any.
 
         Raises:
             NotFoundError: if there is no such image.
             RequestError, ImageError, GeometryError: if the label cannot count; nothing has changed then.
+            ConflictError: if another save is in force than `replaces`.
+            BusyError: if somebody else is at work on the image for too long.
             StoreError: if the disk refuses; what was in force before still is.
         """
         check_tag(tag)
@@ -191,6 +235,7 @@ class SafeLocalDatastore(LocalDatastore):
             user,
             client,
             lambda scratch: self._prepare(Path(label_file), label, grid, options, image_id, tag, scratch),
+            replaces,
         )
 
     def _save(
@@ -201,6 +246,7 @@ class SafeLocalDatastore(LocalDatastore):
         user: str,
         client: str,
         prepare: Callable[[Path], ReadyLabel],
+        replaces: int | None = None,
     ) -> SavedLabel:
         """Prepare a label beside all locks but that of its image, and put it in force.
 
@@ -213,6 +259,7 @@ class SafeLocalDatastore(LocalDatastore):
                     self._check_known(image_id)
                     self._adopt(image_id, tag)
                     before = self._state_of(image_id, tag)
+                check_replaced(before[0], replaces)
                 with scratch_folder("label") as scratch:
                     saved = self._commit(prepare(scratch), before, image_id, tag, params, user, client)
                 if saved is not None:
@@ -222,15 +269,17 @@ class SafeLocalDatastore(LocalDatastore):
             retry_after=5,
         )
 
-    def _state_of(self, image_id: str, tag: str) -> tuple[list[Annotation], tuple[int, int, int] | None]:
-        """Saves in force, and which file the folder has; equal while nobody saved, deleted, or put a file there."""
+    def _state_of(self, image_id: str, tag: str) -> tuple[list[Annotation], FileState | None]:
+        """The saves in force, and which file the folder has; equal as long as nobody saved, deleted, or put a file
+        there.
+        """
         path = self._label_path(image_id, tag)
-        return self.annotations.in_force(image_id, tag), None if path is None else _identify(path)
+        return self.annotations.in_force(image_id, tag), None if path is None else FileState.of(path)
 
     def _commit(
         self,
         ready: ReadyLabel,
-        before: tuple[list[Annotation], tuple[int, int, int] | None],
+        before: tuple[list[Annotation], FileState | None],
         image_id: str,
         tag: str,
         params: Mapping[str, Any],
@@ -238,17 +287,18 @@ class SafeLocalDatastore(LocalDatastore):
         client: str,
     ) -> SavedLabel | None:
         """Keep a prepared label and put it in force; None if what it was joined with is not in force any more."""
-        with self._guard():
+        saves = before[0]
+        repeated = bool(saves) and is_repeat(ready, saves)
+        with self._staged(ready.file, self._label_target(image_id, tag, ready.file)) as staged, self._guard():
             self._check_known(image_id)
             if self._state_of(image_id, tag) != before:
                 return None
-            saves = before[0]
-            current = saves[-1] if saves else None
-            repeated = current is not None and is_repeat(ready, saves)
-            if current is None or not repeated:
-                current = record_ready(self.annotations, image_id, ready, tag, user, ready.client or client)
-            self._put_in_force(image_id, tag, current, params)
-            return SavedLabel(image_id, current, repeated, ready.warnings)
+            label = saves[-1] if repeated else None
+            if label is None:
+                who = ready.client or client
+                label = record_ready(self.annotations, image_id, ready, tag, user, who)
+            self._put_in_force(image_id, tag, label, params, staged, is_new=not repeated)
+            return SavedLabel(image_id, label, repeated, ready.warnings)
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """The host's way to save, for labels that this program makes itself.
@@ -268,8 +318,11 @@ class SafeLocalDatastore(LocalDatastore):
             )
         with self._guard():
             self._check_known(image_id)
-            self._adopt_foreign(image_id, tag)
-            self._place(Path(label_filename), image_id, tag, row.suffix, {**(label_info or {})})
+            self._adopt(image_id, tag)
+            target = self._label_target(image_id, tag, Path(label_filename))
+            with self._staged(Path(label_filename), target) as staged:
+                self._rename(staged, target)
+            self._list(image_id, tag, target, 0, {**(label_info or {})})
         return image_id
 
     def remove_label(self, label_id: str, label_tag: str, user: str = "", reason: str = "") -> None:
@@ -279,34 +332,34 @@ class SafeLocalDatastore(LocalDatastore):
             NotFoundError: if there is no such label.
         """
         tag = check_tag(str(getattr(label_tag, "value", label_tag)))
-        with self._guard():
+        with self._images.hold(label_id), self._guard():
             path = self._label_path(label_id, tag)
             if path is None:
                 raise NotFoundError(
                     f"Image '{label_id[:100]}' has no label with tag '{tag}'. GET "
                     "/datastore/?output=all lists what there is."
                 )
-            self._adopt_foreign(label_id, tag)
-            if self.annotations.current(label_id, tag) is not None:
-                self.annotations.delete(label_id, user, tag, reason)
-            self._take_away(label_id, tag)
+            self._adopt(label_id, tag)
+            is_known = self.annotations.current(label_id, tag) is not None
+            delete = (lambda: self.annotations.delete(label_id, user, tag, reason)) if is_known else None
+            self._settle(label_id, tag, None, delete)
 
     def undo(self, image_id: str, user: str = "") -> Annotation | None:
         """Go back one step; see `AnnotationStore.undo`."""
-        with self._guard():
+        with self._images.hold(image_id), self._guard():
             self._check_known(image_id)
             self._adopt(image_id, FINAL)
-            label = self.annotations.undo(image_id, user)
-            self._settle(image_id, FINAL, label)
-            return label
+            wanted = self.annotations.find_undone(image_id)
+            self._settle(image_id, FINAL, wanted, lambda: self.annotations.undo(image_id, user))
+            return wanted
 
     def restore(self, image_id: str, sequence: int, user: str = "") -> Annotation:
         """Make an earlier save the one in force again; see `AnnotationStore.restore`."""
-        with self._guard():
+        with self._images.hold(image_id), self._guard():
             self._check_known(image_id)
-            self._adopt(image_id, self.annotations.get(image_id, sequence).tag)
-            label = self.annotations.restore(image_id, sequence, user)
-            self._settle(image_id, label.tag, label)
+            label = self.annotations.get(image_id, sequence)
+            self._adopt(image_id, label.tag)
+            self._settle(image_id, label.tag, label, lambda: self.annotations.restore(image_id, sequence, user))
             return label
 
     def rename_structure(self, image_id: str, old: str, new: str, user: str = "") -> Annotation:
@@ -362,7 +415,7 @@ class SafeLocalDatastore(LocalDatastore):
         else:
             load_volume(image_filename, info=image_info)
         sha256 = hash_file(image_filename)
-        with self._guard():
+        with self._images.hold(image_id), self._guard():
             old = self._datastore.objects.get(image_id)
             target = Path(self._datastore.image_path()) / (image_id + (row.suffix if old is None else old.image.ext))
             if target.exists():
@@ -372,7 +425,8 @@ class SafeLocalDatastore(LocalDatastore):
                     f"There is another image '{image_id}' already, with its labels. "
                     "Choose another id, or delete it first."
                 )
-            self._write(Path(image_filename), target)
+            with self._staged(Path(image_filename), target) as staged:
+                self._rename(staged, target)
             info = {**(image_info or {}), "ts": int(time.time()), "name": target.name}
             self._replace(image_id, ImageLabelModel(image=DataModel(info=info, ext=row.suffix)))
         return image_id
@@ -391,10 +445,7 @@ class SafeLocalDatastore(LocalDatastore):
             image = Path(self._datastore.image_path()) / self._filename(image_id, record.image.ext)
             if image.exists():
                 self._throw_away(image)
-            self._datastore.objects = {
-                name: other for name, other in self._datastore.objects.items() if name != image_id
-            }
-            self._update_datastore_file()
+            self._write_rows({image_id: None})
 
     def update_image_info(self, image_id: str, info: dict[str, Any]) -> None:
         """Add to an image's record."""
@@ -441,11 +492,26 @@ class SafeLocalDatastore(LocalDatastore):
         Raises:
             ImageError: if it is a link out of the studies folder.
         """
+        self._heal()
         record = self._datastore.objects.get(label_id)
         label = record.labels.get(label_tag) if record is not None else None
         if label is not None:
             self._check_place(Path(self._datastore.label_path(label_tag)) / self._filename(label_id, label.ext))
         return str(LocalDatastore.get_label_uri(self, label_id, label_tag))
+
+    def datalist(self, full_path: bool = True) -> list[dict[str, Any]]:
+        """Images with their final labels, for a training."""
+        self._heal()
+        found: list[dict[str, Any]] = LocalDatastore.datalist(self, full_path)
+        return found
+
+    # What may be used
+
+    def explain_absence(self, image_id: str) -> str | None:
+        """Why an image that lies in the folder is not in the list; None if there is no such file."""
+        names = [name for name in list(self._faults) if self._to_id(name)[0] == image_id]
+        faults = (self._find_fault(Path(self._datastore.image_path()) / name) for name in names)
+        return next(filter(None, faults), None)
 
     def _check_place(self, path: Path) -> None:
         reason = self._find_fault(path)
@@ -453,7 +519,9 @@ class SafeLocalDatastore(LocalDatastore):
             raise ImageError(reason)
 
     def _find_fault(self, path: Path) -> str | None:
-        """Why a name in the folders is not used; None for a plain file, a folder, or a link to one that is served."""
+        """Why a name in the folders is not used; None if it is a plain file or a folder, or a link to one that is
+        served too.
+        """
         try:
             if path.is_symlink():
                 parts = Path(os.path.realpath(path)).parts
@@ -496,7 +564,14 @@ class SafeLocalDatastore(LocalDatastore):
         return record
 
     def _prepare(
-        self, file: Path, label: LabelMap, grid: Grid, options: SaveOptions, image_id: str, tag: str, scratch: Path
+        self,
+        file: Path,
+        label: LabelMap,
+        grid: Grid,
+        options: SaveOptions,
+        image_id: str,
+        tag: str,
+        scratch: Path,
     ) -> ReadyLabel:
         previous = find_previous(self.annotations, image_id, tag)
         served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
@@ -504,43 +579,129 @@ class SafeLocalDatastore(LocalDatastore):
         checked = check_label(file, label, options, kept_ids, served_ids)
         return prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
 
-    def _put_in_force(self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any]) -> None:
+    def _label_target(self, image_id: str, tag: str, file: Path) -> Path:
+        """Where a label goes; its suffix is the host's, which knows no `.seg.nrrd`."""
+        suffix = file.name[len(strip_suffix(file)) :]
+        return Path(self._datastore.label_path(tag)) / self._filename(image_id, suffix)
+
+    @contextlib.contextmanager
+    def _staged(self, source: Path, target: Path) -> Iterator[Path]:
+        """A copy beside its place, flushed; its name is free of suffixes, so that no watcher takes it for an image."""
+        staged = target.with_name(make_scratch_name())
+        try:
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, staged)
+                flush(staged)
+            except OSError as err:
+                raise StoreError(_NOT_WRITTEN.format(target, err)) from err
+            yield staged
+        finally:
+            with contextlib.suppress(OSError):
+                staged.unlink(missing_ok=True)
+
+    def _rename(self, staged: Path, target: Path) -> None:
+        try:
+            os.replace(staged, target)
+        except OSError as err:
+            raise StoreError(_NOT_WRITTEN.format(target, err)) from err
+        try:
+            flush(target.parent)
+        except OSError as err:  # It is there; after a power cut the next start would put it there again.
+            logger.warning("'%s' could not be flushed: %s", target.parent, err)
+
+    @contextlib.contextmanager
+    def _taken_back(self, image_id: str, tag: str, is_new: bool) -> Iterator[None]:
+        """What the folder refuses counts no more in the history, if that has just said it."""
+        try:
+            yield
+        except StoreError as err:
+            self._unsettled.add((image_id, tag))
+            if is_new:
+                try:
+                    self.annotations.take_back(image_id, tag, "the folder with the labels refused it")
+                    self._unsettled.discard((image_id, tag))
+                except ProGiDiffError:
+                    logger.exception("The label of '%s' could neither be placed nor taken back", image_id)
+                    raise StoreError(
+                        f"{err} The history could not be written either: it has the label, and it will count when the "
+                        "disk takes it. Look at the image again before you save."
+                    ) from err
+            raise
+
+    def _put_in_force(
+        self, image_id: str, tag: str, label: Annotation, params: Mapping[str, Any], staged: Path, *, is_new: bool
+    ) -> None:
+        """Rename a copy of a label to its place, and list it."""
         info: dict[str, Any] = {**params, "annotation": label.sequence}
         info["label_info"] = [{"name": name, "idx": value} for name, value in label.label_ids] or params.get(
             "label_info"
         )
-        file = self.annotations.label_file(label)
-        self._place(file, image_id, tag, Path(label.file).name[len(strip_suffix(label.file)) :], info)
+        target = self._label_target(image_id, tag, self.annotations.label_file(label))
+        with self._taken_back(image_id, tag, is_new):
+            self._rename(staged, target)
+        self._list(image_id, tag, target, label.sequence, info)
 
-    def _settle(self, image_id: str, tag: str, label: Annotation | None) -> None:
-        """Make the folder say what the history says."""
-        if label is None:
-            self._take_away(image_id, tag)
-        else:
-            self._put_in_force(image_id, tag, label, {})
+    def _settle(
+        self, image_id: str, tag: str, wanted: Annotation | None, record: Callable[[], object] | None = None
+    ) -> None:
+        """Have the folder say what the history says.
 
-    def _place(self, file: Path, image_id: str, tag: str, suffix: str, info: dict[str, Any]) -> None:
-        """Put a label where the host looks for it, in place of one of another format, and list it."""
+        Args:
+            wanted: The save in force; None for none.
+            record: Writes the line of the history that makes it so, when the copy is there; None if it is written.
+        """
+        is_new = record is not None
+        if wanted is None:
+            if record is not None:
+                record()
+            with self._taken_back(image_id, tag, is_new):
+                self._take_away(image_id, tag)
+            return
+        file = self.annotations.label_file(wanted)
+        with self._staged(file, self._label_target(image_id, tag, file)) as staged:
+            if record is not None:
+                record()
+            self._put_in_force(image_id, tag, wanted, {}, staged, is_new=is_new)
+
+    def _list(self, image_id: str, tag: str, target: Path, sequence: int, info: Mapping[str, Any]) -> None:
+        """Note which file was placed, instead of one of another format. The label counts already, whatever the index
+        says.
+        """
         record = self._object(image_id)
-        target = Path(self._datastore.label_path(tag)) / self._filename(image_id, suffix)
-        self._write(file, target)
         old = record.labels.get(tag)
+        suffix = target.name[len(image_id) :]
         if old is not None and old.ext != suffix:
-            (target.parent / self._filename(image_id, old.ext)).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (target.parent / self._filename(image_id, old.ext)).unlink(missing_ok=True)
         label = DataModel(info={**info, "ts": int(time.time()), "name": target.name}, ext=suffix)
-        self._replace(image_id, record.model_copy(update={"labels": {**record.labels, tag: label}}))
+        self._note_placed(image_id, tag, target, sequence)
+        self._write_what_counts(image_id, record.model_copy(update={"labels": {**record.labels, tag: label}}))
+
+    def _note_placed(self, image_id: str, tag: str, path: Path, sequence: int) -> None:
+        state = FileState.of(path)
+        if state is not None:
+            self._placed[image_id] = {**self._placed.get(image_id, {}), tag: Placed(sequence, state)}
+        self._unsettled.discard((image_id, tag))
+
+    def _forget_placed(self, image_id: str, tag: str) -> None:
+        placed = {name: entry for name, entry in self._placed.get(image_id, {}).items() if name != tag}
+        self._placed[image_id] = placed
+        self._unsettled.discard((image_id, tag))
 
     def _take_away(self, image_id: str, tag: str) -> None:
         path = self._label_path(image_id, tag)
         if path is not None and find_format(path, Use.LABEL) is not None:
-            path.unlink(missing_ok=True)  # The history has it, or it can be made again from the kept proposals.
+            try:
+                path.unlink(missing_ok=True)  # The history has it, or it can be made again from the kept proposals.
+            except OSError as err:
+                raise StoreError(f"'{path}' could not be removed ({err}). Check who may write there.") from err
         elif path is not None:
             self._throw_away(path)
         record = self._object(image_id)
-        self._replace(
-            image_id,
-            record.model_copy(update={"labels": {name: label for name, label in record.labels.items() if name != tag}}),
-        )
+        self._forget_placed(image_id, tag)
+        labels = {name: label for name, label in record.labels.items() if name != tag}
+        self._write_what_counts(image_id, record.model_copy(update={"labels": labels}))
 
     def _label_path(self, image_id: str, tag: str) -> Path | None:
         """Where the label is; None if there is none."""
@@ -549,28 +710,124 @@ class SafeLocalDatastore(LocalDatastore):
         path = None if label is None else Path(self._datastore.label_path(tag)) / self._filename(image_id, label.ext)
         return path if path is not None and path.is_file() and self._find_fault(path) is None else None
 
+    # History and folder
+
     def _adopt(self, image_id: str, tag: str) -> None:
         """Note in the history what somebody changed in the folder since: a label replaced, added or taken away."""
         if self._label_path(image_id, tag) is None:
-            if self.annotations.current(image_id, tag) is not None:
-                self.annotations.delete(image_id, "", tag, "the file was taken out of the folder")
-            return
-        self._adopt_foreign(image_id, tag)
-
-    def _adopt_foreign(self, image_id: str, tag: str) -> None:
-        """Keep a label in the history that was put into the folder by somebody else, before it is replaced."""
+            self._list_unlisted(image_id, tag)
+        self._reconcile(image_id, tag, self._datastore.objects)
         path = self._label_path(image_id, tag)
-        if path is None or find_format(path, Use.LABEL) is None:
+        if path is not None and tag == FINAL and self.annotations.current(image_id, tag) is None:
+            self._record_foreign(image_id, tag, path)
+
+    def _list_unlisted(self, image_id: str, tag: str) -> None:
+        """A label that came into the folder since it was read."""
+        folder = Path(self._datastore.label_path(tag))
+        for suffix in list_suffixes(Use.LABEL):
+            path = folder / self._filename(image_id, suffix)
+            if path.is_file() and self._find_fault(path) is None:
+                record = self._object(image_id)
+                label = DataModel(info={"ts": int(time.time()), "name": path.name}, ext=suffix)
+                self._write_rows({image_id: record.model_copy(update={"labels": {**record.labels, tag: label}})})
+                return
+
+    def _heal(self) -> None:
+        """Try again what a disk refused, before somebody reads it."""
+        for image_id, tag in list(self._unsettled):
+            try:
+                with self._guard():
+                    self._reconcile(image_id, tag, self._datastore.objects)
+            except ProGiDiffError as err:
+                logger.warning("The label of '%s' is still not as the history says: %s", image_id, err)
+
+    def _reconcile(self, image_id: str, tag: str, listed: Mapping[str, ImageLabelModel]) -> None:
+        """Compare history and folder for an image. What this program left half done is finished from the history; what
+        somebody else did to the folder goes into the history.
+
+        Args:
+            listed: Records as they were before the folder was read: what an older version, which did not remember its
+                files, had put there.
+        """
+        if image_id not in self._datastore.objects:
             return
-        current = self.annotations.current(image_id, tag)
-        if current is None and tag != FINAL:
-            return  # Made by this program, see `save_label`.
-        if current is None or current.sha256 != hash_file(path):
-            logger.info(
-                "Label '%s' of '%s' was put into the folder by somebody else; keeping it in the history", tag, image_id
-            )
-            named = {name: value for value, name in read_names(path).items()}
-            self.annotations.record(image_id, path, tag=tag, client="folder", label_ids=named)
+        path = self._label_path(image_id, tag)
+        state = None if path is None else FileState.of(path)
+        wanted = self.annotations.current(image_id, tag)
+        placed = self._placed.get(image_id, {}).get(tag)
+        if placed is not None and state == placed.file:
+            if placed.sequence != (0 if wanted is None else wanted.sequence):
+                self._finish(image_id, tag, wanted)
+            self._unsettled.discard((image_id, tag))
+            return
+        known = listed[image_id].labels.get(tag) if image_id in listed else None
+        sequence = placed.sequence if placed is not None else known.info.get("annotation") if known else None
+        if path is None:
+            if wanted is not None and sequence == wanted.sequence:
+                logger.warning(
+                    "The label of '%s' was taken out of the folder; it counts no more. The history has it.", image_id
+                )
+                self.annotations.delete(image_id, "", tag, _TAKEN_OUT)
+                self._take_away(image_id, tag)
+            elif wanted is not None:
+                self._finish(image_id, tag, wanted)
+            return
+        found = hash_file(path)
+        if wanted is not None and found == wanted.sha256:
+            self._note_placed(image_id, tag, path, wanted.sequence)
+            self._write_what_counts(image_id, self._object(image_id))
+        elif (image_id, tag) not in self.annotations.list_tracked():
+            return  # It counts by itself; see `AnnotationStore`.
+        elif placed is None and self._is_cut_off(image_id, tag, found, wanted, known):
+            self._finish(image_id, tag, wanted)
+        else:
+            self._record_foreign(image_id, tag, path)
+
+    def _is_cut_off(
+        self, image_id: str, tag: str, found: str, wanted: Annotation | None, known: DataModel | None
+    ) -> bool:
+        """Whether a file is a former label that a crash of an older version left in its place. That version listed a
+        label after placing it: one that is listed as in force was replaced by somebody else since, and one that is not
+        listed at all was put back.
+        """
+        if found not in {label.sha256 for label in self.annotations.list(image_id) if label.tag == tag}:
+            return False
+        if wanted is None:
+            return known is not None and "annotation" in known.info
+        return known is None or known.info.get("annotation") != wanted.sequence
+
+    def _finish(self, image_id: str, tag: str, wanted: Annotation | None) -> None:
+        logger.warning("The last save of '%s' was cut off; finishing it from the history", image_id)
+        self._settle(image_id, tag, wanted)
+
+    def _record_foreign(self, image_id: str, tag: str, path: Path) -> None:
+        """Keep a label in the history that was put into the folder by somebody else; one that cannot be read gives way
+        to the label in force.
+        """
+        if find_format(path, Use.LABEL) is None:
+            return
+        try:
+            load_label(path)
+        except ProGiDiffError as err:
+            self._refuse_foreign(image_id, tag, path, str(err))
+            return
+        logger.info(
+            "Label '%s' of '%s' was put into the folder by somebody else; keeping it in the history", tag, image_id
+        )
+        named = {name: value for value, name in read_names(path).items()}
+        label = self.annotations.record(image_id, path, tag=tag, client="folder", label_ids=named)
+        self._note_placed(image_id, tag, path, label.sequence)
+        self._write_what_counts(image_id, self._object(image_id))
+
+    def _refuse_foreign(self, image_id: str, tag: str, path: Path, problem: str) -> None:
+        wanted = self.annotations.current(image_id, tag)
+        if wanted is None:
+            note_damage(path, problem, f"The label of '{image_id}' cannot be read. Put a whole file in its place.")
+            return
+        kept = self._throw_away(path)
+        self._settle(image_id, tag, wanted)
+        meaning = f"Save {wanted.sequence} of '{image_id}' is in its place again, from the history."
+        note_damage(path, problem, f"{meaning} What was there is in the folder 'trash' of the server's state.", kept)
 
     def _filename(self, id: str, ext: str) -> str:
         name = id + ext
@@ -580,40 +837,65 @@ class SafeLocalDatastore(LocalDatastore):
             )
         return name
 
-    def _write(self, source: Path, target: Path) -> None:
-        """Copy by rename, flushed; the name is free of suffixes until then, so that no watcher takes it for an
-        image.
-        """
-        temporary = target.parent / f"{_WRITING}{uuid.uuid4().hex}"
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, temporary)
-            flush(temporary)
-            os.replace(temporary, target)
-            flush(target.parent)
-        except OSError as err:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise StoreError(
-                f"'{target}' could not be written ({err}). Free some disk space and send "
-                "it again; nothing else changed."
-            ) from err
-
-    def _throw_away(self, path: Path) -> None:
+    def _throw_away(self, path: Path) -> Path:
         trash = self._state / "trash"
+        target = trash / f"{time.time_ns()}-{path.name}"
         try:
             trash.mkdir(parents=True, exist_ok=True)
-            shutil.move(path, trash / f"{time.time_ns()}-{path.name}")
+            shutil.move(path, target)
         except OSError as err:
             raise StoreError(
                 f"'{path.name}' could not be moved to '{trash}' ({err}); it stays. Free some disk space."
             ) from err
+        return target
 
     # The list of images and labels
 
     def _replace(self, image_id: str, record: ImageLabelModel) -> None:
-        self._datastore.objects = {**self._datastore.objects, image_id: record}
-        self._update_datastore_file()
+        self._write_rows({image_id: record})
+
+    def _write_what_counts(self, image_id: str, record: ImageLabelModel) -> None:
+        """As `_replace`, for what is true whether or not the index takes it; it is asked again at the next change."""
+        try:
+            self._write_rows({image_id: record})
+        except StoreError as err:
+            logger.error("The index is behind: %s", err)
+            self._datastore.objects = {**self._datastore.objects, image_id: record}
+            self._unwritten.add(image_id)
+
+    def _write_rows(self, records: Mapping[str, ImageLabelModel | None]) -> None:
+        """Change records, in the index and here; all of them or none.
+
+        Raises:
+            StoreError: if the disk refuses.
+        """
+        behind = {image_id: self._datastore.objects.get(image_id) for image_id in self._unwritten}
+        rows: dict[str, Row] = {}
+        parsed: dict[str, ImageLabelModel] = {}
+        for image_id, record in {**behind, **records}.items():
+            if record is None:
+                rows[image_id] = Row(None)
+                continue
+            text = write_json(plain(record.model_dump())).decode()
+            parsed[image_id] = parse_record(text)  # What could not be read again never gets onto the disk.
+            rows[image_id] = Row(text, self._placed.get(image_id, {}))
+        self._revision = self._index.save(rows)
+        self._unwritten.clear()
+        self._apply(parsed, [image_id for image_id, row in rows.items() if row.record is None])
+
+    def _apply(self, changed: Mapping[str, ImageLabelModel], gone: Iterable[str]) -> None:
+        """Change the records in memory. Whoever goes through them meanwhile sees the old ones or the new ones."""
+        objects = self._datastore.objects
+        gone = [image_id for image_id in gone if image_id in objects]
+        for image_id in gone:
+            self._placed.pop(image_id, None)
+        if not gone and changed.keys() <= objects.keys():
+            objects.update(changed)
+        else:
+            self._datastore.objects = {
+                image_id: record for image_id, record in {**objects, **changed}.items() if image_id not in gone
+            }
+        self._changed = time.monotonic()
 
     def _reconcile_datastore(self) -> None:
         with self._guard():
@@ -623,18 +905,32 @@ class SafeLocalDatastore(LocalDatastore):
                     self._datastore_path,
                 )
                 return
-            listed = self._datastore.objects
+            listed = dict(self._datastore.objects)
             objects = self._scan()
-            if objects != listed:
-                self._datastore.objects = objects
-                self._update_datastore_file()
+            changed: dict[str, ImageLabelModel | None] = {
+                image_id: record for image_id, record in objects.items() if listed.get(image_id) != record
+            }
+            changed |= dict.fromkeys(listed.keys() - objects.keys())
+            if changed:
+                self._write_rows(changed)
             if not self._is_settled:
                 self._is_settled = True
                 self.annotations.set_aside_unfinished()
-                self._finish_last_save(listed)
+                for loss in self.annotations.find_losses():
+                    note_damage(self.annotations.root, loss, "`progidiff audit verify` says more.")
                 self._remove_leftovers()
             if self._serves:
-                self._note_removed_labels()
+                self._reconcile_all(listed)
+            if not self._host_file.path.exists():
+                self.write_host_file()
+
+    def _reconcile_all(self, listed: Mapping[str, ImageLabelModel]) -> None:
+        for image_id, tag in sorted(self.annotations.list_tracked()):
+            try:
+                self._reconcile(image_id, tag, listed)
+            except (OSError, ProGiDiffError) as err:  # The others must not wait for it.
+                self._unsettled.add((image_id, tag))
+                logger.error("The label '%s' of '%s' is not as the history says: %s", tag, image_id, err)
 
     def _scan(self) -> dict[str, ImageLabelModel]:
         """What is in the folders, with the records of what was known."""
@@ -652,14 +948,15 @@ class SafeLocalDatastore(LocalDatastore):
             if image_id not in objects:
                 objects[image_id] = ImageLabelModel(image=DataModel(info={"ts": now, "name": name}, ext=suffix))
         labels = Path(self._datastore.label_path(None))
-        tags = [name for name in self._list_names(str(labels)) if _TAG.fullmatch(name)]
+        tags = {name for name in self._list_names(str(labels)) if _TAG.fullmatch(name)}
         # Labels that count may lie on another disk, which the administrator then has linked.
         for folder in sorted(path for path in (labels / name for name in {*tags, FINAL}) if path.is_dir()):
-            files = self._list_files(str(folder), self._extensions)
+            files = set(self._list_names(str(folder)))
             for name in sorted(files):
-                image_id, suffix = self._to_id(name)
-                if image_id not in objects:
+                found = self._find_labelled(name, objects)
+                if found is None:
                     continue
+                image_id, suffix = found
                 old = known[image_id].labels.get(folder.name) if image_id in known else None
                 if old is not None and self._filename(image_id, old.ext) in files:
                     objects[image_id].labels[folder.name] = old
@@ -668,10 +965,13 @@ class SafeLocalDatastore(LocalDatastore):
         self._note_left_out({self._filename(image_id, record.image.ext) for image_id, record in objects.items()})
         return objects
 
-    def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
-        """Names that fit the host's patterns, in any case."""
-        names = [name for name in self._list_names(path) if not name.startswith(".")]
-        return {name: name for name in names if any(fnmatch.fnmatchcase(name.lower(), p.lower()) for p in patterns)}
+    def _find_labelled(self, name: str, objects: Mapping[str, ImageLabelModel]) -> tuple[str, str] | None:
+        """The image that a label's file belongs to, and its suffix as it is written; None if there is none."""
+        if name.startswith("."):
+            return None
+        of_host = self._to_id(name) if self._list_matches([name], self._extensions) else None
+        candidates = (of_host, split_label_name(name))
+        return next((parts for parts in candidates if parts is not None and parts[0] in objects), None)
 
     def _to_id(self, file: str) -> tuple[str, str]:
         """The id of an image or label, and its suffix as it is written."""
@@ -690,131 +990,139 @@ class SafeLocalDatastore(LocalDatastore):
                 logger.warning("Not served: '%s'. %s", entry.name, entry.reason)
         self.left_out = found
 
+    def _list_files(self, path: str, patterns: list[str]) -> dict[str, str]:
+        names = [name for name in self._list_names(path) if not name.startswith(".")]
+        return {name: name for name in self._list_matches(names, patterns)}
+
+    @staticmethod
+    def _list_matches(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
+        match = re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)).match
+        return [name for name in names if match(name.lower())]
+
     def _list_names(self, path: str) -> list[str]:
-        """What a folder holds, without what is neither a file nor a folder, and without links that lead out."""
+        """What a folder holds, without what is neither a file nor a folder, links that lead out, and names that are no
+        text.
+        """
         with os.scandir(path) as entries:
             faults = {
                 entry.name: None if entry.is_file(follow_symlinks=False) else self._find_fault(Path(entry.path))
                 for entry in entries
             }
+        for name in [name for name in faults if not is_whole(name)]:
+            faults[name] = f"'{show_text(name)}' has a name that is not UTF-8. Rename the file."
         for name, fault in faults.items():
             if fault is not None and self._faults.get(name) != fault:
                 self._faults[name] = fault
                 logger.warning("Left out of the datastore: %s", fault)
         return [name for name, fault in faults.items() if fault is None]
 
-    def explain_absence(self, image_id: str) -> str | None:
-        """Why an image that lies in the folder is not in the list; None if there is no such file."""
-        names = [name for name in list(self._faults) if self._to_id(name)[0] == image_id]
-        return next(filter(None, (self._find_fault(Path(self._datastore.image_path()) / name) for name in names)), None)
-
-    def _finish_last_save(self, listed: Mapping[str, ImageLabelModel]) -> None:
-        """Do what a crash left undone between the log and the folder; only the last event can be concerned.
-
-        Args:
-            listed: What datastore_v2.json said at the start. A save that it knows was finished: if the file is not
-                there, somebody took it away.
-        """
-        events = [event for event in self.annotations.events() if event.kind != "skip"]
-        if not events or events[-1].image not in self._datastore.objects:
-            return
-        image_id, tag = events[-1].image, events[-1].tag
-        wanted = self.annotations.current(image_id, tag)
-        path = self._label_path(image_id, tag)
-        found = None if path is None else hash_file(path)
-        old = listed[image_id].labels.get(tag) if image_id in listed else None
-        if found == (None if wanted is None else wanted.sha256) or (
-            wanted and old and old.info.get("annotation") == wanted.sequence
-        ):
-            return
-        if found is not None and found not in {
-            label.sha256 for label in self.annotations.list(image_id) if label.tag == tag
-        }:
-            return  # Somebody else put it there meanwhile.
-        logger.warning("The last save of '%s' was cut off; finishing it from the history", image_id)
-        self._settle(image_id, tag, wanted)
-
-    def _note_removed_labels(self) -> None:
-        """Labels that somebody took out of the folder count no more; the history still has them."""
-        folder = Path(self._datastore.label_path(FINAL))
-        names = self._list_files(str(folder), self._extensions)
-        present = {self._to_id(name)[0] for name in names}
-        for image_id in self.annotations.annotated_images():
-            if image_id in self._datastore.objects and image_id not in present:
-                logger.warning(
-                    "The label of '%s' was taken out of the folder; it counts no more. The history has it.", image_id
-                )
-                self.annotations.delete(image_id, "", FINAL, "the file was taken out of the folder")
-
     def _on_any_event(self, event: Any) -> None:
         try:
-            self.refresh()
+            if not self._is_own(Path(os.fsdecode(getattr(event, "dest_path", "") or event.src_path))):
+                self.refresh()
         except (OSError, ProGiDiffError):
             logger.exception("The studies folder could not be read again")
+
+    def _is_own(self, path: Path) -> bool:
+        """Whether a file in the labels' folders is as this program left it: there is nothing to look for then."""
+        if path.parent.parent != Path(self._datastore.label_path(None)):
+            return False
+        with self._own_mutex():
+            found = self._find_labelled(path.name, self._datastore.objects)
+            placed = None if found is None else self._placed.get(found[0], {}).get(path.parent.name)
+            return placed is not None and placed.file == FileState.of(path)
 
     def _on_modify_event(self, event: Any) -> None:
         if event.src_path == self._datastore_config_path:
             self._on_any_event(event)
 
-    # datastore_v2.json
+    # The index, and datastore_v2.json
 
     def _init_from_datastore_file(self, throw_exception: bool = False) -> None:
-        with self._guard():  # Reads the file if it changed.
+        with self._guard():  # Reads what changed.
             return
 
     def _update_datastore_file(self, lock: bool = True) -> None:
-        config = Path(self._datastore_config_path)
-        text = json.dumps(self._datastore.model_dump(exclude={"base_path"}), indent=2, default=str)
+        self.write_host_file()
+
+    def write_host_file(self) -> None:
+        """Write ``datastore_v2.json`` as things are now.
+
+        Raises:
+            StoreError: if the disk refuses.
+        """
+        began = time.monotonic()
+        with self._guard():
+            revision, objects = self._revision, dict(self._datastore.objects)
+            model = self._datastore.model_copy(update={"objects": objects})
+        content = self._host_file.encode(model)
         with self._guard(reads=False):
-            temporary = config.with_name(f"{_WRITING}{uuid.uuid4().hex}")
-            try:
-                if config.exists():
-                    shutil.copyfile(config, temporary)
-                    flush(temporary)
-                    os.replace(temporary, _backup(config))
-                temporary.write_text(text, encoding="utf-8")
-                flush(temporary)
-                os.replace(temporary, config)
-                flush(config.parent)
-            except OSError as err:
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-                raise StoreError(
-                    f"'{config}' could not be written ({err}). Free some disk space and try again."
-                ) from err
-            self._config_state = _identify(config)
+            self._host_file.write(content)
+            self._host_identity = self._host_file.identify()
+            self._index.set_note(_HOST_NOTE, self._host_identity)
+            self._index.set_note(_HOST_REVISION, str(revision))
+            self._host_revision = revision
+            self._host_written = time.monotonic()
+        self._host_seconds = self._host_written - began
+
+    def write_host_file_if_idle(self, idle_seconds: float = _IDLE_SECONDS) -> None:
+        """Write ``datastore_v2.json`` if it is behind and nothing has happened for a while."""
+        with self._guard():
+            is_behind = self._host_revision != self._revision
+        waited = time.monotonic() - self._changed
+        behind_for = time.monotonic() - self._host_written
+        if is_behind and (waited >= max(idle_seconds, 20 * self._host_seconds) or behind_for > _PATIENCE_SECONDS):
+            self.write_host_file()
+
+    def close(self) -> None:
+        """Write what is not written yet; the datastore can be used on."""
+        if self._host_revision != self._revision:
+            self.write_host_file()
 
     def _load_list(self) -> None:
-        """Read datastore_v2.json if it changed; a damaged one gives way to its backup, or to what is in the folders."""
-        config = Path(self._datastore_config_path)
-        state = _identify(config)
-        if state is None and self._config_state is None and not _backup(config).exists():
-            return  # A new folder.
-        if state is not None and state == self._config_state:
+        """Read what other processes changed, in the index or in the host's file."""
+        if self._revision and not Path(self._datastore.label_path(FINAL)).is_dir():
+            return  # Not mounted any more; see `_reconcile_datastore`.
+        revision, rows = self._index.load(self._revision)
+        if revision < self._revision:  # The index was lost.
+            self._unwritten.update(self._datastore.objects)
+        changed: dict[str, ImageLabelModel] = {}
+        for image_id, row in rows.items():
+            if row.record is not None:
+                record = parse_record(row.record)
+                if self._is_sound(image_id, record):
+                    changed[image_id] = record
+                    self._placed[image_id] = dict(row.placed)
+        if rows:
+            self._apply(changed, [image_id for image_id, row in rows.items() if row.record is None])
+        self._revision = revision
+        identity = self._host_file.identify()
+        if identity == self._host_identity:
             return
-        model = None if state is None else _parse_list(config)
-        if model is None:
-            if state is not None:
-                aside = config.with_name(f"{config.name}.damaged-{time.time_ns()}")
-                os.replace(config, aside)
-                logger.error("'%s' is damaged; it is kept as '%s'", config, aside.name)
-            model = _parse_list(_backup(config)) if _backup(config).exists() else None
-            logger.warning(
-                "Recovered the list of images from %s; files are looked for again",
-                "the folders: notes on images and labels are lost"
-                if model is None
-                else f"the backup '{_backup(config).name}'",
-            )
-        is_recovered = state is None or not config.exists()
+        self._host_identity = identity
+        if identity != self._index.get_note(_HOST_NOTE) or (not identity and self._host_file.backup.exists()):
+            self._take_over(identity)
+            return
+        if self._host_revision is None and self._index.get_note(_HOST_REVISION) == str(revision):
+            self._host_revision = revision
+
+    def _take_over(self, identity: str) -> None:
+        """Take over what somebody else, or an older version, wrote into the host's file."""
+        known = self._datastore.objects
+        model = self._host_file.read(has_index=bool(known))
+        self._host_revision = None
         if model is not None:
+            found = {image_id: record for image_id, record in model.objects.items() if self._is_sound(image_id, record)}
+            merged = {image_id: merge_records(known.get(image_id), record) for image_id, record in found.items()}
             model.base_path = self._datastore_path
-            model.objects = {
-                image_id: record for image_id, record in model.objects.items() if self._is_sound(image_id, record)
-            }
+            model.objects = known
             self._datastore = model
-        self._config_state = state
-        if is_recovered:
-            self._update_datastore_file()
+            changed = {image_id: record for image_id, record in merged.items() if known.get(image_id) != record}
+            if changed:
+                self._write_rows(changed)
+        self._index.set_note(_HOST_NOTE, identity)
+        if not self._host_file.path.exists():
+            self.write_host_file()
 
     def _is_sound(self, image_id: str, record: ImageLabelModel) -> bool:
         """Whether an entry stays in the folders; the file may come from a server that took any name."""
@@ -868,15 +1176,32 @@ class SafeLocalDatastore(LocalDatastore):
             self._mutex.release()
 
     def _remove_leftovers(self) -> None:
-        """Temporary files of processes that died."""
-        folders = [
-            Path(self._datastore_path),
-            *(path for path in Path(self._datastore.label_path(None)).iterdir() if path.is_dir()),
-        ]
-        for path in (path for folder in folders for path in folder.glob(f"{_WRITING}*")):
-            with contextlib.suppress(OSError):
-                if path.is_file() and time.time() - path.stat().st_mtime > _STALE_SECONDS:
-                    path.unlink()
+        """What processes that died were writing."""
+        labels = Path(self._datastore.label_path(None))
+        for folder in (Path(self._datastore_path), *(path for path in labels.iterdir() if path.is_dir())):
+            remove_leftovers(folder)
+
+
+def check_replaced(saves: list[Annotation], expected: int | None) -> None:
+    """Refuse a label that was drawn on an older one than the one in force.
+
+    Args:
+        saves: In force.
+        expected: The last of them when the work began, 0 for none; None if the client does not say.
+
+    Raises:
+        ConflictError: if somebody saved meanwhile.
+    """
+    last = saves[-1] if saves else None
+    if expected is None or expected == (0 if last is None else last.sequence):
+        return
+    if last is None:
+        raise ConflictError("The label that this one replaces was deleted meanwhile. Open the image again, then save.")
+    who = f" by {last.user}" if last.user else ""
+    raise ConflictError(
+        f"Save {last.sequence} of this image was made{who} at {last.time}, after this label was begun. Open the image "
+        "again and look at both, then save."
+    )
 
 
 def is_folder(studies: str) -> bool:
@@ -1013,21 +1338,24 @@ def _claim(studies: Path) -> None:
     _held[key] = lock
 
 
-def _backup(config: Path) -> Path:
-    return config.with_name(config.name + ".bak")
+def _keep_host_file(reference: weakref.ref[SafeLocalDatastore]) -> None:
+    """Write the host's file again and again, as long as there is the datastore."""
+    while True:
+        time.sleep(_IDLE_SECONDS)
+        store = reference()
+        if store is None:
+            return
+        try:
+            store.write_host_file_if_idle()
+        except ProGiDiffError as err:
+            logger.warning("The host's list of images is behind: %s", err)
+        del store
 
 
-def _identify(path: Path) -> tuple[int, int, int] | None:
-    try:
-        state = path.stat()
-    except OSError:
-        return None
-    return state.st_ino, state.st_mtime_ns, state.st_size
-
-
-def _parse_list(path: Path) -> LocalDatastoreModel | None:
-    try:
-        return LocalDatastoreModel.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError, ValueError) as err:
-        logger.error("'%s' cannot be read: %s", path, " ".join(str(err).split())[:200])
-        return None
+def _close(reference: weakref.ref[SafeLocalDatastore]) -> None:
+    store = reference()
+    if store is not None:
+        try:
+            store.close()
+        except ProGiDiffError as err:
+            logger.warning("The host's list of images is behind: %s", err)

@@ -16,6 +16,9 @@ export class ServerError extends Error {
   }
 }
 
+// Behind a proxy with a sub-path the server's addresses begin there; this file lies three folders below.
+const BASE = new URL('../../../', import.meta.url);
+
 const GONE = 'The server does not answer. What was saved is safe, and what you accepted here stays in this tab. Try again when it is back.';
 
 /**
@@ -26,7 +29,7 @@ async function ask(path, options = {}) {
   /** @type {Response} */
   let response;
   try {
-    response = await fetch(path, { credentials: 'same-origin', ...options });
+    response = await fetch(new URL(`.${path}`, BASE), { credentials: 'same-origin', ...options });
   } catch (error) {
     if (error instanceof Error && error.name === 'AbortError') throw error;
     throw new ServerError(GONE);
@@ -35,7 +38,7 @@ async function ask(path, options = {}) {
   /** @type {Refusal} */
   const answer = await response.json().catch(() => ({}));
   if (response.status === 401) {
-    const login = `/progidiff/login?next=${encodeURIComponent(location.pathname + location.search)}`;
+    const login = new URL(`./progidiff/login?next=${encodeURIComponent(location.pathname + location.search)}`, BASE).href;
     throw new ServerError(`Your session has ended. Log in at ${login} in another tab, then go on here; what you accepted stays in this tab.`, 401);
   }
   const detail = typeof answer.detail === 'string' ? answer.detail : `The server answered ${response.status} to ${path.split('?')[0]}.`;

@@ -134,7 +134,6 @@ _ANSWERED_BY_HOST = (
     Endpoint("GET", "/favicon.ico", OPEN, "The icon"),
     Endpoint("GET", "/openapi.json", READ, "Description of all addresses"),
     Endpoint("GET", "/static/{path:path}", READ, "Files of the host's wheel (OHIF)"),
-    Endpoint("GET", "/ohif/{path:path}", READ, "OHIF"),
     Endpoint("GET", "/info/", READ, "What the server offers"),
     Endpoint("GET", "/batch/infer", READ, "Status of the batch"),
     Endpoint("DELETE", "/batch/infer", ADMINISTER, "Stops the batch"),

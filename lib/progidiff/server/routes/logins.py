@@ -143,9 +143,9 @@ def _add_pages(endpoints: Endpoints) -> None:
     async def show_login(request: Request, next: str = "", token: str = "") -> Response:
         auth = _auth()
         if token and auth.required:
-            target = _check_target(next or _REVIEW)
+            target = _check_target(next or _REVIEW, find_root(request.scope))
             return await _log_in(request, "", token, target)
-        return _page("Log in", _form(request, _check_target(next)))
+        return _page("Log in", _form(request, _check_target(next, find_root(request.scope))))
 
     # The address is the login page's own, so a browser's back button and a failed try stay on it.
     @endpoints.post(
@@ -157,7 +157,8 @@ def _add_pages(endpoints: Endpoints) -> None:
         body=SMALL,
     )
     async def log_in(request: Request, fields: dict[str, str] = _FIELDS) -> Response:
-        name, target = fields.get("name", "").strip(), _check_target(fields.get("next", _START))
+        name = fields.get("name", "").strip()
+        target = _check_target(fields.get("next", _START), find_root(request.scope))
         return await _log_in(request, name, fields.get("password", ""), target)
 
     @endpoints.post("/progidiff/logout", OPEN, include_in_schema=False, summary="Ends the session", body=SMALL)
@@ -230,13 +231,17 @@ def _find_cookie_path(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/") or "/"
 
 
-def _check_target(target: str) -> str:
-    """Where to go after the login, if that is on this server; else the start page.
+def _check_target(target: str, root: str = "") -> str:
+    """Where to go after the login, below the server's own prefix, if that is on this server; else the start page.
 
     Example:
         >>> _check_target("/ohif/?a=1"), _check_target("//evil.example"), _check_target("https://evil.example")
         ('/ohif/?a=1', '/', '/')
+        >>> _check_target("/labels/ohif/", "/labels"), _check_target("/labels//evil.example", "/labels")
+        ('/ohif/', '/')
     """
+    if root and target.startswith(f"{root}/"):  # A page that knows its own address only.
+        target = target[len(root) :]
     plain = (
         target.startswith("/")
         and not target.startswith("//")

@@ -3,20 +3,22 @@ it.
 
 OHIF itself is the host's and stays as it is. Its configuration is the host's file with a few lines after it: they
 correct the data source and load ``apps/progidiff/web/ohif/panel.js``, which finds out what the viewer offers and stays
-away if that has changed.
+away if that has changed. Behind a proxy with a sub-path the addresses that its build has in it are moved below that.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import monailabel.endpoints
 import numpy as np
+from fastapi import Request
 from fastapi.responses import FileResponse, Response
-from monailabel.config import settings
+from monailabel.endpoints.ohif import get_ohif
 
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.errors import NotFoundError
@@ -25,6 +27,7 @@ from progidiff.prompts.structures import number_structures
 from progidiff.proposals.request import DISAGREEMENT
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.gate.endpoints import READ, Endpoints
+from progidiff.server.gate.paths import find_root
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes.dicomweb import open_named
 from progidiff.server.tasks.volumes import DISAGREEMENT_BANDS
@@ -34,19 +37,27 @@ HEAT_LABELS = tuple(range(201, 201 + len(DISAGREEMENT_BANDS)))
 
 _CONFIG = Path(monailabel.endpoints.__file__).parent / "static" / "ohif" / "app-config.js"
 _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css"}
+_WITH_ADDRESSES = (".html", ".js")
+_ADDRESS = re.compile(r"""["'](?=/ohif/)""")
+"""What stands before the address of the viewer in its build: in its page, and where its scripts look for each other."""
+
 _PATCH = """
 /* Added by ProGiDiff Label. */
 (() => {
   const facts = %s;
   for (const source of (window.config && window.config.dataSources) || []) {
-    Object.assign(source.configuration || {}, facts.dataSource);
+    const configuration = Object.assign(source.configuration || {}, facts.dataSource);
+    for (const [name, value] of Object.entries(configuration)) {
+      if (typeof value === 'string' && value.startsWith('/')) configuration[name] = facts.prefix + value;
+    }
   }
+  if (window.config) window.config.routerBasename = facts.prefix + (window.config.routerBasename || '/ohif/');
   const style = document.createElement('link');
   style.rel = 'stylesheet';
-  style.href = facts.root + 'panel.css';
+  style.href = facts.prefix + '/progidiff/ohif/files/panel.css';
   const script = document.createElement('script');
   script.type = 'module';
-  script.src = facts.root + 'panel.js';
+  script.src = facts.prefix + '/progidiff/ohif/files/panel.js';
   document.head.append(style, script);
 })();
 """
@@ -57,14 +68,23 @@ def build_endpoints() -> Endpoints:
     endpoints = Endpoints()
 
     @endpoints.get("/ohif/app-config.js", READ, include_in_schema=False, summary="How OHIF reaches this server")
-    def get_config() -> Response:
+    def get_config(request: Request) -> Response:
         context = get_context()
         source: dict[str, Any] = {"supportsReject": False, "dicomUploadEnabled": False}
         if not context.served.is_remote:
             source["friendlyName"] = "Folder of images"
-        facts = json.dumps({"dataSource": source, "root": f"{settings.MONAI_LABEL_API_STR}/progidiff/ohif/files/"})
+        facts = json.dumps({"dataSource": source, "prefix": find_root(request.scope)})
         text = _CONFIG.read_text(encoding="utf-8") + _PATCH % facts
         return Response(text, media_type="text/javascript", headers={"Cache-Control": "no-cache"})
+
+    @endpoints.get("/ohif/{path:path}", READ, include_in_schema=False, summary="OHIF")
+    def get_viewer(request: Request, path: str) -> Response:
+        answer = get_ohif(path)
+        root = find_root(request.scope)
+        if not root or Path(answer.path).suffix not in _WITH_ADDRESSES:
+            return answer
+        text = Path(answer.path).read_text(encoding="utf-8")
+        return Response(move_below(text, root), media_type=answer.media_type)
 
     @endpoints.get("/progidiff/ohif/files/{name}", READ, include_in_schema=False, summary="Files of the panel in OHIF")
     def get_file(name: str) -> Response:
@@ -116,6 +136,16 @@ def build_endpoints() -> Endpoints:
         )
 
     return endpoints
+
+
+def move_below(text: str, root: str) -> str:
+    """A file of OHIF's build with the addresses in it below the prefix of a proxy.
+
+    Example:
+        >>> move_below('<link href="/ohif/app.css">', "/labels")
+        '<link href="/labels/ohif/app.css">'
+    """
+    return _ADDRESS.sub(rf"\g<0>{root}", text)
 
 
 def _find_uids(context: Context, image_id: str) -> tuple[str, str]:

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from fastapi import Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
-from monailabel.config import settings
 
 from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
 from progidiff.images.intensities import compute_window
@@ -38,6 +37,7 @@ from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.datastores import images
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
+from progidiff.server.gate.paths import find_root
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes import labels
 from progidiff.server.routes.image_id import ImageId
@@ -77,8 +77,8 @@ def build_endpoints() -> Endpoints:
 
 def _add_page_routes(endpoints: Endpoints) -> None:
     @endpoints.get("/progidiff", READ, include_in_schema=False, summary="Leads to the review page")
-    def redirect() -> Response:
-        return RedirectResponse(f"{settings.MONAI_LABEL_API_STR}/progidiff/")
+    def redirect(request: Request) -> Response:
+        return RedirectResponse(f"{find_root(request.scope)}/progidiff/")
 
     @endpoints.get("/progidiff/", READ, tags=["Review"], summary="The review page")
     def get_page() -> Response:

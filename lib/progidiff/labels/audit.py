@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -105,7 +106,8 @@ def format_audit(rows: Iterable[Mapping[str, Any]], kind: str) -> str:
 
     Args:
         rows: Of `list_audit`.
-        kind: "csv" or "jsonl". In CSV, text that a spreadsheet would take for a formula gets an apostrophe in front.
+        kind: "csv" or "jsonl". In CSV, text that a spreadsheet would take for a formula gets an apostrophe in front,
+            wherever a spreadsheet may begin a cell.
 
     Raises:
         RequestError: if the kind is neither.
@@ -122,5 +124,18 @@ def format_audit(rows: Iterable[Mapping[str, Any]], kind: str) -> str:
     return text.getvalue()
 
 
+_FORMULA = re.compile(r"(^|[\r\n\t;,|])([\s\ufeff\u200b]*)(?=[=+\-@＝＋－＠])")
+"""Where a cell may begin, for a spreadsheet that splits at semicolons too, and what it drops before it looks."""
+
+
 def _disarm(value: Any) -> Any:
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    """A cell that no spreadsheet takes for a formula.
+
+    Example:
+        >>> _disarm("=1+1"), _disarm("\\n =1"), _disarm("liver; \uff1d1"), _disarm("left-kidney"), _disarm(-1)
+        ("'=1+1", "\\n '=1", "liver; '\uff1d1", 'left-kidney', -1)
+    """
+    if not isinstance(value, str):
+        return value
+    disarmed = _FORMULA.sub(r"\1\2'", value)
+    return f"'{disarmed}" if disarmed[:1] in ("\t", "\r") else disarmed

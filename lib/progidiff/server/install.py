@@ -5,8 +5,10 @@ stop.
 from __future__ import annotations
 
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ from progidiff.server import memory
 from progidiff.server.gate import answers, connections, guard, invitation, repeated_lines
 from progidiff.server.gate.auth import Authenticator
 from progidiff.server.gate.endpoints import Endpoints, build_table
+from progidiff.server.gate.folders import Folders
 from progidiff.server.options import ServerOptions
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.storage.atomic import remove_scratch_folders
@@ -48,13 +51,19 @@ def install(web: FastAPI, app: MONAILabelApp, modules: Sequence[Endpoints]) -> N
     web.openapi_schema = None
     memory.use_one_arena()
     remove_scratch_folders()
-    answers.install_handlers(web)
     context = cast(Any, app).context
+    answers.install_handlers(web, _list_folders(app, context.options, context.model_dir))
     _prepare_server(context.auth, context.options)
     guard.install(web, build_table(modules), context.auth, context.options)
     web.middleware_stack = None  # Built again with these handlers at the next request.
     queues = [task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)]
     _end_jobs_on_signals([queue.close for queue in queues] + [context.training.close])
+
+
+def _list_folders(app: MONAILabelApp, options: ServerOptions, model_dir: Path) -> Folders:
+    secrets = [path.parent for path in (options.users_file, options.token_file) if path is not None]
+    kept = (options.store, model_dir, options.adapters, options.textdiff)
+    return Folders.of([app.studies, app.app_dir, tempfile.gettempdir(), Path.home(), *kept, *secrets])
 
 
 def _prepare_server(auth: Authenticator, options: ServerOptions) -> None:

@@ -79,6 +79,38 @@ def test_the_stock_client_logs_in_and_works(server: Server, tmp_path: Path):
     assert '"user": "anna"' in json.dumps(saved)
 
 
+def test_a_client_cannot_say_who_saved_a_label_and_others_do_not_see_where_it_lies(server: Server, tmp_path: Path):
+    headers = log_in(server, "anna")
+    write_phantom(tmp_path / "plain.nii.gz", shape=SHAPE)
+    spoofed = json.dumps({"user": "adam", "note": "x"})
+    with label(tmp_path).open("rb") as file:
+        saved = requests.put(
+            f"{server.url}/datastore/label?image=plain&tag=final",
+            files={"label": ("label.nii.gz", file), "params": (None, spoofed)},
+            headers=headers,
+            timeout=60,
+        )
+    assert saved.status_code == 200, saved.text
+
+    def get_info() -> dict[str, str]:
+        return server.get("/datastore/label/info?label=plain&tag=final", headers=headers).json()
+
+    assert (get_info()["user"], get_info()["note"]) == ("anna", "x")
+    for address, field in (
+        ("label/info?label=plain&tag=final", "info"),
+        ("updatelabelinfo?label=plain&tag=final", "params"),
+    ):
+        url = f"{server.url}/datastore/{address}"
+        assert requests.put(url, files={field: (None, spoofed)}, headers=headers, timeout=30).status_code == 200
+        assert get_info()["user"] == "anna"
+    remote = {"X-Forwarded-For": "203.0.113.7", "Authorization": f"Bearer {READER}"}
+    assert server.get("/datastore/image/info?image=plain", headers=remote).json()["path"] == "plain.nii.gz"
+    pairs = server.get("/datastore/?output=train", headers=remote).json()
+    assert [pair["image"] for pair in pairs] == ["plain.nii.gz"]
+    here = server.get("/datastore/image/info?image=plain", headers=headers).json()["path"]
+    assert here == str(server.studies / "plain.nii.gz")  # 3D Slicer opens it there.
+
+
 def test_a_login_by_token_works_as_one_by_password(server: Server):
     for headers in (
         log_in(server, "reader", READER),

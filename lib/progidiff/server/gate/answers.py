@@ -23,8 +23,11 @@ from monailabel.interfaces.exception import (
 )
 from pydantic import BaseModel, ConfigDict
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from progidiff.errors import BusyError, LoginError, ProGiDiffError, PromptError
+from progidiff.server.gate.folders import NO_FOLDERS, Folders, set_folders, show_detail
+from progidiff.server.gate.log_text import one_line
 from progidiff.storage.json_text import show_text, write_json
 
 logger = logging.getLogger(__name__)
@@ -65,8 +68,14 @@ class JSONAnswer(JSONResponse):
         return write_json(content)
 
 
-def install_handlers(web: FastAPI) -> None:
-    """Answer every kind of error of this web application in the one form."""
+def install_handlers(web: FastAPI, folders: Folders = NO_FOLDERS) -> None:
+    """Answer every kind of error of this web application in the one form.
+
+    Args:
+        web: The application.
+        folders: Of the server, which answers name to administrators only.
+    """
+    set_folders(web, folders)
     handlers: dict[Any, Any] = {
         ProGiDiffError: _answer_error,
         MONAILabelException: _answer_host_error,
@@ -79,25 +88,15 @@ def install_handlers(web: FastAPI) -> None:
     web.exception_handlers.update(handlers)
 
 
-def build_answer(err: ProGiDiffError) -> Response:
-    """The answer to an error of ours."""
+def build_answer(err: ProGiDiffError, scope: Scope) -> Response:
+    """The answer to an error of ours, without folders of the server for those who have no business there."""
     headers = {}
     if isinstance(err, BusyError):
         headers["Retry-After"] = str(err.retry_after)
     if isinstance(err, LoginError):
         headers["WWW-Authenticate"] = "Bearer"
     suggestions = err.suggestions if isinstance(err, PromptError) else ()
-    return _answer(err.status, type(err).__name__, str(err), suggestions, headers)
-
-
-def one_line(text: str) -> str:
-    """Text of a request as it may stand in the log, where it must not look like a line of its own.
-
-    Example:
-        >>> one_line("a\\nb")
-        'a\\\\nb'
-    """
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+    return _answer(err.status, type(err).__name__, show_detail(scope, str(err)), suggestions, headers)
 
 
 def _answer(
@@ -117,7 +116,7 @@ async def _answer_error(request: Request, err: Exception) -> Response:
         type(error).__name__,
         one_line(str(error)),
     )
-    return build_answer(error)
+    return build_answer(error, request.scope)
 
 
 async def _answer_host_error(request: Request, err: Exception) -> Response:
@@ -129,7 +128,7 @@ async def _answer_host_error(request: Request, err: Exception) -> Response:
             (422, " GET /info/ lists what this server offers.") if error.error in _REQUEST_ERRORS else (500, "")
         )
     logger.info("%s %s -> %d %s", request.method, one_line(request.url.path), status, one_line(str(error.msg)))
-    return _answer(status, str(error.error.value), f"{str(error.msg).rstrip('.')}.{cure}")
+    return _answer(status, str(error.error.value), f"{show_detail(request.scope, str(error.msg)).rstrip('.')}.{cure}")
 
 
 async def _answer_bad_json(request: Request, err: Exception) -> Response:

@@ -15,7 +15,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import os
@@ -32,7 +31,8 @@ from typing import Any
 from pydantic import FiniteFloat, TypeAdapter
 
 from progidiff.errors import AccessError, BusyError, LoginError, RequestError, TooManyTriesError
-from progidiff.server.gate.answers import one_line
+from progidiff.server.gate.log_text import one_line
+from progidiff.server.gate.peers import group_address
 from progidiff.server.options import TOKEN, ServerOptions
 from progidiff.storage.state_files import load_state
 from progidiff.users import (
@@ -133,24 +133,6 @@ class Attempts:
         if not tries:
             self._tries.pop(key, None)
         return tries
-
-
-def group_address(address: str) -> str:
-    """The addresses that one machine may take as it likes: itself, or with IPv6 the 2^64 of its network.
-
-    Example:
-        >>> group_address("10.0.0.1"), group_address("2001:db8::1") == group_address("2001:db8::2")
-        ('10.0.0.1', True)
-    """
-    try:
-        parsed = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(parsed, ipaddress.IPv6Address):
-        if parsed.ipv4_mapped is not None:
-            return str(parsed.ipv4_mapped)
-        return str(ipaddress.ip_network((parsed, 64), strict=False))
-    return str(parsed)
 
 
 _HASHERS = 2

@@ -1,13 +1,7 @@
-"""Who asks: every request that goes on has its user, a browser without one is led to the login.
-
-An address counts as this machine's only if the connection says so and no proxy has passed the request on:
-``X-Forwarded-For`` can take rights away and never gives any.
-"""
+"""Who asks: every request that goes on has its user, a browser without one is led to the login."""
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Mapping
 from urllib.parse import quote
 
 from starlette.datastructures import Headers
@@ -19,13 +13,12 @@ from progidiff.errors import AccessError, LoginError
 from progidiff.server.gate.auth import LOCAL_USER, Authenticator, User, set_user
 from progidiff.server.gate.endpoints import OPEN, Endpoint, get_endpoint
 from progidiff.server.gate.paths import find_root, strip_prefix
+from progidiff.server.gate.peers import is_local
 from progidiff.users import Role
 
 LOGIN_PAGE = "/progidiff/login"
 
 _LINK_HINT = " Where the server was started it printed a link; `progidiff users link` prints it again."
-
-_FORWARDED = ("forwarded", "x-forwarded-for", "x-forwarded-host", "x-real-ip", "via")
 
 
 class Callers:
@@ -77,22 +70,6 @@ class Callers:
                 f"one), or the page /progidiff/login.{_LINK_HINT if self._auth.local_token else ''}"
             )
         return user or anonymous
-
-
-def is_local(scope: Scope, headers: Mapping[str, str]) -> bool:
-    """Whether a request comes straight from this machine. Behind a proxy on this machine everybody would, so a
-    forwarded one never does.
-    """
-    client = scope.get("client")
-    if not client or any(name in headers for name in _FORWARDED):
-        return False
-    try:
-        address = ipaddress.ip_address(client[0])
-    except ValueError:
-        return False
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped.is_loopback
-    return address.is_loopback
 
 
 def _is_page(method: str, headers: Headers) -> bool:

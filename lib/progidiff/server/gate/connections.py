@@ -21,7 +21,7 @@ from typing import Any
 
 import uvicorn
 
-from progidiff.server.gate.auth import group_address
+from progidiff.server.gate.peers import group_address
 from progidiff.server.options import ServerOptions
 
 try:

@@ -9,8 +9,9 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from progidiff.errors import BusyError, ProGiDiffError
-from progidiff.server.gate.answers import build_answer, one_line
+from progidiff.server.gate.answers import build_answer
 from progidiff.server.gate.checks import SAFE_METHODS
+from progidiff.server.gate.log_text import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class Refusals:
             # Who is late or stalls has nothing more to send.
             if method not in SAFE_METHODS and not isinstance(err, BusyError):
                 await exchange.drain(Headers(scope=scope))
-            response = build_answer(err)
+            response = build_answer(err, scope)
             # The rest of the body, if there is one, is not read as the next request.
             response.headers["Connection"] = "close"
             await response(scope, _receive_nothing, send)

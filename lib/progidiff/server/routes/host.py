@@ -23,6 +23,7 @@ from fastapi.responses import FileResponse, PlainTextResponse, Response
 from monailabel.config import settings
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.utils.sessions import SessionInfo, Sessions
+from pydantic import BaseModel, ConfigDict
 
 from progidiff.errors import ClosedError, NotFoundError, RequestError
 from progidiff.images.archives import SUFFIXES, Limits, extract_archive
@@ -140,6 +141,50 @@ _ANSWERED_BY_HOST = (
     Endpoint("GET", "/scoring/", READ, "Status of the host's scoring"),
 )
 
+
+class SessionState(BaseModel):
+    """An uploaded image, as the host describes it, without paths of the server.
+
+    Attributes:
+        name: Id of the session.
+        path: "".
+        image: File name of the image, or of the folder of a series.
+        meta: What the host keeps with it.
+        create_ts: When it was made, seconds since 1970.
+        last_access_ts: When it was last used, seconds since 1970.
+        expiry: Seconds without use after which it is removed.
+    """
+
+    model_config = ConfigDict(frozen=True, from_attributes=True)
+
+    name: str
+    path: str = ""
+    image: str
+    meta: dict[str, Any] | None
+    create_ts: int
+    last_access_ts: int
+    expiry: int
+
+    @classmethod
+    def of(cls, info: SessionInfo) -> SessionState:
+        """Of the host's description."""
+        return cls.model_validate({**info.to_json(), "path": "", "image": Path(info.image).name})
+
+
+class NewSession(BaseModel):
+    """A session that was made.
+
+    Attributes:
+        session_id: Names it in further requests.
+        session_info: Its state.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    session_id: str
+    session_info: SessionState
+
+
 _MAX_LOG_LINES = 10_000
 _GPU_SECONDS = 10
 _PLAIN_NAME = re.compile(r"[^A-Za-z0-9._-]+")
@@ -168,13 +213,13 @@ def build_endpoints() -> Endpoints:
         series: str = "",
         expiry: int = Query(0, ge=0, le=30 * 86_400),
         user: User = CALLER,
-    ) -> dict[str, Any]:
+    ) -> NewSession:
         sessions = _sessions()
         with scratch_folder("session") as folder:
             image = _receive(files, folder, uncompress, series)
             session_id, info = sessions.add_session(str(image), expiry, uncompress=False, session_id=str(uuid.uuid4()))
         logger.info("Session %s by '%s': %d files", session_id, user.name, len(files))
-        return {"session_id": session_id, "session_info": _describe(info)}
+        return NewSession(session_id=session_id, session_info=SessionState.of(info))
 
     @endpoints.get(
         "/session/{session_id}",
@@ -182,11 +227,12 @@ def build_endpoints() -> Endpoints:
         tags=["Session"],
         summary="State of an uploaded image, or its file",
         takes="Query: image, update_ts",
+        response_model=SessionState,
     )
-    def get_session(session_id: str, update_ts: bool = False, image: bool = False) -> Any:
+    def get_session(session_id: str, update_ts: bool = False, image: bool = False) -> SessionState | Response:
         info = _find(session_id, update_ts)
         if not image:
-            return _describe(info)
+            return SessionState.of(info)
         if not Path(info.image).is_file():
             raise RequestError(
                 "The session is a folder of DICOM files, which is not sent as one file. "
@@ -195,10 +241,10 @@ def build_endpoints() -> Endpoints:
         return FileResponse(info.image, media_type="application/octet-stream", filename=Path(info.image).name)
 
     @endpoints.delete("/session/{session_id}", ANNOTATE, tags=["Session"], summary="Remove an uploaded image")
-    def remove_session(session_id: str) -> dict[str, Any]:
+    def remove_session(session_id: str) -> SessionState:
         info = _find(session_id)
         _sessions().remove_session(session_id)
-        return _describe(info)
+        return SessionState.of(info)
 
     @endpoints.get(
         "/logs/",
@@ -260,11 +306,6 @@ def _find(session_id: str, update_ts: bool = False) -> SessionInfo:
             f"There is no session '{session_id[:64]}'; it may have expired. Upload the image again with PUT /session/."
         )
     return info
-
-
-def _describe(info: SessionInfo) -> dict[str, Any]:
-    """What the host answers, without paths of the server."""
-    return {**info.to_json(), "path": "", "image": Path(info.image).name}
 
 
 def _receive(files: list[UploadFile], folder: Path, uncompress: bool, series: str) -> Path:

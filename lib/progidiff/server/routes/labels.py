@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import File, Form, UploadFile
+from fastapi import File, Form, Request, UploadFile
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from monailabel.endpoints import datastore as host
 from monailabel.utils.others.generic import get_mime_type
@@ -42,6 +42,7 @@ from progidiff.server.gate.endpoints import (
     Content,
     Endpoints,
 )
+from progidiff.server.gate.folders import show_paths
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes.image_id import ImageId
 from progidiff.server.routes.label_answers import (
@@ -84,8 +85,11 @@ def _add_datastore_routes(endpoints: Endpoints) -> None:
         summary="All images and labels, or their numbers",
         takes="Query: output (stats, all, train)",
     )
-    def get_datastore(output: host.ResultType | None = None) -> Any:
-        return host.datastore(output)
+    def get_datastore(request: Request, output: host.ResultType | None = None) -> Any:
+        answer = host.datastore(output)
+        if output is host.ResultType.train:
+            return [show_paths(request.scope, pair, "image", "label") for pair in answer]
+        return answer
 
     @endpoints.get(
         "/datastore/dataset",
@@ -128,9 +132,7 @@ def _add_image_routes(endpoints: Endpoints) -> None:
     def add_image(
         image: str | None = None, params: str = Form("{}"), file: UploadFile = File(...), user: User = CALLER
     ) -> AddedImage:
-        info = read_object(params, "params")
-        if user.name:
-            info["user"] = user.name
+        info = with_user(read_object(params, "params"), user.name)
         with _received(file, Use.IMAGE) as (path, suffix):
             name = Path(file.filename or "").name
             original = image or name[: -len(suffix)]
@@ -180,9 +182,9 @@ def _add_image_routes(endpoints: Endpoints) -> None:
     @endpoints.get(
         "/datastore/image/info", READ, tags=["Datastore"], summary="What is known about an image", takes="Query: image"
     )
-    def get_image_info(image: ImageId) -> Any:
+    def get_image_info(request: Request, image: ImageId) -> Any:
         images.find_image(get_context().app, image)
-        return get_context().app.datastore().get_image_info(image)
+        return show_paths(request.scope, get_context().app.datastore().get_image_info(image), "path")
 
     @endpoints.put(
         "/datastore/image/info",
@@ -194,7 +196,7 @@ def _add_image_routes(endpoints: Endpoints) -> None:
     )
     def put_image_info(image: ImageId, info: str = Form("{}"), user: User = CALLER) -> Any:
         images.find_image(get_context().app, image)
-        return get_context().app.datastore().update_image_info(image, _with_user(read_object(info, "info"), user))
+        return get_context().app.datastore().update_image_info(image, with_user(read_object(info, "info"), user.name))
 
 
 def _add_label_routes(endpoints: Endpoints) -> None:
@@ -257,7 +259,9 @@ def _add_label_routes(endpoints: Endpoints) -> None:
     )
     def put_label_info(label: ImageId, tag: str, info: str = Form("{}"), user: User = CALLER) -> Any:
         _check_label_name(label, tag)
-        return get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(info, "info"), user))
+        return (
+            get_context().app.datastore().update_label_info(label, tag, with_user(read_object(info, "info"), user.name))
+        )
 
     @endpoints.put(
         "/datastore/updatelabelinfo",
@@ -270,7 +274,9 @@ def _add_label_routes(endpoints: Endpoints) -> None:
     def update_label_info(label: ImageId, tag: str, params: str = Form("{}"), user: User = CALLER) -> Any:
         _check_label_name(label, tag)
         return (
-            get_context().app.datastore().update_label_info(label, tag, _with_user(read_object(params, "params"), user))
+            get_context()
+            .app.datastore()
+            .update_label_info(label, tag, with_user(read_object(params, "params"), user.name))
         )
 
 
@@ -389,7 +395,7 @@ def save(context: Context, image: str, path: Path, tag: str, params: Mapping[str
     if series is not None:
         image = series.identity.image
         context.served.to_image_grid(path, series)
-    saved = context.labels.save_annotated(image, path, tag, params, user)
+    saved = context.labels.save_annotated(image, path, tag, with_user(params, user), user)
     answer = _run_hooks(context, saved.annotation, saved.repeated, saved.label_id)
     annotation = NewLabelAnswer.of(saved.annotation, repeated=saved.repeated, warnings=list(saved.warnings))
     return SaveAnswer(**{**answer, "annotation": annotation, "image": image, "label": saved.label_id})
@@ -404,8 +410,15 @@ def read_object(text: str, field: str) -> dict[str, Any]:
     return read_json_object(text, f"The form field {field}")
 
 
-def _with_user(info: dict[str, Any], user: User) -> dict[str, Any]:
-    return {**info, "user": user.name} if user.name else info
+def with_user(info: Mapping[str, Any], user: str) -> dict[str, Any]:
+    """What a client says of an image or a label, with who says it; a client cannot say that itself.
+
+    Example:
+        >>> with_user({"user": "anna", "note": "x"}, "bob"), with_user({"user": "anna"}, "")
+        ({'note': 'x', 'user': 'bob'}, {})
+    """
+    said = {name: value for name, value in info.items() if name != "user"}
+    return {**said, "user": user} if user else said
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from progidiff.server.datastores import images
 from progidiff.server.datastores.proposal_labels import refresh_original
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
+from progidiff.server.gate.folders import show_paths
 from progidiff.server.parts import Context, get_context
 
 logger = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def build_endpoints() -> Endpoints:
         info = context.app.datastore().get_image_info(image)
         given = {"strategy": {strategy: {"ts": int(time.time()), "client_id": client}}}
         # Ours come last: what a client once stored with an image must not pass for the server's answer.
-        return {**info, **given, "id": image, **chosen}
+        return {**show_paths(request.scope, info, "path"), **given, "id": image, **chosen}
 
     @endpoints.get(
         "/progidiff/queue",

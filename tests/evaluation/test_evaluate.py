@@ -26,6 +26,7 @@ from progidiff.images.working_grid import WorkingGrid
 from progidiff.labels.cases import list_labelled, load_label_names
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.proposals.volume_proposals import VolumeProposals
+from support.segment_files import write_seg_nrrd
 
 SHAPE = (6, 24, 20)  # (Z, Y, X)
 
@@ -332,3 +333,22 @@ def test_the_examples_have_exactly_the_masks_they_say():
         np.testing.assert_array_equal(
             volume.arrange(make_proposals(mask[None, None], ("liver",)).mask(volume.grid, "liver")), mask
         )
+
+
+def test_a_label_that_names_its_own_ids_is_scored_by_them(studies, tiny_model):
+    from progidiff.proposals.engine import Engine
+
+    def score() -> list[dict]:
+        result = evaluate(Engine(tiny_model), studies, num_proposals=2, num_inference_steps=1, hd95=False)
+        return [case["structures"] for case in result["cases"]]
+
+    before = score()
+    assert set(before[0]) == {"liver", "left kidney"}
+    final = studies / "labels" / "final"
+    image = nibabel.load(final / "case1.nii.gz")
+    labels = np.asarray(image.dataobj).astype(np.uint8)
+    (final / "case1.nii.gz").unlink()
+    moved = np.array([0, 3, 1, 0, 0, 0, 0, 2], np.uint8)[labels]
+    segments = [("kidney_left", 1), ("spinal cord", 2), ("Leber", 3)]
+    write_seg_nrrd(final / "case1.seg.nrrd", moved, segments, image.affine)
+    assert score() == before

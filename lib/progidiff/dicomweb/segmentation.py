@@ -13,9 +13,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pydicom
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 from pydicom.errors import InvalidDicomError
 
@@ -41,7 +43,7 @@ class Segmentation:
         names: Label -> segment name, of the segments that draw anything, ascending.
     """
 
-    labels: np.ndarray
+    labels: NDArray[Any]
     names: dict[int, str]
 
 
@@ -155,7 +157,7 @@ def _find_name(segment: Dataset) -> str:
     return name
 
 
-def _read_frames(dataset: Dataset) -> np.ndarray:
+def _read_frames(dataset: Dataset) -> NDArray[Any]:
     """bool of shape (frames, rows, columns)."""
     try:
         pixels = np.asarray(dataset.pixel_array)
@@ -169,7 +171,7 @@ def _read_frames(dataset: Dataset) -> np.ndarray:
         raise ImageError(
             "The segmentation describes another number of frames than it has. It may be cut off; export it again."
         )
-    return frames != 0
+    return np.asarray(frames != 0)
 
 
 def _find_group(dataset: Dataset, index: int, keyword: str) -> Dataset | None:
@@ -189,8 +191,8 @@ def _find_segment(dataset: Dataset, index: int) -> int:
 
 
 def _locate(
-    dataset: Dataset, index: int, frame: np.ndarray, to_index: np.ndarray, image: Grid
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    dataset: Dataset, index: int, frame: NDArray[Any], to_index: NDArray[Any], image: Grid
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """The voxels (z, y, x) of the axial stack that the pixels of a frame which are set fall onto."""
     groups = [
         _find_group(dataset, index, name)

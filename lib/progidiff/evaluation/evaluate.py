@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, PromptError, RequestError, StoreError
 from progidiff.evaluation.metrics import compute_dice, compute_hd95, keep_largest_component
@@ -138,7 +139,7 @@ def match_structures(
 
 def score_case(
     volume: Volume,
-    labels: np.ndarray,
+    labels: NDArray[Any],
     proposals: VolumeProposals,
     structures: Mapping[str, Sequence[int]],
     hd95: bool = True,
@@ -166,7 +167,7 @@ def score_case(
         present = bool(truth.any())
 
         def score(
-            shown: str | int, name: str = name, truth: np.ndarray = truth, empty: np.ndarray = empty_slices
+            shown: str | int, name: str = name, truth: NDArray[Any] = truth, empty: NDArray[Any] = empty_slices
         ) -> dict[str, Any]:
             mask = volume.arrange(proposals.mask(volume.grid, name, shown)).astype(bool)
             if largest_component:
@@ -323,40 +324,51 @@ def evaluate(
     results: list[dict[str, Any]] = []
     settings: dict[str, Any] = {}
     for number, case in enumerate(chosen):
-        report_slices = functools.partial(_report, progress, number, len(chosen), case.name)
-        report_slices(0, 1)
+        _report(progress, number, len(chosen), case.name, 0, 1)
         try:
             volume = load_volume(case.image, modality)
             labels = load_label_map(case.label, volume.grid)
-            proposals = engine.propose(request, volume, Work(on_progress=report_slices))
+            watched = Work(on_progress=functools.partial(_report, progress, number, len(chosen), case.name))
+            proposals = engine.propose(request, volume, watched)
         except ImageError as err:
             results.append({"case": case.name, "error": str(err), "structures": {}})
             notes.append(f"case {case.name} could not be read and is left out: {err}")
             continue
         ids = meanings[case.name]
-        notes += [f"case {case.name}: {note}" for note in labels.notes]
-        notes += _note_strangers(folder, case, labels, ids)
+        notes += _note_labels(folder, case, labels, ids)
         settings = {key: value for key, value in proposals.summary().items() if key in _SETTINGS}
         scores = score_case(volume, labels.array, proposals, ids, hd95, largest_component)
         results.append(_describe_case(case.name, volume, proposals.seconds, scores))
     _report(progress, len(chosen), len(chosen), "", 1, 1)
-    report = {
-        "command": command if command is not None else shlex.join(sys.argv),
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "studies": str(studies),
-        "num_proposals": num_proposals,
-        "seed": seed,
-        **settings,
-        "options": {"hd95": hd95, "largest_component": largest_component, "modality": modality},
-        "rules": RULES,
-        "notes": notes,
+    return _build_report(
+        results,
+        asked,
+        {
+            "command": command if command is not None else shlex.join(sys.argv),
+            "studies": str(studies),
+            "num_proposals": num_proposals,
+            "seed": seed,
+            **settings,
+            "options": {"hd95": hd95, "largest_component": largest_component, "modality": modality},
+            "notes": notes,
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )
+
+
+def _build_report(
+    results: Sequence[Mapping[str, Any]], structures: Sequence[str], origin: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What `evaluate` answers; `origin` says how it came about."""
+    told = {**origin, "created": datetime.now(UTC).isoformat(timespec="seconds"), "rules": RULES}
+    told |= {
         "versions": describe_versions(),
-        "seconds": round(time.monotonic() - started, 1),
         "num_cases": sum("error" not in case for case in results),
-        "summary": summarise(results, asked),
+        "summary": summarise(results, structures),
         "cases": results,
     }
-    return _without_nan(report)
+    order = ("command", "created", "studies", "num_proposals", "seed")
+    return {key: _without_nan(told[key]) for key in dict.fromkeys((*order, *told))}
 
 
 def _report(progress: Progress | None, number: int, count: int, name: str, done: int, total: int) -> None:
@@ -373,9 +385,15 @@ def _read_meanings(
     table = load_label_names(folder) if len(named) < len(cases) or (folder / LABELS_JSON).is_file() else {}
     shared, notes = match_structures(table, known, wanted) if len(named) < len(cases) else ({}, [])
     meanings = dict.fromkeys((case.name for case in cases), shared)
+    refused: RequestError | None = None
     for name in named:
-        meanings[name], told = match_structures({**table, **own[name]}, known, wanted)
+        try:
+            meanings[name], told = match_structures({**table, **own[name]}, known, wanted)
+        except RequestError as err:
+            meanings[name], told, refused = {}, [str(err)], err
         notes += [f"case {name}: {note}" for note in told]
+    if refused is not None and not any(meanings.values()):
+        raise refused
     return meanings, notes
 
 
@@ -386,15 +404,18 @@ def _read_own_names(case: LabelledCase) -> dict[int, str]:
         return {}  # Told where the label is read.
 
 
-def _note_strangers(folder: Path, case: LabelledCase, labels: LabelMap, ids: Mapping[str, Sequence[int]]) -> list[str]:
-    """A sentence about ids that nothing names."""
+def _note_labels(folder: Path, case: LabelledCase, labels: LabelMap, ids: Mapping[str, Sequence[int]]) -> list[str]:
+    """Sentences about the label of a case: what the file gave rise to, and ids that nothing names."""
     known = {value for values in ids.values() for value in values} | set(labels.names)
     if (folder / LABELS_JSON).is_file():
         known |= set(load_label_names(folder))
     strangers = sorted(set(np.unique(labels.array).tolist()) - {0} - known)
-    if not strangers:
-        return []
-    return [f"case {case.name} holds label ids that labels.json does not name: {strangers}; taken as background"]
+    notes = [f"case {case.name}: {note}" for note in labels.notes]
+    if strangers:
+        notes.append(
+            f"case {case.name} holds label ids that labels.json does not name: {strangers}; taken as background"
+        )
+    return notes
 
 
 def _describe_case(name: str, volume: Volume, seconds: float, scores: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from progidiff.errors import RequestError
 from progidiff.images.geometry import Grid
@@ -78,7 +79,7 @@ class MaskPick:
             return self.rule
         return str(self.members[0]) if self.rule == "proposal" else MERGED
 
-    def draw(self, masks: np.ndarray, best: int) -> np.ndarray:
+    def draw(self, masks: NDArray[Any], best: int) -> NDArray[Any]:
         """One mask of K proposals.
 
         Args:
@@ -96,9 +97,9 @@ class MaskPick:
         if self.rule == "nothing":
             return np.zeros(masks.shape[1:], dtype=bool)
         if self.rule == "best":
-            return masks[best]
+            return cast(NDArray[Any], masks[best])
         if self.rule == "proposal":
-            return masks[self.members[0] - 1]
+            return cast(NDArray[Any], masks[self.members[0] - 1])
         chosen = masks[[member - 1 for member in self.members]] if self.members else masks
         how = "majority" if self.rule == "consensus" else self.rule
         return merge_masks(torch.from_numpy(chosen), how, self.threshold).numpy()
@@ -157,7 +158,7 @@ class Plan:
         return {**self.volume, **self.slices.get(z, {})}
 
 
-def compose_label(result: VolumeProposals, grid: Grid, plan: Plan, label_ids: Mapping[str, int]) -> np.ndarray:
+def compose_label(result: VolumeProposals, grid: Grid, plan: Plan, label_ids: Mapping[str, int]) -> NDArray[Any]:
     """Carry out a plan.
 
     Where several structures are drawn on a voxel, the one with the higher agreement of its proposals wins, then the one

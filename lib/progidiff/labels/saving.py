@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError
 from progidiff.images.formats import Use, find_format, is_picture, list_suffixes
@@ -128,7 +129,7 @@ class CheckedLabel:
     """
 
     file: Path
-    array: np.ndarray
+    array: NDArray[Any]
     label_ids: dict[str, int]
     kept_ids: Mapping[str, int]
     is_as_sent: bool
@@ -378,7 +379,7 @@ def prepare_renamed(
     return ReadyLabel(file, slices, (name,), saves[-1].source, True, None, RENAMED, grid.num_slices, ids)
 
 
-def translate(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
+def translate(array: NDArray[Any], table: Mapping[int, int]) -> NDArray[Any]:
     """Other ids in a label map; what the table does not name stays.
 
     Example:
@@ -392,13 +393,13 @@ def translate(array: np.ndarray, table: Mapping[int, int]) -> np.ndarray:
 
 
 def _join(
-    new: np.ndarray,
+    new: NDArray[Any],
     previous: Previous | None,
     grid: Grid,
     slices: Iterable[int] | None,
     chosen: list[int] | None,
     kept_ids: Mapping[str, int],
-) -> np.ndarray:
+) -> NDArray[Any]:
     """`new` on the slices (None: all) and for the ids (None: all), and the label in force elsewhere."""
     before = np.zeros_like(new) if previous is None else _load_previous(previous, grid, kept_ids)
     result = before.astype(np.promote_types(before.dtype, new.dtype))
@@ -413,7 +414,7 @@ def _join(
     return result
 
 
-def _load_previous(previous: Previous, grid: Grid, kept_ids: Mapping[str, int]) -> np.ndarray:
+def _load_previous(previous: Previous, grid: Grid, kept_ids: Mapping[str, int]) -> NDArray[Any]:
     """The label in force, in the ids that kept labels use now: labels.json may have changed since."""
     try:
         array = load_label_map(previous.file, grid).array
@@ -455,7 +456,7 @@ def _find_source(
 
 
 def _find_differing(
-    array: np.ndarray, grid: Grid, options: SaveOptions, result: VolumeProposals | None, ids: Mapping[str, int]
+    array: NDArray[Any], grid: Grid, options: SaveOptions, result: VolumeProposals | None, ids: Mapping[str, int]
 ) -> tuple[int, ...] | None:
     """Axial slices where a label is not what was served; None if that is not known."""
     if result is None or options.shown == MERGED:
@@ -480,7 +481,7 @@ def _find_structures(
     return tuple(dict.fromkeys([*checked.label_ids, *asked, *(() if replaced is None else replaced.structures)]))
 
 
-def _find_present(array: np.ndarray) -> list[int]:
+def _find_present(array: NDArray[Any]) -> list[int]:
     """The ids in a label map, ascending, without 0; several times faster than sorting all voxels where ids are
     small.
     """

@@ -112,3 +112,15 @@ def test_the_same_checks_hold(labels: RemoteLabels, remote: Remote, tmp_path: Pa
     with pytest.raises(ImageError, match="cannot be read"):
         labels.save_annotated("1.2.3", text, "final", {})
     assert remote.get_labeled_images() == []
+
+
+def test_a_structure_without_a_code_is_told_of_and_renamed(labels: RemoteLabels, remote: Remote, tmp_path: Path):
+    info = {"label_info": [{"name": "Tumour", "idx": 1}, {"name": "liver", "idx": 2}]}
+    saved = labels.save_annotated("1.2.3", write_label(tmp_path, remote, {2: 1, 4: 2}), "final", info)
+    (warning,) = saved.warnings
+    assert warning.startswith("No code is known for 'Tumour': the DICOM segmentation says 'Anatomical structure'")
+    renamed = labels.rename_structure("1.2.3", "tumour", "pancreas", "ada")
+    assert dict(renamed.label_ids) == {"liver": 6, "pancreas": 11}
+    array = np.asarray(nibabel.load(remote.get_label_uri("1.2.3", "final")).dataobj)
+    assert {k: int(array[4, 4, k]) for k in (2, 4)} == {2: 11, 4: 6}
+    assert not labels.save_annotated("1.2.3", write_label(tmp_path, remote, {2: 6}), "final", {}).warnings

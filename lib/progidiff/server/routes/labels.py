@@ -28,6 +28,7 @@ from progidiff.images.formats import Use, find_format, list_suffixes
 from progidiff.labels.audit import format_audit, list_audit
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore
 from progidiff.server.datastores import images
+from progidiff.server.datastores.ids import make_id
 from progidiff.server.datastores.local import SafeLocalDatastore, check_tag
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import (
@@ -72,8 +73,10 @@ def build_endpoints() -> Endpoints:
     endpoints = Endpoints()
     _add_datastore_routes(endpoints)
     _add_image_routes(endpoints)
+    _add_image_info_routes(endpoints)
     _add_label_routes(endpoints)
     _add_history_routes(endpoints)
+    _add_change_routes(endpoints)
     return endpoints
 
 
@@ -136,7 +139,7 @@ def _add_image_routes(endpoints: Endpoints) -> None:
         with _received(file, Use.IMAGE) as (path, suffix):
             name = Path(file.filename or "").name
             original = image or name[: -len(suffix)]
-            image_id = images.make_id(original)
+            image_id = make_id(original)
             if image_id != original:
                 info["original_name"] = original
             return AddedImage(image=get_context().app.datastore().add_image(image_id, str(path), info))
@@ -179,6 +182,8 @@ def _add_image_routes(endpoints: Endpoints) -> None:
     def download_image(image: ImageId) -> Response:
         return _send(_find_file(images.find_image(get_context().app, image)))
 
+
+def _add_image_info_routes(endpoints: Endpoints) -> None:
     @endpoints.get(
         "/datastore/image/info", READ, tags=["Datastore"], summary="What is known about an image", takes="Query: image"
     )
@@ -320,6 +325,8 @@ def _add_history_routes(endpoints: Endpoints) -> None:
             text, media_type=media, headers={"Content-Disposition": f'attachment; filename="annotations.{format}"'}
         )
 
+
+def _add_change_routes(endpoints: Endpoints) -> None:
     @endpoints.post(
         "/progidiff/annotations/{image}/undo",
         ANNOTATE,

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from fastapi import Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
+from numpy.typing import NDArray
 
 from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
 from progidiff.images.intensities import compute_window
@@ -271,7 +272,7 @@ def _check_slice(z: int, shape: tuple[int, ...]) -> None:
     read_int(z, "slice", 0, min(MAX_SLICE, shape[0] - 1))
 
 
-def _load_current(context: Context, image: str, volume: Volume) -> np.ndarray | None:
+def _load_current(context: Context, image: str, volume: Volume) -> NDArray[Any] | None:
     current = context.annotations.current(image)
     if current is None:
         return None
@@ -282,7 +283,7 @@ def _load_current(context: Context, image: str, volume: Volume) -> np.ndarray | 
 
 
 def _check_conflict(
-    context: Context, image: str, plan: Plan, base: object, volume: Volume, label: np.ndarray, ids: dict[str, int]
+    context: Context, image: str, plan: Plan, base: object, volume: Volume, label: NDArray[Any], ids: dict[str, int]
 ) -> None:
     """Refuse to overwrite what somebody saved since the page looked, unless it is the very same: a second try of a save
     that arrived.
@@ -309,7 +310,7 @@ def _overlaps(saved: Annotation, plan: Plan) -> bool:
 
 
 def _is_in_force(
-    context: Context, image: str, plan: Plan, volume: Volume, label: np.ndarray, ids: dict[str, int]
+    context: Context, image: str, plan: Plan, volume: Volume, label: NDArray[Any], ids: dict[str, int]
 ) -> bool:
     current = context.annotations.current(image)
     kept = _load_current(context, image, volume)

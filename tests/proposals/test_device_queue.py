@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from progidiff.errors import BusyError, CancelledError, NotFoundError, RequestError
-from progidiff.proposals.device_queue import DeviceQueue, Job, JobState
+from progidiff.proposals.device_queue import Asker, DeviceQueue, Job, JobState
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
@@ -23,19 +23,24 @@ class Worker:
     """A thread that holds the device until it is released."""
 
     def __init__(
-        self, queue: DeviceQueue, image: str, order: list[str] | None = None, job_id: str | None = None
+        self,
+        queue: DeviceQueue,
+        image: str,
+        order: list[str] | None = None,
+        job_id: str | None = None,
+        asker: Asker = Asker(),  # noqa: B008 - it is frozen
     ) -> None:
         self.release = threading.Event()
         self.error: BaseException | None = None
         self.order = order
-        self.args = (queue, image, job_id)
+        self.args = (queue, image, job_id, asker)
         self.thread = threading.Thread(target=self._run, daemon=True)
         self.thread.start()
 
     def _run(self) -> None:
-        queue, image, job_id = self.args
+        queue, image, job_id, asker = self.args
         try:
-            with queue.job("infer", image, job_id):
+            with queue.job("infer", image, job_id, asker):
                 if self.order is not None:
                     self.order.append(image)
                 self.release.wait(10)
@@ -219,7 +224,7 @@ class BackgroundWorker(Worker):
     """A thread that holds the device in the background until somebody wants it."""
 
     def _run(self) -> None:
-        queue, image, _ = self.args
+        queue, image, *_ = self.args
         try:
             with queue.background_job("score", image) as job:
                 if self.order is not None:
@@ -281,3 +286,121 @@ def test_whoever_shares_the_device_hears_when_requests_want_it_and_when_they_hav
     second.release.set()
     wait_until(lambda: all(job.state is JobState.DONE for job in queue.list()))
     assert heard == [True, False]
+
+
+def line_up(queue: DeviceQueue, names: list[str], order: list[str]) -> list[Worker]:
+    """A worker per name, in this order; "anna 2" is the second request of anna."""
+    workers = []
+    for name in names:
+        workers.append(Worker(queue, name, order, asker=Asker(name.split()[0])))
+        only_job(queue, name)
+    return workers
+
+
+def finish_in_turn(workers: list[Worker], order: list[str]) -> None:
+    """Let everybody compute as soon as it is his turn."""
+    for worker in workers:
+        worker.release.set()
+    for worker in workers:
+        worker.finish()
+    assert len(order) == len(workers)
+
+
+def test_turns_go_round_the_users_and_one_users_requests_are_served_as_they_came():
+    queue, order = DeviceQueue("cpu"), []
+    names = ["anna 1", "anna 2", "anna 3", "anna 4", "ben 1", "ben 2", "carl 1"]
+    workers = line_up(queue, names, order)
+    expected = ["anna 1", "ben 1", "carl 1", "anna 2", "ben 2", "anna 3", "anna 4"]
+    assert sorted(names, key=lambda name: only_job(queue, name).position) == expected
+    assert only_job(queue, "carl 1").info().waiting_for == "2 requests before it"
+    assert only_job(queue, "ben 1").info().waiting_for == "1 request before it"
+    assert only_job(queue, "anna 1").info().waiting_for == ""
+    finish_in_turn(workers, order)
+    assert order == expected
+
+
+def test_a_polite_user_is_next_behind_fourteen_greedy_connections():
+    queue, order = DeviceQueue("cpu", max_waiting=8), []
+    greedy = line_up(queue, [f"greedy {number}" for number in range(9)], order)
+    for _ in range(5):  # Nine are in, the others are sent away, and come again and again.
+        with pytest.raises(BusyError, match="already wait"), queue.job("infer", "x", asker=Asker("greedy")):
+            pass
+    polite = line_up(queue, ["polite 1"], order)
+    assert only_job(queue, "polite 1").position == 1
+    greedy[-1].thread.join(10)
+    assert isinstance(greedy[-1].error, BusyError)
+    assert "more than their share" in str(greedy[-1].error)
+    assert only_job(queue, "greedy 8").state is JobState.FAILED
+    finish_in_turn([*greedy[:-1], *polite], order)
+    assert order[:3] == ["greedy 0", "polite 1", "greedy 1"]
+
+
+def test_places_are_shared_and_nobody_is_sent_away_for_somebody_who_holds_as_many():
+    queue, order = DeviceQueue("cpu", max_waiting=3), []
+    workers = line_up(queue, ["anna 1", "anna 2", "anna 3", "anna 4", "ben 1", "ben 2"], order)
+
+    def waiting() -> list[str]:
+        return sorted(job.image for job in queue.list() if job.position)
+
+    assert waiting() == ["anna 2", "ben 1", "ben 2"]  # Anna computes too: each holds two.
+    for name in ("anna", "ben"):
+        with pytest.raises(BusyError, match="already wait"), queue.job("infer", "x", asker=Asker(name)):
+            pass
+    workers += line_up(queue, ["carl 1"], order)
+    assert waiting() == ["ben 1", "ben 2", "carl 1"]
+    for displaced in ("anna 2", "anna 3", "anna 4"):
+        wait_until(lambda name=displaced: only_job(queue, name).state is JobState.FAILED)  # type: ignore[misc]
+    finish_in_turn([worker for worker in workers if worker.error is None], order)
+    assert order == ["anna 1", "ben 1", "carl 1", "ben 2"]
+
+
+def test_a_client_that_went_away_gives_its_place_up_while_it_waits_and_while_it_computes():
+    queue, order = DeviceQueue("cpu"), []
+    gone = threading.Event()
+    first = Worker(queue, "first", order)
+    only_job(queue, "first")
+    second = Worker(queue, "second", order, asker=Asker("anna", gone.is_set))
+    third = Worker(queue, "third", order)
+    only_job(queue, "third")
+    gone.set()
+    second.thread.join(5)
+    assert isinstance(second.error, CancelledError)
+    assert "went away while it waited" in str(second.error)
+    assert only_job(queue, "third").position == 1
+    finish_in_turn([first, third], order)
+    gone.clear()
+    with queue.job("infer", "fourth", asker=Asker("anna", gone.is_set)) as job:
+        assert not job.cancelled()
+        gone.set()
+        wait_until(job.cancelled)
+
+
+def test_a_person_waits_for_one_batch_of_the_background_at_most_and_is_told_what_for():
+    queue, order = DeviceQueue("cpu"), []
+    batches: list[str] = []
+    entered, leave = threading.Event(), threading.Event()
+
+    def score() -> None:
+        with pytest.raises(CancelledError), queue.background_job("score", "pool") as job:
+            for number in range(100):
+                if job.cancelled():
+                    raise CancelledError("made way")
+                batches.append(f"batch {number}")
+                if number == 2:
+                    entered.set()
+                    assert leave.wait(10)
+
+    background = threading.Thread(target=score)
+    background.start()
+    assert entered.wait(10)
+    person = Worker(queue, "person", order, asker=Asker("anna"))
+    info = only_job(queue, "person").info()
+    assert (info.state, info.position) == (JobState.QUEUED, 1)
+    assert info.waiting_for == "the background scoring of 'pool', which makes way after the slices it is at"
+    other = Worker(queue, "other", order, asker=Asker("ben"))
+    assert only_job(queue, "other").info().waiting_for == "1 request before it"
+    leave.set()
+    background.join(10)
+    finish_in_turn([person, other], order)
+    assert batches == ["batch 0", "batch 1", "batch 2"]
+    assert order == ["person", "other"]

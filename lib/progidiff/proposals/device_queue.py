@@ -192,6 +192,8 @@ class Job:
         """
         while not self._turn.wait(None if self._is_gone is None else _LOOK_SECONDS):
             self.cancelled()
+        if not self.cancelled():
+            return
         if self.stop is Stop.DISPLACED:
             raise BusyError(
                 f"Others wait for {self._queue.device} too, and your requests held more than their share of the "
@@ -200,11 +202,10 @@ class Job:
             )
         if self.stop is Stop.GONE:
             raise CancelledError(f"Whoever asked for job {self.id} on image '{self.image}' went away while it waited.")
-        if self.cancelled():
-            raise CancelledError(
-                f"Job {self.id} on image '{self.image}' was cancelled while it waited; send "
-                "the request again to restart it."
-            )
+        raise CancelledError(
+            f"Job {self.id} on image '{self.image}' was cancelled while it waited; send "
+            "the request again to restart it."
+        )
 
     def info(self) -> JobInfo:
         """How it stands now."""

@@ -10,6 +10,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.tasks.infer_v2 import InferTask
 
 from progidiff.errors import NotFoundError, RequestError
+from progidiff.proposals.device_queue import NOBODY
 from progidiff.proposals.request import OPTION_NAMES
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks import pictures
@@ -23,8 +24,8 @@ def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         app: The app.
-        request: "model" (task name), "image" (id in the datastore), "params" (dict), and optionally "path", set only by
-            this module: the file of a session or upload, which then has no id.
+        request: "model" (task name), "image" (id in the datastore), "params" (dict), and optionally, never from a
+            client, "path" (the file of a session or upload, which then has no id) and "asker" (an `Asker`).
 
     Returns:
         "file" (path of the mask), "label" (the same), "tag", "params" (dict).
@@ -41,7 +42,14 @@ def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
         path = find_image(app, image_id)
         info = app.datastore().get_image_info(image_id)
     file, params = task(
-        {"model": name, "image": path, "image_id": image_id, "image_info": info, "params": request.get("params", {})}
+        {
+            "model": name,
+            "image": path,
+            "image_id": image_id,
+            "image_info": info,
+            "params": request.get("params", {}),
+            "asker": request.get("asker", NOBODY),
+        }
     )
     return {"file": file, "label": file, "tag": "original", "params": params}
 

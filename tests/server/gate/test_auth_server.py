@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +110,41 @@ def test_a_client_cannot_say_who_saved_a_label_and_others_do_not_see_where_it_li
     assert [pair["image"] for pair in pairs] == ["plain.nii.gz"]
     here = server.get("/datastore/image/info?image=plain", headers=headers).json()["path"]
     assert here == str(server.studies / "plain.nii.gz")  # 3D Slicer opens it there.
+
+
+def test_one_cancels_ones_own_jobs_and_administrators_any(server: Server):
+    anna, adam, reader = log_in(server, "anna"), log_in(server, "adam"), {"Authorization": f"Bearer {READER}"}
+    slow = {"prompt": "all", "num_proposals": 16, "steps": 50}
+
+    def ask(headers: dict[str, str], job: str, answers: list[requests.Response]) -> threading.Thread:
+        form = {"params": json.dumps({**slow, "seed": len(job), "job_id": job})}
+
+        def send() -> None:
+            address = f"{server.url}/infer/progidiff?image=plain"
+            answers.append(requests.post(address, data=form, headers=headers, timeout=300))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        while server.get(f"/progidiff/jobs/{job}", headers=reader).status_code != 200:
+            thread.join(0.02)
+        return thread
+
+    answers: list[requests.Response] = []
+    threads = [ask(adam, "of-adam", answers), ask(anna, "of-anna-1", answers), ask(anna, "of-anna-22", answers)]
+
+    def cancel(headers: dict[str, str], job: str) -> requests.Response:
+        return requests.delete(f"{server.url}/progidiff/jobs/{job}", headers=headers, timeout=30)
+
+    assert cancel(reader, "of-anna-1").status_code == 403
+    refused = cancel(anna, "of-adam")
+    assert (refused.status_code, "somebody else's" in refused.json()["detail"]) == (403, True)
+    assert cancel(anna, "no-such-job").status_code == 404
+    assert cancel(anna, "of-anna-22").status_code == 200
+    assert cancel(adam, "of-anna-1").status_code == 200
+    assert cancel(adam, "of-adam").status_code == 200
+    for thread in threads:
+        thread.join(60)
+    assert [answer.status_code for answer in answers] == [409, 409, 409]
 
 
 def test_a_login_by_token_works_as_one_by_password(server: Server):

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import nibabel
 import numpy as np
@@ -490,6 +492,31 @@ def test_a_second_inference_waits_with_a_position_and_a_fourth_is_sent_away(serv
         requests.delete(f"{server.url}/progidiff/jobs/{name}", timeout=30)
     for background in (first, second, third):
         assert background.answer().status_code == 409
+
+
+def test_a_client_that_goes_away_gives_up_its_place_and_what_it_computes(server: Server):
+    """Two connections that are closed: one computes, one waits."""
+    first = send_and_hang_up(server, {**SLOW, "seed": 501, "job_id": "gone-1"})
+    wait_for_state(server, "gone-1", "running")
+    second = send_and_hang_up(server, {**SLOW, "seed": 502, "job_id": "gone-2"})
+    assert wait_for_state(server, "gone-2", "queued")["waiting_for"] == "1 request before it"
+    for connection in (second, first):
+        connection.close()
+    assert "went away" in wait_for_state(server, "gone-2", "cancelled", seconds=30)["reason"]
+    wait_for_state(server, "gone-1", "cancelled", seconds=60)
+
+
+def send_and_hang_up(server: Server, params: dict[str, Any]) -> socket.socket:
+    """A connection that has sent its request and does not wait for the answer."""
+    request = requests.Request(
+        "POST", f"{server.url}/infer/progidiff", params={"image": "long"}, data={"params": json.dumps(params)}
+    ).prepare()
+    address = urlsplit(server.url)
+    lines = [f"POST {request.path_url} HTTP/1.1", f"Host: {address.netloc}"]
+    lines += [f"{name}: {value}" for name, value in request.headers.items()]
+    connection = socket.create_connection((str(address.hostname), int(address.port or 80)))
+    connection.sendall("\r\n".join([*lines, "", str(request.body)]).encode())
+    return connection
 
 
 def test_progress_counts_slices(server: Server):

@@ -77,6 +77,8 @@ class _Exchange:
 
     async def receive(self) -> Message:
         message = await self._receive()
+        if message["type"] == "http.disconnect" and self.is_late:
+            await asyncio.Event().wait()  # Who was told to come back has not gone away: the work goes on.
         if message["type"] == "http.request":
             self.last_read = asyncio.get_running_loop().time()
         return message

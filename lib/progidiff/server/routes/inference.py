@@ -2,9 +2,8 @@
 
 Concurrency: the host runs an inference inside an `async` route, which freezes the whole server for as long as it lasts.
 The route ``POST /infer/{model}`` here comes before the host's, takes the same form and gives the same answers, and is a
-plain
-function: the web framework runs it in its thread pool, and `progidiff.proposals.device_queue.DeviceQueue` lets one at a
-time onto the device.
+plain function: the web framework runs it in its thread pool, and `progidiff.proposals.device_queue.DeviceQueue` lets
+one at a time onto the device. A client that closes the connection gives its place up.
 
 Trust: an image is only ever named by its id in the datastore, by a session, or uploaded with the request. A request can
 name no file of the server.
@@ -16,20 +15,33 @@ import logging
 import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastapi import BackgroundTasks, File, Form, UploadFile
+from anyio import from_thread
+from fastapi import BackgroundTasks, File, Form, Request, UploadFile
 from monailabel.endpoints.batch_infer import run as start_batch
 from monailabel.endpoints.infer import ResultType, send_response
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.interfaces.utils.app import app_instance
 
-from progidiff.errors import NotFoundError, ProGiDiffError, RequestError
+from progidiff.errors import AccessError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.params import read_choice, read_int
-from progidiff.proposals.device_queue import JobInfo
+from progidiff.proposals.device_queue import Asker, JobInfo
 from progidiff.server.datastores.images import find_image
-from progidiff.server.gate.endpoints import ADMINISTER, ANNOTATE, LONG, MEDIUM, READ, UPLOAD, Content, Endpoints
+from progidiff.server.gate.auth import User
+from progidiff.server.gate.endpoints import (
+    ADMINISTER,
+    ANNOTATE,
+    CALLER,
+    LONG,
+    MEDIUM,
+    READ,
+    UPLOAD,
+    Content,
+    Endpoints,
+)
 from progidiff.server.inference import check_tag, find_model, infer, pick_options
 from progidiff.server.parts import get_context
 from progidiff.server.routes.image_id import ImageId
@@ -57,6 +69,7 @@ def build_endpoints() -> Endpoints:
         deadline=LONG,
     )
     def run_infer(
+        http: Request,
         background_tasks: BackgroundTasks,
         model: str,
         image: ImageId = "",
@@ -65,12 +78,14 @@ def build_endpoints() -> Endpoints:
         file: UploadFile | None = File(None),
         label: UploadFile | None = File(None),
         output: ResultType | None = None,
+        user: User = CALLER,
     ) -> Any:
         app = app_instance()
         request: dict[str, Any] = {
             "model": model,
             "image": image,
             "params": read_json_object(params or "", "The form field params"),
+            "asker": Asker(_name_asker(http, user), partial(from_thread.run, http.is_disconnected)),
         }
         if output is ResultType.dicom_seg:
             raise RequestError(
@@ -147,9 +162,18 @@ def build_endpoints() -> Endpoints:
     async def get_job(job_id: str) -> JobInfo:
         return _task().queue.get(job_id).info()
 
-    @endpoints.delete("/progidiff/jobs/{job_id}", ANNOTATE, tags=["ProGiDiff"], summary="Cancel a job")
-    async def cancel_job(job_id: str) -> JobInfo:
+    @endpoints.delete(
+        "/progidiff/jobs/{job_id}",
+        ANNOTATE,
+        tags=["ProGiDiff"],
+        summary="Cancel a job of one's own; administrators any",
+    )
+    async def cancel_job(http: Request, job_id: str, user: User = CALLER) -> JobInfo:
         job = _task().queue.get(job_id)
+        if job.owner != _name_asker(http, user) and not user.role.covers(ADMINISTER):
+            raise AccessError(
+                f"Job '{job.id}' is somebody else's. You can cancel your own ones; ask an administrator to cancel it."
+            )
         job.cancel()
         return job.info()
 
@@ -169,6 +193,13 @@ def build_endpoints() -> Endpoints:
         return _task().list_prompts()
 
     return endpoints
+
+
+def _name_asker(http: Request, user: User) -> str:
+    """Whose turn a request is: the user's, or that of the address of somebody without a login."""
+    if user.name:
+        return f"user {user.name}"
+    return f"address {http.client.host if http.client else ''}"
 
 
 def _read_batch(params: Mapping[str, Any]) -> dict[str, Any]:

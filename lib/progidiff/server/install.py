@@ -4,6 +4,7 @@ stop.
 
 from __future__ import annotations
 
+import logging
 import signal
 import tempfile
 import threading
@@ -23,6 +24,8 @@ from progidiff.server.gate.folders import Folders
 from progidiff.server.options import ServerOptions
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.storage.atomic import remove_scratch_folders
+
+logger = logging.getLogger(__name__)
 
 _OURS = "is_progidiff"
 """Attribute that marks our routes among the host's, to find them again at a reload."""
@@ -73,6 +76,8 @@ def _prepare_server(auth: Authenticator, options: ServerOptions) -> None:
     if server is not None and not server.started:
         connections.limit(server.config, options)
         invitation.print_link_when_ready(server, auth)
+    elif server is None and auth.local_token is not None:
+        logger.info("This machine logs in with a link that `progidiff users link` prints.")
 
 
 def _end_jobs_on_signals(closers: list[Callable[[], None]]) -> None:

@@ -401,6 +401,16 @@ def test_without_users_and_tokens_this_machine_has_a_token_of_its_own_that_stays
         Authenticator.from_options(options(tmp_path), {})
 
 
+def test_two_servers_on_this_machine_do_not_end_the_logins_of_each_other(tmp_path: Path):
+    first, second = (Authenticator.from_options(options(tmp_path / name), {}) for name in ("a", "b"))
+    cookies = {}
+    for auth, host in ((first, "127.0.0.1:8000"), (second, "127.0.0.1:9000")):
+        assert auth.local_token is not None
+        cookies[auth.name_cookie(host)] = auth.log_in("", auth.local_token, "127.0.0.1")[1]
+    for auth, host in ((first, "127.0.0.1:8000"), (second, "127.0.0.1:9000")):
+        assert auth.find_user({"host": host}, cookies) == User("local", Role.ADMINISTER)
+
+
 def test_a_configured_login_makes_no_token_for_this_machine(tmp_path: Path):
     auth = Authenticator.from_options(options(tmp_path), {"PROGIDIFF_TOKEN": SECRET})
     assert (auth.local_token, auth.only_local) == (None, False)

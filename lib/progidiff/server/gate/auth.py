@@ -269,7 +269,19 @@ class Authenticator:
                     "again: POST /auth/token, or /progidiff/login."
                 )
             return user
-        return self.read_session(cookies.get(COOKIE, ""))
+        return self.read_session(cookies.get(self.name_cookie(headers.get("host", "")), ""))
+
+    def name_cookie(self, host: str) -> str:
+        """Under which name a browser keeps its session.
+
+        Browsers do not tell ports apart: of two servers on this machine each needs a name of its own, or a login at one
+        ends that at the other.
+
+        Args:
+            host: The header ``Host``.
+        """
+        port = host.rpartition(":")[2] if self.local_token is not None else ""
+        return f"{COOKIE}_{port}" if port.isascii() and port.isdigit() else COOKIE
 
     def _read_token(self, secret: str) -> User | None:
         token = find_token(self.tokens, secret)

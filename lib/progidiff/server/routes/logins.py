@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict
 
 from progidiff.errors import BusyError, LoginError, ProGiDiffError
-from progidiff.server.gate.auth import COOKIE, Authenticator, User
+from progidiff.server.gate.auth import Authenticator, User
 from progidiff.server.gate.callers import LOGIN_PAGE
 from progidiff.server.gate.endpoints import CALLER, OPEN, READ, SMALL, Endpoints
 from progidiff.server.gate.paths import find_root
@@ -163,10 +163,11 @@ def _add_pages(endpoints: Endpoints) -> None:
 
     @endpoints.post("/progidiff/logout", OPEN, include_in_schema=False, summary="Ends the session", body=SMALL)
     def log_out(request: Request) -> Response:
-        _auth().end_session(request.cookies.get(COOKIE, ""))
+        cookie = _name_cookie(request)
+        _auth().end_session(request.cookies.get(cookie, ""))
         _auth().end_session(request.headers.get("authorization", "").partition(" ")[2].strip())
         response = RedirectResponse(f"{find_root(request.scope)}{LOGIN_PAGE}", status_code=303)
-        response.delete_cookie(COOKIE, path=_find_cookie_path(request), httponly=True, samesite="strict")
+        response.delete_cookie(cookie, path=_find_cookie_path(request), httponly=True, samesite="strict")
         return response
 
     @endpoints.get("/", READ, include_in_schema=False, summary="Start page: links, and who is logged in")
@@ -198,7 +199,7 @@ async def _log_in(request: Request, name: str, password: str, target: str) -> Re
         return _refuse(request, err, target, name)
     response = RedirectResponse(f"{find_root(request.scope)}{target}", status_code=303)
     response.set_cookie(
-        COOKIE,
+        _name_cookie(request),
         session,
         max_age=int(auth.session_seconds),
         path=_find_cookie_path(request),
@@ -224,6 +225,10 @@ def _auth() -> Authenticator:
 
 def _address(request: Request) -> str:
     return request.client.host if request.client else ""
+
+
+def _name_cookie(request: Request) -> str:
+    return _auth().name_cookie(request.headers.get("host", ""))
 
 
 def _find_cookie_path(request: Request) -> str:

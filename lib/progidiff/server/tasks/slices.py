@@ -13,7 +13,6 @@ remembered, so the next click on it usually costs no network at all.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -36,6 +35,7 @@ from progidiff.proposals.request import MAX_SEED, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.answer_files import write_temporary
 from progidiff.server.tasks.volumes import ProposalInferTask, compute_label_id
+from progidiff.storage.json_text import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -256,8 +256,8 @@ def read_clicks(foreground: object, background: object, index: object, volume: V
 def _read_points(value: object, name: str) -> list[tuple[int, int, int]]:
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else []
-        except ValueError:
+            value = read_json(value, f"Option {name}")
+        except RequestError:
             value = [value]
     points: list[tuple[int, int, int]] = []
     for point in value if isinstance(value, list) else [] if value is None else [value]:

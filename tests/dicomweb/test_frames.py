@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pydicom.uid import MRImageStorage
 
 from progidiff.dicomweb import headers
 from progidiff.dicomweb.catalogue import Catalogue
@@ -116,7 +117,7 @@ def test_a_real_valued_mr_says_how_precise_it_is():
     series = Series.of(Identity("mr", "d1", "MR"), volume)
     check_same_world(volume, series, tolerance=series.rescale.slope / 2 * 1.001)
     dataset = series.dataset(0)
-    assert dataset.SOPClassUID == headers.MR_IMAGE_STORAGE
+    assert dataset.SOPClassUID == MRImageStorage
     assert (dataset.PixelRepresentation, dataset.RescaleType) == (0, "US")
 
 

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from progidiff.errors import GeometryError, ImageError, TooLargeError
-from progidiff.textdiff import pictures
 from progidiff.textdiff.pictures import (
     compute_blend,
     compute_working_size,
@@ -116,7 +115,7 @@ def test_what_is_no_picture_is_refused_by_name(tmp_path: Path):
 
 
 def test_a_picture_with_too_many_pixels_is_refused_before_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(pictures, "MAX_PIXELS", 50)
+    monkeypatch.setattr("progidiff.images.pictures.MAX_PIXELS", 50)
     with pytest.raises(TooLargeError, match="cut it into pictures"):
         read_picture(save(tmp_path, RGB))
 

@@ -19,9 +19,8 @@ from pydicom.valuerep import format_number_as_ds
 
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.dicomweb.pixels import Rescale
+from progidiff.images.modality import get_modality
 
-CT_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.2"
-MR_IMAGE_STORAGE = "1.2.840.10008.5.1.4.1.1.4"
 IMPLEMENTATION_UID = "2.25.238612271044953103211262302158963846217"
 
 _NAMESPACE = uuid.UUID("b3837b83-6f0c-5d5e-9c47-8f1f6b1f5d89")
@@ -77,7 +76,7 @@ class Identity:
     @property
     def sop_class_uid(self) -> str:
         """CT or MR Image Storage."""
-        return CT_IMAGE_STORAGE if self.modality == "CT" else MR_IMAGE_STORAGE
+        return get_modality(self.modality).sop_class_uid
 
 
 def build_study(identity: Identity, num_instances: int) -> Dataset:
@@ -109,11 +108,12 @@ def build_common(identity: Identity, grid: ServedGrid, rescale: Rescale, window:
         rescale: How its intensities are stored.
         window: The intensities shown as black and white.
     """
+    modality = get_modality(identity.modality)
     common = _build_patient_and_study(identity)
-    common.SOPClassUID = identity.sop_class_uid
+    common.SOPClassUID = modality.sop_class_uid
     common.Modality = identity.modality
     common.Manufacturer = "ProGiDiff Label"
-    common.ImageType = ["DERIVED", "SECONDARY", "AXIAL" if identity.modality == "CT" else "OTHER"]
+    common.ImageType = ["DERIVED", "SECONDARY", modality.image_type]
     common.DerivationDescription = "Axial slices of an image file that was no DICOM"
     common.SeriesInstanceUID = identity.series_uid
     common.SeriesNumber = 1
@@ -135,10 +135,10 @@ def build_common(identity: Identity, grid: ServedGrid, rescale: Rescale, window:
     common.PixelRepresentation = int(rescale.signed)
     common.RescaleSlope = _decimal(rescale.slope)
     common.RescaleIntercept = _decimal(rescale.intercept)
-    common.RescaleType = "HU" if identity.modality == "CT" else "US"
+    common.RescaleType = modality.rescale_type
     common.WindowCenter = _decimal((window[0] + window[1]) / 2)
     common.WindowWidth = _decimal(max(window[1] - window[0], 1e-6))
-    if identity.modality == "CT":
+    if not modality.is_magnetic:
         common.KVP = None
     else:
         common.ScanningSequence = "RM"

@@ -7,7 +7,7 @@ labels, the command line and, through the server, the pages. A new format is one
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Flag, auto
 from pathlib import Path
@@ -47,6 +47,7 @@ class Format:
 
     Attributes:
         suffix: Lower case, with its dot.
+        name: What people call the format; several suffixes may share it.
         kind: "volume" or "picture".
         uses: What such files may be.
         read: Voxels and affine of a file; of a picture, a label map's.
@@ -55,6 +56,7 @@ class Format:
     """
 
     suffix: str
+    name: str
     kind: Kind
     uses: Use
     read: Callable[[Path], Raw]
@@ -69,21 +71,21 @@ _TEXT = (text_headers.read_file, text_headers.read_file_place)
 _PICTURE = (pictures.read_picture_map, pictures.read_picture_place)
 
 FORMATS: tuple[Format, ...] = (
-    Format(".nii.gz", "volume", _ALL, *_NIFTI),
-    Format(".nii", "volume", _ALL, *_NIFTI),
-    Format(".seg.nrrd", "volume", Use.LABEL, *_TEXT),
-    Format(".nrrd", "volume", _ALL, *_TEXT, itk.write_itk),
-    Format(".mha", "volume", _READ | Use.LABEL, *_TEXT, itk.write_itk),
-    Format(".nhdr", "volume", Use.NONE, *_TEXT),
-    Format(".mhd", "volume", Use.NONE, *_TEXT),
-    Format(".dcm", "volume", Use.SESSION, dicom.read_dicom_file),
-    Format(".ima", "volume", Use.SESSION, dicom.read_dicom_file),
-    Format(".dicom", "volume", Use.SESSION, dicom.read_dicom_file),
-    Format(".png", "picture", _ALL, *_PICTURE, pictures.write_picture_map),
-    Format(".jpg", "picture", _READ | Use.IMAGE, *_PICTURE),
-    Format(".jpeg", "picture", _READ | Use.IMAGE, *_PICTURE),
-    Format(".tif", "picture", _READ | Use.IMAGE | Use.LABEL, *_PICTURE),
-    Format(".tiff", "picture", _READ | Use.IMAGE | Use.LABEL, *_PICTURE),
+    Format(".nii.gz", "NIfTI", "volume", _ALL, *_NIFTI),
+    Format(".nii", "NIfTI", "volume", _ALL, *_NIFTI),
+    Format(".seg.nrrd", "NRRD", "volume", Use.LABEL, *_TEXT),
+    Format(".nrrd", "NRRD", "volume", _ALL, *_TEXT, itk.write_itk),
+    Format(".mha", "MetaImage", "volume", _READ | Use.LABEL, *_TEXT, itk.write_itk),
+    Format(".nhdr", "NRRD", "volume", Use.NONE, *_TEXT),
+    Format(".mhd", "MetaImage", "volume", Use.NONE, *_TEXT),
+    Format(".dcm", "DICOM", "volume", Use.SESSION, dicom.read_dicom_file),
+    Format(".ima", "DICOM", "volume", Use.SESSION, dicom.read_dicom_file),
+    Format(".dicom", "DICOM", "volume", Use.SESSION, dicom.read_dicom_file),
+    Format(".png", "PNG", "picture", _ALL, *_PICTURE, pictures.write_picture_map),
+    Format(".jpg", "JPEG", "picture", _READ | Use.IMAGE, *_PICTURE),
+    Format(".jpeg", "JPEG", "picture", _READ | Use.IMAGE, *_PICTURE),
+    Format(".tif", "TIFF", "picture", _READ | Use.IMAGE | Use.LABEL, *_PICTURE),
+    Format(".tiff", "TIFF", "picture", _READ | Use.IMAGE | Use.LABEL, *_PICTURE),
 )
 
 
@@ -142,6 +144,18 @@ def strip_suffix(path: str | os.PathLike[str]) -> str:
         return path.name
     suffix = row.suffix.removeprefix(".seg")
     return path.name[: -len(suffix)]
+
+
+def list_spellings(patterns: Iterable[str]) -> tuple[str, ...]:
+    """All suffixes of the formats that patterns like ``*.jpg`` name by one of them.
+
+    Example:
+        >>> list_spellings(["*.jpg", "*.nii.gz"])
+        ('.nii.gz', '.jpg', '.jpeg')
+    """
+    named = {pattern.removeprefix("*").lower() for pattern in patterns}
+    names = {row.name for row in FORMATS if row.suffix in named and row.kind == "picture"}
+    return tuple(row.suffix for row in FORMATS if row.suffix in named or row.name in names)
 
 
 def find_kind(path: str | os.PathLike[str], use: Use = Use.NONE) -> Kind | None:

@@ -3,7 +3,8 @@
 Labels, their history and the choice of what comes next are written for volumes. A picture of W x H pixels is one of
 shape (W, H, 1) to them, 1 mm wide pixels, row y towards Posterior and column x towards the patient's Left: then slice 0
 of the axial stack is the picture as everybody draws it, and a NIfTI or NRRD that 3D Slicer saves for a picture lies on
-the same grid. Pixels are read by `progidiff.textdiff.pictures`; here are only sizes and label maps.
+the same grid. Here are files, sizes and label maps; what a network sees of a picture is made in
+`progidiff.textdiff.pictures`.
 
 The size is that of the picture as it is shown: a turn that a camera notes in EXIF is followed. Of a file with several
 pages the first counts.
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from progidiff.errors import ImageError, NotFoundError, ProGiDiffError
+from progidiff.errors import ImageError, NotFoundError, ProGiDiffError, TooLargeError
 from progidiff.images.geometry import LPS_TO_RAS, Affine, Grid
 from progidiff.images.raw import Place, Raw
 from progidiff.storage.atomic import open_regular
@@ -36,6 +37,9 @@ PICTURE = "picture"
 PICTURE_AFFINE: Affine = LPS_TO_RAS.copy()
 """Pixel (x, y, 0, 1) -> RAS mm."""
 
+MAX_PIXELS = 16_000 * 16_000
+"""Largest picture that is opened; a larger one would not fit into the memory of a usual machine."""
+
 _MASK_VALUE = 255
 _ORIENTATION_TAG, _FIRST_TURNED = 0x0112, 5
 
@@ -50,7 +54,7 @@ def read_picture_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int
         NotFoundError: if there is no such file.
         ImageError: if it is no picture.
     """
-    with _opened(Path(path)) as image:
+    with open_picture(Path(path)) as image:
         width, height = image.size
         # Asked for a note that is not in the header, the library reads all pixels of a PNG.
         has_exif = image.format != "PNG" or "exif" in image.info
@@ -66,7 +70,7 @@ def check_picture(path: str | os.PathLike[str]) -> None:
         NotFoundError, ImageError: as `read_picture_grid`, and if it is cut off.
     """
     read_picture_grid(path)
-    with _opened(Path(path)) as image:
+    with open_picture(Path(path)) as image:
         image.load()
 
 
@@ -84,7 +88,7 @@ def read_picture_label(path: str | os.PathLike[str]) -> NDArray[Any]:
         ImageError: if it cannot be read, is a JPEG (which changes values), or is in colour.
     """
     path = Path(path)
-    with _opened(path) as image:
+    with open_picture(path) as image:
         if image.format == "JPEG":
             raise ImageError(f"'{path.name}' cannot hold a label map: the format changes values. Save it as PNG.")
         mode = image.mode
@@ -150,13 +154,26 @@ def write_picture_label(array: NDArray[Any], path: str | os.PathLike[str]) -> No
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def open_picture(path: Path) -> Iterator[Any]:
+    """A picture file as Pillow opens it, its pixels not yet read.
+
+    Raises:
+        NotFoundError: if there is no such file.
+        ImageError: if it is no picture, or what is done with it finds it damaged.
+        TooLargeError: if it has more than `MAX_PIXELS`.
+    """
     from PIL import Image
 
     if not path.exists():
         raise NotFoundError(f"There is no image at '{path}'. Check the path.")
     try:
         with open_regular(path) as file, Image.open(file, formats=PICTURE_FORMATS) as image:
+            # The limit of the library only warns at first; ours is checked before a pixel is read.
+            if image.width * image.height > MAX_PIXELS:
+                raise TooLargeError(
+                    f"'{path.name}' has {image.width} x {image.height} pixels; cut it "
+                    f"into pictures of at most {MAX_PIXELS:,} pixels."
+                )
             yield image
     except ProGiDiffError:
         raise

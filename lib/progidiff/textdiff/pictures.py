@@ -18,18 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from progidiff.errors import GeometryError, ImageError, ProGiDiffError, TooLargeError
-from progidiff.images.pictures import PICTURE_FORMATS
-from progidiff.storage.atomic import open_regular
+from progidiff.errors import GeometryError, ImageError, NotFoundError
+from progidiff.images.pictures import open_picture
 
 logger = logging.getLogger(__name__)
-
-MAX_PIXELS = 16_000 * 16_000
-"""Largest picture that is opened; a larger one would not fit into the memory of a usual machine."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
 
     Raises:
         ImageError: if it is no picture, damaged or empty.
-        TooLargeError: if it has more than `MAX_PIXELS`.
+        TooLargeError: if it has more than `progidiff.images.pictures.MAX_PIXELS`.
     """
     path = Path(path)
     array, notes = _read(path)
@@ -274,13 +270,7 @@ def _cut(length: int, largest: int, overlap: int) -> Iterator[tuple[int, int]]:
 def _read(path: Path) -> tuple[np.ndarray, list[str]]:
     notes: list[str] = []
     try:
-        # The limit of the library only warns at first; ours is checked before a pixel is read.
-        with open_regular(path) as file, Image.open(file, formats=PICTURE_FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise TooLargeError(
-                    f"'{path.name}' has {image.width} x {image.height} pixels; cut it "
-                    f"into pictures of at most {MAX_PIXELS:,} pixels."
-                )
+        with open_picture(path) as image:
             if getattr(image, "n_frames", 1) > 1:
                 notes.append(f"The file has {image.n_frames} pages; the first one was read.")
             upright = ImageOps.exif_transpose(image)
@@ -288,15 +278,8 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
                 transparent = "transparency" in upright.info or upright.mode in ("PA", "La", "RGBa")
                 upright = upright.convert("RGBA" if transparent else "L" if upright.mode == "1" else "RGB")
             return np.array(upright), notes
-    except FileNotFoundError as err:
+    except NotFoundError as err:
         raise ImageError(f"The picture '{path}' does not exist; check its path.") from err
-    except ProGiDiffError:
-        raise
-    except Exception as err:  # Whatever the decoders raise on bytes that somebody sent, the file is at fault.
-        raise ImageError(
-            f"'{path.name}' cannot be read as a picture ({err}); PNG, JPEG and TIFF can. "
-            "Export it again if it is damaged."
-        ) from err
 
 
 def _full_scale(array: np.ndarray) -> float:

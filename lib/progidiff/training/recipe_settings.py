@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from progidiff.errors import RequestError
+from progidiff.images.modality import get_modality
 from progidiff.model.adapters import Kind
 from progidiff.model.lora import LoraSettings
 from progidiff.prompts.structures import STRUCTURES
@@ -227,5 +228,5 @@ class AdaptConfig:
         return replace(
             self,
             learning_rate=self.learning_rate or (2e-3 if self.kind == "lora" else 3e-4),
-            bias_field=(0.3 if modality == "MR" else 0.0) if self.bias_field is None else self.bias_field,
+            bias_field=get_modality(modality).bias_field if self.bias_field is None else self.bias_field,
         )

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from progidiff.errors import RequestError
+from progidiff.images.modality import list_modalities
 from progidiff.params import read_bool, read_choice, read_float, read_int
 from progidiff.proposals.request import AUTO
 
@@ -97,7 +98,7 @@ class TrainingOptions:
         }  # What a trainer does not offer has a value all the same.
         values = {**defaults, **{k: v for k, v in params.items() if v is not None}}
         name = str(values["name"]).strip()
-        modality = read_choice(values["modality"], "modality", (AUTO, "CT", "MR"))
+        modality = read_choice(values["modality"], "modality", (AUTO, *list_modalities()))
         mirror = values.get("mirror", AUTO)
         mirror = read_choice(
             "on" if mirror is True else "off" if mirror is False else mirror, "mirror", (AUTO, "on", "off")
@@ -160,7 +161,7 @@ def get_defaults(trainer: str) -> dict[str, Any]:
         }
     return {
         "name": AUTO,
-        "modality": [AUTO, "CT", "MR"],
+        "modality": [AUTO, *list_modalities()],
         "steps": TrainingOptions.steps,
         "learning_rate": _LEARNING_RATES[trainer],
         "batch_size": TrainingOptions.batch_size,

@@ -33,7 +33,7 @@ import threading
 import time
 import weakref
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ from progidiff.errors import (
     StoreError,
 )
 from progidiff.images.folders import LeftOut, list_left_out
-from progidiff.images.formats import Use, find_format, is_picture, list_suffixes, strip_suffix
+from progidiff.images.formats import Use, find_format, is_picture, list_spellings, list_suffixes, strip_suffix
 from progidiff.images.geometry import Grid
 from progidiff.images.pictures import check_picture
 from progidiff.images.reading import load_label, load_volume, read_grid
@@ -1222,22 +1222,31 @@ def open_local(
     picture_ids: Callable[[], Mapping[str, int]] = dict,
 ) -> SafeLocalDatastore:
     """The datastore of a folder, as MONAI Label is configured; in the server's own process it claims the folder."""
-    patterns = list(settings.MONAI_LABEL_DATASTORE_FILE_EXT)
-    # The host lists one spelling of each; the other is as common.
-    patterns += [
-        long for short, long in (("*.jpg", "*.jpeg"), ("*.tif", "*.tiff")) if short in patterns and long not in patterns
-    ]
     return SafeLocalDatastore(
         studies,
         state,
         annotations,
         proposals,
         serves="monailabel.app" in sys.modules,
-        extensions=patterns,
+        extensions=list_patterns(settings.MONAI_LABEL_DATASTORE_FILE_EXT),
         auto_reload=settings.MONAI_LABEL_DATASTORE_AUTO_RELOAD,
         read_only=settings.MONAI_LABEL_DATASTORE_READ_ONLY,
         picture_ids=picture_ids,
     )
+
+
+def list_patterns(configured: Sequence[str]) -> list[str]:
+    """Patterns of the files that are served.
+
+    Args:
+        configured: As the host has them. Its own list, which nobody chose, is short of formats that are read here; of
+            any other, only the second spelling of a suffix is added (.jpeg, .tiff).
+    """
+    patterns = [str(pattern) for pattern in configured]
+    own = type(settings).model_fields["MONAI_LABEL_DATASTORE_FILE_EXT"].default
+    known = {f"*{suffix}" for suffix in list_suffixes(Use.IMAGE)}
+    wanted = known if set(own) <= set(patterns) else {f"*{suffix}" for suffix in list_spellings(patterns)}
+    return [*patterns, *sorted(wanted - set(patterns))]
 
 
 def check_tag(tag: str) -> str:

@@ -31,6 +31,7 @@ from pydicom.dataset import Dataset
 from progidiff.dicomweb.codes import describe_segment
 from progidiff.dicomweb.segmentation import read_segmentation
 from progidiff.errors import ImageError, NotFoundError, RequestError, StoreError
+from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL
@@ -40,8 +41,6 @@ from progidiff.storage.atomic import scratch_folder
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MODALITIES = ("CT", "MR")
 
 _LISTS_SECONDS = 10.0
 _MIN_SLICES = 2
@@ -150,7 +149,7 @@ class PacsDatastore(DICOMWebDatastore):
 
     def _search_images(self) -> list[str]:
         filters = (
-            [{"Modality": modality} for modality in MODALITIES]
+            [{"Modality": modality} for modality in list_modalities()]
             if self._search_filter == _HOSTS_FILTER
             else [self._search_filter]
         )

@@ -212,6 +212,18 @@ class GeometryAnswer(_Answer):
     warnings: list[str]
 
 
+class WindowPreset(_Answer):
+    """A named window of the review page, see `images.modality.Preset`.
+
+    Attributes:
+        name: For people.
+        window: The intensities shown as black and white.
+    """
+
+    name: str
+    window: tuple[float, float]
+
+
 class ReviewedImage(_Answer):
     """What the review page needs to know of an image.
 
@@ -224,6 +236,7 @@ class ReviewedImage(_Answer):
         geometry: How the header was read, see `images.geometry.Grid.describe`.
         scale: (slope, intercept): intensity = slope * pixel + intercept.
         window: Intensities that are shown as black and as white.
+        presets: Named windows of its modality.
         range: Smallest and largest intensity.
         voxel_ml: Volume of one voxel in ml.
         kept: Kept proposals, newest first.
@@ -243,6 +256,7 @@ class ReviewedImage(_Answer):
     geometry: GeometryAnswer
     scale: tuple[float, float]
     window: tuple[float, float]
+    presets: list[WindowPreset]
     range: tuple[float, float]
     voxel_ml: float
     kept: list[KeptProposals]

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
 from progidiff.images.intensities import compute_window
+from progidiff.images.modality import get_modality
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.decisions import Plan, compose_label
@@ -48,6 +49,7 @@ from progidiff.server.routes.label_answers import (
     KeptProposals,
     ReviewedImage,
     SaveAnswer,
+    WindowPreset,
     list_slices,
 )
 from progidiff.storage.atomic import scratch_folder
@@ -225,6 +227,7 @@ def _describe_image(context: Context, image: str) -> ReviewedImage:
         geometry=GeometryAnswer.model_validate(volume.grid.describe()),
         scale=(slope, intercept),
         window=compute_window(volume),
+        presets=[WindowPreset.model_validate(preset) for preset in get_modality(volume.modality).presets],
         range=(float(volume.array.min()), float(volume.array.max())),
         voxel_ml=volume.voxel_ml,
         kept=[

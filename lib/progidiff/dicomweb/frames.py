@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from pydicom.dataset import Dataset
 
@@ -54,7 +55,7 @@ class Series:
     """
 
     def __init__(
-        self, identity: Identity, grid: ServedGrid, rescale: Rescale, window: tuple[float, float], stored: np.ndarray
+        self, identity: Identity, grid: ServedGrid, rescale: Rescale, window: tuple[float, float], stored: NDArray[Any]
     ) -> None:
         self.identity = identity
         self.grid = grid

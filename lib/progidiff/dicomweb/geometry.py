@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import GeometryError
 from progidiff.images.geometry import LPS_TO_RAS, Affine, Grid
@@ -28,7 +30,7 @@ class ServedGrid:
     """
 
     shape: tuple[int, int, int]
-    affine: np.ndarray
+    affine: NDArray[Any]
 
     @classmethod
     def of(cls, image: Grid) -> ServedGrid:
@@ -62,16 +64,17 @@ class ServedGrid:
         return float(edges[0]), float(edges[1]), float(edges[2])
 
     @property
-    def orientation(self) -> np.ndarray:
+    def orientation(self) -> NDArray[Any]:
         """ImageOrientationPatient: unit vectors along a row and along a column, at right angles, shape (6,)."""
         row = self.affine[:3, 0] / self.spacing[0]
         column = self.affine[:3, 1] / self.spacing[1]
         column = column - row * (row @ column)
         return np.concatenate([row, column / np.linalg.norm(column)])
 
-    def position(self, index: int) -> np.ndarray:
+    def position(self, index: int) -> NDArray[Any]:
         """ImagePositionPatient of a slice: the centre of its first voxel, LPS mm, shape (3,)."""
-        return self.affine[:3, 3] + index * self.affine[:3, 2]
+        position: NDArray[Any] = self.affine[:3, 3] + index * self.affine[:3, 2]
+        return position
 
     def to_file_grid(self, name: str) -> Grid:
         """The grid of an image file of its own, whose file order is (X, Y, Z): that of a stack transposed."""

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 _STEPS = 65535
 
@@ -29,7 +31,7 @@ class Rescale:
     signed: bool
 
     @property
-    def dtype(self) -> np.dtype:
+    def dtype(self) -> np.dtype[Any]:
         """Of the stored numbers, little endian."""
         return np.dtype("<i2" if self.signed else "<u2")
 
@@ -39,7 +41,7 @@ class Rescale:
         return self.slope == 1.0 and self.intercept == 0.0
 
     @classmethod
-    def of(cls, array: np.ndarray) -> Rescale:
+    def of(cls, array: NDArray[Any]) -> Rescale:
         """What keeps the most of an array.
 
         Example:
@@ -59,13 +61,14 @@ class Rescale:
         slope = -_round_down(-(high - intercept) / _STEPS)
         return cls(slope if slope > 0 else 1.0, intercept, False)
 
-    def store(self, array: np.ndarray) -> np.ndarray:
+    def store(self, array: NDArray[Any]) -> NDArray[Any]:
         """Intensities -> stored numbers, the nearest ones."""
         if self.is_exact:
             return array.astype(self.dtype)
-        return np.clip(np.rint((array.astype(np.float64) - self.intercept) / self.slope), 0, _STEPS).astype(self.dtype)
+        steps: NDArray[Any] = np.rint((array.astype(np.float64) - self.intercept) / self.slope)
+        return steps.clip(0, _STEPS).astype(self.dtype)
 
-    def read(self, stored: np.ndarray) -> np.ndarray:
+    def read(self, stored: NDArray[Any]) -> NDArray[Any]:
         """Stored numbers -> intensities, float64."""
         return stored.astype(np.float64) * self.slope + self.intercept
 
@@ -78,7 +81,7 @@ def _round_down(value: float) -> float:
     return float(f"{value - 10.0 ** (math.floor(math.log10(abs(value))) - 9):.9e}")
 
 
-def to_gray(stored: np.ndarray, rescale: Rescale, center: float, width: float) -> np.ndarray:
+def to_gray(stored: NDArray[Any], rescale: Rescale, center: float, width: float) -> NDArray[Any]:
     """A slice through a window as 8-bit gray, for pictures; the shape of `stored`."""
     values = rescale.read(stored)
     return np.clip((values - (center - width / 2)) / max(width, 1e-12) * 255, 0, 255).astype(np.uint8)

@@ -160,7 +160,7 @@ def _find_name(segment: Dataset) -> str:
 def _read_frames(dataset: Dataset) -> NDArray[Any]:
     """bool of shape (frames, rows, columns)."""
     try:
-        pixels = np.asarray(dataset.pixel_array)
+        pixels: NDArray[Any] = np.asarray(dataset.pixel_array)
     except Exception as err:  # pydicom raises whatever its decoders do
         raise ImageError(
             "The pixels of the segmentation cannot be read "

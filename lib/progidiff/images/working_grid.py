@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from progidiff.errors import GeometryError, ImageError
@@ -44,8 +45,8 @@ class WorkingGrid:
 
     def extract_slices(
         self,
-        stack: np.ndarray,
-        indices: np.ndarray | list[int],
+        stack: NDArray[Any],
+        indices: NDArray[Any] | list[int],
         window: tuple[float, float],
         num_neighbours: int,
         neighbour_mm: float,
@@ -79,7 +80,7 @@ class WorkingGrid:
         resampled = self._resample_to_grid(pixels[:, None])[:, 0]
         return resampled[torch.from_numpy(inverse.reshape(wanted.shape))]
 
-    def extract_labels(self, labels: np.ndarray, indices: np.ndarray | list[int], num_labels: int) -> torch.Tensor:
+    def extract_labels(self, labels: NDArray[Any], indices: NDArray[Any] | list[int], num_labels: int) -> torch.Tensor:
         """Label slices on the working grid, by the largest share of each pixel.
 
         Args:
@@ -139,7 +140,7 @@ class WorkingGrid:
         return result
 
     @cached_property
-    def covered(self) -> np.ndarray:
+    def covered(self) -> NDArray[Any]:
         """Which pixels of the working grid lie in the stack by their middle, bool of shape (height, width)."""
         places = []
         for count, center, size in zip((self.height, self.width), self.center, self._stack_mm, strict=True):
@@ -219,7 +220,7 @@ def _span(inside: torch.Tensor) -> tuple[int, int]:
 
 
 def plan_working_grid(
-    stack: np.ndarray,
+    stack: NDArray[Any],
     stack_spacing: tuple[float, float, float],
     body_threshold: float,
     height: int,

@@ -1,5 +1,5 @@
 // The review page: queue, prompt, pick, merge, undo, reload, submit, undo of a save, a lost server, an expired login, a second tab.
-// Wants {image, prompt, count}. Returns what was accepted where, for the test to compare with the files on disk.
+// Wants {image, prompt, count, unsure: an image without an orientation}. Returns what was accepted where, for the test to compare with the files on disk.
 
 import { drive } from './driver.mjs';
 
@@ -38,6 +38,9 @@ drive(async (page, given, { shoot }) => {
   page.on('request', (request) => { if (!request.url().startsWith(given.url)) foreign.push(request.url()); });
 
   await page.goto(`${given.url}/progidiff/`);
+  // What lies in the folder and is not served is named.
+  await page.locator('#left-out summary').click();
+  const leftOut = await page.locator('#left-out-list li').allTextContents();
   await page.locator('.case', { hasText: given.image }).click();
   await page.waitForFunction(() => performance.getEntriesByName('first-pixels').length);
 
@@ -157,8 +160,18 @@ drive(async (page, given, { shoot }) => {
   const opened = await measures(page, 'first-pixels');
   for (let step = 0; step < 5; step += 1) await press(page, 'ArrowUp');
   for (const key of ['1', '2', 'c', '1', 'u']) await press(page, key);
+  const times = { slices: await measures(page, 'slice-switch'), switches: await measures(page, 'proposal-switch') };
+
+  // An image whose header does not say where it lies: told when it is opened, and again on request.
+  const isPlainQuiet = await page.locator('#header-warning').isHidden();
+  await page.locator('.case', { hasText: given.unsure }).click();
+  await page.locator('#notice-text', { hasText: 'orientation' }).waitFor();
+  await shoot('unsure');
+  await page.getByRole('button', { name: 'Understood' }).click();
+  await page.locator('#header-warning').click();
+  const warning = await page.locator('#notice-text').textContent();
   return {
-    counted, first, second, third, fourth, decided, restored, kept, undone, isReadOnly, isTaken, isInjected, foreign, overflow,
-    firstPixels: opened, firstProposal, slices: await measures(page, 'slice-switch'), switches: await measures(page, 'proposal-switch'),
+    leftOut, isPlainQuiet, warning, counted, first, second, third, fourth, decided, restored, kept, undone, isReadOnly, isTaken, isInjected, foreign, overflow,
+    firstPixels: opened, firstProposal, ...times,
   };
 });

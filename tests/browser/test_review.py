@@ -34,6 +34,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     for name in ("abdomen", "other"):
         write_crop(studies / f"{name}.nii.gz")
         (studies / f"{name}.json").write_text(json.dumps({"modality": "CT"}))
+    unsure = nibabel.load(studies / "other.nii.gz")
+    unsure.header["qform_code"] = unsure.header["sform_code"] = 0
+    nibabel.save(nibabel.Nifti1Image(np.asarray(unsure.dataobj), None, unsure.header), studies / "other.nii.gz")
+    (studies / "older").mkdir()
+    write_crop(studies / "older" / "lost.nii.gz")
     conf = ("model_dir", str(APP / "model"), "device", "cpu", "score_pool", "off")
     with run_server(studies, copy_app(folder), folder / "server.log", *conf) as running:
         yield running
@@ -59,7 +64,17 @@ def read_version(server: Server, saved: dict[str, Any], volume: Volume) -> np.nd
 
 def test_the_whole_round_on_the_review_page(server: Server, tmp_path: Path):
     shots = tmp_path / "shots"
-    seen = drive("review.mjs", server.url, shots, image="abdomen", prompt="liver", count=COUNT, width=1400, height=860)
+    seen = drive(
+        "review.mjs",
+        server.url,
+        shots,
+        image="abdomen",
+        unsure="other",
+        prompt="liver",
+        count=COUNT,
+        width=1400,
+        height=860,
+    )
     times = {name: seen[name] for name in ("firstPixels", "firstProposal", "slices", "switches")}
     print(json.dumps(times), shots)
     assert max(seen["switches"]) < SWITCH_MS
@@ -72,6 +87,10 @@ def test_the_whole_round_on_the_review_page(server: Server, tmp_path: Path):
     ] == []
     assert (seen["isReadOnly"], seen["isTaken"]) == (True, True)
     assert seen["overflow"] <= 0
+    assert len(seen["leftOut"]) == 1
+    assert seen["leftOut"][0].startswith("older/ Images in subfolders are not served (lost.nii.gz)")
+    assert seen["isPlainQuiet"]
+    assert "'other.nii.gz' gives no orientation" in seen["warning"]
 
     volume = load_volume(server.studies / "abdomen.nii.gz")
     proposals = read_proposals(server, volume)

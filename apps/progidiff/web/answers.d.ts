@@ -7,33 +7,8 @@ import type { Pick } from "./review/picks.js";
 /** What a route answers when all went well. */
 type Answer<P extends keyof paths, M extends keyof paths[P]> = paths[P][M] extends { responses: { 200: { content: { "application/json": infer T } } } } ? T : never;
 
-/** GET /progidiff/review/{image} */
-export interface ImageInfo {
-  image: string;
-  /** depth, height, width of the axial stack */
-  shape: [number, number, number];
-  /** dz, dy, dx in mm */
-  spacing: [number, number, number];
-  modality: string;
-  modality_source: string;
-  /** slope, intercept: intensity = slope * pixel + intercept */
-  scale: [number, number];
-  window: [number, number];
-  range: [number, number];
-  voxel_ml: number;
-  /** newest first */
-  kept: { proposals: string; created: number; structures: string[] }[];
-  label: { sequence: number; user: string; time: string } | null;
-  label_ids: Record<string, number>;
-  /** structure -> #rrggbb */
-  colors: Record<string, string>;
-  /** for all others, in turn */
-  other_colors: string[];
-  /** null for the whole volume */
-  annotated_slices: number[] | null;
-  /** of the newest save; 0 if there is none */
-  sequence: number;
-}
+/** Of an image. */
+export type ImageInfo = Answer<"/progidiff/review/{image}", "get">;
 
 export interface StructureNumbers {
   present: boolean;
@@ -106,28 +81,10 @@ export interface Decisions {
   seconds: number;
 }
 
-export interface SavedAnnotation {
-  sequence: number;
-  /** null for the whole volume */
-  slices: number[] | null;
-  structures: string[];
-  edited: boolean;
-  label_ids: Record<string, number>;
-}
+/** Of a save from either page. */
+export type Saved = Answer<"/progidiff/review/{image}", "post"> & Answer<"/datastore/label", "put">;
 
-/** POST /progidiff/review/{image}, PUT /datastore/label */
-export interface Saved {
-  image: string;
-  label: string;
-  annotation: SavedAnnotation & { repeated: boolean; warnings: string[] };
-}
-
-/** POST /progidiff/annotations/{image}/undo */
-export interface Undone {
-  image: string;
-  annotation: SavedAnnotation | null;
-  annotated_slices: number[] | null;
-}
+export type Undone = Answer<"/progidiff/annotations/{image}/undo", "post">;
 
 /** GET /progidiff/training */
 export interface Training {
@@ -141,12 +98,20 @@ export interface Training {
   reason?: string;
 }
 
+export interface LeftOut {
+  name: string;
+  /** a sentence with the cure */
+  reason: string;
+}
+
 /** GET /progidiff/scoring */
 export interface Scoring {
   state: string;
   images: number;
   scored: number;
   image: string;
+  /** what of the folder of studies is not served, and why */
+  left_out: LeftOut[];
 }
 
 /** A version that is damaged has a number and a problem only. */

@@ -6,6 +6,7 @@ import { element, find, findInput, toast } from "./dom.js";
 import { KEYS, readKey } from "./keys.js";
 import { compareWith, cyclePreset, cycleStructure, goTo, goToDisputed, scrollBy, setScope, setZoom, toggleFit } from "./moving.js";
 import { toggleHidden, toggleIncluded, toggleMode, toggleSaved } from "./moving.js";
+import { tellWarnings } from "./opening.js";
 import { makePick } from "./picks.js";
 import { cancelJob, runPrompt } from "./prompting.js";
 import { openNext, skip, submit, undoSave } from "./saving.js";
@@ -86,7 +87,7 @@ export function listenToButtons() {
   const buttons = {
     ...{ "accept-slice": acceptSlice, "accept-volume": acceptVolume, undo, skip, submit, "undo-save": undoSave },
     ...{ "scope-slice": () => setScope("slice"), "scope-volume": () => setScope("volume") },
-    ...{ "job-cancel": cancelJob, "help-open": openHelp },
+    ...{ "job-cancel": cancelJob, "help-open": openHelp, "header-warning": tellWarnings },
   };
   for (const [id, act] of Object.entries(buttons)) find(id).addEventListener("click", act);
   const toggle = find("queue-toggle");

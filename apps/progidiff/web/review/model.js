@@ -2,6 +2,7 @@
 
 import * as api from "./api.js";
 import { element, find, toast } from "./dom.js";
+import { state, store } from "./state.js";
 
 /** @typedef {import("../answers.d.ts").Adapter} Adapter */
 /** @typedef {import("../answers.d.ts").Version} Version */
@@ -39,6 +40,7 @@ export class ModelPanel {
 
   async #refresh() {
     [this.#training, this.#scoring] = await Promise.all([askOrNull(api.getTraining), askOrNull(api.getScoring)]);
+    noteLeftOut(this.#scoring?.left_out ?? []);
     const running = this.#training?.running ? describeTraining(this.#training) : "";
     find("activity").textContent = [running, describeScoring(this.#scoring)].filter(Boolean).join(" · ");
   }
@@ -129,6 +131,11 @@ async function askOrNull(request) {
   } catch {
     return null; // Not offered by this server, or not now; a lost server shows in the bar by itself.
   }
+}
+
+/** @param {readonly import("../answers.d.ts").LeftOut[]} leftOut */
+function noteLeftOut(leftOut) {
+  if (JSON.stringify(leftOut) !== JSON.stringify(state.leftOut)) store.set({ leftOut });
 }
 
 /** @param {Training|null} training */

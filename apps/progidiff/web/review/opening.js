@@ -43,6 +43,7 @@ export async function openImage(image) {
     });
     history.replaceState(null, "", `#${new URLSearchParams({ image })}`);
     tabs.open(image);
+    tellWarnings();
     await openResult(session, loadWork(image)); // The picture does not wait for it.
     if (ticket !== opening) return;
     goToDisputed();
@@ -53,6 +54,12 @@ export async function openImage(image) {
     showEmpty(messageOf(error));
     report(error);
   }
+}
+
+/** What is to be known of where the image lies, if its header can be read in two ways or says too little. */
+export function tellWarnings() {
+  const warnings = state.session?.info.geometry.warnings ?? [];
+  if (warnings.length) notice(warnings.join(" "), "", [["Understood", clearNotice]]);
 }
 
 export function openFromAddress() {

@@ -33,6 +33,9 @@ export function renderHead() {
   find("where").replaceChildren(
     ...(session ? [element("strong", {}, session.image), ` · ${session.info.modality} · ${countSlices(session.depth)}`] : ["Choose an image"]),
   );
+  const warnings = session?.info.geometry.warnings ?? [];
+  find("header-warning").hidden = warnings.length === 0;
+  find("header-warning").title = warnings.join(" ");
   for (const id of ["prompt-run", "skip"]) findButton(id).disabled = !session || Boolean(state.job) || state.isReadOnly;
 }
 

@@ -7,6 +7,14 @@ import { listUnsent } from "./work.js";
 
 /** @typedef {import("../answers.d.ts").QueueEntry} QueueEntry */
 
+/** Files of the folder that nobody should look for in vain, and what to do about each. */
+export function renderLeftOut() {
+  const { leftOut } = state;
+  find("left-out").hidden = leftOut.length === 0;
+  find("left-out-title").textContent = leftOut.length === 1 ? "1 file is not served" : `${leftOut.length} files are not served`;
+  find("left-out-list").replaceChildren(...leftOut.map(({ name, reason }) => element("li", {}, element("strong", {}, name), ` ${reason}`)));
+}
+
 export class Queue {
   /** @type {QueueEntry[]} */
   #entries = [];

@@ -12,7 +12,7 @@ import { openFromAddress, openImage } from "./opening.js";
 import { onDecide, renderHead, renderPanel } from "./panel.js";
 import { listenToView } from "./pointer.js";
 import { fillPrompts, renderJob } from "./prompting.js";
-import { Queue } from "./queue.js";
+import { Queue, renderLeftOut } from "./queue.js";
 import { offerAgain, useQueue } from "./saving.js";
 import { fetchMissing, refresh } from "./stage.js";
 import { store } from "./state.js";
@@ -32,6 +32,7 @@ store.watch(
   refresh,
 );
 store.watch(["session", "info", "result", "work", "decisions"], () => queue.render());
+store.watch(["leftOut"], renderLeftOut);
 store.watch(["job"], renderJob);
 store.watch(["job"], fetchMissing);
 

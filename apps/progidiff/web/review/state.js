@@ -31,6 +31,7 @@ const UNKNOWN_COLOR = "#e0aaff";
  * @property {boolean} isReadOnly
  * @property {boolean} isSubmitting
  * @property {RunningJob|null} job
+ * @property {readonly import("../answers.d.ts").LeftOut[]} leftOut files that the server does not serve
  */
 
 /**
@@ -58,6 +59,7 @@ export const store = new Store(
     isReadOnly: false,
     isSubmitting: false,
     job: null,
+    leftOut: [],
   }),
 );
 

@@ -558,8 +558,9 @@ class AnnotationStore:
         """Put away the label version of a save that was cut off before its line was written: nobody was told that it
         was saved.
 
-        There can be one, numbered right after the last event; it goes into `torn`. Files with other numbers, more than
-        one, or any beside a log with damaged lines, mean that lines were lost: they stay, and `verify` names them.
+        It goes into `torn`. It is numbered right after the last event, or its number was given again to the next one.
+        Files with other numbers, more than one of the first kind, or such a one beside a log with damaged lines, mean
+        that lines were lost: they stay, and `verify` names them.
 
         Returns:
             Where it is now; None if there was none.
@@ -569,29 +570,30 @@ class AnnotationStore:
         with self._locked():
             lines = self._lines()
             known = {label.file for label in self._labels.values()}
-            files = [
-                path
+            unknown = {
+                path: int(number[1])
                 for path in (self.root / "labels").glob("*/*")
-                if path.relative_to(self.root).as_posix() not in known
-            ]
-            number = _NUMBER.match(files[0].name) if len(files) == 1 else None
-            if number is None or lines != len(self._events) or int(number.group(1)) != self._next_sequence(lines, None):
-                return None
+                if path.relative_to(self.root).as_posix() not in known and (number := _NUMBER.match(path.name))
+            }
+            unfinished = [path for path, number in unknown.items() if number in self._checks]
+            others = {path: number for path, number in unknown.items() if number not in self._checks}
             head = self._read_head()
-            if head is not None and not self._reaches(head):
-                return None
-            target = self.root / "torn" / f"{files[0].parent.name}-{time.time_ns()}-{files[0].name}"
-            try:
-                target.parent.mkdir(exist_ok=True)
-                os.replace(files[0], target)
-                flush(target.parent)
-                flush(files[0].parent)
-            except OSError as err:
-                raise StoreError(
-                    f"'{files[0]}' could not be moved to '{target}' ({err}). Check who may write there."
-                ) from err
-            logger.warning("Set aside '%s' as '%s': its save was cut off and never acknowledged", files[0], target.name)
-            return target
+            is_whole_log = lines == len(self._events) and (head is None or self._reaches(head))
+            if is_whole_log and list(others.values()) == [self._next_sequence(lines, None)]:
+                unfinished += others
+            return next(iter([self._set_aside_version(path) for path in unfinished]), None)
+
+    def _set_aside_version(self, file: Path) -> Path:
+        target = self.root / "torn" / f"{file.parent.name}-{time.time_ns()}-{file.name}"
+        try:
+            target.parent.mkdir(exist_ok=True)
+            os.replace(file, target)
+            flush(target.parent)
+            flush(file.parent)
+        except OSError as err:
+            raise StoreError(f"'{file}' could not be moved to '{target}' ({err}). Check who may write there.") from err
+        logger.warning("Set aside '%s' as '%s': its save was cut off and never acknowledged", file, target.name)
+        return target
 
     def _check_file(self, label: Annotation) -> builtins.list[str]:
         try:

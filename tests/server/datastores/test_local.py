@@ -45,51 +45,28 @@ from progidiff.labels.history import AnnotationStore
 from progidiff.server.datastores import local as module
 from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
+from support.local_store import (
+    LIVER,
+    SHAPE,
+    SPLEEN,
+    make_studies,
+    open_as_server,
+    open_store,
+    read_final,
+    write_label,
+)
 from support.phantoms import write_phantom
 from support.segment_files import write_seg_nrrd
-
-SHAPE = (32, 24, 8)
-LIVER, SPLEEN = 6, 1
 
 
 @pytest.fixture
 def studies(tmp_path: Path) -> Path:
-    folder = tmp_path / "studies"
-    folder.mkdir()
-    for name in ("one", "two"):
-        write_phantom(folder / f"{name}.nii.gz", shape=SHAPE)
-    return folder
-
-
-def open_store(studies: Path, serves: bool = False) -> SafeLocalDatastore:
-    state = studies / ".progidiff"
-    return SafeLocalDatastore(str(studies), state, open_annotations(state, str(studies)), serves=serves)
+    return make_studies(tmp_path / "studies")
 
 
 @pytest.fixture
 def store(studies: Path) -> SafeLocalDatastore:
-    """As the server opens it, without the claim on the folder, which belongs to the process and not to a test."""
-    opened = open_store(studies)
-    opened._serves, opened._is_settled = True, False
-    opened.refresh()
-    return opened
-
-
-def write_label(
-    studies: Path, name: str, values: dict[int, int], image: str = "one", dtype: Any = np.uint8, suffix: str = ".nii.gz"
-) -> Path:
-    """A label with a 3 x 3 square of `value` on file slices k; the phantom's k runs from inferior to superior."""
-    affine = nibabel.load(studies / f"{image}.nii.gz").affine
-    array = np.zeros(SHAPE, dtype)
-    for k, value in values.items():
-        array[4:7, 4:7, k] = value
-    path = studies.parent / f"{name}{suffix}"
-    nibabel.save(nibabel.Nifti1Image(array, affine), path)
-    return path
-
-
-def read_final(studies: Path, image: str = "one", tag: str = "final") -> np.ndarray:
-    return np.asarray(nibabel.load(studies / "labels" / tag / f"{image}.nii.gz").dataobj)
+    return open_as_server(studies)
 
 
 def test_a_saved_label_is_kept_byte_for_byte_in_the_folder_and_in_the_history(store: SafeLocalDatastore, studies: Path):
@@ -478,66 +455,6 @@ def test_a_second_server_on_the_folder_refuses_until_the_first_is_dead(studies: 
     assert open_store(studies, serves=True).list_images() == ["one", "two"]
     assert open_store(studies, serves=True).list_images() == ["one", "two"]  # A reload of the app.
     module._held[str(studies.resolve())].release()
-
-
-def save_and_crash(studies: Path, label: Path, step: int) -> bool:
-    """Save in a child process that ends, without any clean-up, before its n-th write, flush, rename or copy; whether
-    the save was acknowledged.
-    """
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    try:
-        store = open_store(studies)
-        calls = iter(range(1, 10**6))
-
-        def counted(function: Any) -> Any:
-            def wrapper(*arguments: Any, **options: Any) -> Any:
-                if next(calls) == step:
-                    os._exit(9)
-                return function(*arguments, **options)
-
-            return wrapper
-
-        for owner, name in ((os, "replace"), (os, "write"), (os, "fsync"), (shutil, "copyfile")):
-            setattr(owner, name, counted(getattr(owner, name)))
-        store.save_annotated("one", label, "final", {}, "ada")
-        os._exit(0)
-    except BaseException:
-        os._exit(1)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that start as copies")
-def test_a_crash_between_any_two_steps_of_a_save_loses_no_acknowledged_label(studies: Path):
-    first = write_label(studies, "a", {1: LIVER})
-    opened = open_store(studies)
-    opened.refresh()
-    opened.save_annotated("one", first, "final", {})
-    pristine = studies.with_name("pristine")
-    shutil.copytree(studies, pristine)
-    second = write_label(studies, "b", {2: SPLEEN})
-    outcomes = []
-    acknowledged = False
-    while not acknowledged:
-        shutil.rmtree(studies)
-        shutil.copytree(pristine, studies)
-        acknowledged = save_and_crash(studies, second, step=len(outcomes) + 1)
-        again = open_store(studies)
-        again._serves, again._is_settled = True, False
-        again.refresh()
-        assert again.annotations.label_file(again.annotations.get("one", 1)).read_bytes() == first.read_bytes()
-        current = again.annotations.current("one")
-        assert current is not None
-        final = (studies / "labels/final/one.nii.gz").read_bytes()
-        assert final == again.annotations.label_file(current).read_bytes()
-        assert final in (first.read_bytes(), second.read_bytes())
-        assert final == second.read_bytes() or not acknowledged
-        outcomes.append(final == second.read_bytes())
-        assert again.save_annotated("one", second, "final", {}).repeated is outcomes[-1]
-        assert again.annotations.verify() == []
-    assert len(outcomes) > 10
-    assert outcomes == sorted(outcomes)  # Before the line in the log the old label counts, after it the new one.
-    assert outcomes[0] is False
 
 
 def test_an_annotation_store_without_a_datastore_still_sees_labels_made_elsewhere(tmp_path: Path):

@@ -1065,13 +1065,19 @@ class SafeLocalDatastore(LocalDatastore):
             self._host_written = time.monotonic()
         self._host_seconds = self._host_written - began
 
-    def write_host_file_if_idle(self, idle_seconds: float = _IDLE_SECONDS) -> None:
-        """Write ``datastore_v2.json`` if it is behind and nothing has happened for a while."""
+    def write_host_file_if_idle(self, idle_seconds: float | None = None) -> None:
+        """Write ``datastore_v2.json`` if it is behind and nothing has happened for a while.
+
+        Args:
+            idle_seconds: How long; None for what suits the number of images.
+        """
+        if idle_seconds is None:
+            idle_seconds = max(_IDLE_SECONDS, 20 * self._host_seconds)
         with self._guard():
             is_behind = self._host_revision != self._revision
         waited = time.monotonic() - self._changed
         behind_for = time.monotonic() - self._host_written
-        if is_behind and (waited >= max(idle_seconds, 20 * self._host_seconds) or behind_for > _PATIENCE_SECONDS):
+        if is_behind and (waited >= idle_seconds or behind_for > _PATIENCE_SECONDS):
             self.write_host_file()
 
     def close(self) -> None:

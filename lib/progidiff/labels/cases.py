@@ -18,6 +18,7 @@ from typing import Any
 
 from progidiff.errors import RequestError
 from progidiff.images.formats import Use, find_kind, strip_suffix
+from progidiff.labels.history import split_label_name
 
 LABELS_JSON = "labels.json"
 
@@ -56,7 +57,7 @@ def list_labelled(studies: Path, names: Iterable[str] | None = None) -> list[Lab
         )
     images = _find_volumes(studies)
     final = studies / "labels" / "final"
-    labels = {name.removesuffix(".seg"): path for name, path in _find_volumes(final).items()} if final.is_dir() else {}
+    labels = _find_labels(final) if final.is_dir() else {}
     cases = {name: LabelledCase(name, images[name], labels[name]) for name in images if name in labels}
     if not cases:
         raise RequestError(
@@ -153,3 +154,9 @@ def _find_volumes(folder: Path) -> dict[str, Path]:
         for path in sorted(folder.iterdir())
         if find_kind(path, Use.UPLOAD) == "volume" and not path.name.startswith(".")
     }
+
+
+def _find_labels(folder: Path) -> dict[str, Path]:
+    """Id of the image -> path, by name."""
+    found = {path: split_label_name(path.name) for path in sorted(_find_volumes(folder).values())}
+    return {parts[0]: path for path, parts in found.items() if parts is not None}

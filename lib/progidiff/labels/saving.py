@@ -417,14 +417,15 @@ def _join(
 def _load_previous(previous: Previous, grid: Grid, kept_ids: Mapping[str, int]) -> NDArray[Any]:
     """The label in force, in the ids that kept labels use now: labels.json may have changed since."""
     try:
-        array = load_label_map(previous.file, grid).array
+        label = load_label_map(previous.file, grid)
     except ImageError as err:
         raise ImageError(
             f"The label in force cannot be joined with this one ({err}) Save a label of the whole volume, without "
             "slices and structures, or delete the old one first."
         ) from err
-    table = {value: kept_ids[name] for name, value in previous.label_ids.items() if kept_ids[name] != value}
-    return translate(array, table) if table else array
+    names = combine_names(label.names, {value: name for name, value in previous.label_ids.items()})
+    table = {value: kept_ids[name] for value, name in names.items() if kept_ids.get(name, value) != value}
+    return translate(label.array, table) if table else label.array
 
 
 def _add_untouched(slices: tuple[int, ...], previous: Previous | None, num_slices: int) -> list[int]:

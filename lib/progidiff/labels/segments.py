@@ -11,6 +11,7 @@ is kept, as in 3D Slicer's own export to a label map, and a note says where.
 from __future__ import annotations
 
 import html
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -30,6 +31,8 @@ from progidiff.images.reading import load_label
 from progidiff.images.text_headers import read_header
 from progidiff.prompts.parser import canonical_name, contradicts
 from progidiff.prompts.structures import find_coded
+
+logger = logging.getLogger(__name__)
 
 MAX_NAME = 100
 """Characters of a structure's name."""
@@ -107,6 +110,17 @@ def read_names(path: str | os.PathLike[str]) -> dict[int, str]:
         ImageError: if the header names a segment as one structure and codes it as another.
     """
     return _name(_read_header(Path(path)), Path(path))
+
+
+def find_names(path: str | os.PathLike[str]) -> dict[int, str]:
+    """As `read_names`, of a label that is in force already: one that contradicts itself says nothing, with a line in
+    the log, so that it can still be replaced.
+    """
+    try:
+        return read_names(path)
+    except ImageError as err:
+        logger.warning("%s", err)
+        return {}
 
 
 def combine_names(own: Mapping[int, str], told: Mapping[int, str]) -> dict[int, str]:

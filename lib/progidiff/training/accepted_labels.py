@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from progidiff.errors import ImageError
 from progidiff.labels.cases import LABELS_JSON, list_labelled, load_label_names
 from progidiff.labels.history import AnnotationStore
 from progidiff.labels.segments import combine_names, read_names
@@ -110,7 +111,12 @@ def build_cases(
         current = None if annotations is None else annotations.current(label.name)
         recorded = {} if current is None else {value: name for name, value in current.label_ids}
         told = recorded or read_label_names(label.label_info)
-        names = {**(folder_names or {}), **combine_names(read_names(label.label), told)}
+        try:
+            own = read_names(label.label)
+        except ImageError as err:
+            logger.warning("The label of '%s' is left out: %s", label.name, err)
+            continue
+        names = {**(folder_names or {}), **combine_names(own, told)}
         fixed = not names
         if fixed:
             names = {value: name for name, value in fixed_ids().items()}

@@ -758,3 +758,29 @@ def test_a_file_put_into_the_folder_names_its_own_ids(store: SafeLocalDatastore,
     store.save_annotated("one", write_label(studies, "a", {6: SPLEEN}), "final", {"slices": [6]})
     assert {k: int(read_final(studies)[5, 5, k]) for k in (3, 6)} == {3: LIVER, 6: SPLEEN}
     assert dict(store.annotations.list("one")[0].label_ids) == {"spleen": 1, "liver": 2}
+
+
+def test_two_segments_of_one_name_are_one_structure_also_when_they_are_joined(store: SafeLocalDatastore, studies: Path):
+    affine = nibabel.load(studies / "one.nii.gz").affine
+    array = np.zeros(SHAPE, np.uint8)
+    array[4:7, 4:7, 3], array[4:7, 4:7, 4] = 1, 2
+    final = studies / "labels" / "final"
+    final.mkdir(parents=True, exist_ok=True)
+    write_seg_nrrd(final / "one.nrrd", array, [("liver", 1), ("Liver", 2)], affine)
+    store.refresh()
+    store.save_annotated("one", write_label(studies, "a", {6: SPLEEN}), "final", {"slices": [6]})
+    assert {k: int(read_final(studies)[5, 5, k]) for k in (3, 4, 6)} == {3: LIVER, 4: LIVER, 6: SPLEEN}
+
+
+def test_a_file_that_contradicts_itself_can_be_replaced(store: SafeLocalDatastore, studies: Path):
+    affine = nibabel.load(studies / "one.nii.gz").affine
+    array = np.zeros(SHAPE, np.uint8)
+    array[4:7, 4:7, 3] = 1
+    final = studies / "labels" / "final"
+    final.mkdir(parents=True, exist_ok=True)
+    write_seg_nrrd(final / "one.nrrd", array, [("liver", 1)], affine, ["SCT^78961009^Spleen~^^"])
+    store.refresh()
+    with pytest.raises(ImageError, match="cannot be joined with this one"):
+        store.save_annotated("one", write_label(studies, "a", {6: SPLEEN}), "final", {"slices": [6]})
+    store.save_annotated("one", write_label(studies, "b", {6: SPLEEN}), "final", {})
+    assert set(np.unique(read_final(studies))) == {0, SPLEEN}

@@ -68,7 +68,7 @@ from progidiff.labels.saving import (
     prepare_label,
     prepare_renamed,
 )
-from progidiff.labels.segments import LabelMap, combine_names, read_names
+from progidiff.labels.segments import LabelMap, combine_names, find_names
 from progidiff.proposals.store import ProposalStore
 from progidiff.server.datastores.host_file import HostFile, merge_records, parse_record, plain
 from progidiff.server.datastores.ids import check_id
@@ -814,7 +814,7 @@ class SafeLocalDatastore(LocalDatastore):
         logger.info(
             "Label '%s' of '%s' was put into the folder by somebody else; keeping it in the history", tag, image_id
         )
-        named = {name: value for value, name in read_names(path).items()}
+        named = {name: value for value, name in find_names(path).items()}
         label = self.annotations.record(image_id, path, tag=tag, client="folder", label_ids=named)
         self._note_placed(image_id, tag, path, label.sequence)
         self._write_what_counts(image_id, self._object(image_id))
@@ -1279,7 +1279,7 @@ def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Prev
         slices = frozenset(z for label in saves for z in label.slices or ())
     structures = tuple(dict.fromkeys(name for label in saves for name in label.structures))
     file = annotations.label_file(saves[-1])
-    names = combine_names(read_names(file), {value: name for name, value in saves[-1].label_ids})
+    names = combine_names(find_names(file), {value: name for name, value in saves[-1].label_ids})
     return Previous(file, {name: value for value, name in names.items()}, slices, structures)
 
 

@@ -8,38 +8,12 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, PositronEmissionTomographyImageStorage
 
 from progidiff.images.reading import load_volume
+from support.images import write_slice
 
 SHAPE = (5, 24, 20)
 """Slices, rows, columns."""
-
-CLASSES = {"PT": PositronEmissionTomographyImageStorage, "MR": MRImageStorage, "CT": CTImageStorage}
-
-
-def write_slice(path: Path, z: int, stored: np.ndarray, modality: str, slope: float, intercept: float) -> None:
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CLASSES[modality]
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = f"1.2.826.0.1.5.{z}"
-    dataset.is_little_endian, dataset.is_implicit_VR = True, False
-    dataset.Modality = modality
-    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.826.0.1", "1.2.826.0.1.4"
-    dataset.ImagePositionPatient = [-10.0, -12.0, 3.0 * z]
-    dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-    dataset.PixelSpacing = [1.5, 1.5]
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.Rows, dataset.Columns = stored.shape
-    dataset.BitsAllocated = stored.dtype.itemsize * 8
-    dataset.BitsStored, dataset.HighBit = dataset.BitsAllocated, dataset.BitsAllocated - 1
-    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
-    dataset.RescaleSlope, dataset.RescaleIntercept = str(slope), str(intercept)
-    dataset.add_new("PixelData", "OW" if dataset.BitsAllocated == 16 else "OB", stored.tobytes())
-    path.parent.mkdir(exist_ok=True)
-    dataset.save_as(path, write_like_original=False)
 
 
 @pytest.mark.parametrize("modality", ["PT", "MR", "CT"])

@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 from nibabel.orientations import axcodes2ornt
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage, PositronEmissionTomographyImageStorage
 
 SHAPE = (11, 9, 7)
 
@@ -88,3 +90,30 @@ def write_dicom(
         writer.SetFileName(str(folder / f"{(k * 7) % 23:03d}.dcm"))
         writer.Execute(image)
     return folder
+
+
+_CLASSES = {"PT": PositronEmissionTomographyImageStorage, "MR": MRImageStorage, "CT": CTImageStorage}
+
+
+def write_slice(path: Path, z: int, stored: np.ndarray, modality: str, slope: float, intercept: float) -> None:
+    """One axial DICOM slice, 3 mm above the one before, of numbers as they are stored."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = _CLASSES[modality]
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = f"1.2.826.0.1.5.{z}"
+    dataset.is_little_endian, dataset.is_implicit_VR = True, False
+    dataset.Modality = modality
+    dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.826.0.1", "1.2.826.0.1.4"
+    dataset.ImagePositionPatient = [-10.0, -12.0, 3.0 * z]
+    dataset.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+    dataset.PixelSpacing = [1.5, 1.5]
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.Rows, dataset.Columns = stored.shape
+    dataset.BitsAllocated = stored.dtype.itemsize * 8
+    dataset.BitsStored, dataset.HighBit = dataset.BitsAllocated, dataset.BitsAllocated - 1
+    dataset.PixelRepresentation = int(stored.dtype.kind == "i")
+    dataset.RescaleSlope, dataset.RescaleIntercept = str(slope), str(intercept)
+    dataset.add_new("PixelData", "OW" if dataset.BitsAllocated == 16 else "OB", stored.tobytes())
+    path.parent.mkdir(exist_ok=True)
+    dataset.save_as(path, write_like_original=False)

@@ -14,6 +14,9 @@ from progidiff.images.geometry import LPS_TO_RAS
 from progidiff.images.raw import Raw, check_size
 from progidiff.storage.atomic import check_regular, open_regular
 
+_STORED_AS = ("0028|1052", "0028|1053", "0028|0100", "0028|0101", "0028|0103")
+"""RescaleIntercept, RescaleSlope, BitsAllocated, BitsStored, PixelRepresentation."""
+
 
 def is_dicom(path: Path) -> bool:
     """Whether a file says that it is DICOM, whatever its name."""
@@ -93,6 +96,23 @@ def read_dicom_folder(path: Path) -> Raw:
             "one you want into a folder of its own."
         )
     return _read_dicom_series(list(series[0].files), path)
+
+
+def has_mixed_slices(folder: Path) -> bool:
+    """Whether the slices of a folder store intensities in different ways, so that readers of series which take the
+    first slice's for all go wrong.
+    """
+    import SimpleITK as sitk
+
+    found = set()
+    for series in list_series(folder):
+        for file in series.files:
+            reader = sitk.ImageFileReader()
+            reader.SetImageIO("GDCMImageIO")
+            reader.SetFileName(file)
+            reader.ReadImageInformation()
+            found.add(tuple(reader.GetMetaData(key) if reader.HasMetaDataKey(key) else "" for key in _STORED_AS))
+    return len(found) > 1
 
 
 def _read_dicom_series(files: list[str], path: Path) -> Raw:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pydicom
 import pytest
 import requests
 from monailabel.datastore.dicom import DICOMWebDatastore
+from monailabel.datastore.utils.convert import dicom_to_nifti
 
 from progidiff.errors import BusyError, NotFoundError
-from progidiff.images.reading import load_volume
+from progidiff.images.reading import load_volume, read_grid
 from progidiff.server.datastores.images import find_image
-from support.images import make_affine, make_image, write_dicom
+from progidiff.server.datastores.pacs import keep_own_slopes
+from support.images import make_affine, make_image, write_dicom, write_slice
 
 CT, MR = "1.2.826.0.1.1", "1.2.826.0.1.2"
 
@@ -74,3 +78,19 @@ def test_a_dicomweb_server_that_is_down_is_named(app: Any, pacs: Pacs):
     pacs.down = True
     with pytest.raises(BusyError, match="does not answer.*connection refused"):
         find_image(app, CT)
+
+
+def test_an_image_that_was_converted_with_one_slope_for_all_slices_is_converted_again(tmp_path: Path):
+    stored = np.random.default_rng(2).integers(0, 4000, (3, 20, 24), dtype=np.uint16)
+    slopes = (1, 0.37, 2.0913)
+    for z, slope in enumerate(slopes):
+        write_slice(tmp_path / "series" / f"{z}.dcm", z, stored[z], "MR", slope, 0)
+    image = tmp_path / "case.nii.gz"
+    shutil.move(dicom_to_nifti(str(tmp_path / "series")), image)
+    before = read_grid(image)
+    assert keep_own_slopes(tmp_path / "series", image)
+    stack, _ = load_volume(image, "MR").to_stack()
+    for z, slope in enumerate(slopes):
+        np.testing.assert_allclose(stack[z], stored[z] * slope, atol=slope / 2)
+    np.testing.assert_allclose(read_grid(image).affine, before.affine, atol=1e-4)
+    assert not keep_own_slopes(tmp_path / "series", image)  # Once is enough.

@@ -30,10 +30,12 @@ from pydicom.dataset import Dataset
 
 from progidiff.dicomweb.codes import describe_segment
 from progidiff.dicomweb.segmentation import read_segmentation
-from progidiff.errors import ImageError, NotFoundError, RequestError, StoreError
+from progidiff.errors import ImageError, NotFoundError, ProGiDiffError, RequestError, StoreError
+from progidiff.images.dicom import has_mixed_slices, read_dicom_folder
+from progidiff.images.geometry import is_same_place
 from progidiff.images.modality import list_modalities
-from progidiff.images.reading import load_label, load_volume
-from progidiff.images.writing import save_mask
+from progidiff.images.reading import load_label, load_volume, read_grid
+from progidiff.images.writing import save_array, save_mask
 from progidiff.labels.history import FINAL
 from progidiff.prompts.structures import name_label_id, number_structures
 from progidiff.storage.atomic import scratch_folder
@@ -64,6 +66,7 @@ class PacsDatastore(DICOMWebDatastore):
         self._recent: dict[str, tuple[float, Any]] = {}
         self._drawn_on: dict[str, tuple[str, str]] = {}
         self._recent_lock = threading.Lock()
+        self._rescaled: set[str] = set()
         super().__init__(*arguments, **options)
 
     def list_images(self) -> list[str]:
@@ -108,6 +111,15 @@ class PacsDatastore(DICOMWebDatastore):
                 with self._recent_lock:
                     self._recent.clear()
             return str(LocalDatastore.save_label(self, image_id, file, label_tag, info))
+
+    def get_image_uri(self, image_id: str) -> str:
+        """The file of an image, downloaded and converted by the host; where slices have slopes of their own, anew."""
+        file = str(super().get_image_uri(image_id))
+        series = Path(self._datastore.image_path()) / image_id
+        if image_id not in self._rescaled and series.is_dir() and Path(file).is_file():
+            self._rescaled.add(image_id)
+            keep_own_slopes(series, Path(file))
+        return file
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """The file of a label: as saved here, else the server's segmentation on the grid of its image."""
@@ -216,6 +228,32 @@ class PacsDatastore(DICOMWebDatastore):
                 self, image_id, str(file), FINAL, {**self._dicom_info(series), "label_info": names}
             )
         return str(LocalDatastore.get_label_uri(self, image_id, FINAL))
+
+
+def keep_own_slopes(series: Path, image: Path) -> bool:
+    """Write an image that was converted with the first slice's slope for all slices again, each with its own.
+
+    Args:
+        series: The DICOM files.
+        image: The file that the host made of them; replaced.
+
+    Returns:
+        Whether that was needed, and done.
+    """
+    try:
+        if not has_mixed_slices(series):
+            return False
+        raw, grid = read_dicom_folder(series), read_grid(image)
+        if not is_same_place(grid.shape, grid.affine, raw.affine):
+            raise ImageError("the files and the converted image lie in different places")
+        if np.array_equal(load_volume(image, list_modalities()[0]).array, raw.array):
+            return False
+        save_array(raw.array, raw.affine, image)
+    except ProGiDiffError as err:
+        logger.error("The slices of '%s' have intensities of different scales, which were lost: %s", series.name, err)
+        return False
+    logger.info("The slices of '%s' have intensities of different scales; it was converted again", series.name)
+    return True
 
 
 def open_remote(app: MONAILabelApp) -> Any:

@@ -19,6 +19,7 @@ from progidiff.errors import ImageError, RequestError
 from progidiff.evaluation.prelabel import list_images
 from progidiff.images import formats, modality
 from progidiff.images.choosing import keep_one_image
+from progidiff.images.folders import list_volumes
 from progidiff.images.formats import Format, Use, find_format, strip_suffix
 from progidiff.images.geometry import Grid
 from progidiff.images.intensities import compute_body_threshold, compute_window
@@ -93,6 +94,13 @@ def test_a_row_is_all_that_a_format_needs(tmp_path: Path):
     assert ask({"prompt": "liver", "result_extension": ".npy"}).result_extension == ".npy"
     keep_one_image(studies, "new.npy")
     assert sorted(path.name for path in studies.rglob("*.npy")) == ["new.npy"]
+
+
+def test_the_first_of_two_files_of_one_name_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    for name in ("b.nii.gz", "a.nii.gz", "a.nii", "A.NRRD", "note.txt", ".c.nii"):
+        (tmp_path / name).touch()
+    assert [path.name for path in list_volumes(tmp_path).values()] == ["A.NRRD", "a.nii", "b.nii.gz"]
+    assert "'a.nii.gz'. 'a.nii' has the same name" in caplog.text
 
 
 def test_without_its_row_the_format_is_unknown(tmp_path: Path):

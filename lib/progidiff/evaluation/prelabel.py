@@ -22,7 +22,8 @@ from typing import Any
 
 from progidiff.errors import ModelError, ProGiDiffError, RequestError, StoreError
 from progidiff.evaluation.evaluate import save_report
-from progidiff.images.formats import Use, find_kind, list_suffixes, strip_suffix
+from progidiff.images.folders import list_volumes
+from progidiff.images.formats import Use, list_suffixes, strip_suffix
 from progidiff.images.reading import load_volume
 from progidiff.images.writing import save_mask
 from progidiff.prompts.parser import Query, compute_label_ids, parse_prompt
@@ -114,12 +115,7 @@ def list_images(studies: Path) -> list[Path]:
     """
     if not studies.is_dir():
         raise RequestError(f"There is no folder '{studies}'. Name one with --studies.")
-    found = {
-        strip_suffix(path): path
-        for path in sorted(studies.iterdir())
-        if path.is_file() and find_kind(path, Use.UPLOAD) == "volume"
-    }
-    images = [path for image, path in sorted(found.items()) if not image.startswith(".")]
+    images = list(list_volumes(studies).values())
     if not images:
         suffixes = ", ".join(list_suffixes(Use.UPLOAD, "volume"))
         raise RequestError(f"'{studies}' holds no images; {suffixes} files directly in it are read.")

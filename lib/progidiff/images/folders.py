@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from itertools import islice
 from pathlib import Path
 
 from progidiff.images.dicom import is_dicom
-from progidiff.images.formats import Use, find_format, list_suffixes, strip_suffix
+from progidiff.images.formats import Use, find_format, find_kind, list_suffixes, strip_suffix
+
+logger = logging.getLogger(__name__)
 
 MAX_LOOKED_AT = 2000
 """Entries of subfolders that are looked at; a folder of studies may lie above anything."""
@@ -28,6 +31,20 @@ class LeftOut:
 
     name: str
     reason: str
+
+
+def list_volumes(folder: Path) -> dict[str, Path]:
+    """The volumes of a folder, by name without suffix. Of two files of one name the first counts, as on the server, and
+    the log has the other.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or not path.is_file() or find_kind(path, Use.UPLOAD) != "volume":
+            continue
+        first = found.setdefault(strip_suffix(path), path)
+        if first != path:
+            logger.warning("Left out: '%s'. '%s' has the same name. Rename one of them.", path.name, first.name)
+    return dict(sorted(found.items()))
 
 
 def list_left_out(folder: Path, served: Collection[str], passed_over: Collection[str] = ()) -> tuple[LeftOut, ...]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from progidiff.errors import RequestError
-from progidiff.images.formats import Use, find_kind, strip_suffix
+from progidiff.images.folders import list_volumes
+from progidiff.images.formats import strip_suffix
 from progidiff.labels.history import split_label_name
 
 LABELS_JSON = "labels.json"
@@ -55,7 +56,7 @@ def list_labelled(studies: Path, names: Iterable[str] | None = None) -> list[Lab
         raise RequestError(
             f"There is no folder '{studies}'. Name a folder of images with labels/final and labels.json."
         )
-    images = _find_volumes(studies)
+    images = list_volumes(studies)
     final = studies / "labels" / "final"
     labels = _find_labels(final) if final.is_dir() else {}
     cases = {name: LabelledCase(name, images[name], labels[name]) for name in images if name in labels}
@@ -147,16 +148,7 @@ def _is_number(text: str) -> bool:
     return text.strip().lstrip("-").isdecimal()
 
 
-def _find_volumes(folder: Path) -> dict[str, Path]:
-    """Name without suffix -> path, by name."""
-    return {
-        strip_suffix(path.name): path
-        for path in sorted(folder.iterdir())
-        if find_kind(path, Use.UPLOAD) == "volume" and not path.name.startswith(".")
-    }
-
-
 def _find_labels(folder: Path) -> dict[str, Path]:
     """Id of the image -> path, by name."""
-    found = {path: split_label_name(path.name) for path in sorted(_find_volumes(folder).values())}
+    found = {path: split_label_name(path.name) for path in sorted(list_volumes(folder).values())}
     return {parts[0]: path for path, parts in found.items() if parts is not None}

@@ -54,16 +54,11 @@ def evaluate(
     labelled = [case for case in cases if case.label is not None]
     if not labelled:
         raise RequestError("There is no labelled picture to measure on; name the folder of the masks with --labels.")
-    sentences: list[str | None] = [case.sentence for case in labelled]
-    if control == "shuffled":
-        sentences = shuffle_sentences(sentences, seed)
-    elif control in ("empty", "no-text"):
-        sentences = [None] * len(labelled)
-    count = len(model.card.classes)
+    sentences = _pick_sentences(labelled, control, seed)
     images: list[dict[str, Any]] = []
     per_class: dict[str, list[float]] = {name: [] for name in model.card.classes}
-    notes = [f"{case.name} has no label and was left out." for case in cases if case.label is None]
     reads_text = bool(model.card.head.text_features)
+    notes = [f"{case.name} has no label and was left out." for case in cases if case.label is None]
     if control != "none" and not reads_text:
         notes.insert(
             0,
@@ -74,28 +69,11 @@ def evaluate(
     for number, (case, sentence) in enumerate(zip(labelled, sentences, strict=True)):
         if is_cancelled is not None and is_cancelled():
             raise CancelledError(f"The evaluation was stopped on request after {number} of {len(labelled)} pictures.")
-        picture = read_picture(case.image)
-        truth = read_classes(case, picture.size, count)
-        result = model.predict(picture, sentence, draws, attend=control != "no-text", is_cancelled=is_cancelled)
-        mask = result.mask
-        if case.unknown:  # Nobody knows better where these are: they count neither as found nor as missed.
-            mask, truth = (np.where(np.isin(values, case.unknown), 0, values) for values in (mask, truth))
-        dice, iou = compute_scores(mask > 0, truth > 0)
-        images.append(
-            {
-                "name": case.name,
-                "dice": dice,
-                "iou": iou,
-                "sentence": sentence,
-                "empty_label": not bool((truth > 0).any()),
-                "disagreement": result.disagreement,
-                "seconds": round(result.seconds, 2),
-            }
-        )
-        notes += [f"{case.name}: {note}" for note in result.notes if control == "none" or "no sentence" not in note]
-        for value, name in enumerate(model.card.classes, start=1):
-            if value not in case.unknown:
-                per_class[name].append(compute_scores(mask == value, truth == value)[0])
+        entry, scores, said = _measure(model, case, sentence, draws, control, is_cancelled)
+        images.append(entry)
+        notes += [f"{case.name}: {note}" for note in said if control == "none" or "no sentence" not in note]
+        for name, score in scores.items():
+            per_class[name].append(score)
         if on_progress is not None:
             on_progress(number + 1, len(labelled))
     return {
@@ -112,6 +90,47 @@ def evaluate(
         "settings": {"draws": draws or model.card.features.draws, "threshold": model.card.threshold, "seed": seed},
         "notes": notes,
     }
+
+
+def _pick_sentences(cases: Sequence[PictureCase], control: Control, seed: int) -> list[str | None]:
+    """What each picture is shown with."""
+    if control in ("empty", "no-text"):
+        return [None] * len(cases)
+    sentences = [case.sentence for case in cases]
+    return shuffle_sentences(sentences, seed) if control == "shuffled" else sentences
+
+
+def _measure(
+    model: TextDiffModel,
+    case: PictureCase,
+    sentence: str | None,
+    draws: int | None,
+    control: Control,
+    is_cancelled: Callable[[], bool] | None,
+) -> tuple[dict[str, Any], dict[str, float], tuple[str, ...]]:
+    """One picture: its entry of the report, the Dice of every class that its label speaks about, and notes."""
+    picture = read_picture(case.image)
+    truth = read_classes(case, picture.size, len(model.card.classes))
+    result = model.predict(picture, sentence, draws, attend=control != "no-text", is_cancelled=is_cancelled)
+    mask = result.mask
+    if case.unknown:  # Nobody knows better where these are: they count neither as found nor as missed.
+        mask, truth = (np.where(np.isin(values, case.unknown), 0, values) for values in (mask, truth))
+    dice, iou = compute_scores(mask > 0, truth > 0)
+    entry = {
+        "name": case.name,
+        "dice": dice,
+        "iou": iou,
+        "sentence": sentence,
+        "empty_label": not bool((truth > 0).any()),
+        "disagreement": result.disagreement,
+        "seconds": round(result.seconds, 2),
+    }
+    scores = {
+        name: compute_scores(mask == value, truth == value)[0]
+        for value, name in enumerate(model.card.classes, start=1)
+        if value not in case.unknown
+    }
+    return entry, scores, tuple(result.notes)
 
 
 def compute_scores(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:

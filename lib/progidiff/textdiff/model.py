@@ -226,6 +226,7 @@ class TextDiffModel:
         working = to_working(picture.pixels, options.scale, options.size, options.tone)
         height, width = int(working.shape[1]), int(working.shape[2])
         tiles = list_tiles(height, width, tile, overlap)
+        total = draws * len(tiles)
         found = np.empty((draws, len(self.card.classes), *picture.size), np.float32)
         for draw in range(draws):
             axes = pick_mirror(draw) if options.mirror else []
@@ -234,19 +235,15 @@ class TextDiffModel:
             if self.encoder is not None and sentence is not None and attend:
                 tokens, mask = self.encoder.encode([mirror_sentence(sentence, -1 in axes, -2 in axes)])
             sums, weights = torch.zeros(len(self.card.classes), height, width), torch.zeros(height, width)
-            for number, box in enumerate(tiles):
+            for done, box in enumerate(tiles, start=draw * len(tiles)):
                 if is_cancelled is not None and is_cancelled():
-                    raise CancelledError(
-                        "The segmentation was stopped on request after "
-                        f"{draw * len(tiles) + number} of {draws * len(tiles)} tiles."
-                    )
+                    raise CancelledError(f"The segmentation was stopped on request after {done} of {total} tiles.")
                 blend = compute_blend(box, height, width, overlap)
-                box.crop(sums).add_(
-                    self._answer(box.crop(shown), box.place(height, width), tokens, mask, draw, attend) * blend
-                )
+                answer = self._answer(box.crop(shown), box.place(height, width), tokens, mask, draw, attend)
+                box.crop(sums).add_(answer * blend)
                 box.crop(weights).add_(blend)
                 if on_progress is not None:
-                    on_progress(draw * len(tiles) + number + 1, draws * len(tiles))
+                    on_progress(done + 1, total)
             found[draw] = resize((sums / weights).flip(axes)[None], picture.size)[0].clamp(0, 1).numpy()
         masks = np.stack([self.draw_mask(probabilities) for probabilities in found])
         mean = found.mean(axis=0)

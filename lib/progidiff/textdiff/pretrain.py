@@ -132,12 +132,44 @@ def run_pretrain(
         RequestError: if there are no pictures, one is smaller than a crop, or `target` exists.
         CancelledError: if `is_cancelled` said so.
     """
-    from diffusers import DDPMScheduler, UNet2DModel
-
     config = config or DenoiserConfig()
     if target.exists():
         raise RequestError(f"'{target}' exists; give a folder that does not, nothing is overwritten.")
-    crops = config.crops
+    images = _read_large_enough(pictures, config.crops)
+    unet, scheduler = _build_denoiser(config, device)
+    settings = {"crops": asdict(config.crops), "widths": asdict(config.widths), "pictures": [p.name for p in pictures]}
+    last: dict[str, Any] = {}
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        crops = config.crops
+        clean = draw_crops(images, crops, generator).to(device)
+        times = draw_timesteps(len(clean), crops, generator).to(device)
+        noise = torch.randn(clean.shape, generator=generator).to(device)
+        found = unet(scheduler.add_noise(clean, noise, times), times).sample
+        errors = (found.float() - noise).square().mean(dim=(1, 2, 3))
+        low = times < crops.low_timesteps
+        figures = {"error_low": float(errors.detach()[low].mean())} if bool(low.any()) else {}
+        return errors.mean(), figures
+
+    def keep(entry: dict[str, Any]) -> None:
+        last.update(entry)
+        if report is not None:
+            report(entry)
+
+    loop = LoopConfig.of(config.schedule, config)
+    run_loop({"unet": unet}, compute_loss, loop, work, is_cancelled=is_cancelled, report=keep, settings=settings)
+    write_denoiser(unet, scheduler, target)
+    return {
+        "loss": last.get("loss"),
+        "error_low": last.get("error_low"),
+        "steps": config.schedule.steps,
+        "pictures": len(images),
+        "parameters": sum(p.numel() for p in unet.parameters()),
+    }
+
+
+def _read_large_enough(pictures: Sequence[Path], crops: CropOptions) -> list[Tensor]:
+    """The pictures, each at least as large as the largest crop."""
     largest = int(np.ceil(crops.size * crops.zoom / crops.scale))
     images = [read_rgb(p) for p in pictures]
     small = [p for p, image in zip(pictures, images, strict=True) if min(image.shape[1:]) < largest]
@@ -148,10 +180,17 @@ def run_pretrain(
             else "There are no pictures to learn from"
         )
         raise RequestError(f"{what}; give larger ones, or set crops.size, crops.zoom or crops.scale.")
+    return images
+
+
+def _build_denoiser(config: DenoiserConfig, device: str) -> tuple[Any, Any]:
+    """A fresh `UNet2DModel` and its `DDPMScheduler`."""
+    from diffusers import DDPMScheduler, UNet2DModel
+
     torch.manual_seed(config.seed)
     widths = config.widths
     unet = UNet2DModel(
-        sample_size=crops.size,
+        sample_size=config.crops.size,
         in_channels=3,
         out_channels=3,
         block_out_channels=widths.channels,
@@ -161,38 +200,7 @@ def run_pretrain(
         norm_num_groups=widths.norm_groups,
         add_attention=False,
     ).to(device)
-    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
-
-    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        clean = draw_crops(images, crops, generator).to(device)
-        times = draw_timesteps(len(clean), crops, generator).to(device)
-        noise = torch.randn(clean.shape, generator=generator).to(device)
-        found = unet(scheduler.add_noise(clean, noise, times), times).sample
-        errors = (found.float() - noise).square().mean(dim=(1, 2, 3))
-        low = times < crops.low_timesteps
-        figures = {"error_low": float(errors.detach()[low].mean())} if bool(low.any()) else {}
-        return errors.mean(), figures
-
-    last: dict[str, Any] = {}
-
-    def keep(entry: dict[str, Any]) -> None:
-        last.update(entry)
-        if report is not None:
-            report(entry)
-
-    run_loop(
-        {"unet": unet}, compute_loss, LoopConfig.of(config.schedule, config), work, is_cancelled=is_cancelled,
-        report=keep,
-        settings={"crops": asdict(crops), "widths": asdict(widths), "pictures": [p.name for p in pictures]},
-    )  # fmt: skip
-    write_denoiser(unet, scheduler, target)
-    figures = {"loss": last.get("loss"), "error_low": last.get("error_low")}
-    return {
-        **figures,
-        "steps": config.schedule.steps,
-        "pictures": len(images),
-        "parameters": sum(p.numel() for p in unet.parameters()),
-    }
+    return unet, DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear", prediction_type="epsilon")
 
 
 def read_rgb(path: Path) -> Tensor:

@@ -148,27 +148,60 @@ def train_textdiff(
         CancelledError: if `is_cancelled` said so.
     """
     config = config or TextDiffTrainConfig()
-    if isinstance(denoiser, str | Path) or denoiser is None:
-        extractor: FeatureExtractor = DiffusionFeatures.load(
-            default_folder() / "denoiser" if denoiser is None else denoiser, config.features, device
-        )
-    else:
-        extractor = denoiser
-        config = replace(config, features=extractor.options)
+    if denoiser is None:
+        denoiser = default_folder() / "denoiser"
+    extractor: FeatureExtractor = (
+        DiffusionFeatures.load(denoiser, config.features, device) if isinstance(denoiser, str | Path) else denoiser
+    )
+    config = replace(config, features=extractor.options)
     check_config(config)
     _check_request(cases, held_out, extractor, out, config)
     reader = None
     if config.use_text:
         reader = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder.load(encoder, device)
         reader.check([case.sentence for case in (*cases, *held_out) if case.sentence])
-    place = pick_device(device)
+    kept = FeatureCache(cache or work / "features", config.cache_gb)
     started = time.monotonic()
-    pool = _prepare(
-        cases, extractor, FeatureCache(cache or work / "features", config.cache_gb), config, is_cancelled, report
-    )
-    feature_seconds = time.monotonic() - started
-    words = _Words(reader, [piece.sentence for piece in pool.pieces], place)
+    pool = _prepare(cases, extractor, kept, config, is_cancelled, report)
+    seconds = {"features": time.monotonic() - started}
+    head = _make_head(start, config, extractor, reader, pool)
+    started = time.monotonic()
+    _train_head(head, pool, reader, extractor, start, config, pick_device(device), work, is_cancelled, report)
+    seconds["head"] = time.monotonic() - started
+    model = TextDiffModel(extractor, reader, head, _make_card(config, extractor, reader, head, pool))
+    figures: dict[str, float] = {}
+    if held_out:
+        threshold, figures = choose_threshold(model, held_out, kept, is_cancelled)
+        model.card = replace(model.card, threshold=threshold, figures=figures)
+    run = {
+        **describe_run(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "config": to_values(config),
+        "training_cases": [case.name for case in cases],
+        "held_out_cases": [case.name for case in held_out],
+        "data_sha256": pool.digest,
+        "denoiser": {"digest": model.card.denoiser_digest},
+        "parameters": sum(p.numel() for p in head.parameters()),
+        "seconds": {part: round(value, 1) for part, value in seconds.items()},
+        "validation": figures,
+    }
+    if out is not None:
+        model = model.save(out, run)
+    return TextDiffTraining(model, run, figures, tuple(pool.notes))
 
+
+def _make_head(
+    start: TextDiffModel | None,
+    config: TextDiffTrainConfig,
+    extractor: FeatureExtractor,
+    reader: SentenceEncoder | None,
+    pool: _Pool,
+) -> TextDiffHead:
+    """A fresh head, or that of a model that is trained further.
+
+    Raises:
+        RequestError: if that model has other features or classes.
+    """
     torch.manual_seed(derive_seed(config.seed, 0, "head"))
     options = config.head
     shapes = HeadConfig(
@@ -185,17 +218,31 @@ def train_textdiff(
     if start is None:
         head = TextDiffHead(shapes)
         head.set_statistics(*pool.measure())
-    else:
-        if (
-            replace(shapes, **{name: getattr(start.head.config, name) for name in to_values(options)})
-            != start.head.config
-        ):
-            raise RequestError(
-                f"'{start.card.full_name}' has other features or classes than this training; start with a fresh head."
-            )
-        shapes = start.head.config
-        head = TextDiffHead(shapes)
-        head.load_state_dict(start.head.state_dict())
+        return head
+    free = {name: getattr(start.head.config, name) for name in to_values(options)}
+    if replace(shapes, **free) != start.head.config:
+        raise RequestError(
+            f"'{start.card.full_name}' has other features or classes than this training; start with a fresh head."
+        )
+    head = TextDiffHead(start.head.config)
+    head.load_state_dict(start.head.state_dict())
+    return head
+
+
+def _train_head(
+    head: TextDiffHead,
+    pool: _Pool,
+    reader: SentenceEncoder | None,
+    extractor: FeatureExtractor,
+    start: TextDiffModel | None,
+    config: TextDiffTrainConfig,
+    place: torch.device,
+    work: Path,
+    is_cancelled: Callable[[], bool] | None,
+    report: Report | None,
+) -> None:
+    """The steps; on return the head holds the averaged weights and is frozen."""
+    words = _Words(reader, [piece.sentence for piece in pool.pieces], place)
     head.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
@@ -206,9 +253,8 @@ def train_textdiff(
         known = None if known is None else known.to(place)
         return compute_segmentation_loss(logits, targets.to(place), config.cross_entropy, config.dice, known)
 
-    settings = {
-        k: v for k, v in to_values(config).items() if k not in ("schedule", "name", "cache_gb", *to_values(RunConfig()))
-    }
+    unimportant = ("schedule", "name", "cache_gb", *to_values(RunConfig()))
+    settings = {k: v for k, v in to_values(config).items() if k not in unimportant}
     if start is not None:
         settings["start"] = start.card.sha256
     settings |= {
@@ -216,21 +262,26 @@ def train_textdiff(
         "features_key": extractor.key,
         "encoder": reader.digest if reader is not None else "",
     }
-    loop_report = None if report is None else lambda entry: report({"stage": "head", **entry})
-    started = time.monotonic()
     run_loop(
         {"head": head},
         compute_loss,
         LoopConfig.of(config.schedule, config),
         work,
         is_cancelled=is_cancelled,
-        report=loop_report,
+        report=None if report is None else lambda entry: report({"stage": "head", **entry}),
         settings=settings,
     )
-    head_seconds = time.monotonic() - started
     head.requires_grad_(False)
 
-    card = TextDiffCard(
+
+def _make_card(
+    config: TextDiffTrainConfig,
+    extractor: FeatureExtractor,
+    reader: SentenceEncoder | None,
+    head: TextDiffHead,
+    pool: _Pool,
+) -> TextDiffCard:
+    return TextDiffCard(
         name=config.name,
         version=0,
         classes=config.classes,
@@ -239,31 +290,9 @@ def train_textdiff(
         encoder=reader.source if reader is not None else "",
         encoder_digest=reader.digest if reader is not None else "",
         features=config.features,
-        head=shapes,
+        head=head.config,
         gray=pool.gray,
     )
-    model = TextDiffModel(extractor, reader, head, card)
-    figures: dict[str, float] = {}
-    if held_out:
-        threshold, figures = choose_threshold(
-            model, held_out, FeatureCache(cache or work / "features", config.cache_gb), is_cancelled
-        )
-        model.card = replace(card, threshold=threshold, figures=figures)
-    run = {
-        **describe_run(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "config": to_values(config),
-        "training_cases": [case.name for case in cases],
-        "held_out_cases": [case.name for case in held_out],
-        "data_sha256": pool.digest,
-        "denoiser": {"digest": card.denoiser_digest},
-        "parameters": sum(p.numel() for p in head.parameters()),
-        "seconds": {"features": round(feature_seconds, 1), "head": round(head_seconds, 1)},
-        "validation": figures,
-    }
-    if out is not None:
-        model = model.save(out, run)
-    return TextDiffTraining(model, run, figures, tuple(pool.notes))
 
 
 def compute_segmentation_loss(

@@ -185,9 +185,7 @@ def train_textdiff(
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
         "validation": figures,
     }
-    if out is not None:
-        model = model.save(out, run)
-    return TextDiffTraining(model, run, figures, tuple(pool.notes))
+    return TextDiffTraining(model if out is None else model.save(out, run), run, figures, tuple(pool.notes))
 
 
 def _make_head(

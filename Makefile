@@ -1,6 +1,8 @@
 # make serve        everything from a fresh clone to a server on http://127.0.0.1:8000 (PORT=9000 changes the port)
 # make setup        virtual environment in .venv, packages, sample images; quick when nothing changed
 # make test         the tests; make test-slow adds those that take minutes or gigabytes
+# make fuzz         seeded fuzzing of untrusted bytes, minutes
+# make docs         the site from docs/ into site/, every warning an error
 # make test-faults  hundreds of kills with SIGKILL, of server, training, scoring and stores; FAULT_SEED=... repeats a run
 # make test-browser the tests in a real browser; needs chromium, nodejs and npm (Debian's), skips with a reason without them
 # make pacs         Orthanc (Debian's) on 127.0.0.1:8042 with the sample images in it; then make serve STUDIES=http://127.0.0.1:8042/dicom-web
@@ -25,7 +27,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup serve test test-slow test-faults test-browser pacs check check-pages page-tools api-types
+.PHONY: setup serve test fuzz docs test-slow test-faults test-browser pacs check check-pages page-tools api-types
 
 setup: $(STAMP)
 	@$(BIN)/python sample_datastore/prepare.py
@@ -44,11 +46,21 @@ serve: setup
 	@echo "Serving $(STUDIES) on http://$(HOST):$(PORT) (stop with Ctrl-C)"
 	@$(BIN)/python -m monailabel.main start_server --app apps/progidiff --studies "$(STUDIES)" --host $(HOST) --port $(PORT) $(CONF)
 
+# Two at a time, one file of tests never in both: what a file starts (a server, a training) it starts once.
+TESTERS ?= 2
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
+
+fuzz: setup
+	$(BIN)/python -m pytest -m fuzz tests/fuzz
+
+docs: setup
+	@$(PIP) install -r requirements-docs.txt
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "not browser"
+	$(BIN)/python -m pytest -m "not fuzz and not browser"
 
 FAULT_SEED          ?= $(shell date +%s)
 FAULT_ROUNDS        ?= 400

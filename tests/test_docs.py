@@ -11,7 +11,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-LINK = re.compile(r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)|<img[^>]*\ssrc=\"([^\"]+)\"")
+LINK = re.compile(
+    r"!?\[(?:[^\[\]]|\[[^\]]*\])*\]\(\s*<?([^)\s>]+)>?(?:\s+\"[^\"]*\")?\s*\)"  # [text](target "title")
+    r"|<img[^>]*\ssrc=\"([^\"]+)\""
+)
 
 
 def list_pages() -> list[Path]:

@@ -356,11 +356,9 @@ def adapt(
     settings = load_settings(AdaptConfig, "adapt", config, changes, show_config, flags)
     _refuse_several_processes()
     use_threads(threads)
+    place = require(studies, "--studies"), find_model(model), name, work
     result = run_adapt(
-        require(studies, "--studies"),
-        find_model(model),
-        name,
-        work,
+        *place,
         settings,
         adapters=adapters,
         cases=case or [],

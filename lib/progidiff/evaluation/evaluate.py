@@ -321,14 +321,50 @@ def evaluate(
         adapter=adapter,
         clean_up=clean_up,
     )
+    rules = {"hd95": hd95, "largest_component": largest_component}
+    results, settings = _score_cases(engine, request, folder, chosen, meanings, notes, modality, progress, **rules)
+    return _build_report(
+        results,
+        asked,
+        {
+            "command": command if command is not None else shlex.join(sys.argv),
+            "studies": str(studies),
+            "num_proposals": num_proposals,
+            "seed": seed,
+            **settings,
+            "options": {**rules, "modality": modality},
+            "notes": notes,
+            "seconds": round(time.monotonic() - started, 1),
+        },
+    )
+
+
+def _score_cases(
+    engine: Engine,
+    request: ProposalRequest,
+    folder: Path,
+    cases: Sequence[LabelledCase],
+    meanings: Mapping[str, Mapping[str, tuple[int, ...]]],
+    notes: list[str],
+    modality: str | None,
+    progress: Progress | None,
+    *,
+    hd95: bool,
+    largest_component: bool,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Propose and score, case by case; what there is to say of a case is added to `notes`.
+
+    Returns:
+        The entries of the cases in the report, and what was asked of the model.
+    """
     results: list[dict[str, Any]] = []
     settings: dict[str, Any] = {}
-    for number, case in enumerate(chosen):
-        _report(progress, number, len(chosen), case.name, 0, 1)
+    for number, case in enumerate(cases):
+        _report(progress, number, len(cases), case.name, 0, 1)
         try:
             volume = load_volume(case.image, modality)
             labels = load_label_map(case.label, volume.grid)
-            watched = Work(on_progress=functools.partial(_report, progress, number, len(chosen), case.name))
+            watched = Work(on_progress=functools.partial(_report, progress, number, len(cases), case.name))
             proposals = engine.propose(request, volume, watched)
         except ImageError as err:
             results.append({"case": case.name, "error": str(err), "structures": {}})
@@ -339,21 +375,8 @@ def evaluate(
         settings = {key: value for key, value in proposals.summary().items() if key in _SETTINGS}
         scores = score_case(volume, labels.array, proposals, ids, hd95, largest_component)
         results.append(_describe_case(case.name, volume, proposals.seconds, scores))
-    _report(progress, len(chosen), len(chosen), "", 1, 1)
-    return _build_report(
-        results,
-        asked,
-        {
-            "command": command if command is not None else shlex.join(sys.argv),
-            "studies": str(studies),
-            "num_proposals": num_proposals,
-            "seed": seed,
-            **settings,
-            "options": {"hd95": hd95, "largest_component": largest_component, "modality": modality},
-            "notes": notes,
-            "seconds": round(time.monotonic() - started, 1),
-        },
-    )
+    _report(progress, len(cases), len(cases), "", 1, 1)
+    return results, settings
 
 
 def _build_report(

@@ -23,6 +23,7 @@ _STOP_WAIT_SECONDS = 10.0
 _MAX_VERSION = 10**9
 
 
+# long because it is a table: one endpoint after the other, each a few lines.
 def build_endpoints() -> Endpoints:
     """Start, watch and stop a training; versions."""
     endpoints = Endpoints()

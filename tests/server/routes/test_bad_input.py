@@ -294,7 +294,7 @@ CLOSED = [
 IMAGES = [
     *(
         upload("PUT /datastore/image", "id|name|image", "good.nii.gz", GOOD_IMAGE, image=value)
-        for value in ("../evil", "/tmp/evil", "a/b", ".hidden", "a b", "a\0b", LONG, "labels/final/x")
+        for value in ("../evil", "/tmp/evil", "a/b", ".hidden", "a\0b", LONG, "labels/final/x")
     ),
     upload("PUT /datastore/image", "nii", "evil.py", b"import os", image="evil"),
     upload("PUT /datastore/image", "read|image", "a.nii.gz", b"this is no image", image="evil"),

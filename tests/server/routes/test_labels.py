@@ -33,7 +33,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     folder = tmp_path_factory.mktemp("labels")
     studies = folder / "studies"
     studies.mkdir()
-    for seed, name in enumerate(("stock", "slices", "proposals", "history", "refused", "removed", "named")):
+    for seed, name in enumerate(("stock", "slices", "proposals", "history", "refused", "removed", "named", "versions")):
         write_phantom(studies / f"{name}.nii.gz", shape=SHAPE, seed=seed)
     (folder / "secret.nii.gz").write_bytes(b"secret")
     with run_server(
@@ -201,6 +201,27 @@ def test_the_history_goes_back_and_gives_every_version(server: Server):
     events = [json.loads(line) for line in text.splitlines()]
     assert [event["event"] for event in events] == ["label", "label", "undo", "restore", "skip"]
     assert server.get("/progidiff/annotations/export", params={"format": "xlsx"}).status_code == 422
+
+
+def test_a_whole_volume_that_was_begun_before_another_save_is_a_conflict(server: Server):
+    image = "versions"
+    first = put_label(server, image, build_label(server, image, {1: LIVER})).json()["annotation"]["sequence"]
+    loaded = server.get("/datastore/label", params={"label": image, "tag": "final"})
+    assert loaded.headers["ETag"] == f'"{first}"'
+    second = put_label(server, image, build_label(server, image, {2: LIVER})).json()["annotation"]["sequence"]
+    files = {"label": ("label.nii", build_label(server, image, {3: LIVER}))}
+    for headers, params in (({"If-Match": f'"{first}"'}, {}), ({}, {"replaces": first})):
+        refused = requests.put(
+            f"{server.url}/datastore/label",
+            params={"image": image, "tag": "final"},
+            files={**files, "params": (None, json.dumps(params))},
+            headers=headers,
+            timeout=60,
+        )
+        assert refused.status_code == 409
+        assert f"Save {second} of this image was made" in refused.text
+    assert put_label(server, image, build_label(server, image, {3: LIVER}), {"replaces": "x"}).status_code == 422
+    assert put_label(server, image, build_label(server, image, {3: LIVER}), {"replaces": second}).status_code == 200
 
 
 EVIL_NAMES = [

@@ -33,6 +33,7 @@ from progidiff.proposals.store import ProposalStore
 from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.local import (
     SavedLabel,
+    check_replaced,
     check_tag,
     find_previous,
     is_repeat,
@@ -78,6 +79,7 @@ class RemoteLabels:
         params: Mapping[str, Any],
         user: str = "",
         client: str = "",
+        replaces: int | None = None,
     ) -> SavedLabel:
         """As `SafeLocalDatastore.save_annotated`."""
         check_tag(tag)
@@ -90,6 +92,7 @@ class RemoteLabels:
             checked = check_label(Path(label_file), sent, options, kept_ids)
             ready = prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
             saves = self.annotations.in_force(image_id, tag)
+            check_replaced(saves, replaces)
             if is_repeat(ready, saves):
                 return SavedLabel(image_id, saves[-1], True, ready.warnings)
             label = record_ready(self.annotations, image_id, ready, tag, user, ready.client or client)

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import File, Form, Request, UploadFile
+from fastapi import File, Form, Header, Request, UploadFile
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from monailabel.endpoints import datastore as host
 from monailabel.utils.others.generic import get_mime_type
@@ -65,6 +65,7 @@ from progidiff.storage.json_text import read_json_object
 logger = logging.getLogger(__name__)
 
 _CHECKSUM = re.compile(r"(?:(SHA256|SHA512|MD5):)?([0-9a-fA-F]{32,128})")
+_VERSION = re.compile(r'(?:W/)?"?(\d{1,12})"?')
 _MAX_LISTED = 1000
 
 
@@ -210,16 +211,23 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         ANNOTATE,
         tags=["Datastore"],
         summary="Save a label",
-        takes="Query: image, tag; form: label (on the image's grid, whole numbers, known ids), params",
+        takes="Query: image, tag; header: If-Match (the save it replaces); form: label (on the image's grid, whole "
+        "numbers, known ids), params",
         body=UPLOAD,
     )
     def save_label(
-        image: ImageId, params: str = Form("{}"), tag: str = FINAL, label: UploadFile = File(...), user: User = CALLER
+        image: ImageId,
+        params: str = Form("{}"),
+        tag: str = FINAL,
+        label: UploadFile = File(...),
+        if_match: str | None = Header(None),
+        user: User = CALLER,
     ) -> SaveAnswer:
         context = get_context()
         options = read_object(params, "params")
+        replaces = None if if_match is None else read_version(if_match)
         with _received(label, Use.LABEL) as (path, _):
-            return save(context, image, path, tag or FINAL, options, user.name)
+            return save(context, image, path, tag or FINAL, options, user.name, replaces)
 
     @endpoints.delete(
         "/datastore/label",
@@ -241,7 +249,11 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         "/datastore/label", READ, tags=["Datastore"], summary="Download a label", takes="Query: label (image id), tag"
     )
     def download_label(label: ImageId, tag: str) -> Response:
-        return _send(_find_label(label, tag))
+        answer = _send(_find_label(label, tag))
+        current = get_context().annotations.current(label, tag)
+        if current is not None:
+            answer.headers["ETag"] = f'"{current.sequence}"'
+        return answer
 
     @endpoints.get(
         "/datastore/label/info",
@@ -389,23 +401,58 @@ def _add_change_routes(endpoints: Endpoints) -> None:
         return _send(path)
 
 
-def save(context: Context, image: str, path: Path, tag: str, params: Mapping[str, Any], user: str) -> SaveAnswer:
+def save(
+    context: Context,
+    image: str,
+    path: Path,
+    tag: str,
+    params: Mapping[str, Any],
+    user: str,
+    replaces: int | None = None,
+) -> SaveAnswer:
     """Save a label file and describe what that did, as the answer to `PUT /datastore/label`.
 
     An image that is named by its SeriesInstanceUID has its label on the grid of that series; the file is then rewritten
     in place.
 
+    Args:
+        replaces: The save that it was drawn on, 0 for none; None for what `params` says under "replaces", else for any.
+
     Raises:
+        ConflictError: if another save is in force by now.
         ProGiDiffError: whatever is wrong with the label; nothing has changed then.
     """
+    if replaces is None and params.get("replaces") is not None:
+        replaces = read_version(str(params["replaces"]))
     series = context.served.find_named(image)
     if series is not None:
         image = series.identity.image
         context.served.to_image_grid(path, series)
-    saved = context.labels.save_annotated(image, path, tag, with_user(params, user), user)
+    saved = context.labels.save_annotated(image, path, tag, with_user(params, user), user, replaces=replaces)
     answer = _run_hooks(context, saved.annotation, saved.repeated, saved.label_id)
     annotation = NewLabelAnswer.of(saved.annotation, repeated=saved.repeated, warnings=list(saved.warnings))
     return SaveAnswer(**{**answer, "annotation": annotation, "image": image, "label": saved.label_id})
+
+
+def read_version(text: str) -> int | None:
+    """The save that a client's label replaces, as an `If-Match` header or a parameter has it; None for any.
+
+    Raises:
+        RequestError: if it is no number of a save.
+
+    Example:
+        >>> read_version('"12"'), read_version("W/\\"3\\""), read_version("0"), read_version("*")
+        (12, 3, 0, None)
+    """
+    if text.strip() == "*":
+        return None
+    match = _VERSION.fullmatch(text.strip())
+    if match is None:
+        raise RequestError(
+            f"'{text[:40]}' is no save of an image. Send the number that GET /datastore/label gives as ETag, 0 for "
+            "none, or leave it out."
+        )
+    return int(match[1])
 
 
 def read_object(text: str, field: str) -> dict[str, Any]:

@@ -3,10 +3,10 @@
     python benchmarks/datastore.py --images 1000 10000 100000 --out benchmarks/results/datastore.json
 
 Generated entries: one image file, which all names are links to, is labelled under as many names as asked for; no file
-is opened but those of the saves. Each size is opened twice: as this version keeps its list, and as version 0.1.0 did,
-which wrote and copied one JSON file with every change. A change is a save of a label (its history, its file and its
-entry), or a note on an image (its entry alone). Both ways take turns in one run, so that their ratio holds on a machine
-that does other things too. `start_seconds` is the time until the folder is open when everything is known.
+is opened but those of the saves. Each size is made twice: with the list as this version keeps it, and as version 0.1.0
+did, which wrote and copied one JSON file with every change. A change is a save of a label (its history, its file and
+its entry), or a note on an image (its entry alone). Both ways take turns in one run, so that their ratio holds on a
+machine that does other things too. `start_seconds` is the time until the folder is open when everything is known.
 """
 
 import argparse
@@ -34,7 +34,7 @@ LIVER = 6
 
 def fill(studies: Path, images: int) -> None:
     """So many images, and the host's list of them with what it usually holds of one."""
-    studies.mkdir()
+    studies.mkdir(parents=True)
     first = source = studies / "case_000000.nii.gz"
     rng = np.random.default_rng(0)
     nibabel.save(nibabel.Nifti1Image(rng.integers(-900, 900, SHAPE, np.int16), np.eye(4)), first)
@@ -85,8 +85,8 @@ class WholeList(SafeLocalDatastore):
         self._host_identity = self._host_file.identify()
 
 
-def open_folder(kind: type[SafeLocalDatastore], studies: Path) -> SafeLocalDatastore:
-    state = studies.with_name(f"state-{kind.__name__}")
+def open_folder(kind: type[SafeLocalDatastore], folder: Path) -> SafeLocalDatastore:
+    studies, state = folder / "studies", folder / "state"
     return kind(str(studies), state, open_annotations(state, str(studies)), serves=False, read_only=True)
 
 
@@ -105,15 +105,16 @@ def list_all(store: SafeLocalDatastore) -> None:
 
 def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     """One size."""
-    studies = folder / f"studies-{images}"
-    fill(studies, images)
     label = folder / "label.nii.gz"
     found: dict[str, Any] = {"images": images}
-    stores = {}
+    stores: dict[str, SafeLocalDatastore] = {}
     for name, kind in (("index", SafeLocalDatastore), ("whole_list", WholeList)):
-        found[f"{name}_first_start_seconds"] = round(take(lambda kind=kind: open_folder(kind, studies)), 3)
-        stores[name] = open_folder(kind, studies)
-    found["index_start_seconds"] = round(take(lambda: open_folder(SafeLocalDatastore, studies)), 3)
+        fill(folder / name / "studies", images)
+        found[f"{name}_first_start_seconds"] = round(
+            take(lambda name=name, kind=kind: open_folder(kind, folder / name)), 3
+        )
+        stores[name] = open_folder(kind, folder / name)
+    found["index_start_seconds"] = round(take(lambda: open_folder(SafeLocalDatastore, folder / "index")), 3)
     times: dict[str, list[float]] = {f"{name}_{what}": [] for name in stores for what in ("save", "note", "list")}
     for turn in range(rounds):
         for name, store in stores.items():
@@ -134,15 +135,14 @@ def measure(folder: Path, images: int, rounds: int) -> dict[str, Any]:
     for what in ("save", "note"):
         found[f"{what}_ratio"] = round(found[f"whole_list_{what}_seconds"] / found[f"index_{what}_seconds"], 1)
     found["host_file_seconds"] = round(take(stores["index"].write_host_file), 3)
-    found["host_file_bytes"] = (studies / "datastore_v2.json").stat().st_size
-    found["index_bytes"] = (studies.with_name("state-SafeLocalDatastore") / "datastore.sqlite").stat().st_size
+    found["host_file_bytes"] = (folder / "index" / "studies" / "datastore_v2.json").stat().st_size
+    found["index_bytes"] = (folder / "index" / "state" / "datastore.sqlite").stat().st_size
     for store in stores.values():
         store._host_revision = store._revision  # Nothing to write when this process ends.
     record = stores["index"]._datastore.objects["case_000000"]
     found["entry_bytes"] = len(json.dumps(plain(record.model_dump())))
-    shutil.rmtree(studies)
-    for state in folder.glob("state-*"):
-        shutil.rmtree(state)
+    for name in stores:
+        shutil.rmtree(folder / name)
     return found
 
 

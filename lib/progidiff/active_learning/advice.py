@@ -129,7 +129,8 @@ def estimate_gain(curve: Sequence[CurvePoint], more: int) -> float | None:
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
     last = max(point.slices for point in curve)
-    return max(0.0, slope * (math.log(last + more) - math.log(last)))
+    found: float | None = max(0.0, slope * (math.log(last + more) - math.log(last)))
+    return found
 
 
 def _rate(edited: Sequence[bool]) -> float:

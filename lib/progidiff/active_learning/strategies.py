@@ -28,9 +28,11 @@ import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from progidiff.active_learning.settings import BY_SCORE, STRATEGIES, AcquisitionConfig
 from progidiff.errors import GeometryError, RequestError
@@ -62,9 +64,9 @@ class ImageScores:
 
     image: str
     structures: tuple[str, ...]
-    disagreement: np.ndarray
-    entropy: np.ndarray
-    foreground: np.ndarray
+    disagreement: NDArray[Any]
+    entropy: NDArray[Any]
+    foreground: NDArray[Any]
     slice_mm: float
     version: str = ""
 
@@ -85,10 +87,10 @@ class ImageScores:
 def compute_scores(
     image: str,
     structures: Sequence[str],
-    probabilities: np.ndarray,
+    probabilities: NDArray[Any],
     slice_mm: float,
     version: str = "",
-    covered: np.ndarray | None = None,
+    covered: NDArray[Any] | None = None,
 ) -> ImageScores:
     """Score every slice of an image by its proposals.
 
@@ -159,14 +161,14 @@ class Pool:
 
     images: tuple[str, ...]
     structures: tuple[str, ...]
-    starts: np.ndarray
-    slice_mm: np.ndarray
-    disagreement: np.ndarray
-    entropy: np.ndarray
-    foreground: np.ndarray
-    _noise: dict[tuple[int, int], np.ndarray] = field(default_factory=dict, repr=False)
-    _values: dict[tuple[str, float, bool], np.ndarray] = field(default_factory=dict, repr=False)
-    _logs: dict[tuple[AcquisitionConfig, int, int], np.ndarray] = field(default_factory=dict, repr=False)
+    starts: NDArray[Any]
+    slice_mm: NDArray[Any]
+    disagreement: NDArray[Any]
+    entropy: NDArray[Any]
+    foreground: NDArray[Any]
+    _noise: dict[tuple[int, int], NDArray[Any]] = field(default_factory=dict, repr=False)
+    _values: dict[tuple[str, float, bool], NDArray[Any]] = field(default_factory=dict, repr=False)
+    _logs: dict[tuple[AcquisitionConfig, int, int], NDArray[Any]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -182,7 +184,7 @@ class Pool:
             return slice(0, 0)
         return slice(int(self.starts[position]), int(self.starts[position + 1]))
 
-    def values(self, config: AcquisitionConfig) -> np.ndarray:
+    def values(self, config: AcquisitionConfig) -> NDArray[Any]:
         """What every slice is worth for every structure, float32 (P, N), 0..1, before noise."""
         key = (config.score, config.score_power, config.foreground_weight)
         if key not in self._values:
@@ -195,7 +197,7 @@ class Pool:
             self._values[key] = values * weigh_by_foreground(self.foreground) if config.foreground_weight else values
         return self._values[key]
 
-    def noisy_logs(self, config: AcquisitionConfig, round_index: int, seed: int) -> np.ndarray:
+    def noisy_logs(self, config: AcquisitionConfig, round_index: int, seed: int) -> NDArray[Any]:
         """What slices are compared by, float32 (P + 1, N): the logarithm of their values with noise; the last row is
         for all structures.
         """
@@ -229,7 +231,7 @@ class Pool:
         part._values[config.score, config.score_power, config.foreground_weight] = self.values(config)[:, rows]
         return part
 
-    def gumbel(self, seed: int, round_index: int) -> np.ndarray:
+    def gumbel(self, seed: int, round_index: int) -> NDArray[Any]:
         """Standard Gumbel noise (P + 1, N), the same for a slice whatever else is in the pool; the last row is for all
         structures together.
         """
@@ -282,7 +284,7 @@ def build_pool(scores: Sequence[ImageScores]) -> Pool:
     return Pool(images, structures, starts, slice_mm, tables["disagreement"], tables["entropy"], tables["foreground"])
 
 
-def weigh_by_foreground(foreground: np.ndarray) -> np.ndarray:
+def weigh_by_foreground(foreground: NDArray[Any]) -> NDArray[Any]:
     """How far the predicted size of a structure on a slice makes its disagreement worth a look.
 
     a / r, at most 1, with a the predicted area and r what is large for the structure (the upper quartile over the
@@ -444,7 +446,7 @@ def _pick_by_score(
     return picks
 
 
-def _levels(allowed: np.ndarray, done: np.ndarray, owners: np.ndarray) -> Iterator[np.ndarray]:
+def _levels(allowed: NDArray[Any], done: NDArray[Any], owners: NDArray[Any]) -> Iterator[NDArray[Any]]:
     """The allowed rows of the images with the fewest annotated slices, then those of images with more as well, and so
     on.
     """
@@ -452,7 +454,7 @@ def _levels(allowed: np.ndarray, done: np.ndarray, owners: np.ndarray) -> Iterat
         yield allowed & (done <= most)[owners]
 
 
-def _best(score: np.ndarray, allowed: np.ndarray) -> int | None:
+def _best(score: NDArray[Any], allowed: NDArray[Any]) -> int | None:
     rows = np.flatnonzero(allowed)
     if len(rows) == 0:
         return None
@@ -460,7 +462,7 @@ def _best(score: np.ndarray, allowed: np.ndarray) -> int | None:
     return best if np.isfinite(score[best]) else None
 
 
-def _describe(pool: Pool, values: np.ndarray, row: int, structure: int | None, config: AcquisitionConfig) -> Pick:
+def _describe(pool: Pool, values: NDArray[Any], row: int, structure: int | None, config: AcquisitionConfig) -> Pick:
     owner = pool.owner(row)
     start, stop = int(pool.starts[owner]), int(pool.starts[owner + 1])
     order = [int(p) for p in np.argsort(-values[:, row], kind="stable") if values[p, row] > 0]
@@ -486,7 +488,7 @@ def _describe(pool: Pool, values: np.ndarray, row: int, structure: int | None, c
     return Pick(pool.images[owner], row - start, score, tuple(pool.structures[p] for p in strong), reason)
 
 
-def _find_run(values: np.ndarray, z: int) -> tuple[int, int]:
+def _find_run(values: NDArray[Any], z: int) -> tuple[int, int]:
     """First and last slice around z where the value is at least half of that on z."""
     enough = values >= 0.5 * values[z]
     low = z
@@ -537,7 +539,7 @@ def _pick_evenly(draft: _Draft, count: int, seed: int) -> list[Pick]:
     return picks
 
 
-def pick_farthest(free: np.ndarray, taken: Sequence[int]) -> int:
+def pick_farthest(free: NDArray[Any], taken: Sequence[int]) -> int:
     """The free slice farthest from all that are taken; of none, the one nearest to the middle.
 
     Args:
@@ -596,7 +598,8 @@ def compute_uncertainty(scores: ImageScores, config: AcquisitionConfig | None = 
     return float(best.mean())
 
 
-def _binary_entropy(p: np.ndarray) -> np.ndarray:
+def _binary_entropy(p: NDArray[Any]) -> NDArray[Any]:
     """In bits."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        return np.nan_to_num(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)), nan=0.0)
+        found: NDArray[Any] = np.nan_to_num(-(p * np.log2(p) + (1 - p) * np.log2(1 - p)), nan=0.0)
+        return found

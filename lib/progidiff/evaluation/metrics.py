@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     pass
 
 
-def compute_dice(prediction: np.ndarray, truth: np.ndarray) -> float:
+def compute_dice(prediction: NDArray[Any], truth: NDArray[Any]) -> float:
     """Dice of two masks, in [0, 1]; NaN if the truth is empty.
 
     Example:
@@ -26,7 +27,7 @@ def compute_dice(prediction: np.ndarray, truth: np.ndarray) -> float:
     )
 
 
-def compute_hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
+def compute_hd95(prediction: NDArray[Any], truth: NDArray[Any], spacing: Sequence[float]) -> float:
     """95th percentile Hausdorff distance in mm; NaN if either mask is empty.
 
     The value of `monai.metrics.compute_hausdorff_distance(percentile=95)`: the larger of the two directed 95th
@@ -49,7 +50,7 @@ def compute_hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[fl
     return float(max(np.percentile(there, 95), np.percentile(back, 95)))
 
 
-def _find_surface(mask: np.ndarray) -> np.ndarray:
+def _find_surface(mask: NDArray[Any]) -> NDArray[Any]:
     """Indices of the voxels of a mask that touch its outside (or the border) by a face, int64 of shape (N, axes)."""
     from scipy import ndimage
 
@@ -62,10 +63,13 @@ def _find_surface(mask: np.ndarray) -> np.ndarray:
     if not found:
         return np.zeros((0, mask.ndim), dtype=np.int64)
     inside = mask[found[0]]
-    return np.argwhere(inside & ~ndimage.binary_erosion(inside)) + np.array([part.start for part in found[0]])
+    result: NDArray[Any] = np.argwhere(inside & ~ndimage.binary_erosion(inside)) + np.array(
+        [part.start for part in found[0]]
+    )
+    return result
 
 
-def keep_largest_component(mask: np.ndarray) -> np.ndarray:
+def keep_largest_component(mask: NDArray[Any]) -> NDArray[Any]:
     """The largest part of a 3-D mask that hangs together by faces; an empty mask stays empty."""
     from scipy import ndimage
 
@@ -74,4 +78,5 @@ def keep_largest_component(mask: np.ndarray) -> np.ndarray:
         return mask.astype(bool)
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    return parts == int(sizes.argmax())
+    found: NDArray[Any] = parts == int(sizes.argmax())
+    return found

@@ -179,7 +179,8 @@ class AdapterStore(VersionStore[AdapterCard]):
                 f"than the one that is loaded (content {base[:12]}). Train one for this base with `progidiff adapt "
                 f"--name {card.name}`, or ask for adapter 'none'."
             )
-        return load_safetensors(self._read(card))
+        found: dict[str, Tensor] = load_safetensors(self._read(card))
+        return found
 
     def pick_for(self, modality: str, base: str) -> AdapterCard | None:
         """The served version for images of a modality: of several the one published last; None if there is none.

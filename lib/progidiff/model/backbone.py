@@ -148,7 +148,8 @@ class Backbone:
     def latent_stride(self) -> int:
         """Image pixels per latent pixel."""
         config = _read_json(self.folder / "vae" / "config.json")
-        return 2 ** (len(config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4) - 1)
+        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4
+        return 1 << (len(levels) - 1)
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:

@@ -52,7 +52,8 @@ class MaskCodec(nn.Module):
 
     def decode_signed(self, latents: Tensor) -> Tensor:
         """Standardised latents (M, c, h, w) -> (M, H, W), about -1 outside and +1 inside, not clipped."""
-        return self.vae.decode(self._restore(latents)).sample.float().mean(dim=1)
+        found: Tensor = self.vae.decode(self._restore(latents)).sample.float().mean(dim=1)
+        return found
 
     def decode_soft(self, latents: Tensor) -> Tensor:
         """Like `decode_latents`, with a gradient everywhere: for losses."""
@@ -152,4 +153,5 @@ def _plan_crop(active: Tensor) -> _Span:
 def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:
     """(M, 3, H, W) in [-1, 1] -> raw latents (M, c, h, w), without noise."""
     encoded = vae.encode(pictures.to(next(vae.parameters()).dtype))
-    return (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents).float()
+    found: Tensor = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents).float()
+    return found

@@ -163,7 +163,8 @@ class QueryHead(nn.Module):
         low = torch.einsum("npd,ndhw->nphw", q_coarse / self.coarse**0.5, self.project_coarse(coarse))
         low = F.interpolate(low, size=fine.shape[-2:], mode="bilinear", align_corners=False)
         high = torch.einsum("npd,ndhw->nphw", q_fine / self.fine**0.5, self.project_fine(fine))
-        return high + low + bias[..., None]
+        found: Tensor = high + low + bias[..., None]
+        return found
 
 
 def zero_conv(in_channels: int, out_channels: int) -> nn.Conv2d:
@@ -270,7 +271,8 @@ class ConditioningBranch(nn.Module):
         Returns:
             (N, P, H, W) logits; sigmoid gives the evidence.
         """
-        return self.query_head(features.fine, features.coarse, pooled)
+        found: Tensor = self.query_head(features.fine, features.coarse, pooled)
+        return found
 
     def compute_residuals(self, features: SliceFeatures, evidence: Tensor) -> tuple[list[Tensor], Tensor]:
         """What is added to the denoiser's skips and middle, for M (slice, prompt) pairs.

@@ -117,7 +117,7 @@ def inject_lora(
             network.requires_grad_(False)
             config = LoraConfig(
                 r=settings.rank, lora_alpha=settings.alpha, lora_dropout=0.0, target_modules=names, bias="none"
-            )  # type: ignore[arg-type]
+            )
             inject_adapter_in_model(config, network, adapter_name=_ADAPTER)
             networks[prefix] = network
     for parameter in _norm_parameters(branch, settings).values():

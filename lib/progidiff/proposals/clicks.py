@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import GeometryError
 
@@ -24,7 +26,7 @@ class Choice:
         missed: Clicks that the mask contradicts.
     """
 
-    mask: np.ndarray
+    mask: NDArray[Any]
     kept: tuple[int, ...]
     missed: int
 
@@ -35,7 +37,7 @@ class Choice:
 
 
 def choose_by_clicks(
-    probabilities: np.ndarray, masks: np.ndarray, foreground: Sequence[Pixel], background: Sequence[Pixel]
+    probabilities: NDArray[Any], masks: NDArray[Any], foreground: Sequence[Pixel], background: Sequence[Pixel]
 ) -> Choice:
     """Keep the proposals that contain the foreground clicks and avoid the background clicks.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import RequestError, StoreError
 from progidiff.images.intensities import compute_body_threshold, compute_window
@@ -30,7 +31,7 @@ MARGIN_MM = 20.0
 
 def draw_overlay(
     volume: Volume,
-    labels: np.ndarray,
+    labels: NDArray[Any],
     names: Mapping[int, str],
     path: str | os.PathLike[str],
     slices: Sequence[int] | None = None,
@@ -153,7 +154,7 @@ def draw_proposals(
     return _save(figure, path)
 
 
-def pick_slices(labels: np.ndarray, count: int) -> list[int]:
+def pick_slices(labels: NDArray[Any], count: int) -> list[int]:
     """Axial slices that show what is labelled, each structure counting the same, in ascending order.
 
     Args:
@@ -186,7 +187,7 @@ def pick_slices(labels: np.ndarray, count: int) -> list[int]:
     return sorted(chosen)
 
 
-def _pick_telling_slice(share: np.ndarray) -> int:
+def _pick_telling_slice(share: NDArray[Any]) -> int:
     """The slice with the most doubt among those with at least half of the largest area; the middle one if nothing is
     drawn.
     """
@@ -207,7 +208,7 @@ def _check_slices(slices: Sequence[int], count: int) -> list[int]:
 
 
 def _find_body(
-    volume: Volume, stack: np.ndarray, also: np.ndarray | None, spacing: tuple[float, float, float]
+    volume: Volume, stack: NDArray[Any], also: NDArray[Any] | None, spacing: tuple[float, float, float]
 ) -> tuple[slice, slice]:
     """Rows and columns that hold the body in most slices and everything in `also` (boolean stack), with a small
     margin.
@@ -223,7 +224,7 @@ def _find_body(
     return spans[0], spans[1]
 
 
-def _grow(positions: np.ndarray, margin: float, size: int) -> slice:
+def _grow(positions: NDArray[Any], margin: float, size: int) -> slice:
     """From the first to the last position with a margin in pixels; everything if there is none."""
     if len(positions) == 0:
         return slice(0, size)
@@ -231,7 +232,7 @@ def _grow(positions: np.ndarray, margin: float, size: int) -> slice:
 
 
 def _frame_around(
-    mask: np.ndarray, body: tuple[slice, slice], spacing: tuple[float, float, float]
+    mask: NDArray[Any], body: tuple[slice, slice], spacing: tuple[float, float, float]
 ) -> tuple[slice, slice]:
     """A box around the mask with a margin, in the proportions of the body's box and not smaller than a third of it."""
     if not mask.any():
@@ -253,10 +254,11 @@ def _frame_around(
 
 def _proportion(rows: slice, cols: slice, spacing: tuple[float, float, float]) -> float:
     """Height over width of a box of pixels, in mm."""
-    return (rows.stop - rows.start) * spacing[1] / ((cols.stop - cols.start) * spacing[2])
+    found: float = (rows.stop - rows.start) * spacing[1] / ((cols.stop - cols.start) * spacing[2])
+    return found
 
 
-def _make_figure(rows: int, cols: int, proportion: float, extra_inches: float) -> tuple[Any, np.ndarray]:
+def _make_figure(rows: int, cols: int, proportion: float, extra_inches: float) -> tuple[Any, NDArray[Any]]:
     """A figure without pyplot, with (rows, cols) bare axes of this height over width."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -286,7 +288,7 @@ def _extent(rows: slice, cols: slice, spacing: tuple[float, float, float]) -> tu
 
 def _show_slice(
     axis: Any,
-    pixels: np.ndarray,
+    pixels: NDArray[Any],
     rows: slice,
     cols: slice,
     spacing: tuple[float, float, float],
@@ -303,7 +305,7 @@ def _show_slice(
 
 
 def _paint(
-    axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple[float, float, float], color: str
+    axis: Any, mask: NDArray[Any], rows: slice, cols: slice, spacing: tuple[float, float, float], color: str
 ) -> None:
     """Tint a mask (Y, X) and draw its outline."""
     from matplotlib.colors import to_rgb
@@ -318,7 +320,7 @@ def _paint(
 
 
 def _outline(
-    axis: Any, mask: np.ndarray, rows: slice, cols: slice, spacing: tuple[float, float, float], color: str
+    axis: Any, mask: NDArray[Any], rows: slice, cols: slice, spacing: tuple[float, float, float], color: str
 ) -> None:
     """Draw the outline of a mask (Y, X), which must have a pixel in the box, in the scale that the slice was shown
     in.
@@ -333,10 +335,10 @@ def _outline(
 
 
 def _draw_row(
-    axes: np.ndarray,
-    pixels: np.ndarray,
-    share: np.ndarray,
-    masks: list[np.ndarray],
+    axes: NDArray[Any],
+    pixels: NDArray[Any],
+    share: NDArray[Any],
+    masks: list[NDArray[Any]],
     body: tuple[slice, slice],
     frame: tuple[slice, slice],
     spacing: tuple[float, float, float],

@@ -9,8 +9,10 @@ them: masks, consensus, agreement, disagreement and millilitres then tell the sa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import RequestError
 
@@ -51,8 +53,8 @@ def check_clean_up(clean_up: str) -> str:
 
 
 def find_islands(
-    mask: np.ndarray, clean_up: str, spacing: Sequence[float], share: float = SMALL_SHARE, apart_mm: float = APART_MM
-) -> np.ndarray:
+    mask: NDArray[Any], clean_up: str, spacing: Sequence[float], share: float = SMALL_SHARE, apart_mm: float = APART_MM
+) -> NDArray[Any]:
     """The parts of a 3-D mask that a clean-up drops.
 
     Parts hang together by faces, edges or corners, so that a thin vessel is not torn where it runs aslant through
@@ -99,14 +101,15 @@ def find_islands(
             voxels = np.argwhere(parts[box] == number) + [axis.start for axis in box]
             nearest, _ = surface.query(voxels * scale, distance_upper_bound=apart_mm * (1 + 1e-6))
             islands[number] = bool(np.isinf(nearest).all())
-    return islands[parts]
+    found: NDArray[Any] = islands[parts]
+    return found
 
 
 def drop_islands(
-    probabilities: np.ndarray,
+    probabilities: NDArray[Any],
     clean_up: str,
     spacing: Sequence[float],
-    covered: np.ndarray | None = None,
+    covered: NDArray[Any] | None = None,
     share: float = SMALL_SHARE,
     apart_mm: float = APART_MM,
 ) -> None:

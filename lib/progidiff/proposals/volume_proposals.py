@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.geometry import Grid
@@ -59,7 +60,7 @@ class VolumeProposals:
     """
 
     structures: tuple[str, ...]
-    probabilities: np.ndarray
+    probabilities: NDArray[Any]
     grid: WorkingGrid
     seed: int
     num_inference_steps: int
@@ -91,7 +92,7 @@ class VolumeProposals:
         return int(self.probabilities.shape[1])
 
     @cached_property
-    def disagreement(self) -> np.ndarray:
+    def disagreement(self) -> NDArray[Any]:
         """1 - mean pairwise Dice of the proposals, float32 of shape (P, Z); 0 where nothing is drawn, and everywhere if
         K = 1.
         """
@@ -103,15 +104,16 @@ class VolumeProposals:
         return result
 
     @cached_property
-    def mean_disagreement(self) -> np.ndarray:
+    def mean_disagreement(self) -> NDArray[Any]:
         """Mean of `disagreement` over the slices on which any proposal draws the structure, float32 of shape (P,); 0 if
         none.
         """
         drawn = self._drawn_slices
-        return (self.disagreement * drawn).sum(1) / np.maximum(drawn.sum(1), 1)
+        found: NDArray[Any] = (self.disagreement * drawn).sum(1) / np.maximum(drawn.sum(1), 1)
+        return found
 
     @cached_property
-    def nearby_disagreement(self) -> np.ndarray:
+    def nearby_disagreement(self) -> NDArray[Any]:
         """Mean of `disagreement` over the slice and its two neighbours, float32 of shape (P, Z), from 0 to 1.
 
         It ranks slices by the error of the consensus better than the slice alone does (benchmarks/proposal_quality.py):
@@ -123,7 +125,7 @@ class VolumeProposals:
         return np.stack([np.convolve(values, around)[1:-1] / neighbours for values in self.disagreement])
 
     @cached_property
-    def pairwise_dice(self) -> np.ndarray:
+    def pairwise_dice(self) -> NDArray[Any]:
         """3-D Dice of every proposal with every other, float32 of shape (P, K, K)."""
         count = self.num_proposals
         result = np.ones((len(self.structures), count, count), dtype=np.float32)
@@ -145,7 +147,7 @@ class VolumeProposals:
         return tuple(orders)
 
     @cached_property
-    def volumes_ml(self) -> np.ndarray:
+    def volumes_ml(self) -> NDArray[Any]:
         """Volume of every proposal in millilitres, measured on the working grid, float64 of shape (P, K)."""
         voxel_ml = self.grid.spacing**2 * self.grid.stack_spacing[0] / 1000
         counts = np.zeros(self.probabilities.shape[:2])
@@ -177,7 +179,7 @@ class VolumeProposals:
         drop_islands(self.probabilities, clean_up, spacing, self.grid.covered)
         return replace(self, clean_up=clean_up)
 
-    def mask(self, grid: Grid, structure: str, shown: str | int = "consensus") -> np.ndarray:
+    def mask(self, grid: Grid, structure: str, shown: str | int = "consensus") -> NDArray[Any]:
         """One structure on the input's grid.
 
         Args:
@@ -202,7 +204,7 @@ class VolumeProposals:
             stack[z, rows, cols] = _count(drawn) * 2 >= len(drawn)
         return grid.from_stack(stack)
 
-    def slice_masks(self, structure: str, z: int) -> np.ndarray:
+    def slice_masks(self, structure: str, z: int) -> NDArray[Any]:
         """All proposals of one structure on one axial slice of the input.
 
         Args:
@@ -217,7 +219,7 @@ class VolumeProposals:
         """
         return self.slice_probabilities(structure, z) >= THRESHOLD
 
-    def slice_probabilities(self, structure: str, z: int) -> np.ndarray:
+    def slice_probabilities(self, structure: str, z: int) -> NDArray[Any]:
         """What `slice_masks` cuts at one half: float32 of shape (K, Y, X) on the scale 0..255."""
         index = self._index(structure)
         depth, height, width = self.grid.shape
@@ -231,7 +233,7 @@ class VolumeProposals:
 
     def label_map(
         self, grid: Grid, shown: str | int = "consensus", label_ids: dict[str, int] | None = None
-    ) -> np.ndarray:
+    ) -> NDArray[Any]:
         """All structures on the input's grid, one per voxel.
 
         Where several are shown on a voxel, the one with the higher agreement wins, then the one with the higher mean
@@ -284,7 +286,7 @@ class VolumeProposals:
                     stack[z, rows, cols][wins] = ids[self.structures[index]]
         return grid.from_stack(stack)
 
-    def agreement(self, grid: Grid, structure: str | None = None) -> np.ndarray:
+    def agreement(self, grid: Grid, structure: str | None = None) -> NDArray[Any]:
         """Share of proposals that draw each voxel; not a calibrated probability.
 
         Args:
@@ -302,7 +304,7 @@ class VolumeProposals:
                 stack[z, rows, cols] = np.maximum(stack[z, rows, cols], share)
         return grid.from_stack(stack)
 
-    def disagreement_map(self, grid: Grid, structure: str | None = None) -> np.ndarray:
+    def disagreement_map(self, grid: Grid, structure: str | None = None) -> NDArray[Any]:
         """Where the proposals differ: 4 a (1 - a) of the agreement a, in percent.
 
         Args:
@@ -460,14 +462,15 @@ class VolumeProposals:
             boxes.append((_span(depth), _span(rows), _span(cols)))
         return tuple(boxes)
 
-    def _drawn(self, index: int, box: tuple[slice, slice, slice]) -> np.ndarray:
+    def _drawn(self, index: int, box: tuple[slice, slice, slice]) -> NDArray[Any]:
         """The masks inside a box of the working grid, bool (K, z, h, w). What lies beyond the edge of the image is
         nobody's organ.
         """
-        return (_inside(self.probabilities[index], box) >= DRAWN) & self.grid.covered[box[1], box[2]]
+        found: NDArray[Any] = (_inside(self.probabilities[index], box) >= DRAWN) & self.grid.covered[box[1], box[2]]
+        return found
 
     @cached_property
-    def _drawn_slices(self) -> np.ndarray:
+    def _drawn_slices(self) -> NDArray[Any]:
         """bool (P, Z): any proposal draws the structure on the slice."""
         result = np.zeros((len(self.structures), self.grid.shape[0]), dtype=bool)
         for index, box in enumerate(self._boxes):
@@ -475,16 +478,17 @@ class VolumeProposals:
                 result[index, box[0]] = self._drawn(index, box).any(axis=(0, 2, 3))
         return result
 
-    def _consensus(self, index: int) -> np.ndarray:
+    def _consensus(self, index: int) -> NDArray[Any]:
         """bool consensus on the working grid inside the structure's box; empty if the structure is absent."""
         box = self._boxes[index]
         if box is None:
             return np.zeros((0, 0, 0), dtype=bool)
         drawn = self._drawn(index, box)
-        return drawn.sum(axis=0) * 2 >= len(drawn)
+        found: NDArray[Any] = drawn.sum(axis=0) * 2 >= len(drawn)
+        return found
 
     @cached_property
-    def _occupied(self) -> np.ndarray:
+    def _occupied(self) -> NDArray[Any]:
         """bool (P, Z): the structure has any probability on the slice."""
         result = np.zeros((len(self.structures), self.grid.shape[0]), dtype=bool)
         for index, box in enumerate(self._boxes):
@@ -498,7 +502,7 @@ class VolumeProposals:
 
     def _restored(
         self, index: int, proposals: Sequence[int] | None = None, slices: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, tuple[slice, slice], np.ndarray]]:
+    ) -> Iterator[tuple[int, tuple[slice, slice], NDArray[Any]]]:
         """A structure on the axial stack, slice by slice where it has any probability.
 
         Yields:
@@ -563,11 +567,11 @@ def check_shown(shown: str | int, num_proposals: int) -> str | int:
     raise RequestError(f"Cannot show {shown!r}; choose consensus, best, or a proposal from 1 to {num_proposals}.")
 
 
-def _span(positions: np.ndarray) -> slice:
+def _span(positions: NDArray[Any]) -> slice:
     return slice(int(positions[0]), int(positions[-1]) + 1)
 
 
-def _inside(maps: np.ndarray, box: tuple[slice, slice, slice]) -> np.ndarray:
+def _inside(maps: NDArray[Any], box: tuple[slice, slice, slice]) -> NDArray[Any]:
     """The view of (K, Z, h, w) inside a box."""
     return maps[:, box[0], box[1], box[2]]
 
@@ -578,9 +582,9 @@ class _Axis:
 
     window: slice
     covered: slice
-    lower: np.ndarray
-    upper: np.ndarray
-    weight: np.ndarray
+    lower: NDArray[Any]
+    upper: NDArray[Any]
+    weight: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -590,7 +594,7 @@ class _Place:
     rows: _Axis
     cols: _Axis
 
-    def resample(self, maps: np.ndarray) -> np.ndarray:
+    def resample(self, maps: NDArray[Any]) -> NDArray[Any]:
         """The same bilinear lookup as `WorkingGrid.restore_slices`, one axis after the other: (K, h, w) -> float32 (K,
         y, x).
         """
@@ -600,7 +604,7 @@ class _Place:
         return _interpolate(np.ascontiguousarray(rows.transpose(0, 2, 1)), self.cols).transpose(0, 2, 1)
 
 
-def _interpolate(maps: np.ndarray, axis: _Axis) -> np.ndarray:
+def _interpolate(maps: NDArray[Any], axis: _Axis) -> NDArray[Any]:
     """(K, window, m) -> (K, covered, m)."""
     lower = maps.take(axis.lower, axis=1)
     difference = maps.take(axis.upper, axis=1)
@@ -610,9 +614,9 @@ def _interpolate(maps: np.ndarray, axis: _Axis) -> np.ndarray:
     return lower
 
 
-def _count(drawn: np.ndarray) -> np.ndarray:
+def _count(drawn: NDArray[Any]) -> NDArray[Any]:
     """How many proposals draw each pixel: bool (K, y, x) -> uint8 (y, x)."""
-    count = drawn[0].astype(np.uint8)
+    count: NDArray[Any] = drawn[0].astype(np.uint8)
     for proposal in drawn[1:]:
         count += proposal
     return count

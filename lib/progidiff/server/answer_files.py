@@ -8,8 +8,9 @@ import shutil
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.images.geometry import Grid
 from progidiff.images.writing import save_mask
@@ -19,7 +20,7 @@ _lock = threading.Lock()
 _folder: Path | None = None
 
 
-def write_temporary(labels: np.ndarray, like: Grid, extension: str) -> Path:
+def write_temporary(labels: NDArray[Any], like: Grid, extension: str) -> Path:
     """Write labels in file order (I, J, K) to a new temporary file on the grid of an image; the caller removes it."""
     handle, name = tempfile.mkstemp(prefix="progidiff-", suffix=extension, dir=_find_folder())
     os.close(handle)

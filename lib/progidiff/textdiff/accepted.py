@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, ModelError, RequestError
 from progidiff.images.formats import is_picture
@@ -460,16 +461,16 @@ def _speaks(case: Case, classes: Sequence[str]) -> bool:
     return bool(set(case.structures.values()) & set(classes))
 
 
-def _is_annotated(case: Case, name: str, count: int) -> np.ndarray:
+def _is_annotated(case: Case, name: str, count: int) -> NDArray[Any]:
     """`Case.is_annotated` of a name as the label has it, or as the history does, which knows synonyms as one
     structure.
     """
     return np.asarray(case.is_annotated(name, count) | case.is_annotated(canonical_name(name), count), dtype=bool)
 
 
-def _find_spoken(case: Case, label: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+def _find_spoken(case: Case, label: NDArray[Any], classes: Sequence[str]) -> NDArray[Any]:
     """Which classes a label (Z, Y, X) speaks about on which slice: bool (Z, classes)."""
-    spoken = np.stack([_is_annotated(case, name, len(label)) for name in classes], axis=1)
+    spoken: NDArray[Any] = np.stack([_is_annotated(case, name, len(label)) for name in classes], axis=1)
     if not case.names_all:
         shown = {case.structures.get(int(value)) for value in np.unique(label)}
         said = set(case.annotated or ())
@@ -479,12 +480,12 @@ def _find_spoken(case: Case, label: np.ndarray, classes: Sequence[str]) -> np.nd
     return spoken
 
 
-def _list_unknown(spoken: np.ndarray) -> tuple[int, ...]:
+def _list_unknown(spoken: NDArray[Any]) -> tuple[int, ...]:
     """Numbers of the classes that are not spoken about."""
     return tuple(int(number) + 1 for number in np.flatnonzero(~spoken))
 
 
-def _pick_slices(case: Case, label: np.ndarray, classes: Sequence[str], table: np.ndarray) -> list[int]:
+def _pick_slices(case: Case, label: NDArray[Any], classes: Sequence[str], table: NDArray[Any]) -> list[int]:
     """Annotated slices that show a class, at most `MAX_SLICES`, evenly spread; of a volume that shows none, an
     annotated one.
     """
@@ -505,7 +506,7 @@ def _pick_slices(case: Case, label: np.ndarray, classes: Sequence[str], table: n
     ]
 
 
-def _number_classes(label: np.ndarray, case: Case, classes: Sequence[str], spoken: np.ndarray) -> np.ndarray:
+def _number_classes(label: NDArray[Any], case: Case, classes: Sequence[str], spoken: NDArray[Any]) -> NDArray[Any]:
     """Label ids as class numbers: 1 is the first class; other structures, and classes that nobody vouches for here, are
     background.
     """

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.formats import Use, is_picture, list_suffixes
@@ -110,7 +112,7 @@ def pick_cases(cases: Sequence[PictureCase], names: Sequence[str]) -> list[Pictu
     return list({known[name].name: known[name] for name in names}.values())
 
 
-def read_classes(case: PictureCase, size: tuple[int, int], classes: int) -> np.ndarray:
+def read_classes(case: PictureCase, size: tuple[int, int], classes: int) -> NDArray[Any]:
     """The mask of a case as class numbers.
 
     0 stays background. With one class everything above 0 is it (masks of 0 and 255); with more, values are class

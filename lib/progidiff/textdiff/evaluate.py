@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import CancelledError, RequestError
 from progidiff.textdiff.data import PictureCase, read_classes
@@ -133,7 +134,7 @@ def _measure(
     return entry, scores, tuple(result.notes)
 
 
-def compute_scores(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
+def compute_scores(found: NDArray[Any], truth: NDArray[Any]) -> tuple[float, float]:
     """Dice and IoU of two binary masks of one shape; 1 where both are empty.
 
     Example:

@@ -342,7 +342,8 @@ class _Latent:
             encoded = self._vae.encode(pictures)
         latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
         shift = getattr(self._vae.config, "shift_factor", None) or 0.0
-        return (latents - shift) * self._vae.config.scaling_factor
+        found: Tensor = (latents - shift) * self._vae.config.scaling_factor
+        return found
 
 
 @contextlib.contextmanager

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
@@ -149,11 +150,11 @@ class TextDiffResult:
         seconds: Time it took.
     """
 
-    probabilities: np.ndarray
-    mask: np.ndarray
-    masks: np.ndarray
+    probabilities: NDArray[Any]
+    mask: NDArray[Any]
+    masks: NDArray[Any]
     disagreement: float
-    disagreement_map: np.ndarray
+    disagreement_map: NDArray[Any]
     notes: tuple[str, ...]
     sentence: str | None
     seconds: float
@@ -182,7 +183,7 @@ class TextDiffModel:
 
     def predict(
         self,
-        picture: Picture | np.ndarray | Tensor,
+        picture: Picture | NDArray[Any] | Tensor,
         sentence: str | None = None,
         draws: int | None = None,
         *,
@@ -259,7 +260,7 @@ class TextDiffModel:
             seconds=time.monotonic() - started,
         )
 
-    def draw_mask(self, probabilities: np.ndarray) -> np.ndarray:
+    def draw_mask(self, probabilities: NDArray[Any]) -> NDArray[Any]:
         """Class numbers where the foreground is likelier than the card's threshold.
 
         Args:
@@ -289,14 +290,16 @@ class TextDiffModel:
             logits = self.head(
                 [f.to(device) for f in features], tokens, mask, torch.tensor([place], device=device), attend
             )
-        return logits[0].softmax(dim=0)[1:, : working.shape[1], : working.shape[2]].float().cpu()
+        found: Tensor = logits[0].softmax(dim=0)[1:, : working.shape[1], : working.shape[2]].float().cpu()
+        return found
 
     def pack_weights(self) -> bytes:
         """The head as a safetensors file, fp16; statistics of the features stay fp32."""
         tensors = {n: t.detach().cpu() for n, t in self.head.state_dict().items()}
-        return save_safetensors(
+        found: bytes = save_safetensors(
             {n: (t if n.startswith(("mean_", "std_")) else t.half()).contiguous() for n, t in tensors.items()}
         )
+        return found
 
     def save(self, folder: Path, run: Mapping[str, Any], readme: str | None = None) -> TextDiffModel:
         """Write a version folder by one rename; it must not exist. Returns the model as it lies there.
@@ -519,7 +522,7 @@ def _find_denoiser(card: TextDiffCard, place: Path) -> str | Path:
     return card.denoiser
 
 
-def _as_picture(picture: Picture | np.ndarray | Tensor) -> Picture:
+def _as_picture(picture: Picture | NDArray[Any] | Tensor) -> Picture:
     if isinstance(picture, Picture):
         return picture
     array = picture.numpy() if isinstance(picture, Tensor) else np.asarray(picture)

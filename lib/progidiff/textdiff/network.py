@@ -169,7 +169,8 @@ class _Merge(nn.Module):
         if self.narrow is not None and coarse is not None:
             # Narrowing commutes with upsampling and is cheaper before it.
             joined = torch.cat([F.interpolate(self.narrow(coarse), size=fine.shape[2:], mode="nearest"), fine], dim=1)
-        return self.second(self.first(joined))
+        found: Tensor = self.second(self.first(joined))
+        return found
 
 
 class _TextBranch(nn.Module):

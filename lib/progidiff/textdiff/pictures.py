@@ -15,9 +15,11 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
@@ -85,7 +87,7 @@ def read_picture(path: str | os.PathLike[str]) -> Picture:
     return replace(picture, notes=(*notes, *picture.notes))
 
 
-def to_picture(array: np.ndarray, name: str = "the picture") -> Picture:
+def to_picture(array: NDArray[Any], name: str = "the picture") -> Picture:
     """An array as a picture.
 
     Args:
@@ -127,7 +129,7 @@ def to_picture(array: np.ndarray, name: str = "the picture") -> Picture:
     return Picture(torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1))), tuple(notes), name, gray)
 
 
-def read_label(path: str | os.PathLike[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+def read_label(path: str | os.PathLike[str]) -> tuple[NDArray[Any], tuple[str, ...]]:
     """Read a mask as it is stored.
 
     Returns:
@@ -193,7 +195,8 @@ def to_working(pixels: Tensor, scale: float | None, size: int | None, tone: Sequ
     found = working.std(dim=(1, 2), correction=0, keepdim=True)
     # Nearly empty pictures must not become noise: contrast is raised four times at most.
     factor = (std / found.clamp_min(1e-3)).clamp_max(4.0)
-    return ((working - working.mean(dim=(1, 2), keepdim=True)) * factor + mean).clamp(-1, 1)
+    result: Tensor = ((working - working.mean(dim=(1, 2), keepdim=True)) * factor + mean).clamp(-1, 1)
+    return result
 
 
 def resize(tensor: Tensor, size: tuple[int, int]) -> Tensor:
@@ -267,7 +270,7 @@ def _cut(length: int, largest: int, overlap: int) -> Iterator[tuple[int, int]]:
         yield start, start + side
 
 
-def _read(path: Path) -> tuple[np.ndarray, list[str]]:
+def _read(path: Path) -> tuple[NDArray[Any], list[str]]:
     notes: list[str] = []
     try:
         with open_picture(path) as image:
@@ -282,14 +285,14 @@ def _read(path: Path) -> tuple[np.ndarray, list[str]]:
         raise ImageError(f"The picture '{path}' does not exist; check its path.") from err
 
 
-def _full_scale(array: np.ndarray) -> float:
+def _full_scale(array: NDArray[Any]) -> float:
     """The value of an opaque pixel."""
     if array.dtype == np.bool_:
         return 1.0
     return float(np.iinfo(array.dtype).max) if np.issubdtype(array.dtype, np.integer) else max(1.0, float(array.max()))
 
 
-def _scale_range(array: np.ndarray, name: str) -> tuple[np.ndarray, float, float]:
+def _scale_range(array: NDArray[Any], name: str) -> tuple[NDArray[Any], float, float]:
     if not (np.issubdtype(array.dtype, np.integer) or np.issubdtype(array.dtype, np.floating)):
         raise ImageError(f"{name} holds values of type {array.dtype}; a picture has whole or real numbers.")
     values = array.astype(np.float64)

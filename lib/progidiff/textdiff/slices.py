@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.images.intensities import compute_window
 from progidiff.images.volume import Volume
 
 
-def render_slice(volume: Volume, z: int) -> np.ndarray:
+def render_slice(volume: Volume, z: int) -> NDArray[Any]:
     """An axial slice through the usual window (`volume.compute_window`), as a radiologist sees it.
 
     Args:

@@ -121,7 +121,8 @@ class BestWeights:
     def load(self) -> dict[str, Tensor]:
         """The best weights."""
         try:
-            return load_file(self.file)
+            found: dict[str, Tensor] = load_file(self.file)
+            return found
         except Exception as err:  # safetensors raises its own untyped error for a truncated file
             raise ModelError(
                 f"'{self.file}' cannot be read ({err}); remove the folder '{self.file.parent}' to train again."

@@ -5,9 +5,11 @@ much as a full one.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from progidiff.training.slice_cache import SliceCache
@@ -28,8 +30,8 @@ class DiceTally:
     def __init__(self, cache: SliceCache) -> None:
         self.cache = cache
         self._shape = (len(cache.images), len(cache.structures))
-        self._overlap: dict[str, np.ndarray] = {}
-        self._total: dict[str, np.ndarray] = {}
+        self._overlap: dict[str, NDArray[Any]] = {}
+        self._total: dict[str, NDArray[Any]] = {}
         self.truth = np.zeros(self._shape)
 
     def add(self, batch: list[int], labels: Tensor, masks: dict[str, Tensor]) -> None:
@@ -52,7 +54,7 @@ class DiceTally:
                 overlap[v] += (mask[n] & target[n]).sum((1, 2)).numpy()
                 total[v] += ((mask[n] & spoken[n]).sum((1, 2)) + target[n].sum((1, 2))).numpy()
 
-    def compute_dice(self, kind: str, present: np.ndarray | None = None) -> np.ndarray:
+    def compute_dice(self, kind: str, present: NDArray[Any] | None = None) -> NDArray[Any]:
         """Dice per volume and structure, (V, P); NaN where the structure is not there.
 
         Args:
@@ -63,7 +65,7 @@ class DiceTally:
         return np.where(there, 2 * self._overlap[kind] / np.maximum(self._total[kind], 1), np.nan)
 
 
-def average_volumes(dice: np.ndarray, structures: Sequence[str]) -> dict[str, float]:
+def average_volumes(dice: NDArray[Any], structures: Sequence[str]) -> dict[str, float]:
     """Mean over volumes per structure, of those that any volume shows.
 
     Args:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from progidiff.prompts.structures import pick_color
@@ -26,7 +28,7 @@ def pick_telling_slices(cache: SliceCache, count: int = COUNT) -> list[int]:
     return [int(part[shown[part].argmax()]) for part in parts]
 
 
-def draw_answers(cache: SliceCache, answer: Callable[[Tensor], Sequence[Tensor]]) -> dict[str, np.ndarray]:
+def draw_answers(cache: SliceCache, answer: Callable[[Tensor], Sequence[Tensor]]) -> dict[str, NDArray[Any]]:
     """Pictures of some slices: the labelled masks, then what `answer` gives.
 
     Args:
@@ -47,7 +49,7 @@ def draw_answers(cache: SliceCache, answer: Callable[[Tensor], Sequence[Tensor]]
     return pictures
 
 
-def paint(image: Tensor, masks: Tensor, structures: Sequence[str], strength: float = 0.5) -> np.ndarray:
+def paint(image: Tensor, masks: Tensor, structures: Sequence[str], strength: float = 0.5) -> NDArray[Any]:
     """A slice with tinted masks.
 
     Args:

@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -175,7 +175,7 @@ def run_loop(
     validate: Callable[[], dict[str, float]] | None = None,
     is_cancelled: Callable[[], bool] | None = None,
     report: Report | None = None,
-    draw: Callable[[], dict[str, np.ndarray]] | None = None,
+    draw: Callable[[], dict[str, NDArray[Any]]] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> list[dict[str, float]]:
     """Train until `config.steps`, resuming from `folder` if it holds a checkpoint of the same configuration.
@@ -240,7 +240,7 @@ class _Watcher:
         self,
         run: _Run,
         validate: Callable[[], dict[str, float]] | None,
-        draw: Callable[[], dict[str, np.ndarray]] | None,
+        draw: Callable[[], dict[str, NDArray[Any]]] | None,
         report: Report | None,
     ) -> None:
         config = run.config

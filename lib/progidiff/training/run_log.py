@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import StoreError
 
@@ -46,7 +46,7 @@ class RunLog:
             if name not in ("step", "total", "seconds", "eta_seconds"):
                 self._draw(lambda name=name, value=value: self._board.add_scalar(f"training/{name}", value, step))
 
-    def add_validation(self, figures: Mapping[str, float], pictures: Mapping[str, np.ndarray] | None = None) -> None:
+    def add_validation(self, figures: Mapping[str, float], pictures: Mapping[str, NDArray[Any]] | None = None) -> None:
         """Note a validation and what it looks like.
 
         Args:

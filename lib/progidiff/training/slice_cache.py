@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from progidiff.errors import ImageError
@@ -50,7 +51,7 @@ class Case(LabelledCase):
     info: Mapping[str, Any] = field(default_factory=dict)
     names_all: bool = True
 
-    def is_annotated(self, structure: str, count: int) -> np.ndarray:
+    def is_annotated(self, structure: str, count: int) -> NDArray[Any]:
         """On which of `count` axial slices the label speaks about a structure, bool (Z,)."""
         in_table = structure in self.structures.values()
         if self.annotated is None:
@@ -93,7 +94,7 @@ class SliceFile:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, slices: Any) -> np.ndarray:
+    def __getitem__(self, slices: Any) -> NDArray[Any]:
         return np.array(np.memmap(self._path, np.uint8, "r", self._offset, self.shape)[slices])
 
 
@@ -117,8 +118,8 @@ class SliceCache:
         self.names: list[str] = []
         self.digests: dict[str, str] = {}
         steps: list[int] = []
-        present: list[np.ndarray] = []
-        spoken: list[np.ndarray] = []
+        present: list[NDArray[Any]] = []
+        spoken: list[NDArray[Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
         for case in cases:
             path, digest = self._prepare(case, folder)

@@ -24,7 +24,7 @@ class ImageLocks:
         self._work = work
         self._seconds = seconds
         self._mutex = threading.Lock()
-        self._locks: dict[str, tuple[threading.RLock, int]] = {}  # type: ignore[valid-type]
+        self._locks: dict[str, tuple[threading.RLock, int]] = {}
 
     @contextmanager
     def hold(self, image_id: str) -> Iterator[None]:

@@ -26,6 +26,7 @@ from monailabel.datastore.utils.convert import binary_to_image, nifti_to_dicom_s
 from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
 from monailabel.interfaces import app as host
 from monailabel.interfaces.app import MONAILabelApp
+from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from progidiff.dicomweb.codes import describe_segment
@@ -282,7 +283,7 @@ def _find_image(segmentation: Dataset) -> str:
     return str(references[0].get("SeriesInstanceUID", "")) if len(references) else ""
 
 
-def _describe_segments(labels: np.ndarray, names: list[dict[str, Any]], provenance: str) -> list[dict[str, Any]]:
+def _describe_segments(labels: NDArray[Any], names: list[dict[str, Any]], provenance: str) -> list[dict[str, Any]]:
     """What dcmqi is told about the labels that are present, ascending, as the host goes through them."""
     by_id = {int(entry["idx"]): str(entry["name"]) for entry in names if "idx" in entry and "name" in entry}
     segments = []

@@ -61,7 +61,8 @@ def get_info(app: MONAILabelApp) -> dict[str, Any]:
     whole request.
     """
     try:
-        return MONAILabelApp.info(app)
+        found: dict[str, Any] = MONAILabelApp.info(app)
+        return found
     except Exception as err:
         logger.exception("info() without the datastore's part")
         return {

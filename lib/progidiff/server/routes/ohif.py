@@ -19,6 +19,7 @@ import numpy as np
 from fastapi import Request
 from fastapi.responses import FileResponse, Response
 from monailabel.endpoints.ohif import get_ohif
+from numpy.typing import NDArray
 
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.errors import NotFoundError
@@ -79,7 +80,7 @@ def build_endpoints() -> Endpoints:
 
     @endpoints.get("/ohif/{path:path}", READ, include_in_schema=False, summary="OHIF")
     def get_viewer(request: Request, path: str) -> Response:
-        answer = get_ohif(path)
+        answer: FileResponse = get_ohif(path)
         root = find_root(request.scope)
         if not root or Path(answer.path).suffix not in _WITH_ADDRESSES:
             return answer
@@ -160,7 +161,7 @@ def _find_uids(context: Context, image_id: str) -> tuple[str, str]:
     return entry.identity.study_uid, entry.identity.series_uid
 
 
-def _order(context: Context, volume: Volume, array: np.ndarray) -> np.ndarray:
+def _order(context: Context, volume: Volume, array: NDArray[Any]) -> NDArray[Any]:
     """(I, J, K) in file order -> slices of the series, ascending along their normal.
 
     What came from a DICOMweb server has the order of its series already: slices last, ascending.
@@ -190,15 +191,16 @@ def _find_result(context: Context, image_id: str, key: str, job: str) -> VolumeP
     return result
 
 
-def _draw(result: VolumeProposals, volume: Volume, show: str) -> np.ndarray:
+def _draw(result: VolumeProposals, volume: Volume, show: str) -> NDArray[Any]:
     if show == DISAGREEMENT:
         percent = result.disagreement_map(volume.grid)
-        return np.array([0, *HEAT_LABELS], dtype=np.uint8)[(percent.astype(np.uint16) + 24) // 25]
+        found: NDArray[Any] = np.array([0, *HEAT_LABELS], dtype=np.uint8)[(percent.astype(np.uint16) + 24) // 25]
+        return found
     ids = number_structures(result.structures)
     return result.label_map(volume.grid, show, ids)
 
 
-def _find_box(labels: np.ndarray) -> list[tuple[int, int]]:
+def _find_box(labels: NDArray[Any]) -> list[tuple[int, int]]:
     """Where anything is drawn, half open per axis; empty if nothing is."""
     slices = labels.any(axis=(1, 2))
     rows, columns = labels.any(axis=(0, 2)), labels.any(axis=(0, 1))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import MemoryFullError, ModelError, ProGiDiffError
 
@@ -109,7 +109,7 @@ class TextDiffEngine:
 
     def predict(
         self,
-        picture: Picture | np.ndarray,
+        picture: Picture | NDArray[Any],
         sentence: str | None,
         draws: int,
         card: TextDiffCard,

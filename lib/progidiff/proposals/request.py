@@ -31,6 +31,8 @@ BEST = "best"
 
 DISAGREEMENT = "disagreement"
 
+AGREEMENT = "agreement"
+
 DEFAULT_CLEAN_UP = SMALL
 """What the command line and the server drop from proposals unless told otherwise; benchmarks/notes.md says why."""
 
@@ -38,6 +40,9 @@ AUTO = "auto"
 
 NONE = "none"
 """What the option adapter may be beside the names of adapters: chosen by modality, or the model itself."""
+
+DEFAULT_NUM_PROPOSALS = 4
+"""K of a request that does not say, and of the scores."""
 
 MAX_PROPOSALS = 64
 
@@ -61,10 +66,9 @@ _RESERVED = (
     "label_tag",
     "result_dir",
     "model_dir",
-    "backbone",
     "store",
-    "adapters",
 )
+"""What no client may set."""
 
 _ALIASES = {"num_inference_steps": "steps", "k": "num_proposals"}
 
@@ -118,7 +122,7 @@ class ProposalRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     queries: tuple[Query, ...]
-    num_proposals: int = 4
+    num_proposals: int = DEFAULT_NUM_PROPOSALS
     num_inference_steps: int | None = None
     seed: int = 0
     guidance_scale: float | None = None
@@ -250,47 +254,96 @@ class ProposalRequest(BaseModel):
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class InferOptions:
-    """What one request asks for.
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions:
+    """What a request of any kind says of its answer.
 
     Attributes:
-        prompt: Free text naming structures. OHIF's "Class Prompts" send their label ids as `label_prompt` instead,
-            which wins: OHIF sends along what was once typed into the options.
         num_proposals: K.
-        show: "consensus", "best", "1".."K" or "disagreement".
-        steps: Denoising steps; None for the model's default.
-        seed: 0..2**32 - 1.
-        guidance_scale: Classifier-free guidance; None for the model's default.
-        adapter: A name, ``name@version`` or "none"; None to have it chosen by the image's modality.
+        show: "consensus", "best", "1".."K", "disagreement", or what else the task shows.
         modality: "CT", "MR", or None to find out.
-        allow_free_text: Send an unknown prompt through the text encoder instead of refusing it.
-        clean_up: How islands are dropped from every proposal once all slices are there: "off", "small" or "largest",
-            see `progidiff.proposals.islands`.
         save_original: Also save the consensus as the image's label of tag `original`.
         save_proposals: The same, and every proposal as tag `proposal_1` .. `proposal_K`.
-        first_slice: The axial index that somebody looks at, to be computed first; None for any order.
-        result_extension: ".nii.gz", ".nii" or ".nrrd".
         job_id: The client's name for the job, None to have one made up.
         ignored: Names of parameters that mean nothing to this task.
     """
 
-    prompt: str
     num_proposals: int
     show: str
+    modality: str | None
+    save_original: bool
+    save_proposals: bool
+    job_id: str | None
+    ignored: tuple[str, ...]
+
+
+def read_answer_options(
+    values: Mapping[str, Any],
+    sent: Iterable[str],
+    known: Sequence[str],
+    max_proposals: int,
+    also_reserved: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The fields of `AnswerOptions`, but for `show`.
+
+    Args:
+        values: What was sent, and defaults.
+        sent: Names of what was sent.
+        known: Names of what means something to the task.
+        max_proposals: Largest K allowed.
+        also_reserved: Names beside those that no task takes from a client.
+
+    Raises:
+        RequestError: if a parameter is reserved, malformed or out of range.
+    """
+    sent = sorted(str(name) for name in sent)
+    for name in sent:
+        if name in _RESERVED or name in also_reserved:
+            raise RequestError(
+                f"Option {name} cannot be set by a request; image, session and model "
+                "go into the address, the rest into --conf."
+            )
+    modality = read_choice(values.get("modality", AUTO), "modality", (AUTO, *list_modalities()))
+    job_id = values.get("job_id")
+    return {
+        "num_proposals": read_int(
+            values.get("num_proposals", DEFAULT_NUM_PROPOSALS), "num_proposals", 1, max_proposals
+        ),
+        "modality": None if modality == AUTO else modality,
+        "save_original": read_bool(values.get("save_original", False), "save_original"),
+        "save_proposals": read_bool(values.get("save_proposals", False), "save_proposals"),
+        "job_id": None if job_id is None else str(job_id),
+        "ignored": tuple(name for name in sent if name not in known),
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class InferOptions(AnswerOptions):
+    """What one request for proposals of a volume asks for, beside `AnswerOptions`.
+
+    Attributes:
+        prompt: Free text naming structures. OHIF's "Class Prompts" send their label ids as `label_prompt` instead,
+            which wins: OHIF sends along what was once typed into the options.
+        steps: Denoising steps; None for the model's default.
+        seed: 0..2**32 - 1.
+        guidance_scale: Classifier-free guidance; None for the model's default.
+        adapter: A name, ``name@version`` or "none"; None to have it chosen by the image's modality.
+        allow_free_text: Send an unknown prompt through the text encoder instead of refusing it.
+        clean_up: How islands are dropped from every proposal once all slices are there: "off", "small" or "largest",
+            see `progidiff.proposals.islands`.
+        first_slice: The axial index that somebody looks at, to be computed first; None for any order.
+        result_extension: ".nii.gz", ".nii" or ".nrrd".
+    """
+
+    prompt: str
     steps: int | None
     seed: int
     guidance_scale: float | None
     adapter: str | None
-    modality: str | None
     allow_free_text: bool
     clean_up: str
-    save_original: bool
-    save_proposals: bool
     first_slice: int | None
     result_extension: str
-    job_id: str | None
-    ignored: tuple[str, ...]
 
     @classmethod
     def from_params(
@@ -314,38 +367,25 @@ class InferOptions:
             (4, '2', 0)
         """
         sent = {_ALIASES.get(name, name): value for name, value in params.items()}
-        for name in _RESERVED:
-            if name in sent:
-                raise RequestError(
-                    f"Option {name} cannot be set by a request; image, session and model "
-                    "go into the address, the rest into --conf."
-                )
         values = {**defaults, **{name: value for name, value in sent.items() if value is not None}}
-        num_proposals = read_int(values.get("num_proposals", 4), "num_proposals", 1, max_proposals)
+        shared = read_answer_options(values, sent, OPTION_NAMES, max_proposals, also_reserved=("backbone", "adapters"))
         steps = values.get("steps")
         guidance = values.get("guidance_scale")
-        job_id = values.get("job_id")
         first_slice = values.get("first_slice")
         extensions = list_suffixes(Use.ANSWER, "volume")
         adapter = _read_adapter(values.get("adapter", adapters[0]), adapters) if adapters else None
-        modality = read_choice(values.get("modality", AUTO), "modality", (AUTO, *list_modalities()))
         return cls(
+            **shared,
             prompt=_read_label_prompt(sent.get("label_prompt")) or _read_prompt(values.get("prompt")),
-            num_proposals=num_proposals,
-            show=_read_show(values.get("show", CONSENSUS), num_proposals),
+            show=_read_show(values.get("show", CONSENSUS), shared["num_proposals"]),
             steps=None if steps is None else read_int(steps, "steps", 1, MAX_STEPS),
             seed=read_int(values.get("seed", 0), "seed", 0, MAX_SEED),
             guidance_scale=None if guidance is None else read_float(guidance, "guidance_scale", 0.0, MAX_GUIDANCE),
             adapter=adapter,
-            modality=None if modality == AUTO else modality,
             allow_free_text=read_bool(values.get("allow_free_text", False), "allow_free_text"),
             clean_up=read_choice(values.get("clean_up", DEFAULT_CLEAN_UP), "clean_up", CLEAN_UPS),
-            save_original=read_bool(values.get("save_original", False), "save_original"),
-            save_proposals=read_bool(values.get("save_proposals", False), "save_proposals"),
             first_slice=None if first_slice is None else read_int(first_slice, "first_slice", 0, MAX_SLICE),
             result_extension=read_choice(values.get("result_extension", extensions[0]), "result_extension", extensions),
-            job_id=None if job_id is None else str(job_id),
-            ignored=tuple(sorted(name for name in sent if name not in OPTION_NAMES)),
         )
 
     def to_request(self, queries: Sequence[Query]) -> ProposalRequest:

@@ -22,11 +22,12 @@ from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.errors import CancelledError, ImageError, MemoryFullError, ModelError, NotFoundError, RequestError
 from progidiff.images.pictures import PICTURE
 from progidiff.proposals.device_queue import JobState
+from progidiff.proposals.request import DEFAULT_NUM_PROPOSALS
 from progidiff.server.background.scorers import PictureScorer
 from progidiff.server.options import ServerOptions
 from progidiff.server.picture_trainings import collect, list_versions
 from progidiff.server.tasks.picture_engine import SentenceTable, TextDiffEngine
-from progidiff.server.tasks.pictures import NUM_DRAWS, TextDiffInferTask, TextDiffOptions, open_picture
+from progidiff.server.tasks.pictures import TextDiffInferTask, TextDiffOptions, open_picture
 from progidiff.server.tasks.volumes import ProposalInferTask, build_task
 from progidiff.textdiff.accepted import _write_cases, choose, judge
 from progidiff.textdiff.data import read_classes
@@ -330,7 +331,7 @@ def test_a_picture_is_scored_by_how_far_its_draws_disagree_and_the_draws_are_kep
     assert entry is not None
     assert (entry.modality, entry.scores.structures, entry.scores.num_slices) == (PICTURE, ("nuclei", "stroma"), 1)
     assert entry.scores.disagreement[0, 0] > 0 == entry.scores.disagreement[1, 0]
-    _, answer = place.read("one.png", num_proposals=NUM_DRAWS)
+    _, answer = place.read("one.png", num_proposals=DEFAULT_NUM_PROPOSALS)
     assert answer["cached"] is True
     assert answer["structures"]["nuclei"]["disagreement"] == pytest.approx(
         float(entry.scores.disagreement[0, 0]), abs=1e-3
@@ -354,12 +355,12 @@ def test_a_sentence_that_is_too_long_does_not_keep_a_picture_from_being_scored(p
         assert scorer.score(
             "one", place.studies / "one.png", "", partial(place.whole.queue.background_job, "score", "one")
         )
-    assert place.engine.calls == [(None, NUM_DRAWS)]
+    assert place.engine.calls == [(None, DEFAULT_NUM_PROPOSALS)]
     # The draws without the sentence are no answer to a request with it.
     with pytest.raises(RequestError, match="The sentence is too long"):
-        place.ask("one.png", num_proposals=NUM_DRAWS)
+        place.ask("one.png", num_proposals=DEFAULT_NUM_PROPOSALS)
     (place.studies / "text.csv").unlink()
-    assert place.ask("one.png", num_proposals=NUM_DRAWS)[1]["cached"] is True
+    assert place.ask("one.png", num_proposals=DEFAULT_NUM_PROPOSALS)[1]["cached"] is True
 
 
 def test_another_sentence_or_version_asks_for_new_scores(place: Place, scorer: PictureScorer):

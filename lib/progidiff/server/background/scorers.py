@@ -27,16 +27,13 @@ from progidiff.images.pictures import PICTURE
 from progidiff.images.reading import load_volume
 from progidiff.prompts.parser import parse_prompt
 from progidiff.proposals.keeper import TakeTurn
-from progidiff.proposals.request import NONE, ProposalRequest
+from progidiff.proposals.request import DEFAULT_NUM_PROPOSALS, NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.work import Work
-from progidiff.server.tasks.pictures import NUM_DRAWS, TextDiffInferTask, open_picture
+from progidiff.server.tasks.pictures import TextDiffInferTask, open_picture
 from progidiff.server.tasks.volumes import ProposalInferTask
 
 logger = logging.getLogger(__name__)
-
-NUM_PROPOSALS = 4
-"""K of the scores, and of a request that does not say."""
 
 UNWATCHED = Work(remember=False, is_yielding=True)
 """How work is done that nobody waits for."""
@@ -159,7 +156,6 @@ class VolumeScorer(ImageScorer):
         adapter = engine.pick_adapter(None, volume.modality)
         request = ProposalRequest(
             queries=parse_prompt(self._prompt, task.structures, False, engine.model_version),
-            num_proposals=NUM_PROPOSALS,
             clean_up=task.options.clean_up,
         )
         question = task.ask(request, volume, image, adapter)
@@ -206,13 +202,13 @@ class PictureScorer(ImageScorer):
         sentence = self._find_sentence(path)
         try:
             try:
-                answer = self._task.answer(subject, sentence, NUM_DRAWS, card, image, take_turn)
+                answer = self._task.answer(subject, sentence, DEFAULT_NUM_PROPOSALS, card, image, take_turn)
             except RequestError as err:
                 if sentence is None:
                     raise
                 logger.warning("'%s' is scored without its sentence: %s", image, err)
                 # Kept as what they are: a request with this sentence is to be refused, not answered from here.
-                answer = self._task.answer(subject, None, NUM_DRAWS, card, image, take_turn)
+                answer = self._task.answer(subject, None, DEFAULT_NUM_PROPOSALS, card, image, take_turn)
         except ModelError as err:
             logger.warning("Pictures are not scored by %s: %s", card.full_name, err)
             self._broken = card.full_name

@@ -45,6 +45,7 @@ from progidiff.server.gate.endpoints import (
 from progidiff.server.inference import check_tag, find_model, infer, pick_options
 from progidiff.server.parts import get_context
 from progidiff.server.routes.image_id import ImageId
+from progidiff.server.tasks.answers import KeptProposals, PictureAnswer, PromptEntry, SliceAnswer, VolumeAnswer
 from progidiff.server.tasks.pictures import TextDiffInferTask
 from progidiff.server.tasks.slices import SliceInferTask
 from progidiff.server.tasks.volumes import ProposalInferTask
@@ -68,6 +69,13 @@ def build_endpoints() -> Endpoints:  # noqa: C901
         "NRRD, MHA), label (ignored)",
         body=UPLOAD,
         deadline=LONG,
+        responses={
+            200: {
+                "model": VolumeAnswer | SliceAnswer | PictureAnswer,
+                "description": "output=json: these; output=all: a form of them (`params`) and the mask (`file`); "
+                "output=image: the mask.",
+            }
+        },
     )
     def run_infer(
         http: Request,
@@ -185,12 +193,12 @@ def build_endpoints() -> Endpoints:  # noqa: C901
         summary="Kept proposals of an image",
         takes="Query: proposals (a key)",
     )
-    def describe_proposals(image: str, proposals: str | None = None) -> dict[str, Any]:
+    def describe_proposals(image: str, proposals: str | None = None) -> KeptProposals:
         find_image(app_instance(), image)
         return _task().describe_proposals(image, proposals)
 
     @endpoints.get("/progidiff/prompts", READ, tags=["ProGiDiff"], summary="Structures, their label ids and synonyms")
-    async def list_prompts() -> list[dict[str, Any]]:
+    async def list_prompts() -> list[PromptEntry]:
         return _task().list_prompts()
 
     return endpoints

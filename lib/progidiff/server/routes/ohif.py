@@ -31,9 +31,9 @@ from progidiff.server.gate.endpoints import READ, Endpoints
 from progidiff.server.gate.paths import find_root
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes.dicomweb import open_named
-from progidiff.server.tasks.volumes import DISAGREEMENT_BANDS
+from progidiff.server.tasks.answers import BANDS
 
-HEAT_LABELS = tuple(range(201, 201 + len(DISAGREEMENT_BANDS)))
+HEAT_LABELS = tuple(range(201, 201 + len(BANDS)))
 """Label ids of the disagreement bands in the panel's masks: beside the structures, which come from 1."""
 
 _CONFIG = Path(monailabel.endpoints.__file__).parent / "static" / "ohif" / "app-config.js"

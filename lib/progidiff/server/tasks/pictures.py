@@ -32,18 +32,28 @@ from progidiff.images.reading import read_grid
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.labels.history import hash_file
-from progidiff.params import read_bool, read_choice, read_int
+from progidiff.params import read_choice, read_int
 from progidiff.prompts.parser import Query
 from progidiff.proposals.device_queue import NOBODY
 from progidiff.proposals.keeper import Answer, Keeper, MemoryShelf, Question, TakeTurn
-from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, MAX_SLICE, ProposalRequest
+from progidiff.proposals.request import (
+    AGREEMENT,
+    AUTO,
+    BEST,
+    CONSENSUS,
+    DEFAULT_NUM_PROPOSALS,
+    DISAGREEMENT,
+    MAX_SLICE,
+    AnswerOptions,
+    ProposalRequest,
+    read_answer_options,
+)
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.work import Work
-from progidiff.server.answer_files import write_temporary
-from progidiff.server.datastores.proposal_labels import save_as_labels
 from progidiff.server.options import ServerOptions
+from progidiff.server.tasks.answers import PictureAnswer, describe_answer, draw_shown, save_if_asked, write_and_save
 from progidiff.server.tasks.picture_engine import SentenceTable, TextDiffEngine, number_classes
-from progidiff.server.tasks.volumes import DISAGREEMENT_BANDS, ProposalInferTask
+from progidiff.server.tasks.volumes import ProposalInferTask
 
 if TYPE_CHECKING:
     from progidiff.textdiff.model import TextDiffCard, TextDiffResult
@@ -52,13 +62,6 @@ logger = logging.getLogger(__name__)
 
 NAME = "textdiff"
 """Of the task and of the trainer."""
-
-NUM_DRAWS = 4
-"""K of a request that does not say, and of the scores."""
-
-AGREEMENT = "agreement"
-BANDS = DISAGREEMENT_BANDS
-"""Labels 1..4 of the maps that `show=disagreement` and `show=agreement` give."""
 
 
 OPTION_NAMES = (
@@ -76,53 +79,26 @@ OPTION_NAMES = (
 )
 """Every option that a request may carry in `params`."""
 
-_RESERVED = (
-    "model",
-    "image",
-    "image_id",
-    "session",
-    "session_id",
-    "device",
-    "file",
-    "label_tag",
-    "result_dir",
-    "model_dir",
-    "store",
-)
 _MAX_LETTERS = 20_000
 _KEPT_SLICES = 8
 _NO_SENTENCE = "none"
 
 
-@dataclass(frozen=True)
-class TextDiffOptions:
-    """What one request asks for.
+@dataclass(frozen=True, kw_only=True)
+class TextDiffOptions(AnswerOptions):
+    """What one request asks for, beside `AnswerOptions`; `show` may be "agreement" too.
 
     Attributes:
         sentence: What the report says; None to look into text.csv.
         slice: Axial index from inferior to superior, of a volume; None if not said.
         version: ``name`` or ``name@version``; None for the one that is served.
-        num_proposals: K draws.
-        show: "consensus", "best", "1".."K", "agreement" or "disagreement".
-        modality: "CT", "MR", or None to find out; for volumes.
-        save_original: Also save the consensus as the picture's label of tag `original`.
-        save_proposals: The same, and every draw as tag `proposal_1` .. `proposal_K`.
         result_extension: ".png" (pictures), ".nii.gz", ".nii", ".nrrd"; None for what suits the image.
-        job_id: The client's name for the job, None to have one made up.
-        ignored: Names of parameters that mean nothing to this task.
     """
 
     sentence: str | None
     slice: int | None
     version: str | None
-    num_proposals: int
-    show: str
-    modality: str | None
-    save_original: bool
-    save_proposals: bool
     result_extension: str | None
-    job_id: str | None
-    ignored: tuple[str, ...]
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], max_proposals: int) -> TextDiffOptions:
@@ -136,32 +112,19 @@ class TextDiffOptions:
             >>> options.sentence, options.show, options.slice
             ('Dense on the left.', '2', None)
         """
-        for name in _RESERVED:
-            if name in params:
-                raise RequestError(
-                    f"Option {name} cannot be set by a request; image, session and model "
-                    "go into the address, the rest into --conf."
-                )
         given = {name: value for name, value in params.items() if value is not None and value != ""}
-        num_proposals = read_int(given.get("num_proposals", NUM_DRAWS), "num_proposals", 1, max_proposals)
+        shared = read_answer_options(given, params, OPTION_NAMES, max_proposals)
         z = read_int(given.get("slice", -1), "slice", -1, MAX_SLICE)
-        modality = read_choice(given.get("modality", AUTO), "modality", (AUTO, *list_modalities()))
         extension = given.get("result_extension")
-        job_id = given.get("job_id")
         return cls(
+            **shared,
             sentence=_read_sentence(given.get("sentence", given.get("prompt"))),
             slice=None if z < 0 else z,
             version=_read_version(given.get("version", AUTO)),
-            num_proposals=num_proposals,
-            show=_read_show(given.get("show", CONSENSUS), num_proposals),
-            modality=None if modality == AUTO else modality,
-            save_original=read_bool(given.get("save_original", False), "save_original"),
-            save_proposals=read_bool(given.get("save_proposals", False), "save_proposals"),
+            show=_read_show(given.get("show", CONSENSUS), shared["num_proposals"]),
             result_extension=None
             if extension is None
             else read_choice(extension, "result_extension", list_suffixes(Use.ANSWER)),
-            job_id=None if job_id is None else str(job_id),
-            ignored=tuple(sorted(str(name) for name in params if name not in OPTION_NAMES)),
         )
 
 
@@ -233,7 +196,7 @@ class TextDiffInferTask(InferTask):
         return {
             "prompt": "",
             "slice": -1,
-            "num_proposals": min(NUM_DRAWS, largest),
+            "num_proposals": min(DEFAULT_NUM_PROPOSALS, largest),
             "show": [CONSENSUS, BEST, *(str(k + 1) for k in range(largest)), AGREEMENT, DISAGREEMENT],
             "version": [AUTO, *self.engine.names()],
             "modality": [AUTO, *list_modalities()],
@@ -284,37 +247,27 @@ class TextDiffInferTask(InferTask):
             image_id,
             lambda: self._proposals.queue.job(NAME, image_id or subject.grid.name, options.job_id, asker),
         )
-        result, key, job = found.proposals, found.key, found.job
         names = number_classes(card.classes)
-        file, shown = _write_shown(result, subject, names, options.show, extension)
-        try:
-            saved = self._save_labels(result, subject, names, image_id, key, options)
-        except BaseException:
-            file.unlink(missing_ok=True)
-            raise
-        is_kept = subject.is_picture
-        return str(file), {
-            **shown,
-            **_summarise(result, subject),
-            "model": card.full_name,
-            "sentence": sentence or "",
-            "sentence_from": source,
-            "show": options.show,
-            "slice": None if is_kept else subject.z,
-            "slices": [subject.z],
-            "proposals": key if is_kept else None,
-            "cached": job is None,
-            "job": job,
-            "saved_original": image_id if saved else None,
-            "saved_tags": saved,
-            "ignored": list(options.ignored),
-            "geometry": subject.grid.describe(),
-            "warnings": [*subject.grid.warnings, *find_notes_about(subject, sentence, card)],
-            "latencies": {
-                "total": round(time.monotonic() - started, 3),
-                "compute": round(result.seconds, 3) if job is not None else 0.0,
-            },
-        }
+        labels, present, counts = draw_shown(found.proposals, subject.grid, names, options.show)
+        file, saved = write_and_save(
+            labels, subject.grid, extension, lambda: self._save(options, image_id, found, subject, names)
+        )
+        warnings = find_notes_about(subject, sentence, card)
+        shared = describe_answer(found, options, image_id, saved, subject.grid, warnings, time.monotonic() - started)
+        if not subject.is_picture:
+            shared["proposals"] = None  # It is kept in memory only, where nobody else finds it.
+        answer = PictureAnswer(
+            **shared,
+            **_summarise(found.proposals, subject),
+            label_names=present,
+            shown_pixels={name: int(counts[value]) for name, value in present.items()},
+            model=card.full_name,
+            sentence=sentence or "",
+            sentence_from=source,
+            slice=None if subject.is_picture else subject.z,
+            slices=[subject.z],
+        )
+        return str(file), answer.model_dump()
 
     def find_sentence(self, path: Path, given: str | None) -> tuple[str | None, str]:
         """The sentence of an image, and where it comes from: "request", "text.csv" or "none".
@@ -382,28 +335,15 @@ class TextDiffInferTask(InferTask):
             )
         return Subject(volume.grid, volume, options.slice, path, volume.digest)
 
-    def _save_labels(
-        self,
-        result: VolumeProposals,
-        subject: Subject,
-        names: dict[str, int],
-        image_id: str,
-        key: str,
-        options: TextDiffOptions,
+    def _save(
+        self, options: TextDiffOptions, image_id: str, found: Answer, subject: Subject, names: dict[str, int]
     ) -> list[str]:
-        if not options.save_original and not options.save_proposals:
-            return []
-        if not image_id:
-            raise RequestError(
-                "save_original needs an image of the datastore, not a session or upload. "
-                "Leave it off, or add the image first."
-            )
-        if not subject.is_picture:
+        if (options.save_original or options.save_proposals) and image_id and not subject.is_picture:
             raise RequestError(
                 "save_original is for pictures: one slice is no label of a volume. Save "
                 "the answer with option slices instead."
             )
-        return save_as_labels(self._datastore(), image_id, result, subject.grid, names, key, options.save_proposals)
+        return save_if_asked(options, self._datastore(), image_id, found.proposals, subject.grid, names, found.key)
 
 
 def build_textdiff(
@@ -485,29 +425,6 @@ def find_notes_about(subject: Subject, sentence: str | None, card: TextDiffCard)
 
     picture = _read_pixels(subject)
     return list(dict.fromkeys((*picture.notes, *find_notes(card, picture, sentence or None))))
-
-
-def _write_shown(
-    result: VolumeProposals, subject: Subject, names: dict[str, int], show: str, extension: str
-) -> tuple[Path, dict[str, Any]]:
-    """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_pixels`
-    {name: count}.
-    """
-    if show in (AGREEMENT, DISAGREEMENT):
-        if show == AGREEMENT:
-            percent = np.rint(result.agreement(subject.grid) * 100)
-        else:
-            percent = result.disagreement_map(subject.grid)
-        labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
-        names = {f"{show} {band}": index + 1 for index, band in enumerate(BANDS)}
-    else:
-        labels = result.label_map(subject.grid, show, names)
-    counts = np.bincount(labels.ravel(), minlength=256)
-    present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
-    return write_temporary(labels, subject.grid, extension), {
-        "label_names": {name: names[name] for name in present},
-        "shown_pixels": {name: int(counts[names[name]]) for name in present},
-    }
 
 
 def _summarise(result: VolumeProposals, subject: Subject) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from progidiff.proposals.keeper import Keeper, MemoryShelf, Question, TakeTurn
 from progidiff.proposals.request import MAX_SEED, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.answer_files import write_temporary
+from progidiff.server.tasks.answers import Geometry, Latencies, SliceAnswer
 from progidiff.server.tasks.volumes import ProposalInferTask, compute_label_id
 from progidiff.storage.json_text import read_json
 
@@ -161,25 +162,26 @@ class SliceInferTask(InferTask):
         labels[clicks.z][choice.mask] = value
         file = write_temporary(volume.from_stack(labels), volume.grid, options.result_extension)
         count = int(choice.mask.sum())
-        return str(file), {
-            "label_names": {str(own["label"] or name): value} if count else {},
-            "prompt": options.prompt,
-            "structures": [query.name for query in queries],
-            "slice": clicks.k,
-            "axial_slice": clicks.z,
-            "fits": choice.fits,
-            "missed_clicks": choice.missed,
-            "kept_proposals": len(choice.kept),
-            "num_proposals": len(drawn.masks),
-            "message": _describe(options.prompt, choice, drawn, clicks, count),
-            "area_cm2": round(count * volume.voxel_ml / volume.to_stack()[1][0] * 10, 3),
-            "seed": options.seed,
-            "model_version": self._proposals.engine.model_version,
-            "modality": volume.modality,
-            "geometry": volume.grid.describe(),
-            "ignored": list(options.ignored),
-            "latencies": {"total": round(time.monotonic() - started, 3), "compute": round(seconds, 3)},
-        }
+        answer = SliceAnswer(
+            label_names={str(own["label"] or name): value} if count else {},
+            prompt=options.prompt,
+            structures=[query.name for query in queries],
+            slice=clicks.k,
+            axial_slice=clicks.z,
+            fits=choice.fits,
+            missed_clicks=choice.missed,
+            kept_proposals=len(choice.kept),
+            num_proposals=len(drawn.masks),
+            message=_describe(options.prompt, choice, drawn, clicks, count),
+            area_cm2=round(count * volume.voxel_ml / volume.to_stack()[1][0] * 10, 3),
+            seed=options.seed,
+            model_version=self._proposals.engine.model_version,
+            modality=volume.modality,
+            geometry=Geometry(**volume.grid.describe()),
+            ignored=list(options.ignored),
+            latencies=Latencies(total=round(time.monotonic() - started, 3), compute=round(seconds, 3)),
+        )
+        return str(file), answer.model_dump()
 
     def _choose(
         self,

@@ -16,11 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from progidiff.errors import ModelError, NotFoundError, RequestError
+from progidiff.errors import ModelError, NotFoundError
 from progidiff.images.formats import strip_suffix
 from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_volume
@@ -34,18 +33,21 @@ from progidiff.proposals.islands import CLEAN_UPS
 from progidiff.proposals.keeper import Answer, DiskShelf, Keeper, Question, TakeTurn
 from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions, ProposalRequest
 from progidiff.proposals.store import ProposalStore
-from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.work import UnfinishedProposals, Work
-from progidiff.server.answer_files import write_temporary
-from progidiff.server.datastores.proposal_labels import save_as_labels
 from progidiff.server.options import ServerOptions
+from progidiff.server.tasks.answers import (
+    KeptProposals,
+    KeptResult,
+    PromptEntry,
+    Summary,
+    VolumeAnswer,
+    describe_answer,
+    draw_shown,
+    save_if_asked,
+    write_and_save,
+)
 
 logger = logging.getLogger(__name__)
-
-DISAGREEMENT_BANDS = ("up to 25 %", "25 to 50 %", "50 to 75 %", "over 75 %")
-"""Labels 1..4 of the mask that `show=disagreement` gives: viewers draw label maps, and four shades say more than a
-hundred segments.
-"""
 
 T = TypeVar("T")
 
@@ -134,32 +136,26 @@ class ProposalInferTask(InferTask):
             lambda: self.queue.job("infer", image_id or volume.name, options.job_id, asker),
             Work(first=options.first_slice),
         )
-        result, key, job = found.proposals, found.key, found.job
-        file, shown = self._write_shown(result, volume, queries, options.show, options.result_extension)
-        try:
-            saved = self._save_labels(result, volume, queries, image_id, key, options)
-        except BaseException:
-            file.unlink(missing_ok=True)
-            raise
-        return str(file), {
-            **shown,
-            **result.summary(),
-            "prompt": options.prompt,
-            "show": options.show,
-            "slice_axis": "disagreement_per_slice counts axial slices from inferior to superior",
-            "proposals": key,
-            "cached": job is None,
-            "job": job,
-            "saved_original": image_id if saved else None,
-            "saved_tags": saved,
-            "ignored": list(options.ignored),
-            "geometry": volume.grid.describe(),
-            "warnings": [*volume.grid.warnings, *self.engine.find_warnings(volume, queries, adapter)],
-            "latencies": {
-                "total": round(time.monotonic() - started, 3),
-                "compute": round(result.seconds, 3) if job is not None else 0.0,
+        grid, names = volume.grid, compute_label_ids(queries)
+        labels, present, counts = draw_shown(found.proposals, grid, names, options.show)
+        file, saved = write_and_save(
+            labels,
+            grid,
+            options.result_extension,
+            lambda: save_if_asked(options, self._datastore(), image_id, found.proposals, grid, names, found.key),
+        )
+        warnings = self.engine.find_warnings(volume, queries, adapter)
+        answer = VolumeAnswer(
+            **{
+                **found.proposals.summary(),
+                **describe_answer(found, options, image_id, saved, grid, warnings, time.monotonic() - started),
             },
-        }
+            label_names=present,
+            shown_ml={name: round(float(counts[value]) * volume.voxel_ml, 3) for name, value in present.items()},
+            prompt=options.prompt,
+            slice_axis="disagreement_per_slice counts axial slices from inferior to superior",
+        )
+        return str(file), answer.model_dump()
 
     def read_request(self, params: Mapping[str, Any]) -> tuple[InferOptions, tuple[Query, ...]]:
         """Check what a request asks for, before any image is read.
@@ -181,17 +177,12 @@ class ProposalInferTask(InferTask):
             options.prompt, self.structures, options.allow_free_text, str(info["model_version"])
         )
 
-    def describe_proposals(self, image_id: str, key: str | None = None) -> dict[str, Any]:
+    def describe_proposals(self, image_id: str, key: str | None = None) -> KeptProposals:
         """What is kept of an image.
 
         Args:
             image_id: Of the datastore.
             key: Of one result ("proposals" in the answer to a request); None for the newest.
-
-        Returns:
-            "kept": key, created (Unix time), structures and bytes of every result, newest first; "proposals": the key
-            of the one described; "summary": its settings, and per structure volumes (ml), ranking and disagreement per
-            slice.
 
         Raises:
             NotFoundError: if nothing is kept, or not this result.
@@ -208,19 +199,19 @@ class ProposalInferTask(InferTask):
                 f"No proposals {chosen[:64]} of image '{image_id}' are kept. Leave the key out to get the newest."
             )
         kept = [
-            {
-                "proposals": entry.key,
-                "created": round(entry.created, 3),
-                "structures": list(entry.structures),
-                "bytes": entry.num_bytes,
-            }
+            KeptResult(
+                proposals=entry.key,
+                created=round(entry.created, 3),
+                structures=list(entry.structures),
+                bytes=entry.num_bytes,
+            )
             for entry in entries.values()
         ]
-        return {"image": image_id, "kept": kept, "proposals": chosen, "summary": result.summary()}
+        return KeptProposals(image=image_id, kept=kept, proposals=chosen, summary=Summary(**result.summary()))
 
-    def list_prompts(self) -> list[dict[str, Any]]:
+    def list_prompts(self) -> list[PromptEntry]:
         """The structures the model was trained on, with label id and synonyms."""
-        return [{"label": compute_label_id(entry["structure"]), **entry} for entry in describe(self.structures)]
+        return [PromptEntry(label=compute_label_id(entry["structure"]), **entry) for entry in describe(self.structures)]
 
     def _adapters(self) -> list[str]:
         return [AUTO, NONE, *map(str, self.engine.info().get("adapters") or [])]
@@ -257,46 +248,6 @@ class ProposalInferTask(InferTask):
     def find_unfinished(self, job_id: str) -> UnfinishedProposals | None:
         """What a running job has proposed so far; None before its first slices and after its end."""
         return self.keeper.find_unfinished(job_id)
-
-    def _write_shown(
-        self, result: VolumeProposals, volume: Volume, queries: tuple[Query, ...], show: str, extension: str
-    ) -> tuple[Path, dict[str, Any]]:
-        """The mask file, and what is in it: `label_names` {name: id} of what is present, ascending, and `shown_ml`
-        {name: ml}.
-        """
-        if show == DISAGREEMENT:
-            percent = result.disagreement_map(volume.grid)
-            labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
-            names = {f"disagreement {band}": index + 1 for index, band in enumerate(DISAGREEMENT_BANDS)}
-        else:
-            names = compute_label_ids(queries)
-            labels = result.label_map(volume.grid, show, names)
-        counts = np.bincount(labels.ravel(), minlength=256)
-        present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
-        return write_temporary(labels, volume.grid, extension), {
-            "label_names": {name: names[name] for name in present},
-            "shown_ml": {name: round(float(counts[names[name]]) * volume.voxel_ml, 3) for name in present},
-        }
-
-    def _save_labels(
-        self,
-        result: VolumeProposals,
-        volume: Volume,
-        queries: tuple[Query, ...],
-        image_id: str,
-        key: str,
-        options: InferOptions,
-    ) -> list[str]:
-        if not options.save_original and not options.save_proposals:
-            return []
-        if not image_id:
-            raise RequestError(
-                "save_original needs an image of the datastore, not a session or upload. "
-                "Leave it off, or add the image first."
-            )
-        return save_as_labels(
-            self._datastore(), image_id, result, volume.grid, compute_label_ids(queries), key, options.save_proposals
-        )
 
 
 def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable[[], Datastore]) -> ProposalInferTask:

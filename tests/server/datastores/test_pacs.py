@@ -116,7 +116,7 @@ def test_the_image_is_the_one_that_was_put_in(
     source = load_volume(pacs[0] / f"{image}.nii.gz")
     mask = load_volume(tmp_path / "mask.nii.gz", "CT")
     assert mask.to_stack()[0].shape == source.to_stack()[0].shape
-    np.testing.assert_allclose(mask.stack_affine, source.stack_affine, atol=1e-3)
+    np.testing.assert_allclose(mask.grid.stack_affine, source.grid.stack_affine, atol=1e-3)
     described = server.get(f"/progidiff/ohif/images/{uid}").json()
     assert described["axial_slices"] == list(range(source.to_stack()[0].shape[0]))
 
@@ -186,7 +186,7 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
 
     # What another server makes of the PACS alone, with nothing kept.
     code = (
-        "import sys; from progidiff.server import pacs_datastore as p; from "
+        "import sys; from progidiff.server.datastores import pacs as p; from "
         "monailabel.datastore.dicom import DICOMwebClientX as C;d = p.PacsDatastore(client=C(url=sys.argv[1]), "
         "search_filter={'Modality': 'CT'}, cache_path=sys.argv[2]);d.get_image_uri(sys.argv[3]); print('FILE', "
         "d.get_label_uri(sys.argv[3], 'final', sys.argv[3]))"

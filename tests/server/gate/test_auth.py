@@ -411,6 +411,17 @@ def test_two_servers_on_this_machine_do_not_end_the_logins_of_each_other(tmp_pat
         assert auth.find_user({"host": host}, cookies) == User("local", Role.ADMINISTER)
 
 
+def test_where_nothing_can_be_kept_one_logs_in_for_this_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("progidiff.server.gate.auth.write_private", refuse)
+    monkeypatch.setattr("progidiff.users.write_private", refuse)
+    auth = Authenticator.from_options(options(tmp_path), {})
+    assert auth.local_token is not None
+    assert auth.read_session(auth.log_in("", auth.local_token, "127.0.0.1")[1]) == User("local", Role.ADMINISTER)
+
+
 def test_a_configured_login_makes_no_token_for_this_machine(tmp_path: Path):
     auth = Authenticator.from_options(options(tmp_path), {"PROGIDIFF_TOKEN": SECRET})
     assert (auth.local_token, auth.only_local) == (None, False)

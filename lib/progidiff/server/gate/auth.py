@@ -395,8 +395,11 @@ class Authenticator:
     def _make_key(self) -> bytes:
         """A new key, which ends every session. Needs the lock."""
         key = secrets.token_bytes(_KEY_BYTES)
-        self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
-        write_private(self._state / _KEY_FILE, key)
+        try:
+            self._state.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_private(self._state / _KEY_FILE, key)
+        except OSError as err:
+            logger.warning("Logins end with this run of the server: the key of sessions cannot be kept (%s)", err)
         return key
 
     def _read_ended(self) -> dict[str, float]:

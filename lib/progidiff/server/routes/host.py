@@ -195,9 +195,16 @@ _ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 # long because it is a table: one endpoint after the other, each a few lines.
 def build_endpoints() -> Endpoints:
-    """Sessions and logs anew, and the closed routes."""
+    """Sessions and logs anew, what the host answers, and the closed routes."""
     endpoints = Endpoints()
+    _add_sessions(endpoints)
+    _add_logs(endpoints)
+    endpoints.of_host(*_ANSWERED_BY_HOST)
+    _add_closed(endpoints)
+    return endpoints
 
+
+def _add_sessions(endpoints: Endpoints) -> None:
     @endpoints.put(
         "/session/",
         ANNOTATE,
@@ -247,6 +254,8 @@ def build_endpoints() -> Endpoints:
         _sessions().remove_session(session_id)
         return SessionState.of(info)
 
+
+def _add_logs(endpoints: Endpoints) -> None:
     @endpoints.get(
         "/logs/",
         ADMINISTER,
@@ -274,14 +283,14 @@ def build_endpoints() -> Endpoints:
             ) from err
         return PlainTextResponse(found.stdout)
 
-    endpoints.of_host(*_ANSWERED_BY_HOST)
+
+def _add_closed(endpoints: Endpoints) -> None:
     for closed in CLOSED:
         summary = f"{CLOSED_MARK} ({closed.would})"
         declare = endpoints.add(
             closed.method, closed.path, closed.role, summary=summary, body=closed.body, include_in_schema=False
         )
         declare(_build_closed(closed))
-    return endpoints
 
 
 def _build_closed(closed: Closed) -> Callable[[], None]:

@@ -2,8 +2,10 @@
 
 The web server keeps every connection that sends nothing, for as long as it likes to; a thousand of them take all
 descriptors of the process, and nobody is answered. So a header has a deadline, an address (with IPv6, its network of
-2^64) has so many connections, and some descriptors are left for the files of the server. The host starts the web server
-without a word about any of this, so its protocol class is replaced when the app is installed, before it listens.
+2^64) has so many connections, and some descriptors are left for the files of the server. Where there are too many, one
+that has asked nothing yet makes room, the longest waiting first; a new one is refused only where all others work. The
+host starts the web server without a word about any of this, so its protocol class is replaced when the app is
+installed, before it listens.
 
 Nothing here knows requests; those are counted and timed by the middlewares of `progidiff.server.gate.guard`.
 """
@@ -47,21 +49,30 @@ class Limits:
             its header.
         per_address: Connections at a time.
         total: Connections at a time, of all addresses.
+        open: Connections per address.
+        waiting: Those that have sent no whole header yet, the longest waiting first.
     """
 
     header_seconds: float
     per_address: int
     total: int
     open: Counter[str] = field(default_factory=Counter)
+    waiting: dict[_Limited, None] = field(default_factory=dict)
 
-    def admit(self, address: str) -> str:
-        """Count a connection; the answer is why it must go, or nothing."""
-        self.open[address] += 1
-        if self.open[address] > self.per_address:
-            return f"Your address has more than {self.per_address} connections. Close some, or let a request end."
-        if self.open.total() > self.total:
-            return f"The server has {self.total} connections, as many as it can. Try again in a few seconds."
-        return ""
+    def admit(self, new: _Limited) -> None:
+        """Count a connection, and end one where there are too many: one that waits, or this."""
+        self.open[new.address] += 1
+        if self.open[new.address] > self.per_address:
+            reason = f"Your address has more than {self.per_address} connections. Close some, or let a request end."
+            rivals = [each for each in self.waiting if each.address == new.address]
+        elif self.open.total() > self.total:
+            reason = f"The server has {self.total} connections, as many as it can. Try again in a few seconds."
+            rivals = list(self.waiting)
+        else:
+            return
+        least = next(iter(rivals), new)
+        logger.warning("A connection of %s is ended: %s", least.address or "a local socket", reason)
+        least.end(HTTPStatus.SERVICE_UNAVAILABLE, reason)
 
     def release(self, address: str) -> None:
         """Count a connection that ended."""
@@ -74,28 +85,25 @@ class _Limited(asyncio.Protocol):
     """What `limit` puts before the web server's own protocol class."""
 
     limits: Limits
+    address = ""
 
-    _address = ""
     _counted = False
     _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         peer = transport.get_extra_info("peername")
-        self._address = group_address(str(peer[0])) if isinstance(peer, tuple) and peer else ""
+        self.address = group_address(str(peer[0])) if isinstance(peer, tuple) and peer else ""
         self._counted = True
-        reason = self.limits.admit(self._address)
-        if reason:
-            logger.warning("A connection of %s is refused: %s", self._address or "a local socket", reason)
-            self._end(HTTPStatus.SERVICE_UNAVAILABLE, reason)
-        else:
+        self.limits.admit(self)
+        if not transport.is_closing():
             self._start()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop()
         if self._counted:
             self._counted = False
-            self.limits.release(self._address)
+            self.limits.release(self.address)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -112,20 +120,22 @@ class _Limited(asyncio.Protocol):
         return getattr(self, "cycle", None)
 
     def _start(self) -> None:
+        self.limits.waiting[self] = None
         self._timer = asyncio.get_running_loop().call_later(self.limits.header_seconds, self._give_up)
 
     def _stop(self) -> None:
+        self.limits.waiting.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _give_up(self) -> None:
-        self._timer = None
         seconds = self.limits.header_seconds
-        self._end(HTTPStatus.REQUEST_TIMEOUT, f"No whole header came within {seconds:g} s. Send the request again.")
+        self.end(HTTPStatus.REQUEST_TIMEOUT, f"No whole header came within {seconds:g} s. Send the request again.")
 
-    def _end(self, status: HTTPStatus, reason: str) -> None:
+    def end(self, status: HTTPStatus, reason: str) -> None:
         """Answer in the place of the web server, which has not begun to, and hang up."""
+        self._stop()
         transport: asyncio.Transport = self.transport  # type: ignore[attr-defined]  # Of the web server's own class.
         if not transport.is_closing():
             transport.write(_build_answer(status, reason))

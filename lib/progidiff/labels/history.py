@@ -521,20 +521,22 @@ class AnnotationStore:
         unknown = self._find_unknown_versions() if head is None else []
         if unknown:
             return [
-                f"{len(unknown)} label versions up to '{unknown[-1]}' have no line in '{self._log}', whose end may be "
-                "missing; restore it from a backup."
+                f"{len(unknown)} label versions up to '{unknown[-1][1]}' have no line in '{self._log}'; its end may "
+                "be missing. Restore it from a backup."
             ]
         return []
 
-    def _find_unknown_versions(self) -> builtins.list[Path]:
-        """Label versions beyond the last event, but for one that a crash may have left; see `set_aside_unfinished`."""
+    def _find_unknown_versions(self) -> builtins.list[tuple[int, Path]]:
+        """Numbers and files of label versions beyond the last event, but for one that a crash may have left; see
+        `set_aside_unfinished`.
+        """
         last = self._events[-1].sequence if self._events else 0
         found = [
             (int(number.group(1)), path)
             for path in (self.root / "labels").glob("*/*")
             if (number := _NUMBER.match(path.name)) and int(number.group(1)) > last
         ]
-        return [path for _, path in sorted(found)] if len(found) > 1 else []
+        return sorted(found) if len(found) > 1 else []
 
     def _read_head(self) -> _Head | None:
         meaning = "Whether the end of the history's log is missing cannot be told."
@@ -630,7 +632,7 @@ class AnnotationStore:
         head = self._read_head()
         used = [lines, self._events[-1].sequence if self._events else 0, 0 if head is None else head.sequence]
         if head is None:
-            used += [int(_NUMBER.match(path.name).group(1)) for path in self._find_unknown_versions()]  # type: ignore[union-attr]
+            used += [number for number, _ in self._find_unknown_versions()]
         if folder is not None and folder.is_dir():
             used += [int(match.group(1)) for match in map(_NUMBER.match, os.listdir(folder)) if match]
         return max(used) + 1

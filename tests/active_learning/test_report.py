@@ -15,6 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from progidiff.active_learning.answers import SuggestedImage
 from progidiff.active_learning.report import (
     build_report,
     count_rounds,
@@ -83,26 +84,32 @@ def adapters(tmp_path: Path) -> AdapterStore:
 def test_the_report_counts_slices_dice_changes_and_minutes(studies: Path, adapters: AdapterStore):
     annotations = AnnotationStore(studies / ".progidiff" / "annotations")
     report = build_report(annotations, adapters, [], batch=20)
-    assert report["annotated"] == {"images": 1, "whole_images": 0, "slices": 3}
-    assert [(v["version"], v["slices"], v["mean"], v["dice"], v["served"]) for v in report["versions"]] == [
+    assert report.annotated.model_dump() == {"images": 1, "whole_images": 0, "slices": 3}
+    assert [(v.version, v.slices, v.mean, v.dice, v.served) for v in report.versions] == [
         ("ct@1", 10, 0.5, {"liver": pytest.approx(0.6)}, False),
         ("ct@2", 20, 0.7, {"liver": pytest.approx(0.8)}, True),
     ]
-    (entry,) = report["saves"]["by_version"]
-    assert entry == {"version": "ct-base@1", "saves": 2, "known": 2, "unchanged": 0.5, "minutes_per_slice": 1.0}
-    assert report["advice"]["expected_gain"] == pytest.approx(0.2)
-    assert report["problems"] == []
-    json.dumps(report, allow_nan=False)
+    (entry,) = report.saves.by_version
+    assert entry.model_dump() == {
+        "version": "ct-base@1",
+        "saves": 2,
+        "known": 2,
+        "unchanged": 0.5,
+        "minutes_per_slice": 1.0,
+    }
+    assert report.advice.expected_gain == pytest.approx(0.2)
+    assert report.problems == []
+    json.dumps(report.model_dump(), allow_nan=False)
 
 
 def test_the_queue_leaves_out_annotated_slices_and_images_that_are_gone(studies: Path):
     annotations = AnnotationStore(studies / ".progidiff" / "annotations")
     queue = by_disagreement(SliceScoreStore(studies / ".progidiff" / "scores"), annotations, ["a", "b"])
-    assert sorted(entry["image"] for entry in queue) == ["a", "b"]
-    of_a = next(entry for entry in queue if entry["image"] == "a")
-    assert {item["index"] for item in of_a["slices"]} == {0, 3, 5, 6}
-    assert of_a["scores_from"] == "ct-base@1"
-    assert "disagree" in of_a["reason"]
+    assert sorted(entry.image for entry in queue) == ["a", "b"]
+    of_a = next(entry for entry in queue if entry.image == "a")
+    assert {item.index for item in of_a.slices} == {0, 3, 5, 6}
+    assert of_a.scores_from == "ct-base@1"
+    assert "disagree" in of_a.reason
 
 
 def train(
@@ -126,10 +133,10 @@ def test_the_advice_is_about_what_was_trained_on_these_labels_and_not_about_what
 ):
     train(adapters, "mr", ["t2spir13"], 0.9, "MR")  # shipped, and last by name
     report = build_report(AnnotationStore(studies / ".progidiff" / "annotations"), adapters, [])
-    assert report["advice_about"] == "ct"
-    assert report["advice"]["expected_gain"] == pytest.approx(0.2)
-    assert list(report["advice_by_model"]) == ["ct"]
-    assert [(v["version"], v["here"]) for v in report["versions"]] == [("ct@1", True), ("ct@2", True), ("mr@1", False)]
+    assert report.advice_about == "ct"
+    assert report.advice.expected_gain == pytest.approx(0.2)
+    assert list(report.advice_by_model) == ["ct"]
+    assert [(v.version, v.here) for v in report.versions] == [("ct@1", True), ("ct@2", True), ("mr@1", False)]
 
 
 def test_every_model_has_its_own_curve_and_the_one_trained_last_comes_first(studies: Path, adapters: AdapterStore):
@@ -138,8 +145,8 @@ def test_every_model_has_its_own_curve_and_the_one_trained_last_comes_first(stud
         train(adapters, "bones", ["a"], dice)
     annotations = AnnotationStore(studies / ".progidiff" / "annotations")
     report = build_report(annotations, adapters, [])
-    assert report["advice_about"] == "bones"
-    gains = {name: advice["expected_gain"] for name, advice in report["advice_by_model"].items()}
+    assert report.advice_about == "bones"
+    gains = {name: advice.expected_gain for name, advice in report.advice_by_model.items()}
     assert gains == {"ct": pytest.approx(0.2), "bones": pytest.approx(0.4 * math.log(100 / 80) / math.log(2))}
     page = format_html(report)
     assert "bones: Of 2 saves" in page
@@ -200,13 +207,13 @@ def test_a_folder_of_pictures_has_a_curve_and_an_advice(tmp_path: Path):
     heads.train(["tissue0"], 0.2, accepted=False)
     adapters = AdapterStore(tmp_path / "adapters")
     report = build_report(annotations, adapters, [], batch=4, textdiff=heads)
-    assert [(v["version"], v["slices"], v["mean"], v["base_mean"]) for v in report["versions"][:2]] == [
+    assert [(v.version, v.slices, v.mean, v.base_mean) for v in report.versions[:2]] == [
         ("nuclei@1", 2, 0.5, 0.1),
         ("nuclei@2", 4, 0.7, 0.1),
     ]
-    assert report["advice_about"] == "nuclei"
-    assert report["advice"]["unchanged_now"] == 0.5
-    assert report["advice"]["expected_gain"] > 0.1
+    assert report.advice_about == "nuclei"
+    assert report.advice.unchanged_now == 0.5
+    assert report.advice.expected_gain > 0.1
     assert count_rounds(list_versions(adapters, heads, []), annotations.annotated_images()) == {"picture": 2}
     assert "nuclei@3 (served)" in format_html(report)
     assert find_served(tmp_path, adapters, heads)("picture") == "nuclei@3"
@@ -219,20 +226,20 @@ def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(stud
     )
     scores.save(make_entry("a", "ct-base@1+ct@1", created=2.0, seed=5))  # made by a version that is not served any more
     versions = {
-        entry["image"]: entry["scores_from"]
+        entry.image: entry.scores_from
         for entry in by_disagreement(scores, annotations, ["a", "b"], wanted=lambda modality: "ct-base@1")
     }
     assert versions == {"a": "ct-base@1", "b": "ct-base@1"}
     settled = AcquisitionConfig(noise=False)
     plain = list_queue(scores, annotations, ["a", "b"], strategy="entropy", config=settled)
-    assert all(entry["slices"][0]["score"] == round(float(by_entropy(scores, entry)), 4) for entry in plain)
+    assert all(entry.slices[0].score == round(float(by_entropy(scores, entry)), 4) for entry in plain)
     with pytest.raises(RequestError, match="no strategy"):
         list_queue(scores, annotations, ["a"], strategy="best")
     many = [f"image{number}" for number in range(30)]
     for number, image in enumerate(many):
         scores.save(make_entry(image, "ct-base@1", seed=number))
     noisy, later, without = (
-        [entry["image"] for entry in by_disagreement(scores, annotations, many, 30, config=config, rounds=rounds)]
+        [entry.image for entry in by_disagreement(scores, annotations, many, 30, config=config, rounds=rounds)]
         for config, rounds in ((None, None), (None, {"CT": 50}), (settled, None))
     )
     assert noisy != without
@@ -241,11 +248,11 @@ def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(stud
     )
 
 
-def by_entropy(scores: SliceScoreStore, entry: dict[str, Any]) -> float:
+def by_entropy(scores: SliceScoreStore, entry: SuggestedImage) -> float:
     """The mean entropy over the structures of the first slice of a queue's entry."""
-    found = scores.load(entry["image"], entry["scores_from"])
+    found = scores.load(entry.image, entry.scores_from)
     assert found is not None
-    return float(found.scores.entropy[:, entry["slices"][0]["index"]].mean())
+    return float(found.scores.entropy[:, entry.slices[0].index].mean())
 
 
 def test_what_a_crash_left_is_told_and_is_no_damage(studies: Path, adapters: AdapterStore):
@@ -254,8 +261,8 @@ def test_what_a_crash_left_is_told_and_is_no_damage(studies: Path, adapters: Ada
     annotations = AnnotationStore(studies / ".progidiff" / "annotations")
     annotations.record("b", studies / "b.nii.gz", slices=[0])
     report = build_report(annotations, adapters, [])
-    assert report["problems"] == []
-    (told,) = report["set_aside"]
+    assert report.problems == []
+    (told,) = report.set_aside
     assert "19 bytes" in told
     assert "never acknowledged" in told
     assert "never acknowledged" in format_html(report)
@@ -278,8 +285,8 @@ def test_a_damaged_version_is_named_and_the_rest_is_told(studies: Path, adapters
     (adapters.root / "ct" / "1" / "run.json").chmod(0o644)
     (adapters.root / "ct" / "1" / "run.json").unlink()
     report = build_report(AnnotationStore(studies / ".progidiff" / "annotations"), adapters, [])
-    assert [version["version"] for version in report["versions"]] == ["ct@2"]
-    assert "run.json is missing" in report["problems"][0]
+    assert [version.version for version in report.versions] == ["ct@2"]
+    assert "run.json is missing" in report.problems[0]
 
 
 def test_the_page_shows_everything_and_escapes_it(studies: Path, adapters: AdapterStore):

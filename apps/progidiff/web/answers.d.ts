@@ -55,22 +55,12 @@ export interface Prompt {
   color: string;
 }
 
-export interface QueueSlice {
-  index: number;
-  score: number;
-  structures: string[];
-  reason: string;
-}
+type Queued = Answer<"/progidiff/queue", "get">[number];
 
-/** GET /progidiff/queue, one of the list */
-export interface QueueEntry {
-  image: string;
-  slices: QueueSlice[];
-  reason: string;
-  state: string;
-  modality?: string;
-  reserved_by?: string | null;
-}
+/** An image of the list of the page; of one that is in no queue little is known. */
+export type QueueEntry = Partial<Queued> & { [Field in "image" | "slices" | "reason" | "state"]: Queued[Field] };
+
+export type QueueSlice = Queued["slices"][number];
 
 /** The body of POST /progidiff/review/{image} */
 export interface Decisions {
@@ -98,21 +88,10 @@ export interface Training {
   reason?: string;
 }
 
-export interface LeftOut {
-  name: string;
-  /** a sentence with the cure */
-  reason: string;
-}
+export type Scoring = Answer<"/progidiff/scoring", "get">;
 
-/** GET /progidiff/scoring */
-export interface Scoring {
-  state: string;
-  images: number;
-  scored: number;
-  image: string;
-  /** what of the folder of studies is not served, and why */
-  left_out: LeftOut[];
-}
+/** A file of the folder of studies that is not served, and why: a sentence with the cure. */
+export type LeftOut = Scoring["left_out"][number];
 
 /** A version that is damaged has a number and a problem only. */
 export interface Version {
@@ -155,13 +134,8 @@ export interface SeriesInfo {
   axial_slices: number[] | null;
 }
 
-/** POST /activelearning/{strategy}: without an image to give, `message` alone */
-export interface NextSample {
-  id?: string;
-  slices?: QueueSlice[];
-  reason?: string;
-  message?: string;
-}
+/** Without an image to give there is no `id`, and `message` says what to do. */
+export type NextSample = Answer<"/activelearning/{strategy}", "post">;
 
 /** GET /info/, what the panel reads of it */
 export interface ServerInfo {

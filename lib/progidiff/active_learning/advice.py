@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 MIN_SAVES = 10
 """Saves of which it is known whether they were changed; fewer say nothing about a rate."""
@@ -62,16 +61,6 @@ class Advice:
     unchanged_before: float | None
     unchanged_now: float | None
     expected_gain: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            "stop": self.stop,
-            "message": self.message,
-            "unchanged_before": self.unchanged_before,
-            "unchanged_now": self.unchanged_now,
-            "expected_gain": self.expected_gain,
-        }
 
 
 def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Advice:

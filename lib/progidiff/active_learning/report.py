@@ -12,10 +12,22 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from progidiff.active_learning.advice import CurvePoint, advise
+from progidiff.active_learning.advice import Advice, CurvePoint, advise
+from progidiff.active_learning.answers import (
+    AllSaves,
+    AnnotatedSoFar,
+    ListedVersion,
+    Report,
+    SaveFigures,
+    SuggestedImage,
+    SuggestedSlice,
+    TrainedVersion,
+    VersionFigures,
+    VersionSaves,
+)
 from progidiff.active_learning.scores import SliceScoreStore, name_version
 from progidiff.active_learning.settings import BY_SCORE, DEFAULT_STRATEGY, AcquisitionConfig
-from progidiff.active_learning.strategies import Pick, build_pool, pick_slices, summarise_reasons
+from progidiff.active_learning.strategies import build_pool, pick_slices, summarise_reasons
 from progidiff.errors import ModelError, NotFoundError
 from progidiff.images.pictures import PICTURE
 from progidiff.labels.history import Annotation, AnnotationStore
@@ -34,11 +46,11 @@ SLICES_SHOWN = 8
 def build_report(
     annotations: AnnotationStore,
     adapters: AdapterStore,
-    queue: Sequence[Mapping[str, Any]],
+    queue: Sequence[SuggestedImage],
     batch: int = BATCH,
     textdiff: VersionStore[Any] | None = None,
-) -> dict[str, Any]:
-    """Everything as plain values for JSON.
+) -> Report:
+    """Everything there is to tell.
 
     Args:
         annotations: The label history.
@@ -46,53 +58,45 @@ def build_report(
         queue: What is next, see `list_queue`.
         batch: Slices until the next training.
         textdiff: The trained versions for pictures; None if there are none.
-
-    Returns:
-        "annotated" {images, whole_images, slices}, "saves" {saves, known, unchanged, minutes_per_slice, by_version},
-        "versions" [version, name, modality, created, served, slices, dice {structure: Dice}, mean, base_mean, accepted,
-        verdict, cases, here: whether it was trained on images that are labelled here], "advice_by_model" {name: advice,
-            see `retrain.Advice`} of the models that were, "advice" of the one
-        trained last, "advice_about" its name ("" if there is none: then the advice is about all saves), "queue",
-            "problems",
-        "set_aside" (what crashes left, see `AnnotationStore.list_torn`).
     """
     problems: list[str] = []
     saves = [save for save in annotations.list() if save.tag == "final"]
     state = annotations.annotated_images()
     known = {*state, *(save.image for save in saves)}
     versions = [
-        {**version, "here": is_trained_on(version, known)} for version in list_versions(adapters, textdiff, problems)
+        ListedVersion(**dict(version), here=is_trained_on(version, known))
+        for version in list_versions(adapters, textdiff, problems)
     ]
-    newest = max((v for v in versions if v["here"]), key=lambda v: v["created"], default=None)
-    for_pictures = {v["name"] for v in versions if v["modality"] == PICTURE}
+    newest = max((v for v in versions if v.here), key=lambda v: v.created, default=None)
+    for_pictures = {v.name for v in versions if v.modality == PICTURE}
     by_model = {}
-    for name in dict.fromkeys(v["name"] for v in versions if v["here"]):
+    for name in dict.fromkeys(v.name for v in versions if v.here):
         # A shipped version of the same name learned from other images: its Dice is no point of this curve.
         curve = [
-            CurvePoint(v["version"], v["slices"], v["mean"])
+            CurvePoint(v.version, v.slices, v.mean)
             for v in versions
-            if v["here"] and v["name"] == name and v["mean"] is not None
+            if v.here and v.name == name and v.mean is not None
         ]
         edited = [save.edited for save in saves if save.edited is not None and _is_about(save, name, for_pictures)]
-        by_model[name] = advise(edited, curve, batch).to_dict()
-    about = str(newest["name"]) if newest else ""
-    return {
-        "annotated": {
-            "images": len(state),
-            "whole_images": sum(slices is None for slices in state.values()),
-            "slices": annotations.count_slices_since(0),
-        },
-        "saves": _count_saves(saves),
-        "versions": versions,
-        "advice": by_model[about]
+        by_model[name] = advise(edited, curve, batch)
+    about = newest.name if newest else ""
+    return Report(
+        annotated=AnnotatedSoFar(
+            images=len(state),
+            whole_images=sum(slices is None for slices in state.values()),
+            slices=annotations.count_slices_since(0),
+        ),
+        saves=_count_saves(saves),
+        versions=versions,
+        advice=by_model[about]
         if about
-        else advise([save.edited for save in saves if save.edited is not None], [], batch).to_dict(),
-        "advice_about": about,
-        "advice_by_model": by_model,
-        "queue": [dict(entry) for entry in queue],
-        "problems": problems + annotations.verify(),
-        "set_aside": annotations.list_torn(),
-    }
+        else advise([save.edited for save in saves if save.edited is not None], [], batch),
+        advice_about=about,
+        advice_by_model=by_model,
+        queue=list(queue),
+        problems=problems + annotations.verify(),
+        set_aside=annotations.list_torn(),
+    )
 
 
 def list_queue(
@@ -104,7 +108,7 @@ def list_queue(
     config: AcquisitionConfig | None = None,
     wanted: Callable[[str], str] = lambda modality: "",
     rounds: Mapping[str, int] | None = None,
-) -> list[dict[str, Any]]:
+) -> list[SuggestedImage]:
     """The images that are worth annotating next by the scores on disk, best first, as a server without clients would
     list them.
 
@@ -116,9 +120,6 @@ def list_queue(
         strategy, config: As the server has them.
         wanted: Modality -> the version that is served, see `find_served`; where it has no scores the newest ones count.
         rounds: See `count_rounds`; None for a model that was not trained here.
-
-    Returns:
-        Per image: "image", "slices" [{index, score, structures, reason}], "reason", "scores_from".
 
     Raises:
         RequestError: if there is no such strategy or a setting is out of range.
@@ -151,14 +152,13 @@ def list_queue(
             round_index=counts[entry.modality],
             seed=seed,
         )
-        slices = [_describe_pick(pick) for pick in picks]
         found.append(
-            {
-                "image": first.image,
-                "slices": slices,
-                "reason": summarise_reasons(picks),
-                "scores_from": entry.scores.version,
-            }
+            SuggestedImage(
+                image=first.image,
+                slices=[SuggestedSlice.of(pick) for pick in picks],
+                reason=summarise_reasons(picks),
+                scores_from=entry.scores.version,
+            )
         )
     return found
 
@@ -184,37 +184,37 @@ def find_served(
     return find
 
 
-def format_html(report: Mapping[str, Any], title: str = "ProGiDiff Label: progress") -> str:
+def format_html(report: Report, title: str = "ProGiDiff Label: progress") -> str:
     """The report as one page without scripts or anything from elsewhere."""
     parts = [
         f"<h1>{html.escape(title)}</h1>",
-        f"<p><b>{_tell_advice(report['advice_about'], report['advice'])}</b></p>",
+        f"<p><b>{_tell_advice(report.advice_about, report.advice)}</b></p>",
     ]
     parts += [
         f"<p>{_tell_advice(name, advice)}</p>"
-        for name, advice in report["advice_by_model"].items()
-        if name != report["advice_about"]
+        for name, advice in report.advice_by_model.items()
+        if name != report.advice_about
     ]
-    annotated, saves = report["annotated"], report["saves"]
+    annotated, saves = report.annotated, report.saves
     parts.append(
-        f"<p>{annotated['slices']} slices of {annotated['images']} images are annotated; "
-        f"{annotated['whole_images']} images wholly.</p>"
+        f"<p>{annotated.slices} slices of {annotated.images} images are annotated; "
+        f"{annotated.whole_images} images wholly.</p>"
     )
-    parts += [f"<p class=problem>{html.escape(problem)}</p>" for problem in [*report["problems"], *report["set_aside"]]]
+    parts += [f"<p class=problem>{html.escape(problem)}</p>" for problem in [*report.problems, *report.set_aside]]
     parts.append("<h2>Validation Dice against annotated slices</h2>")
-    versions = report["versions"]
+    versions = report.versions
     if versions:
         parts.append(draw_curves(versions))
-        structures = list(dict.fromkeys(name for version in versions for name in version["dice"]))
+        structures = list(dict.fromkeys(name for version in versions for name in version.dice))
         header = ["version", "slices", "mean", "before", *structures, "verdict"]
         rows = [
             [
-                version["version"] + (" (served)" if version["served"] else ""),
-                version["slices"],
-                _number(version["mean"]),
-                _number(version["base_mean"]),
-                *(_number(version["dice"].get(name)) for name in structures),
-                version["verdict"],
+                version.version + (" (served)" if version.served else ""),
+                version.slices,
+                _number(version.mean),
+                _number(version.base_mean),
+                *(_number(version.dice.get(name)) for name in structures),
+                version.verdict,
             ]
             for version in versions
         ]
@@ -226,8 +226,8 @@ def format_html(report: Mapping[str, Any], title: str = "ProGiDiff Label: progre
         parts.append("<p>No version was trained yet.</p>")
     parts.append("<h2>Masks accepted as they were</h2>")
     rows = [
-        [entry["version"], entry["saves"], _percent(entry["unchanged"]), _number(entry["minutes_per_slice"])]
-        for entry in saves["by_version"]
+        [entry.version, entry.saves, _percent(entry.unchanged), _number(entry.minutes_per_slice)]
+        for entry in saves.by_version
     ]
     parts.append(
         _table(["proposals by", "saves", "unchanged", "minutes per slice"], rows)
@@ -235,10 +235,7 @@ def format_html(report: Mapping[str, Any], title: str = "ProGiDiff Label: progre
         else "<p>No label was saved yet.</p>"
     )
     parts.append("<h2>Next</h2>")
-    rows = [
-        [entry["image"], ", ".join(str(item["index"]) for item in entry["slices"]), entry["reason"]]
-        for entry in report["queue"]
-    ]
+    rows = [[entry.image, ", ".join(str(item.index) for item in entry.slices), entry.reason] for entry in report.queue]
     parts.append(_table(["image", "slices", "why"], rows) if rows else "<p>Nothing is queued.</p>")
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 "
@@ -252,16 +249,16 @@ def format_html(report: Mapping[str, Any], title: str = "ProGiDiff Label: progre
     return f"<!doctype html><html lang=en><head>{head}</head><body>{''.join(parts)}</body></html>\n"
 
 
-def draw_curves(versions: Sequence[Mapping[str, Any]], width: int = 640, height: int = 260) -> str:
+def draw_curves(versions: Sequence[TrainedVersion], width: int = 640, height: int = 260) -> str:
     """Dice per structure and their mean (bold) against training slices, as SVG; every adapter has lines of its own."""
     left, right, top, bottom = 40, 130, 10, 30
-    most = max(1, max(version["slices"] for version in versions))
+    most = max(1, max(version.slices for version in versions))
     lines: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for version in versions:
-        for name, dice in {**version["dice"], "mean": version["mean"]}.items():
+        for name, dice in {**version.dice, "mean": version.mean}.items():
             if dice is not None:
-                x = left + (width - left - right) * version["slices"] / most
-                lines.setdefault((version["name"], name), []).append((x, top + (height - top - bottom) * (1 - dice)))
+                x = left + (width - left - right) * version.slices / most
+                lines.setdefault((version.name, name), []).append((x, top + (height - top - bottom) * (1 - dice)))
     colours = (
         "#1f77b4",
         "#ff7f0e",
@@ -300,13 +297,9 @@ def draw_curves(versions: Sequence[Mapping[str, Any]], width: int = 640, height:
 
 def list_versions(
     adapters: AdapterStore, textdiff: VersionStore[Any] | None, problems: list[str]
-) -> list[dict[str, Any]]:
+) -> list[TrainedVersion]:
     """All trained versions in one form; adapters first, in the order in which they were trained. What is damaged goes
-    to `problems`.
-
-    Returns:
-        See "versions" in `build_report`, without "here". Of a version for pictures, "slices" are images and "dice" is
-        empty: its mean is over the images.
+    to `problems`. Of a version for pictures, "slices" are images and "dice" is empty: its mean is over the images.
     """
     found = []
     stores: list[VersionStore[Any]] = [adapters] if textdiff is None else [adapters, textdiff]
@@ -315,37 +308,34 @@ def list_versions(
             for number in entry.versions:
                 try:
                     card = store.card(entry.name, number)
-                    run = store.run(card)
+                    found.append(_describe_version(card, store.run(card), served=entry.current == number))
                 except (ModelError, NotFoundError) as err:
                     problems.append(str(err))
-                    continue
-                figures = (
-                    _read_adapter_figures(card.structures, run)
-                    if isinstance(card, AdapterCard)
-                    else _read_picture_figures(run)
-                )
-                found.append(
-                    {
-                        "version": card.full_name,
-                        "name": entry.name,
-                        "modality": card.modality if isinstance(card, AdapterCard) else PICTURE,
-                        "created": card.created,
-                        "served": entry.current == number,
-                        **figures,
-                        "accepted": bool(run.get("accepted")),
-                        "verdict": str(run.get("verdict", "")),
-                        "cases": list(run.get("training_cases") or run.get("training_slices") or ()),
-                    }
-                )
     return found
 
 
-def is_trained_on(version: Mapping[str, Any], images: Collection[str]) -> bool:
+def _describe_version(card: Any, run: Mapping[str, Any], served: bool) -> TrainedVersion:
+    is_adapter = isinstance(card, AdapterCard)
+    figures = _read_adapter_figures(card.structures, run) if is_adapter else _read_picture_figures(run)
+    return TrainedVersion(
+        version=card.full_name,
+        name=card.name,
+        modality=card.modality if is_adapter else PICTURE,
+        created=card.created,
+        served=served,
+        **dict(figures),
+        accepted=bool(run.get("accepted")),
+        verdict=str(run.get("verdict", "")),
+        cases=list(run.get("training_cases") or run.get("training_slices") or ()),
+    )
+
+
+def is_trained_on(version: TrainedVersion, images: Collection[str]) -> bool:
     """Whether all images that a version of `list_versions` learned from are among these."""
-    return bool(version["cases"]) and set(version["cases"]).issubset(images)
+    return bool(version.cases) and set(version.cases).issubset(images)
 
 
-def count_rounds(versions: Sequence[Mapping[str, Any]], images: Collection[str]) -> dict[str, int]:
+def count_rounds(versions: Sequence[TrainedVersion], images: Collection[str]) -> dict[str, int]:
     """How often the model was improved by labels of these images, per modality ("CT", "MR", "picture"): accepted
     versions.
 
@@ -353,32 +343,30 @@ def count_rounds(versions: Sequence[Mapping[str, Any]], images: Collection[str])
     nothing from them.
     """
     return dict(
-        Counter(
-            str(version["modality"]) for version in versions if version["accepted"] and is_trained_on(version, images)
-        )
+        Counter(version.modality for version in versions if version.accepted and is_trained_on(version, images))
     )
 
 
-def _read_adapter_figures(structures: Sequence[str], run: Mapping[str, Any]) -> dict[str, Any]:
+def _read_adapter_figures(structures: Sequence[str], run: Mapping[str, Any]) -> VersionFigures:
     figures = run.get("validation") or {}
     adapted, base = figures.get("adapted") or {}, figures.get("base") or {}
-    return {
-        "slices": sum(len(slices) for slices in (run.get("training_slices") or {}).values()),
-        "dice": {name: adapted[f"consensus {name}"] for name in structures if f"consensus {name}" in adapted},
-        "mean": adapted.get("consensus"),
-        "base_mean": base.get("consensus"),
-    }
+    return VersionFigures(
+        slices=sum(len(slices) for slices in (run.get("training_slices") or {}).values()),
+        dice={name: adapted[f"consensus {name}"] for name in structures if f"consensus {name}" in adapted},
+        mean=adapted.get("consensus"),
+        base_mean=base.get("consensus"),
+    )
 
 
-def _read_picture_figures(run: Mapping[str, Any]) -> dict[str, Any]:
+def _read_picture_figures(run: Mapping[str, Any]) -> VersionFigures:
     figures = run.get("validation") or {}
     before = figures.get("current") or {}
-    return {
-        "slices": len(run.get("training_cases") or ()),
-        "dice": {},
-        "mean": figures.get("adapted", figures).get("dice"),
-        "base_mean": before.get("dice"),
-    }
+    return VersionFigures(
+        slices=len(run.get("training_cases") or ()),
+        dice={},
+        mean=figures.get("adapted", figures).get("dice"),
+        base_mean=before.get("dice"),
+    )
 
 
 def _is_about(save: Annotation, name: str, for_pictures: Collection[str]) -> bool:
@@ -393,38 +381,29 @@ def _is_about(save: Annotation, name: str, for_pictures: Collection[str]) -> boo
     return model not in for_pictures and adapter in ("", name)
 
 
-def _count_saves(saves: Sequence[Annotation]) -> dict[str, Any]:
+def _count_saves(saves: Sequence[Annotation]) -> AllSaves:
     by_version: dict[str, list[Annotation]] = {}
     for save in saves:
         version = "no proposal" if save.source is None else name_version(save.source.model, save.source.adapter)
         by_version.setdefault(version, []).append(save)
-    rates = [{"version": version, **_measure(part)} for version, part in by_version.items()]
-    return {**_measure(saves), "by_version": rates}
+    rates = [VersionSaves(version=version, **dict(_measure(part))) for version, part in by_version.items()]
+    return AllSaves(**dict(_measure(saves)), by_version=rates)
 
 
-def _measure(saves: Sequence[Annotation]) -> dict[str, Any]:
+def _measure(saves: Sequence[Annotation]) -> SaveFigures:
     known = [save.edited for save in saves if save.edited is not None]
     timed = [(save.seconds, _count_slices(save)) for save in saves if save.seconds is not None and _count_slices(save)]
     minutes = sum(seconds for seconds, _ in timed) / 60 / sum(count for _, count in timed) if timed else None
-    return {
-        "saves": len(saves),
-        "known": len(known),
-        "unchanged": None if not known else round(sum(not edited for edited in known) / len(known), 4),
-        "minutes_per_slice": None if minutes is None else round(minutes, 3),
-    }
+    return SaveFigures(
+        saves=len(saves),
+        known=len(known),
+        unchanged=None if not known else round(sum(not edited for edited in known) / len(known), 4),
+        minutes_per_slice=None if minutes is None else round(minutes, 3),
+    )
 
 
 def _count_slices(save: Annotation) -> int:
     return len(save.slices) if save.slices is not None else save.num_slices or 0
-
-
-def _describe_pick(pick: Pick) -> dict[str, Any]:
-    return {
-        "index": pick.index,
-        "score": round(pick.score, 4),
-        "structures": list(pick.structures),
-        "reason": pick.reason,
-    }
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -433,8 +412,8 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return f"<table><tr>{head}{body}</table>"
 
 
-def _tell_advice(name: str, advice: Mapping[str, Any]) -> str:
-    return html.escape(f"{name}: {advice['message']}" if name else advice["message"])
+def _tell_advice(name: str, advice: Advice) -> str:
+    return html.escape(f"{name}: {advice.message}" if name else advice.message)
 
 
 def _number(value: float | None) -> str:

@@ -196,9 +196,9 @@ def report(
     )
     result = work.build_report(annotations, trained, queue, textdiff=pictured)
     if out is None:
-        typer.echo(json.dumps(result, indent=1))
+        typer.echo(json.dumps(result.model_dump(), indent=1))
     elif out.suffix == ".json":
-        save_report(result, out)
+        save_report(result.model_dump(), out)
     else:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(work.format_html(result), encoding="utf-8")

@@ -96,44 +96,44 @@ def test_images_that_were_labelled_slice_by_slice_are_offered_for_review(tmp_pat
     pool.label("a", list(range(SLICES)))
     pool.label("b", range(3))
     pool.label("b", range(3, SLICES))
-    answer = pool.selection.next("anna")
+    answer = pool.selection.next("anna").model_dump()
     assert "Every image is labelled" in answer["message"]
     assert sorted(entry["image"] for entry in answer["review"]) == ["a", "b"]
     assert all(entry["slices"] and entry["state"] == "review" for entry in answer["review"])
-    assert [entry["state"] for entry in pool.selection.queue()] == ["review"] * 2
+    assert [entry.state for entry in pool.selection.queue()] == ["review"] * 2
 
 
 def test_an_image_with_a_slice_left_is_given_and_not_reviewed(tmp_path: Path):
     pool = Pool(tmp_path)
     pool.label("a", None)
     pool.label("b", range(1, SLICES))
-    answer = pool.selection.next("anna")
+    answer = pool.selection.next("anna").model_dump()
     assert (answer["image"], [entry["index"] for entry in answer["slices"]]) == ("b", [0])
-    assert [entry["image"] for entry in pool.selection.review()] == ["a"]
+    assert [entry.image for entry in pool.selection.review()] == ["a"]
 
 
 def test_an_empty_pool_says_where_images_go(tmp_path: Path):
     pool = Pool(tmp_path, ())
-    assert pool.selection.next("anna") == {"message": NO_IMAGES, "review": []}
+    assert pool.selection.next("anna").model_dump() == {"message": NO_IMAGES, "review": []}
     assert pool.selection.queue() == []
 
 
 def test_when_everything_is_with_somebody_else_the_answer_says_until_when(tmp_path: Path):
     pool = Pool(tmp_path)
     pool.label("a", None)
-    given: dict[str, Any] = pool.selection.next("anna")
+    given: dict[str, Any] = pool.selection.next("anna").model_dump()
     assert given["image"] == "b"
-    answer = pool.selection.next("ben")
+    answer = pool.selection.next("ben").model_dump()
     assert answer["review"] == []
     assert "is with somebody else. Try again in 30 minutes at the latest" in answer["message"]
-    assert pool.selection.next("anna")["image"] == "b"  # it is still hers
+    assert pool.selection.next("anna").model_dump()["image"] == "b"  # it is still hers
 
 
 @pytest.mark.parametrize("slices", [None, tuple(range(SLICES))])
 def test_an_image_that_is_wholly_labelled_is_not_queued(tmp_path: Path, slices: Sequence[int] | None):
     pool = Pool(tmp_path)
     pool.label("a", slices)
-    assert [entry["image"] for entry in pool.selection.queue()] == ["b"]
+    assert [entry.image for entry in pool.selection.queue()] == ["b"]
 
 
 class Look:
@@ -193,7 +193,7 @@ def test_a_server_that_starts_puts_the_pool_together_in_the_background_before_it
     assert look.threads == {thread}  # starting waits for none of it
     assert pool.selection.reservations.all() == {}
     look.events.clear()
-    assert pool.selection.next("anna")["scores_from"] == "base@1"
+    assert pool.selection.next("anna").model_dump()["scores_from"] == "base@1"
     assert look.events == []
 
 
@@ -210,7 +210,7 @@ def test_a_pool_that_cannot_be_put_together_stops_neither_the_scorer_nor_the_fir
     assert look.events == ["read", "read", "score"]
     assert "ModelError: there is no model" in caplog.text
     monkeypatch.setattr(pool.selection, "_wanted_version", lambda modality: "base@1")
-    assert pool.selection.next("anna")["image"] in ("a", "b")  # the lock is free, and the answer is there
+    assert pool.selection.next("anna").model_dump()["image"] in ("a", "b")  # the lock is free, and the answer is there
 
 
 def test_without_scores_a_starting_server_does_not_look_at_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -220,5 +220,5 @@ def test_without_scores_a_starting_server_does_not_look_at_the_images(tmp_path: 
     monkeypatch.setattr(pool.selection._app, "datastore", lambda: look.events.append("list") or datastore)
     look.start()
     assert look.events == []  # behind an address it takes a while
-    assert pool.selection.next("anna")["message"] == NO_IMAGES
+    assert pool.selection.next("anna").model_dump()["message"] == NO_IMAGES
     assert "list" in look.events

@@ -7,13 +7,23 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+from fastapi import FastAPI
 from monailabel.client import MONAILabelClient
+from starlette.testclient import TestClient
 
+from progidiff.server.background.next_sample import Suggestion
+from progidiff.server.gate import guard
+from progidiff.server.gate.auth import Authenticator
+from progidiff.server.gate.endpoints import EndpointTable
+from progidiff.server.options import ServerOptions
+from progidiff.server.routes import next_sample
+from progidiff.users import Role, Token
 from support.phantoms import write_phantom
 from support.servers import Server, copy_app, run_server
 
@@ -199,3 +209,29 @@ def test_when_all_is_labelled_the_answer_says_what_to_review(server: Server, sco
     assert [entry["state"] for entry in queue] == ["review"] * 4
     client = MONAILabelClient(server.url, tmpdir=str(tmp_path), client_id="stock")
     assert not client.next_sample("random", {}).get("id")
+
+
+@pytest.mark.parametrize(("peer", "path"), [("192.168.7.9", "a.nii.gz"), ("127.0.0.1", "/data/studies/a.nii.gz")])
+def test_somebody_elsewhere_is_told_the_name_of_the_file_and_not_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peer: str, path: str
+):
+    chosen = Suggestion(
+        image="a", slices=[], reason="", scores_from="", state="new", modality="CT", path="/data/studies/a.nii.gz"
+    )
+    stored = {"name": "a.nii.gz", "path": chosen.path, "id": "b", "message": 5}
+    datastore = SimpleNamespace(get_image_info=lambda image: stored)
+    context = SimpleNamespace(
+        app=SimpleNamespace(datastore=lambda: datastore), selection=SimpleNamespace(next=lambda *asked: chosen)
+    )
+    monkeypatch.setattr(next_sample, "get_context", lambda: context)
+    monkeypatch.setattr(next_sample, "_prepare_original", lambda *asked: None)
+    web, endpoints = FastAPI(), next_sample.build_endpoints()
+    web.include_router(endpoints.router)
+    token = Token.of("anna", Role.ANNOTATE, "token-of-somebody-who-annotates")
+    authenticator = Authenticator((token,), None, Role.READ, tmp_path / "state")
+    guard.install(web, EndpointTable(tuple(endpoints.declared)), authenticator, ServerOptions(tmp_path / "store"))
+    client = TestClient(web, base_url="http://127.0.0.1", client=(peer, 5000))
+    headers = {"Authorization": "Bearer token-of-somebody-who-annotates"}
+    answer = client.post("/activelearning/random", json={}, headers=headers).json()
+    assert answer["path"] == path
+    assert (answer["id"], answer["name"], answer["message"]) == ("a", "a.nii.gz", 5)

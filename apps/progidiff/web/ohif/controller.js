@@ -178,12 +178,12 @@ export class Panel {
   async #goToNext(labelling) {
     if (labelling.numAccepted) throw new server.ServerError(`Submit the ${labelling.numAccepted} accepted slices first.`);
     const next = await server.pickNext(clientId());
-    if (!next.id) {
+    if (!('id' in next)) {
       this.view.say(next.message || 'Nothing is left to label.');
       return;
     }
     const { study, series } = await server.describeImage(next.id);
-    rememberNext({ series, slices: next.slices ?? [], reason: next.reason ?? '' });
+    rememberNext({ series, slices: next.slices, reason: next.reason });
     if (series === labelling.series.uid) {
       await this.#arrive(labelling);
       return;

@@ -12,11 +12,13 @@ import logging
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from monailabel.interfaces.app import MONAILabelApp
+from pydantic import BaseModel, ConfigDict, SkipValidation
 
+from progidiff.active_learning.answers import QueueEntry, SuggestedSlice, SuggestedWork, Text, TrainedVersion
 from progidiff.active_learning.report import count_rounds, list_versions
 from progidiff.active_learning.reservations import Reservations
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
@@ -54,6 +56,30 @@ ALL_RESERVED = (
     "Every image that is not labelled yet is with somebody else. Try again in {minutes:g} minutes at the latest, or "
     "skip ahead in the queue."
 )
+
+
+class Suggestion(SuggestedWork):
+    """An image that a client should work on.
+
+    Attributes:
+        path: Of its file, as the system gives it: clients open it.
+    """
+
+    path: Annotated[str, SkipValidation]
+
+
+class NothingLeft(BaseModel):
+    """That there is no image to give.
+
+    Attributes:
+        message: Why, and what to do instead.
+        review: Labelled images that may be worth a second look.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    message: Text
+    review: list[QueueEntry]
 
 
 @dataclass(frozen=True)
@@ -108,7 +134,7 @@ class Selection:
         textdiff: Callable[[], VersionStore[Any] | None] = lambda: None,
     ) -> None:
         self._textdiff = textdiff
-        self._versions: tuple[object, list[dict[str, Any]]] = (None, [])
+        self._versions: tuple[object, list[TrainedVersion]] = (None, [])
         self.reservations = reservations
         self.default = default
         self.config = config or AcquisitionConfig()
@@ -142,7 +168,7 @@ class Selection:
 
     def next(
         self, client: str, strategy: str = "random", count: int = SLICES_PER_IMAGE, user: str = ""
-    ) -> dict[str, Any]:
+    ) -> Suggestion | NothingLeft:
         """The image that a client should work on, reserved for it.
 
         Args:
@@ -150,11 +176,6 @@ class Selection:
             strategy: One of `STRATEGIES`, or `random` for the default one.
             count: Slices to suggest.
             user: Whose skipped images come last.
-
-        Returns:
-            "image", "path", "slices" [{index, score, structures, reason}], "reason", "scores_from" (model version, ""
-            if no scores were used), "state" ("new" or "started"), "modality" ("" if not known), "strategy". Without an
-            image to give: "message" and "review" alone, see `review`.
 
         Raises:
             RequestError: if there is no such strategy.
@@ -189,16 +210,11 @@ class Selection:
                     return image
         return None
 
-    def queue(self, limit: int = 50) -> list[dict[str, Any]]:
+    def queue(self, limit: int = 50) -> list[QueueEntry]:
         """What would be given next, best first, by the default strategy.
 
         Args:
             limit: 1..500 images.
-
-        Returns:
-            Per image: "image", "slices", "reason", "state" ("new", "started" or, when nothing is left to annotate,
-                "review"),
-            "scores_from", "reserved_by" (client, or None), "modality".
 
         Raises:
             RequestError: if the limit is out of range.
@@ -208,19 +224,17 @@ class Selection:
         with self._lock:
             survey = self._survey()
             reserved = self.reservations.all()
-            found: list[dict[str, Any]] = []
+            found: list[QueueEntry] = []
             for image in self._order(survey, self.default, frozenset(), limit):
                 entry = self._describe(survey, image, self.default, SLICES_PER_IMAGE, opened=False)
                 if entry is not None:
-                    found.append({**entry, "reserved_by": reserved.get(image)})
+                    found.append(QueueEntry(**dict(entry), reserved_by=reserved.get(image)))
                 if len(found) == limit:
                     break
             return found or self.review(limit)
 
-    def review(self, limit: int = 5) -> list[dict[str, Any]]:
-        """The labelled images whose proposals disagree most: where a label may be worth a second look. Form as in
-        `queue`.
-        """
+    def review(self, limit: int = 5) -> list[QueueEntry]:
+        """The labelled images whose proposals disagree most: where a label may be worth a second look."""
         with self._lock:
             survey = self._survey()
             reserved = self.reservations.all()
@@ -236,7 +250,7 @@ class Selection:
                     round_index=survey.find_round(image),
                 )
                 answer = self._answer(survey, image, picks, "review", summarise_reasons(picks))
-                found.append({**answer, "reserved_by": reserved.get(image)})
+                found.append(QueueEntry(**dict(answer), reserved_by=reserved.get(image)))
             return found
 
     def release(self, image: str) -> None:
@@ -322,7 +336,7 @@ class Selection:
 
         yield from sorted(rest, key=rank)
 
-    def _describe_opened(self, survey: _Survey, image: str, strategy: str, count: int) -> dict[str, Any] | None:
+    def _describe_opened(self, survey: _Survey, image: str, strategy: str, count: int) -> Suggestion | None:
         """The answer for an image, None if its file is gone or cannot be read; it is then passed over until it
         changes.
         """
@@ -338,9 +352,9 @@ class Selection:
             with self._lock:
                 self._finished[image] = len(survey.annotated.get(image) or ())
             return None
-        return {**answer, "path": path}
+        return Suggestion(**dict(answer), path=path)
 
-    def _describe(self, survey: _Survey, image: str, strategy: str, count: int, opened: bool) -> dict[str, Any] | None:
+    def _describe(self, survey: _Survey, image: str, strategy: str, count: int, opened: bool) -> SuggestedWork | None:
         done = survey.annotated.get(image) or frozenset()
         state = "started" if done else "new"
         if image in survey.entries:
@@ -358,7 +372,7 @@ class Selection:
         if is_picture(path):
             read_picture_grid(path)  # Whether it can be read at all.
             pick = Pick(image, 0, 0.0, (), "not scored yet")
-            return self._answer(survey, image, [pick], state, "Not scored yet.") | {"modality": PICTURE}
+            return self._answer(survey, image, [pick], state, "Not scored yet.", PICTURE)
         volume = self._infer.open_volume(path, None, self._app.datastore().get_image_info(image))
         depth = len(volume.to_stack()[0])
         if strategy == "uniform_random":
@@ -373,30 +387,25 @@ class Selection:
                 Pick(image, z, 0.0, (), "as far as possible from annotated slices")
                 for z in space_evenly(depth, count, done)
             ]
-        return {**self._answer(survey, image, picks, state, why), "modality": volume.modality} if picks else None
+        return self._answer(survey, image, picks, state, why, volume.modality) if picks else None
 
-    def _answer(self, survey: _Survey, image: str, picks: list[Pick], state: str, reason: str) -> dict[str, Any]:
+    def _answer(
+        self, survey: _Survey, image: str, picks: list[Pick], state: str, reason: str, modality: str = ""
+    ) -> SuggestedWork:
+        """`modality` is that of an image without scores; "" if not known."""
         entry = survey.entries.get(image)
 
         def tell(text: str) -> str:
             return text.replace(" on slice 0", "") if entry is not None and entry.modality == PICTURE else text
 
-        return {
-            "image": image,
-            "slices": [
-                {
-                    "index": pick.index,
-                    "score": round(pick.score, 4),
-                    "structures": list(pick.structures),
-                    "reason": tell(pick.reason),
-                }
-                for pick in picks
-            ],
-            "reason": tell(reason),
-            "scores_from": entry.scores.version if entry else "",
-            "state": state,
-            "modality": entry.modality if entry else "",
-        }
+        return SuggestedWork(
+            image=image,
+            slices=[SuggestedSlice.of(pick, tell(pick.reason)) for pick in picks],
+            reason=tell(reason),
+            scores_from=entry.scores.version if entry else "",
+            state=state,
+            modality=entry.modality if entry else modality,
+        )
 
     def _seed(self, strategy: str) -> int:
         """Chance changes with every label that is saved; the scored strategies have a noise of their own that changes
@@ -414,10 +423,10 @@ class Selection:
                 skipped.pop(event.image, None)
         return set(skipped)
 
-    def _explain_end(self, survey: _Survey, client: str) -> dict[str, Any]:
+    def _explain_end(self, survey: _Survey, client: str) -> NothingLeft:
         """Why there is nothing to give, and what to do instead."""
         if not survey.images:
-            return {"message": NO_IMAGES, "review": []}
+            return NothingLeft(message=NO_IMAGES, review=[])
         with self._lock:
             reasons = self._find_unreadable()
             taken = [
@@ -426,7 +435,7 @@ class Selection:
                 if owner != client and image in survey.open - reasons.keys()
             ]
         if taken:
-            return {"message": ALL_RESERVED.format(minutes=self._minutes), "review": []}
+            return NothingLeft(message=ALL_RESERVED.format(minutes=self._minutes), review=[])
         broken = sorted(survey.open & reasons.keys())
         message = ALL_LABELLED
         if broken:
@@ -434,7 +443,7 @@ class Selection:
                 f"Every image that can be read is labelled. {len(broken)} cannot be read, "
                 f"for example '{broken[0]}': {reasons[broken[0]]}"
             )
-        return {"message": message, "review": self.review(5)}
+        return NothingLeft(message=message, review=self.review(5))
 
     def _find_unreadable(self) -> dict[str, str]:
         """Images that cannot be read, and why, as long as their files are what they were."""

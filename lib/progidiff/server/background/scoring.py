@@ -17,11 +17,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
+from pydantic import BaseModel, ConfigDict
 
+from progidiff.active_learning.answers import Text
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
 from progidiff.errors import BusyError, CancelledError, ModelError, NotFoundError, ProGiDiffError, StoreError
 from progidiff.images.formats import is_picture, strip_suffix
@@ -38,6 +39,31 @@ SECONDS_BETWEEN_ROUNDS = 20.0
 
 SECONDS_AFTER_REQUESTS = 2.0
 """A person who just asked will ask again: the device is left alone for so long."""
+
+
+class ScoringProgress(BaseModel):
+    """How far the scoring of the pool is.
+
+    Attributes:
+        state: "off", "waiting", "scoring", "done", or why it waits.
+        images: Of the pool.
+        scored: By the version that is served.
+        outdated: By an older one.
+        failed: Image -> why it could not be scored.
+        image: The one in work; "" if none is.
+        slices_done, slices_total: Of that one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    state: Text
+    images: int
+    scored: int
+    outdated: int
+    failed: dict[Text, Text]
+    image: Text
+    slices_done: int
+    slices_total: int
 
 
 class PoolScorer:
@@ -120,14 +146,8 @@ class PoolScorer:
             if self.fingerprint(image) == fingerprint
         }
 
-    def progress(self) -> dict[str, Any]:
-        """How far the pool is.
-
-        Returns:
-            "state" ("off", "waiting", "scoring", "done", or why it waits), "images", "scored" (by the version that is
-            served), "outdated" (by an older one), "failed" {image: reason}, "image", "slices_done", "slices_total" of
-            the one in work.
-        """
+    def progress(self) -> ScoringProgress:
+        """How far the pool is."""
         images = set(self._app.datastore().list_images())
         entries = self._find_scores()
         wanted = self._wanted_versions(entries)
@@ -138,16 +158,16 @@ class PoolScorer:
         ]
         job = self._job
         info = None if job is None else job.info()
-        return {
-            "state": self._state,
-            "images": len(images),
-            "scored": len(current),
-            "outdated": len(images & entries.keys()) - len(current),
-            "failed": {name: reason for name, reason in self.failures().items() if name in images},
-            "image": "" if info is None else info.image,
-            "slices_done": 0 if info is None else info.slices_done,
-            "slices_total": 0 if info is None else info.slices_total,
-        }
+        return ScoringProgress(
+            state=self._state,
+            images=len(images),
+            scored=len(current),
+            outdated=len(images & entries.keys()) - len(current),
+            failed={name: reason for name, reason in self.failures().items() if name in images},
+            image="" if info is None else info.image,
+            slices_done=0 if info is None else info.slices_done,
+            slices_total=0 if info is None else info.slices_total,
+        )
 
     def find_next(self) -> str | None:
         """The image that is worth scoring next; None if all are scored by the version that is served."""

@@ -9,7 +9,7 @@ from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.strategy import Strategy
 
 from progidiff.active_learning.settings import STRATEGIES
-from progidiff.server.background.next_sample import Selection
+from progidiff.server.background.next_sample import Selection, Suggestion
 
 
 class SelectionStrategy(Strategy):
@@ -29,7 +29,7 @@ class SelectionStrategy(Strategy):
     def __call__(self, request: Mapping[str, Any], datastore: Datastore) -> dict[str, Any] | None:
         """The next image in the host's form, None if there is none."""
         chosen = self._selection().next(str(request.get("client_id") or "host"), self._name)
-        return {**chosen, "id": chosen["image"]} if "image" in chosen else None
+        return {**chosen.model_dump(), "id": chosen.image} if isinstance(chosen, Suggestion) else None
 
 
 def build_strategies(selection: Callable[[], Selection], default: str) -> dict[str, Strategy]:

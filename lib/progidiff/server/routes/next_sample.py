@@ -6,17 +6,20 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import asdict
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, Response
+from pydantic import BaseModel, ConfigDict, SkipValidation
 
+from progidiff.active_learning.answers import QueueEntry, Report, SuggestedSlice, Text
 from progidiff.active_learning.report import BATCH, build_report, format_html
 from progidiff.errors import ProGiDiffError, RequestError
+from progidiff.images.folders import LeftOut
 from progidiff.images.reading import read_grid
 from progidiff.params import read_choice, read_int
-from progidiff.server.background.next_sample import MAX_QUEUE, SLICES_PER_IMAGE
+from progidiff.server.background.next_sample import MAX_QUEUE, SLICES_PER_IMAGE, NothingLeft
+from progidiff.server.background.scoring import ScoringProgress
 from progidiff.server.datastores import images
 from progidiff.server.datastores.proposal_labels import refresh_original
 from progidiff.server.gate.auth import User
@@ -27,6 +30,57 @@ from progidiff.server.parts import Context, get_context
 logger = logging.getLogger(__name__)
 
 _MAX_CLIENT = 200
+
+
+class StrategyNote(BaseModel):
+    """Which request an image was given for, as the host notes it.
+
+    Attributes:
+        ts: Seconds since 1970.
+        client_id: Who asked.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    ts: int
+    client_id: Text
+
+
+class NextSample(BaseModel):
+    """The image to annotate next, as the host tells it. What the datastore knows of the image (`name`, `checksum`,
+    UIDs and whatever a client stored with it) stands beside these, and so more fields are let through.
+
+    Attributes:
+        id: Of the image.
+        path: Of its file, for who may see where things lie; its name for others.
+        strategy: The one that was asked for, and when.
+        slices: Best first.
+        reason: Why this image, as a sentence.
+        scores_from: The model version whose scores were used; "" if none were.
+        state: "new" or "started".
+        modality: "CT", "MR", "picture"; "" if not known.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    id: Text
+    path: Annotated[str, SkipValidation]
+    strategy: dict[str, StrategyNote]
+    slices: list[SuggestedSlice]
+    reason: Text
+    scores_from: Text
+    state: str
+    modality: Text
+
+
+class ScoringAnswer(ScoringProgress):
+    """How far the scoring is, and what of the folder is in no pool.
+
+    Attributes:
+        left_out: Files that are not served, and why.
+    """
+
+    left_out: tuple[LeftOut, ...]
 
 
 def build_endpoints() -> Endpoints:
@@ -44,7 +98,7 @@ def build_endpoints() -> Endpoints:
     )
     def pick_next_sample(
         request: Request, strategy: str, params: dict[str, Any] | None = None, user: User = CALLER
-    ) -> dict[str, Any]:
+    ) -> NextSample | NothingLeft:
         """The host's answer (id, path, what the datastore knows of the image), and beside it `slices`, `reason`,
         `scores_from`.
 
@@ -58,15 +112,18 @@ def build_endpoints() -> Endpoints:
         count = read_int(params.get("num_slices", SLICES_PER_IMAGE), "num_slices", 1, 100)
         context = get_context()
         chosen = context.selection.next(client, strategy, count, user.name)
-        if "image" not in chosen:
+        if isinstance(chosen, NothingLeft):
             return chosen
-        image = str(chosen.pop("image"))
+        image = chosen.image
         logger.info("Next sample for %s: %s", client, image)
         _prepare_original(context, image)
-        info = context.app.datastore().get_image_info(image)
-        given = {"strategy": {strategy: {"ts": int(time.time()), "client_id": client}}}
+        known = context.app.datastore().get_image_info(image)
         # Ours come last: what a client once stored with an image must not pass for the server's answer.
-        return {**show_paths(request.scope, info, "path"), **given, "id": image, **chosen}
+        told = {**known, **{name: value for name, value in chosen if name != "image"}}
+        note = StrategyNote(ts=int(time.time()), client_id=client)
+        return NextSample.model_validate(
+            {**show_paths(request.scope, told, "path"), "strategy": {strategy: note}, "id": image}
+        )
 
     @endpoints.get(
         "/progidiff/queue",
@@ -75,7 +132,7 @@ def build_endpoints() -> Endpoints:
         summary="What is to be annotated next, and why",
         takes="Query: limit",
     )
-    def list_queue(limit: int = 50) -> list[dict[str, Any]]:
+    def list_queue(limit: int = 50) -> list[QueueEntry]:
         return get_context().selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
 
     @endpoints.get(
@@ -84,9 +141,9 @@ def build_endpoints() -> Endpoints:
         tags=["ProGiDiff"],
         summary="How far the background scoring of the pool is, and which files are in no pool",
     )
-    def describe_scoring() -> dict[str, Any]:
+    def describe_scoring() -> ScoringAnswer:
         left_out = getattr(get_context().app.datastore(), "left_out", ())
-        return {**get_context().scorer.progress(), "left_out": [asdict(entry) for entry in left_out]}
+        return ScoringAnswer(**dict(get_context().scorer.progress()), left_out=tuple(left_out))
 
     @endpoints.get(
         "/progidiff/report",
@@ -94,8 +151,9 @@ def build_endpoints() -> Endpoints:
         tags=["ProGiDiff"],
         summary="What annotating has brought, as JSON, or as a page with format=html",
         takes="Query: format (json, html), limit",
+        response_model=Report,
     )
-    def describe_progress(format: str = "json", limit: int = 20) -> Response:
+    def describe_progress(format: str = "json", limit: int = 20) -> Response | Report:
         context = get_context()
         kind = read_choice(format, "format", ("json", "html"))
         queue = context.selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
@@ -103,7 +161,7 @@ def build_endpoints() -> Endpoints:
         report = build_report(
             context.annotations, context.infer.engine.adapters, queue, context.options.retrain_after or BATCH, textdiff
         )
-        return HTMLResponse(format_html(report)) if kind == "html" else JSONResponse(report)
+        return HTMLResponse(format_html(report)) if kind == "html" else report
 
     return endpoints
 

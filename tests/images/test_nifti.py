@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,47 @@ def test_a_label_on_either_reading_is_accepted_voxel_by_voxel(tmp_path: Path, co
     elsewhere[2, 3] += 7
     with pytest.raises(GeometryError, match="lies up to"):
         load_label(save_array(labels, elsewhere, tmp_path / "elsewhere.nrrd"), grid)
+
+
+def set_sizes(path: Path, *sizes: float) -> Path:
+    """Other voxel sizes in the header of an uncompressed file, in its bytes: the library writes positive ones only."""
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<3f", content, 80, *sizes)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (0, 1), (1, 0), (1, 1)])
+def test_negative_voxel_sizes_are_read_as_itk_reads_them_and_said(tmp_path: Path, codes: tuple[int, int]) -> None:
+    written = write(tmp_path / "case.nii", sform_code=codes[0], qform_code=codes[1])
+    usual = nibabel.load(written).affine
+    image = set_sizes(written, *(-nibabel.load(written).header["pixdim"][1:2]), 0.8, 4.0)
+    grid = read_grid(image)
+    check_answers(image, tmp_path)
+    assert len(grid.warnings) == 1
+    assert "negative voxel sizes (pixdim -1.5, 0.8, 4)" in grid.warnings[0]
+    # What was drawn in a program that takes them as positive means the same voxels.
+    nibabel.save(nibabel.Nifti1Image(np.ones(grid.shape, np.uint8), usual), tmp_path / "label.nii")
+    load_label(tmp_path / "label.nii", grid)
+
+
+@pytest.mark.parametrize("name", ["Case.Nii", "case.NII", "case.nii.GZ", "Case.Nii.Gz"])
+def test_a_name_may_have_its_suffix_in_any_case(tmp_path: Path, name: str) -> None:
+    usual = write(tmp_path / ("plain.nii.gz" if name.lower().endswith("gz") else "plain.nii"))
+    image = usual.rename(tmp_path / name)
+    np.testing.assert_array_equal(load_volume(image, "CT").array, make_image())
+    assert read_grid(image).shape == SHAPE
+
+
+def test_a_file_whose_name_and_packing_differ_says_what_to_call_it(tmp_path: Path) -> None:
+    packed, plain = write(tmp_path / "a.nii.gz"), write(tmp_path / "b.nii")
+    packed, plain = packed.rename(tmp_path / "packed.nii"), plain.rename(tmp_path / "plain.nii.gz")
+    (tmp_path / "empty.nii.gz").touch()
+    for path, reason in {
+        packed: r"it is compressed.*rename it to end in \.nii\.gz",
+        plain: r"it is not compressed.*rename it to end in \.nii\.",
+        tmp_path / "empty.nii.gz": "is empty.*Copy it again",
+    }.items():
+        for read in (load_volume, read_grid):
+            with pytest.raises(ImageError, match=reason):
+                read(path)

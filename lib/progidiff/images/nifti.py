@@ -55,6 +55,8 @@ _EXACT = 1e-3
 """Share of a voxel edge below which two readings are one, written with different rounding."""
 
 _NIFTI1_BYTES, _NIFTI2_BYTES = 348, 540
+_GZIP = b"\x1f\x8b"
+"""How every compressed file begins."""
 
 
 def read_nifti(path: Path) -> Raw:
@@ -106,23 +108,41 @@ def open_nifti(path: Path) -> nibabel.Nifti1Image:
                 f"The header of '{path.name}' has {voxels:.0f} bytes; at most {MAX_HEADER_BYTES} are read. Save it "
                 "without extensions."
             )
-        return kind.from_filename(path)
+        # By its own name: asked for a name, the library looks for one with a suffix in lower case.
+        return kind.from_file_map({"image": nibabel.FileHolder(str(path))})
     raise ImageError(
         f"'{path.name}' cannot be read as an image: it is named as NIfTI and is something else. Convert it to NIfTI."
     )
 
 
 def _read_start(path: Path) -> bytes:
+    """The first bytes of the header.
+
+    Raises:
+        ImageError: if the file is empty, or packed although its name does not say so, or the other way round.
+    """
+    is_named_packed = path.name.lower().endswith(".gz")
     with open_regular(path) as file:
-        packed = gzip.GzipFile(fileobj=file) if path.name.lower().endswith(".gz") else nullcontext(file)
-        with packed as content:
+        magic = file.read(len(_GZIP))
+        if not magic:
+            raise ImageError(
+                f"'{path.name}' is empty: 0 bytes. Copy it again, or wait until whoever writes it has finished."
+            )
+        if is_named_packed != (magic == _GZIP):
+            packed, ending = ("not compressed", ".nii") if is_named_packed else ("compressed", ".nii.gz")
+            raise ImageError(
+                f"'{path.name}' cannot be read as an image: it is {packed}, and its name says otherwise. If it is "
+                f"NIfTI, rename it to end in {ending}."
+            )
+        file.seek(0)
+        with gzip.GzipFile(fileobj=file) if is_named_packed else nullcontext(file) as content:
             return content.read(_NIFTI2_BYTES)
 
 
 def write_nifti(array: NDArray[Any], grid: Grid, path: Path) -> None:
     """Write an array (I, J, K), with the geometry of the image's own header if it was a NIfTI."""
     if grid.header is not None:
-        image = nibabel.Nifti1Image(array, None, _make_header(grid.header.stated))
+        image = _make_image(array, grid.header.stated)
         image.set_data_dtype(array.dtype)
     else:
         image = nibabel.Nifti1Image(array, grid.affine)
@@ -145,9 +165,11 @@ def _read_header(image: Any, path: Path) -> tuple[Affine, HeaderReading | None]:
     shape = (int(size_i), int(size_j), int(size_k))
     stated = {name: np.array(header[name]) for name in _GEOMETRY_FIELDS}
     stated["pixdim"] = np.array(header["pixdim"][:4])
+    stated["pixdim"][1:] *= _read_signs(image, path)  # The library makes them positive, and ITK does not.
     unit, scale = _UNITS.get(int(stated["xyzt_units"]) & _SPATIAL_UNIT, ("", 1.0))
     known = _list_stated(header, scale)
-    if not unit and _is_plain(shape, header, known):
+    is_mirrored = bool((stated["pixdim"][1:] < 0).any())
+    if not unit and not is_mirrored and _is_plain(shape, header, known):
         taken = "both" if len(known) == 2 else next(iter(known))
         return usual, HeaderReading(taken, (), (), stated)
 
@@ -158,6 +180,14 @@ def _read_header(image: Any, path: Path) -> tuple[Affine, HeaderReading | None]:
         warnings.append(
             f"The axes in the header of '{path.name}' are not at right angles and it has no qform, so 3D Slicer and "
             "ITK-SNAP do not open it, nor its answers. Its sform was taken; resample it onto a rectangular grid."
+        )
+    elif is_mirrored:
+        affine, taken = seen, next(iter(known), "none")
+        sizes = ", ".join(f"{size:g}" for size in stated["pixdim"][1:])
+        warnings.append(
+            f"The header of '{path.name}' gives negative voxel sizes (pixdim {sizes}). It was taken as 3D Slicer and "
+            "ITK-SNAP do, which turn those axes round; others, such as nibabel, do not, and see a mirrored image. "
+            "Check what is left and right, and convert the original images again."
         )
     elif not known:
         affine, taken = seen, "none"
@@ -172,6 +202,13 @@ def _read_header(image: Any, path: Path) -> tuple[Affine, HeaderReading | None]:
             taken = "both"
     others = [at for at in (*known.values(), usual, seen) if at is not None and not _is_exact(shape, affine, at)]
     return affine, HeaderReading(taken, tuple(others), tuple(warnings), stated)
+
+
+def _read_signs(image: Any, path: Path) -> NDArray[np.float32]:
+    """Whether the file gives each of its three voxel sizes as positive or negative number, 1 or -1."""
+    start = _read_start(path)[: image.header.structarr.dtype.itemsize]
+    sizes = type(image.header)(start, check=False)["pixdim"][1:4]
+    return np.where(sizes < 0, -1, 1).astype(np.float32)
 
 
 def _list_stated(header: Any, scale: float) -> dict[str, Affine]:
@@ -232,19 +269,20 @@ def _compare(
     ]
 
 
-def _make_header(stated: Mapping[str, Any]) -> Any:
-    header = nibabel.Nifti1Header()
+def _make_image(array: NDArray[Any], stated: Mapping[str, Any]) -> nibabel.Nifti1Image:
+    """An image whose header says of its place what another's does."""
+    image = nibabel.Nifti1Image(array, None)
     for name in _GEOMETRY_FIELDS:
-        header[name] = stated[name]
-    header["pixdim"][:4] = stated["pixdim"]
-    return header
+        image.header[name] = stated[name]
+    image.header["pixdim"][:4] = stated["pixdim"]
+    return image
 
 
 def _ask_itk(stated: Mapping[str, Any]) -> Affine | None:
     """Where ITK sees the voxels of an image with such a header; None if it does not open it."""
     with tempfile.TemporaryDirectory(prefix="progidiff-header-") as folder:
         path = Path(folder) / "header.nii"
-        nibabel.save(nibabel.Nifti1Image(np.zeros((2, 2, 2), np.uint8), None, _make_header(stated)), path)
+        nibabel.save(_make_image(np.zeros((2, 2, 2), np.uint8), stated), path)
         try:
             return read_itk_place(path).affine
         except RuntimeError:

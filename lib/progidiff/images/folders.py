@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from progidiff.images.dicom import is_dicom
 from progidiff.images.formats import Use, find_format, find_kind, list_suffixes, strip_suffix
+from progidiff.storage.json_text import show_text
 
 logger = logging.getLogger(__name__)
 
@@ -47,25 +48,32 @@ def list_volumes(folder: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def list_left_out(folder: Path, served: Collection[str], passed_over: Collection[str] = ()) -> tuple[LeftOut, ...]:
+def list_left_out(
+    folder: Path, served: Collection[str], passed_over: Collection[str] = (), faults: Mapping[str, str] | None = None
+) -> tuple[LeftOut, ...]:
     """The images of a folder that are not served.
 
     Args:
         folder: Of studies.
         served: Names of the files in it that are.
         passed_over: Names of files and subfolders that are no images of it (labels, for example).
+        faults: Name -> why it is not looked at at all, a sentence.
 
     Returns:
         By name. What is no image (tables, notes, hidden files) is not named.
     """
     served_by = {strip_suffix(name): name for name in served}
+    faults = faults or {}
     found: list[LeftOut] = []
     folders: list[Path] = []
     with os.scandir(folder) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             if entry.name.startswith(".") or entry.name in served or entry.name in passed_over:
                 continue
-            if entry.is_dir():
+            if entry.name in faults:
+                is_image = find_format(entry.name) is not None or entry.is_dir()
+                found += [LeftOut(show_text(entry.name), faults[entry.name])] if is_image else []
+            elif entry.is_dir():
                 folders.append(Path(entry.path))
             elif entry.is_file():
                 reason = _explain_file(Path(entry.path), served_by)

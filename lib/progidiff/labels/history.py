@@ -53,6 +53,9 @@ FORMAT = 1
 FINAL = "final"
 """The tag whose labels count as annotated."""
 
+_MAX_FOLDER_NAME = 255
+"""Bytes of a file name, on every usual disk."""
+
 Kind = Literal["label", "delete", "undo", "restore", "skip"]
 
 _NOT_KEPT = (
@@ -931,9 +934,18 @@ def _label_suffix(path: Path) -> str:
 
 
 def _folder_name(image: str) -> str:
-    """A file name for any id: ids of the host's own making may hold spaces, and must not leave the folder."""
+    """A file name for any id: ids may hold spaces and any letters, and must not leave the folder.
+
+    Example:
+        >>> _folder_name("Größe 1"), len(_folder_name("ä" * 100))
+        ('Gr%C3%B6%C3%9Fe%201', 255)
+    """
     name = quote(image, safe="")
-    return "%2E" + name[1:] if name.startswith(".") else name
+    name = "%2E" + name[1:] if name.startswith(".") else name
+    if len(name) <= _MAX_FOLDER_NAME:
+        return name
+    digest = hashlib.sha256(image.encode(errors="surrogatepass")).hexdigest()
+    return f"{name[: _MAX_FOLDER_NAME - len(digest) - 1]}-{digest}"
 
 
 def _now() -> str:

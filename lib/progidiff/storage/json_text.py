@@ -23,6 +23,7 @@ MAX_DIGITS = 64
 """Characters of a number; a 64-bit float is written with 24 at most, a 128-bit integer with 39."""
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
+_CONTROLS = re.compile("[\\\\\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _BRACKETS = re.compile(r"[\[\]{}]")
 
 
@@ -135,6 +136,17 @@ def is_whole(text: str) -> bool:
         (True, False)
     """
     return not _HALF_PAIR.search(text)
+
+
+def is_plain_path(text: str) -> bool:
+    """Whether text can stand in an address as it is: without a backslash, which some take for a slash, and without
+    what controls a terminal or ends a line. Spaces of all kinds and joiners may stand in names.
+
+    Example:
+        >>> is_plain_path("scan\u3000\u0661"), is_plain_path("folder\\\\scan"), is_plain_path("scan\\n")
+        (True, False, False)
+    """
+    return _CONTROLS.search(text) is None
 
 
 def _dump(value: object, indent: int | None) -> str:

@@ -670,9 +670,36 @@ def test_links_out_of_the_studies_folder_and_devices_are_left_out_with_the_reaso
             store.save_annotated(image, label, "final", {})
         assert reason.split(".")[0] in (store.explain_absence(image) or "")
     assert store.explain_absence("nobody") is None
+    reasons = {entry.name: entry.reason for entry in store.left_out}
+    assert set(reasons) == {"device.nii.gz", "key.nii.gz", "out.nii.gz", "pipe.nii.gz"}
+    for name, reason in reasons.items():
+        assert f"'{name}' is a " in reason
+        assert "other formats" not in reason
     (studies / "out.nii.gz").unlink()
     with pytest.raises(NotFoundError):
         store.save_annotated("out", label, "final", {})
+
+
+def test_a_name_that_no_address_holds_is_left_out_with_the_reason_and_any_other_is_served(
+    store: SafeLocalDatastore, studies: Path
+):
+    # As archives made on Windows unpack, and what people type.
+    for name in ("folder\\scan.nii.gz", "new\nline.nii.gz", "full\u3000width.nii.gz", "narrow\u00a0space.nii.gz"):
+        shutil.copyfile(studies / "one.nii.gz", studies / name)
+    long = "ä" * 100
+    shutil.copyfile(studies / "one.nii.gz", studies / f"{long}.nii.gz")
+    store.refresh()
+    assert set(store.list_images()) == {"one", "two", "full\u3000width", "narrow\u00a0space", long}
+    reasons = [entry.reason for entry in store.left_out]
+    assert len(reasons) == 2
+    assert reasons[0].startswith("'folder_scan.nii.gz' has a backslash or a control character in its name")
+    for image in (long, long[:-1] + "ö", "full\u3000width"):
+        (studies / f"{image}.nii.gz").write_bytes((studies / "one.nii.gz").read_bytes())
+        store.refresh()
+        store.save_annotated(image, write_label(studies, "label", {1: LIVER}), "final", {})
+    files = {store.annotations.label_file(store.annotations.list(image)[0]) for image in (long, long[:-1] + "ö")}
+    assert len(files) == 2
+    assert store.annotations.verify() == []
 
 
 def test_an_image_that_becomes_a_link_is_not_followed_before_the_next_look_at_the_folder_either(

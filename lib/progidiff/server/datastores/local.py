@@ -75,7 +75,7 @@ from progidiff.server.datastores.ids import check_id
 from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.index import DatastoreIndex, FileState, Placed, Row
 from progidiff.storage.atomic import flush, make_scratch_name, remove_leftovers, scratch_folder
-from progidiff.storage.json_text import is_whole, show_text, write_json
+from progidiff.storage.json_text import is_plain_path, is_whole, show_text, write_json
 from progidiff.storage.state_files import note_damage
 
 logger = logging.getLogger(__name__)
@@ -522,6 +522,8 @@ class SafeLocalDatastore(LocalDatastore):
         """Why a name in the folders is not used; None if it is a plain file or a folder, or a link to one that is
         served too.
         """
+        if (fault := _find_name_fault(path.name)) is not None:
+            return fault
         try:
             if path.is_symlink():
                 parts = Path(os.path.realpath(path)).parts
@@ -984,7 +986,9 @@ class SafeLocalDatastore(LocalDatastore):
     def _note_left_out(self, served: set[str]) -> None:
         """Say what somebody may look for in vain, once."""
         labels = Path(self._datastore.label_path(None))
-        found = list_left_out(Path(self._datastore.image_path()), served, {labels.name})
+        folder = Path(self._datastore.image_path())
+        faults = {name: fault for name in self._faults if (fault := self._find_fault(folder / name)) is not None}
+        found = list_left_out(folder, served, {labels.name}, faults)
         for entry in found:
             if entry not in self.left_out and self._serves:
                 logger.warning("Not served: '%s'. %s", entry.name, entry.reason)
@@ -1008,8 +1012,8 @@ class SafeLocalDatastore(LocalDatastore):
                 entry.name: None if entry.is_file(follow_symlinks=False) else self._find_fault(Path(entry.path))
                 for entry in entries
             }
-        for name in [name for name in faults if not is_whole(name)]:
-            faults[name] = f"'{show_text(name)}' has a name that is not UTF-8. Rename the file."
+        for name in faults:
+            faults[name] = _find_name_fault(name) or faults[name]
         for name, fault in faults.items():
             if fault is not None and self._faults.get(name) != fault:
                 self._faults[name] = fault
@@ -1267,6 +1271,16 @@ def check_tag(tag: str) -> str:
             "starting with a sign, for example final."
         )
     return tag
+
+
+def _find_name_fault(name: str) -> str | None:
+    """Why a file of this name is not used: no address can name it; None if one can."""
+    if not is_whole(name):
+        return f"'{show_text(name)}' has a name that is not UTF-8. Rename the file."
+    if not is_plain_path(name):
+        plain = "".join(character if is_plain_path(character) else "_" for character in name)
+        return f"'{plain}' has a backslash or a control character in its name (shown as _). Rename the file."
+    return None
 
 
 def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Previous | None:

@@ -9,6 +9,7 @@ from starlette.types import ASGIApp, Scope
 from progidiff.errors import RequestError
 from progidiff.server.gate.checks import Check
 from progidiff.server.gate.endpoints import EndpointTable, set_endpoint
+from progidiff.storage.json_text import is_plain_path
 
 
 class PlainPaths(Check):
@@ -27,7 +28,7 @@ class PlainPaths(Check):
         """Let a plain address go on."""
         path = strip_prefix(scope)
         parts = path.split("/")
-        if "\\" in path or "//" in path or not path.isprintable() or any(part in (".", "..") for part in parts):
+        if "//" in path or not is_plain_path(path) or any(part in (".", "..") for part in parts):
             raise RequestError(
                 "The address has '..', '//', a backslash or a control character in it. Write it plainly."
             )

@@ -66,7 +66,7 @@ def read_nifti(path: Path) -> Raw:
         ImageError: if it is another format.
     """
     image = open_nifti(path)
-    check_size(image.shape, path)
+    check_size(image.shape, path, image.get_data_dtype().itemsize)
     affine, header = _read_header(image, path)
     proxy: Any = image.dataobj
     if getattr(proxy, "slope", 1.0) == 1.0 and getattr(proxy, "inter", 0.0) == 0.0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ MAX_VOXELS = 1 << 30
 
 MAX_HEADER_BYTES = 4 << 20
 """Of any header. 3D Slicer writes about half a kilobyte per segment."""
+
+_decoded: ContextVar[int | None] = ContextVar("decoded", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,15 +55,28 @@ class Raw:
     header: HeaderReading | None = None
 
 
-def check_size(shape: tuple[int, ...], path: Path) -> None:
-    """Refuse a shape of more than `MAX_VOXELS` voxels.
+def limit_decoded(size: int) -> None:
+    """Have `check_size` refuse more bytes than this, for the rest of this process."""
+    _decoded.set(size)
+
+
+def check_size(shape: tuple[int, ...], path: Path, itemsize: int = 1) -> None:
+    """Refuse a shape of more than `MAX_VOXELS` voxels, or of more bytes than `limit_decoded` has said.
+
+    Args:
+        shape: As a header states it.
+        path: Of the file.
+        itemsize: Bytes of a voxel.
 
     Raises:
         ImageError: if it is.
     """
-    count = 1
-    for size in shape:
-        count *= int(size)
+    count, allowed = math.prod(map(int, shape)), _decoded.get()
+    if allowed is not None and count * itemsize > allowed:
+        raise ImageError(
+            f"'{path.name}' unpacks to {times(shape)} voxels of {itemsize} bytes, far more than files of its size "
+            "hold. Save it uncompressed, or crop it."
+        )
     if count > MAX_VOXELS:
         raise ImageError(
             f"'{path.name}' has {times(shape)} voxels, more than the {MAX_VOXELS} that are read; crop or resample it."

@@ -96,7 +96,7 @@ def detached_data(allowed: bool | None) -> Iterator[None]:
 def read_file(path: Path) -> Raw:
     """Voxels and affine, as the table of formats wants them; raises what `read_header` and `read_voxels` do."""
     header = read_header(path)
-    check_size(header.shape, path)
+    check_size((header.layers, *header.shape), path, header.dtype.itemsize)
     return Raw(read_voxels(header), header.affine)
 
 

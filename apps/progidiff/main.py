@@ -13,7 +13,7 @@ from monailabel.interfaces.tasks.strategy import Strategy
 from monailabel.interfaces.tasks.train import TrainTask
 
 import progidiff
-from progidiff.images import text_headers
+from progidiff.images import decoding, text_headers
 from progidiff.server import install, wiring
 from progidiff.server.datastores import pacs
 from progidiff.server.datastores.local import is_folder, open_annotations, open_local
@@ -38,6 +38,8 @@ class ProGiDiffApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.options = ServerOptions.from_conf(conf or {}, studies)
+        decoding.read_apart(self.options.read_apart)
+        decoding.report_in_background()
         text_headers.allow_detached(self.options.detached_data)
         model_dir = self.options.model_dir or Path(app_dir) / "model"
         infer = build_task(self.options, model_dir, self.datastore)

@@ -11,6 +11,7 @@ voxels: whichever of them won, a person's work would be lost without a word.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,12 +20,13 @@ import numpy as np
 import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
 
 from progidiff.dicomweb.codes import read_coded
 from progidiff.dicomweb.geometry import compute_lps_affine
 from progidiff.errors import GeometryError, ImageError, RequestError
+from progidiff.images.decoding import apart
 from progidiff.images.geometry import GRID_TOLERANCE, Grid
+from progidiff.images.reading import DECODED_PER_VOXEL
 from progidiff.labels.segments import is_unnamed
 from progidiff.prompts.parser import contradicts
 
@@ -55,10 +57,57 @@ def read_dataset(content: bytes) -> Dataset:
     """
     try:
         return pydicom.dcmread(io.BytesIO(content))
-    except (InvalidDicomError, OSError, ValueError, KeyError, AttributeError, EOFError, NotImplementedError) as err:
+    except Exception as err:  # Whatever a reader raises on bytes that somebody sent, the file is at fault.
         raise ImageError(
             f"This is no DICOM file ({' '.join(str(err).split())[:200]}). Export the segmentation again."
         ) from err
+
+
+@dataclass(frozen=True)
+class Instance:
+    """What a stored DICOM file says of itself.
+
+    Attributes:
+        study_uid, class_uid, instance_uid: "" where it does not say.
+        series_uid: Of the image that it was drawn on.
+        problem: Why there is none; "" if there is.
+    """
+
+    study_uid: str
+    class_uid: str
+    instance_uid: str
+    series_uid: str
+    problem: str
+
+
+def open_instance(content: bytes) -> Instance:
+    """What a DICOM file says of itself, found in a process of its own where files are read so.
+
+    Raises:
+        ImageError: if it is no DICOM file.
+    """
+    return apart(_open_instance, name="The DICOM file")(content)
+
+
+def open_segmentation(content: bytes, image: Grid) -> Segmentation:
+    """`read_segmentation` of a DICOM file, in a process of its own where files are read so."""
+    decoded = DECODED_PER_VOXEL * math.prod(image.shape)
+    return apart(_open_segmentation, decoded=decoded, name="The segmentation")(content, image)
+
+
+def _open_instance(content: bytes) -> Instance:
+    dataset = read_dataset(content)
+    series, problem = "", ""
+    try:
+        series = find_referenced_series(dataset)
+    except ImageError as err:
+        problem = str(err)
+    study, kind, uid = (str(dataset.get(name, "")) for name in ("StudyInstanceUID", "SOPClassUID", "SOPInstanceUID"))
+    return Instance(study, kind, uid, series, problem)
+
+
+def _open_segmentation(content: bytes, image: Grid) -> Segmentation:
+    return read_segmentation(read_dataset(content), image)
 
 
 def find_referenced_series(dataset: Dataset) -> str:

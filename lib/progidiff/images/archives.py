@@ -19,11 +19,14 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from progidiff.errors import RequestError, StoreError, TooLargeError
+from progidiff.images.decoding import apart
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 
 _CHUNK = 1 << 20
 _MAX_NAME = 255
+_MEMORY = 256 << 20
+"""Bytes for unpacking: of xz most. Headers are read whole, and may say of themselves that they are endless."""
 _BROKEN = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -69,14 +72,22 @@ def extract_archive(archive: Path, folder: Path, limits: Limits | None = None) -
         StoreError: if the disk is full.
     """
     limits = limits or Limits()
+    unpack = apart(_unpack, reads=[archive], writes=[folder], decoded=limits.size, memory=_MEMORY, name="The archive")
+    try:
+        return unpack(archive, folder, limits)
+    except BaseException:
+        for entry in folder.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        raise
+
+
+def _unpack(archive: Path, folder: Path, limits: Limits) -> int:
     try:
         written = _extract(archive, folder, limits)
         if not written:
             raise RequestError("The archive holds no file. Pack the image, or the DICOM files of one series, into it.")
         return written
-    except BaseException as err:
-        for entry in folder.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    except Exception as err:
         if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 "The archive cannot be unpacked, the disk is full. Free some space, or set TMPDIR to another disk."

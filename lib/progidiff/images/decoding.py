@@ -32,7 +32,7 @@ import time
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -82,10 +82,12 @@ class Budget:
     Attributes:
         decoded: Unpacked bytes.
         seconds: On the clock.
+        memory: Bytes of addresses; None for what unpacking so much takes.
     """
 
     decoded: int
     seconds: float
+    memory: int | None = None
 
     @classmethod
     def of_size(cls, size: int, decoded: int = 0) -> Budget:
@@ -146,6 +148,7 @@ def apart(
     reads: Sequence[Path] = (),
     writes: Sequence[Path] = (),
     decoded: int = 0,
+    memory: int | None = None,
     name: str = "",
 ) -> Callable[P, T]:
     """A function that reads files, to be called in a process of its own where `read_apart` says so.
@@ -155,6 +158,7 @@ def apart(
         reads: Files and folders that it opens.
         writes: Folders in which it makes files.
         decoded: Unpacked bytes that are known to be right, for example since the image has as many voxels.
+        memory: Bytes that it may use, if that does not depend on what is unpacked.
         name: What to call the file in messages; that of the first of `reads` if empty.
 
     Returns:
@@ -170,7 +174,7 @@ def apart(
         if options:
             raise TypeError("Functions that are called apart take their arguments by place.")
         size = sum(map(_measure, reads)) + sum(len(a) for a in arguments if isinstance(a, bytes))
-        budget = Budget.of_size(size, decoded)
+        budget = replace(Budget.of_size(size, decoded), memory=memory)
         called = name or (reads[0].name if reads else "The file")
         result: T = _get_decoder().run(function, arguments, reads, writes, budget, called)
         return result
@@ -186,6 +190,18 @@ def describe_reading() -> Reading:
     if decoder.confinement is None:
         decoder.run(_do_nothing, (), (), (), Budget.of_size(0), "nothing")
     return Reading(True, decoder.confinement or Confinement())
+
+
+def report_in_background() -> None:
+    """Write to the log how files are read; the helper is then warm for whoever comes first."""
+
+    def report() -> None:
+        try:
+            logger.info("%s", describe_reading().describe())
+        except ProGiDiffError as err:
+            logger.error("Files cannot be read: %s", err)
+
+    threading.Thread(target=report, name="describe-reading", daemon=True).start()
 
 
 def _do_nothing() -> None:
@@ -220,7 +236,8 @@ class Decoder:
         name: str,
     ) -> Any:
         """One job; see `apart`."""
-        limits = Limits(_OWN_MEMORY + _MEMORY_PER_BYTE * budget.decoded, budget.decoded, budget.seconds)
+        memory = _OWN_MEMORY + _MEMORY_PER_BYTE * budget.decoded if budget.memory is None else budget.memory
+        limits = Limits(memory, budget.decoded, budget.seconds)
         job = Job(function, arguments, limits, len(reads), len(writes))
         if not self._slots.acquire(timeout=_WAIT_SECONDS):
             raise BusyError("Too many files are being read. Try again in a while.", retry_after=10)

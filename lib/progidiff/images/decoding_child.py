@@ -175,8 +175,11 @@ class _Server:
 
     def _collect(self) -> None:
         """Say of jobs that have ended how."""
-        while self._running:
-            process, status = os.waitpid(-1, os.WNOHANG)
+        while True:
+            try:
+                process, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
             if process == 0:
                 return
             if self._next is not None and process == self._next[0]:  # Somebody has ended it while it waited.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from progidiff.errors import ImageError
+from progidiff.images.decoding import apart
 from progidiff.images.geometry import LPS_TO_RAS
 from progidiff.images.raw import Raw, check_size
 from progidiff.storage.atomic import check_regular, open_regular
@@ -61,9 +63,42 @@ class DicomSeries:
 
 def list_series(folder: Path) -> list[DicomSeries]:
     """The series whose files lie directly in a folder; what is no DICOM image is passed over."""
+    return apart(_list_series, reads=[folder])(folder)
+
+
+def convert_series(folder: Path, target: Path) -> None:
+    """A folder of DICOM files as one NIfTI file, as the host does it for its DICOMweb datastore.
+
+    Raises:
+        ImageError: if they cannot be read.
+    """
+    try:
+        apart(_convert_series, reads=[folder], writes=[target.parent])(folder, target)
+    except RuntimeError as err:
+        raise ImageError(f"The series cannot be read ({' '.join(str(err).split())[-200:]}). Export it again.") from err
+
+
+def _convert_series(folder: Path, target: Path) -> None:
+    import SimpleITK as sitk
+
+    files = sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder))
+    if len(os.listdir(folder)) > 1:
+        series = sitk.ImageSeriesReader()
+        series.SetFileNames(files)
+        image = series.Execute()
+    else:
+        reader = sitk.ImageFileReader()
+        reader.SetImageIO("GDCMImageIO")
+        reader.SetFileName(str(folder / os.listdir(folder)[0]))
+        image = reader.Execute()
+    sitk.WriteImage(image, str(target))
+
+
+def _list_series(folder: Path) -> list[DicomSeries]:
     import SimpleITK as sitk
 
     found = []
+    check_regular(folder)
     for uid in sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(folder)):
         files = tuple(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(folder), uid))
         reader = sitk.ImageFileReader()
@@ -83,7 +118,7 @@ def read_dicom_folder(path: Path) -> Raw:
     Raises:
         ImageError: if it holds none, or several.
     """
-    series = list_series(path)
+    series = _list_series(path)
     if not series:
         raise ImageError(
             f"The folder '{path.name}' holds no DICOM series; send a file, or a folder "
@@ -105,7 +140,7 @@ def has_mixed_slices(folder: Path) -> bool:
     import SimpleITK as sitk
 
     found = set()
-    for series in list_series(folder):
+    for series in _list_series(folder):
         for file in series.files:
             reader = sitk.ImageFileReader()
             reader.SetImageIO("GDCMImageIO")

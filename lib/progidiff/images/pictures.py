@@ -13,17 +13,18 @@ pages the first counts.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, NotFoundError, ProGiDiffError, TooLargeError
+from progidiff.images.decoding import apart
 from progidiff.images.geometry import LPS_TO_RAS, Affine, Grid
-from progidiff.images.raw import Place, Raw
+from progidiff.images.raw import Place, Raw, check_size
 from progidiff.storage.atomic import open_regular
 
 PICTURE_FORMATS = ("PNG", "JPEG", "TIFF")
@@ -41,6 +42,7 @@ MAX_PIXELS = 16_000 * 16_000
 """Largest picture that is opened; a larger one would not fit into the memory of a usual machine."""
 
 _MASK_VALUE = 255
+T = TypeVar("T")
 _ORIENTATION_TAG, _FIRST_TURNED = 0x0112, 5
 
 
@@ -54,7 +56,11 @@ def read_picture_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, int, int
         NotFoundError: if there is no such file.
         ImageError: if it is no picture.
     """
-    with open_picture(Path(path)) as image:
+    return _look(_read_picture_grid, path)
+
+
+def _read_picture_grid(path: Path) -> tuple[tuple[int, int, int], Affine]:
+    with open_picture(path) as image:
         width, height = image.size
         # Asked for a note that is not in the header, the library reads all pixels of a PNG.
         has_exif = image.format != "PNG" or "exif" in image.info
@@ -69,9 +75,50 @@ def check_picture(path: str | os.PathLike[str]) -> None:
     Raises:
         NotFoundError, ImageError: as `read_picture_grid`, and if it is cut off.
     """
-    read_picture_grid(path)
-    with open_picture(Path(path)) as image:
+    _look(_check_picture, path)
+
+
+def _check_picture(path: Path) -> None:
+    with open_picture(path) as image:
+        check_size((image.width, image.height), path, len(image.getbands()))
         image.load()
+
+
+def read_pixels(path: str | os.PathLike[str]) -> tuple[NDArray[Any], list[str]]:
+    """The pixels of a picture as it is shown, of its first page.
+
+    Returns:
+        Numbers as stored, shape (H, W) or (H, W, channels) of grey, RGB, or either with alpha; and a sentence for what
+        was left out.
+
+    Raises:
+        NotFoundError: if there is no such file.
+        ImageError: if it is no picture, or damaged.
+        TooLargeError: if it has more than `MAX_PIXELS`.
+    """
+    return _look(_read_pixels, path)
+
+
+def _read_pixels(path: Path) -> tuple[NDArray[Any], list[str]]:
+    from PIL import ImageOps
+
+    notes: list[str] = []
+    with open_picture(path) as image:
+        check_size((image.width, image.height), path, len(image.getbands()))
+        if getattr(image, "n_frames", 1) > 1:
+            notes.append(f"The file has {image.n_frames} pages; the first one was read.")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa") or (upright.mode == "1"):
+            transparent = "transparency" in upright.info or upright.mode in ("PA", "La", "RGBa")
+            upright = upright.convert("RGBA" if transparent else "L" if upright.mode == "1" else "RGB")
+        return np.array(upright), notes
+
+
+def _look(read: Callable[[Path], T], path: str | os.PathLike[str]) -> T:
+    path = Path(path)
+    if not path.exists():
+        raise NotFoundError(f"There is no image at '{path}'. Check the path.")
+    return apart(read, reads=[path])(path)
 
 
 def read_picture_label(path: str | os.PathLike[str]) -> NDArray[Any]:
@@ -91,6 +138,7 @@ def read_picture_label(path: str | os.PathLike[str]) -> NDArray[Any]:
     with open_picture(path) as image:
         if image.format == "JPEG":
             raise ImageError(f"'{path.name}' cannot hold a label map: the format changes values. Save it as PNG.")
+        check_size((image.width, image.height), path, len(image.getbands()))
         mode = image.mode
         array = np.asarray(image)
     if array.dtype == np.bool_:
@@ -119,7 +167,7 @@ def read_picture_label(path: str | os.PathLike[str]) -> NDArray[Any]:
 
 def read_picture_place(path: Path) -> Place:
     """`read_picture_grid`, as the table of formats wants it."""
-    return Place(*read_picture_grid(path))
+    return Place(*_read_picture_grid(path))
 
 
 def read_picture_map(path: Path) -> Raw:
@@ -180,6 +228,6 @@ def open_picture(path: Path) -> Iterator[Any]:
     except Exception as err:  # Whatever the decoders raise on bytes that somebody sent, the file is at fault.
         reason = " ".join(str(err).replace(str(path.parent) + os.sep, "").split())[-200:] or type(err).__name__
         raise ImageError(
-            f"'{path.name}' cannot be read as a picture ({reason}). It may be cut off or "
-            "of another format; export it again."
+            f"'{path.name}' cannot be read as a picture ({reason}); PNG, JPEG and TIFF can. It may be cut off or of "
+            "another format; export it again."
         ) from err

@@ -17,6 +17,12 @@ from progidiff.images.geometry import Affine, HeaderReading, times
 MAX_VOXELS = 1 << 30
 """Largest volume that is read: 1024 x 1024 x 1024."""
 
+VOXEL_EDGES = (0.01, 100.0)
+"""Smallest and largest edge of a voxel in mm: from microscopic CT to the slabs of a localiser."""
+
+MAX_EXTENT = 10_000.0
+"""Longest side of a volume in mm."""
+
 MAX_HEADER_BYTES = 4 << 20
 """Of any header. 3D Slicer writes about half a kilobyte per segment."""
 
@@ -72,7 +78,7 @@ def check_size(shape: tuple[int, ...], path: Path, itemsize: int = 1) -> None:
         ImageError: if it is.
     """
     count, allowed = math.prod(map(int, shape)), _decoded.get()
-    if allowed is not None and count * itemsize > allowed:
+    if allowed is not None and count <= MAX_VOXELS and count * itemsize > allowed:
         raise ImageError(
             f"'{path.name}' unpacks to {times(shape)} voxels of {itemsize} bytes, far more than files of its size "
             "hold. Save it uncompressed, or crop it."
@@ -80,6 +86,33 @@ def check_size(shape: tuple[int, ...], path: Path, itemsize: int = 1) -> None:
     if count > MAX_VOXELS:
         raise ImageError(
             f"'{path.name}' has {times(shape)} voxels, more than the {MAX_VOXELS} that are read; crop or resample it."
+        )
+
+
+def check_extent(affine: Affine, shape: tuple[int, ...], path: Path) -> None:
+    """Refuse sizes that no image of a patient has: whoever resamples it would need any amount of memory.
+
+    Args:
+        affine: Voxel index (i, j, k, 1) -> RAS mm, shape (4, 4).
+        shape: (I, J, K).
+        path: Of the file.
+
+    Raises:
+        ImageError: if a voxel edge is not within `VOXEL_EDGES`, or the image longer than `MAX_EXTENT`.
+    """
+    edges = np.linalg.norm(affine[:3, :3], axis=0)
+    low, high = VOXEL_EDGES
+    if edges.min() < low or edges.max() > high:
+        given = " x ".join(f"{edge:g}" for edge in edges)
+        raise ImageError(
+            f"'{path.name}' has voxels of {given} mm; {low:g} to {high:g} mm are read. Correct the voxel size "
+            "in its header, or its unit."
+        )
+    extent = edges * np.asarray(shape[:3])
+    if extent.max() > MAX_EXTENT:
+        raise ImageError(
+            f"'{path.name}' is {extent.max():.0f} mm long, and at most {MAX_EXTENT:.0f} mm are read. Correct the voxel "
+            "size in its header, or crop it."
         )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,15 +16,21 @@ from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, NotFoundError, ProGiDiffError
 from progidiff.images import dicom
+from progidiff.images.decoding import apart, is_apart
 from progidiff.images.formats import find_format, is_picture, strip_suffix
 from progidiff.images.geometry import Grid, times
 from progidiff.images.intensities import guess_modality
 from progidiff.images.modality import check_modality
-from progidiff.images.raw import Place, Raw, check_affine, check_voxels, squeeze
+from progidiff.images.raw import Place, Raw, check_affine, check_extent, check_voxels, squeeze
 from progidiff.images.sidecars import find_stated_modality
-from progidiff.images.text_headers import detached_data
+from progidiff.images.text_headers import DETACHED_SUFFIXES, detached_data, is_detached_allowed, read_header
 from progidiff.images.volume import Volume
 from progidiff.storage.atomic import check_regular
+
+DECODED_PER_VOXEL = 16
+"""Bytes of a label file per voxel of its image, at most: eight bytes a number, or layers of fewer. Empty labels pack to
+a thousandth, so that it is the image which says what is too much.
+"""
 
 
 def load_volume(
@@ -54,7 +63,7 @@ def load_volume(
             f"'{path.name}' is a picture, and structures are found in CT and MR volumes. Ask the model textdiff for it."
         )
     with detached_data(detached):
-        raw = _read(path)
+        raw = apart(_read, reads=_list_files(path))(path, is_detached_allowed())
     array = check_voxels(raw.array, path)
     grid = _make_grid(array.shape, raw, path)
     if min(grid.stack_shape[1:]) < 2:
@@ -86,9 +95,18 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     row = None if path.is_dir() else find_format(path)
     if row is None or row.read_place is None:
         return load_volume(path).grid
+    return _grids.find(path, lambda: apart(_read_grid, reads=_list_files(path))(path, is_detached_allowed()))
+
+
+def _read_grid(path: Path, detached: bool) -> Grid:
+    """`read_grid`, of a format whose header tells."""
+    row = find_format(path)
+    assert row is not None
+    assert row.read_place is not None
     try:
         check_regular(path)
-        place = row.read_place(path)
+        with detached_data(detached):
+            place = row.read_place(path)
     except ProGiDiffError:
         raise
     except Exception as err:  # Whatever a reader raises on bytes that somebody sent, the file is at fault.
@@ -115,7 +133,12 @@ def load_label(path: str | os.PathLike[str], like: Grid | None = None) -> NDArra
         GeometryError: if its grid is not that of `like`.
     """
     path = Path(path)
-    raw = _read(path)
+    decoded = 0 if like is None else DECODED_PER_VOXEL * math.prod(like.shape)
+    return apart(_load_label, reads=_list_files(path), decoded=decoded)(path, like, is_detached_allowed())
+
+
+def _load_label(path: Path, like: Grid | None, detached: bool) -> NDArray[Any]:
+    raw = _read(path, detached)
     array = raw.array
     if np.issubdtype(array.dtype, np.floating) and not np.array_equal(array, np.rint(array)):
         raise ImageError(
@@ -133,16 +156,42 @@ def load_label(path: str | os.PathLike[str], like: Grid | None = None) -> NDArra
 
 def _make_grid(shape: tuple[int, ...], read: Place | Raw, path: Path) -> Grid:
     size_i, size_j, size_k = (int(size) for size in shape)
+    if not is_picture(path):
+        check_extent(check_affine(read.affine, path), shape, path)
     return Grid((size_i, size_j, size_k), check_affine(read.affine, path), strip_suffix(path), read.header)
 
 
-def _read(path: Path) -> Raw:
-    """Voxels and affine of a file or DICOM folder, three-dimensional."""
+def _list_files(path: Path) -> list[Path]:
+    """The files and folders that reading an image opens.
+
+    Raises:
+        NotFoundError: if there is no such image.
+        ImageError: if it cannot be looked at.
+    """
     if not path.exists():
         raise NotFoundError(f"There is no image at '{path}'. Check the path.")
+    if not is_apart():
+        return []
     try:
         check_regular(path)
-        raw = _find_reader(path)(path)
+        if not path.is_dir() and _find_reader(path) is dicom.read_dicom_file:
+            return [path.parent]
+        if path.suffix.lower() in DETACHED_SUFFIXES and is_detached_allowed():
+            header = read_header(path, layered=True)
+            return [path] if header.data is None else [path, path.with_name(header.data)]
+    except ProGiDiffError:
+        raise
+    except Exception as err:  # As below.
+        raise _unreadable(path, err) from err
+    return [path]
+
+
+def _read(path: Path, detached: bool) -> Raw:
+    """Voxels and affine of a file or DICOM folder, three-dimensional."""
+    try:
+        check_regular(path)
+        with detached_data(detached):
+            raw = _find_reader(path)(path)
     except ProGiDiffError:
         raise
     except Exception as err:  # Whatever a reader raises on bytes that somebody sent, the file is at fault.
@@ -169,6 +218,40 @@ def _unreadable(path: Path, err: Exception) -> ImageError:
     return ImageError(
         f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or of another format; export it again."
     )
+
+
+class _Grids:
+    """Where the voxels of images lie, for as long as their files stay as they are: a save asks for it, and so does much
+    else, and a header needs a process of its own to be read.
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._known: OrderedDict[tuple[object, ...], Grid] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def find(self, path: Path, read: Callable[[], Grid]) -> Grid:
+        """The grid of a file, read if it is not known."""
+        if not is_apart():
+            return read()
+        try:
+            state = path.stat()
+        except OSError as err:
+            raise _unreadable(path, err) from err
+        key = (str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
+        with self._lock:
+            if key in self._known:
+                self._known.move_to_end(key)
+                return self._known[key]
+        grid = read()
+        with self._lock:
+            self._known[key] = grid
+            while len(self._known) > self._size:
+                self._known.popitem(last=False)
+        return grid
+
+
+_grids = _Grids(4096)
 
 
 def _find_modality(

@@ -39,7 +39,7 @@ _DETACHED = "PROGIDIFF_DETACHED_DATA"
 
 _here: ContextVar[bool | None] = ContextVar("detached", default=None)
 
-_DETACHED_SUFFIXES = (".nhdr", ".mhd")
+DETACHED_SUFFIXES = (".nhdr", ".mhd")
 _DATA_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._-]{0,199}\.(raw|zraw|gz|img|bin|dat)", re.IGNORECASE)
 _CHUNK = 1 << 20
 
@@ -81,6 +81,12 @@ def allow_detached(allowed: bool) -> None:
         os.environ[_DETACHED] = "1"
     else:
         os.environ.pop(_DETACHED, None)
+
+
+def is_detached_allowed() -> bool:
+    """Whether .nhdr and .mhd may have their data beside them, here and now."""
+    told = _here.get()
+    return os.environ.get(_DETACHED) == "1" if told is None else told
 
 
 @contextmanager
@@ -125,8 +131,7 @@ def read_header(path: Path, layered: bool = False) -> Header:
     parse = _parse_nrrd if name.lower().endswith((".nrrd", ".nhdr")) else _parse_metaimage
     header = parse(path, content)
     if header.data is not None:
-        told = _here.get()
-        _check_detached(header, os.environ.get(_DETACHED) == "1" if told is None else told)
+        _check_detached(header, is_detached_allowed())
     if header.layers > 1 and not layered:
         raise ImageError(
             f"'{name}' has {header.layers} values per voxel (colour, several layers or time points); save a single one."
@@ -196,7 +201,7 @@ def _inflate(file: IO[bytes], target: memoryview) -> None:
 
 def _check_detached(header: Header, allowed: bool) -> None:
     name = header.path.name
-    if not name.lower().endswith(_DETACHED_SUFFIXES):
+    if not name.lower().endswith(DETACHED_SUFFIXES):
         raise ImageError(
             f"'{name}' has its voxels in another file, and only its own bytes are read. Save it as one file: NRRD "
             "with the data attached, "

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import tarfile
-import zipfile
+import shutil
 from pathlib import Path
 
 import numpy as np
 
 from progidiff.errors import ProGiDiffError
+from progidiff.images.archives import extract_archive
 from progidiff.images.formats import FORMATS
 from progidiff.images.geometry import Grid
 from progidiff.images.reading import load_label, load_volume, read_grid
@@ -25,7 +25,7 @@ def warm_up(folder: Path) -> None:
     from PIL import Image
     from pydicom.charset import python_encoding
 
-    for name in python_encoding.values():
+    for name in ("cp437", "utf-8", "utf-16", "utf-32", "latin-1", "ascii", "idna", *python_encoding.values()):
         with contextlib.suppress(LookupError):
             codecs.lookup(name)
     voxels = np.arange(24, dtype=np.int16).reshape(4, 3, 2)
@@ -33,18 +33,18 @@ def warm_up(folder: Path) -> None:
         if row.write is not None:
             path = folder / f"warm{row.suffix}"
             array = voxels if row.kind == "volume" else voxels[:, :, :1].astype(np.uint8)
-            row.write(array, Grid(array.shape, np.diag([1.0, 1.0, 1.0, 1.0])), path)
+            size_i, size_j, size_k = array.shape
+            row.write(array, Grid((size_i, size_j, size_k), np.diag([1.0, 1.0, 1.0, 1.0])), path)
             _read(path)
     for suffix in (".jpg", ".tif"):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(folder / f"warm{suffix}")
         _read(folder / f"warm{suffix}")
     _write_series(folder / "series")
     _read(folder / "series")
-    with zipfile.ZipFile(folder / "warm.zip", "w", zipfile.ZIP_DEFLATED) as packed:
-        packed.writestr("a", b"a")
-    for kind in ("gz", "bz2", "xz"):
-        with tarfile.open(folder / f"warm.tar.{kind}", f"w:{kind}") as tar:
-            tar.add(folder / "warm.zip", "a")
+    for kind in ("zip", "tar", "gztar", "bztar", "xztar"):
+        target = folder / kind
+        target.mkdir()
+        extract_archive(Path(shutil.make_archive(str(folder / "warm"), kind, folder / "series")), target)
 
 
 def _read(path: Path) -> None:

@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from progidiff.errors import GeometryError, ImageError, NotFoundError, RequestError
+from progidiff.errors import ImageError, NotFoundError, RequestError
 from progidiff.images.formats import Use, find_format, is_picture, list_suffixes
 from progidiff.images.geometry import Grid
-from progidiff.images.reading import read_grid
 from progidiff.images.writing import save_mask
 from progidiff.labels.cases import LABELS_JSON, read_label_names
 from progidiff.labels.history import Annotation, Source
@@ -221,7 +220,6 @@ def open_label(file: Path, grid: Grid) -> LabelMap:
         GeometryError: if it is not on the image's grid.
     """
     _check_suffix(file)
-    _check_voxel_count(file, grid)
     try:
         return load_label_map(file, grid)
     except OverflowError as err:
@@ -552,17 +550,6 @@ def _check_suffix(file: Path) -> None:
 def _is_kept(file: Path) -> bool:
     """Whether a label is kept byte for byte; in other formats it is rewritten, because the host does not list them."""
     return find_format(file.with_name(file.name.lower().replace(".seg.", ".")), Use.ANSWER) is not None
-
-
-def _check_voxel_count(file: Path, grid: Grid) -> None:
-    """Look at the header before the voxels: a few kilobytes can unpack to any size."""
-    shape = read_grid(file).shape
-    if shape != grid.shape:
-        given, wanted = (" x ".join(map(str, size)) for size in (shape, grid.shape))
-        raise GeometryError(
-            f"The label has {given} voxels and the image {wanted}; resample it to the "
-            "image's grid, or save it uncropped."
-        )
 
 
 def _read_slices(value: object, num_slices: int) -> tuple[int, ...] | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import html
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -22,12 +23,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from progidiff.errors import ImageError
-from progidiff.images.geometry import Grid
+from progidiff.errors import GeometryError, ImageError, NotFoundError
+from progidiff.images.decoding import apart
+from progidiff.images.geometry import Grid, times
 from progidiff.images.layers import read_layers
 from progidiff.images.nifti import open_nifti
 from progidiff.images.raw import MAX_HEADER_BYTES
-from progidiff.images.reading import load_label
+from progidiff.images.reading import DECODED_PER_VOXEL, load_label, read_grid
 from progidiff.images.text_headers import read_header
 from progidiff.prompts.parser import canonical_name, contradicts
 from progidiff.prompts.structures import find_coded
@@ -109,7 +111,12 @@ def read_names(path: str | os.PathLike[str]) -> dict[int, str]:
     Raises:
         ImageError: if the header names a segment as one structure and codes it as another.
     """
-    return _name(_read_header(Path(path)), Path(path))
+    path = Path(path)
+    return apart(_read_names, reads=[path])(path) if path.exists() else {}
+
+
+def _read_names(path: Path) -> dict[int, str]:
+    return _name(_read_header(path), path)
 
 
 def find_names(path: str | os.PathLike[str]) -> dict[int, str]:
@@ -144,8 +151,21 @@ def load_label_map(path: str | os.PathLike[str], like: Grid) -> LabelMap:
         NotFoundError, ImageError, GeometryError: as `load_label`, and `read_names`.
     """
     path = Path(path)
+    if not path.exists():
+        raise NotFoundError(f"There is no label at '{path}'. Check the path.")
+    decoded = DECODED_PER_VOXEL * math.prod(like.shape)
+    return apart(_load_label_map, reads=[path], decoded=decoded)(path, like)
+
+
+def _load_label_map(path: Path, like: Grid) -> LabelMap:
     header = _read_header(path)
     names = _name(header, path)
+    shape = read_grid(path).shape
+    if shape != like.shape:  # Said by the header, before a voxel is read: a few kilobytes can unpack to any size.
+        raise GeometryError(
+            f"The label has {times(shape)} voxels and the image {times(like.shape)}; resample it to the image's grid, "
+            "or save it uncropped."
+        )
     if header.layers == 1:
         array = load_label(path, like=like)
         if _is_nifti(path):  # Its table names what the program knows, drawn or not.

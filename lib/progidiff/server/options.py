@@ -80,6 +80,7 @@ class ServerOptions:
         clean_up: How islands are dropped from proposals where a request does not say, see
             `progidiff.proposals.islands`.
         retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_runs.options.TrainingOptions`.
+        read_apart: Whether files are read in a process of their own, see `progidiff.images.decoding`.
         detached_data: Whether .nhdr and .mhd in the studies folder may have their voxels in a plain file beside them.
     """
 
@@ -113,6 +114,7 @@ class ServerOptions:
     retrain_task: str = AUTO
     retrain_params: str = ""
     clean_up: str = DEFAULT_CLEAN_UP
+    read_apart: bool = True
     detached_data: bool = False
 
     @classmethod
@@ -185,6 +187,7 @@ class ServerOptions:
             retrain_task=given.get("retrain_task", cls.retrain_task),
             retrain_params=given.get("retrain_params", cls.retrain_params),
             clean_up=read_choice(given.get("clean_up", cls.clean_up), "--conf clean_up", CLEAN_UPS),
+            read_apart=read_bool(given.get("read_apart", cls.read_apart), "--conf read_apart"),
             detached_data=read_bool(given.get("detached_data", cls.detached_data), "--conf detached_data"),
         )
 

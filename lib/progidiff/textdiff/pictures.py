@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.errors import GeometryError, ImageError, NotFoundError
-from progidiff.images.pictures import open_picture
+from progidiff.images.pictures import read_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -271,16 +270,8 @@ def _cut(length: int, largest: int, overlap: int) -> Iterator[tuple[int, int]]:
 
 
 def _read(path: Path) -> tuple[NDArray[Any], list[str]]:
-    notes: list[str] = []
     try:
-        with open_picture(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                notes.append(f"The file has {image.n_frames} pages; the first one was read.")
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV", "La", "RGBa") or (upright.mode == "1"):
-                transparent = "transparency" in upright.info or upright.mode in ("PA", "La", "RGBa")
-                upright = upright.convert("RGBA" if transparent else "L" if upright.mode == "1" else "RGB")
-            return np.array(upright), notes
+        return read_pixels(path)
     except NotFoundError as err:
         raise ImageError(f"The picture '{path}' does not exist; check its path.") from err
 

@@ -11,8 +11,11 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 import os
+import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from monailabel.datastore import dicom as host_dicom
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
 from monailabel.datastore.utils.convert import binary_to_image, nifti_to_dicom_seg
@@ -30,9 +34,10 @@ from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
 from progidiff.dicomweb.codes import describe_segment
-from progidiff.dicomweb.segmentation import read_segmentation
+from progidiff.dicomweb.segmentation import open_segmentation
 from progidiff.errors import ImageError, NotFoundError, ProGiDiffError, RequestError, StoreError
-from progidiff.images.dicom import has_mixed_slices, read_dicom_folder
+from progidiff.images.decoding import apart
+from progidiff.images.dicom import convert_series, has_mixed_slices, read_dicom_folder
 from progidiff.images.geometry import is_same_place
 from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_label, load_volume, read_grid
@@ -217,7 +222,7 @@ class PacsDatastore(DICOMWebDatastore):
         found = self._client.search_for_series(search_filters={"SeriesInstanceUID": series})
         (instance, *_) = self._client.retrieve_series(str(Dataset.from_json(found[0]).StudyInstanceUID), series)
         volume = load_volume(self.get_image_uri(image_id), info=self.get_image_info(image_id))
-        segmentation = read_segmentation(instance, volume.grid)
+        segmentation = open_segmentation(_to_bytes(instance), volume.grid)
         ids = number_structures(segmentation.names.values())
         table = np.zeros(256, dtype=np.uint8)
         for label, name in segmentation.names.items():
@@ -242,9 +247,9 @@ def keep_own_slopes(series: Path, image: Path) -> bool:
         Whether that was needed, and done.
     """
     try:
-        if not has_mixed_slices(series):
+        if not apart(has_mixed_slices, reads=[series])(series):
             return False
-        raw, grid = read_dicom_folder(series), read_grid(image)
+        raw, grid = apart(read_dicom_folder, reads=[series])(series), read_grid(image)
         if not is_same_place(grid.shape, grid.affine, raw.affine):
             raise ImageError("the files and the converted image lie in different places")
         if np.array_equal(load_volume(image, list_modalities()[0]).array, raw.array):
@@ -260,6 +265,7 @@ def keep_own_slopes(series: Path, image: Path) -> bool:
 def open_remote(app: MONAILabelApp) -> Any:
     """The app's datastore behind an address: of this class if it is a DICOMweb server, else the host's (XNAT, DSA)."""
     _find_dcmqi()
+    setattr(host_dicom, "dicom_to_nifti", _convert)  # noqa: B010  It reads what the server sends, in this process.
     setattr(host, "DICOMWebDatastore", PacsDatastore)  # noqa: B010  The name by which the host makes it.
     return app.init_remote_datastore()
 
@@ -271,6 +277,22 @@ def _find_dcmqi() -> None:
         programs = str(Path(folder) / "bin")
         if programs not in os.environ["PATH"].split(os.pathsep):
             os.environ["PATH"] += os.pathsep + programs
+
+
+def _convert(series: str, is_seg: bool = False) -> str:
+    """A downloaded series as one NIfTI file, for the host, which moves it away. Segmentations it never asks for."""
+    handle, name = tempfile.mkstemp(prefix="progidiff-series-", suffix=".nii.gz")
+    os.close(handle)
+    with scratch_folder("series") as folder:
+        convert_series(Path(series), folder / "image.nii.gz")
+        shutil.move(folder / "image.nii.gz", name)
+    return name
+
+
+def _to_bytes(instance: Dataset) -> bytes:
+    target = io.BytesIO()
+    instance.save_as(target, write_like_original=False)
+    return target.getvalue()
 
 
 def _is_proposal(segmentation: Dataset) -> bool:

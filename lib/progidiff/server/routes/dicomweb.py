@@ -27,8 +27,8 @@ from progidiff.dicomweb.catalogue import Entry
 from progidiff.dicomweb.frames import Series
 from progidiff.dicomweb.multipart import Envelope, read_parts
 from progidiff.dicomweb.query import Query
-from progidiff.dicomweb.segmentation import find_referenced_series, read_dataset, read_segmentation
-from progidiff.errors import BusyError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.dicomweb.segmentation import Instance, open_instance, open_segmentation
+from progidiff.errors import BusyError, ImageError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL
@@ -227,15 +227,15 @@ def _store(context: Context, parts: list[bytes], study: str, user: User) -> Resp
     answer = Dataset()
     errors: list[ProGiDiffError] = []
     for part in parts:
-        dataset: Dataset | None = None
+        instance: Instance | None = None
         try:
-            dataset = read_dataset(part)
-            _save_segmentation(context, dataset, study, user)
-            answer.setdefault("ReferencedSOPSequence", DataElement(0x00081199, "SQ", [])).value.append(_refer(dataset))
+            instance = open_instance(part)
+            _save_segmentation(context, part, instance, study, user)
+            answer.setdefault("ReferencedSOPSequence", DataElement(0x00081199, "SQ", [])).value.append(_refer(instance))
         except ProGiDiffError as err:
             logger.info("A DICOM instance is not stored: %s", err)
             errors.append(err)
-            failed = _refer(dataset or Dataset())
+            failed = _refer(instance)
             failed.FailureReason = _CANNOT_UNDERSTAND
             failed.ErrorComment = str(err)[:64]
             answer.setdefault("FailedSOPSequence", DataElement(0x00081198, "SQ", [])).value.append(failed)
@@ -246,20 +246,22 @@ def _store(context: Context, parts: list[bytes], study: str, user: User) -> Resp
     return JSONResponse(headers.to_json(answer), status_code=202 if errors else 200, media_type=DICOM_JSON)
 
 
-def _save_segmentation(context: Context, dataset: Dataset, study: str, user: User) -> None:
-    if study and dataset.get("StudyInstanceUID") != study:
+def _save_segmentation(context: Context, content: bytes, instance: Instance, study: str, user: User) -> None:
+    if study and instance.study_uid != study:
         raise RequestError(
-            f"The segmentation is of study {dataset.get('StudyInstanceUID')}, and was "
-            f"sent to study {study}. Store it in its own."
+            f"The segmentation is of study {instance.study_uid[:64] or None}, and was sent to study {study}. Store it "
+            "in its own."
         )
-    series = find_referenced_series(dataset)
+    if instance.problem:
+        raise ImageError(instance.problem)
+    series = instance.series_uid
     try:
         image, volume = open_named(context, series)
     except NotFoundError as err:
         raise NotFoundError(
             f"The segmentation is of series {series[:64]}, which is no image here. Open the image from this server."
         ) from err
-    segmentation = read_segmentation(dataset, volume.grid)
+    segmentation = open_segmentation(content, volume.grid)
     bands = [name for name in segmentation.names.values() if name.lower().startswith(DISAGREEMENT)]
     if bands:
         raise RequestError(
@@ -287,10 +289,10 @@ def open_named(context: Context, image: str) -> tuple[str, Volume]:
     return image_id, context.infer.open_volume(path, None, context.app.datastore().get_image_info(image_id))
 
 
-def _refer(dataset: Dataset) -> Dataset:
+def _refer(instance: Instance | None) -> Dataset:
     reference = Dataset()
-    reference.ReferencedSOPClassUID = dataset.get("SOPClassUID", "")
-    reference.ReferencedSOPInstanceUID = dataset.get("SOPInstanceUID", "")
+    reference.ReferencedSOPClassUID = "" if instance is None else instance.class_uid
+    reference.ReferencedSOPInstanceUID = "" if instance is None else instance.instance_uid
     return reference
 
 

@@ -1,9 +1,12 @@
-"""Whether the server's state is as it was left."""
+"""Whether the server's state is as it was left, and how it reads what comes in."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pydantic import BaseModel, ConfigDict
 
+from progidiff.images.decoding import describe_reading
 from progidiff.server.gate.endpoints import ADMINISTER, Endpoints
 from progidiff.storage.state_files import list_damage
 
@@ -20,13 +23,27 @@ class DamageAnswer(BaseModel):
     time: str
 
 
+class ReadingAnswer(BaseModel):
+    """How files are read; see `progidiff.images.decoding.Reading` and `progidiff.images.sandbox.Confinement`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    apart: bool
+    files: bool
+    calls: bool
+    network: bool
+    limits: bool
+    meaning: str
+
+
 class HealthAnswer(BaseModel):
-    """Whether anything was found damaged since the server started."""
+    """Whether anything was found damaged since the server started, and how files are read."""
 
     model_config = ConfigDict(frozen=True)
 
     healthy: bool
     damaged: list[DamageAnswer]
+    reading: ReadingAnswer
 
 
 def build_endpoints() -> Endpoints:
@@ -41,6 +58,11 @@ def build_endpoints() -> Endpoints:
     )
     def describe_health() -> HealthAnswer:
         damaged = [DamageAnswer.model_validate(damage) for damage in list_damage()]
-        return HealthAnswer(healthy=not damaged, damaged=damaged)
+        return HealthAnswer(healthy=not damaged, damaged=damaged, reading=_describe_reading())
 
     return endpoints
+
+
+def _describe_reading() -> ReadingAnswer:
+    reading = describe_reading()
+    return ReadingAnswer(apart=reading.apart, meaning=reading.describe(), **asdict(reading.confinement))

@@ -273,9 +273,11 @@ def _answer(job: Job, content: int, held: Confinement) -> dict[str, Any]:
 
 def _find_peak() -> int:
     """Largest memory of this process so far, in KiB."""
-    if sandbox.resource is None:
+    try:
+        import resource
+    except ImportError:  # Windows has none.
         return 0
-    return sandbox.resource.getrusage(sandbox.resource.RUSAGE_SELF).ru_maxrss
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def _write(handle: int, data: bytes | memoryview) -> None:

@@ -242,7 +242,7 @@ def _filter_calls(libc: ctypes.CDLL, machine: _Machine) -> bool:
     pointer = ctypes.create_string_buffer(
         struct.pack("@HP", len(program) // 8, ctypes.addressof(steps)), struct.calcsize("@HP")
     )
-    return libc.prctl(_SET_SECCOMP, _SECCOMP_FILTER, pointer, 0, 0) == 0
+    return bool(libc.prctl(_SET_SECCOMP, _SECCOMP_FILTER, pointer, 0, 0) == 0)
 
 
 @functools.cache

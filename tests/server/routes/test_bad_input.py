@@ -10,6 +10,7 @@ import http.client
 import io
 import json
 import tarfile
+import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,7 +59,26 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
             f"{running.url}/datastore/label", params={"image": "plain", "tag": "final"}, files=files, timeout=60
         )
         assert saved.status_code == 200, saved.text
+        wait_until_settled(running)
         yield running
+
+
+def wait_until_settled(server: Server) -> None:
+    """Until the host's list, which is written when nothing has happened for some seconds, tells of the label that was
+    saved, and nothing is being written any more: whatever changes after that, a request has changed.
+    """
+    deadline = time.monotonic() + 60
+    listed: dict[str, Any] = {}
+    before: dict[str, str] = {}
+    while time.monotonic() < deadline:
+        time.sleep(0.3)
+        objects = json.loads((server.studies / "datastore_v2.json").read_text())["objects"]
+        listed = objects.get("plain", {}).get("labels", {})
+        now = digest(server)
+        if "final" in listed and now == before:
+            return
+        before = now
+    raise AssertionError(f"the list of the host was not written within a minute: {listed}")
 
 
 def nifti(labels: np.ndarray, affine: np.ndarray | None = None) -> bytes:

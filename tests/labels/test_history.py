@@ -218,7 +218,8 @@ def test_another_space_between_two_values_costs_no_event_and_is_named(tmp_path: 
     again = AnnotationStore(log.parent)
     assert again.list() == saves
     (problem,) = again.verify()
-    assert "Line 2" in problem and "between its values only" in problem
+    assert "Line 2" in problem
+    assert "between its values only" in problem
     assert again.find_losses() == []
 
 

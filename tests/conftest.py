@@ -9,8 +9,23 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
 
+from support import shapes
 from support.phantoms import write_phantom
+
+CHECKED = (
+    "progidiff.model.codec",
+    "progidiff.model.conditioning",
+    "progidiff.model.pipeline",
+    "progidiff.model.sampling",
+    "progidiff.proposals.agreement",
+    "progidiff.proposals.islands",
+    "progidiff.proposals.walk",
+)
+"""Where the shapes in annotations are checked at every call, in the tests' own process."""
+
+install_import_hook(CHECKED, f"{shapes.__name__}.check")
 
 # Before torch is imported: tests share their machine, and one thread is fast enough for toys.
 for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 ACTIVE = 0.5
@@ -46,20 +47,20 @@ class MaskCodec(nn.Module):
         self.to(next(vae.parameters()).device)
         self._nothing: Tensor | None = None
 
-    def encode_masks(self, masks: Tensor) -> Tensor:
+    def encode_masks(self, masks: Float[Tensor, "N H W"]) -> Float[Tensor, "N c h w"]:
         """(M, H, W) in [0, 1] -> standardised latents (M, c, h, w), deterministic (the posterior's mode)."""
         return (encode_pictures(self.vae, (masks * 2 - 1)[:, None].expand(-1, 3, -1, -1)) - self.mean) / self.std
 
-    def decode_signed(self, latents: Tensor) -> Tensor:
+    def decode_signed(self, latents: Float[Tensor, "M c h w"]) -> Float[Tensor, "M H W"]:
         """Standardised latents (M, c, h, w) -> (M, H, W), about -1 outside and +1 inside, not clipped."""
         found: Tensor = self.vae.decode(self._restore(latents)).sample.float().mean(dim=1)
         return found
 
-    def decode_soft(self, latents: Tensor) -> Tensor:
+    def decode_soft(self, latents: Float[Tensor, "M c h w"]) -> Float[Tensor, "M H W"]:
         """Like `decode_latents`, with a gradient everywhere: for losses."""
         return soften(self.decode_signed(latents))
 
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Float[Tensor, "M c h w"]) -> Float[Tensor, "M H W"]:
         """Standardised latents (M, c, h, w) -> membership (M, H, W) in [0, 1]; the mask is where it is at least 0.5.
 
         A codec without normalisation and attention (`AutoencoderTiny`) sees only a neighbourhood, so of each mask only
@@ -120,7 +121,7 @@ class MaskCodec(nn.Module):
         self._nothing = None
 
 
-def soften(signed: Tensor) -> Tensor:
+def soften(signed: Float[Tensor, "*maps"]) -> Float[Tensor, "*maps"]:
     """About -1..1 -> 0..1 by a steep sigmoid.
 
     Steep, because a background of 0.02 instead of 0 would weigh as much in a Dice loss as a small organ.
@@ -150,7 +151,7 @@ def _plan_crop(active: Tensor) -> _Span:
     return _Span(min(max(0, first - MARGIN), len(active) - size), size, first, last)
 
 
-def encode_pictures(vae: Any, pictures: Tensor) -> Tensor:
+def encode_pictures(vae: Any, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N c h w"]:
     """(M, 3, H, W) in [-1, 1] -> raw latents (M, c, h, w), without noise."""
     encoded = vae.encode(pictures.to(next(vae.parameters()).dtype))
     found: Tensor = (encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents).float()

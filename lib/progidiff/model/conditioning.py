@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -145,7 +146,9 @@ class QueryHead(nn.Module):
         # A structure covers few pixels: start from "absent" instead of unlearning "everywhere".
         nn.init.constant_(last.bias[-1:], -3.0)
 
-    def forward(self, fine: Tensor, coarse: Tensor, pooled: Tensor) -> Tensor:
+    def forward(
+        self, fine: Float[Tensor, "N D H W"], coarse: Float[Tensor, "N E h w"], pooled: Float[Tensor, "*N P T"]
+    ) -> Float[Tensor, "N P H W"]:
         """Evidence logits.
 
         Args:
@@ -238,7 +241,7 @@ class ConditioningBranch(nn.Module):
         """The encoder level nearest to `stride` from below; coarser slots read its average."""
         return min(stride.bit_length() - 1, len(self.config.channels) - 1)
 
-    def encode_slices(self, slices: Tensor) -> SliceFeatures:
+    def encode_slices(self, slices: Float[Tensor, "N C H W"]) -> SliceFeatures:
         """Run the image encoder, once per slice.
 
         Args:
@@ -261,7 +264,7 @@ class ConditioningBranch(nn.Module):
             levels[s] = F.avg_pool2d(features, extra) if extra > 1 else features
         return SliceFeatures(pyramid[0], pyramid[self.config.query_level], levels)
 
-    def predict_evidence(self, features: SliceFeatures, pooled: Tensor) -> Tensor:
+    def predict_evidence(self, features: SliceFeatures, pooled: Float[Tensor, "*N P T"]) -> Float[Tensor, "N P H W"]:
         """Text-query logits.
 
         Args:
@@ -274,7 +277,9 @@ class ConditioningBranch(nn.Module):
         found: Tensor = self.query_head(features.fine, features.coarse, pooled)
         return found
 
-    def compute_residuals(self, features: SliceFeatures, evidence: Tensor) -> tuple[list[Tensor], Tensor]:
+    def compute_residuals(
+        self, features: SliceFeatures, evidence: Float[Tensor, "M 1 H W"]
+    ) -> tuple[list[Tensor], Tensor]:
         """What is added to the denoiser's skips and middle, for M (slice, prompt) pairs.
 
         Args:

@@ -25,6 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -112,18 +113,18 @@ class ProposalPipeline:
         return EncodedPrompts(tokens, mask, pooled, empty_tokens, empty_mask)
 
     @torch.no_grad()
-    def encode_slices(self, slices: Tensor) -> SliceFeatures:
+    def encode_slices(self, slices: Float[Tensor, "N C H W"]) -> SliceFeatures:
         """(N, C, H, W) in [-1, 1] -> features that every prompt, proposal and step reuses."""
         with self._autocast():
             return self.branch.encode_slices(slices.to(self.device))
 
     @torch.no_grad()
-    def predict_evidence(self, features: SliceFeatures, prompts: EncodedPrompts) -> Tensor:
+    def predict_evidence(self, features: SliceFeatures, prompts: EncodedPrompts) -> Float[Tensor, "N P H W"]:
         """Text-query evidence (N, P, H, W) in [0, 1], fp32."""
         with self._autocast():
             return self.branch.predict_evidence(features, prompts.pooled).float().sigmoid()
 
-    def draw_noise(self, num_proposals: int, seed: int) -> Tensor:
+    def draw_noise(self, num_proposals: int, seed: int) -> Float[Tensor, "K c h w"]:
         """The noise of proposals 0..K-1, (K, c, h, w).
 
         Proposal k depends on (seed, k) alone: it is the same for every slice, so that proposal k is one coherent
@@ -137,7 +138,7 @@ class ProposalPipeline:
         )
         return torch.stack([torch.randn(shape, generator=_seed_generator(f"{seed}:{k}")) for k in range(num_proposals)])
 
-    def draw_offsets(self, num_proposals: int, seed: int) -> Tensor | None:
+    def draw_offsets(self, num_proposals: int, seed: int) -> Float[Tensor, "K H W"] | None:
         """What proposals 0..K-1 add to the evidence's logits, (K, H, W); None if `evidence_spread` is.
 
         Offset k is a smooth random field plus a constant. The constants are stratified (a golden-ratio sequence through
@@ -161,14 +162,14 @@ class ProposalPipeline:
     def propose(
         self,
         features: SliceFeatures,
-        evidence: Tensor,
+        evidence: Float[Tensor, "N P H W"],
         prompts: EncodedPrompts,
         pairs: Sequence[tuple[int, int]],
-        noise: Tensor,
+        noise: Float[Tensor, "K c h w"],
         num_inference_steps: int,
         guidance_scale: float = 1.0,
-        offsets: Tensor | None = None,
-    ) -> Tensor:
+        offsets: Float[Tensor, "K H W"] | None = None,
+    ) -> Float[Tensor, "M K H W"]:
         """Denoise and decode K proposals for M (slice, prompt) pairs.
 
         Args:
@@ -254,7 +255,7 @@ class ProposalPipeline:
         return predicted.float()
 
 
-def draw_smooth_field(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+def draw_smooth_field(count: int, height: int, width: int, generator: torch.Generator) -> Float[Tensor, "count H W"]:
     """Low-frequency random fields (count, H, W): errors as large as organs and as their parts, not as pixels."""
     coarse = torch.randn(count, 1, 8, 10, generator=generator)
     fine = torch.randn(count, 1, 16, 20, generator=generator)
@@ -271,7 +272,9 @@ def _seed_generator(text: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
 
 
-def fuse_evidence(probabilities: Tensor, evidence: Tensor, weight: float, sharpness: float = 6.0) -> Tensor:
+def fuse_evidence(
+    probabilities: Float[Tensor, "*maps"], evidence: Float[Tensor, "*#maps"], weight: float, sharpness: float = 6.0
+) -> Float[Tensor, "*maps"]:
     """A product of experts in logit space: the decoded proposal, and the evidence it came from.
 
     The denoiser works at an eighth of the resolution; where it is indifferent, thin structures and boundaries are

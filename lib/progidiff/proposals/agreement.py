@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float32, Shaped, UInt8
 from torch import Tensor
 
 from progidiff.errors import GeometryError, RequestError
@@ -17,7 +18,7 @@ from progidiff.errors import GeometryError, RequestError
 MergeRule = Literal["union", "intersection", "majority", "threshold"]
 
 
-def compute_agreement(masks: Tensor) -> Tensor:
+def compute_agreement(masks: Shaped[Tensor, K * picture]) -> Float32[Tensor, "*picture"]:
     """Share of proposals that draw each pixel.
 
     Args:
@@ -37,7 +38,7 @@ def compute_agreement(masks: Tensor) -> Tensor:
     return masks.bool().float().mean(0)
 
 
-def compute_consensus(masks: Tensor) -> Tensor:
+def compute_consensus(masks: Shaped[Tensor, K * picture]) -> Bool[Tensor, "*picture"]:
     """What at least half of the proposals draw; ties count.
 
     Args:
@@ -54,7 +55,7 @@ def compute_consensus(masks: Tensor) -> Tensor:
     return masks.bool().sum(0) * 2 >= len(masks)
 
 
-def compute_pairwise_dice(masks: Tensor) -> Tensor:
+def compute_pairwise_dice(masks: Shaped[Tensor, K * picture]) -> Float32[Tensor, "K K"]:
     """Dice of every proposal with every other; two empty proposals have Dice 1.
 
     Args:
@@ -67,7 +68,7 @@ def compute_pairwise_dice(masks: Tensor) -> Tensor:
     return _pairwise_dice(masks.reshape(1, len(masks), -1))[0]
 
 
-def compute_disagreement(masks: Tensor) -> float:
+def compute_disagreement(masks: Shaped[Tensor, K * picture]) -> float:
     """One number to rank slices by: 1 - mean pairwise Dice over distinct pairs.
 
     0 when all proposals are identical, towards 1 when none overlap; 0 when all are empty.
@@ -86,7 +87,7 @@ def compute_disagreement(masks: Tensor) -> float:
     return float(_mean_of_pairs(1 - _pairwise_dice(masks.reshape(1, len(masks), -1)))[0])
 
 
-def compute_disagreement_per_slice(masks: Tensor) -> Tensor:
+def compute_disagreement_per_slice(masks: Shaped[Tensor, "K Z *slice"]) -> Float32[Tensor, " Z"]:
     """`compute_disagreement` of every slice at once.
 
     Args:
@@ -109,7 +110,7 @@ def compute_disagreement_per_slice(masks: Tensor) -> Tensor:
     return _mean_of_pairs(1 - _pairwise_dice(per_slice))
 
 
-def rank_proposals(masks: Tensor) -> list[int]:
+def rank_proposals(masks: Shaped[Tensor, K * picture]) -> list[int]:
     """Order proposals by their mean Dice to the others, the most central (the medoid) first; ties keep their order.
 
     The first one is what "best" means when there is no ground truth: the proposal that the others agree with most, not
@@ -134,7 +135,9 @@ def rank_proposals(masks: Tensor) -> list[int]:
     return sorted(range(count), key=lambda index: (-round(float(mean[index]), 6), index))
 
 
-def resolve_overlaps(agreement: Tensor, mean_probability: Tensor | None = None) -> Tensor:
+def resolve_overlaps(
+    agreement: Shaped[Tensor, P * picture], mean_probability: Shaped[Tensor, ...] | None = None
+) -> UInt8[Tensor, "*picture"]:
     """One structure per pixel: the one that most proposals draw, then the more probable one, then the one asked first.
 
     Args:
@@ -180,7 +183,9 @@ def resolve_overlaps(agreement: Tensor, mean_probability: Tensor | None = None) 
     return labels
 
 
-def merge_masks(masks: Tensor, how: MergeRule = "majority", threshold: float = 0.5) -> Tensor:
+def merge_masks(
+    masks: Shaped[Tensor, K * picture], how: MergeRule = "majority", threshold: float = 0.5
+) -> Bool[Tensor, "*picture"]:
     """Make one mask of several proposals.
 
     Args:

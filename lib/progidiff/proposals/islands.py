@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, UInt8
 from numpy.typing import NDArray
 
 from progidiff.errors import RequestError
@@ -53,8 +54,12 @@ def check_clean_up(clean_up: str) -> str:
 
 
 def find_islands(
-    mask: NDArray[Any], clean_up: str, spacing: Sequence[float], share: float = SMALL_SHARE, apart_mm: float = APART_MM
-) -> NDArray[Any]:
+    mask: Bool[NDArray[Any], "Z H W"],
+    clean_up: str,
+    spacing: Sequence[float],
+    share: float = SMALL_SHARE,
+    apart_mm: float = APART_MM,
+) -> Bool[NDArray[Any], "Z H W"]:
     """The parts of a 3-D mask that a clean-up drops.
 
     Parts hang together by faces, edges or corners, so that a thin vessel is not torn where it runs aslant through
@@ -106,10 +111,10 @@ def find_islands(
 
 
 def drop_islands(
-    probabilities: NDArray[Any],
+    probabilities: UInt8[NDArray[Any], "P K Z H W"],
     clean_up: str,
     spacing: Sequence[float],
-    covered: NDArray[Any] | None = None,
+    covered: Bool[NDArray[Any], "H W"] | None = None,
     share: float = SMALL_SHARE,
     apart_mm: float = APART_MM,
 ) -> None:

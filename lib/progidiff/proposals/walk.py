@@ -11,9 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -231,7 +233,7 @@ class Walk:
             )
 
 
-def find_present(evidence: Tensor, gate: float) -> list[Pair]:
+def find_present(evidence: Float[Tensor, "n P H W"], gate: float) -> list[Pair]:
     """The structures that are not plainly absent, slice by slice for each of them.
 
     Args:
@@ -243,7 +245,12 @@ def find_present(evidence: Tensor, gate: float) -> list[Pair]:
     return [(n, p) for p in range(structures) for n in range(count) if float(strongest[n, p]) >= gate]
 
 
-def store(into: NDArray[np.uint8], probabilities: Tensor, pairs: Sequence[Pair], slices: NDArray[np.int64]) -> None:
+def store(
+    into: UInt8[NDArray[Any], "P K Z H W"],
+    probabilities: Float[Tensor, "m K H W"],
+    pairs: Sequence[Pair],
+    slices: NDArray[np.int64],
+) -> None:
     """Write probabilities as 8 bits. Proposals that draw nothing are exact zeros: "absent" is then the same everywhere.
 
     Args:

@@ -417,10 +417,10 @@ def test_adapters_load_with_the_current_version_and_roll_back(former: Path):
 @pytest.mark.parametrize(("studies", "facts"), [("studies", VOLUMES), ("pictures", PICTURES)])
 def test_the_state_of_trainings_is_read(former: Path, studies: str, facts: dict[str, Any]):
     runner = TrainingRunner(former / studies / ".progidiff" / "training", lambda options: {})
-    assert includes(runner.history(), facts["runs"])
-    assert runner.status()["state"] == facts["runs"][0]["state"]
+    assert includes([run.model_dump() for run in runner.history()], facts["runs"])
+    assert runner.status().state == facts["runs"][0]["state"]
     for run in runner.history():
-        TrainingOptions.from_dict(read_request(former, run["id"], studies)["options"])
+        TrainingOptions.from_dict(read_request(former, run.id, studies)["options"])
 
 
 def read_request(former: Path, run_id: str, studies: str = "studies") -> dict[str, Any]:

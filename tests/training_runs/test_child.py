@@ -100,7 +100,7 @@ def test_a_run_ends_with_a_version_its_figures_and_nothing_left_over(place: Plac
 
     status = TrainingRunner(place.folder / "training", lambda _: {}).status()
     task, stats = describe_for_host(status), describe_stats(status)
-    assert (task["status"], task["request"]["model"], task["details"]) == ("DONE", "progidiff_adapt", [outcome.message])
+    assert (task.status, task.request["model"], task.details) == ("DONE", "progidiff_adapt", [outcome.message])
     assert stats["total_time"] == "0:00:01"
     assert (stats["epoch"], stats["total_epochs"], stats["version"]) == (20, 20, "mr@1")
 
@@ -172,7 +172,7 @@ def test_a_version_of_another_base_is_listed_but_cannot_be_served(place: Place):
     path.write_text(json.dumps({**values, "base": "0" * 64, "base_name": "other@7"}))
     served = place.store.current("mr")  # whether two steps were enough for the gate is not the point here
     (adapter,) = list_versions(place.store, place.model)
-    assert (adapter["versions"][0]["fits"], adapter["versions"][0]["base"]) == (False, "other@7")
+    assert (adapter.versions[0].fits, adapter.versions[0].base) == (False, "other@7")
     with pytest.raises(ModelError, match="was trained for another base .other@7"):
         use_version(place.store, place.model, "mr", 1)
     with pytest.raises(NotFoundError, match="no version 5"):
@@ -180,6 +180,6 @@ def test_a_version_of_another_base_is_listed_but_cannot_be_served(place: Place):
     assert place.store.current("mr") == served
     path.write_text("{")
     (adapter,) = list_versions(place.store, place.model)
-    assert "cannot be read" in adapter["versions"][0]["problem"]
+    assert "cannot be read" in adapter.versions[0].problem
     path.write_text(json.dumps({**values, "base": compute_base_digest(place.model)}))
     assert use_version(place.store, place.model, "mr", 1).full_name == "mr@1"

@@ -74,15 +74,15 @@ def test_the_outcome_arrives_over_the_pipe_and_is_written_down(build: Callable[.
     answer = '{"state": "done", "message": "mr@1 is published", "published": True, "version": "mr@1"}'
     program = f"progress(); print(json.dumps({answer}))"
     runner = build(program, on_published=[fail, published.append])
-    assert runner.status()["state"] == "idle"
+    assert runner.status().state == "idle"
     status = run_to_end(runner, steps=40, strange=1, client_id="me")
-    assert (status["state"], status["published"], status["version"], status["message"]) == (
+    assert (status.state, status.published, status.version, status.message) == (
         "done",
         True,
         "mr@1",
         "mr@1 is published",
     )
-    assert (status["params"], status["ignored"]) == ({"steps": 40, "strange": 1}, ["strange"])
+    assert (status.params, status.ignored) == ({"steps": 40, "strange": 1}, ["strange"])
     wait_for(lambda: published == ["mr@1"])
     again = TrainingRunner(tmp_path / "training", lambda _: {}).status()
     assert again == status
@@ -104,9 +104,9 @@ def test_a_process_that_ends_without_a_word_is_explained(
     build: Callable[..., TrainingRunner], program: str, reason: str
 ):
     status = run_to_end(build(program))
-    assert status["state"] == "failed"
-    assert re.search(reason, status["reason"])
-    assert status["message"] == status["reason"]
+    assert status.state == "failed"
+    assert re.search(reason, status.reason)
+    assert status.message == status.reason
 
 
 def test_a_process_that_the_kernel_ended_for_memory_is_told_apart(
@@ -115,8 +115,8 @@ def test_a_process_that_the_kernel_ended_for_memory_is_told_apart(
     counts = iter((3, 4))
     monkeypatch.setattr("progidiff.training_runs.runner._count_oom_kills", lambda: next(counts))
     status = run_to_end(build("os.kill(os.getpid(), signal.SIGKILL)"), batch_size=9)
-    assert "ran out of memory" in status["reason"]
-    assert "Lower batch_size (it was 9)" in status["reason"]
+    assert "ran out of memory" in status.reason
+    assert "Lower batch_size (it was 9)" in status.reason
 
 
 def test_stop_pause_and_resume_reach_the_process(build: Callable[..., TrainingRunner]):
@@ -133,24 +133,24 @@ for line in sys.stdin:
     runner = build(program)
     runner.set_demand(True)
     runner.start("progidiff")
-    wait_for(lambda: runner.status()["message"] == "pause")
-    assert runner.status()["paused"] is True
+    wait_for(lambda: runner.status().message == "pause")
+    assert runner.status().paused is True
     runner.set_demand(False)
-    wait_for(lambda: runner.status()["message"] == "pause resume")
+    wait_for(lambda: runner.status().message == "pause resume")
     stopped = runner.stop(wait=60)
     assert stopped is not None
-    assert (stopped["state"], stopped["message"]) == ("stopped", "pause resume stop")
+    assert (stopped.state, stopped.message) == ("stopped", "pause resume stop")
     assert runner.stop() is None
 
 
 def test_a_process_that_does_not_stop_is_ended(build: Callable[..., TrainingRunner]):
     runner = build("progress(); time.sleep(600)", stop_seconds=0.3)
     runner.start("progidiff")
-    wait_for(lambda: runner.status()["state"] == "running")
+    wait_for(lambda: runner.status().state == "running")
     stopped = runner.stop(wait=30)
     assert stopped is not None
-    assert stopped["state"] == "stopped"
-    assert "did not stop by itself within 0.3 s" in stopped["message"]
+    assert stopped.state == "stopped"
+    assert "did not stop by itself within 0.3 s" in stopped.message
 
 
 def test_one_training_at_a_time(build: Callable[..., TrainingRunner], tmp_path: Path):
@@ -178,7 +178,7 @@ print(json.dumps({"state": "stopped", "message": "Stopped on request."}))
     runner.start("progidiff")
     runner.close()
     assert runner.wait(60)
-    assert TrainingRunner(tmp_path / "training", lambda _: {}).status()["state"] == "interrupted"
+    assert TrainingRunner(tmp_path / "training", lambda _: {}).status().state == "interrupted"
 
 
 def test_what_prevents_a_start_is_told(build: Callable[..., TrainingRunner], tmp_path: Path):
@@ -188,7 +188,7 @@ def test_what_prevents_a_start_is_told(build: Callable[..., TrainingRunner], tmp
     with pytest.raises(RequestError, match="Nothing is labelled"):
         build("", check=refuse).start("progidiff")
     status = run_to_end(build("", collect=refuse))
-    assert (status["state"], status["reason"]) == ("failed", "Nothing is labelled.")
+    assert (status.state, status.reason) == ("failed", "Nothing is labelled.")
     (tmp_path / "blocked").write_text("a file where a folder should be")
     with pytest.raises(StoreError, match="cannot be written down.*nothing was started"):
         TrainingRunner(tmp_path / "blocked", refuse).start("progidiff")
@@ -205,13 +205,16 @@ def test_the_last_run_is_the_last_one_started_whatever_the_clock_says(
     for _ in range(3):
         started = runner.start("progidiff_adapt")
         assert runner.wait(60)
-        seen.append(started["id"])
-        assert runner.status()["id"] == started["id"]
-        assert runner.status()["message"] == "Hello."
+        seen.append(started.id)
+        assert runner.status().id == started.id
+        assert runner.status().message == "Hello."
     assert seen == sorted(seen)
 
     # Set back while a training runs: nothing lasts a negative time.
-    assert describe_stats({**runner.status(), "started": 2000.0, "ended": 1000.0})["total_time"] == "0:00:00"
+    assert (
+        describe_stats(runner.status().model_copy(update={"started": 2000.0, "ended": 1000.0}))["total_time"]
+        == "0:00:00"
+    )
 
 
 def test_a_run_without_an_outcome_was_interrupted_unless_somebody_works_on_it(tmp_path: Path):
@@ -221,11 +224,11 @@ def test_a_run_without_an_outcome_was_interrupted_unless_somebody_works_on_it(tm
     write_json(folder / "progress.json", {"stage": "evidence", "step": 30, "total": 200, "time": 9.0})
     runner = TrainingRunner(tmp_path, lambda _: {})
     status = runner.status()
-    assert (status["state"], status["ended"]) == ("interrupted", 9.0)
-    assert "step 30 of 200" in status["reason"]
-    assert "start it again" in status["reason"]
+    assert (status.state, status.ended) == ("interrupted", 9.0)
+    assert "step 30 of 200" in status.reason
+    assert "start it again" in status.reason
     with FileLock(tmp_path / LOCK):
-        assert runner.status()["state"] == "running"
+        assert runner.status().state == "running"
 
 
 # --- the options ---

@@ -76,63 +76,28 @@ export type Saved = Answer<"/progidiff/review/{image}", "post"> & Answer<"/datas
 
 export type Undone = Answer<"/progidiff/annotations/{image}/undo", "post">;
 
-/** GET /progidiff/training */
-export interface Training {
-  state: string;
-  message: string;
-  running: boolean;
-  trainer?: string;
-  step?: number;
-  total?: number;
-  eta_seconds?: number | null;
-  reason?: string;
-}
+export type Training = Answer<"/progidiff/training", "get">;
 
 export type Scoring = Answer<"/progidiff/scoring", "get">;
 
 /** A file of the folder of studies that is not served, and why: a sentence with the cure. */
 export type LeftOut = Scoring["left_out"][number];
 
+/** One of the list. */
+export type Adapter = Answer<"/progidiff/versions", "get">[number];
+
 /** A version that is damaged has a number and a problem only. */
-export interface Version {
-  version: number;
-  problem: string;
-  modality?: string;
-  structures?: string[];
-  /** ISO 8601 */
-  created?: string;
-  fits?: boolean;
-  verdict?: string;
-  dice?: { base?: { consensus?: number }; adapted?: { consensus?: number } };
-}
+export type Version = Adapter["versions"][number];
 
-/** GET /progidiff/versions, one of the list */
-export interface Adapter {
-  name: string;
-  current: number | null;
-  problem: string;
-  versions: Version[];
-}
-
-/** POST /progidiff/versions/{name}/{version}/use, .../rollback */
-export interface Served {
-  name: string;
-  served: string;
-}
+export type Served = Answer<"/progidiff/versions/{name}/{version}/use", "post"> & Answer<"/progidiff/versions/{name}/rollback", "post">;
 
 /** GET /datastore/?output=all */
 export interface Datastore {
   objects: Record<string, { labels?: { final?: unknown } }>;
 }
 
-/** GET /progidiff/ohif/images/{image} */
-export interface SeriesInfo {
-  image: string;
-  study: string;
-  series: string;
-  /** for every slice of the series the axial index that the server counts with; null if the series is not axial */
-  axial_slices: number[] | null;
-}
+/** `axial_slices` are null if the series is not axial. */
+export type SeriesInfo = Answer<"/progidiff/ohif/images/{image}", "get">;
 
 /** Without an image to give there is no `id`, and `message` says what to do. */
 export type NextSample = Answer<"/activelearning/{strategy}", "post">;

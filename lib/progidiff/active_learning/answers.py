@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from progidiff.active_learning.advice import Advice
 from progidiff.active_learning.strategies import Pick
-from progidiff.storage.json_text import mend
-
-Text = Annotated[str, BeforeValidator(mend)]
-"""Text that an older version or a file may have given half of a character, which no answer can hold."""
+from progidiff.storage.json_text import Text
 
 
 class _Answer(BaseModel):

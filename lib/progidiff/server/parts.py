@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # they ask the context themselves
     from progidiff.server.background.retraining import Retraining
     from progidiff.server.background.scoring import PoolScorer
     from progidiff.training_runs.runner import TrainingRunner
+from progidiff.training_runs.status import RunStatus
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Context:
     retraining: Retraining = field(init=False)
     training: TrainingRunner = field(init=False)
     on_published: list[Callable[[str], None]] = field(default_factory=list)
-    on_ended: list[Callable[[dict[str, Any]], None]] = field(default_factory=list)
+    on_ended: list[Callable[[RunStatus], None]] = field(default_factory=list)
 
 
 def get_context() -> Context:

@@ -11,6 +11,7 @@ from progidiff.errors import ModelError, NotFoundError
 from progidiff.images.formats import is_picture
 from progidiff.server.tasks.picture_engine import TextDiffEngine, number_classes
 from progidiff.server.tasks.pictures import NAME, TextDiffInferTask
+from progidiff.server.version_answers import NamedVersions, VersionAnswer, describe_version, list_events
 from progidiff.training.accepted_labels import to_json
 from progidiff.training.slice_cache import Case
 from progidiff.training_runs.options import TrainingOptions
@@ -50,22 +51,19 @@ def collect(
     }
 
 
-def list_versions(engine: TextDiffEngine) -> list[dict[str, Any]]:
-    """All textdiff models with their versions, in the form of `server.training.list_versions`; "trainer" tells them
-    from adapters.
-    """
-    entries = engine.entries()
+def list_versions(engine: TextDiffEngine) -> list[NamedVersions]:
+    """All textdiff models with their versions; "trainer" tells them from adapters."""
     return [
-        {
-            "name": entry.name,
-            "trainer": NAME,
-            "current": entry.current,
-            "published": entry.published,
-            "problem": entry.problem,
-            "history": engine.store.history(entry.name),
-            "versions": [_describe(engine, entry.name, version) for version in reversed(entry.versions)],
-        }
-        for entry in entries
+        NamedVersions(
+            name=entry.name,
+            trainer=NAME,
+            current=entry.current,
+            published=entry.published,
+            problem=entry.problem,
+            history=list_events(engine.store.history(entry.name)),
+            versions=[_describe(engine, entry.name, version) for version in reversed(entry.versions)],
+        )
+        for entry in engine.entries()
     ]
 
 
@@ -90,28 +88,21 @@ def roll_back(engine: TextDiffEngine, name: str) -> str:
     return "" if version is None else f"{name}@{version}"
 
 
-def _describe(engine: TextDiffEngine, name: str, version: int) -> dict[str, Any]:
+def _describe(engine: TextDiffEngine, name: str, version: int) -> VersionAnswer:
     try:
         card = engine.store.card(name, version)
         run: Mapping[str, Any] = engine.store.run(card)
     except (ModelError, NotFoundError) as err:
-        return {"version": version, "problem": str(err)}
-    return {
-        "version": version,
+        return VersionAnswer(version=version, problem=str(err))
+    values = {
         "kind": "head",
         "modality": "picture",
         "structures": list(card.classes),
         "created": card.created,
         "base": card.denoiser,
         "fits": True,
-        "accepted": run.get("accepted"),
-        "verdict": run.get("verdict", ""),
-        "parent": run.get("parent"),
-        "training_cases": run.get("training_cases", []),
-        "held_out_cases": run.get("held_out_cases", []),
-        "dice": _describe_dice(run.get("validation")),
-        "problem": "",
     }
+    return describe_version(version, values, run, _describe_dice(run.get("validation")))
 
 
 def _describe_dice(figures: Any) -> dict[str, dict[str, float]]:

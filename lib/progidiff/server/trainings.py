@@ -15,9 +15,12 @@ from progidiff.server import picture_trainings
 from progidiff.server.datastores.images import find_image
 from progidiff.server.datastores.local import is_folder
 from progidiff.server.parts import Context
+from progidiff.server.version_answers import NamedVersions, VersionAnswer, describe_version, list_events
+from progidiff.storage.json_text import Text
 from progidiff.training.accepted_labels import AcceptedLabel, build_cases, load_folder_names, to_json
 from progidiff.training_runs.options import TRAINERS, TrainingOptions
 from progidiff.training_runs.runner import ACTIVE, TrainingRunner
+from progidiff.training_runs.status import RunFacts, RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -108,63 +111,73 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
     }
 
 
-def describe_for_host(status: dict[str, Any]) -> dict[str, Any]:
+class TrainingTask(RunFacts):
     """A run as the host describes a task, with ours beside it: viewers read id, status, start_ts, end_ts, result and
     the last of details.
+
+    Attributes:
+        id: Of the run.
+        status: See `HOST_STATES`.
+        request: "model" is the trainer, beside it are the parameters.
+        start_ts: Local time.
+        end_ts: The same; not there while it lasts.
+        details, result: What is to be said.
     """
-    told = status["message"] or status["state"]
+
+    id: str
+    status: str
+    request: dict[str, Any]
+    start_ts: str
+    details: list[Text]
+    result: Text
+    end_ts: str = ""
+
+
+def describe_for_host(status: RunStatus) -> TrainingTask:
+    """A run in the host's form."""
+    told = status.message or status.state
     task = {
-        "id": status["id"],
-        "status": HOST_STATES[status["state"]],
-        "request": {"model": status["trainer"], **status["params"]},
-        "start_ts": datetime.fromtimestamp(status["started"]).strftime(_HOST_TIME),
+        "id": status.id,
+        "status": HOST_STATES[status.state],
+        "request": {"model": status.trainer, **status.params},
+        "start_ts": datetime.fromtimestamp(status.started).strftime(_HOST_TIME),
         "details": [told],
         "result": told,
     }
-    if status["ended"] is not None:
-        task["end_ts"] = datetime.fromtimestamp(status["ended"]).strftime(_HOST_TIME)
-    return {**{k: v for k, v in status.items() if k not in ("id", "log")}, **task}
+    if status.ended is not None:
+        task["end_ts"] = datetime.fromtimestamp(status.ended).strftime(_HOST_TIME)
+    return TrainingTask.model_validate({**status.model_dump(exclude_unset=True), **task})
 
 
-def describe_stats(status: dict[str, Any]) -> dict[str, Any]:
+def describe_stats(status: RunStatus) -> dict[str, Any]:
     """A run as an entry of the host's ``train_stats``: a step counts as an epoch, and ``total_time`` is empty while it
     lasts.
     """
-    running = status["state"] in ACTIVE
-    ours = ("trainer", "state", "stage", "step", "total", "eta_seconds", "message", "reason", "published", "version")
-    total_time = (
-        "" if running else str(timedelta(seconds=max(0, round((status.get("ended") or 0) - status.get("started", 0)))))
-    )
+    running = status.state in ACTIVE
+    ours = {"trainer", "state", "stage", "step", "total", "eta_seconds", "message", "reason", "published", "version"}
+    total_time = "" if running else str(timedelta(seconds=max(0, round((status.ended or 0) - status.started))))
     return {
-        "epoch": status.get("step", 0),
-        "total_epochs": max(1, status.get("total", 0)),
-        "best_metric": float(status.get("best_metric", 0.0)),
-        "start_ts": int(status.get("started", 0)),
+        "epoch": status.step,
+        "total_epochs": max(1, status.total),
+        "best_metric": status.best_metric,
+        "start_ts": int(status.started),
         "total_time": total_time,
-        **{name: status[name] for name in ours if name in status},
+        **status.model_dump(include=ours, exclude_unset=True),
     }
 
 
-def list_versions(store: AdapterStore, model_dir: Path) -> list[dict[str, Any]]:
-    """All adapters with their versions; one that is damaged is named and does not end the list.
-
-    Returns:
-        Per adapter: name, modality, current (number or None), published (seconds since 1970), problem, history and
-            versions, newest
-        first: version, kind, created, structures, fits (whether it belongs to the loaded base), accepted, verdict,
-            parent, cases,
-        dice {"base", "current", "adapted"}, problem.
-    """
+def list_versions(store: AdapterStore, model_dir: Path) -> list[NamedVersions]:
+    """All adapters with their versions; one that is damaged is named and does not end the list."""
     base = compute_base_digest(model_dir)
     return [
-        {
-            "name": entry.name,
-            "current": entry.current,
-            "published": entry.published,
-            "problem": entry.problem,
-            "history": store.history(entry.name),
-            "versions": [_describe_version(store, entry.name, version, base) for version in reversed(entry.versions)],
-        }
+        NamedVersions(
+            name=entry.name,
+            current=entry.current,
+            published=entry.published,
+            problem=entry.problem,
+            history=list_events(store.history(entry.name)),
+            versions=[_describe_version(store, entry.name, version, base) for version in reversed(entry.versions)],
+        )
         for entry in store.entries()
     ]
 
@@ -181,28 +194,21 @@ def use_version(store: AdapterStore, model_dir: Path, name: str, version: int) -
     return store.publish(name, version)
 
 
-def _describe_version(store: AdapterStore, name: str, version: int, base: str) -> dict[str, Any]:
+def _describe_version(store: AdapterStore, name: str, version: int, base: str) -> VersionAnswer:
     try:
         card = store.card(name, version)
         run = store.run(card)
     except (ModelError, NotFoundError) as err:
-        return {"version": version, "problem": str(err)}
-    return {
-        "version": version,
+        return VersionAnswer(version=version, problem=str(err))
+    values = {
         "kind": card.kind,
         "modality": card.modality,
         "structures": list(card.structures),
         "created": card.created,
         "base": card.base_name,
         "fits": card.base == base,
-        "accepted": run.get("accepted"),
-        "verdict": run.get("verdict", ""),
-        "parent": run.get("parent"),
-        "training_cases": run.get("training_cases", []),
-        "held_out_cases": run.get("held_out_cases", []),
-        "dice": run.get("validation", {}),
-        "problem": "",
     }
+    return describe_version(version, values, run, run.get("validation", {}))
 
 
 def _list_labelled(context: Context) -> list[str]:

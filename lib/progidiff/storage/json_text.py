@@ -11,7 +11,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
+
+from pydantic import BeforeValidator
 
 from progidiff.errors import RequestError, TooLargeError
 
@@ -116,6 +118,10 @@ def mend(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [mend(entry) for entry in value]
     return value
+
+
+Text = Annotated[str, BeforeValidator(mend)]
+"""Of a model of answers: text that an older version or the name of a file may have given half of a character."""
 
 
 def show_text(text: str, most: int = 120) -> str:

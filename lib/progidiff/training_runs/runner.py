@@ -35,6 +35,7 @@ from typing import IO, Any
 from progidiff.errors import BusyError, ProGiDiffError, StoreError
 from progidiff.storage.atomic import replace_text
 from progidiff.training_runs.options import TrainingOptions
+from progidiff.training_runs.status import RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +128,7 @@ class TrainingRunner:
         stop_seconds: float = STOP_SECONDS,
         nice: int = 0,
         module: str = "progidiff.training_runs.child",
-        on_ended: Sequence[Callable[[dict[str, Any]], None]] = (),
+        on_ended: Sequence[Callable[[RunStatus], None]] = (),
     ) -> None:
         self.root = Path(root)
         self._collect = collect
@@ -144,7 +145,7 @@ class TrainingRunner:
         self._demanded = False
         self._closed = False
 
-    def start(self, trainer: str, params: Mapping[str, Any] | None = None, user: str = "") -> dict[str, Any]:
+    def start(self, trainer: str, params: Mapping[str, Any] | None = None, user: str = "") -> RunStatus:
         """Begin a training.
 
         Args:
@@ -190,20 +191,12 @@ class TrainingRunner:
         threading.Thread(target=self._supervise, args=(active, options), name=f"training-{run_id}", daemon=True).start()
         return self.status()
 
-    def status(self) -> dict[str, Any]:
-        """The run under way, or else the last one.
-
-        Returns:
-            "state": "idle" if there never was one, "starting", "running", "stopping", "done", "failed", "stopped" or
-            "interrupted"; "id", "trainer", "params", "user", "stage", "step", "total", "eta_seconds", "best_metric",
-            "message", "reason", "published", "version", "figures", "data", "paused", "started", "ended" (seconds since
-            1970, None while it lasts), "log", "sequence" (of the last event of the label history that it read; 0 if not
-            known).
-        """
+    def status(self) -> RunStatus:
+        """The run under way, or else the last one."""
         runs = self._run_ids()
-        return self._describe(runs[-1]) if runs else {"state": "idle", "message": "No training was started yet."}
+        return self._describe(runs[-1]) if runs else RunStatus(state="idle", message="No training was started yet.")
 
-    def history(self, limit: int = 50) -> list[dict[str, Any]]:
+    def history(self, limit: int = 50) -> list[RunStatus]:
         """The last runs, newest first, as `status` describes them."""
         return [self._describe(run_id) for run_id in reversed(self._run_ids()[-limit:])]
 
@@ -211,7 +204,7 @@ class TrainingRunner:
         """Whether a run of this server is under way."""
         return self._active is not None
 
-    def stop(self, wait: float = 0.0) -> dict[str, Any] | None:
+    def stop(self, wait: float = 0.0) -> RunStatus | None:
         """Ask the run under way for a clean checkpoint and its end; if it has not ended after `stop_seconds`, it is
         ended.
 
@@ -252,10 +245,10 @@ class TrainingRunner:
             raise BusyError("The server is stopping and starts no training; ask again when it is back.", retry_after=30)
         if self._active is not None:
             told = self._describe(self._active.folder.name)
-            left = told["eta_seconds"]
+            left = told.eta_seconds
             about = f" and takes about {left / 60:.0f} more minutes" if left else ""
             raise BusyError(
-                f"Trainer '{told['trainer']}' is under way: {told['message']} One training at a time uses the "
+                f"Trainer '{told.trainer}' is under way: {told.message} One training at a time uses the "
                 f"device{about}. Wait for it, or stop it with DELETE /train/.",
                 retry_after=max(5, min(600, round(left or 30))),
             )
@@ -387,7 +380,7 @@ class TrainingRunner:
             process.stdin.write(word + "\n")
             process.stdin.flush()
 
-    def _describe(self, run_id: str) -> dict[str, Any]:
+    def _describe(self, run_id: str) -> RunStatus:
         folder = self.root / "runs" / run_id
         request = read_json(folder / REQUEST) or {}
         progress = read_json(folder / PROGRESS) or {}
@@ -431,7 +424,7 @@ class TrainingRunner:
             told.update(
                 state="interrupted", reason=reason, message=reason, ended=progress.get("time") or told["started"]
             )
-        return told
+        return RunStatus.model_validate(told)
 
     def _run_ids(self) -> list[str]:
         try:

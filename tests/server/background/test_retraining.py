@@ -65,7 +65,7 @@ class Place:
             self.options, self.annotations, self.runner, lambda image: image.endswith(".png"), lambda: None
         )
         self.over: list[str] = []
-        ended += [self.retraining.on_ended, lambda run: self.over.append(run["id"])]
+        ended += [self.retraining.on_ended, lambda run: self.over.append(run.id)]
 
     def save(self, image: str, *slices: int) -> dict[str, Any]:
         """Save slices of an image; what the client is told."""
@@ -78,16 +78,16 @@ class Place:
 
     def end(self, state: str = "done", **values: Any) -> None:
         """End the run under way."""
-        run = self.runner.status()["id"]
+        run = self.runner.status().id
         scratch = self.folder / "answer.new"
         scratch.write_text(json.dumps({"state": state, **values}), encoding="utf-8")
         os.replace(scratch, self.folder / "answer.json")
         wait_for(lambda: run in self.over)
-        assert next(entry["state"] for entry in self.runner.history() if entry["id"] == run) == state
+        assert next(entry.state for entry in self.runner.history() if entry.id == run) == state
 
     def runs(self) -> list[tuple[str, str]]:
         """(trainer, user), oldest first."""
-        return [(run["trainer"], run["user"]) for run in reversed(self.runner.history())]
+        return [(run.trainer, run.user) for run in reversed(self.runner.history())]
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
@@ -130,7 +130,7 @@ def test_what_comes_together_during_a_training_starts_the_next_one_without_anoth
 ):
     place = open_place()
     place.save("a.nii.gz", 1, 2, 3, 4)
-    wait_for(lambda: place.runner.status()["sequence"] == 1)
+    wait_for(lambda: place.runner.status().sequence == 1)
     assert (
         place.save("a.nii.gz", 5)["message"] == "1 of 4 slices until the next training."
     )  # the others are being trained on
@@ -139,7 +139,7 @@ def test_what_comes_together_during_a_training_starts_the_next_one_without_anoth
     assert "starts when the one under way ends" in told["message"]
     place.end()
     wait_for(lambda: place.runs() == [("progidiff_adapt", USER)] * 2)
-    wait_for(lambda: place.runner.status()["sequence"] == 3)
+    wait_for(lambda: place.runner.status().sequence == 3)
     place.end()
     assert place.save("b.nii.gz", 4)["slices"] == 1
 
@@ -159,7 +159,7 @@ def test_a_manual_training_resets_the_count_only_if_it_is_done_learned_from_all_
         assert place.annotations.count_slices_since(0) == 3
         assert place.retraining._count(place.retraining._plans[0]) == 3
     place.runner.start("progidiff", {}, "anna")
-    wait_for(lambda: place.runner.status()["sequence"] == 1)
+    wait_for(lambda: place.runner.status().sequence == 1)
     place.end()
     assert place.save("a.nii.gz", 4)["slices"] == 1
 
@@ -175,7 +175,7 @@ def test_a_manual_training_that_was_in_the_way_lets_the_due_one_start_when_it_en
 def test_a_person_who_stops_a_training_is_not_given_the_next_one(open_place: Callable[..., Place]):
     place = open_place()
     place.save("a.nii.gz", 1, 2, 3, 4)
-    wait_for(lambda: place.runner.status()["sequence"] == 1)
+    wait_for(lambda: place.runner.status().sequence == 1)
     place.runner.stop(wait=30)
     wait_for(lambda: not place.runner.is_running())
     assert place.save("a.nii.gz", 5)["message"] == "1 of 4 slices until the next training."
@@ -187,11 +187,11 @@ def test_the_trainer_follows_what_was_labelled(open_place: Callable[..., Place])
     assert place.save("one.png")["slices"] == 1
     assert place.save("a.nii.gz", 1)["slices"] == 1  # counted by themselves
     assert place.save("two.png")["started"] is True
-    assert (place.runner.status()["trainer"], place.runner.status()["params"]) == ("textdiff", {"steps": "9"})
-    wait_for(lambda: place.runner.status()["sequence"] == 3)
+    assert (place.runner.status().trainer, place.runner.status().params) == ("textdiff", {"steps": "9"})
+    wait_for(lambda: place.runner.status().sequence == 3)
     place.end()
     assert place.save("a.nii.gz", 2)["started"] is True
-    assert (place.runner.status()["trainer"], place.runner.status()["params"]) == (
+    assert (place.runner.status().trainer, place.runner.status().params) == (
         "progidiff_adapt",
         {"steps": "9", "rank": "4"},
     )
@@ -210,13 +210,13 @@ def test_a_named_trainer_counts_what_it_can_learn_from(open_place: Callable[...,
 def test_a_server_that_comes_back_knows_what_is_done_due_or_interrupted(open_place: Callable[..., Place]):
     first = open_place()
     first.save("a.nii.gz", 1, 2, 3, 4)
-    wait_for(lambda: first.runner.status()["sequence"] == 1)
+    wait_for(lambda: first.runner.status().sequence == 1)
     first.runner.close()  # as at the end of the server
     assert first.runner.wait(30)
     second = open_place()
-    assert second.runner.status()["state"] == "interrupted"
+    assert second.runner.status().state == "interrupted"
     second.retraining.resume()
-    wait_for(lambda: second.runner.status()["sequence"] == 1)
+    wait_for(lambda: second.runner.status().sequence == 1)
     second.end()
     (second.options.store / "retrain.json").unlink()  # killed before it was written
     third = open_place()
@@ -227,5 +227,5 @@ def test_a_server_that_comes_back_knows_what_is_done_due_or_interrupted(open_pla
     )  # killed between the save and the count
     fourth = open_place()
     fourth.retraining.resume()
-    wait_for(lambda: fourth.runner.status()["sequence"] == 3)
+    wait_for(lambda: fourth.runner.status().sequence == 3)
     assert len(fourth.runs()) == 3

@@ -18,7 +18,7 @@ import numpy as np
 from monailabel.interfaces.app import MONAILabelApp
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from progidiff.active_learning.answers import QueueEntry, SuggestedSlice, SuggestedWork, Text, TrainedVersion
+from progidiff.active_learning.answers import QueueEntry, SuggestedSlice, SuggestedWork, TrainedVersion
 from progidiff.active_learning.report import count_rounds, list_versions
 from progidiff.active_learning.reservations import Reservations
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
@@ -38,6 +38,7 @@ from progidiff.images.pictures import PICTURE, read_picture_grid
 from progidiff.labels.history import AnnotationStore
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks.volumes import ProposalInferTask
+from progidiff.storage.json_text import Text
 from progidiff.storage.versions import VersionStore
 
 logger = logging.getLogger(__name__)

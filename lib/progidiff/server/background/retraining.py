@@ -21,6 +21,7 @@ from progidiff.server.options import ServerOptions
 from progidiff.training_runs.mark import Mark, MarkFile
 from progidiff.training_runs.options import TRAINERS, TrainingOptions, get_defaults
 from progidiff.training_runs.runner import ACTIVE, TrainingRunner
+from progidiff.training_runs.status import RunStatus
 
 logger = logging.getLogger(__name__)
 
@@ -159,22 +160,20 @@ class Retraining:
                 f"{slices} new slices: a training has started. Its version is served if "
                 "it is better; GET /train/ shows how far it is."
             )
-            if before["state"] == "failed" and before["user"] == USER:
-                message += f" The one before failed: {before['reason']}"
+            if before.state == "failed" and before.user == USER:
+                message += f" The one before failed: {before.reason}"
             return {"retrain": {**told, "message": message, "started": True, "run": run}}
 
-    def on_ended(self, run: Mapping[str, Any]) -> None:
+    def on_ended(self, run: RunStatus) -> None:
         """A training ended: move the mark, and start the next one if enough came meanwhile; for `Context.on_ended`."""
         with self._lock:
             self._note(run)
             # Its own failure would only repeat itself, and who stopped a training wants the device: the next save tries
             # again.
             plans = [
-                plan
-                for plan in self._plans
-                if run["state"] == "done" or run["user"] != USER or plan.trainer != run["trainer"]
+                plan for plan in self._plans if run.state == "done" or run.user != USER or plan.trainer != run.trainer
             ]
-            self._start_what_is_due([] if run["state"] == "stopped" else plans)
+            self._start_what_is_due([] if run.state == "stopped" else plans)
 
     def on_published(self, version: str) -> None:
         """Another version is served: its proposals need scores; for `Context.on_published`."""
@@ -191,16 +190,16 @@ class Retraining:
             for run in reversed(self._training.history()):
                 self._note(run)
             last = self._training.status()
-            if last["state"] == "interrupted" and last["user"] == USER:
+            if last.state == "interrupted" and last.user == USER:
                 try:
-                    plan = next((plan for plan in self._plans if plan.trainer == last["trainer"]), None)
+                    plan = next((plan for plan in self._plans if plan.trainer == last.trainer), None)
                     if plan is not None:
                         logger.info("The training that ended with the server goes on as %s", self._start(plan))
                         return
                 except ProGiDiffError as err:
                     logger.warning("The training that ended with the server does not go on: %s", err)
             # What failed or was stopped waits for the next save.
-            self._start_what_is_due([plan for plan in self._plans if last["state"] in ("idle", "done")])
+            self._start_what_is_due([plan for plan in self._plans if last.state in ("idle", "done")])
 
     def _start_what_is_due(self, plans: list[_Plan]) -> None:
         """Start the first training that has enough slices; the next one follows when it ends."""
@@ -217,7 +216,7 @@ class Retraining:
     def _start(self, plan: _Plan) -> str:
         """Start a training now; its id."""
         sequence = self._annotations.last_sequence()
-        run = str(self._training.start(plan.trainer, plan.params, USER)["id"])
+        run = self._training.start(plan.trainer, plan.params, USER).id
         self._started[run] = sequence
         return run
 
@@ -225,17 +224,17 @@ class Retraining:
         """Newly annotated slices since what was trained on, or is being trained on."""
         since = getattr(self._mark.load(), plan.family)
         run = self._training.status()
-        if run["state"] in ACTIVE and self._counts(run) and find_family(run["trainer"]) == plan.family:
+        if run.state in ACTIVE and self._counts(run) and find_family(run.trainer) == plan.family:
             since = max(since, self._find_sequence(run))
         return self._annotations.count_slices_since(
             since, None if plan.pictures is None else lambda image: plan.takes(self._is_picture(image))
         )
 
-    def _note(self, run: Mapping[str, Any]) -> None:
+    def _note(self, run: RunStatus) -> None:
         """Move the mark to what a training has read, if it is done."""
-        if run["state"] not in ("done", "stopped") or not self._counts(run):
+        if run.state not in ("done", "stopped") or not self._counts(run):
             return
-        mark, family = self._mark.load(), find_family(run["trainer"])
+        mark, family = self._mark.load(), find_family(run.trainer)
         if self._find_sequence(run) <= getattr(mark, family):
             return
         moved: Mark = replace(mark, **{family: self._find_sequence(run)})
@@ -246,25 +245,23 @@ class Retraining:
                 "What was trained on is not written down (%s); after a restart these labels count as new.", err
             )
 
-    def _counts(self, run: Mapping[str, Any]) -> bool:
+    def _counts(self, run: RunStatus) -> bool:
         """Whether a training learned from all labels: not a manual one on some of them only, nor a manual one that was
         stopped.
         """
-        if run["trainer"] not in TRAINERS:
+        if run.trainer not in TRAINERS:
             return False
-        if run["user"] == USER:
+        if run.user == USER:
             return True
         try:
-            options, _ = TrainingOptions.from_params(run["trainer"], run["params"])
+            options, _ = TrainingOptions.from_params(run.trainer, run.params)
         except RequestError:
             return False
-        return run["state"] != "stopped" and not (
-            options.shots or options.slices or options.cases or options.structures
-        )
+        return run.state != "stopped" and not (options.shots or options.slices or options.cases or options.structures)
 
-    def _find_sequence(self, run: Mapping[str, Any]) -> int:
+    def _find_sequence(self, run: RunStatus) -> int:
         """The last event of the label history that a training has read; 0 if that is not known."""
-        return int(run["sequence"] or self._started.get(str(run["id"]), 0))
+        return run.sequence or self._started.get(run.id, 0)
 
 
 def find_family(trainer: str) -> Family:

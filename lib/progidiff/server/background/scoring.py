@@ -22,7 +22,6 @@ from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
 from pydantic import BaseModel, ConfigDict
 
-from progidiff.active_learning.answers import Text
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
 from progidiff.errors import BusyError, CancelledError, ModelError, NotFoundError, ProGiDiffError, StoreError
 from progidiff.images.formats import is_picture, strip_suffix
@@ -31,6 +30,7 @@ from progidiff.proposals.device_queue import Job
 from progidiff.server.background.scorers import ImageScorer, PictureScorer, VolumeScorer
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks.volumes import ProposalInferTask
+from progidiff.storage.json_text import Text
 
 logger = logging.getLogger(__name__)
 

@@ -39,7 +39,7 @@ class RunnerTrainTask(TrainTask):
         runner = self._runner()
         runner.start(self.trainer, request)
         runner.wait()
-        return describe_for_host(runner.status())
+        return describe_for_host(runner.status()).model_dump(exclude_unset=True)
 
 
 def build_trainers(runner: Callable[[], TrainingRunner]) -> dict[str, TrainTask]:

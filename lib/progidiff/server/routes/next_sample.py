@@ -12,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from progidiff.active_learning.answers import QueueEntry, Report, SuggestedSlice, Text
+from progidiff.active_learning.answers import QueueEntry, Report, SuggestedSlice
 from progidiff.active_learning.report import BATCH, build_report, format_html
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.images.folders import LeftOut
@@ -26,6 +26,7 @@ from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.gate.folders import show_paths
 from progidiff.server.parts import Context, get_context
+from progidiff.storage.json_text import Text
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from fastapi import Request
 from fastapi.responses import FileResponse, Response
 from monailabel.endpoints.ohif import get_ohif
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
 
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.errors import NotFoundError
@@ -64,6 +65,24 @@ _PATCH = """
 """
 
 
+class ServedSeries(BaseModel):
+    """An image as OHIF calls it.
+
+    Attributes:
+        image: Its id.
+        study, series: UIDs.
+        axial_slices: For every slice of the series the axial index that the server counts with; null if the series is
+            not axial.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    image: str
+    study: str
+    series: str
+    axial_slices: list[int] | None
+
+
 def build_endpoints() -> Endpoints:
     """Configuration, panel and masks."""
     endpoints = Endpoints()
@@ -71,7 +90,7 @@ def build_endpoints() -> Endpoints:
     @endpoints.get("/ohif/app-config.js", READ, include_in_schema=False, summary="How OHIF reaches this server")
     def get_config(request: Request) -> Response:
         context = get_context()
-        source: dict[str, Any] = {"supportsReject": False, "dicomUploadEnabled": False}
+        source: dict[str, bool | str] = {"supportsReject": False, "dicomUploadEnabled": False}
         if not context.served.is_remote:
             source["friendlyName"] = "Folder of images"
         facts = json.dumps({"dataSource": source, "prefix": find_root(request.scope)})
@@ -102,11 +121,11 @@ def build_endpoints() -> Endpoints:
         tags=["OHIF"],
         summary="How an image is called in OHIF, and which of its slices are axial",
     )
-    def describe_image(image: str) -> dict[str, Any]:
+    def describe_image(image: str) -> ServedSeries:
         context = get_context()
         image_id, volume = open_named(context, image)
         study, series = _find_uids(context, image_id)
-        return {"image": image_id, "study": study, "series": series, "axial_slices": _list_axial(context, volume)}
+        return ServedSeries(image=image_id, study=study, series=series, axial_slices=_list_axial(context, volume))
 
     @endpoints.get(
         "/progidiff/ohif/masks/{image}",

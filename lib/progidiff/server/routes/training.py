@@ -9,18 +9,48 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
+
 from progidiff.errors import NotFoundError, RequestError
 from progidiff.server import picture_trainings
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ADMINISTER, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.parts import Context, get_context
-from progidiff.server.trainings import describe_for_host, list_versions, use_version
+from progidiff.server.trainings import TrainingTask, describe_for_host, list_versions, use_version
+from progidiff.server.version_answers import NamedVersions, ServedVersion
 from progidiff.training_runs.options import TRAINERS
+from progidiff.training_runs.status import RunStatus
 
 logger = logging.getLogger(__name__)
 
 _STOP_WAIT_SECONDS = 10.0
 _MAX_VERSION = 10**9
+
+
+class StartedTraining(BaseModel):
+    """A training that was started, as the host tells it of each trainer.
+
+    Attributes:
+        result: The training.
+        detail: Always null.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    result: TrainingTask
+    detail: None
+
+
+class TrainingAnswer(RunStatus):
+    """The training under way, or else the last one.
+
+    Attributes:
+        running: Whether one is under way.
+        history: The last runs, newest first.
+    """
+
+    running: bool
+    history: list[RunStatus]
 
 
 # long because it is a table: one endpoint after the other, each a few lines.
@@ -34,15 +64,16 @@ def build_endpoints() -> Endpoints:
         tags=["Train"],
         summary="The training under way, or the last one",
         takes="Query: all, check_if_running",
+        response_model_exclude_unset=True,
     )
-    def get_status(all: bool = False, check_if_running: bool = False) -> Any:
+    def get_status(all: bool = False, check_if_running: bool = False) -> TrainingTask | list[TrainingTask]:
         runner = get_context().training
         if check_if_running and not runner.is_running():
             raise NotFoundError(
                 "No training is running. POST /train/progidiff, /train/progidiff_adapt or /train/textdiff starts one."
             )
         runs = runner.history() if all else [runner.status()]
-        if not runs or runs[0]["state"] == "idle":
+        if not runs or runs[0].state == "idle":
             raise NotFoundError(
                 "No training was started yet. POST /train/progidiff, "
                 "/train/progidiff_adapt or /train/textdiff starts one."
@@ -58,13 +89,16 @@ def build_endpoints() -> Endpoints:
         takes="JSON: options of the trainers",
         body=MEDIUM,
         content=Content.PARAMS,
+        response_model_exclude_unset=True,
     )
-    def start_default(params: dict[str, Any] | None = None, run_sync: bool = False, user: User = CALLER) -> Any:
+    def start_default(
+        params: dict[str, Any] | None = None, run_sync: bool = False, user: User = CALLER
+    ) -> dict[str, StartedTraining]:
         # OHIF's button means "train"; the host would start all trainers one after the other.
         named = [name for name in TRAINERS if isinstance((params or {}).get(name), dict)]
         trainer = named[0] if len(named) == 1 else next(iter(TRAINERS))
         options = (params or {}).get(trainer, {}) if named else params
-        return {trainer: {"result": _start(trainer, options, run_sync, user), "detail": None}}
+        return {trainer: StartedTraining(result=_start(trainer, options, run_sync, user), detail=None)}
 
     @endpoints.post(
         "/train/{model}",
@@ -74,6 +108,7 @@ def build_endpoints() -> Endpoints:
         takes="JSON: options of the trainer",
         body=MEDIUM,
         content=Content.PARAMS,
+        response_model_exclude_unset=True,
     )
     def start(
         model: str,
@@ -81,11 +116,17 @@ def build_endpoints() -> Endpoints:
         run_sync: bool = False,
         enqueue: bool = False,
         user: User = CALLER,
-    ) -> dict[str, Any]:
+    ) -> TrainingTask:
         return _start(model, params, run_sync, user)
 
-    @endpoints.delete("/train/", ADMINISTER, tags=["Train"], summary="Stop the training after a clean checkpoint")
-    def stop(user: User = CALLER) -> dict[str, Any] | None:
+    @endpoints.delete(
+        "/train/",
+        ADMINISTER,
+        tags=["Train"],
+        summary="Stop the training after a clean checkpoint",
+        response_model_exclude_unset=True,
+    )
+    def stop(user: User = CALLER) -> TrainingTask | None:
         status = get_context().training.stop(wait=_STOP_WAIT_SECONDS)
         logger.info("Training stopped by '%s'", user.name)
         return None if status is None else describe_for_host(status)
@@ -96,20 +137,26 @@ def build_endpoints() -> Endpoints:
         tags=["ProGiDiff"],
         summary="The training under way or the last one, and earlier ones",
         takes="Query: limit",
+        response_model_exclude_unset=True,
     )
-    def describe_training(limit: int = 20) -> dict[str, Any]:
+    def describe_training(limit: int = 20) -> TrainingAnswer:
         if not 0 <= limit <= 1000:
             raise RequestError(f"Query limit is {limit}; it must be a whole number from 0 to 1000.")
         runner = get_context().training
-        return {**runner.status(), "running": runner.is_running(), "history": runner.history(limit) if limit else []}
+        return TrainingAnswer(
+            **runner.status().model_dump(exclude_unset=True),
+            running=runner.is_running(),
+            history=runner.history(limit) if limit else [],
+        )
 
     @endpoints.get(
         "/progidiff/versions",
         READ,
         tags=["ProGiDiff"],
         summary="Adapters and textdiff models, their versions with Dice and verdict, and which are served",
+        response_model_exclude_unset=True,
     )
-    def get_versions() -> list[dict[str, Any]]:
+    def get_versions() -> list[NamedVersions]:
         context = get_context()
         engine = context.infer.engine
         return [
@@ -123,7 +170,7 @@ def build_endpoints() -> Endpoints:
         tags=["ProGiDiff"],
         summary="Serve this version from the next request on",
     )
-    def use(name: str, version: int, user: User = CALLER) -> dict[str, Any]:
+    def use(name: str, version: int, user: User = CALLER) -> ServedVersion:
         if not 1 <= version < _MAX_VERSION:
             raise RequestError(
                 f"Version {version} cannot be: versions count 1, 2, 3. GET /progidiff/versions lists them."
@@ -135,7 +182,7 @@ def build_endpoints() -> Endpoints:
             served = use_version(context.infer.engine.adapters, context.infer.engine.model_dir, name, version).full_name
         logger.info("%s is served, by '%s'", served, user.name)
         context.training.announce(served)
-        return {"name": name, "served": served}
+        return ServedVersion(name=name, served=served)
 
     @endpoints.post(
         "/progidiff/versions/{name}/rollback",
@@ -143,7 +190,7 @@ def build_endpoints() -> Endpoints:
         tags=["ProGiDiff"],
         summary="Serve what was served before; in the end the model itself",
     )
-    def roll_back(name: str, user: User = CALLER) -> dict[str, Any]:
+    def roll_back(name: str, user: User = CALLER) -> ServedVersion:
         context = get_context()
         if _is_textdiff(context, name):
             served = picture_trainings.roll_back(context.textdiff.engine, name)
@@ -152,7 +199,7 @@ def build_endpoints() -> Endpoints:
             served = f"{name}@{version}" if version is not None else ""
         logger.info("%s is rolled back to '%s', by '%s'", name, served, user.name)
         context.training.announce(served)
-        return {"name": name, "served": served}
+        return ServedVersion(name=name, served=served)
 
     return endpoints
 
@@ -164,7 +211,7 @@ def _is_textdiff(context: Context, name: str) -> bool:
     }
 
 
-def _start(trainer: str, params: dict[str, Any] | None, run_sync: bool, user: User) -> dict[str, Any]:
+def _start(trainer: str, params: dict[str, Any] | None, run_sync: bool, user: User) -> TrainingTask:
     if trainer not in TRAINERS:
         raise NotFoundError(f"There is no trainer '{trainer[:64]}'; this server has {', '.join(TRAINERS)}.")
     if run_sync:
@@ -172,5 +219,5 @@ def _start(trainer: str, params: dict[str, Any] | None, run_sync: bool, user: Us
             "run_sync is not offered: a training takes longer than a request may. Leave it out and poll GET /train/."
         )
     status = get_context().training.start(trainer, params, user.name)
-    logger.info("Training %s (%s) started by '%s'", status["id"], trainer, user.name)
+    logger.info("Training %s (%s) started by '%s'", status.id, trainer, user.name)
     return describe_for_host(status)

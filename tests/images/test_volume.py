@@ -218,11 +218,13 @@ def test_the_dicom_tag_that_a_datastore_hands_on_is_the_modality(tmp_path: Path)
         load_volume(path, info={"Modality": "PT"})
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "latin-1"])
 def test_a_converters_sidecar_says_the_modality_with_a_capital_m(tmp_path: Path, encoding: str) -> None:
     path = write_nifti(tmp_path / "case.nii.gz", make_image())  # HU, which would be guessed to be CT.
     sidecar = tmp_path / "case.json"
-    sidecar.write_text(json.dumps({"Modality": "MR", "ConversionSoftware": "dcm2niix"}), encoding=encoding)
+    # Names of places come as the scanner has them.
+    stated = {"Modality": "MR", "ConversionSoftware": "dcm2niix", "InstitutionName": "Universitätsspital"}
+    sidecar.write_text(json.dumps(stated, ensure_ascii=False), encoding=encoding)
     assert (load_volume(path).modality, load_volume(path).modality_source) == ("MR", "sidecar")
     sidecar.write_text(json.dumps({"Modality": "MR", "modality": "CT"}), encoding=encoding)
     assert load_volume(path).modality == "CT"
@@ -233,6 +235,13 @@ def test_a_converters_sidecar_says_the_modality_with_a_capital_m(tmp_path: Path,
     assert "is a PT image" in describe_file("case", path).refused
     sidecar.write_text(json.dumps({"Modality": "OT"}), encoding=encoding)
     assert load_volume(path).modality_source == "guessed"
+
+
+def test_a_sidecar_with_no_modality_that_is_known_is_named(tmp_path: Path) -> None:
+    path = write_nifti(tmp_path / "case.nii.gz", make_image())
+    (tmp_path / "case.json").write_text('{"modality": "T1w"}')
+    with pytest.raises(RequestError, match=r"The modality in 'case\.json' is 'T1w'; it must be CT or MR"):
+        load_volume(path)
 
 
 def test_a_broken_sidecar_is_ignored(tmp_path: Path) -> None:

@@ -33,6 +33,11 @@ def test_a_table_of_labels_is_read_in_every_order(tmp_path: Path, text: str):
     assert load_label_ids(tmp_path) == {"liver": 1, "spleen": 2}
 
 
+def test_a_table_of_labels_may_be_written_as_windows_writes_text(tmp_path: Path):
+    (tmp_path / "labels.json").write_text('{"1": "liver", "2": "spleen"}', encoding="utf-16")
+    assert load_label_names(tmp_path) == NAMES
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

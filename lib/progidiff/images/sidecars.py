@@ -11,6 +11,7 @@ from typing import Any
 from progidiff.errors import ImageError
 from progidiff.images.formats import strip_suffix
 from progidiff.images.modality import check_modality, find_modality, list_modalities
+from progidiff.storage.json_text import decode_json_file
 
 logger = logging.getLogger(__name__)
 
@@ -39,13 +40,13 @@ def find_stated_modality(
     found = _check_tag(tag or (info or {}).get("Modality"), path)
     if found is not None:
         return found, "dicom"
-    stated = info.get("modality") if info else None
+    stated, where = (info.get("modality") if info else None), f"The modality that the datastore gives for '{path.name}'"
     if stated is None:
         sidecar = read_sidecar(path)
-        stated = sidecar.get("modality")
+        stated, where = sidecar.get("modality"), f"The modality in '{_find_sidecar(path).name}'"
         # Converters (dcm2niix) write down DICOM's own tag.
         found = _check_tag(sidecar.get("Modality"), path) if stated is None else None
-    found = found or check_modality(stated, f"The modality that the datastore gives for '{path.name}'")
+    found = found or check_modality(stated, where)
     return None if found is None else (found, "sidecar")
 
 
@@ -65,11 +66,19 @@ def _check_tag(tag: object, path: Path) -> str | None:
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
-    """What the file `<name>.json` next to an image says; empty if there is none or it is no JSON object."""
-    sidecar = path.with_name(strip_suffix(path) + ".json")
+    """What the file `<name>.json` next to an image says; empty if there is none or it is no JSON object.
+
+    Converters copy names of people and places as the scanner has them, in an encoding of their own: such characters are
+    lost, and the rest is read.
+    """
+    sidecar = _find_sidecar(path)
     try:
-        content = json.loads(sidecar.read_text(encoding="utf-8-sig")) if sidecar.is_file() else None
+        content = json.loads(decode_json_file(sidecar.read_bytes(), errors="replace")) if sidecar.is_file() else None
     except (OSError, ValueError) as err:
         logger.warning("Ignored %s, which is no readable JSON: %s", sidecar.name, err)
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def _find_sidecar(path: Path) -> Path:
+    return path.with_name(strip_suffix(path) + ".json")

@@ -20,6 +20,7 @@ from progidiff.errors import RequestError
 from progidiff.images.folders import list_volumes
 from progidiff.images.formats import strip_suffix
 from progidiff.labels.history import split_label_name
+from progidiff.storage.json_text import decode_json_file
 
 LABELS_JSON = "labels.json"
 
@@ -104,7 +105,7 @@ def read_label_names(path: Path) -> dict[int, str]:
         RequestError: if it is something else, or the file cannot be read.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        values = json.loads(decode_json_file(path.read_bytes()))
         if isinstance(values, dict) and isinstance(values.get("labels"), dict):
             values = values["labels"]
         pairs = [_read_pair(str(key), value) for key, value in values.items()]

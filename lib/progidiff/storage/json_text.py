@@ -85,6 +85,24 @@ def read_json_object(text: str | bytes, what: str, *, most: int = MAX_CHARACTERS
     return value
 
 
+def decode_json_file(content: bytes, *, errors: str = "strict") -> str:
+    """The text of a JSON file that some program or person wrote: in UTF-8, or in UTF-16 or UTF-32 as Windows does, with
+    or without a byte order mark.
+
+    Args:
+        content: Of the file.
+        errors: As of `bytes.decode`.
+
+    Raises:
+        UnicodeDecodeError: if it is in another encoding, and `errors` is "strict".
+
+    Example:
+        >>> decode_json_file('{"modality": "MR"}'.encode("utf-16"))
+        '{"modality": "MR"}'
+    """
+    return content.decode(json.detect_encoding(content), errors).removeprefix("\ufeff")
+
+
 def write_json(value: object, *, indent: int | None = None) -> bytes:
     """UTF-8 that every reader takes, whatever an older version let in: a number that is none becomes null, half of a
     surrogate pair its escape.

@@ -241,11 +241,16 @@ class AnnotationStore:
         root: The folder; made at the first event.
         final_labels: The datastore's folder of labels of tag `FINAL`. Labels in it that have no event were made
             elsewhere and count as annotated on the whole volume. None to go by the events alone.
+
+    Attributes:
+        misfits: Images whose label there, made elsewhere, does not fit them and does not count; whoever looks at the
+            files sets it.
     """
 
     def __init__(self, root: str | os.PathLike[str], final_labels: str | os.PathLike[str] | None = None) -> None:
         self.root = Path(root)
         self.final_labels = None if final_labels is None else Path(final_labels)
+        self.misfits: frozenset[str] = frozenset()
         self._log = self.root / "log.jsonl"
         self._head_file = self.root / "head.json"
         self._mutex = threading.RLock()
@@ -814,12 +819,12 @@ class AnnotationStore:
         return frozenset(found)
 
     def _foreign_labels(self) -> set[str]:
-        """Ids of the files among the final labels."""
+        """Ids of the files among the final labels that fit."""
         if self.final_labels is None or not self.final_labels.is_dir():
             return set()
         names = os.listdir(self.final_labels)
         found = {split_label_name(name) for name in names if not name.startswith(".") and is_whole(name)}
-        return {parts[0] for parts in found if parts is not None}
+        return {parts[0] for parts in found if parts is not None} - self.misfits
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ import errno
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -304,6 +305,49 @@ def test_a_label_that_somebody_put_into_the_folder_is_kept_before_it_is_replaced
     assert store.annotations.label_file(kept[0]).read_bytes() == foreign.read_bytes()
     merged = read_final(studies)
     assert (int(merged[5, 5, 1]), int(merged[5, 5, 5])) == (LIVER, SPLEEN)
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [("mirrored", "lies up to .* mm away"), ("cropped", "voxels and the image"), ("junk", "cannot be read")],
+)
+def test_a_label_from_elsewhere_that_does_not_fit_its_image_does_not_count_until_it_does(
+    studies: Path, fault: str, reason: str
+):
+    fitting = write_label(studies, "foreign", {5: SPLEEN}).read_bytes()
+    image = nibabel.load(studies.parent / "foreign.nii.gz")
+    array = np.asarray(image.dataobj)
+    final = studies / "labels" / "final" / "one.nii.gz"
+    final.parent.mkdir(parents=True)
+    if fault == "junk":
+        final.write_bytes(b"no label")
+    elif fault == "mirrored":
+        nibabel.save(nibabel.Nifti1Image(array, image.affine @ np.diag([-1, 1, 1, 1])), final)
+    else:
+        nibabel.save(nibabel.Nifti1Image(array[1:], image.affine), final)
+    wrong = final.read_bytes()
+    store = open_as_server(studies)
+    store.check_foreign_labels()
+    assert store.annotations.annotated_images() == {}
+    assert store.get_unlabeled_images() == ["one", "two"]
+    assert {entry.name for entry in store.left_out} == {"labels/final/one.nii.gz"}
+    assert re.search(f"This label does not count: .*{reason}", store.left_out[0].reason)
+    assert final.read_bytes() == wrong
+
+    final.write_bytes(fitting)  # Somebody mends it.
+    store.refresh()
+    store.check_foreign_labels()
+    assert store.annotations.annotated_images() == {"one": None}
+    assert store.get_unlabeled_images() == ["two"]
+    assert store.left_out == ()
+    final.write_bytes(wrong)
+    store.refresh()
+    store.check_foreign_labels()
+    # A label of the first slice is that, and what was there is kept.
+    store.save_annotated("one", write_label(studies, "a", {1: LIVER}), "final", {"slices": [1]})
+    assert {z for z in range(SHAPE[2]) if read_final(studies)[..., z].any()} == {1}
+    assert store.annotations.annotated_images() == {"one": frozenset({1})}
+    assert [path.read_bytes() for path in (studies / ".progidiff/trash").iterdir()] == [wrong]
 
 
 def test_files_that_vanish_behind_its_back_count_no_more_and_come_back_by_undo(

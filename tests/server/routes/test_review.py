@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -262,3 +263,23 @@ def test_a_submission_that_is_no_object_is_refused(server: Server):
         f"{server.url}/progidiff/review/plain", data="[1]", headers={"Content-Type": "application/json"}, timeout=30
     )
     assert response.status_code == 422
+
+
+def test_a_label_that_was_made_elsewhere_is_shown_by_the_ids_of_the_folder(server: Server):
+    image = nibabel.load(write_phantom(server.studies / "labelled.nii.gz", seed=7))
+    made = np.zeros(image.shape, np.uint8)
+    made[5:9, 4:8, 2] = 6
+    final = server.studies / "labels" / "final"
+    nibabel.save(nibabel.Nifti1Image(made, image.affine), final / "labelled.nii.gz")
+    for _ in range(50):
+        if server.get("/progidiff/review/labelled").ok:
+            break
+        time.sleep(0.1)
+    info = server.get("/progidiff/review/labelled").json()
+    assert info["label_ids"] == {"liver": 6}
+    assert info["label"]["sequence"] == info["sequence"] > 0
+    assert info["annotated_slices"] is None
+    drawn = load_volume(server.studies / "labelled.nii.gz").arrange(made)
+    for z in (0, int(np.flatnonzero(drawn.any(axis=(1, 2)))[0])):
+        content = server.get(f"/progidiff/review/labelled/label/{z}").content
+        assert np.array_equal(np.frombuffer(content, np.uint8).reshape(drawn[z].shape), drawn[z])

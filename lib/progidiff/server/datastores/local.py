@@ -13,6 +13,10 @@ nobody from saving. A save then goes
 
 No lock is waited for longer than 30 s. Only plain files count, and links only if they stay in the studies folder.
 
+Labels that somebody else made count from the moment they lie in `labels/final/`. Their headers are looked at beside all
+locks soon after (`check_foreign_labels`): one that is no label, or on another grid than its image, counts no more, with
+the reason among what is left out. Its history begins when somebody opens or saves the image.
+
 What a crash left between two steps is finished from the history at the next start, for every image: a file that is the
 one placed last and not the one in force shows it. Files that somebody else puts into, changes in or takes out of the
 folders are taken as they are, and go into the history too; one that cannot be read does not count.
@@ -120,6 +124,21 @@ class SavedLabel:
     warnings: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What was found in the header of a label that somebody else made.
+
+    Attributes:
+        name: Of the file among the final labels.
+        states: Image and label as they were then.
+        problem: Why it does not count, a sentence; "" if it does.
+    """
+
+    name: str
+    states: tuple[FileState | None, FileState | None]
+    problem: str
+
+
 class SafeLocalDatastore(LocalDatastore):
     """A folder of images with `labels/<tag>/`; see the module's text.
 
@@ -168,6 +187,7 @@ class SafeLocalDatastore(LocalDatastore):
         self._unsettled: set[tuple[str, str]] = set()
         self._unwritten: set[str] = set()
         self._faults: dict[str, str] = {}
+        self._looked_at: dict[str, _Look] = {}
         self.left_out: tuple[LeftOut, ...] = ()
         """What of the folder is not served, and why; as of the last look at it."""
         if serves:
@@ -297,6 +317,7 @@ class SafeLocalDatastore(LocalDatastore):
             if label is None:
                 who = ready.client or client
                 label = record_ready(self.annotations, image_id, ready, tag, user, who)
+            self._keep_misfit(image_id, tag, saves)
             self._put_in_force(image_id, tag, label, params, staged, is_new=not repeated)
             return SavedLabel(image_id, label, repeated, ready.warnings)
 
@@ -728,7 +749,7 @@ class SafeLocalDatastore(LocalDatastore):
         folder = Path(self._datastore.label_path(tag))
         for suffix in list_suffixes(Use.LABEL):
             path = folder / self._filename(image_id, suffix)
-            if path.is_file() and self._find_fault(path) is None:
+            if path.is_file() and self._find_fault(path) is None and not self._is_misfit(image_id, path.name):
                 record = self._object(image_id)
                 label = DataModel(info={"ts": int(time.time()), "name": path.name}, ext=suffix)
                 self._write_rows({image_id: record.model_copy(update={"labels": {**record.labels, tag: label}})})
@@ -785,6 +806,63 @@ class SafeLocalDatastore(LocalDatastore):
         else:
             self._record_foreign(image_id, tag, path)
 
+    def _keep_misfit(self, image_id: str, tag: str, saves: list[Annotation]) -> None:
+        """Before a first save takes its place, put a file that was no label of the image aside."""
+        if saves or tag != FINAL:
+            return
+        for suffix in list_suffixes(Use.LABEL):
+            path = Path(self._datastore.label_path(tag)) / self._filename(image_id, suffix)
+            if path.is_file() and self._find_fault(path) is None:
+                kept = self._throw_away(path)
+                logger.warning("'%s' was no label of its image and is now '%s'", path.name, kept)
+
+    def adopt(self, image_id: str) -> None:
+        """Begin the history of a label that somebody else put into the folder, so that it can be shown and joined.
+
+        Raises:
+            BusyError: if somebody else is at work on the image for too long.
+            StoreError: if the disk refuses.
+        """
+        with self._images.hold(image_id), self._guard():
+            self._adopt(image_id, FINAL)
+
+    def read_label_ids(self) -> dict[str, int]:
+        """Structure -> id of labels of volumes that say nothing about it themselves; see `load_label_ids`."""
+        return load_label_ids(Path(self._datastore_path))
+
+    def check_foreign_labels(self) -> None:
+        """Look at the headers of final labels without a history, beside all locks; what was looked at before is not
+        opened again until it changes.
+        """
+        tracked = {image_id for image_id, tag in self.annotations.list_tracked() if tag == FINAL}
+        folder = Path(self._datastore.label_path(FINAL))
+        found: list[str] = []
+        for image_id, record in list(self._datastore.objects.items()):
+            label = record.labels.get(FINAL)
+            if label is None or image_id in tracked:
+                continue
+            path = folder / self._filename(image_id, label.ext)
+            image = Path(self._datastore.image_path()) / self._filename(image_id, record.image.ext)
+            states = FileState.of(image), FileState.of(path)
+            look = self._looked_at.get(image_id)
+            if look is None or (look.name, look.states) != (path.name, states):
+                problem = _find_misfit(image, path) if None not in states else ""
+                self._looked_at[image_id] = _Look(path.name, states, problem)
+                found += [image_id] if problem else []
+        if found:
+            logger.warning("%d labels in '%s' do not count; the list of what is left out says why", len(found), folder)
+            self.refresh()
+
+    def _is_misfit(self, image_id: str, name: str) -> bool:
+        """Whether a file among the final labels was found to be none of its image, and both are as they were then."""
+        look = self._looked_at.get(image_id)
+        if look is None or not look.problem or look.name != name or image_id not in self._datastore.objects:
+            return False
+        image = Path(self._datastore.image_path()) / self._filename(
+            image_id, self._datastore.objects[image_id].image.ext
+        )
+        return look.states == (FileState.of(image), FileState.of(Path(self._datastore.label_path(FINAL)) / name))
+
     def _is_cut_off(
         self, image_id: str, tag: str, found: str, wanted: Annotation | None, known: DataModel | None
     ) -> bool:
@@ -809,7 +887,7 @@ class SafeLocalDatastore(LocalDatastore):
         if find_format(path, Use.LABEL) is None:
             return
         try:
-            load_label(path)
+            load_label(path, like=_find_grid(Path(self.get_image_uri(image_id))))
         except ProGiDiffError as err:
             self._refuse_foreign(image_id, tag, path, str(err))
             return
@@ -959,11 +1037,16 @@ class SafeLocalDatastore(LocalDatastore):
                 if found is None:
                     continue
                 image_id, suffix = found
+                if folder.name == FINAL and self._is_misfit(image_id, name):
+                    continue
                 old = known[image_id].labels.get(folder.name) if image_id in known else None
                 if old is not None and self._filename(image_id, old.ext) in files:
                     objects[image_id].labels[folder.name] = old
                 else:
                     objects[image_id].labels[folder.name] = DataModel(info={"ts": now, "name": name}, ext=suffix)
+        self.annotations.misfits = frozenset(
+            image_id for image_id, look in self._looked_at.items() if self._is_misfit(image_id, look.name)
+        )
         self._note_left_out({self._filename(image_id, record.image.ext) for image_id, record in objects.items()})
         return objects
 
@@ -988,7 +1071,12 @@ class SafeLocalDatastore(LocalDatastore):
         labels = Path(self._datastore.label_path(None))
         folder = Path(self._datastore.image_path())
         faults = {name: fault for name in self._faults if (fault := self._find_fault(folder / name)) is not None}
-        found = list_left_out(folder, served, {labels.name}, faults)
+        misfits = [
+            LeftOut(f"{labels.name}/{FINAL}/{look.name}", look.problem)
+            for image_id, look in self._looked_at.items()
+            if self._is_misfit(image_id, look.name)
+        ]
+        found = (*list_left_out(folder, served, {labels.name}, faults), *misfits)
         for entry in found:
             if entry not in self.left_out and self._serves:
                 logger.warning("Not served: '%s'. %s", entry.name, entry.reason)
@@ -1283,6 +1371,26 @@ def _find_name_fault(name: str) -> str | None:
     return None
 
 
+def _find_grid(image: Path) -> Grid | None:
+    """Of an image; None if it cannot be read, which is said to whoever opens it."""
+    try:
+        return read_grid(image)
+    except ProGiDiffError:
+        return None
+
+
+def _find_misfit(image: Path, label: Path) -> str:
+    """Why a label cannot be one of an image, by their headers; "" if it can, or the image is at fault."""
+    grid = _find_grid(image)
+    if grid is None:
+        return ""
+    try:
+        grid.check_same(read_grid(label))
+    except ProGiDiffError as err:
+        return f"This label does not count: {err}"
+    return ""
+
+
 def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Previous | None:
     """The label in force, for `labels.saving.prepare_label`."""
     saves = annotations.in_force(image_id, tag)
@@ -1378,6 +1486,10 @@ def _keep_host_file(reference: weakref.ref[SafeLocalDatastore]) -> None:
             store.write_host_file_if_idle()
         except ProGiDiffError as err:
             logger.warning("The host's list of images is behind: %s", err)
+        try:
+            store.check_foreign_labels()
+        except (OSError, ProGiDiffError) as err:
+            logger.warning("The labels that were made elsewhere could not be looked at: %s", err)
         del store
 
 

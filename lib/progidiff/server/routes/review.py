@@ -37,6 +37,7 @@ from progidiff.prompts.structures import COLORS, OTHER_COLORS, number_structures
 from progidiff.proposals.request import MAX_SLICE
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.datastores import images
+from progidiff.server.datastores.local import SafeLocalDatastore
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.gate.paths import find_root
@@ -217,6 +218,9 @@ def _describe_image(context: Context, image: str) -> ReviewedImage:
     slope, intercept = find_scale(volume)
     annotations = context.annotations
     slices = annotations.annotated_slices(image)
+    if slices is None and annotations.current(image) is None and isinstance(context.labels, SafeLocalDatastore):
+        context.labels.adopt(image)  # Made elsewhere: without a history there is nothing to show, and it counts.
+        slices = annotations.annotated_slices(image)
     current = annotations.current(image)
     return ReviewedImage(
         image=image,
@@ -235,12 +239,24 @@ def _describe_image(context: Context, image: str) -> ReviewedImage:
             for entry in context.infer.store.list(image)
         ],
         label=None if current is None else CurrentLabel.model_validate(current),
-        label_ids=dict(current.label_ids) if current is not None else {},
+        label_ids=_find_label_ids(context, image, volume),
         colors=dict(COLORS),
         other_colors=list(OTHER_COLORS),
         annotated_slices=list_slices(slices),
         sequence=max((saved.sequence for saved in annotations.list(image)), default=0),
     )
+
+
+def _find_label_ids(context: Context, image: str, volume: Volume) -> dict[str, int]:
+    """Structure -> id in the saved label. One that was made elsewhere and names nothing goes by the folder's table."""
+    current = context.annotations.current(image)
+    if current is None:
+        return {}
+    if current.label_ids or not isinstance(context.labels, SafeLocalDatastore):
+        return dict(current.label_ids)
+    label = _load_current(context, image, volume)
+    drawn = set() if label is None else set(np.unique(label).tolist())
+    return {name: value for name, value in context.labels.read_label_ids().items() if value in drawn}
 
 
 def _open_volume(context: Context, image: str) -> Volume:

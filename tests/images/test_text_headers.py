@@ -376,6 +376,11 @@ BROKEN = {
     "unknown field": (".nrrd", nrrd("file: x\n"), "no field of the format"),
     "twice": (".nrrd", nrrd("type: short\n"), "twice"),
     "text": (".nrrd", nrrd(encoding="ascii"), "must be one of raw, gzip"),
+    "text without an order of bytes": (
+        ".nrrd",
+        nrrd(encoding="ascii").replace(b"endian: little\n", b""),
+        "has the encoding 'ascii'",
+    ),
     "bzip2": (".nrrd", nrrd(encoding="bzip2"), "must be one of raw, gzip"),
     "block": (".nrrd", nrrd(type="block"), "must be one of"),
     "huge": (".nrrd", nrrd(sizes="9999999999 9999999999 9"), "more than"),

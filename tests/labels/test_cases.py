@@ -46,7 +46,10 @@ def test_a_table_of_labels_may_be_written_as_windows_writes_text(tmp_path: Path)
         ('{"liver": 1, "spleen": 1}', "Give each its own"),
         ('{"liver": true}', "does not map label ids"),
         ('{"liver": {"1": 2}}', "does not map label ids"),
-        ("[]", "does not map label ids"),
+        ("[]", "does not map label ids to structures .it holds a JSON list and no object"),
+        ('{"1": "liver", "1": "spleen"}', "'1' is in it twice"),
+        ('{"labels": {"liver": 1, "liver": 2}}', "'liver' is in it twice"),
+        ('{"1.0": "liver"}', "neither '1.0' nor 'liver' beside it is a whole number"),
     ],
 )
 def test_a_table_that_means_nothing_is_refused_with_a_reason(tmp_path: Path, text: str, message: str):

@@ -210,7 +210,7 @@ def open_picture(path: Path) -> Iterator[Any]:
         ImageError: if it is no picture, or what is done with it finds it damaged.
         TooLargeError: if it has more than `MAX_PIXELS`.
     """
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not path.exists():
         raise NotFoundError(f"There is no image at '{path}'. Check the path.")
@@ -226,7 +226,9 @@ def open_picture(path: Path) -> Iterator[Any]:
     except ProGiDiffError:
         raise
     except Exception as err:  # Whatever the decoders raise on bytes that somebody sent, the file is at fault.
-        reason = " ".join(str(err).replace(str(path.parent) + os.sep, "").split())[-200:] or type(err).__name__
+        # Of what it does not know, the library tells how the file was opened.
+        said = "its content is another" if isinstance(err, UnidentifiedImageError) else str(err)
+        reason = " ".join(said.replace(str(path.parent) + os.sep, "").split())[-200:] or type(err).__name__
         raise ImageError(
             f"'{path.name}' cannot be read as a picture ({reason}); PNG, JPEG and TIFF can. It may be cut off or of "
             "another format; export it again."

@@ -296,10 +296,10 @@ def _parse_nrrd(path: Path, content: bytes) -> Header:
         raise ValueError(f"its header has no end within {min(len(content), MAX_HEADER_BYTES)} bytes")
     fields, pairs = _read_nrrd_fields(path, content[start.end() : end.start() if end is not None else None])
     shape, affine, layers = _find_nrrd_grid(path, fields)
+    packing = _pick({"raw": "raw", "gzip": "deflate", "gz": "deflate"}, fields, "encoding", path)
     dtype = np.dtype(_pick(_NRRD_TYPES, fields, "type", path))
     if dtype.itemsize > 1:
         dtype = dtype.newbyteorder(_pick({"little": "<", "big": ">"}, fields, "endian", path))
-    packing = _pick({"raw": "raw", "gzip": "deflate", "gz": "deflate"}, fields, "encoding", path)
     offset = end.end() if end is not None else len(content)
     data = fields.get("datafile")
     return Header(

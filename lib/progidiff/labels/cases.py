@@ -105,11 +105,13 @@ def read_label_names(path: Path) -> dict[int, str]:
         RequestError: if it is something else, or the file cannot be read.
     """
     try:
-        values = json.loads(decode_json_file(path.read_bytes()))
+        values = json.loads(decode_json_file(path.read_bytes()), object_pairs_hook=_build_object)
         if isinstance(values, dict) and isinstance(values.get("labels"), dict):
             values = values["labels"]
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a JSON {type(values).__name__} and no object")
         pairs = [_read_pair(str(key), value) for key, value in values.items()]
-    except (OSError, ValueError, AttributeError) as err:
+    except (OSError, ValueError) as err:
         raise RequestError(
             f"'{path}' does not map label ids to structures ({err}), so its labels have no names and none can be "
             f"saved. Make it look like {_EXAMPLE}."
@@ -130,6 +132,20 @@ def read_label_names(path: Path) -> dict[int, str]:
     return names
 
 
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose reader would take the last of two entries of one name.
+
+    Raises:
+        ValueError: if a name comes twice.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"'{key[:40]}' is in it twice")
+        found[key] = value
+    return found
+
+
 def _read_pair(key: str, value: Any) -> tuple[int, str]:
     """Id and name, whichever comes first.
 
@@ -137,6 +153,8 @@ def _read_pair(key: str, value: Any) -> tuple[int, str]:
         ValueError: if neither is an id.
     """
     if isinstance(value, str):
+        if not _is_number(key) and not _is_number(value):
+            raise ValueError(f"neither '{key[:40]}' nor '{value[:40]}' beside it is a whole number")
         return (int(key), value) if _is_number(key) else (int(value), key)
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"'{key[:40]}' has {str(value)[:40]} beside it, which is neither an id nor a name")

@@ -145,7 +145,7 @@ def test_a_colour_label_and_a_jpeg_label_are_refused(tmp_path: Path):
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(ImageError, match="'a.png' cannot be read as a picture"):
+    with pytest.raises(ImageError, match=r"'a.png' cannot be read as a picture \(its content is another\)"):
         read_picture_grid(tmp_path / "a.png")
     with pytest.raises(NotFoundError, match="There is no image at"):
         read_picture_grid(tmp_path / "b.png")

@@ -10,31 +10,11 @@ type Answer<P extends keyof paths, M extends keyof paths[P]> = paths[P][M] exten
 /** Of an image. */
 export type ImageInfo = Answer<"/progidiff/review/{image}", "get">;
 
-export interface StructureNumbers {
-  present: boolean;
-  consensus_ml: number;
-  proposals_ml: number[];
-  /** the most typical proposal, counted from 1 */
-  best: number;
-  ranking: number[];
-  mean_disagreement: number;
-  disagreement_per_slice: number[];
-  nearby_disagreement_per_slice: number[];
-}
+export type KeptProposals = Answer<"/progidiff/proposals/{image}", "get">;
 
-export interface Summary {
-  num_proposals: number;
-  model_version: string;
-  adapter: string;
-  structures: Record<string, StructureNumbers>;
-}
+export type Summary = KeptProposals["summary"];
 
-/** GET /progidiff/proposals/{image} */
-export interface KeptProposals {
-  image: string;
-  proposals: string;
-  summary: Summary;
-}
+export type StructureNumbers = Summary["structures"][string];
 
 /** POST /infer/progidiff?output=json */
 export interface Proposed extends Summary {
@@ -46,14 +26,8 @@ export interface Proposed extends Summary {
 /** `waiting_for` is to be read after "waiting for"; "" if it does not wait. */
 export type Job = Answer<"/progidiff/jobs/{job_id}", "get">;
 
-/** GET /progidiff/prompts, one of the list */
-export interface Prompt {
-  structure: string;
-  label: number;
-  synonyms: string[];
-  /** #rrggbb */
-  color: string;
-}
+/** One of the list. */
+export type Prompt = Answer<"/progidiff/prompts", "get">[number];
 
 type Queued = Answer<"/progidiff/queue", "get">[number];
 

@@ -6,10 +6,8 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +29,10 @@ from progidiff.errors import RequestError
 from progidiff.labels.history import AnnotationStore, Source
 from progidiff.model.adapters import AdapterStore
 from progidiff.model.lora import LoraSettings
-from progidiff.storage.versions import VersionStore
+from progidiff.textdiff.features import FeatureOptions
+from progidiff.textdiff.model import TextDiffCard
+from progidiff.textdiff.network import HeadConfig
+from progidiff.textdiff.versions import TextDiffStore
 from support.scores import make_entry
 
 by_disagreement = partial(list_queue, strategy="proposal_disagreement")
@@ -153,14 +154,8 @@ def test_every_model_has_its_own_curve_and_the_one_trained_last_comes_first(stud
     assert "ct: Of 2 saves" in page
 
 
-class Heads(VersionStore[Any]):
-    """Models for pictures as the report sees them: cards without a modality."""
-
-    noun, weights_file, card_file = "Model", "head.safetensors", "card.json"
-    command, trainer, example = "versions", "train", "nuclei"
-
-    def read_card(self, values: dict[str, Any]) -> Any:
-        return Head(**values)
+class Heads(TextDiffStore):
+    """Models for pictures as the report sees them: cards without weights."""
 
     def train(self, cases: list[str], dice: float, accepted: bool) -> None:
         run = {
@@ -168,29 +163,24 @@ class Heads(VersionStore[Any]):
             "validation": {"current": {"dice": 0.1}, "adapted": {"dice": dice, "iou": 0.1}},
             "accepted": accepted,
         }
-        card = self._add(
-            "nuclei",
-            b"",
-            lambda version, created, sha256: Head("nuclei", version, created, sha256),
-            run,
-            lambda card: "",
-        )
+
+        def make_card(version: int, created: str, sha256: str) -> TextDiffCard:
+            return TextDiffCard(
+                name="nuclei",
+                version=version,
+                classes=("nuclei",),
+                denoiser="denoiser",
+                denoiser_digest="",
+                encoder="",
+                encoder_digest="",
+                features=FeatureOptions(),
+                head=HeadConfig(channels=(4,), strides=(1,), classes=1, text_features=0),
+                created=created,
+                sha256=sha256,
+            )
+
+        card = self._add("nuclei", b"", make_card, run, lambda card: "")
         self.publish("nuclei", card.version)
-
-
-@dataclass(frozen=True)
-class Head:
-    name: str
-    version: int
-    created: str
-    sha256: str
-
-    @property
-    def full_name(self) -> str:
-        return f"{self.name}@{self.version}"
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def test_a_folder_of_pictures_has_a_curve_and_an_advice(tmp_path: Path):

@@ -15,7 +15,8 @@ import pytest
 
 from progidiff.errors import ModelError, NotFoundError
 from progidiff.model.adapters import AdapterStore, compute_base_digest
-from progidiff.server.trainings import describe_for_host, describe_stats, list_versions, use_version
+from progidiff.server.families import Family
+from progidiff.server.trainings import describe_for_host, describe_stats
 from progidiff.training.accepted_labels import AcceptedLabel, build_cases, to_json
 from progidiff.training_runs import child
 from progidiff.training_runs.child import Control, Progress
@@ -171,15 +172,16 @@ def test_a_version_of_another_base_is_listed_but_cannot_be_served(place: Place):
     path.chmod(0o644)
     path.write_text(json.dumps({**values, "base": "0" * 64, "base_name": "other@7"}))
     served = place.store.current("mr")  # whether two steps were enough for the gate is not the point here
-    (adapter,) = list_versions(place.store, place.model)
+    family = Family("", lambda: place.store, lambda: compute_base_digest(place.model))
+    (adapter,) = family.list_versions()
     assert (adapter.versions[0].fits, adapter.versions[0].base) == (False, "other@7")
     with pytest.raises(ModelError, match="was trained for another base .other@7"):
-        use_version(place.store, place.model, "mr", 1)
+        family.use("mr", 1)
     with pytest.raises(NotFoundError, match="no version 5"):
-        use_version(place.store, place.model, "mr", 5)
+        family.use("mr", 5)
     assert place.store.current("mr") == served
     path.write_text("{")
-    (adapter,) = list_versions(place.store, place.model)
+    (adapter,) = family.list_versions()
     assert "cannot be read" in adapter.versions[0].problem
     path.write_text(json.dumps({**values, "base": compute_base_digest(place.model)}))
-    assert use_version(place.store, place.model, "mr", 1).full_name == "mr@1"
+    assert family.use("mr", 1) == "mr@1"

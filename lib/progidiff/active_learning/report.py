@@ -22,7 +22,6 @@ from progidiff.active_learning.answers import (
     SuggestedImage,
     SuggestedSlice,
     TrainedVersion,
-    VersionFigures,
     VersionSaves,
 )
 from progidiff.active_learning.scores import SliceScoreStore, name_version
@@ -31,9 +30,9 @@ from progidiff.active_learning.strategies import build_pool, pick_slices, summar
 from progidiff.errors import ModelError, NotFoundError
 from progidiff.images.pictures import PICTURE
 from progidiff.labels.history import Annotation, AnnotationStore
-from progidiff.model.adapters import AdapterCard, AdapterStore, compute_base_digest
+from progidiff.model.adapters import AdapterStore, compute_base_digest
 from progidiff.model.folder import load_card
-from progidiff.storage.versions import VersionStore
+from progidiff.storage.versions import VersionCard, VersionStore
 
 logger = logging.getLogger(__name__)
 
@@ -308,22 +307,27 @@ def list_versions(
             for number in entry.versions:
                 try:
                     card = store.card(entry.name, number)
-                    found.append(_describe_version(card, store.run(card), served=entry.current == number))
+                    found.append(_describe_version(store, card, store.run(card), served=entry.current == number))
                 except (ModelError, NotFoundError) as err:
                     problems.append(str(err))
     return found
 
 
-def _describe_version(card: Any, run: Mapping[str, Any], served: bool) -> TrainedVersion:
-    is_adapter = isinstance(card, AdapterCard)
-    figures = _read_adapter_figures(card.structures, run) if is_adapter else _read_picture_figures(run)
+def _describe_version(
+    store: VersionStore[Any], card: VersionCard, run: Mapping[str, Any], served: bool
+) -> TrainedVersion:
+    dice = store.read_dice(run)
+    adapted, base = dice.get("adapted") or {}, dice.get("base") or {}
     return TrainedVersion(
         version=card.full_name,
         name=card.name,
-        modality=card.modality if is_adapter else PICTURE,
+        modality=card.modality,
         created=card.created,
         served=served,
-        **dict(figures),
+        slices=store.count_slices(run),
+        dice={name: adapted[f"consensus {name}"] for name in card.structures if f"consensus {name}" in adapted},
+        mean=adapted.get("consensus"),
+        base_mean=base.get("consensus"),
         accepted=bool(run.get("accepted")),
         verdict=str(run.get("verdict", "")),
         cases=list(run.get("training_cases") or run.get("training_slices") or ()),
@@ -344,28 +348,6 @@ def count_rounds(versions: Sequence[TrainedVersion], images: Collection[str]) ->
     """
     return dict(
         Counter(version.modality for version in versions if version.accepted and is_trained_on(version, images))
-    )
-
-
-def _read_adapter_figures(structures: Sequence[str], run: Mapping[str, Any]) -> VersionFigures:
-    figures = run.get("validation") or {}
-    adapted, base = figures.get("adapted") or {}, figures.get("base") or {}
-    return VersionFigures(
-        slices=sum(len(slices) for slices in (run.get("training_slices") or {}).values()),
-        dice={name: adapted[f"consensus {name}"] for name in structures if f"consensus {name}" in adapted},
-        mean=adapted.get("consensus"),
-        base_mean=base.get("consensus"),
-    )
-
-
-def _read_picture_figures(run: Mapping[str, Any]) -> VersionFigures:
-    figures = run.get("validation") or {}
-    before = figures.get("current") or {}
-    return VersionFigures(
-        slices=len(run.get("training_cases") or ()),
-        dice={},
-        mean=figures.get("adapted", figures).get("dice"),
-        base_mean=before.get("dice"),
     )
 
 

@@ -107,6 +107,7 @@ class AdapterStore(VersionStore[AdapterCard]):
     trainer = "progidiff adapt"
     example = "mr"
     reserved = RESERVED
+    without = "adapter 'none'"
 
     def read_card(self, values: dict[str, Any]) -> AdapterCard:
         """See `VersionStore.read_card`."""
@@ -173,12 +174,7 @@ class AdapterStore(VersionStore[AdapterCard]):
         Raises:
             ModelError: if it belongs to another base or is damaged.
         """
-        if card.base != base:
-            raise ModelError(
-                f"Adapter '{card.full_name}' was trained for another base ({card.base_name}, content {card.base[:12]}) "
-                f"than the one that is loaded (content {base[:12]}). Train one for this base with `progidiff adapt "
-                f"--name {card.name}`, or ask for adapter 'none'."
-            )
+        self.check_base(card, base)
         found: dict[str, Tensor] = load_safetensors(self._read(card))
         return found
 

@@ -1,4 +1,6 @@
-"""The server's trainings: gathers labels from the datastore for a run, and describes runs and versions for clients."""
+"""The server's trainings: gathers labels from the datastore for a run, says what they make versions of, and describes
+runs for clients.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +9,19 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-from progidiff.errors import ModelError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.images.formats import is_picture
 from progidiff.labels.history import FINAL
-from progidiff.model.adapters import AdapterCard, AdapterStore, compute_base_digest
+from progidiff.model.adapters import compute_base_digest
 from progidiff.server import picture_trainings
 from progidiff.server.datastores.images import find_image
 from progidiff.server.datastores.local import is_folder
+from progidiff.server.families import Family
 from progidiff.server.parts import Context
-from progidiff.server.version_answers import NamedVersions, VersionAnswer, describe_version, list_events
+from progidiff.server.tasks.pictures import NAME
 from progidiff.storage.json_text import Text
 from progidiff.training.accepted_labels import AcceptedLabel, build_cases, load_folder_names, to_json
-from progidiff.training_runs.options import TRAINERS, TrainingOptions
+from progidiff.training_runs.options import TrainingOptions, find_family
 from progidiff.training_runs.runner import ACTIVE, TrainingRunner
 from progidiff.training_runs.status import RunFacts, RunStatus
 
@@ -90,7 +93,7 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
             "No slice of any image is annotated, or the images are gone. Save a label with tag final, then train."
         )
     engine = context.infer.engine
-    if TRAINERS[options.trainer] == "head":
+    if find_family(options.trainer) == "textdiff":
         return {
             **picture_trainings.collect(context.textdiff, options, cases, context.options.device),
             "sequence": sequence,
@@ -166,49 +169,13 @@ def describe_stats(status: RunStatus) -> dict[str, Any]:
     }
 
 
-def list_versions(store: AdapterStore, model_dir: Path) -> list[NamedVersions]:
-    """All adapters with their versions; one that is damaged is named and does not end the list."""
-    base = compute_base_digest(model_dir)
-    return [
-        NamedVersions(
-            name=entry.name,
-            current=entry.current,
-            published=entry.published,
-            problem=entry.problem,
-            history=list_events(store.history(entry.name)),
-            versions=[_describe_version(store, entry.name, version, base) for version in reversed(entry.versions)],
-        )
-        for entry in store.entries()
-    ]
-
-
-def use_version(store: AdapterStore, model_dir: Path, name: str, version: int) -> AdapterCard:
-    """Serve a version.
-
-    Raises:
-        NotFoundError: if there is no such version.
-        ModelError: if it is damaged or belongs to another base; the served one stays.
-    """
-    card = store.card(name, version)
-    store.load(card, compute_base_digest(model_dir))
-    return store.publish(name, version)
-
-
-def _describe_version(store: AdapterStore, name: str, version: int, base: str) -> VersionAnswer:
-    try:
-        card = store.card(name, version)
-        run = store.run(card)
-    except (ModelError, NotFoundError) as err:
-        return VersionAnswer(version=version, problem=str(err))
-    values = {
-        "kind": card.kind,
-        "modality": card.modality,
-        "structures": list(card.structures),
-        "created": card.created,
-        "base": card.base_name,
-        "fits": card.base == base,
-    }
-    return describe_version(version, values, run, run.get("validation", {}))
+def list_families(context: Context) -> tuple[Family, ...]:
+    """What trainings make versions of, adapters first."""
+    engine, pictures = context.infer.engine, context.textdiff.engine
+    return (
+        Family("", lambda: engine.adapters, lambda: compute_base_digest(engine.model_dir)),
+        Family(NAME, pictures.find_store),
+    )
 
 
 def _list_labelled(context: Context) -> list[str]:

@@ -43,6 +43,12 @@ class VersionCard(Protocol):
     Attributes:
         name, version: Shown as ``name@version``; versions count 1, 2, 3.
         sha256: Of the weights' file.
+        kind: "lora", "full" or "head".
+        modality: Of the images it answers for: "CT", "MR" or "picture".
+        structures: Names it was trained on.
+        base: Content of the model it belongs to.
+        base_name: The same for people.
+        created: ISO time, UTC.
     """
 
     @property
@@ -55,6 +61,30 @@ class VersionCard(Protocol):
 
     @property
     def sha256(self) -> str:
+        """See above."""
+
+    @property
+    def kind(self) -> str:
+        """See above."""
+
+    @property
+    def modality(self) -> str:
+        """See above."""
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """See above."""
+
+    @property
+    def base(self) -> str:
+        """See above."""
+
+    @property
+    def base_name(self) -> str:
+        """See above."""
+
+    @property
+    def created(self) -> str:
         """See above."""
 
     @property
@@ -106,6 +136,7 @@ class VersionStore(ABC, Generic[C]):
         trainer: The command that makes a version.
         example: A name, for messages.
         reserved: Words that requests use for something else; nothing may be named so.
+        without: What a request asks for to have none, for messages; "" if it must have one.
 
     Args:
         root: The folder; made when the first version is added, so that a model folder may be read-only.
@@ -118,6 +149,7 @@ class VersionStore(ABC, Generic[C]):
     trainer: str
     example: str
     reserved: tuple[str, ...] = ()
+    without: str = ""
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         self.root = Path(root)
@@ -131,6 +163,34 @@ class VersionStore(ABC, Generic[C]):
     @abstractmethod
     def read_card(self, values: dict[str, Any]) -> C:
         """The card from what its file holds. May raise KeyError, TypeError, ValueError or ModelError."""
+
+    def read_dice(self, run: Mapping[str, Any]) -> Mapping[str, Mapping[str, float | None]]:
+        """Dice on what was held back, from a run.json: "base" (what there was without training), "current" (what was
+        served) and "adapted" (the version) -> figure, of which "consensus" is the mean; empty if nothing was measured.
+        """
+        return run.get("validation") or {}
+
+    def count_slices(self, run: Mapping[str, Any]) -> int:
+        """How many slices a version learned from, from its run.json; a picture is one."""
+        return sum(len(slices) for slices in (run.get("training_slices") or {}).values())
+
+    def check_base(self, card: C, base: str) -> None:
+        """Refuse a version of another model.
+
+        Args:
+            card: Of the version.
+            base: Content of the model that is loaded, see `VersionCard`.
+
+        Raises:
+            ModelError: if the version belongs to another one.
+        """
+        if card.base != base:
+            otherwise = f", or ask for {self.without}" if self.without else ""
+            raise ModelError(
+                f"{self.noun} '{card.full_name}' was trained for another base ({card.base_name}, content "
+                f"{card.base[:12]}) than the one that is loaded (content {base[:12]}). Train one for this base with "
+                f"`{self.trainer} --name {card.name}`{otherwise}."
+            )
 
     def cure(self, name: str) -> str:
         """The last sentence of a message about damaged files."""

@@ -32,6 +32,7 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
+from progidiff.images.pictures import PICTURE
 from progidiff.model.backbone import pick_device
 from progidiff.model.folder import check_tensors
 from progidiff.proposals.agreement import compute_disagreement
@@ -99,6 +100,31 @@ class TextDiffCard:
     def full_name(self) -> str:
         """``name@version``."""
         return f"{self.name}@{self.version}"
+
+    @property
+    def kind(self) -> str:
+        """See `VersionCard`."""
+        return "head"
+
+    @property
+    def modality(self) -> str:
+        """See `VersionCard`."""
+        return PICTURE
+
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """See `VersionCard`."""
+        return self.classes
+
+    @property
+    def base(self) -> str:
+        """See `VersionCard`."""
+        return self.denoiser_digest
+
+    @property
+    def base_name(self) -> str:
+        """See `VersionCard`."""
+        return self.denoiser
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for card.json."""

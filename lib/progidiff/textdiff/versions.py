@@ -40,6 +40,30 @@ class TextDiffStore(VersionStore[TextDiffCard]):
         """See `VersionStore.read_card`."""
         return TextDiffCard.from_dict(values)
 
+    def read_dice(self, run: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+        """See `VersionStore.read_dice`; "base" is the version before.
+
+        Example:
+            >>> store = TextDiffStore("")
+            >>> store.read_dice({"validation": {"current": {"dice": 0.5}, "adapted": {"dice": 0.6, "iou": 0.5}}})
+            {'base': {'consensus': 0.5}, 'adapted': {'consensus': 0.6}}
+            >>> store.read_dice({"validation": {"dice": 0.7, "iou": 0.6, "threshold": 0.5}})
+            {'adapted': {'consensus': 0.7}}
+        """
+        figures = run.get("validation")
+        if not isinstance(figures, Mapping):
+            return {}
+        parts = {"base": figures.get("current"), "adapted": figures.get("adapted", figures)}
+        return {
+            kind: {"consensus": float(values["dice"])}
+            for kind, values in parts.items()
+            if isinstance(values, Mapping) and "dice" in values
+        }
+
+    def count_slices(self, run: Mapping[str, Any]) -> int:
+        """See `VersionStore.count_slices`."""
+        return len(run.get("training_cases") or ())
+
     def add(self, name: str, model: TextDiffModel, run: Mapping[str, Any], readme: str | None = None) -> TextDiffCard:
         """Write a model as the next version of `name`. It is not published.
 

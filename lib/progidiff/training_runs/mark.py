@@ -8,11 +8,12 @@ slice again, deleting or undoing moves it as it should, and a restart forgets no
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from progidiff.storage.atomic import replace_text
 from progidiff.storage.state_files import load_state
+from progidiff.training_runs.options import FamilyName
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Mark:
 
     adapters: int = 0
     textdiff: int = 0
+
+    def of(self, family: FamilyName) -> int:
+        """The one of a family of versions."""
+        return self.textdiff if family == "textdiff" else self.adapters
+
+    def moved(self, family: FamilyName, sequence: int) -> Mark:
+        """With another one for a family."""
+        return replace(self, textdiff=sequence) if family == "textdiff" else replace(self, adapters=sequence)
 
 
 class MarkFile:
@@ -52,7 +61,7 @@ class MarkFile:
             OSError: if the disk refuses; the old one stays.
         """
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(self._path, json.dumps({"adapters": mark.adapters, "textdiff": mark.textdiff}))
+        replace_text(self._path, json.dumps(asdict(mark)))
 
 
 def _read_mark(content: bytes) -> Mark:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from progidiff.errors import RequestError
 from progidiff.images.modality import list_modalities
@@ -13,6 +13,9 @@ from progidiff.proposals.request import AUTO
 
 TRAINERS = {"progidiff": "full", "progidiff_adapt": "lora", "textdiff": "head"}
 """The server's trainers, and the kind of version that each one makes."""
+
+FamilyName = Literal["adapters", "textdiff"]
+"""What a trainer makes versions of."""
 
 DESCRIPTIONS = {
     "progidiff": (
@@ -138,6 +141,16 @@ class TrainingOptions:
         """The inverse of `to_dict`."""
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
         return cls(**plain)
+
+
+def find_family(trainer: str) -> FamilyName:
+    """What a trainer makes versions of.
+
+    Example:
+        >>> find_family("progidiff_adapt"), find_family("textdiff")
+        ('adapters', 'textdiff')
+    """
+    return "textdiff" if TRAINERS[trainer] == "head" else "adapters"
 
 
 def get_defaults(trainer: str) -> dict[str, Any]:

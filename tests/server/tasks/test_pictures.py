@@ -24,8 +24,9 @@ from progidiff.images.pictures import PICTURE
 from progidiff.proposals.device_queue import JobState
 from progidiff.proposals.request import DEFAULT_NUM_PROPOSALS
 from progidiff.server.background.scorers import PictureScorer
+from progidiff.server.families import Family
 from progidiff.server.options import ServerOptions
-from progidiff.server.picture_trainings import collect, list_versions
+from progidiff.server.picture_trainings import collect
 from progidiff.server.tasks.picture_engine import SentenceTable, TextDiffEngine
 from progidiff.server.tasks.pictures import TextDiffInferTask, TextDiffOptions, open_picture
 from progidiff.server.tasks.volumes import ProposalInferTask, build_task
@@ -482,7 +483,7 @@ def test_a_first_version_must_find_something_and_a_later_one_beat_the_served_one
 
 
 def test_without_models_no_versions_are_listed(place: Place):
-    assert list_versions(place.engine) == []
+    assert Family("textdiff", place.engine.find_store).list_versions() == []
 
 
 def test_a_picture_that_is_gone_is_not_found(tmp_path: Path):

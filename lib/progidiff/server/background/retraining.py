@@ -10,16 +10,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from progidiff.active_learning.advice import describe_countdown
 from progidiff.errors import BusyError, ProGiDiffError, RequestError
 from progidiff.labels.history import Annotation, AnnotationStore
 from progidiff.proposals.request import AUTO
 from progidiff.server.options import ServerOptions
-from progidiff.training_runs.mark import Mark, MarkFile
-from progidiff.training_runs.options import TRAINERS, TrainingOptions, get_defaults
+from progidiff.training_runs.mark import MarkFile
+from progidiff.training_runs.options import TRAINERS, FamilyName, TrainingOptions, find_family, get_defaults
 from progidiff.training_runs.runner import ACTIVE, TrainingRunner
 from progidiff.training_runs.status import RunStatus
 
@@ -30,9 +30,6 @@ USER = "retrain_after"
 
 BY_IMAGE = AUTO
 """As `--conf retrain_task`: pictures are trained on with textdiff, volumes with progidiff_adapt."""
-
-Family = Literal["adapters", "textdiff"]
-"""What a trainer makes versions of."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class _Plan:
     pictures: bool | None
 
     @property
-    def family(self) -> Family:
+    def family(self) -> FamilyName:
         """What it makes versions of."""
         return find_family(self.trainer)
 
@@ -222,7 +219,7 @@ class Retraining:
 
     def _count(self, plan: _Plan) -> int:
         """Newly annotated slices since what was trained on, or is being trained on."""
-        since = getattr(self._mark.load(), plan.family)
+        since = self._mark.load().of(plan.family)
         run = self._training.status()
         if run.state in ACTIVE and self._counts(run) and find_family(run.trainer) == plan.family:
             since = max(since, self._find_sequence(run))
@@ -235,9 +232,9 @@ class Retraining:
         if run.state not in ("done", "stopped") or not self._counts(run):
             return
         mark, family = self._mark.load(), find_family(run.trainer)
-        if self._find_sequence(run) <= getattr(mark, family):
+        if self._find_sequence(run) <= mark.of(family):
             return
-        moved: Mark = replace(mark, **{family: self._find_sequence(run)})
+        moved = mark.moved(family, self._find_sequence(run))
         try:
             self._mark.save(moved)
         except OSError as err:
@@ -262,16 +259,6 @@ class Retraining:
     def _find_sequence(self, run: RunStatus) -> int:
         """The last event of the label history that a training has read; 0 if that is not known."""
         return run.sequence or self._started.get(run.id, 0)
-
-
-def find_family(trainer: str) -> Family:
-    """What a trainer makes versions of.
-
-    Example:
-        >>> find_family("progidiff_adapt"), find_family("textdiff")
-        ('adapters', 'textdiff')
-    """
-    return "textdiff" if TRAINERS[trainer] == "head" else "adapters"
 
 
 def read_params(text: str) -> dict[str, str]:

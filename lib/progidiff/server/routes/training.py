@@ -12,11 +12,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from progidiff.errors import NotFoundError, RequestError
-from progidiff.server import picture_trainings
+from progidiff.server.families import find_family
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ADMINISTER, CALLER, MEDIUM, READ, Content, Endpoints
-from progidiff.server.parts import Context, get_context
-from progidiff.server.trainings import TrainingTask, describe_for_host, list_versions, use_version
+from progidiff.server.parts import get_context
+from progidiff.server.trainings import TrainingTask, describe_for_host, list_families
 from progidiff.server.version_answers import NamedVersions, ServedVersion
 from progidiff.training_runs.options import TRAINERS
 from progidiff.training_runs.status import RunStatus
@@ -157,12 +157,8 @@ def build_endpoints() -> Endpoints:
         response_model_exclude_unset=True,
     )
     def get_versions() -> list[NamedVersions]:
-        context = get_context()
-        engine = context.infer.engine
-        return [
-            *list_versions(engine.adapters, engine.model_dir),
-            *picture_trainings.list_versions(context.textdiff.engine),
-        ]
+        families = list_families(get_context())
+        return [versions for family in families for versions in family.list_versions()]
 
     @endpoints.post(
         "/progidiff/versions/{name}/{version}/use",
@@ -176,10 +172,7 @@ def build_endpoints() -> Endpoints:
                 f"Version {version} cannot be: versions count 1, 2, 3. GET /progidiff/versions lists them."
             )
         context = get_context()
-        if _is_textdiff(context, name):
-            served = picture_trainings.use_version(context.textdiff.engine, name, version)
-        else:
-            served = use_version(context.infer.engine.adapters, context.infer.engine.model_dir, name, version).full_name
+        served = find_family(list_families(context), name).use(name, version)
         logger.info("%s is served, by '%s'", served, user.name)
         context.training.announce(served)
         return ServedVersion(name=name, served=served)
@@ -192,23 +185,12 @@ def build_endpoints() -> Endpoints:
     )
     def roll_back(name: str, user: User = CALLER) -> ServedVersion:
         context = get_context()
-        if _is_textdiff(context, name):
-            served = picture_trainings.roll_back(context.textdiff.engine, name)
-        else:
-            version = context.infer.engine.adapters.rollback(name)
-            served = f"{name}@{version}" if version is not None else ""
+        served = find_family(list_families(context), name).roll_back(name)
         logger.info("%s is rolled back to '%s', by '%s'", name, served, user.name)
         context.training.announce(served)
         return ServedVersion(name=name, served=served)
 
     return endpoints
-
-
-def _is_textdiff(context: Context, name: str) -> bool:
-    """Whether a name is that of a textdiff model and of no adapter."""
-    return name in context.textdiff.engine.names() and name not in {
-        entry.name for entry in context.infer.engine.adapters.entries()
-    }
 
 
 def _start(trainer: str, params: dict[str, Any] | None, run_sync: bool, user: User) -> TrainingTask:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -66,4 +67,4 @@ def test_too_little_is_known_at_the_beginning_and_the_advice_says_so():
     assert (advice.unchanged_now, advice.expected_gain) == (None, None)
     assert "10 are needed" in advice.message
     assert "Two trained versions are needed" in advice.message
-    assert set(advice.to_dict()) == {"stop", "message", "unchanged_before", "unchanged_now", "expected_gain"}
+    assert set(asdict(advice)) == {"stop", "message", "unchanged_before", "unchanged_now", "expected_gain"}

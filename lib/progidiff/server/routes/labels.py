@@ -205,6 +205,7 @@ def _add_image_info_routes(endpoints: Endpoints) -> None:
         return get_context().app.datastore().update_image_info(image, with_user(read_object(info, "info"), user.name))
 
 
+# long because it is a table: one endpoint after the other, each a few lines.
 def _add_label_routes(endpoints: Endpoints) -> None:
     @endpoints.put(
         "/datastore/label",

@@ -84,6 +84,7 @@ class ScoringAnswer(ScoringProgress):
     left_out: tuple[LeftOut, ...]
 
 
+# long because it is a table: one endpoint after the other, each a few lines.
 def build_endpoints() -> Endpoints:
     """Next sample, queue, scoring."""
     endpoints = Endpoints()

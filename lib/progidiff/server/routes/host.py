@@ -193,7 +193,6 @@ _META = "meta.info"
 _ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
-# long because it is a table: one endpoint after the other, each a few lines.
 def build_endpoints() -> Endpoints:
     """Sessions and logs anew, what the host answers, and the closed routes."""
     endpoints = Endpoints()

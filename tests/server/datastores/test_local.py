@@ -350,6 +350,17 @@ def test_a_label_from_elsewhere_that_does_not_fit_its_image_does_not_count_until
     assert [path.read_bytes() for path in (studies / ".progidiff/trash").iterdir()] == [wrong]
 
 
+def test_a_label_whose_name_is_no_images_is_said(store: SafeLocalDatastore, studies: Path):
+    label = write_label(studies, "a", {1: LIVER})
+    names = ("One.nii.gz", "one_seg.nii.gz")
+    for name in (*names, "one.nii.gz", ".one.nii.gz", "notes.txt"):
+        shutil.copyfile(label, studies / "labels" / "final" / name)
+    store.refresh()
+    assert [entry.name for entry in store.left_out] == [f"labels/final/{name}" for name in names]
+    assert store.left_out[0].reason.startswith("There is no image 'One', so this label counts for none.")
+    assert store.get_unlabeled_images() == ["two"]
+
+
 def test_files_that_vanish_behind_its_back_count_no_more_and_come_back_by_undo(
     store: SafeLocalDatastore, studies: Path
 ):

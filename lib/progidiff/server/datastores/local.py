@@ -97,6 +97,8 @@ _HOST_REVISION = "host revision"
 
 _NOT_WRITTEN = "'{}' could not be written ({}). Free some disk space and send it again; nothing else changed."
 
+_NO_IMAGE = "There is no image '{}', so this label counts for none. Give it the name of its image, letter by letter."
+
 _IDLE_SECONDS = 5.0
 """Without a change before the host's file is written; twenty times longer than the last time took, if that is more."""
 
@@ -1029,12 +1031,14 @@ class SafeLocalDatastore(LocalDatastore):
                 objects[image_id] = ImageLabelModel(image=DataModel(info={"ts": now, "name": name}, ext=suffix))
         labels = Path(self._datastore.label_path(None))
         tags = {name for name in self._list_names(str(labels)) if _TAG.fullmatch(name)}
+        strays: list[str] = []
         # Labels that count may lie on another disk, which the administrator then has linked.
         for folder in sorted(path for path in (labels / name for name in {*tags, FINAL}) if path.is_dir()):
             files = set(self._list_names(str(folder)))
             for name in sorted(files):
                 found = self._find_labelled(name, objects)
                 if found is None:
+                    strays += [name] if folder.name == FINAL and not name.startswith(".") else []
                     continue
                 image_id, suffix = found
                 if folder.name == FINAL and self._is_misfit(image_id, name):
@@ -1047,7 +1051,9 @@ class SafeLocalDatastore(LocalDatastore):
         self.annotations.misfits = frozenset(
             image_id for image_id, look in self._looked_at.items() if self._is_misfit(image_id, look.name)
         )
-        self._note_left_out({self._filename(image_id, record.image.ext) for image_id, record in objects.items()})
+        self._note_left_out(
+            {self._filename(image_id, record.image.ext) for image_id, record in objects.items()}, strays
+        )
         return objects
 
     def _find_labelled(self, name: str, objects: Mapping[str, ImageLabelModel]) -> tuple[str, str] | None:
@@ -1066,8 +1072,13 @@ class SafeLocalDatastore(LocalDatastore):
             return str(image_id), str(suffix)
         return file[: -len(row.suffix)], file[-len(row.suffix) :]
 
-    def _note_left_out(self, served: set[str]) -> None:
-        """Say what somebody may look for in vain, once."""
+    def _note_left_out(self, served: set[str], strays: Iterable[str]) -> None:
+        """Say what somebody may look for in vain, once.
+
+        Args:
+            served: Names of the images that are.
+            strays: Names of files among the final labels that are of no image.
+        """
         labels = Path(self._datastore.label_path(None))
         folder = Path(self._datastore.image_path())
         faults = {name: fault for name in self._faults if (fault := self._find_fault(folder / name)) is not None}
@@ -1076,7 +1087,12 @@ class SafeLocalDatastore(LocalDatastore):
             for image_id, look in self._looked_at.items()
             if self._is_misfit(image_id, look.name)
         ]
-        found = (*list_left_out(folder, served, {labels.name}, faults), *misfits)
+        lost = [
+            LeftOut(f"{labels.name}/{FINAL}/{name}", _NO_IMAGE.format(parts[0]))
+            for name in strays
+            if (parts := split_label_name(name)) is not None
+        ]
+        found = (*list_left_out(folder, served, {labels.name}, faults), *lost, *misfits)
         for entry in found:
             if entry not in self.left_out and self._serves:
                 logger.warning("Not served: '%s'. %s", entry.name, entry.reason)

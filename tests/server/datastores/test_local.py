@@ -350,6 +350,22 @@ def test_a_label_from_elsewhere_that_does_not_fit_its_image_does_not_count_until
     assert [path.read_bytes() for path in (studies / ".progidiff/trash").iterdir()] == [wrong]
 
 
+def test_a_label_from_elsewhere_with_fractions_counts_no_more_once_somebody_opens_its_image(
+    store: SafeLocalDatastore, studies: Path
+):
+    label = nibabel.load(write_label(studies, "a", {1: LIVER}))
+    halves = np.asarray(label.dataobj, np.float32) / 4
+    nibabel.save(nibabel.Nifti1Image(halves, label.affine), studies / "labels" / "final" / "one.nii.gz")
+    store.refresh()
+    assert store.annotations.annotated_images() == {"one": None}  # By its header it is one.
+    store.adopt("one")
+    for _ in range(2):
+        assert store.annotations.annotated_images() == {}
+        assert store.get_unlabeled_images() == ["one", "two"]
+        store.refresh()
+    assert "holds fractions" in store.left_out[0].reason
+
+
 def test_a_label_whose_name_is_no_images_is_said(store: SafeLocalDatastore, studies: Path):
     label = write_label(studies, "a", {1: LIVER})
     names = ("One.nii.gz", "one_seg.nii.gz")

@@ -99,6 +99,8 @@ _NOT_WRITTEN = "'{}' could not be written ({}). Free some disk space and send it
 
 _NO_IMAGE = "There is no image '{}', so this label counts for none. Give it the name of its image, letter by letter."
 
+_NO_LABEL = "This label does not count: {}"
+
 _IDLE_SECONDS = 5.0
 """Without a change before the host's file is written; twenty times longer than the last time took, if that is more."""
 
@@ -808,6 +810,16 @@ class SafeLocalDatastore(LocalDatastore):
         else:
             self._record_foreign(image_id, tag, path)
 
+    def _drop_misfit(self, image_id: str, path: Path, problem: str) -> None:
+        """Have a file count no more as the label of its image, until it changes."""
+        record = self._object(image_id)
+        image = Path(self._datastore.image_path()) / self._filename(image_id, record.image.ext)
+        states = FileState.of(image), FileState.of(path)
+        self._looked_at[image_id] = _Look(path.name, states, _NO_LABEL.format(problem))
+        self.annotations.misfits |= {image_id}
+        labels = {tag: label for tag, label in record.labels.items() if tag != FINAL}
+        self._write_what_counts(image_id, record.model_copy(update={"labels": labels}))
+
     def _keep_misfit(self, image_id: str, tag: str, saves: list[Annotation]) -> None:
         """Before a first save takes its place, put a file that was no label of the image aside."""
         if saves or tag != FINAL:
@@ -905,6 +917,8 @@ class SafeLocalDatastore(LocalDatastore):
         wanted = self.annotations.current(image_id, tag)
         if wanted is None:
             note_damage(path, problem, f"The label of '{image_id}' cannot be read. Put a whole file in its place.")
+            if tag == FINAL:
+                self._drop_misfit(image_id, path, problem)
             return
         kept = self._throw_away(path)
         self._settle(image_id, tag, wanted)
@@ -1403,7 +1417,7 @@ def _find_misfit(image: Path, label: Path) -> str:
     try:
         grid.check_same(read_grid(label))
     except ProGiDiffError as err:
-        return f"This label does not count: {err}"
+        return _NO_LABEL.format(err)
     return ""
 
 

@@ -3,4 +3,4 @@
 Nothing heavy is imported here: ``import progidiff`` costs milliseconds, and each module imports what it needs.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

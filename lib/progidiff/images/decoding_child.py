@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import traceback
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -228,6 +229,7 @@ def _settle(folder: Path) -> None:
     os.chdir(folder)
     os.environ.update(TMPDIR=str(folder), HOME=str(folder))
     tempfile.tempdir = str(folder)
+    warnings.simplefilter("ignore")  # Nobody sees them, and their lines would be looked up in files.
     sandbox.prepare()
     # Memory that was shared at the fork is copied when it is first used: better now than when somebody waits.
     sample = Job(_settle, (), Limits(0, 0, 0), 0, 0)

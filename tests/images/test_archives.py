@@ -129,3 +129,16 @@ def test_what_is_no_whole_archive_is_refused(folder: Path, tmp_path: Path):
         for cut in (len(whole) // 3, len(whole) // 2, len(whole) - 30):
             (tmp_path / "cut").write_bytes(whole[:cut])
             assert_refused(tmp_path / "cut", folder, "no archive|cannot be unpacked|holds no file")
+
+
+def test_a_member_without_a_name_is_refused(tmp_path: Path):
+    archive = make_zip(tmp_path / "archive.zip", {"a": b"a"})
+    archive.write_bytes(archive.read_bytes().replace(b"\x01\x00\x00\x00a", b"\x00\x00\x00\x00a"))
+    content = bytearray(archive.read_bytes())
+    place = content.index(b"PK\x01\x02")
+    content[place + 28 : place + 30] = b"\0\0"  # The length of the name, in the list of members.
+    archive.write_bytes(content)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RequestError):
+        extract_archive(archive, tmp_path / "folder")
+    assert not list((tmp_path / "folder").iterdir())

@@ -233,6 +233,26 @@ def test_nothing_that_a_child_sends_is_believed(change: Callable[[dict[str, obje
         pack(Raw(np.array([object()]), np.eye(4)))
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("drawn", [np.s_[0:0], np.s_[5:9, 100:120, 3:4], np.s_[:, :, :]], ids=["none", "some", "all"])
+def test_of_a_label_only_what_is_drawn_is_sent(order: str, drawn: tuple[slice, ...]):
+    labels = np.zeros((128, 128, 80), np.uint8, order=order)  # type: ignore[call-overload]
+    labels[drawn] = 7
+    tree, content = pack(LabelMap(labels, {}))
+    assert len(content) in (0, 4 * 20 * 1, labels.nbytes)
+    back = Unpacker(bytearray(content)).unpack(tree, LabelMap).array
+    assert np.array_equal(back, labels)
+    assert back.flags.f_contiguous == labels.flags.f_contiguous
+    back[0] = 1
+    assert isinstance(tree, dict)
+    if "box" in tree["array"]:
+        for wrong in ([[0, 1]] * 3, [[-1, 3], [0, 20], [0, 1]], [[0, 999]] * 3, "box"):
+            with pytest.raises(WireError):
+                Unpacker(content).unpack({**tree, "array": {**tree["array"], "box": wrong}}, LabelMap)
+        with pytest.raises(WireError):
+            Unpacker(content, 1000).unpack(tree, LabelMap)
+
+
 # Bombs: a few kilobytes that unpack to gigabytes
 
 

@@ -7,18 +7,16 @@ the limit.
 from __future__ import annotations
 
 import errno
-import lzma
 import shutil
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from progidiff.errors import RequestError, StoreError, TooLargeError
+from progidiff.errors import ProGiDiffError, RequestError, StoreError, TooLargeError
 from progidiff.images.decoding import apart
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -27,18 +25,6 @@ _CHUNK = 1 << 20
 _MAX_NAME = 255
 _MEMORY = 256 << 20
 """Bytes for unpacking: of xz most. Headers are read whole, and may say of themselves that they are endless."""
-_BROKEN = (
-    zipfile.BadZipFile,
-    tarfile.TarError,
-    zlib.error,
-    lzma.LZMAError,
-    EOFError,
-    OSError,
-    RuntimeError,
-    NotImplementedError,
-    ValueError,
-)
-"""What the readers of the standard library raise on a damaged or encrypted archive."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +73,17 @@ def _unpack(archive: Path, folder: Path, limits: Limits) -> int:
         if not written:
             raise RequestError("The archive holds no file. Pack the image, or the DICOM files of one series, into it.")
         return written
-    except Exception as err:
+    except ProGiDiffError:
+        raise
+    except Exception as err:  # Whatever a reader raises on bytes that somebody sent, the file is at fault.
         if isinstance(err, OSError) and err.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(
                 "The archive cannot be unpacked, the disk is full. Free some space, or set TMPDIR to another disk."
             ) from err
-        if isinstance(err, _BROKEN):
-            reason = err.strerror if isinstance(err, OSError) else str(err)[:200]
-            raise RequestError(
-                f"The archive cannot be unpacked ({type(err).__name__}: {reason}). Pack it again, without a password."
-            ) from err
-        raise
+        reason = err.strerror if isinstance(err, OSError) else str(err)[:200]
+        raise RequestError(
+            f"The archive cannot be unpacked ({type(err).__name__}: {reason}). Pack it again, without a password."
+        ) from err
 
 
 def _extract(archive: Path, folder: Path, limits: Limits) -> int:

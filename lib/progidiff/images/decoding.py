@@ -324,7 +324,9 @@ class Decoder:
             self.peak_kb = max(self.peak_kb, int(answer["peak_kb"]))
             self.confinement = Unpacker(b"").unpack(answer["confinement"], Confinement)
             if "value" in answer:
-                return Unpacker(outcome.content).unpack(answer["value"], typing.get_type_hints(function)["return"])
+                return Unpacker(outcome.content, budget.decoded).unpack(
+                    answer["value"], typing.get_type_hints(function)["return"]
+                )
             _raise(answer, name, budget)
         except (WireError, ValueError, KeyError, TypeError, RecursionError) as err:
             logger.warning("What was read from '%s' is not what it should be: %s", name[:100], err)

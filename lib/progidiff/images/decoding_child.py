@@ -41,6 +41,7 @@ MAX_REPLY = 4 << 20
 
 MAX_DESCRIPTORS = 16
 _BACKLOG = 4096
+_WARM_FOLDER, _WARMING = "warm", "progidiff.images.warming"
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,10 @@ def main() -> None:
     else:
         message, handles = _receive(control)
         if message:
-            _settle(Path.cwd())
-            _run(handles, Path.cwd(), leaves_network)
+            folder = Path.cwd() / "job"
+            folder.mkdir()
+            _settle(folder)
+            _run(handles, folder, leaves_network)
 
 
 class _Server:
@@ -116,7 +119,7 @@ class _Server:
                     self._end()
                     return
             self._collect()
-            if self._next is None:
+            if self._next is None and not self._running:  # Not while somebody waits.
                 self._fork()
 
     def _fork(self) -> None:
@@ -210,10 +213,9 @@ def _import_decoders() -> None:
     import SimpleITK as sitk
 
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
-    folder = Path.cwd() / "warm"
+    folder = Path.cwd() / _WARM_FOLDER
     folder.mkdir()
-    importlib.import_module("progidiff.images.warming").warm_up(folder)
-    shutil.rmtree(folder)
+    importlib.import_module(_WARMING).warm_up(folder)
     gc.collect()
     gc.disable()
     gc.freeze()
@@ -234,6 +236,7 @@ def _settle(folder: Path) -> None:
     # Memory that was shared at the fork is copied when it is first used: better now than when somebody waits.
     sample = Job(_settle, (), Limits(0, 0, 0), 0, 0)
     pickle.loads(pickle.dumps(sample))
+    importlib.import_module(_WARMING).touch(folder.parent / _WARM_FOLDER)
     json.dumps(Packer(len).pack({"a": np.zeros((2, 2, 2), np.int16, "F"), "b": asdict(Confinement())}))
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _ALIGNMENT = 64
+_WORTH_A_BOX = 1 << 20
 _TYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 
 Write = Callable[[bytes | memoryview], object]
@@ -64,6 +65,10 @@ class Packer:
         is_fortran = array.flags.f_contiguous and not array.flags.c_contiguous
         plain = array.T if is_fortran else np.ascontiguousarray(array)
         plain = plain.astype(plain.dtype.newbyteorder("="), copy=False)
+        box = _find_box(plain)
+        if box is not None:  # Of a label most is background, and what is sent costs time.
+            part = self.pack(np.ascontiguousarray(plain[tuple(slice(low, high) for low, high in box)]))
+            return {"part": part, "box": [list(side) for side in box], "shape": list(plain.shape), "turned": is_fortran}
         gap = -self._place % _ALIGNMENT
         self._write(bytes(gap))
         place = self._place + gap
@@ -83,10 +88,12 @@ class Unpacker:
 
     Args:
         content: The arrays' bytes. Arrays are views of it.
+        most: Bytes that an array may have of which only a part was sent.
     """
 
-    def __init__(self, content: Any) -> None:
+    def __init__(self, content: Any, most: int = 8 << 30) -> None:
         self._content = memoryview(content)
+        self._most = most
 
     def unpack(self, tree: Any, kind: Any) -> Any:
         """A result of a kind that annotations give.
@@ -146,11 +153,12 @@ class Unpacker:
         return kind(**{name: self.unpack(tree[name], hints[name]) for name in names})
 
     def _unpack_array(self, tree: Any, kind: Any) -> NDArray[Any]:
+        if isinstance(tree, dict) and set(tree) == {"part", "box", "shape", "turned"}:
+            return self._unpack_box(tree, kind)
         _check(isinstance(tree, dict) and set(tree) == {"dtype", "shape", "order", "at"}, "an array")
         name, shape, order, place = tree["dtype"], tree["shape"], tree["order"], tree["at"]
         _check(isinstance(name, str) and name in _TYPES, "a type of numbers")
-        _check(isinstance(shape, list) and len(shape) <= 8, "a shape")
-        _check(all(type(size) is int and 0 <= size < 1 << 40 for size in shape), "a shape")
+        shape = _read_shape(shape)
         dtype = np.dtype(name)
         wanted = get_args(get_args(kind)[1]) if get_args(kind) else ()
         if wanted and isinstance(wanted[0], type) and issubclass(wanted[0], np.generic):
@@ -161,6 +169,44 @@ class Unpacker:
             return np.zeros(shape, dtype)
         array = np.frombuffer(self._content, dtype, count, place)
         return array.reshape(shape, order="F" if order == "F" else "C")
+
+    def _unpack_box(self, tree: dict[str, Any], kind: Any) -> NDArray[Any]:
+        shape, box, part = _read_shape(tree["shape"]), tree["box"], tree["part"]
+        _check(isinstance(part, dict) and "part" not in part, "an array")
+        inner = self._unpack_array(part, kind)
+        _check(isinstance(box, list) and len(box) == len(shape) == inner.ndim, "a box")
+        sides = []
+        for side, size, length in zip(box, shape, inner.shape, strict=True):
+            _check(isinstance(side, list) and len(side) == 2 and all(type(place) is int for place in side), "a box")
+            low, high = side
+            _check(0 <= low <= high <= size and high - low == length, "a box")
+            sides.append(slice(low, high))
+        _check(math.prod(shape) * inner.itemsize <= self._most, "an array that fits")
+        array = np.zeros(shape, inner.dtype)
+        array[tuple(sides)] = inner
+        return array.T if tree["turned"] is True else array
+
+
+def _read_shape(shape: Any) -> list[int]:
+    _check(isinstance(shape, list) and len(shape) <= 8, "a shape")
+    _check(all(type(size) is int and 0 <= size < 1 << 40 for size in shape), "a shape")
+    return list(shape)
+
+
+def _find_box(array: NDArray[Any]) -> list[tuple[int, int]] | None:
+    """Where a large array of unsigned numbers is not zero, per axis, half-open; None if that is no small part of it."""
+    if array.dtype.kind != "u" or array.ndim != 3 or array.nbytes < _WORTH_A_BOX:
+        return None
+    box: list[tuple[int, int]] = []
+    part = array
+    for axis in range(3):
+        found = np.flatnonzero(part.max(axis=tuple(other for other in range(3) if other != axis)))
+        low, high = (int(found[0]), int(found[-1]) + 1) if len(found) else (0, 0)
+        box.append((low, high))
+        part = part[(slice(None),) * axis + (slice(low, high),)]
+        if not part.size:
+            return [*box, *((0, 0) for _ in range(2 - axis))]
+    return box if part.size < array.size // 2 else None
 
 
 def _check(holds: bool, wanted: str) -> None:

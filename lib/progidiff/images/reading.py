@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from progidiff.images.decoding import apart, is_apart
 from progidiff.images.formats import find_format, is_picture, strip_suffix
 from progidiff.images.geometry import Grid, times
 from progidiff.images.intensities import guess_modality
+from progidiff.images.known_files import KnownFiles
 from progidiff.images.modality import check_modality
 from progidiff.images.raw import Place, Raw, check_affine, check_extent, check_voxels, squeeze
 from progidiff.images.sidecars import find_stated_modality
@@ -31,6 +31,8 @@ DECODED_PER_VOXEL = 16
 """Bytes of a label file per voxel of its image, at most: eight bytes a number, or layers of fewer. Empty labels pack to
 a thousandth, so that it is the image which says what is too much.
 """
+
+_grids: KnownFiles[Grid] = KnownFiles()
 
 
 def load_volume(
@@ -95,7 +97,11 @@ def read_grid(path: str | os.PathLike[str]) -> Grid:
     row = None if path.is_dir() else find_format(path)
     if row is None or row.read_place is None:
         return load_volume(path).grid
-    return _grids.find(path, lambda: apart(_read_grid, reads=_list_files(path))(path, is_detached_allowed()))
+    read = partial(apart(_read_grid, reads=_list_files(path)), path, is_detached_allowed())
+    try:
+        return _grids.find(path, read) if is_apart() else read()
+    except OSError as err:
+        raise _unreadable(path, err) from err
 
 
 def _read_grid(path: Path, detached: bool) -> Grid:
@@ -218,40 +224,6 @@ def _unreadable(path: Path, err: Exception) -> ImageError:
     return ImageError(
         f"'{path.name}' cannot be read as an image ({reason}). It may be cut off or of another format; export it again."
     )
-
-
-class _Grids:
-    """Where the voxels of images lie, for as long as their files stay as they are: a save asks for it, and so does much
-    else, and a header needs a process of its own to be read.
-    """
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._known: OrderedDict[tuple[object, ...], Grid] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def find(self, path: Path, read: Callable[[], Grid]) -> Grid:
-        """The grid of a file, read if it is not known."""
-        if not is_apart():
-            return read()
-        try:
-            state = path.stat()
-        except OSError as err:
-            raise _unreadable(path, err) from err
-        key = (str(path), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-        with self._lock:
-            if key in self._known:
-                self._known.move_to_end(key)
-                return self._known[key]
-        grid = read()
-        with self._lock:
-            self._known[key] = grid
-            while len(self._known) > self._size:
-                self._known.popitem(last=False)
-        return grid
-
-
-_grids = _Grids(4096)
 
 
 def _find_modality(

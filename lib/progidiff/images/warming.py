@@ -47,6 +47,12 @@ def warm_up(folder: Path) -> None:
         extract_archive(Path(shutil.make_archive(str(folder / "warm"), kind, folder / "series")), target)
 
 
+def touch(folder: Path) -> None:
+    """Read the commonest of the files that `warm_up` has left: what of the decoders is shared is then at hand."""
+    for suffix in (".nii.gz", ".nrrd", ".png"):
+        _read(folder / f"warm{suffix}")
+
+
 def _read(path: Path) -> None:
     for read in (read_grid, load_label, load_volume):
         with contextlib.suppress(ProGiDiffError):

@@ -17,6 +17,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from progidiff.errors import GeometryError, ImageError, NotFoundError
-from progidiff.images.decoding import apart
+from progidiff.images.decoding import apart, is_apart
 from progidiff.images.geometry import Grid, times
+from progidiff.images.known_files import KnownFiles
 from progidiff.images.layers import read_layers
 from progidiff.images.nifti import open_nifti
 from progidiff.images.raw import MAX_HEADER_BYTES
@@ -44,6 +46,8 @@ _FIELD = re.compile(r"Segment(\d{1,5})_(Name|LabelValue|Layer|Tags)")
 _TABLE_ROW = re.compile(
     r'<Label\s[^>]*?Key="(\d{1,9})"[^>]*>\s*(?:<!\[CDATA\[(.*?)\]\]>|([^<]*))\s*</Label>', re.DOTALL
 )
+
+_known_names: KnownFiles[dict[int, str]] = KnownFiles()
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,13 @@ def read_names(path: str | os.PathLike[str]) -> dict[int, str]:
         ImageError: if the header names a segment as one structure and codes it as another.
     """
     path = Path(path)
-    return apart(_read_names, reads=[path])(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    read = partial(apart(_read_names, reads=[path]), path)
+    try:
+        return dict(_known_names.find(path, read)) if is_apart() else read()
+    except OSError as err:
+        raise ImageError(f"'{path.name}' cannot be opened ({err.strerror}). Check who may read it.") from err
 
 
 def _read_names(path: Path) -> dict[int, str]:

@@ -251,7 +251,8 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     if path.is_dir():
-        strange = next((entry.name for entry in os.scandir(path) if not (entry.is_file() or entry.is_dir())), None)
+        with os.scandir(path) as entries:
+            strange = next((entry.name for entry in entries if not (entry.is_file() or entry.is_dir())), None)
         if strange is not None:
             raise ImageError(
                 f"The folder '{path.name}' holds '{strange[:60]}', which is a broken link, device or pipe. Leave "

@@ -57,7 +57,7 @@ from monai.networks.nets import BasicUNet
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from progidiff.textdiff.data import Case, find_cases, read_classes
+from progidiff.textdiff.data import PictureCase, find_cases, read_classes
 from progidiff.textdiff.evaluate import CONTROLS, compute_scores, evaluate
 from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions, standardise
@@ -316,7 +316,7 @@ class Bench:
         """Arms of the ablation."""
         return [arm for arm in self.extractors if arm.startswith(("block", "timestep"))]
 
-    def pick_training(self, size: int, seed: int) -> list[Case]:
+    def pick_training(self, size: int, seed: int) -> list[PictureCase]:
         """The training pictures of a seed, smaller sets within larger ones."""
         ordered = sorted(self.training, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())
         return ordered[:size]
@@ -357,7 +357,7 @@ class Bench:
             f"{cell.name}: Dice {dice:.4f}, {found['seconds']['counted']:.0f} s counted ({time.strftime('%H:%M:%S')})"
         )
 
-    def _train_head(self, cell: Cell, cases: Sequence[Case]) -> dict[str, Any]:
+    def _train_head(self, cell: Cell, cases: Sequence[PictureCase]) -> dict[str, Any]:
         extractor = self.extractors[cell.arm]
         views = self.setup.count_views(cell.size)
         config = replace(self.setup.config, seed=cell.seed, views=views, use_text=cell.arm != "no branch")
@@ -387,7 +387,7 @@ class Bench:
             },
         }
 
-    def _count_feature_seconds(self, extractor: FeatureExtractor, cases: Sequence[Case], views: int) -> float:
+    def _count_feature_seconds(self, extractor: FeatureExtractor, cases: Sequence[PictureCase], views: int) -> float:
         """What the features of a training cost, whether they were computed for it or for one before."""
         if not isinstance(extractor, TimedFeatures):
             return 0.0  # a part of what is there; its time is not reported
@@ -396,7 +396,7 @@ class Bench:
         pixels = sum(pad(picture, max(extractor.strides))[0].numel() for picture in pictures)
         return extractor.compute_seconds_per_pixel() * pixels * views * options.draws
 
-    def _train_unet(self, cell: Cell, cases: Sequence[Case]) -> dict[str, Any]:
+    def _train_unet(self, cell: Cell, cases: Sequence[PictureCase]) -> dict[str, Any]:
         setup, rate = self.setup, cell.rate
         if rate is None:
             tried = {
@@ -446,7 +446,7 @@ def lock(path: Path, wait: bool) -> Iterator[bool]:
         yield True
 
 
-def read_working(case: Case, config: TextDiffTrainConfig) -> tuple[Tensor, Tensor]:
+def read_working(case: PictureCase, config: TextDiffTrainConfig) -> tuple[Tensor, Tensor]:
     """A picture, (3, h, w) floats in -1..1, and the share of every class in its pixels, (classes + 1, h, w), at the
     working resolution.
     """
@@ -483,7 +483,9 @@ def draw_crops(
     return batch[:, :3] * (1 + gain) + offset, batch[:, 3:]
 
 
-def train_unet(cases: Sequence[Case], seconds: float, setup: Setup, rate: float, seed: int) -> tuple[nn.Module, int]:
+def train_unet(
+    cases: Sequence[PictureCase], seconds: float, setup: Setup, rate: float, seed: int
+) -> tuple[nn.Module, int]:
     """A U-Net from random weights for so many seconds of this process, reading the pictures included. Returns it and
     its steps.
     """
@@ -524,7 +526,7 @@ def make_unet(setup: Setup) -> nn.Module:
 
 
 @torch.no_grad()
-def measure_unet(unet: nn.Module, case: Case, setup: Setup) -> dict[str, float]:
+def measure_unet(unet: nn.Module, case: PictureCase, setup: Setup) -> dict[str, float]:
     """Dice and IoU of the foreground at the label's own resolution, as `evaluate` measures a head."""
     config, options = setup.config, setup.unet
     pixels, _ = read_working(case, config)

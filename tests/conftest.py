@@ -4,8 +4,9 @@ the repository.
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,15 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _every_log_line() -> Iterator[None]:
+    """pytest's own handlers stay for all tests; what a test of the server puts on them would hide lines of the next."""
+    yield
+    for handler in logging.root.handlers:
+        for each in list(handler.filters):
+            handler.removeFilter(each)
 
 
 @pytest.fixture(scope="session")

@@ -117,7 +117,8 @@ def test_temporary_folders_of_dead_processes_go_and_nothing_else_that_is_called_
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     code = (
         "import os, sys, tempfile; tempfile.tempdir = sys.argv[1]; "
-        "from progidiff.storage.atomic import scratch_folder; scratch_folder('label').__enter__(); os._exit(0)"
+        "from progidiff.storage.atomic import scratch_folder; folder = scratch_folder('label'); "
+        "folder.__enter__(); os._exit(0)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
     kept = [tmp_path / "progidiff-label-x1y2z3", tmp_path / "progidiff-my-cases"]

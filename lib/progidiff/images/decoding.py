@@ -356,7 +356,7 @@ class _Helper:
     def __init__(self, forks: bool) -> None:
         self.forks = forks
         self._stack = ExitStack()
-        folder = self._stack.enter_context(scratch_folder("decoding"))
+        folder = self._stack.enter_context(scratch_folder("decoding", hidden=True))
         kind = socket.SOCK_SEQPACKET if sys.platform == "linux" else socket.SOCK_STREAM
         self.control, theirs = socket.socketpair(socket.AF_UNIX, kind)
         self._stack.callback(self.control.close)

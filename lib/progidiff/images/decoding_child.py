@@ -235,7 +235,7 @@ def _settle(folder: Path) -> None:
     sandbox.prepare()
     # Memory that was shared at the fork is copied when it is first used: better now than when somebody waits.
     sample = Job(_settle, (), Limits(0, 0, 0), 0, 0)
-    pickle.loads(pickle.dumps(sample))
+    pickle.loads(pickle.dumps(sample))  # written by this process
     importlib.import_module(_WARMING).touch(folder.parent / _WARM_FOLDER)
     json.dumps(Packer(len).pack({"a": np.zeros((2, 2, 2), np.int16, "F"), "b": asdict(Confinement())}))
 
@@ -246,7 +246,7 @@ def _run(handles: list[int], folder: Path, leaves_network: bool) -> NoReturn:
     code = 1
     try:
         with open(request, "rb") as file:
-            job: Job = pickle.load(file)
+            job: Job = pickle.load(file)  # written by the server's own process, never from outside
         own = os.open(folder, os.O_RDONLY)
         writable = [own, *given[job.readable : job.readable + job.writable]]
         held = sandbox.confine(given[: job.readable], writable, job.limits, leaves_network)

@@ -126,7 +126,8 @@ def _read_start(path: Path) -> bytes:
         magic = file.read(len(_GZIP))
         if not magic:
             raise ImageError(
-                f"'{path.name}' is empty: 0 bytes. Copy it again, or wait until whoever writes it has finished."
+                f"'{path.name}' cannot be read, it is empty: 0 bytes. Copy it again, or wait until whoever writes "
+                "it has finished."
             )
         if is_named_packed != (magic == _GZIP):
             packed, ending = ("not compressed", ".nii") if is_named_packed else ("compressed", ".nii.gz")

@@ -173,8 +173,8 @@ def _load_label_map(path: Path, like: Grid) -> LabelMap:
     shape = read_grid(path).shape
     if shape != like.shape:  # Said by the header, before a voxel is read: a few kilobytes can unpack to any size.
         raise GeometryError(
-            f"The label has {times(shape)} voxels and the image {times(like.shape)}; resample it to the image's grid, "
-            "or save it uncropped."
+            f"The label has {times(shape)} voxels and the image {times(like.shape)} ('{like.name}'); resample it "
+            "to the image's grid, or save it uncropped."
         )
     if header.layers == 1:
         array = load_label(path, like=like)

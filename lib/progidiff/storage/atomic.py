@@ -165,13 +165,14 @@ def _put_in_place(scratch: Path, path: Path, previous: Path | None) -> None:
 
 
 @contextlib.contextmanager
-def scratch_folder(purpose: str) -> Iterator[Path]:
+def scratch_folder(purpose: str, *, hidden: bool = False) -> Iterator[Path]:
     """A folder in the system's place for temporary files that is gone after the block.
 
     Args:
         purpose: A word for its name.
+        hidden: Whether its name begins with a dot, as that of a folder does which stays for the life of a process.
     """
-    folder = Path(tempfile.gettempdir()) / make_scratch_name(prefix=f"progidiff-{purpose}-")
+    folder = Path(tempfile.gettempdir()) / make_scratch_name(prefix=f"{'.' * hidden}progidiff-{purpose}-")
     folder.mkdir(mode=0o700)
     try:
         yield folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -9,7 +11,7 @@ SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 """Methods that change nothing."""
 
 
-class Check:
+class Check(ABC):
     """A middleware that refuses a request by raising, or lets it go on as it is.
 
     Args:
@@ -25,10 +27,10 @@ class Check:
             self.check(scope, Headers(scope=scope))
         await self.app(scope, receive, send)
 
+    @abstractmethod
     def check(self, scope: Scope, headers: Headers) -> None:
         """Let a request go on.
 
         Raises:
             ProGiDiffError: if it must not.
         """
-        raise NotImplementedError

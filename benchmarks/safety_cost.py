@@ -108,6 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--former", type=Path, required=True, help="checkout of the version to compare with")
     parser.add_argument("--former-conf", nargs="*", default=[], help="options of its server: name value ...")
+    parser.add_argument("--conf", nargs="*", default=["login", "off"], help="options of this version's server")
     parser.add_argument("--image", type=Path, required=True)
     parser.add_argument("--saves", type=int, default=20)
     parser.add_argument("--prompts", type=int, default=5)
@@ -120,7 +121,7 @@ def main() -> None:
             "former": stack.enter_context(
                 serve(options.former.resolve(), image, folder / "former", options.former_conf)
             ),
-            "now": stack.enter_context(serve(ROOT, image, folder / "now", ["login", "off"])),
+            "now": stack.enter_context(serve(ROOT, image, folder / "now", options.conf)),
         }
         tasks: dict[str, tuple[int, Callable[[str, int], float]]] = {
             "save": (options.saves, lambda url, turn: time_save(url, image, turn, folder)),

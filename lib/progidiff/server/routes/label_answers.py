@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, ConfigDict
 
 from progidiff.labels.history import Annotation
-
-
-def _mend(text: object) -> object:
-    """Without lone surrogates, which a log of version 0.1.0 may hold and no answer can."""
-    return text.encode("utf-8", "replace").decode("utf-8") if isinstance(text, str) else text
-
-
-Text = Annotated[str, BeforeValidator(_mend)]
+from progidiff.storage.json_text import Text
 
 
 class _Answer(BaseModel):

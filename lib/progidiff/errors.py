@@ -17,6 +17,7 @@
     +-- BusyError             503   try again later (`retry_after` seconds)
     |   +-- TooManyTriesError 429   too many failed logins
     |   +-- MemoryFullError   503   the device has not even memory for one slice
+    |   +-- NotReadyError     503   the server cannot answer prompts now
     +-- ModelError            503   weights are missing, incomplete or do not fit together
     |   +-- BackboneError     503   the Stable-Diffusion folder cannot be loaded
     +-- StoreError            507   a result could not be kept on disk
@@ -128,6 +129,10 @@ class TooManyTriesError(BusyError):
 
 class MemoryFullError(BusyError):
     """The device has not even memory for one proposal of one slice; others may be using it."""
+
+
+class NotReadyError(BusyError):
+    """The server cannot answer prompts now, see ``GET /readyz``."""
 
 
 class ModelError(ProGiDiffError):

@@ -243,6 +243,8 @@ class DeviceQueue:
         on_demand: Called with True when the first request wants the device and with False when the last one has had it,
             so that other processes on the device can pause; background work does not count. They must return at once
             and not raise.
+        on_started: Called with every job that has got the device; the same holds.
+        on_ended: Called with every job that ended, also one that never got the device; the same holds.
 
     Example:
         >>> queue = DeviceQueue("cpu")
@@ -269,6 +271,21 @@ class DeviceQueue:
         self._closed = False
         self._demanded = False
         self.on_demand: list[Callable[[bool], None]] = []
+        self.on_started: list[Callable[[JobInfo], None]] = []
+        self.on_ended: list[Callable[[JobInfo], None]] = []
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the server ends, so that no more work is taken."""
+        return self._closed
+
+    def count(self) -> Counter[tuple[str, JobState]]:
+        """How many jobs of which kind wait or run, background work included."""
+        with self._lock:
+            counted = Counter((job.kind, JobState.QUEUED) for job in self._waiting)
+            if self._running is not None:
+                counted[self._running.kind, JobState.RUNNING] += 1
+            return counted
 
     def close(self) -> None:
         """For the end of the server: cancel every job, running or waiting, and take no more."""
@@ -306,6 +323,7 @@ class DeviceQueue:
             with self._lock:
                 job._state = JobState.RUNNING
                 job._started = time.time()
+            self._tell(self.on_started, job)
             yield job
         except BaseException as err:
             self._leave(
@@ -336,6 +354,7 @@ class DeviceQueue:
             job._state = JobState.RUNNING
             job._started = time.time()
         try:
+            self._tell(self.on_started, job)
             yield job
         except BaseException as err:
             self._leave(
@@ -464,6 +483,11 @@ class DeviceQueue:
                 self._waiting.remove(job)
             self._forget_old()
             self._tell_demand()
+        self._tell(self.on_ended, job)
+
+    def _tell(self, listeners: Sequence[Callable[[JobInfo], None]], job: Job) -> None:
+        for listener in listeners:
+            listener(job.info())
 
     def _tell_demand(self) -> None:
         """Call `on_demand` if the demand changed; under the lock, so that the calls come in the order of the

@@ -199,10 +199,15 @@ class Keeper:
 
     Args:
         shelf: Where results lie.
+
+    Attributes:
+        hits, misses: Questions that were answered with what is kept, and those that had to be computed.
     """
 
     def __init__(self, shelf: Shelf) -> None:
         self._shelf = shelf
+        self.hits = 0
+        self.misses = 0
         self._lock = threading.Lock()
         self._running: dict[str, UnfinishedProposals] = {}
         self._interrupted: tuple[str, UnfinishedProposals] | None = None
@@ -227,13 +232,15 @@ class Keeper:
             StoreError: if the result has to be kept and cannot.
             ProGiDiffError: whatever `compute` finds wrong.
         """
-        found = self.find(question)
+        found = self._look_up(question)
         if found is not None:
             return Answer(found, question.key, None)
         with take_turn() as turn:
-            found = self.find(question)  # Somebody may have asked for the same while this one waited.
+            found = self._look_up(question)  # Somebody may have asked for the same while this one waited.
             if found is not None:
                 return Answer(found, question.key, None)
+            with self._lock:
+                self.misses += 1
             job = turn.id
             computed = self._compute(question, compute, turn, work or Work())
         self._shelf.keep(question, computed)
@@ -242,6 +249,13 @@ class Keeper:
     def find_unfinished(self, job_id: str) -> UnfinishedProposals | None:
         """What a running job has so far; None before its first slices and after its end."""
         return self._running.get(job_id)
+
+    def _look_up(self, question: Question) -> VolumeProposals | None:
+        found = self.find(question)
+        if found is not None:
+            with self._lock:
+                self.hits += 1
+        return found
 
     def _compute(self, question: Question, compute: Compute, turn: Turn, work: Work) -> VolumeProposals:
         unfinished = self._take_interrupted(question.key)

@@ -30,6 +30,9 @@ none of.
 TOKEN, OFF = "token", "off"
 """Choices of `--conf login`."""
 
+ADMINISTRATORS, EVERYBODY = "administrators", "open"
+"""Choices of `--conf metrics`, with `OFF`."""
+
 _ORIGIN = re.compile(r"https?://([A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 _HOST = re.compile(r"[A-Za-z0-9.-]+|\[[0-9A-Fa-f:.]+\]")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d+)?")
@@ -81,6 +84,9 @@ class ServerOptions:
             `progidiff.proposals.islands`.
         retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_runs.options.TrainingOptions`.
         read_apart: Whether files are read in a process of their own, see `progidiff.images.decoding`.
+        metrics: Who may read `GET /metrics` without the token for it: "administrators", "open" for everybody, or "off"
+            for nobody at all.
+        metrics_token_file: A file with tokens that open `GET /metrics` and nothing else, see `token_file`.
         detached_data: Whether .nhdr and .mhd in the studies folder may have their voxels in a plain file beside them.
     """
 
@@ -116,6 +122,8 @@ class ServerOptions:
     clean_up: str = DEFAULT_CLEAN_UP
     read_apart: bool = True
     detached_data: bool = False
+    metrics: str = ADMINISTRATORS
+    metrics_token_file: Path | None = None
 
     @classmethod
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
@@ -189,6 +197,10 @@ class ServerOptions:
             clean_up=read_choice(given.get("clean_up", cls.clean_up), "--conf clean_up", CLEAN_UPS),
             read_apart=read_bool(given.get("read_apart", cls.read_apart), "--conf read_apart"),
             detached_data=read_bool(given.get("detached_data", cls.detached_data), "--conf detached_data"),
+            metrics=read_choice(given.get("metrics", cls.metrics), "--conf metrics", (ADMINISTRATORS, EVERYBODY, OFF)),
+            metrics_token_file=(
+                Path(given["metrics_token_file"]).expanduser() if "metrics_token_file" in given else None
+            ),
         )
 
 

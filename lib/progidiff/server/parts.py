@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.utils.app import app_instance
+from prometheus_client import CollectorRegistry
 
 from progidiff.labels.history import Annotation, AnnotationStore
 from progidiff.server.datastores.local import SafeLocalDatastore
@@ -18,11 +19,13 @@ from progidiff.server.gate.auth import Authenticator
 from progidiff.server.options import ServerOptions
 from progidiff.server.tasks.pictures import TextDiffInferTask
 from progidiff.server.tasks.volumes import ProposalInferTask
+from progidiff.users import Token
 
 if TYPE_CHECKING:  # they ask the context themselves
     from progidiff.server.background.next_sample import Selection
     from progidiff.server.background.retraining import Retraining
     from progidiff.server.background.scoring import PoolScorer
+    from progidiff.server.readiness import Readiness
     from progidiff.training_runs.runner import TrainingRunner
 from progidiff.training_runs.status import RunStatus
 
@@ -47,6 +50,9 @@ class Context:
         retraining: Starts trainings after so many annotated slices.
         auth: Finds out who sends a request.
         training: Starts and watches trainings.
+        readiness: Whether prompts are answered.
+        registry: The figures for Prometheus.
+        metrics_tokens: Tokens that open those and nothing else.
         on_published: Called with ``name@version`` after another version is served, "" for the model itself; one that
             raises is logged.
         on_ended: Called with the status of a training that ended.
@@ -66,6 +72,9 @@ class Context:
     selection: Selection = field(init=False)
     retraining: Retraining = field(init=False)
     training: TrainingRunner = field(init=False)
+    readiness: Readiness = field(init=False)
+    registry: CollectorRegistry = field(init=False)
+    metrics_tokens: tuple[Token, ...] = ()
     on_published: list[Callable[[str], None]] = field(default_factory=list)
     on_ended: list[Callable[[RunStatus], None]] = field(default_factory=list)
 

@@ -13,6 +13,7 @@ from progidiff.active_learning.settings import STRATEGIES, AcquisitionConfig
 from progidiff.errors import RequestError
 from progidiff.images.formats import is_picture
 from progidiff.labels.history import Annotation
+from progidiff.server import counting
 from progidiff.server.background.next_sample import Selection, is_whole
 from progidiff.server.background.retraining import Retraining
 from progidiff.server.background.scorers import PictureScorer
@@ -20,16 +21,20 @@ from progidiff.server.background.scoring import PoolScorer
 from progidiff.server.datastores.images import find_image
 from progidiff.server.datastores.local import is_folder
 from progidiff.server.datastores.remote_labels import RemoteLabels
+from progidiff.server.metrics import build_registry
 from progidiff.server.parts import Context
+from progidiff.server.readiness import Readiness
+from progidiff.users import read_tokens
 
 _running: list[PoolScorer] = []
 
 
 def build(context: Context) -> None:
-    """Fill `context.scorer`, `context.selection` and `context.retraining`; nothing runs yet.
+    """Fill `context.scorer`, `context.selection`, `context.retraining` and what watches over the server; nothing runs
+    yet.
 
     Raises:
-        RequestError: if the server's options name no strategy or setting.
+        RequestError: if the server's options name no strategy or setting, or a token file that is none.
     """
     options = context.options
     if options.next_strategy not in STRATEGIES:
@@ -81,7 +86,12 @@ def build(context: Context) -> None:
     )
     context.on_saved += [lambda annotation: _release(context, annotation), context.retraining.on_saved]
     context.on_published.append(context.retraining.on_published)
-    context.on_ended.append(context.retraining.on_ended)
+    context.on_ended += [context.retraining.on_ended, counting.note_training]
+    counting.watch_queue(context.infer.queue)
+    context.readiness = Readiness(context.app, context.infer)
+    context.registry = build_registry(context)
+    if options.metrics_token_file is not None:
+        context.metrics_tokens = read_tokens(options.metrics_token_file)
 
 
 def start(context: Context, studies: str) -> None:

@@ -547,8 +547,11 @@ def test_every_row_is_found_by_an_address_of_its_own_and_stands_for_a_route():
         assert (row.method, row.path) in routes, f"{row.method} {row.path} is no route"
 
 
-def test_only_the_login_is_open():
-    assert {row.path for row in build_table(build_endpoints()).endpoints if row.role is OPEN} == {
+def test_only_the_login_and_the_probes_are_open():
+    rows = build_table(build_endpoints()).endpoints
+    probes = {"/healthz", "/readyz", "/metrics"}  # `/metrics` looks at its own token.
+    assert {row.path for row in rows if row.probe} == probes
+    assert {row.path for row in rows if row.role is OPEN} - probes == {
         "/auth/",
         "/auth/token",
         "/progidiff/login",

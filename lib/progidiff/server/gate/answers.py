@@ -26,6 +26,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from progidiff.errors import BusyError, LoginError, ProGiDiffError, PromptError
+from progidiff.server import counting
 from progidiff.server.gate.folders import NO_FOLDERS, Folders, set_folders, show_detail
 from progidiff.server.gate.log_text import one_line
 from progidiff.storage.json_text import show_text, write_json
@@ -102,6 +103,7 @@ def build_answer(err: ProGiDiffError, scope: Scope) -> Response:
 def _answer(
     status: int, error: str, detail: str, suggestions: Sequence[str] = (), headers: dict[str, str] | None = None
 ) -> Response:
+    counting.count_error(error)
     answer = ErrorAnswer(error=error, detail=show_text(detail, len(detail)), suggestions=list(suggestions))
     return JSONAnswer(answer.model_dump(), status_code=status, headers=headers)
 

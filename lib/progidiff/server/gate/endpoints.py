@@ -80,6 +80,8 @@ class Endpoint:
         body: Most bytes of the request's body, or `UPLOAD`.
         deadline: Seconds until the answer begins.
         content: What the body holds.
+        probe: Whether every machine gets an answer, also where the server answers its own only: whoever watches over
+            servers asks from elsewhere.
     """
 
     method: str
@@ -90,6 +92,7 @@ class Endpoint:
     body: int = 0
     deadline: int = QUICK
     content: Content = Content.ANY
+    probe: bool = False
 
     @cached_property
     def pattern(self) -> re.Pattern[str]:
@@ -211,6 +214,7 @@ class Endpoints:
         body: int = 0,
         deadline: int = QUICK,
         content: Content = Content.ANY,
+        probe: bool = False,
         **route: Any,
     ) -> Callable[[Function], Function]:
         """Declare an address; the answer is the decorator of its function.
@@ -224,9 +228,10 @@ class Endpoints:
             body: Most bytes of the request's body, or `UPLOAD`.
             deadline: Seconds until the answer begins.
             content: What the body holds.
+            probe: Whether every machine gets an answer.
             route: Whatever else the web framework takes: tags, response_model, include_in_schema.
         """
-        self.declared.append(Endpoint(method, path, role, summary, takes, body, deadline, content))
+        self.declared.append(Endpoint(method, path, role, summary, takes, body, deadline, content, probe))
         return self._route(method, path, role, {"summary": summary, **route})
 
     def of_host(self, *endpoints: Endpoint) -> None:
@@ -278,7 +283,13 @@ def get_endpoint(scope: Any) -> Endpoint:
     Raises:
         AccessError: if nobody has looked it up.
     """
-    endpoint = scope.get(_ENDPOINT_KEY)
-    if not isinstance(endpoint, Endpoint):
+    endpoint = find_endpoint(scope)
+    if endpoint is None:
         raise AccessError("Nobody has looked at this address. Start the server with --app apps/progidiff.")
     return endpoint
+
+
+def find_endpoint(scope: Any) -> Endpoint | None:
+    """The declaration of a request's address; None if nobody has looked it up."""
+    endpoint = scope.get(_ENDPOINT_KEY)
+    return endpoint if isinstance(endpoint, Endpoint) else None

@@ -2,6 +2,7 @@
 
 ========================================  ==============================================================
 `CORSMiddleware` (starlette)              lets pages of configured origins read answers, refusals too
+`measures.Measures`                       counts requests and their time, for /metrics
 `headers.SecurityHeaders`                 says what a browser may do with an answer
 `refusals.Refusals`                       makes an answer of what one of the following raises
 `paths.PlainPaths`                        the path is a plain one; finds its declaration
@@ -35,6 +36,7 @@ from progidiff.server.gate.deadlines import Deadlines
 from progidiff.server.gate.endpoints import EndpointTable
 from progidiff.server.gate.headers import SecurityHeaders
 from progidiff.server.gate.hosts import KnownHosts
+from progidiff.server.gate.measures import Measures
 from progidiff.server.gate.origins import OwnOrigins
 from progidiff.server.gate.paths import PlainPaths
 from progidiff.server.gate.refusals import Refusals
@@ -48,6 +50,7 @@ logger = logging.getLogger(__name__)
 def build_middlewares(table: EndpointTable, auth: Authenticator, options: ServerOptions) -> list[Middleware]:
     """The guard, outermost first."""
     guard = [
+        Middleware(Measures),
         Middleware(SecurityHeaders),
         Middleware(Refusals),
         Middleware(PlainPaths, table=table),

@@ -18,6 +18,7 @@ from progidiff.server.routes import (
     logins,
     next_sample,
     ohif,
+    operations,
     review,
     training,
 )
@@ -32,6 +33,7 @@ _BUILDERS = (
     next_sample.build_endpoints,
     training.build_endpoints,
     health.build_endpoints,
+    operations.build_endpoints,
     host.build_endpoints,  # Stays last: it closes addresses of the host that nobody above answers.
 )
 

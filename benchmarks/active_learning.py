@@ -599,7 +599,7 @@ def collect(setup: Setup, folder: Path) -> dict[str, dict[str, list[dict[str, An
 def compute_area(curve: Sequence[Mapping[str, Any]]) -> float:
     """Mean Dice over the budget: the area under Dice against slices, divided by the range of slices."""
     x, y = [float(p["slices"]) for p in curve], [float(p["dice"]) for p in curve]
-    return float(np.trapezoid(y, x) if hasattr(np, "trapezoid") else np.trapz(y, x)) / max(1e-9, x[-1] - x[0])
+    return float(np.trapezoid(y, x)) / max(1e-9, x[-1] - x[0])
 
 
 def find_slices_for(curve: Sequence[Mapping[str, Any]], dice: float) -> float | None:

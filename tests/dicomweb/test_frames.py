@@ -33,7 +33,7 @@ def write_and_read(series: Series) -> list[pydicom.Dataset]:
     datasets = []
     for index in range(series.grid.shape[0]):
         target = io.BytesIO()
-        series.dataset(index).save_as(target, write_like_original=False)
+        series.dataset(index).save_as(target, enforce_file_format=True)
         datasets.append(pydicom.dcmread(io.BytesIO(target.getvalue())))
     return datasets
 

@@ -366,9 +366,8 @@ def test_a_deflated_segmentation_is_refused_with_little_memory(decoder: Decoder)
     dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = "1.2.840.10008.5.1.4.1.1.66.4"
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = "1.2.3"
-    dataset.is_little_endian, dataset.is_implicit_VR = True, False
     target = io.BytesIO()
-    dataset.save_as(target, write_like_original=False)
+    dataset.save_as(target, enforce_file_format=True)
     packer = zlib.compressobj(9, zlib.DEFLATED, -15)  # Blocks that stand alone can be repeated.
     private = b"\x09\x00\x10\x00OB\x00\x00" + (1 << 30).to_bytes(4, "little")
     start = packer.compress(private) + packer.flush(zlib.Z_FULL_FLUSH)

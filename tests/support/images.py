@@ -102,7 +102,6 @@ def write_slice(path: Path, z: int, stored: np.ndarray, modality: str, slope: fl
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = _CLASSES[modality]
     dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = f"1.2.826.0.1.5.{z}"
-    dataset.is_little_endian, dataset.is_implicit_VR = True, False
     dataset.Modality = modality
     dataset.StudyInstanceUID, dataset.SeriesInstanceUID = "1.2.826.0.1", "1.2.826.0.1.4"
     dataset.ImagePositionPatient = [-10.0, -12.0, 3.0 * z]
@@ -116,4 +115,4 @@ def write_slice(path: Path, z: int, stored: np.ndarray, modality: str, slope: fl
     dataset.RescaleSlope, dataset.RescaleIntercept = str(slope), str(intercept)
     dataset.add_new("PixelData", "OW" if dataset.BitsAllocated == 16 else "OB", stored.tobytes())
     path.parent.mkdir(exist_ok=True)
-    dataset.save_as(path, write_like_original=False)
+    dataset.save_as(path, enforce_file_format=True)

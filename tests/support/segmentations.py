@@ -92,13 +92,12 @@ def make_seg(
         seg.SOPClassUID,
         seg.SOPInstanceUID,
     )
-    seg.is_little_endian, seg.is_implicit_VR = True, False
     return seg
 
 
 def to_bytes(dataset: Dataset) -> bytes:
     target = io.BytesIO()
-    dataset.save_as(target, write_like_original=False)
+    dataset.save_as(target, enforce_file_format=True)
     return target.getvalue()
 
 

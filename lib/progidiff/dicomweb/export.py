@@ -35,7 +35,7 @@ def export_series(series: Series, folder: str | os.PathLike[str]) -> list[Path]:
         with atomic_folder(folder) as scratch:
             names = [f"{index + 1:04d}.dcm" for index in range(series.grid.shape[0])]
             for index, name in enumerate(names):
-                series.dataset(index).save_as(scratch / name, write_like_original=False)
+                series.dataset(index).save_as(scratch / name, enforce_file_format=True)
     except OSError as err:
         raise StoreError(
             f"The DICOM files could not be written to '{folder}' ({err}). Free some space or choose another folder."

@@ -160,7 +160,7 @@ def build_own(identity: Identity, grid: ServedGrid, index: int) -> Dataset:
 
 
 def build_file(common: Dataset, own: Dataset, pixels: bytes) -> Dataset:
-    """A whole DICOM file of one slice; write it with ``save_as(..., write_like_original=False)``."""
+    """A whole DICOM file of one slice; write it with ``save_as(..., enforce_file_format=True)``."""
     dataset = Dataset()
     dataset.update(common)
     dataset.update(own)
@@ -169,7 +169,6 @@ def build_file(common: Dataset, own: Dataset, pixels: bytes) -> Dataset:
     dataset.file_meta.MediaStorageSOPInstanceUID = own.SOPInstanceUID
     dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
     dataset.file_meta.ImplementationClassUID = IMPLEMENTATION_UID
-    dataset.is_little_endian, dataset.is_implicit_VR = True, False
     dataset.add_new("PixelData", "OW", pixels)
     return dataset
 

@@ -163,7 +163,7 @@ def score_case(
     scores: dict[str, dict[str, Any]] = {}
     for name, ids in structures.items():
         truth = np.isin(truth_stack, list(ids))
-        empty_slices = ~truth.any(axis=(1, 2))
+        empty_slices = ~np.asarray(truth.any(axis=(1, 2)))
         present = bool(truth.any())
 
         def score(

@@ -216,7 +216,7 @@ def _find_body(
     sampled = stack[:: max(1, len(stack) // 24)]
     body = (sampled > compute_body_threshold(volume)).mean(axis=0) > 0.5
     shape = body.shape
-    marked = also.any(axis=0) if also is not None else np.zeros(shape, dtype=bool)
+    marked = np.asarray(also.any(axis=0)) if also is not None else np.zeros(shape, dtype=bool)
     spans = []
     for axis in (0, 1):
         inside = (body.mean(axis=1 - axis) > 0.06) | marked.any(axis=1 - axis)

@@ -270,8 +270,8 @@ class VolumeProposals:
         best = np.zeros(stack.shape[1:], dtype=np.float32)
         by_slice: dict[int, list[int]] = {}
         for index in chosen_structures:
-            for z in np.flatnonzero(self._occupied[index]):
-                by_slice.setdefault(int(z), []).append(index)
+            for z in map(int, np.flatnonzero(self._occupied[index])):
+                by_slice.setdefault(z, []).append(index)
         for z, present in by_slice.items():
             best[:] = 0
             for index in present:
@@ -457,7 +457,7 @@ class VolumeProposals:
             if len(depth) == 0:
                 boxes.append(None)
                 continue
-            plane = footprint[depth[0] : depth[-1] + 1].any(axis=0)
+            plane = np.asarray(footprint[depth[0] : depth[-1] + 1].any(axis=0))
             rows, cols = np.flatnonzero(plane.any(axis=1)), np.flatnonzero(plane.any(axis=0))
             boxes.append((_span(depth), _span(rows), _span(cols)))
         return tuple(boxes)

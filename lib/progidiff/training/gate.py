@@ -137,7 +137,7 @@ def measure_dice(
             masks["consensus"] = sampler.draw(features, evidence, prompts).float().mean(2) >= 0.5
         tally.add(batch, labels, masks)
     figures: dict[str, float] = {}
-    seen = (tally.truth > 0).any(axis=0)
+    seen = np.asarray((tally.truth > 0).any(axis=0))
     for kind in ("evidence",) if sampler is None else ("evidence", "consensus"):
         dice = tally.compute_dice(kind)
         per = {s: float(np.nanmean(dice[:, i])) for i, s in enumerate(cache.structures) if seen[i]}

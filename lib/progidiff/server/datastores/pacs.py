@@ -291,7 +291,7 @@ def _convert(series: str, is_seg: bool = False) -> str:
 
 def _to_bytes(instance: Dataset) -> bytes:
     target = io.BytesIO()
-    instance.save_as(target, write_like_original=False)
+    instance.save_as(target, enforce_file_format=True)
     return target.getvalue()
 
 

@@ -213,7 +213,7 @@ def _files(served: ServedImages, match: re.Match[str], request: Request) -> Resp
 
 def _write_file(series: Series, index: int) -> bytes:
     target = io.BytesIO()
-    series.dataset(index).save_as(target, write_like_original=False)
+    series.dataset(index).save_as(target, enforce_file_format=True)
     return target.getvalue()
 
 

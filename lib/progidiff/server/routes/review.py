@@ -196,7 +196,7 @@ def pack_masks(result: VolumeProposals, z: int) -> bytes:
     parts = [struct.pack("<HH", len(result.structures), result.num_proposals)]
     for name in result.structures:
         masks = result.slice_masks(name, z)
-        drawn = masks.any(axis=0)
+        drawn = np.asarray(masks.any(axis=0))
         rows, cols = np.flatnonzero(drawn.any(axis=1)), np.flatnonzero(drawn.any(axis=0))
         if len(rows) == 0:
             parts.append(struct.pack("<HHHH", 0, 0, 0, 0))

@@ -9,7 +9,7 @@ working grid is slice z of the volume, so nothing is interpolated between slices
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -138,6 +138,10 @@ class WorkingGrid:
             maps[:, None], grid.to(maps.dtype), mode="bilinear", padding_mode="border", align_corners=False
         )[:, 0]
         return result
+
+    def refine(self, factor: int) -> WorkingGrid:
+        """The same window with `factor` times the pixels along both axes."""
+        return replace(self, spacing=self.spacing / factor, height=self.height * factor, width=self.width * factor)
 
     @cached_property
     def covered(self) -> NDArray[Any]:

@@ -194,20 +194,7 @@ class Backbone:
 
         Derived from the U-Net's configuration as in `diffusers.ControlNetModel.from_unet`.
         """
-        config = self.unet_config
-        widths = list(config["block_out_channels"])
-        layers = config.get("layers_per_block", 2)
-        per_block = [layers] * len(widths) if isinstance(layers, int) else list(layers)
-        stride = self.latent_stride
-        channels, strides = [widths[0]], [stride]
-        for i, width in enumerate(widths):
-            channels += [width] * per_block[i]
-            strides += [stride] * per_block[i]
-            if i < len(widths) - 1:
-                stride *= 2
-                channels.append(width)
-                strides.append(stride)
-        return (*channels, widths[-1]), (*strides, stride)
+        return list_residual_slots(self.unet_config, self.latent_stride)
 
     def _load(self, cls: Any, part: str, dtype: torch.dtype) -> Any:
         try:
@@ -222,6 +209,27 @@ class Backbone:
             raise BackboneError(f"Part '{part}' of the backbone '{self.source}' cannot be loaded: {err}") from err
         logger.info("Loaded %s of %s in %s on %s", part, self.source, dtype, self.device)
         return model.to(self.device).eval().requires_grad_(False)
+
+
+def list_residual_slots(config: Mapping[str, Any], stride: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """`Backbone.residual_slots` of a U-Net's configuration.
+
+    Args:
+        config: Of a `UNet2DConditionModel`.
+        stride: Image pixels per latent pixel.
+    """
+    widths = list(config["block_out_channels"])
+    layers = config.get("layers_per_block", 2)
+    per_block = [layers] * len(widths) if isinstance(layers, int) else list(layers)
+    channels, strides = [widths[0]], [stride]
+    for i, width in enumerate(widths):
+        channels += [width] * per_block[i]
+        strides += [stride] * per_block[i]
+        if i < len(widths) - 1:
+            stride *= 2
+            channels.append(width)
+            strides.append(stride)
+    return (*channels, widths[-1]), (*strides, stride)
 
 
 def check_backbone_folder(folder: Path) -> None:

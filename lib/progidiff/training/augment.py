@@ -20,7 +20,7 @@ def augment(
 
     Args:
         images: (N, C, H, W) in [-1, 1].
-        labels: (N, H, W) label ids.
+        labels: (N, s H, s W) label ids, s pixels per pixel of the image.
         generator: Source of randomness; the same state gives the same augmentation.
         strength: 0 changes nothing, 1 is the default recipe.
         bias_field: See `simulate_bias_field`.
@@ -86,10 +86,14 @@ class Warp:
         return F.grid_sample(images, self.grid, mode="bilinear", padding_mode="zeros", align_corners=False)
 
     def move_labels(self, labels: Tensor) -> Tensor:
-        """(N, H, W) label ids; what comes from outside is background."""
-        moved = F.grid_sample(
-            labels[:, None].float(), self.grid, mode="nearest", padding_mode="zeros", align_corners=False
-        )
+        """(N, s H, s W) label ids, s pixels per pixel of the image; what comes from outside is background."""
+        grid = self.grid
+        if labels.shape[-1] != grid.shape[2]:
+            finer = F.interpolate(
+                grid.permute(0, 3, 1, 2), size=labels.shape[-2:], mode="bilinear", align_corners=False
+            )
+            grid = finer.permute(0, 2, 3, 1)
+        moved = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=False)
         return moved[:, 0].long()
 
 

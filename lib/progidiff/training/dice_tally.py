@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional as F
 
 from progidiff.training.slice_cache import SliceCache
 
@@ -18,6 +19,21 @@ from progidiff.training.slice_cache import SliceCache
 def one_hot(labels: Tensor, count: int) -> Tensor:
     """(N, H, W) label ids -> (N, count, H, W) floats, background left out."""
     return (labels[:, None] == torch.arange(1, count + 1, device=labels.device)[None, :, None, None]).float()
+
+
+def compute_area_shares(labels: Tensor, count: int, supersampling: int = 1) -> Tensor:
+    """How much of each pixel a structure covers.
+
+    Args:
+        labels: (N, s H, s W) label ids.
+        count: Structures, ids 1..count.
+        supersampling: s.
+
+    Returns:
+        (N, count, H, W) in [0, 1], in steps of 1 / s**2.
+    """
+    targets = one_hot(labels, count)
+    return targets if supersampling == 1 else F.avg_pool2d(targets, supersampling)
 
 
 class DiceTally:

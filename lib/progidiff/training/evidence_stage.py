@@ -16,7 +16,7 @@ from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.prompts.parser import training_phrases
 from progidiff.training.augment import augment
-from progidiff.training.dice_tally import DiceTally, average_volumes, one_hot
+from progidiff.training.dice_tally import DiceTally, average_volumes, compute_area_shares
 from progidiff.training.logged_pictures import draw_answers
 from progidiff.training.loop import LoopConfig, Report, find_autocast_dtype, run_loop
 from progidiff.training.losses import EvidenceLosses, compute_evidence_loss
@@ -85,7 +85,7 @@ class EvidenceBatch:
 
     Attributes:
         images: (N, C, H, W).
-        labels: (N, H, W) label ids.
+        labels: (N, s H, s W) label ids, s pixels per pixel of the image.
         spoken: (N, P), 1 where the label speaks about a structure.
         rng: Goes on where drawing the batch stopped.
     """
@@ -147,7 +147,7 @@ class EvidenceObjective:
         logits = self.branch.predict_evidence(
             features, self.phrases.pooled[self.phrases.draw(generator, self.options.canonical_share)]
         )
-        targets = one_hot(batch.labels, len(self.training.structures))
+        targets = compute_area_shares(batch.labels, len(self.training.structures), self.training.supersampling)
         return compute_evidence_loss(logits, targets.to(self.device), batch.spoken.to(self.device), self.options.losses)
 
 

@@ -106,13 +106,22 @@ class SliceCache:
         structures: Names in the order of the label ids used here; others are background.
         config: Decides the working grid.
         folder: Where the uint8 files are kept; a case is prepared once per content and configuration.
+        supersampling: Labels have so many pixels per pixel of the image, along both axes, so that `compute_area_shares`
+            knows how much of a pixel a structure covers: as whole pixels of about 2 mm an adrenal gland has a ceiling
+            of 0.85 Dice, as shares 0.95.
     """
 
     def __init__(
-        self, cases: Sequence[Case], structures: Sequence[str], config: ConditioningConfig, folder: Path
+        self,
+        cases: Sequence[Case],
+        structures: Sequence[str],
+        config: ConditioningConfig,
+        folder: Path,
+        supersampling: int = 1,
     ) -> None:
         self.structures = tuple(structures)
         self.config = config
+        self.supersampling = supersampling
         self.images: list[SliceFile] = []
         self.labels: list[SliceFile] = []
         self.names: list[str] = []
@@ -153,11 +162,12 @@ class SliceCache:
             chosen: N positions in `index`.
 
         Returns:
-            float32 images (N, C, H, W) in [-1, 1] and int64 labels (N, H, W).
+            float32 images (N, C, H, W) in [-1, 1] and int64 labels (N, s H, s W), s = `supersampling`.
         """
         channels = 2 * self.config.num_neighbours + 1
-        images = np.empty((len(chosen), channels, self.config.height, self.config.width), np.uint8)
-        labels = np.empty((len(chosen), self.config.height, self.config.width), np.uint8)
+        height, width = self.config.height, self.config.width
+        images = np.empty((len(chosen), channels, height, width), np.uint8)
+        labels = np.empty((len(chosen), height * self.supersampling, width * self.supersampling), np.uint8)
         for n, i in enumerate(chosen):
             v, z = self.index[i]
             offsets = self.steps[v] * np.arange(-self.config.num_neighbours, self.config.num_neighbours + 1)
@@ -203,8 +213,14 @@ class SliceCache:
             config.spacing_range,
             2,
         )
-        # A setting that came later must not make what was prepared before it stale.
-        digest.update(repr(parts if config.mr_headroom == 1 else (*parts, config.mr_headroom)).encode())
+        # Settings that came later must not make what was prepared before them stale.
+        later: dict[str, float] = {}
+        if config.mr_headroom != 1:
+            later["mr_headroom"] = config.mr_headroom
+        if self.supersampling != 1:
+            later["supersampling"] = self.supersampling
+        described = (*parts, config.mr_headroom) if list(later) == ["mr_headroom"] else (*parts, *sorted(later.items()))
+        digest.update(repr(described).encode())
         target = folder / f"{case.name}-{digest.hexdigest()[:16]}"
         if (target / "meta.json").is_file():
             os.utime(target / "meta.json")  # Says when it was used last.
@@ -221,15 +237,18 @@ class SliceCache:
                 table[value] = self.structures.index(name) + 1
         label_stack = volume.arrange(table[raw])
         window = compute_window(volume, config.mr_headroom)
+        finer = grid.refine(self.supersampling)
         indices = np.arange(len(stack))
         images, labels = [], []
         for start in range(0, len(stack), 32):
             part = indices[start : start + 32]
             pixels = grid.extract_slices(stack, part, window, 0, config.neighbour_mm)[:, 0]
             images.append(((pixels + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).numpy())
-            labels.append(grid.extract_labels(label_stack, part, len(self.structures)).numpy())
+            labels.append(finer.extract_labels(label_stack, part, len(self.structures)).numpy())
         image, label = np.concatenate(images), np.concatenate(labels)
         pixels_per_slice = np.stack([(label == s + 1).sum(axis=(1, 2)) for s in range(len(self.structures))], axis=1)
+        # Rounded up: a structure of a single fine pixel is there.
+        pixels_per_slice = -(-pixels_per_slice // self.supersampling**2)
         # Kept if it is there: another process prepared the same case first.
         with atomic_folder(target, existing="keep", durable=False) as scratch:
             np.save(scratch / "image.npy", image)

@@ -1,0 +1,364 @@
+"""Cross-validation by patient: the way to decide anything about the model, because three volumes decide nothing under 0.01.
+
+    python benchmarks/folds.py evidence --studies <BTCV folder> --work <folder>
+    python benchmarks/folds.py close-up --studies <BTCV folder> --work <folder>
+    python benchmarks/folds.py table --studies <BTCV folder> --work <folder> --out benchmarks/results/folds.json
+
+Every case is held out once. `evidence` trains one evidence network per fold on the other folds and keeps what it says of
+the cases that it never saw (*out-of-fold evidence*): the honest input of whatever is trained on top of it. `close-up`
+trains one close-up network per fold on the other folds, with that evidence, and measures the held-out cases at their own
+resolution: evidence, sharpened evidence, proposals. `table` pairs them patient by patient. A fold that is finished is not
+repeated, one that was stopped goes on at its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+
+from progidiff.evaluation.metrics import compute_dice, compute_hd95
+from progidiff.images.close_up import WindowRules, plan_windows
+from progidiff.images.intensities import compute_body_threshold, compute_window
+from progidiff.images.reading import load_volume
+from progidiff.images.working_grid import plan_working_grid
+from progidiff.labels.segments import load_label_map
+from progidiff.model.backbone import Backbone
+from progidiff.model.close_up import CloseUpNetwork, create_network
+from progidiff.model.close_up_pipeline import CloseUpPipeline
+from progidiff.model.conditioning import ConditioningBranch, ConditioningConfig
+from progidiff.model.pipeline import EncodedPrompts
+from progidiff.proposals.close_ups import Subject, draw_close_ups, place_on_stack
+from progidiff.storage.atomic import atomic_file
+from progidiff.training.build_model import create_branch
+from progidiff.training.close_up_stage import CloseUpObjective, CloseUpOptions
+from progidiff.training.dice_tally import compute_area_shares
+from progidiff.training.evidence_stage import EvidenceOptions, PhraseTable, train_evidence
+from progidiff.training.loop import LoopConfig, run_loop
+from progidiff.training.recipe_settings import TrainConfig
+from progidiff.training.slice_cache import Case, SliceCache, list_cases
+from progidiff.training.window_pool import PooledVolume, WindowPool
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "apps" / "progidiff" / "model"
+EIGHT = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stomach", "aorta", "pancreas")
+"""The structures that TransUNet reports."""
+
+
+def split_by_patient(cases: Sequence[Case], num_folds: int) -> list[list[Case]]:
+    """Every `num_folds`-th case in the order of names; each case is in one fold."""
+    ordered = sorted(cases, key=lambda case: case.name)
+    return [ordered[fold::num_folds] for fold in range(num_folds)]
+
+
+def train_fold(options: argparse.Namespace, fold: int) -> Path:
+    """Train the evidence of one fold and keep its answers about the held-out cases. Returns the fold's folder."""
+    config = TrainConfig()
+    folder = options.work / f"fold{fold}"
+    done = folder / "evidence.safetensors"
+    torch.manual_seed(options.seed)
+    backbone = Backbone(MODEL / "backbone", "cpu", dtype="fp32")
+    grid = config.grid
+    branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, options.seed + fold)
+    folds = split_by_patient(list_cases(options.studies), options.num_folds)
+    if not done.is_file():
+        rest = [case for other, part in enumerate(folds) if other != fold for case in part]
+        training = SliceCache(rest, config.structures, branch.config, options.work / "cache", supersampling=2)
+        loop = LoopConfig(
+            steps=options.steps,
+            learning_rate=options.rate,
+            warmup=100,
+            ema_decay=0.995,
+            checkpoint_every=250,
+            seed=options.seed + fold,
+            tensorboard=False,
+            log_every=50,
+        )
+        started = time.process_time()
+        train_evidence(branch, backbone, training, None, loop, folder, EvidenceOptions())
+        tensors = {
+            k: v.half().contiguous()
+            for k, v in branch.state_dict().items()
+            if k.startswith(("encoder.", "query_head."))
+        }
+        with atomic_file(done) as path:
+            save_file(
+                tensors,
+                path,
+                {"cases": json.dumps([case.name for case in rest]), "cpu_seconds": str(time.process_time() - started)},
+            )
+    branch.load_state_dict({k: v.float() for k, v in load_file(done).items()}, strict=False)
+    keep_evidence(branch.eval(), backbone, folds[fold], config.structures, options.work)
+    return folder
+
+
+@torch.no_grad()
+def keep_evidence(
+    branch: ConditioningBranch, backbone: Backbone, cases: Sequence[Case], structures: Sequence[str], work: Path
+) -> None:
+    """Write what `branch` says of every slice of `cases`: uint8 (Z, P, H, W) of 0..255 per case."""
+    cache = SliceCache(cases, structures, branch.config, work / "cache", supersampling=2)
+    phrases = PhraseTable(backbone, structures)
+    pooled = phrases.pooled[phrases.canonical()]
+    (work / "oof").mkdir(parents=True, exist_ok=True)
+    for v, name in enumerate(cache.names):
+        target = work / "oof" / f"{name}.npy"
+        if target.is_file():
+            continue
+        rows = [i for i, (volume, _) in enumerate(cache.index) if volume == v]
+        answers: list[NDArray[np.uint8]] = []
+        overlap, total = np.zeros(len(structures)), np.zeros(len(structures))
+        for start in range(0, len(rows), 16):
+            images, labels = cache.read(rows[start : start + 16])
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = branch.predict_evidence(branch.encode_slices(images), pooled).float()
+            truth = compute_area_shares(labels, len(structures), 2) >= 0.5
+            overlap += ((logits > 0) & truth).sum((0, 2, 3)).numpy()
+            total += (logits > 0).sum((0, 2, 3)).numpy() + truth.sum((0, 2, 3)).numpy()
+            answers.append((logits.sigmoid() * 255).round().to(torch.uint8).numpy())
+        dice = {s: round(float(2 * o / t), 4) for s, o, t in zip(structures, overlap, total, strict=True) if t}
+        with atomic_file(target) as path, path.open("wb") as file:
+            np.save(file, np.concatenate(answers))
+        (work / "oof" / f"{name}.json").write_text(json.dumps(dice), encoding="utf-8")
+        print(name, round(float(np.mean(list(dice.values()))), 4), dice, flush=True)
+
+
+def load_pool_volume(
+    case: Case, structures: Sequence[str], work: Path, branch_config: ConditioningConfig
+) -> PooledVolume:
+    """A case at its own pixels, with its out-of-fold evidence."""
+    volume = load_volume(case.image)
+    stack, spacing = volume.to_stack()
+    low, high = compute_window(volume)
+    raw = load_label_map(case.label, volume.grid).array
+    table = np.zeros(256, np.uint8)
+    for value, name in case.structures.items():
+        if name in structures:
+            table[value] = structures.index(name) + 1
+    grid = plan_working_grid(
+        stack,
+        spacing,
+        compute_body_threshold(volume),
+        branch_config.height,
+        branch_config.width,
+        branch_config.spacing_range,
+    )
+    evidence = np.load(work / "oof" / f"{case.name}.npy", mmap_mode="r")
+    shape = (len(stack), len(structures), branch_config.height, branch_config.width)
+    if evidence.shape != shape:
+        raise SystemExit(
+            f"{case.name}: evidence of shape {evidence.shape}, expected {shape}; run the stage evidence again."
+        )
+    return PooledVolume(
+        name=case.name,
+        patient=case.name,
+        image=np.round(np.clip((stack.astype(np.float32) - low) / (high - low), 0, 1) * 255).astype(np.uint8),
+        labels=np.ascontiguousarray(volume.arrange(table[raw])),
+        spacing=spacing,
+        known=tuple(range(1, len(structures) + 1)),
+        evidence=evidence,
+        grid=grid,
+        source="ct",
+    )
+
+
+def make_close_up(options: argparse.Namespace, backbone: Backbone, fold: int) -> CloseUpNetwork:
+    """A fresh network; the seed is the run's and the fold's."""
+    return create_network(backbone.text_features, seed=options.seed + fold)
+
+
+def train_close_up(options: argparse.Namespace, fold: int) -> None:
+    """Train the close-up of one fold, and measure its held-out cases."""
+    structures = TrainConfig().structures
+    folder = options.work / f"{options.name}{fold}"
+    done = folder / "close_up.safetensors"
+    backbone = Backbone(MODEL / "backbone", "cpu", dtype="fp32")
+    grid = TrainConfig().grid
+    config = create_branch(backbone, grid.height, grid.width, grid.spacing_range, 0).config
+    prompts = PhraseTable(backbone, structures).pick_canonical()
+    folds = split_by_patient(list_cases(options.studies), options.num_folds)
+    network = make_close_up(options, backbone, fold)
+    if not done.is_file():
+        rest = [case for other, part in enumerate(folds) if other != fold for case in part]
+        rest = [case for case in rest if (options.work / "oof" / f"{case.name}.npy").is_file()]
+        pool = WindowPool([load_pool_volume(case, structures, options.work, config) for case in rest])
+        objective = CloseUpObjective(network, pool, prompts, CloseUpOptions(**json.loads(options.settings)))
+        loop = LoopConfig(
+            steps=options.steps,
+            learning_rate=options.rate,
+            warmup=100,
+            ema_decay=0.995,
+            checkpoint_every=250,
+            seed=options.seed + fold,
+            tensorboard=False,
+            log_every=25,
+        )
+        started = time.process_time()
+        run_loop({"network": network}, objective, loop, folder)
+        tensors = {k: v.detach().half().contiguous() for k, v in network.state_dict().items()}
+        facts = {"cases": json.dumps([case.name for case in rest]), "cpu_seconds": str(time.process_time() - started)}
+        with atomic_file(done) as path:
+            save_file(tensors, path, facts)
+    network.load_state_dict({k: v.float() for k, v in load_file(done).items()})
+    pipeline = CloseUpPipeline(network, torch.bfloat16)
+    for case in folds[fold]:
+        target = folder / f"{case.name}.json"
+        if (options.work / "oof" / f"{case.name}.npy").is_file() and not target.is_file():
+            volume = load_pool_volume(case, structures, options.work, config)
+            rows = measure_volume(pipeline, volume, prompts, structures, options.num_proposals)
+            with atomic_file(target) as path:
+                path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+            means = {
+                what: round(float(np.mean([row[what] for row in rows.values() if row])), 4)
+                for what in ("evidence", "sharpened", "consensus", "single", "best")
+            }
+            print(case.name, means, flush=True)
+
+
+def measure_volume(
+    pipeline: CloseUpPipeline,
+    volume: PooledVolume,
+    prompts: EncodedPrompts,
+    structures: Sequence[str],
+    num_proposals: int,
+) -> dict[str, dict[str, float]]:
+    """Dice at the volume's own pixels per structure, of evidence, sharpened evidence and proposals; HD95 of three."""
+    assert volume.evidence is not None
+    assert volume.grid is not None
+    rules, noise = WindowRules(), pipeline.draw_noise(num_proposals, 0)
+    levels = pipeline.draw_levels(num_proposals, 0)
+    found: dict[str, dict[str, float]] = {}
+    for p, name in enumerate(structures):
+        truth = volume.labels == p + 1
+        if not truth.any():
+            continue
+        evidence = np.ascontiguousarray(volume.evidence[:, p])
+        coarse = volume.grid.restore_slices(torch.from_numpy(evidence).float() / 255).numpy() >= 0.5
+        windows = plan_windows(evidence >= 0.3 * 255, volume.grid, rules)
+        mask = None if prompts.mask is None else prompts.mask[p]
+        subject = Subject(volume.image, (0.0, 255.0), evidence, volume.grid, prompts.pooled[p], prompts.tokens[p], mask)
+        drawings = list(draw_close_ups(pipeline, subject, windows, noise, levels))
+        sharpened = np.zeros_like(truth)
+        for z, ((rows, columns), maps) in place_on_stack(drawings, lambda drawing: drawing.sharpened).items():
+            sharpened[z, rows, columns] = (maps >= 0.5).numpy()
+        drawn = np.zeros((num_proposals, *truth.shape), bool)
+        for z, ((rows, columns), maps) in place_on_stack(drawings, lambda drawing: drawing.probabilities).items():
+            drawn[:, z, rows, columns] = (maps >= 0.5).numpy()
+        consensus = drawn.mean(0) >= 0.5
+        each = [compute_dice(one, truth) for one in drawn]
+        empty = ~truth.any(axis=(1, 2))
+        found[name] = {
+            "evidence": compute_dice(coarse, truth),
+            "sharpened": compute_dice(sharpened, truth),
+            "consensus": compute_dice(consensus, truth),
+            "single": float(np.mean(each)),
+            "best": float(np.max(each)),
+            "evidence_hd95": compute_hd95(coarse, truth, volume.spacing),
+            "sharpened_hd95": compute_hd95(sharpened, truth, volume.spacing),
+            "consensus_hd95": compute_hd95(consensus, truth, volume.spacing),
+            "evidence_false": float(coarse[empty].any(axis=(1, 2)).mean()),
+            "consensus_false": float(consensus[empty].any(axis=(1, 2)).mean()),
+        }
+    return found
+
+
+def make_table(options: argparse.Namespace) -> dict[str, Any]:
+    """Means over patients, and paired differences from the evidence with their standard error."""
+    files = sorted(options.work.glob(f"{options.name}*/img*.json"))
+    volumes = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    if not volumes:
+        raise SystemExit(
+            f"There is no finished fold of '{options.name}' in {options.work}; run the stage close-up first."
+        )
+    kinds = ("evidence", "sharpened", "consensus", "single", "best")
+    names = [name for name in TrainConfig().structures if any(name in rows for rows in volumes.values())]
+    structures = {
+        name: {
+            what: float(np.nanmean([rows[name][what] for rows in volumes.values() if name in rows]))
+            for what in (
+                *kinds,
+                "evidence_hd95",
+                "sharpened_hd95",
+                "consensus_hd95",
+                "evidence_false",
+                "consensus_false",
+            )
+        }
+        for name in names
+    }
+    per_patient = {
+        what: np.array([np.mean([row[what] for row in rows.values()]) for rows in volumes.values()]) for what in kinds
+    }
+    paired = {}
+    for what in kinds[1:]:
+        difference = per_patient[what] - per_patient["evidence"]
+        error = float(difference.std(ddof=1) / len(difference) ** 0.5) if len(difference) > 1 else float("nan")
+        paired[what] = {
+            "mean": float(difference.mean()),
+            "standard_error": error,
+            "better": int((difference > 0).sum()),
+            "of": len(difference),
+        }
+    means = {
+        what: {
+            "13": float(np.mean([row[what] for row in structures.values()])),
+            "8": float(np.mean([structures[name][what] for name in EIGHT if name in structures])),
+        }
+        for what in next(iter(structures.values()))
+    }
+    return {
+        "command": " ".join(sys.argv),
+        "patients": sorted(volumes),
+        "structures": structures,
+        "means": means,
+        "minus_evidence": paired,
+    }
+
+
+def parse_options() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=["evidence", "close-up", "table"])
+    parser.add_argument("--studies", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True, help="keeps networks, answers and cached slices")
+    parser.add_argument("--folds", type=int, nargs="*", help="only these; by default all")
+    parser.add_argument("--num-folds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", default="close_up", help="of the close-up runs in the work folder: one per ablation")
+    parser.add_argument("--settings", default="{}", help="of CloseUpOptions, as JSON")
+    parser.add_argument("--num-proposals", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="JSON of the table")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run a stage."""
+    options = parse_options()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(options.threads)
+    if options.stage == "table":
+        table = make_table(options)
+        text = json.dumps(table, indent=1)
+        print(text)
+        if options.out:
+            options.out.write_text(text + "\n", encoding="utf-8")
+        return
+    for fold in options.folds if options.folds else range(options.num_folds):
+        (train_fold if options.stage == "evidence" else train_close_up)(options, fold)
+
+
+if __name__ == "__main__":
+    main()

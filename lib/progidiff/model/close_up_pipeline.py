@@ -1,0 +1,105 @@
+"""K proposals for a batch of windows. Knows tensors; knows nothing of volumes, DICOM or HTTP."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional as F
+
+from progidiff.model.close_up import CloseUpNetwork, WindowBatch
+
+LATTICE = 48
+"""Latent pixels of the noise of a proposal along both axes; a window takes the middle."""
+
+
+class CloseUpPipeline:
+    """The close-up network in working order.
+
+    Args:
+        network: Trained.
+        autocast: Precision for the networks; None for the weights' own.
+    """
+
+    def __init__(self, network: CloseUpNetwork, autocast: torch.dtype | None = None) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self._autocast_dtype = autocast
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._autocast_dtype)
+
+    def draw_noise(self, num_proposals: int, seed: int) -> Float[Tensor, "K c l l"]:
+        """The noise of proposals 0..K-1.
+
+        Proposal k depends on (seed, k) alone: it is the same on every slice of a window, so that proposal k is one
+        coherent volume, and the same for every K and in any batch.
+        """
+        shape = (self.network.config.latent_channels, LATTICE, LATTICE)
+        return torch.stack([torch.randn(shape, generator=_seed(f"{seed}:{k}:close-up")) for k in range(num_proposals)])
+
+    def draw_levels(self, num_proposals: int, seed: int) -> Float[Tensor, " K"]:
+        """The levels of proposals 0..K-1, in logits: stratified by a golden-ratio sequence through the normal
+        quantiles, so that already four proposals hold cautious and generous readings.
+        """
+        start = float(torch.rand((), generator=_seed(f"{seed}:start")))
+        places = [(start + k * (math.sqrt(5) - 1) / 2) % 1 for k in range(num_proposals)]
+        quantiles = torch.special.ndtri(torch.tensor(places).clamp(0.02, 0.98))
+        return quantiles * self.network.config.level_spread
+
+    @torch.no_grad()
+    def propose(
+        self,
+        batch: WindowBatch,
+        tokens: Float[Tensor, "N L D"],
+        token_mask: Tensor | None,
+        noise: Float[Tensor, "K c l l"],
+        levels: Float[Tensor, " K"],
+        num_inference_steps: int = 1,
+    ) -> tuple[Float[Tensor, "N S S"], Float[Tensor, "N K S S"]]:
+        """Sharpened evidence and K proposals of N windows.
+
+        Args:
+            batch: What the network sees.
+            tokens, token_mask: Of each window's prompt.
+            noise, levels: Of the proposals.
+            num_inference_steps: T.
+
+        Returns:
+            Both as probabilities in [0, 1], fp32 on the CPU.
+        """
+        count, each = len(batch), len(noise)
+        size = batch.images.shape[-1] // self.network.config.latent_stride
+        start = (noise.shape[-1] - size) // 2
+        if start < 0:
+            noise, start = F.pad(noise, (0, -2 * start, 0, -2 * start), mode="reflect"), 0
+        given = noise[:, :, start : start + size, start : start + size].to(self.device)
+        with self._autocast():
+            features = self.network.encode(batch)
+            down, middle = self.network.compute_residuals(features)
+            drawn = self.network.draw(
+                features.repeat(each),
+                tokens.repeat_interleave(each, 0),
+                None if token_mask is None else token_mask.repeat_interleave(each, 0),
+                given.repeat(count, 1, 1, 1),
+                levels.to(self.device).repeat(count),
+                num_inference_steps,
+                ([r.repeat_interleave(each, 0) for r in down], middle.repeat_interleave(each, 0)),
+            )
+        probabilities = drawn.float().sigmoid().view(count, each, *drawn.shape[-2:])
+        return features.logits.float().sigmoid().cpu(), probabilities.cpu()
+
+
+def _seed(text: str) -> torch.Generator:
+    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)

@@ -1,0 +1,317 @@
+"""Windows for training close-ups: drawn from volumes at their own pixels, warped and averaged in one resampling.
+
+Volumes are kept as uint8 in memory-mapped files; a window reads the few pixels that it shows. What a window is centred
+on is what it will be in use: the windows that `plan_windows` makes from out-of-fold evidence, jittered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from progidiff.images.close_up import (
+    CloseUpWindow,
+    WindowRules,
+    count_looks,
+    make_sampling_grid,
+    plan_windows,
+    sample_area,
+)
+from progidiff.images.working_grid import WorkingGrid
+
+LABEL_LOOKS = 3
+"""Looks per pixel and axis that find how much of it a structure covers."""
+
+
+@dataclass(frozen=True)
+class PooledVolume:
+    """One labelled volume.
+
+    Attributes:
+        name: Of the case.
+        patient: Cases of one patient stay together in a split.
+        image: uint8 (Z, Y, X), the intensity window in 0..255.
+        labels: uint8 (Z, Y, X) label ids 1..P of the pool's structures; 0 elsewhere.
+        spacing: (dz, dy, dx) in mm.
+        known: The ids that this volume's labels speak about.
+        evidence: uint8 (Z, P, h, w) on `grid`, of a network that did not see this volume; None if nothing looked.
+        grid: Of the evidence.
+        source: The data set, for balanced drawing.
+    """
+
+    name: str
+    patient: str
+    image: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    spacing: tuple[float, float, float]
+    known: tuple[int, ...]
+    evidence: NDArray[np.uint8] | None = None
+    grid: WorkingGrid | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Sight:
+    """A structure of a volume and the windows in which it is looked for.
+
+    Attributes:
+        volume: Index into the pool.
+        label: Its id.
+        windows: Largest part first.
+        shown: Axial slices that the truth shows it on.
+    """
+
+    volume: int
+    label: int
+    windows: tuple[CloseUpWindow, ...]
+    shown: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Jitter:
+    """How far a training window is off the planned one.
+
+    Attributes:
+        shift: Standard deviation of its middle, in shares of its extent.
+        zoom: Standard deviation of the logarithm of its pixel size.
+        aspect: The same of height over width.
+        turn: Largest angle in radians.
+        bend: Standard deviation of a smooth displacement, in shares of its extent.
+    """
+
+    shift: float = 0.07
+    zoom: float = 0.16
+    aspect: float = 0.06
+    turn: float = 0.25
+    bend: float = 0.012
+
+
+@dataclass
+class WindowSample:
+    """N windows with their truth, before they are made into what the network reads.
+
+    Attributes:
+        images: (N, C, S, S) in [0, 1].
+        evidence: (N, E, S, S) in [0, 1].
+        is_found: (N,) whether there is evidence.
+        truth: (N, R, S, S) area shares in [0, 1], one per reader.
+        weight: (N, R), 0 where there is no such reader.
+        neighbour: (N, S, S) the truth of another slice.
+        neighbour_mm: (N,) its distance; 0 for none.
+        labels: N label ids.
+        spacing: (N, 2) pixel size and distance of slices in mm.
+    """
+
+    images: Tensor
+    evidence: Tensor
+    is_found: Tensor
+    truth: Tensor
+    weight: Tensor
+    neighbour: Tensor
+    neighbour_mm: Tensor
+    labels: list[int]
+    spacing: Tensor
+
+
+@dataclass
+class WindowPool:
+    """Labelled volumes, and where in them structures are looked for.
+
+    Attributes:
+        volumes: What is drawn from.
+        size: Pixels of a training window; larger windows are drawn in parts of this size.
+        num_neighbours, neighbour_mm: Slices on each side, see `CloseUpConfig`.
+        gate: Evidence from which on a pixel is found, in 0..1.
+        rules: How windows are planned.
+        jitter: How far they are off.
+        off_share: Share of the windows on slices without the structure.
+    """
+
+    volumes: Sequence[PooledVolume]
+    size: int = 96
+    num_neighbours: int = 2
+    neighbour_mm: float = 3.0
+    evidence_neighbours: int = 1
+    gate: float = 0.3
+    rules: WindowRules = field(default_factory=WindowRules)
+    jitter: Jitter = field(default_factory=Jitter)
+    off_share: float = 0.2
+    sights: list[Sight] = field(default_factory=list, init=False)
+
+    def __post_init__(self) -> None:
+        for v, volume in enumerate(self.volumes):
+            for label in volume.known:
+                shown = np.flatnonzero((volume.labels == label).any(axis=(1, 2)))
+                windows = plan_sight(volume, label, self.gate, self.rules)
+                if windows:
+                    self.sights.append(Sight(v, label, tuple(windows), shown))
+        self._by_label: dict[int, list[Sight]] = {}
+        for sight in self.sights:
+            self._by_label.setdefault(sight.label, []).append(sight)
+
+    def draw(self, count: int, rng: np.random.Generator) -> WindowSample:
+        """Draw windows so that every structure is seen as often as any other."""
+        labels = sorted(self._by_label)
+        parts = []
+        for _ in range(count):
+            sights = self._by_label[labels[rng.integers(len(labels))]]
+            sight = sights[rng.integers(len(sights))]
+            parts.append(self._look(sight, rng))
+        return _stack(parts)
+
+    def _look(self, sight: Sight, rng: np.random.Generator) -> dict[str, Any]:
+        volume = self.volumes[sight.volume]
+        window = sight.windows[min(len(sight.windows) - 1, int(rng.geometric(0.75)) - 1)]
+        inside = sight.shown[(sight.shown >= window.first) & (sight.shown <= window.last)]
+        if len(inside) and rng.random() >= self.off_share:
+            z = int(rng.choice(inside))
+        else:
+            z = int(rng.integers(window.first, window.last + 1))
+        center, axes = self._place(window, rng)
+        return self.show(volume, sight.label, z, center, axes, rng)
+
+    def _place(self, window: CloseUpWindow, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """Middle (2,) and axes (2, 2) of a jittered window, in mm and mm per pixel."""
+        jitter, extent = self.jitter, window.size * window.spacing
+        # A part of a window that is larger than training's.
+        room = (window.size - self.size) / 2 * window.spacing
+        center = np.array(window.center) + rng.normal(0, jitter.shift * extent, 2) + rng.uniform(-room, room, 2)
+        pixel = window.spacing * np.exp(rng.normal(0, jitter.zoom))
+        aspect, angle = np.exp(rng.normal(0, jitter.aspect)), rng.uniform(-jitter.turn, jitter.turn)
+        scale = np.diag([pixel * aspect, pixel / aspect])
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        return torch.from_numpy(center).float(), torch.from_numpy(turn @ scale).float()
+
+    def show(
+        self,
+        volume: PooledVolume,
+        label: int,
+        z: int,
+        center: Tensor,
+        axes: Tensor,
+        rng: np.random.Generator,
+    ) -> dict[str, Any]:
+        """One window of a volume: images, evidence, truth and the truth of another slice."""
+        depth = len(volume.image)
+        dz, *plane = volume.spacing
+        pixel = float(axes.norm(dim=0).mean())
+        bend = torch.from_numpy(rng.normal(0, self.jitter.bend * self.size * pixel, (2, 4, 4))).float()
+        step = max(1, round(self.neighbour_mm / dz))
+        around = np.arange(-self.num_neighbours, self.num_neighbours + 1) * step
+        slices = np.clip(z + around, 0, depth - 1)
+        looks = count_looks(pixel, min(plane))
+        images = _sample(volume.image[slices], center, axes, bend, self.size, (plane[0], plane[1]), looks) / 255
+        other, far = self._pick_neighbour(volume, z, dz, rng)
+        pair = np.stack([volume.labels[z] == label, volume.labels[other] == label]).astype(np.uint8)
+        shares = _sample(pair, center, axes, bend, self.size, (plane[0], plane[1]), LABEL_LOOKS, mode="nearest")
+        middle = slice(
+            self.num_neighbours - self.evidence_neighbours, self.num_neighbours + self.evidence_neighbours + 1
+        )
+        count = 2 * self.evidence_neighbours + 1
+        if volume.evidence is None or volume.grid is None:
+            evidence = torch.zeros(count, self.size, self.size)
+        else:
+            grid = volume.grid
+            corner = torch.tensor(
+                [grid.center[0] - grid.height * grid.spacing / 2, grid.center[1] - grid.width * grid.spacing / 2]
+            )
+            maps = volume.evidence[slices[middle], label - 1]
+            evidence = (
+                _sample(maps, center - corner, axes, bend, self.size, (grid.spacing, grid.spacing), 1, padding="border")
+                / 255
+            )
+        return {
+            "images": images,
+            "evidence": evidence,
+            "is_found": float(volume.evidence is not None),
+            "truth": shares[:1],
+            "neighbour": shares[1],
+            "neighbour_mm": far,
+            "label": label,
+            "spacing": (pixel, dz * step),
+        }
+
+    def _pick_neighbour(self, volume: PooledVolume, z: int, dz: float, rng: np.random.Generator) -> tuple[int, float]:
+        """Another slice up to 25 mm away, as an annotator may have accepted."""
+        reach = max(1, round(25 / dz))
+        other = int(np.clip(z + rng.integers(1, reach + 1) * rng.choice([-1, 1]), 0, len(volume.image) - 1))
+        return other, abs(other - z) * dz
+
+
+def plan_sight(volume: PooledVolume, label: int, gate: float, rules: WindowRules) -> list[CloseUpWindow]:
+    """The windows of a structure: from the evidence as in use, from the truth where there is none."""
+    if volume.evidence is not None and volume.grid is not None:
+        found = plan_windows(volume.evidence[:, label - 1] >= gate * 255, volume.grid, rules)
+        if found:
+            return found
+    depth, rows, columns = volume.image.shape
+    dz, dy, dx = volume.spacing
+    # The truth on square pixels, as `plan_windows` wants them.
+    grid = WorkingGrid(
+        (depth, rows, columns),
+        volume.spacing,
+        (rows * dy / 2, columns * dx / 2),
+        min(dy, dx),
+        round(rows * dy / min(dy, dx)),
+        round(columns * dx / min(dy, dx)),
+    )
+    mask = volume.labels == label
+    if not mask.any():
+        return []
+    if mask.shape[1:] != (grid.height, grid.width):
+        mask = F.interpolate(torch.from_numpy(mask)[:, None].float(), (grid.height, grid.width))[:, 0].numpy() > 0.5
+    return plan_windows(mask, grid, rules)
+
+
+def _sample(
+    pixels: NDArray[np.uint8],
+    center: Tensor,
+    axes: Tensor,
+    bend: Tensor,
+    size: int,
+    spacing: tuple[float, float],
+    looks: int,
+    mode: str = "bilinear",
+    padding: str = "zeros",
+) -> Tensor:
+    """(C, Y, X) -> (C, size, size) of a warped window; reads only the rows and columns that it needs."""
+    reach = axes.abs().sum(dim=1) * size / 2 + bend.abs().amax() * 1.5 + 2 * max(spacing)
+    low = [max(0, int((center[a] - reach[a]) / spacing[a])) for a in (0, 1)]
+    high = [min(pixels.shape[1 + a], int((center[a] + reach[a]) / spacing[a]) + 2) for a in (0, 1)]
+    if low[0] >= high[0] or low[1] >= high[1]:
+        return torch.zeros(len(pixels), size, size)
+    part = torch.from_numpy(np.ascontiguousarray(pixels[:, low[0] : high[0], low[1] : high[1]])).float()
+    origin = torch.tensor([low[0] * spacing[0], low[1] * spacing[1]])
+    source = (int(part.shape[1]), int(part.shape[2]))
+    grid = make_sampling_grid((center - origin)[None], axes[None], size, source, spacing, looks)
+    extent = torch.tensor([source[0] * spacing[0], source[1] * spacing[1]])
+    shift = F.interpolate(bend[None], size=grid.shape[1:3], mode="bicubic", align_corners=True)[0]
+    grid = grid + (shift.permute(1, 2, 0) / extent * 2).flip(-1)
+    if mode == "bilinear" and padding == "zeros":
+        return sample_area(part[None], grid, looks)[0]
+    found = F.grid_sample(part[None], grid, mode=mode, padding_mode=padding, align_corners=False)
+    return (F.avg_pool2d(found, looks) if looks > 1 else found)[0]
+
+
+def _stack(parts: Sequence[dict[str, Any]]) -> WindowSample:
+    readers = max(len(part["truth"]) for part in parts)
+    truth = torch.stack([F.pad(part["truth"], (0, 0, 0, 0, 0, readers - len(part["truth"]))) for part in parts])
+    weight = torch.tensor([[float(r < len(part["truth"])) for r in range(readers)] for part in parts])
+    return WindowSample(
+        images=torch.stack([part["images"] for part in parts]),
+        evidence=torch.stack([part["evidence"] for part in parts]),
+        is_found=torch.tensor([part["is_found"] for part in parts]),
+        truth=truth,
+        weight=weight,
+        neighbour=torch.stack([part["neighbour"] for part in parts]),
+        neighbour_mm=torch.tensor([part["neighbour_mm"] for part in parts]),
+        labels=[part["label"] for part in parts],
+        spacing=torch.tensor([part["spacing"] for part in parts]),
+    )

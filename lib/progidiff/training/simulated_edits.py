@@ -1,4 +1,4 @@
-"""A simulated person: clicks, scribbles, boxes and neighbouring slices, from the truth and from what a model got wrong."""
+"""A simulated person: clicks, scribbles, boxes and neighbouring slices, from the truth and a model's errors."""
 
 from __future__ import annotations
 

@@ -202,7 +202,8 @@ class WindowPool:
         depth = len(volume.image)
         dz, *plane = volume.spacing
         pixel = float(axes.norm(dim=0).mean())
-        bend = torch.from_numpy(rng.normal(0, self.jitter.bend * self.size * pixel, (2, 4, 4))).float()
+        coarse = torch.from_numpy(rng.normal(0, self.jitter.bend * self.size * pixel, (1, 2, 4, 4))).float()
+        bend = F.interpolate(coarse, size=(self.size, self.size), mode="bicubic", align_corners=True)[0]
         step = max(1, round(self.neighbour_mm / dz))
         around = np.arange(-self.num_neighbours, self.num_neighbours + 1) * step
         slices = np.clip(z + around, 0, depth - 1)
@@ -252,7 +253,7 @@ def plan_sight(volume: PooledVolume, label: int, gate: float, rules: WindowRules
         if found:
             return found
     depth, rows, columns = volume.image.shape
-    dz, dy, dx = volume.spacing
+    _, dy, dx = volume.spacing
     # The truth on square pixels, as `plan_windows` wants them.
     grid = WorkingGrid(
         (depth, rows, columns),
@@ -282,7 +283,7 @@ def _sample(
     padding: str = "zeros",
 ) -> Tensor:
     """(C, Y, X) -> (C, size, size) of a warped window; reads only the rows and columns that it needs."""
-    reach = axes.abs().sum(dim=1) * size / 2 + bend.abs().amax() * 1.5 + 2 * max(spacing)
+    reach = axes.abs().sum(dim=1) * size / 2 + bend.abs().amax() + 2 * max(spacing)
     low = [max(0, int((center[a] - reach[a]) / spacing[a])) for a in (0, 1)]
     high = [min(pixels.shape[1 + a], int((center[a] + reach[a]) / spacing[a]) + 2) for a in (0, 1)]
     if low[0] >= high[0] or low[1] >= high[1]:
@@ -292,7 +293,9 @@ def _sample(
     source = (int(part.shape[1]), int(part.shape[2]))
     grid = make_sampling_grid((center - origin)[None], axes[None], size, source, spacing, looks)
     extent = torch.tensor([source[0] * spacing[0], source[1] * spacing[1]])
-    shift = F.interpolate(bend[None], size=grid.shape[1:3], mode="bicubic", align_corners=True)[0]
+    shift = bend
+    if looks > 1:
+        shift = F.interpolate(bend[None], scale_factor=looks, mode="bilinear", align_corners=False)[0]
     grid = grid + (shift.permute(1, 2, 0) / extent * 2).flip(-1)
     if mode == "bilinear" and padding == "zeros":
         return sample_area(part[None], grid, looks)[0]

@@ -1,19 +1,20 @@
 """The way of one request through a model that draws close-ups.
 
-1. find      all slices            -> evidence (P, Z, h, w), once, because windows belong to volumes
+1. find      all slices            -> evidence (P, Z, h, w), once per volume, because windows belong to volumes
 2. plan      evidence              -> windows per structure, each for a run of slices
-3. draw      batches of slices     -> K proposals in every window that shows them
+3. draw      batches of slices     -> K proposals (n, K, S, S) in every window that shows them
 4. store     windows               -> uint8 (P, K, Z, H, W) on a working grid of twice as many pixels
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from progidiff.images.close_up import CloseUpWindow, WindowRules, plan_windows
 from progidiff.images.volume import Volume
@@ -23,14 +24,70 @@ from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.folder import ModelCard
 from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.proposals.batches import Batch, BatchSize
-from progidiff.proposals.close_ups import Drawing, Subject, draw_close_ups
+from progidiff.proposals.close_ups import Subject, blend, draw_close_ups
 from progidiff.proposals.islands import DRAWN
 from progidiff.proposals.request import ProposalRequest
-from progidiff.proposals.walk import FeatureBook, Walk
+from progidiff.proposals.walk import Walk
 from progidiff.proposals.work import Work
 
 FINER = 2
 """Pixels of the kept proposals per pixel of the working grid, along both axes."""
+
+Key = tuple[str, str]
+"""(adapter, digest of the volume)."""
+
+
+class EvidenceShelf:
+    """What was found in the last volumes, so that a second prompt draws at once.
+
+    Args:
+        max_bytes: The oldest goes when there is more.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._found: OrderedDict[Key, dict[str, NDArray[np.uint8]]] = OrderedDict()
+
+    def get(self, key: Key) -> dict[str, NDArray[np.uint8]]:
+        """Text of a prompt -> evidence (Z, h, w); empty if nothing is known."""
+        if key in self._found:
+            self._found.move_to_end(key)
+        return dict(self._found.get(key, {}))
+
+    def put(self, key: Key, found: dict[str, NDArray[np.uint8]]) -> None:
+        """Remember what was found in a volume."""
+        self._found[key] = found
+        self._found.move_to_end(key)
+        while len(self._found) > 1 and self._count_bytes() > self._max_bytes:
+            self._found.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._found.clear()
+
+    def _count_bytes(self) -> int:
+        return sum(maps.nbytes for found in self._found.values() for maps in found.values())
+
+
+@dataclass(frozen=True)
+class CloseUpTools:
+    """What drawing close-ups takes beside the networks that find.
+
+    Attributes:
+        pipeline: The network that draws.
+        rules: How windows are planned.
+        num_inference_steps: T.
+        shelf: What was found before.
+        texts: Prompts that are looked for beside those of the request, for the next one.
+        prompts: The same, encoded.
+    """
+
+    pipeline: CloseUpPipeline
+    rules: WindowRules
+    num_inference_steps: int
+    shelf: EvidenceShelf
+    texts: tuple[str, ...]
+    prompts: EncodedPrompts
 
 
 class CloseUpWalk(Walk):
@@ -38,18 +95,14 @@ class CloseUpWalk(Walk):
 
     Args:
         pipeline: The networks that find.
-        close_up: The network that draws.
-        rules: How windows are planned.
-        book: The features of an earlier prompt on this volume, by batch of `find`.
+        tools: The network that draws, and what it needs.
         card, request, adapter, volume, prompts, work, started: See `Walk`.
     """
 
     def __init__(
         self,
         pipeline: ProposalPipeline,
-        close_up: CloseUpPipeline,
-        rules: WindowRules,
-        book: FeatureBook,
+        tools: CloseUpTools,
         card: ModelCard,
         request: ProposalRequest,
         adapter: str,
@@ -59,12 +112,66 @@ class CloseUpWalk(Walk):
         started: float,
     ) -> None:
         super().__init__(pipeline, card, request, adapter, volume, prompts, work, started)
-        self._close_up, self._rules, self._book = close_up, rules, book
-        self._close_noise = close_up.draw_noise(request.num_proposals, request.seed)
-        self._levels = close_up.draw_levels(request.num_proposals, request.seed)
-        self._evidence: NDArray[np.uint8] | None = None  # (P, Z, h, w)
-        self._windows: list[list[CloseUpWindow]] = []
+        self._tools = tools
+        self._key: Key = (adapter, volume.digest)
+        self._close_noise = tools.pipeline.draw_noise(request.num_proposals, request.seed)
+        self._levels = tools.pipeline.draw_levels(request.num_proposals, request.seed)
+        self._subjects: list[tuple[Subject, list[CloseUpWindow]]] | None = None
 
-    def make_result_grid(self, grid: WorkingGrid) -> WorkingGrid:
-        """Close-ups know more than the working grid can hold."""
+    def _make_result_grid(self, grid: WorkingGrid) -> WorkingGrid:
         return grid.refine(FINER)
+
+    def compute(self, batch: Batch, size: BatchSize, features: SliceFeatures | None) -> SliceFeatures | None:
+        """Draw the proposals of some slices.
+
+        Args:
+            batch: Which.
+            size: How many windows and proposals at once.
+            features: Not needed: what was found is on the shelf.
+        """
+        self._check_cancelled()
+        if self._subjects is None:
+            self._subjects = self._find_subjects(size)
+        at_once = max(1, size.samples // len(self._levels))
+        for p, (subject, windows) in enumerate(self._subjects):
+            self._check_cancelled()
+            self._draw(p, subject, windows, batch.slices, at_once)
+            share = (p + 1) / len(self._subjects)
+            self._work.on_progress(self._done + int(len(batch.slices) * share), self._total)
+        return None
+
+    def _draw(
+        self, p: int, subject: Subject, windows: Sequence[CloseUpWindow], slices: NDArray[np.int64], at_once: int
+    ) -> None:
+        """Draw a structure on some slices and store what is seen of it."""
+        tools, grid = self._tools, self._result.grid
+        parts: dict[int, list[tuple[CloseUpWindow, torch.Tensor]]] = {}
+        for drawing in draw_close_ups(
+            tools.pipeline, subject, windows, self._close_noise, self._levels, tools.num_inference_steps, slices, at_once
+        ):
+            for n, z in enumerate(drawing.slices.tolist()):
+                parts.setdefault(z, []).append((drawing.window, drawing.probabilities[n]))
+        for z, seen in parts.items():
+            (rows, columns), maps = blend(seen, lambda window, values: window.restore_to(values, grid))
+            quantised = (maps.clamp(0, 1) * 255).round().to(torch.uint8).numpy()  # (K, rows, columns)
+            # Proposals that draw nothing are exact zeros: "absent" is then the same everywhere.
+            quantised *= (quantised >= DRAWN).any(axis=(1, 2), keepdims=True)
+            self._result.probabilities[p, :, z, rows, columns] = quantised
+
+    def _find_subjects(self, size: BatchSize) -> list[tuple[Subject, list[CloseUpWindow]]]:
+        """Evidence and windows of every structure that is asked for."""
+        shelf, found = self._tools.shelf, self._tools.shelf.get(self._key)
+        texts = [query.text for query in self._request.queries]
+        if any(text not in found for text in texts):
+            found |= self._find(size, texts, self._prompts)
+            rest = [text for text in self._tools.texts if text not in found]
+            shelf.put(self._key, found)
+        threshold = round(self._card.gate * 255)
+        subjects = []
+        for p, text in enumerate(texts):
+            mask = None if self._prompts.mask is None else self._prompts.mask[p]
+            subject = Subject(
+                self._stack, self._window, found[text], self._grid, self._prompts.pooled[p], self._prompts.tokens[p], mask
+            )
+            subjects.append((subject, plan_windows(found[text] >= threshold, self._grid, self._tools.rules)))
+        return subjects

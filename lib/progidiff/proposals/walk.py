@@ -22,7 +22,7 @@ from torch import Tensor
 from progidiff.errors import CancelledError, ImageError, RequestError
 from progidiff.images.intensities import compute_body_threshold, compute_window
 from progidiff.images.volume import Volume
-from progidiff.images.working_grid import plan_working_grid
+from progidiff.images.working_grid import WorkingGrid, plan_working_grid
 from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.folder import ModelCard
 from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline
@@ -128,11 +128,13 @@ class Walk:
         wanted = np.arange(depth) if request.slices is None else np.asarray(request.slices, dtype=np.int64)
         if len(wanted) == 0 or wanted[0] < 0 or wanted[-1] >= depth:
             raise RequestError(f"Slices must lie in 0..{depth - 1}, the axial indices of '{volume.name}'.")
-        shape = (len(request.queries), request.num_proposals, depth, config.height, config.width)
+        self._grid, kept = grid, self._make_result_grid(grid)
+        # Pages that nobody writes to take no memory.
+        shape = (len(request.queries), request.num_proposals, depth, kept.height, kept.width)
         self._result = VolumeProposals(
             structures=tuple(query.name for query in request.queries),
             probabilities=np.zeros(shape, np.uint8),
-            grid=grid,
+            grid=kept,
             seed=request.seed,
             num_inference_steps=self._steps,
             guidance_scale=self._guidance,
@@ -184,6 +186,10 @@ class Walk:
             self._work.on_progress(self._done + int(len(batch.slices) * share), self._total)
         return features
 
+    def _make_result_grid(self, grid: WorkingGrid) -> WorkingGrid:
+        """What proposals are kept on: the grid that the networks see."""
+        return grid
+
     def finish(self, batch: Batch) -> None:
         """Tell whoever watches that the slices of a batch are ready."""
         self._done += len(batch.slices)
@@ -197,7 +203,7 @@ class Walk:
 
     def _encode(self, slices: NDArray[np.int64]) -> SliceFeatures:
         config = self._card.conditioning
-        inputs = self._result.grid.extract_slices(
+        inputs = self._grid.extract_slices(
             self._stack, slices, self._window, config.num_neighbours, config.neighbour_mm
         )  # (n, C, H, W)
         if not torch.isfinite(inputs).all():

@@ -1,14 +1,14 @@
-"""Cross-validation by patient: the way to decide anything about the model, because three volumes decide nothing under 0.01.
+"""Cross-validation by patient: the way to decide anything about the model; three volumes decide nothing under 0.01.
 
     python benchmarks/folds.py evidence --studies <BTCV folder> --work <folder>
     python benchmarks/folds.py close-up --studies <BTCV folder> --work <folder>
     python benchmarks/folds.py table --studies <BTCV folder> --work <folder> --out benchmarks/results/folds.json
 
-Every case is held out once. `evidence` trains one evidence network per fold on the other folds and keeps what it says of
-the cases that it never saw (*out-of-fold evidence*): the honest input of whatever is trained on top of it. `close-up`
-trains one close-up network per fold on the other folds, with that evidence, and measures the held-out cases at their own
-resolution: evidence, sharpened evidence, proposals. `table` pairs them patient by patient. A fold that is finished is not
-repeated, one that was stopped goes on at its last checkpoint.
+Every case is held out once. `evidence` trains one evidence network per fold on the other folds and keeps what it says
+of the cases that it never saw (*out-of-fold evidence*): the honest input of whatever is trained on top of it.
+`close-up` trains one close-up network per fold on the other folds, with that evidence, and measures the held-out cases
+at their own resolution: evidence, sharpened evidence, proposals. `table` pairs them patient by patient. A fold that is
+finished is not repeated, one that was stopped goes on at its last checkpoint.
 """
 
 from __future__ import annotations

@@ -6,7 +6,10 @@ from pathlib import Path
 
 import torch
 
+from progidiff.images.close_up import WindowRules
 from progidiff.model.backbone import Backbone
+from progidiff.model.close_up import DenoiserWidths, create_network
+from progidiff.model.close_up_folder import CloseUpCard, save_close_up
 from progidiff.model.codec import MaskCodec
 from progidiff.model.folder import ModelCard, compute_backbone_digest, drop_derived_settings, save_conditioning
 from progidiff.prompts.structures import STRUCTURES
@@ -53,6 +56,26 @@ def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0
     )
     save_conditioning(folder, card, branch, {"note": "random weights"}, "# Random weights for tests\n", half=False)
     return folder
+
+
+def add_tiny_close_up(folder: str | Path, seed: int = 0) -> Path:
+    """Give a model folder a close-up of toy width, with random weights in every layer that starts as zero.
+
+    Args:
+        folder: Of `build_tiny_model`.
+        seed: Of the random weights.
+    """
+    widths = DenoiserWidths(channels=(16, 16), heads=2)
+    network = create_network(384, widths, seed, channels=(8, 8, 16), condition_width=16, injection_width=8)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    rules = WindowRules(size=32, large_size=48)
+    card = CloseUpCard(network.config, rules, structures=STRUCTURES, facts={"note": "random weights"})
+    save_close_up(Path(folder), card, network, half=False)
+    return Path(folder)
 
 
 def build_tiny_denoiser(folder: str | Path, seed: int = 0, channels: tuple[int, ...] = (8, 16, 16, 16)) -> Path:

@@ -214,7 +214,7 @@ class CloseUpWindow:
         return box, found.reshape(*maps.shape[:-2], *found.shape[-2:])
 
     def make_taper(self, ramp_px: float = 8.0) -> Tensor:
-        """Weights (size, size) in (0, 1] that fall towards the border: where windows overlap, they blend without a seam."""
+        """Weights (size, size) in (0, 1], lower towards the border: overlapping windows blend without a seam."""
         place = torch.arange(self.size) + 0.5
         edge = torch.minimum(place, self.size - place)
         ramp = (edge / ramp_px).clamp(max=1.0)

@@ -1,7 +1,7 @@
 """The close-up: a window of fine pixels around what the evidence found, drawn by a small diffusion model.
 
-The denoiser of a whole slice sees an eighth of coarse pixels and cannot know more than the evidence. Here a window holds
-what is asked for in pixels as fine as it fits (`progidiff.images.close_up`), and
+The denoiser of a whole slice sees an eighth of coarse pixels and cannot know more than the evidence. Here a window
+holds what is asked for in pixels as fine as it fits (`progidiff.images.close_up`), and
 
 1. encode   window (N, C, S, S), evidence (N, E, S, S), edits (N, D, S, S), text  -> features, once per window
 2. sharpen  features, evidence                                 -> logits (N, S, S): evidence, corrected at fine pixels
@@ -9,12 +9,13 @@ what is asked for in pixels as fine as it fits (`progidiff.images.close_up`), an
 4. denoise  latents, T = 1 to 4 steps                          -> clean latents
 5. draw     sharpened logits + level + decoded latents         -> probabilities (N, K, S, S)
 
-So diffusion starts near an answer and not from pure noise (truncated diffusion, arXiv 2202.09671), and a fresh denoiser,
-whose last layer is zero, answers with the level sets of one network (p > u_k): the baseline that it must beat.
+So diffusion starts near an answer and not from pure noise (truncated diffusion, arXiv 2202.09671), and a fresh
+denoiser, whose last layer is zero, answers with the level sets of one network (p > u_k): the baseline that it must
+beat.
 
-The branch that conditions the denoiser keeps ControlNet's contract (arXiv 2302.05543): features enter its skips and its
-middle through zero-initialised convolutions. So do edits (clicks, scribbles, boxes, a neighbouring slice that is right):
-without any, nothing changes, bit for bit.
+The branch that conditions the denoiser keeps ControlNet's contract (arXiv 2302.05543): features enter its skips and
+its middle through zero-initialised convolutions. So do edits (clicks, scribbles, boxes, a neighbouring slice that is
+right): without any, nothing changes, bit for bit.
 
 The latents are those of a codec with stride 4 that loses nothing (`ShuffleCodec`), or those of the autoencoder of a
 Stable-Diffusion folder, whose windows are then resampled to its native size.
@@ -333,6 +334,8 @@ class CloseUpNetwork(nn.Module):
         noise: Float[Tensor, "M c s s"],
         levels: Float[Tensor, " M"],
         num_inference_steps: int = 1,
+        guidance_scale: float = 1.0,
+        empty: tuple[Tensor, Tensor | None] | None = None,
         residuals: tuple[list[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "M S S"]:
         """Draw one proposal per row.
@@ -343,6 +346,8 @@ class CloseUpNetwork(nn.Module):
             noise: (M, c, s, s).
             levels: (M,) what is added to the sharpened logits: positive for a generous reading.
             num_inference_steps: T, 1 to 4 are useful.
+            guidance_scale: Strength of the text; 1 costs nothing, other values double the work.
+            empty: Tokens (1, L', D) and mask of the empty text, for guidance.
             residuals: Of `compute_residuals`, if they are known.
 
         Returns:
@@ -361,6 +366,11 @@ class CloseUpNetwork(nn.Module):
             signal, strength = self.noise_level(time)
             latents = signal * clean + strength * given
             predicted = self.predict(latents, time, tokens, token_mask, residuals)
+            if guidance_scale != 1.0 and empty is not None:
+                blank = empty[0].expand(len(latents), -1, -1)
+                blank_mask = None if empty[1] is None else empty[1].expand(len(latents), -1)
+                without = self.predict(latents, time, blank, blank_mask, residuals)
+                predicted = without + guidance_scale * (predicted - without)
             logits = base + self.config.noise_scale * self.codec.decode_signed(predicted).to(base.dtype)
             clean = self.codec.encode_masks(logits.sigmoid())
         return logits
@@ -390,8 +400,10 @@ class CloseUpNetwork(nn.Module):
             return found
         signal, strength = self.noise_level(times)
         if kind == "v_prediction":
-            return signal * latents - strength * found
-        return (latents - strength * found) / signal
+            found = signal * latents - strength * found
+        else:
+            found = (latents - strength * found) / signal
+        return found
 
     def noise_level(self, time: int | Tensor) -> tuple[Any, Any]:
         """Signal and noise at a timestep (square roots of alpha-bar and of 1 - alpha-bar)."""

@@ -68,8 +68,8 @@ class CloseUpCard:
         """The inverse of `to_dict`."""
         if values.get("format") != FORMAT:
             raise ModelError(
-                f"This close-up has format {values.get('format')}, this program reads {FORMAT}; install the version that "
-                "wrote it."
+                f"This close-up has format {values.get('format')}, this program reads {FORMAT}; install the version "
+                "that wrote it."
             )
         return cls(
             network=CloseUpConfig.from_dict(values["network"]),
@@ -86,6 +86,19 @@ def has_close_up(folder: Path) -> bool:
     return (folder / FOLDER / "config.json").is_file()
 
 
+def load_close_up_card(folder: Path) -> CloseUpCard:
+    """Read ``close_up/config.json`` of a model folder.
+
+    Raises:
+        ModelError: if it cannot be read.
+    """
+    path = folder / FOLDER / "config.json"
+    try:
+        return CloseUpCard.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise ModelError(f"'{path}' cannot be read: {err}. Restore it from the version it came with.") from err
+
+
 def load_close_up(folder: Path, device: torch.device) -> tuple[CloseUpCard, CloseUpNetwork]:
     """Load the close-up of a model folder, in fp32.
 
@@ -95,13 +108,11 @@ def load_close_up(folder: Path, device: torch.device) -> tuple[CloseUpCard, Clos
     from diffusers import DDIMScheduler, UNet2DConditionModel
 
     place = folder / FOLDER
+    card = load_close_up_card(folder)
     try:
-        card = CloseUpCard.from_dict(json.loads((place / "config.json").read_text(encoding="utf-8")))
         unet = UNet2DConditionModel.from_pretrained(place / "unet", use_safetensors=True, local_files_only=True)
         scheduler = DDIMScheduler.from_pretrained(place / "scheduler", local_files_only=True)
         tensors = load_file(place / "branch.safetensors")
-    except ModelError:
-        raise
     except Exception as err:  # diffusers and safetensors raise errors of many types for missing and truncated files
         raise ModelError(f"'{place}' cannot be read ({err}); restore it from the version it came with.") from err
     network = CloseUpNetwork(card.network, unet.float(), ShuffleCodec(card.network.latent_stride), scheduler)

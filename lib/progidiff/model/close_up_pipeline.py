@@ -56,7 +56,8 @@ class CloseUpPipeline:
         start = float(torch.rand((), generator=_seed(f"{seed}:start")))
         places = [(start + k * (math.sqrt(5) - 1) / 2) % 1 for k in range(num_proposals)]
         quantiles = torch.special.ndtri(torch.tensor(places).clamp(0.02, 0.98))
-        return quantiles * self.network.config.level_spread
+        levels: Tensor = quantiles * self.network.config.level_spread
+        return levels
 
     @torch.no_grad()
     def propose(
@@ -67,6 +68,8 @@ class CloseUpPipeline:
         noise: Float[Tensor, "K c l l"],
         levels: Float[Tensor, " K"],
         num_inference_steps: int = 1,
+        guidance_scale: float = 1.0,
+        empty: tuple[Tensor, Tensor | None] | None = None,
     ) -> tuple[Float[Tensor, "N S S"], Float[Tensor, "N K S S"]]:
         """Sharpened evidence and K proposals of N windows.
 
@@ -75,6 +78,8 @@ class CloseUpPipeline:
             tokens, token_mask: Of each window's prompt.
             noise, levels: Of the proposals.
             num_inference_steps: T.
+            guidance_scale: Strength of the text; 1 costs nothing, other values double the work.
+            empty: Tokens (1, L', D) and mask of the empty text, for guidance.
 
         Returns:
             Both as probabilities in [0, 1], fp32 on the CPU.
@@ -95,6 +100,8 @@ class CloseUpPipeline:
                 given.repeat(count, 1, 1, 1),
                 levels.to(self.device).repeat(count),
                 num_inference_steps,
+                guidance_scale,
+                empty,
                 ([r.repeat_interleave(each, 0) for r in down], middle.repeat_interleave(each, 0)),
             )
         probabilities = drawn.float().sigmoid().view(count, each, *drawn.shape[-2:])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -76,7 +76,6 @@ class CloseUpTools:
     Attributes:
         pipeline: The network that draws.
         rules: How windows are planned.
-        num_inference_steps: T.
         shelf: What was found before.
         texts: Prompts that are looked for beside those of the request, for the next one.
         prompts: The same, encoded.
@@ -84,7 +83,6 @@ class CloseUpTools:
 
     pipeline: CloseUpPipeline
     rules: WindowRules
-    num_inference_steps: int
     shelf: EvidenceShelf
     texts: tuple[str, ...]
     prompts: EncodedPrompts
@@ -147,7 +145,15 @@ class CloseUpWalk(Walk):
         tools, grid = self._tools, self._result.grid
         parts: dict[int, list[tuple[CloseUpWindow, torch.Tensor]]] = {}
         for drawing in draw_close_ups(
-            tools.pipeline, subject, windows, self._close_noise, self._levels, tools.num_inference_steps, slices, at_once
+            tools.pipeline,
+            subject,
+            windows,
+            self._close_noise,
+            self._levels,
+            self._steps,
+            slices,
+            at_once,
+            self._guidance,
         ):
             for n, z in enumerate(drawing.slices.tolist()):
                 parts.setdefault(z, []).append((drawing.window, drawing.probabilities[n]))
@@ -160,18 +166,41 @@ class CloseUpWalk(Walk):
 
     def _find_subjects(self, size: BatchSize) -> list[tuple[Subject, list[CloseUpWindow]]]:
         """Evidence and windows of every structure that is asked for."""
-        shelf, found = self._tools.shelf, self._tools.shelf.get(self._key)
-        texts = [query.text for query in self._request.queries]
+        shelf, texts = self._tools.shelf, [query.text for query in self._request.queries]
+        found = shelf.get(self._key)
         if any(text not in found for text in texts):
-            found |= self._find(size, texts, self._prompts)
-            rest = [text for text in self._tools.texts if text not in found]
+            found |= self._find(size)
             shelf.put(self._key, found)
         threshold = round(self._card.gate * 255)
         subjects = []
         for p, text in enumerate(texts):
             mask = None if self._prompts.mask is None else self._prompts.mask[p]
             subject = Subject(
-                self._stack, self._window, found[text], self._grid, self._prompts.pooled[p], self._prompts.tokens[p], mask
+                stack=self._stack,
+                intensities=self._window,
+                evidence=found[text],
+                grid=self._grid,
+                pooled=self._prompts.pooled[p],
+                empty=(self._prompts.empty_tokens, self._prompts.empty_mask),
+                tokens=self._prompts.tokens[p],
+                token_mask=mask,
             )
             subjects.append((subject, plan_windows(found[text] >= threshold, self._grid, self._tools.rules)))
         return subjects
+
+    def _find(self, size: BatchSize) -> dict[str, NDArray[np.uint8]]:
+        """Look for the request's structures, and for those that may be asked for next, on all slices."""
+        asked = [query.text for query in self._request.queries]
+        others = [i for i, text in enumerate(self._tools.texts) if text not in asked]
+        pooled = torch.cat([self._prompts.pooled, self._tools.prompts.pooled[others]])
+        prompts = replace(self._prompts, pooled=pooled)
+        texts = [*asked, *(self._tools.texts[i] for i in others)]
+        shape = (len(texts), len(self._stack), self._grid.height, self._grid.width)
+        evidence = np.zeros(shape, np.uint8)
+        for start in range(0, len(self._stack), size.slices):
+            self._check_cancelled()
+            slices = np.arange(start, min(start + size.slices, len(self._stack)), dtype=np.int64)
+            features = self._encode(slices).to(next(self._pipeline.branch.parameters()).dtype)
+            maps = self._pipeline.predict_evidence(features, prompts)  # (n, P, h, w)
+            evidence[:, slices] = (maps * 255).round().to(torch.uint8).cpu().numpy().swapaxes(0, 1)
+        return dict(zip(texts, evidence, strict=True))

@@ -34,6 +34,7 @@ class Subject:
         pooled: (T,) its text vector.
         tokens: (L, D) for cross-attention.
         token_mask: (L,), or None.
+        empty: Tokens (1, L', D) and mask (1, L') of the empty text, for guidance; None without it.
         edits: Maps (D, S, S) of a slice of a window, or None where nobody drew anything.
     """
 
@@ -44,6 +45,7 @@ class Subject:
     pooled: Tensor
     tokens: Tensor
     token_mask: Tensor | None
+    empty: tuple[Tensor, Tensor | None] | None = None
     edits: Callable[[CloseUpWindow, int], Tensor | None] | None = None
 
 
@@ -73,6 +75,7 @@ def draw_close_ups(
     num_inference_steps: int = 1,
     slices: NDArray[np.int64] | None = None,
     at_once: int = 16,
+    guidance_scale: float = 1.0,
 ) -> Iterator[Drawing]:
     """Draw a structure in its windows.
 
@@ -84,6 +87,7 @@ def draw_close_ups(
         num_inference_steps: T.
         slices: Only these axial indices; None for all that the windows show.
         at_once: Windows in one batch.
+        guidance_scale: Strength of the text; 1 costs nothing.
     """
     for window in windows:
         wanted = window.slices if slices is None else window.slices[np.isin(window.slices, slices)]
@@ -93,7 +97,9 @@ def draw_close_ups(
             count = len(part)
             tokens = subject.tokens[None].expand(count, -1, -1)
             mask = None if subject.token_mask is None else subject.token_mask[None].expand(count, -1)
-            sharpened, drawn = pipeline.propose(batch, tokens, mask, noise, levels, num_inference_steps)
+            sharpened, drawn = pipeline.propose(
+                batch, tokens, mask, noise, levels, num_inference_steps, guidance_scale, subject.empty
+            )
             yield Drawing(window, part, sharpened, drawn)
 
 
@@ -143,33 +149,48 @@ def place_on_stack(
         which: What of them: (n, S, S) or (n, K, S, S).
 
     Returns:
-        Axial index -> the rows and columns of the smallest box around all windows, and the maps there (..., rows, columns).
+        Axial index -> the rows and columns of the smallest box around all windows, and the maps there.
     """
     by_slice: dict[int, list[tuple[CloseUpWindow, Tensor]]] = {}
     for drawing in drawings:
         maps = which(drawing)
         for n, z in enumerate(drawing.slices.tolist()):
             by_slice.setdefault(z, []).append((drawing.window, maps[n]))
-    return {z: _blend(parts) for z, parts in by_slice.items()}
+    return {
+        z: blend(parts, lambda window, values: (window.box, window.restore(values))) for z, parts in by_slice.items()
+    }
 
 
-def _blend(parts: Sequence[tuple[CloseUpWindow, Tensor]]) -> tuple[tuple[slice, slice], Tensor]:
+Restore = Callable[[CloseUpWindow, Tensor], tuple[tuple[slice, slice], Tensor]]
+"""A window and its maps -> rows and columns of the target, and the maps there."""
+
+
+def blend(parts: Sequence[tuple[CloseUpWindow, Tensor]], restore: Restore) -> tuple[tuple[slice, slice], Tensor]:
+    """Maps of several windows as one: where they overlap, each counts less towards its border.
+
+    Args:
+        parts: Windows and their maps (..., S, S) of one slice.
+        restore: Brings them to the target's pixels.
+
+    Returns:
+        The rows and columns of the smallest box around all windows, and the maps (..., rows, columns).
+    """
     if len(parts) == 1:
-        window, maps = parts[0]
-        return window.box, window.restore(maps)
-    boxes = [window.box for window, _ in parts]
+        return restore(*parts[0])
+    restored = [restore(window, maps) for window, maps in parts]
+    boxes = [box for box, _ in restored]
     rows, columns = (
         slice(min(box[axis].start for box in boxes), max(box[axis].stop for box in boxes)) for axis in (0, 1)
     )
     leading = parts[0][1].shape[:-2]
     total = torch.zeros(*leading, rows.stop - rows.start, columns.stop - columns.start)
     weight = torch.zeros(total.shape[-2:])
-    for (window, maps), box in zip(parts, boxes, strict=True):
+    for (window, _), (box, maps) in zip(parts, restored, strict=True):
         inside = (
             slice(box[0].start - rows.start, box[0].stop - rows.start),
             slice(box[1].start - columns.start, box[1].stop - columns.start),
         )
-        taper = window.restore(window.make_taper())
-        total[..., inside[0], inside[1]] += window.restore(maps) * taper
+        taper = restore(window, window.make_taper())[1]
+        total[..., inside[0], inside[1]] += maps * taper
         weight[inside] += taper
     return (rows, columns), total / weight.clamp_min(1e-6)

@@ -25,7 +25,7 @@ def draw_edit_maps(
     wanted: NDArray[np.bool_] | None = None,
     unwanted: NDArray[np.bool_] | None = None,
     frame: NDArray[np.bool_] | None = None,
-    neighbour: NDArray[np.floating] | Tensor | None = None,
+    neighbour: NDArray[np.float32] | Tensor | None = None,
     neighbour_mm: float = 0.0,
 ) -> Tensor:
     """The maps of one window.

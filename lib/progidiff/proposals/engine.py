@@ -24,11 +24,14 @@ from progidiff.errors import MemoryFullError, NotFoundError, ProGiDiffError, Req
 from progidiff.images.volume import Volume
 from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.model.backbone import Backbone, pick_device
+from progidiff.model.close_up_folder import has_close_up, load_close_up, load_close_up_card
+from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.folder import ModelCard, load_card, load_pipeline
 from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.prompts.parser import Query
 from progidiff.proposals.batches import Batch, BatchSize, compute_in_batches, is_out_of_memory
+from progidiff.proposals.close_up_walk import CloseUpTools, CloseUpWalk, EvidenceShelf
 from progidiff.proposals.request import AUTO, NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.walk import FeatureBook, Walk, count_bytes
@@ -75,6 +78,15 @@ class Engine:
         self._prompts: dict[tuple[str, ...], EncodedPrompts] = {}
         self._adapted: OrderedDict[str, ProposalPipeline] = OrderedDict()
         self._features: OrderedDict[tuple[str, str], list[SliceFeatures]] = OrderedDict()
+        self._shelf = EvidenceShelf(FEATURE_CACHE_BYTES)
+        self._close_up: CloseUpTools | None = None
+
+    @property
+    def num_inference_steps(self) -> int:
+        """Denoising steps of a request that names none."""
+        if has_close_up(self.model_dir):
+            return load_close_up_card(self.model_dir).num_inference_steps
+        return self.card.num_inference_steps
 
     @property
     def card(self) -> ModelCard:
@@ -101,7 +113,7 @@ class Engine:
                 "model_version": card.full_name,
                 "modality": card.modality,
                 "structures": list(card.structures),
-                "num_inference_steps": card.num_inference_steps,
+                "num_inference_steps": self.num_inference_steps,
                 "guidance_scale": card.guidance_scale,
                 "backbone": self._backbone_source,
                 "loaded": self._pipeline is not None,
@@ -130,9 +142,20 @@ class Engine:
             if backbone.device.type == "cpu" and self._dtype is None and torch.cpu._is_avx512_bf16_supported():
                 autocast = torch.bfloat16
             self._card, self._pipeline = load_pipeline(self.model_dir, backbone, autocast)
+            if has_close_up(self.model_dir):
+                self._close_up = self._load_close_up(self._pipeline, autocast)
             for part in (backbone.unet, backbone.text_encoder, backbone.tokenizer):
                 logger.debug("Ready: %s", type(part).__name__)
         return self._pipeline
+
+    def _load_close_up(self, pipeline: ProposalPipeline, autocast: torch.dtype | None) -> CloseUpTools:
+        card, network = load_close_up(self.model_dir, pipeline.device)
+        if pipeline.device.type != "cpu":
+            network.to(next(pipeline.branch.parameters()).dtype)
+        texts = self.card.structures
+        return CloseUpTools(
+            CloseUpPipeline(network, autocast), card.rules, self._shelf, texts, self._encode_prompts(pipeline, texts)
+        )
 
     def pick_adapter(self, adapter: str | None, modality: str) -> AdapterCard | None:
         """Which version a request gets: reads a few small files, loads nothing, and may be asked from any thread.
@@ -244,11 +267,14 @@ class Engine:
         started = time.monotonic()
         chosen = self.pick_adapter(request.adapter, volume.modality)
         pipeline = self.load() if chosen is None else self._load_adapted(chosen)
-        card = self.card
+        card, tools = self.card, self._close_up
         adapter = "" if chosen is None else chosen.full_name
-        settled = request.settle(card.num_inference_steps, card.guidance_scale, adapter)
+        settled = request.settle(self.num_inference_steps, card.guidance_scale, adapter)
         prompts = self._encode_prompts(pipeline, tuple(query.text for query in request.queries))
-        walk = Walk(pipeline, card, settled, adapter, volume, prompts, work, started)
+        if tools is None:
+            walk = Walk(pipeline, card, settled, adapter, volume, prompts, work, started)
+        else:
+            walk = CloseUpWalk(pipeline, tools, card, settled, adapter, volume, prompts, work, started)
 
         # Features of this very volume and these slices, if they are still there.
         key = (adapter, f"{volume.digest}:{len(walk.slices)}:{hash(walk.slices.tobytes())}:{walk.size.slices}")
@@ -256,7 +282,7 @@ class Engine:
             self._features.move_to_end(key)
         book = FeatureBook(self._features.get(key), work.remember, FEATURE_CACHE_BYTES)
 
-        def compute(batch: Batch, size: BatchSize) -> SliceFeatures:
+        def compute(batch: Batch, size: BatchSize) -> SliceFeatures | None:
             return walk.compute(batch, size, book.find(batch.number))
 
         def make_room(size: BatchSize) -> None:
@@ -271,7 +297,8 @@ class Engine:
 
         samples_per_slice = len(request.queries) * request.num_proposals
         for batch, features in compute_in_batches(walk.batches, walk.size, samples_per_slice, compute, make_room):
-            book.add(batch.number, features)
+            if features is not None:
+                book.add(batch.number, features)
             walk.finish(batch)
         self._remember(key, book.collected(len(walk.batches)))
         return walk.end()
@@ -279,6 +306,7 @@ class Engine:
     def _free_memory(self) -> None:
         """Let go of everything that can be made again."""
         self._features.clear()
+        self._shelf.clear()
         self._adapted.clear()
         self._prompts.clear()
         if torch.cuda.is_available():

@@ -153,7 +153,7 @@ class Walk:
         self.size = SMALL if work.is_yielding and pipeline.device.type == "cpu" else WHOLE
         self.batches = plan_batches(self.slices, self.size.slices, work.first)
 
-    def compute(self, batch: Batch, size: BatchSize, features: SliceFeatures | None) -> SliceFeatures:
+    def compute(self, batch: Batch, size: BatchSize, features: SliceFeatures | None) -> SliceFeatures | None:
         """Propose on some slices.
 
         Args:
@@ -162,7 +162,7 @@ class Walk:
             features: Of these slices, if they are known.
 
         Returns:
-            The features, for the next prompt.
+            The features, for the next prompt; None if there is nothing to remember.
         """
         self._check_cancelled()
         # 1. Encode

@@ -221,7 +221,7 @@ class CloseUpObjective:
         residuals = ([r.repeat_interleave(count, 0) for r in down], middle.repeat_interleave(count, 0))
         tokens = batch.tokens.repeat_interleave(count, 0)
         mask = None if batch.mask is None else batch.mask.repeat_interleave(count, 0)
-        drawn = self.network.draw(features.repeat(count), tokens, mask, noise, levels, 1, residuals)
+        drawn = self.network.draw(features.repeat(count), tokens, mask, noise, levels, residuals=residuals)
         return drawn.view(len(batch.truth), count, *drawn.shape[-2:])
 
     def _denoise(self, batch: CloseUpBatch, features: WindowFeatures, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,130 @@
+"""The engine with a close-up: one volume, windows by evidence, proposals on twice as many pixels."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from progidiff.errors import CancelledError
+from progidiff.images.close_up import WindowRules, plan_windows
+from progidiff.images.reading import load_volume
+from progidiff.images.volume import Volume
+from progidiff.prompts.parser import Query
+from progidiff.proposals.close_up_walk import EvidenceShelf
+from progidiff.proposals.close_ups import blend
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
+from progidiff.proposals.volume_proposals import VolumeProposals
+from progidiff.proposals.work import Work
+from progidiff.testing import add_tiny_close_up
+
+LIVER, SPLEEN, AORTA = (Query(name, name) for name in ("liver", "spleen", "aorta"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    folder = tmp_path_factory.mktemp("close") / "model"
+    shutil.copytree(tiny_model, folder)
+    return add_tiny_close_up(folder)
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory, phantom_writer: Callable[..., Path]) -> Volume:
+    return load_volume(phantom_writer(tmp_path_factory.mktemp("close") / "phantom.nii.gz"), modality="CT")
+
+
+@pytest.fixture
+def engine(model: Path) -> Engine:
+    return Engine(model, device="cpu", dtype="fp32")
+
+
+def differ(first: VolumeProposals, second: VolumeProposals) -> int:
+    return int(np.abs(first.probabilities.astype(int) - second.probabilities.astype(int)).max())
+
+
+def test_proposals_lie_on_twice_as_many_pixels_and_come_back_on_the_grid_of_the_input(engine: Engine, volume: Volume):
+    result = engine.propose(ProposalRequest(queries=[LIVER, AORTA], num_proposals=3, seed=7), volume)
+    assert result.probabilities.shape == (2, 3, 8, 64, 128)
+    assert result.probabilities.any()
+    assert result.num_inference_steps == 1
+    assert result.mask(volume.grid, "liver", "consensus").shape == volume.array.shape
+
+
+def test_a_second_prompt_looks_at_no_slice_again(engine: Engine, volume: Volume):
+    calls: list[int] = []
+    engine.load().branch.encoder.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2), volume)
+    engine.propose(ProposalRequest(queries=[SPLEEN, AORTA], num_proposals=2), volume)
+    assert sum(calls) == 8
+    engine.propose(ProposalRequest(queries=[Query("kidney stone", "kidney stone")], num_proposals=2), volume)
+    assert sum(calls) == 16, "words that nobody looked for yet need another look"
+
+
+def test_proposal_k_does_not_depend_on_k_or_on_what_else_is_asked(engine: Engine, volume: Volume):
+    one = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, clean_up="off"), volume)
+    more = engine.propose(ProposalRequest(queries=[AORTA, LIVER], num_proposals=4, clean_up="off"), volume)
+    assert np.abs(one.probabilities[0].astype(int) - more.probabilities[1, :2].astype(int)).max() <= 1
+
+
+def test_a_slice_alone_is_what_it_is_in_the_volume(engine: Engine, volume: Volume):
+    whole = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, clean_up="off"), volume)
+    part = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, slices=(3,), clean_up="off"), volume)
+    assert np.abs(whole.probabilities[:, :, 3].astype(int) - part.probabilities[:, :, 3].astype(int)).max() <= 1
+    assert not part.probabilities[:, :, [0, 1, 2, 4, 5, 6, 7]].any()
+
+
+def test_the_same_request_gives_the_same_proposals_and_another_seed_others(engine: Engine, model: Path, volume: Volume):
+    request = ProposalRequest(queries=[LIVER], num_proposals=2, seed=3)
+    first = engine.propose(request, volume)
+    assert differ(first, Engine(model, device="cpu", dtype="fp32").propose(request, volume)) == 0
+    assert differ(first, engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, seed=4), volume)) > 0
+
+
+def test_it_can_be_cancelled_while_it_looks(engine: Engine, volume: Volume):
+    with pytest.raises(CancelledError):
+        engine.propose(ProposalRequest(queries=[LIVER]), volume, Work(is_cancelled=lambda: True))
+
+
+def test_progress_reaches_the_end(engine: Engine, volume: Volume):
+    seen: list[tuple[int, int]] = []
+    engine.propose(
+        ProposalRequest(queries=[LIVER]), volume, Work(on_progress=lambda done, total: seen.append((done, total)))
+    )
+    assert seen[-1] == (8, 8)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+def test_one_slice_is_a_volume(engine: Engine, phantom_writer: Callable[..., Path], tmp_path: Path):
+    flat = load_volume(phantom_writer(tmp_path / "flat.nii.gz", shape=(40, 30, 1)), modality="CT")
+    result = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2), flat)
+    assert result.probabilities.shape[2] == 1
+
+
+def test_two_windows_that_overlap_show_no_seam(engine: Engine, volume: Volume):
+    result = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=1), volume)
+    grid = result.grid
+    found = np.zeros((8, grid.height, grid.width), bool)
+    found[2:5, 8:16, 8:16] = True
+    found[2:5, 20:26, 80:120] = True
+    rules = WindowRules(size=32, large_size=32, apart_mm=0.0, margin_mm=60.0)
+    windows = plan_windows(found, grid, rules)
+    assert len(windows) == 2
+    flat = [(window, torch.full((1, window.size, window.size), 0.7)) for window in windows]
+    (_, _), maps = blend(flat, lambda window, values: window.restore_to(values, grid))
+    covered = maps[maps > 0]
+    assert covered.min() > 0.699
+    assert covered.max() < 0.701
+
+
+def test_the_shelf_forgets_the_oldest_volume_first():
+    shelf = EvidenceShelf(max_bytes=250)
+    for name in ("a", "b", "c"):
+        shelf.put(("", name), {"liver": np.zeros(100, np.uint8)})
+    assert [bool(shelf.get(("", name))) for name in ("a", "b", "c")] == [False, True, True]
+    shelf.clear()
+    assert not shelf.get(("", "c"))

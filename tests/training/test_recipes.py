@@ -26,7 +26,8 @@ from progidiff.proposals.engine import Engine
 from progidiff.proposals.request import ProposalRequest
 from progidiff.testing import TOY_WIDTHS
 from progidiff.training.backbone_stages import crop_around, describe_slice, draw_masks
-from progidiff.training.evidence_stage import PhraseTable, one_hot
+from progidiff.training.dice_tally import one_hot
+from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.losses import ProposalLosses
 from progidiff.training.proposal_stage import (
     ProposalObjective,

@@ -20,7 +20,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
-from progidiff.cli import annotating, audit, textdiff, training, users
+from progidiff.cli import annotating, audit, exchanging, textdiff, training, users
 from progidiff.cli.options import (
     AdapterOption,
     BackboneOption,
@@ -570,4 +570,5 @@ training.register(app)
 annotating.register(app)
 users.register(app)
 audit.register(app)
+exchanging.register(app)
 textdiff.register(app)

@@ -156,6 +156,30 @@ def write_nifti(array: NDArray[Any], grid: Grid, path: Path) -> None:
     nibabel.save(image, path)
 
 
+def take_channel(path: Path, index: int, target: Path) -> Path:
+    """One of the channels that lie along the fourth axis of a NIfTI, as a file of its own with the same place.
+
+    Args:
+        path: Shape (I, J, K, C).
+        index: Of the channel, from 0.
+        target: Written.
+
+    Raises:
+        ImageError: if it is something else, or has fewer channels.
+    """
+    image = open_nifti(path)
+    shape = image.shape
+    if len(shape) != 4 or not 0 <= index < shape[3]:
+        raise ImageError(
+            f"'{path.name}' has {' x '.join(map(str, shape))} voxels, and channel {index} of a fourth axis was to be "
+            "taken. "
+            "Correct the channels in dataset.json."
+        )
+    check_size(shape, path, image.get_data_dtype().itemsize)
+    nibabel.save(image.slicer[..., index], target)
+    return target
+
+
 def _read_header(image: Any, path: Path) -> tuple[Affine, HeaderReading | None]:
     """Voxel index -> RAS mm, and how it was found."""
     header = image.header

@@ -56,7 +56,10 @@ FINAL = "final"
 _MAX_FOLDER_NAME = 255
 """Bytes of a file name, on every usual disk."""
 
-Kind = Literal["label", "delete", "undo", "restore", "skip"]
+Kind = Literal["label", "delete", "undo", "restore", "skip", "export"]
+
+_WITHOUT_EFFECT = ("skip", "export")
+"""Kinds of events that change nothing of what is in force."""
 
 _NOT_KEPT = (
     "The label could not be kept in '{}' ({}); nothing was saved. Free some disk space, or check who may write there, "
@@ -158,8 +161,8 @@ class Event:
 
     Attributes:
         sequence, time, image, tag, user: As in `Annotation`.
-        kind: "label", "delete", "undo", "restore" or "skip".
-        reason: Of a skip or a delete.
+        kind: "label", "delete", "undo", "restore", "skip" or "export".
+        reason: Of a skip or a delete; of an export, what it was a part of.
         target: The save that a restore goes back to; None otherwise.
         label: What was saved; None unless `kind` is "label".
     """
@@ -326,6 +329,10 @@ class AnnotationStore:
     def skip(self, image: str, user: str = "", reason: str = "") -> Event:
         """Say that somebody looked at an image and left it."""
         return self._record_event("skip", image, user, FINAL, reason)
+
+    def note_export(self, image: str, user: str = "", reason: str = "") -> Event:
+        """Say that a copy of an image went out, and as a part of what."""
+        return self._record_event("export", image, user, FINAL, reason)
 
     def undo(self, image: str, user: str = "", tag: str = FINAL) -> Annotation | None:
         """Go back one step: to what was in force before the last save, delete or restore.
@@ -794,7 +801,7 @@ class AnnotationStore:
             self._events.append(line.event)
             if line.event.label is not None:
                 self._labels[line.event.sequence] = line.event.label
-            if line.event.kind != "skip":
+            if line.event.kind not in _WITHOUT_EFFECT:
                 self._tracks.setdefault((line.event.image, line.event.tag), _Track()).apply(line.event, self._labels)
         self._offset += end
 

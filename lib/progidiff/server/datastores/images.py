@@ -14,7 +14,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.datastore import Datastore
 
 from progidiff.errors import BusyError, ImageError, NotFoundError, RequestError
-from progidiff.server.datastores.ids import is_plain_id, make_id
+from progidiff.images.ids import is_plain_id, make_id
 from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.local import SafeLocalDatastore
 

@@ -21,6 +21,7 @@ from progidiff.errors import NotFoundError
 from progidiff.images.reading import read_grid
 from progidiff.labels.audit import describe_origin
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore
+from progidiff.labels.in_force import find_previous, is_repeat, record_ready, rename_in_force
 from progidiff.labels.saving import (
     SaveOptions,
     check_label,
@@ -31,15 +32,7 @@ from progidiff.labels.saving import (
 )
 from progidiff.proposals.store import ProposalStore
 from progidiff.server.datastores.image_locks import ImageLocks
-from progidiff.server.datastores.local import (
-    SavedLabel,
-    check_replaced,
-    check_tag,
-    find_previous,
-    is_repeat,
-    record_ready,
-    rename_in_force,
-)
+from progidiff.server.datastores.local import SavedLabel, check_replaced, check_tag
 from progidiff.storage.atomic import scratch_folder
 
 logger = logging.getLogger(__name__)

@@ -25,10 +25,10 @@ from starlette.background import BackgroundTask
 
 from progidiff.errors import NotFoundError, RequestError, StoreError
 from progidiff.images.formats import Use, find_format, list_suffixes
+from progidiff.images.ids import make_id
 from progidiff.labels.audit import format_audit, list_audit
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore
 from progidiff.server.datastores import images
-from progidiff.server.datastores.ids import make_id
 from progidiff.server.datastores.local import SafeLocalDatastore, check_tag
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import (

@@ -1,0 +1,1 @@
+"""Data sets that come from elsewhere and go elsewhere: folders of nnU-Net, of the Decathlon, of DICOM files."""

@@ -28,12 +28,14 @@ from progidiff.images.geometry import Grid
 from progidiff.images.reading import load_volume, read_grid
 from progidiff.images.sidecars import find_stated_modality
 from progidiff.images.writing import save_mask
-from progidiff.labels.cases import LABELS_JSON, LabelledCase, list_labelled, read_label_names
+from progidiff.labels.cases import LABELS_JSON, LabelledCase, list_labelled
 from progidiff.labels.history import AnnotationStore
-from progidiff.labels.segments import combine_names, load_label_map
+from progidiff.labels.in_force import find_meaning
+from progidiff.labels.saving import load_label_ids
+from progidiff.labels.segments import load_label_map
 from progidiff.labels.slicer import save_segmentation
 from progidiff.prompts.parser import canonical_name
-from progidiff.prompts.structures import fixed_ids, number_structures
+from progidiff.prompts.structures import number_structures
 from progidiff.storage.atomic import atomic_folder
 
 Target = Literal["nnunet", "msd", "slicer", "files"]
@@ -120,8 +122,8 @@ def export_dataset(
     _check_folder(out, settings.target)
     annotations = AnnotationStore(state / "annotations", studies / "labels" / "final")
     cases = list_labelled(studies, settings.images)
-    folder_names = read_label_names(studies / LABELS_JSON) if (studies / LABELS_JSON).is_file() else None
-    structures = settings.structures or _list_structures(cases, annotations, folder_names)
+    folder_ids = load_label_ids(studies)
+    structures = settings.structures or _list_structures(cases, annotations, folder_ids)
     outcomes: list[ExportOutcome] = []
     written: list[str] = []
     try:
@@ -130,7 +132,7 @@ def export_dataset(
             writer = _Writer(scratch, settings, structures, pseudonyms)
             for case in cases:
                 try:
-                    notes = writer.add(_read_label(case, annotations, folder_names))
+                    notes = writer.add(_read_label(case, annotations, folder_ids))
                     written.append(case.name)
                     outcomes.append(ExportOutcome(case.name, "exported", notes))
                 except StoreError:
@@ -332,33 +334,28 @@ def _check_folder(out: Path, target: Target) -> None:
 
 
 def _list_structures(
-    cases: Iterable[LabelledCase], annotations: AnnotationStore, folder_names: Mapping[int, str] | None
+    cases: Iterable[LabelledCase], annotations: AnnotationStore, folder_ids: Mapping[str, int]
 ) -> tuple[str, ...]:
     """What the labels in force speak about, all together."""
     found: dict[str, None] = {}
     for case in cases:
         for save in annotations.in_force(case.name):
             found |= dict.fromkeys(map(canonical_name, save.structures or [name for name, _ in save.label_ids]))
-    if not found:
-        found = dict.fromkeys(canonical_name(name) for name in (folder_names or {}).values())
-    return tuple(found) or tuple(fixed_ids())
+    return tuple(found) or tuple(folder_ids)
 
 
-def _read_label(case: LabelledCase, annotations: AnnotationStore, folder_names: Mapping[int, str] | None) -> _Label:
+def _read_label(case: LabelledCase, annotations: AnnotationStore, folder_ids: Mapping[str, int]) -> _Label:
     grid = read_grid(case.image)
     label = load_label_map(case.label, grid)
     saves = annotations.in_force(case.name)
-    recorded = {value: name for name, value in saves[-1].label_ids} if saves else {}
-    names = {**(folder_names or {}), **combine_names(label.names, recorded)}
-    if not names:
-        names = {value: name for name, value in fixed_ids().items()}
+    names = find_meaning(label, saves[-1] if saves else None, folder_ids)
     spoken: dict[str, frozenset[int] | None] | None = {} if saves else None
     for save in saves:
         for name in [canonical_name(text) for text in save.structures] or [""]:
             before = (spoken or {}).get(name, frozenset())
             slices = None if before is None or save.slices is None else before | frozenset(save.slices)
             spoken = {**(spoken or {}), name: slices}
-    return _Label(case, grid, label.array, {value: canonical_name(name) for value, name in names.items()}, spoken)
+    return _Label(case, grid, label.array, names, spoken)
 
 
 def _speaks(spoken: Mapping[str, frozenset[int] | None], name: str) -> bool:

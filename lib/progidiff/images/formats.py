@@ -31,6 +31,7 @@ class Use(Flag):
         SESSION: Sent for a session, also in an archive.
         LABEL: A label map that somebody made.
         ANSWER: A label map that is made here; the host lists these, so labels that come so are kept byte for byte.
+        SEGMENTS: A label map that is made here on request and names what it draws.
     """
 
     NONE = 0
@@ -39,6 +40,7 @@ class Use(Flag):
     SESSION = auto()
     LABEL = auto()
     ANSWER = auto()
+    SEGMENTS = auto()
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ _PICTURE = (pictures.read_picture_map, pictures.read_picture_place)
 FORMATS: tuple[Format, ...] = (
     Format(".nii.gz", "NIfTI", "volume", _ALL, *_NIFTI),
     Format(".nii", "NIfTI", "volume", _ALL, *_NIFTI),
-    Format(".seg.nrrd", "NRRD", "volume", Use.LABEL, *_TEXT),
+    Format(".seg.nrrd", "NRRD", "volume", Use.LABEL | Use.SEGMENTS, *_TEXT),
     Format(".nrrd", "NRRD", "volume", _ALL, *_TEXT, itk.write_itk),
     Format(".mha", "MetaImage", "volume", _READ | Use.LABEL, *_TEXT, itk.write_itk),
     Format(".nhdr", "NRRD", "volume", Use.NONE, *_TEXT),

@@ -11,7 +11,8 @@ from progidiff.errors import NotFoundError
 from progidiff.images.geometry import Grid
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore, hash_file
 from progidiff.labels.saving import Previous, ReadyLabel, combine_ids, prepare_renamed
-from progidiff.labels.segments import combine_names, find_names
+from progidiff.labels.segments import LabelMap, combine_names, find_names
+from progidiff.prompts.parser import canonical_name
 
 
 def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Previous | None:
@@ -26,6 +27,19 @@ def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Prev
     file = annotations.label_file(saves[-1])
     names = combine_names(find_names(file), {value: name for name, value in saves[-1].label_ids})
     return Previous(file, {name: value for value, name in names.items()}, slices, structures)
+
+
+def find_meaning(label: LabelMap, save: Annotation | None, folder_ids: Mapping[str, int]) -> dict[int, str]:
+    """Id -> structure of a label in force: as its file says, as its save says, and as the folder does.
+
+    Args:
+        label: Read.
+        save: The last in force; None if somebody else made the label.
+        folder_ids: Structure -> id, of `labels.saving.load_label_ids`.
+    """
+    recorded = {} if save is None else {value: name for name, value in save.label_ids}
+    names = {**{value: name for name, value in folder_ids.items()}, **combine_names(label.names, recorded)}
+    return {value: canonical_name(name) for value, name in names.items()}
 
 
 def rename_in_force(

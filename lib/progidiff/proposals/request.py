@@ -332,7 +332,7 @@ class InferOptions(AnswerOptions):
         clean_up: How islands are dropped from every proposal once all slices are there: "off", "small" or "largest",
             see `progidiff.proposals.islands`.
         first_slice: The axial index that somebody looks at, to be computed first; None for any order.
-        result_extension: ".nii.gz", ".nii" or ".nrrd".
+        result_extension: ".nii.gz", ".nii", ".nrrd", or ".seg.nrrd" for a segmentation of 3D Slicer.
     """
 
     prompt: str
@@ -372,7 +372,7 @@ class InferOptions(AnswerOptions):
         steps = values.get("steps")
         guidance = values.get("guidance_scale")
         first_slice = values.get("first_slice")
-        extensions = list_suffixes(Use.ANSWER, "volume")
+        extensions = (*list_suffixes(Use.ANSWER, "volume"), *list_suffixes(Use.SEGMENTS))
         adapter = _read_adapter(values.get("adapter", adapters[0]), adapters) if adapters else None
         return cls(
             **shared,

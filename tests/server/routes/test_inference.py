@@ -165,7 +165,7 @@ def test_a_structure_is_answered_at_once_from_a_longer_prompts_proposals(server:
     assert {one["proposals"]: one["structures"] for one in kept}[short["proposals"]] == ["liver"]
 
 
-@pytest.mark.parametrize("extension", [".nii.gz", ".nii", ".nrrd"])
+@pytest.mark.parametrize("extension", [".nii.gz", ".nii", ".nrrd", ".seg.nrrd"])
 def test_the_file_has_the_extension_the_viewer_asked_for(server: Server, extension: str, tmp_path: Path):
     response = server.infer(
         "oblique", {"prompt": "liver", "num_proposals": 2, "steps": 1, "result_extension": extension}, output="image"
@@ -174,13 +174,17 @@ def test_the_file_has_the_extension_the_viewer_asked_for(server: Server, extensi
     assert response.headers["content-disposition"].rstrip('"').endswith(extension)
     file = tmp_path / f"mask{extension}"
     file.write_bytes(response.content)
-    if extension != ".nrrd":
+    if not extension.endswith(".nrrd"):
         np.testing.assert_allclose(nibabel.load(file).affine, OBLIQUE, atol=1e-4)
         return
     import SimpleITK as sitk
 
     lps_to_ras = np.diag([-1.0, -1.0, 1.0])
     mask = sitk.ReadImage(str(file))
+    if extension == ".seg.nrrd":
+        table = {key: mask.GetMetaData(f"Segment0_{key}") for key in ("Name", "LabelValue", "Color")}
+        assert table == {"Name": "liver", "LabelValue": "6", "Color": "0.788235 0.541176 0.356863"}
+        assert "~SCT^10200004^Liver~" in mask.GetMetaData("Segment0_Tags")
     assert mask.GetSize() == (40, 44, 6)
     np.testing.assert_allclose(lps_to_ras @ np.array(mask.GetOrigin()), OBLIQUE[:3, 3], atol=1e-4)
 

@@ -20,6 +20,7 @@ import pytest
 import requests
 from monailabel.client import MONAILabelClient
 
+from progidiff.labels.segments import read_names
 from support.phantoms import write_phantom
 from support.segment_files import write_seg_nrrd
 from support.servers import Server, copy_app, run_server
@@ -331,6 +332,13 @@ def test_a_segmentation_of_slicer_is_saved_by_its_own_names(server: Server, tmp_
     ).json()
     assert renamed["annotation"]["label_ids"] == {"liver": LIVER, "spleen": 1}
     assert renamed["annotated_slices"] is None
+    download = {"label": "named", "tag": "final", "format": ".seg.nrrd"}
+    answer = requests.get(f"{server.url}/datastore/label", params=download, timeout=60)
+    assert answer.headers["content-disposition"].rstrip('"').endswith("named.seg.nrrd")
+    (tmp_path / "back.seg.nrrd").write_bytes(answer.content)
+    assert read_names(tmp_path / "back.seg.nrrd") == {LIVER: "liver", 1: "spleen"}
+    answer = requests.get(f"{server.url}/datastore/label", params={**download, "format": ".stl"}, timeout=60)
+    assert answer.status_code == 422
     for body in ({"old": "liver"}, {"old": "liver", "new": "spleen", "by": "me"}, {"old": 1, "new": "spleen"}):
         answer = requests.post(f"{server.url}/progidiff/annotations/named/rename", json=body, timeout=60)
         assert answer.status_code == 422

@@ -122,7 +122,7 @@ def _save_label(
         "model": "textdiff" if result.modality == PICTURE else "progidiff",
         "params": {**result.summary(), "label_names": names, "show": show, "proposals": key},
     }
-    file = write_temporary(labels, grid, ".png" if result.modality == PICTURE else ".nii.gz")
+    file = write_temporary(labels, grid, ".png" if result.modality == PICTURE else ".nii.gz", names)
     try:
         datastore.save_label(image_id, str(file), tag, info)
     finally:

@@ -64,6 +64,10 @@ class RemoteLabels:
         self._proposals = proposals
         self._locks = ImageLocks()
 
+    def read_label_ids(self) -> dict[str, int]:
+        """As `SafeLocalDatastore.read_label_ids`."""
+        return load_label_ids(self._state)
+
     def save_annotated(
         self,
         image_id: str,

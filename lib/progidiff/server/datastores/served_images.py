@@ -14,9 +14,12 @@ from progidiff.dicomweb.catalogue import Catalogue, Entry
 from progidiff.dicomweb.frames import FrameStore, Series
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.errors import NotFoundError
+from progidiff.images.formats import Use, find_format
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
+from progidiff.labels.segments import load_label_map
+from progidiff.labels.slicer import save_segmentation
 
 _UID = re.compile(r"\d+(\.\d+)+")
 
@@ -110,8 +113,12 @@ class ServedImages:
         """
         volume = self.load(entry)
         series = ServedGrid.of(volume.grid).to_file_grid(volume.name)
-        stack = volume.grid.arrange(load_label(mask_file, volume.grid))
-        save_mask(stack.transpose(2, 1, 0), series, mask_file)
+        label = load_label_map(mask_file, volume.grid)
+        stack = volume.grid.arrange(label.array).transpose(2, 1, 0)
+        if find_format(mask_file, Use.SEGMENTS) is not None:
+            save_segmentation(stack, series, mask_file, {name: value for value, name in label.names.items()})
+        else:
+            save_mask(stack, series, mask_file)
 
     def to_image_grid(self, mask_file: Path, entry: Entry) -> None:
         """The inverse of `to_series_grid`, for masks that a client made on the slices of the series.

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from fastapi import File, Form, Header, Request, UploadFile
 from fastapi.responses import FileResponse, PlainTextResponse, Response
 from monailabel.endpoints import datastore as host
@@ -26,8 +27,13 @@ from starlette.background import BackgroundTask
 from progidiff.errors import NotFoundError, RequestError, StoreError
 from progidiff.images.formats import Use, find_format, list_suffixes
 from progidiff.images.ids import make_id
+from progidiff.images.reading import read_grid
 from progidiff.labels.audit import format_audit, list_audit
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore
+from progidiff.labels.in_force import find_meaning
+from progidiff.labels.segments import load_label_map
+from progidiff.params import read_choice
+from progidiff.server.answer_files import write_temporary
 from progidiff.server.datastores import images
 from progidiff.server.datastores.local import SafeLocalDatastore, check_tag
 from progidiff.server.gate.auth import User
@@ -61,6 +67,7 @@ from progidiff.server.routes.label_answers import (
 )
 from progidiff.storage.atomic import scratch_folder
 from progidiff.storage.json_text import read_json_object
+from progidiff.training.accepted_labels import read_label_names
 
 logger = logging.getLogger(__name__)
 
@@ -247,10 +254,16 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         return NothingAnswer()
 
     @endpoints.get(
-        "/datastore/label", READ, tags=["Datastore"], summary="Download a label", takes="Query: label (image id), tag"
+        "/datastore/label",
+        READ,
+        tags=["Datastore"],
+        summary="Download a label",
+        takes="Query: label (image id), tag, format (.nii.gz, .nii, .nrrd, or .seg.nrrd with names and colours; as "
+        "kept by default)",
     )
-    def download_label(label: ImageId, tag: str) -> Response:
-        answer = _send(_find_label(label, tag))
+    def download_label(label: ImageId, tag: str, format: str | None = None) -> Response:
+        path = _find_label(label, tag)
+        answer = _send(path) if format is None else _send_as(path, label, tag, format)
         current = get_context().annotations.current(label, tag)
         if current is not None:
             answer.headers["ETag"] = f'"{current.sequence}"'
@@ -557,6 +570,27 @@ def _find_file(path: str) -> Path:
 
 def _send(path: Path) -> Response:
     return FileResponse(path, media_type=get_mime_type(str(path)), filename=path.name)
+
+
+def _send_as(path: Path, image: str, tag: str, wanted: str) -> Response:
+    """A label in another format; `.seg.nrrd` names what it draws."""
+    choices = (*list_suffixes(Use.ANSWER, "volume"), *list_suffixes(Use.SEGMENTS))
+    suffix = read_choice(wanted, "format", choices)
+    context = get_context()
+    grid = read_grid(images.find_image(context.app, image))
+    label = load_label_map(path, grid)
+    ids = context.labels.read_label_ids()
+    if isinstance(context.labels, SafeLocalDatastore):  # What the server says of labels that it makes itself.
+        told = read_label_names(context.labels.get_label_info(image, tag))
+        ids = {name: value for name, value in ids.items() if value not in told}
+        ids |= {name: value for value, name in told.items()}
+    meaning = find_meaning(label, context.annotations.current(image, tag), ids)
+    drawn = {meaning.get(value, f"Segment_{value}"): value for value in np.unique(label.array).tolist() if value}
+    file = write_temporary(label.array, grid, suffix, drawn)
+    name = image + suffix
+    return FileResponse(
+        file, media_type=get_mime_type(str(file)), filename=name, background=BackgroundTask(_remove, str(file))
+    )
 
 
 def _check_sum(path: Path, check_sum: str | None) -> None:

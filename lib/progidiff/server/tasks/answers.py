@@ -298,10 +298,10 @@ def draw_shown(
 
 
 def write_and_save(
-    labels: NDArray[np.uint8], grid: Grid, extension: str, save: Callable[[], list[str]]
+    labels: NDArray[np.uint8], grid: Grid, extension: str, names: Mapping[str, int], save: Callable[[], list[str]]
 ) -> tuple[Path, list[str]]:
     """The mask in a new temporary file, and the tags that `save` saved; nothing is left behind if that fails."""
-    file = write_temporary(labels, grid, extension)
+    file = write_temporary(labels, grid, extension, names)
     try:
         return file, save()
     except BaseException:

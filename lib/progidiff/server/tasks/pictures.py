@@ -92,7 +92,7 @@ class TextDiffOptions(AnswerOptions):
         sentence: What the report says; None to look into text.csv.
         slice: Axial index from inferior to superior, of a volume; None if not said.
         version: ``name`` or ``name@version``; None for the one that is served.
-        result_extension: ".png" (pictures), ".nii.gz", ".nii", ".nrrd"; None for what suits the image.
+        result_extension: ".png" (pictures), ".nii.gz", ".nii", ".nrrd", ".seg.nrrd"; None for what suits the image.
     """
 
     sentence: str | None
@@ -124,7 +124,7 @@ class TextDiffOptions(AnswerOptions):
             show=_read_show(given.get("show", CONSENSUS), shared["num_proposals"]),
             result_extension=None
             if extension is None
-            else read_choice(extension, "result_extension", list_suffixes(Use.ANSWER)),
+            else read_choice(extension, "result_extension", (*list_suffixes(Use.ANSWER), *list_suffixes(Use.SEGMENTS))),
         )
 
 
@@ -250,7 +250,7 @@ class TextDiffInferTask(InferTask):
         names = number_classes(card.classes)
         labels, present, counts = draw_shown(found.proposals, subject.grid, names, options.show)
         file, saved = write_and_save(
-            labels, subject.grid, extension, lambda: self._save(options, image_id, found, subject, names)
+            labels, subject.grid, extension, present, lambda: self._save(options, image_id, found, subject, names)
         )
         warnings = find_notes_about(subject, sentence, card)
         shared = describe_answer(found, options, image_id, saved, subject.grid, warnings, time.monotonic() - started)

@@ -160,10 +160,11 @@ class SliceInferTask(InferTask):
         name = queries[0].name
         value = compute_label_id(name) if queries[0].known else 1
         labels[clicks.z][choice.mask] = value
-        file = write_temporary(volume.from_stack(labels), volume.grid, options.result_extension)
         count = int(choice.mask.sum())
+        drawn_names = {str(own["label"] or name): value} if count else {}
+        file = write_temporary(volume.from_stack(labels), volume.grid, options.result_extension, drawn_names)
         answer = SliceAnswer(
-            label_names={str(own["label"] or name): value} if count else {},
+            label_names=drawn_names,
             prompt=options.prompt,
             structures=[query.name for query in queries],
             slice=clicks.k,

@@ -142,6 +142,7 @@ class ProposalInferTask(InferTask):
             labels,
             grid,
             options.result_extension,
+            present,
             lambda: save_if_asked(options, self._datastore(), image_id, found.proposals, grid, names, found.key),
         )
         warnings = self.engine.find_warnings(volume, queries, adapter)

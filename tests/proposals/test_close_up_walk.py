@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from progidiff.errors import CancelledError
+from progidiff.errors import CancelledError, GeometryError
 from progidiff.images.close_up import WindowRules, plan_windows
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
 from progidiff.prompts.parser import Query
 from progidiff.proposals.close_up_walk import EvidenceShelf
 from progidiff.proposals.close_ups import blend
+from progidiff.proposals.edits import Edit
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
@@ -128,3 +129,51 @@ def test_the_shelf_forgets_the_oldest_volume_first():
     assert [bool(shelf.get(("", name))) for name in ("a", "b", "c")] == [False, True, True]
     shelf.clear()
     assert not shelf.get(("", "c"))
+
+
+def edit(*point: int, positive: bool = True) -> Edit:
+    return Edit(kind="click", points=(point,), positive=positive)  # type: ignore[arg-type]
+
+
+def test_clicked_voxels_are_kept_exactly_in_every_proposal_and_after_the_disk(
+    engine: Engine, volume: Volume, tmp_path: Path
+):
+    edits = (edit(3, 4, 2), edit(30, 20, 4), edit(31, 20, 4, positive=False), edit(34, 25, 4, positive=False))
+    for clean_up in ("off", "largest"):
+        result = engine.propose(
+            ProposalRequest(queries=[LIVER], num_proposals=3, edits=edits, clean_up=clean_up), volume
+        )
+        result.to_files(tmp_path / clean_up)
+        for proposals in (result, VolumeProposals.from_files(tmp_path / clean_up)):
+            for shown in ("consensus", "1", "2", "3"):
+                mask = proposals.mask(volume.grid, "liver", shown)
+                assert [mask[one.points[0]] for one in edits] == [1, 1, 0, 0]
+
+
+def test_edits_change_what_is_drawn_and_only_near_where_they_are(engine: Engine, volume: Volume):
+    plain = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, clean_up="off"), volume)
+    request = ProposalRequest(queries=[LIVER], num_proposals=2, edits=(edit(30, 20, 4),), clean_up="off")
+    edited = engine.propose(request, volume)
+    assert differ(plain, edited) > 0
+    changed = (plain.probabilities != edited.probabilities).any(axis=(0, 1, 3, 4))
+    assert changed.nonzero()[0].tolist() == [volume.grid.locate((30, 20, 4))[0]]
+
+
+def test_edits_are_part_of_the_key():
+    plain = ProposalRequest(queries=[LIVER]).settle(1, 1.0, "")
+    clicked = ProposalRequest(queries=[LIVER], edits=(edit(1, 2, 3),)).settle(1, 1.0, "")
+    against = ProposalRequest(queries=[LIVER], edits=(edit(1, 2, 3, positive=False),)).settle(1, 1.0, "")
+    assert len({one.key("a", "00", "m@1") for one in (plain, clicked, against)}) == 3
+
+
+def test_what_has_no_name_is_drawn_around_its_clicks(engine: Engine, volume: Volume):
+    request = ProposalRequest(queries=[Query("cyst", "", known=False)], num_proposals=2, edits=(edit(30, 20, 4),))
+    result = engine.propose(request, volume)
+    assert result.mask(volume.grid, "cyst")[30, 20, 4] == 1
+    nothing = engine.propose(ProposalRequest(queries=[Query("cyst", "", known=False)], num_proposals=2), volume)
+    assert not nothing.probabilities.any()
+
+
+def test_a_click_outside_of_the_image_is_refused(engine: Engine, volume: Volume):
+    with pytest.raises(GeometryError, match="outside"):
+        engine.propose(ProposalRequest(queries=[LIVER], edits=(edit(300, 0, 0),)), volume)

@@ -143,6 +143,18 @@ class WorkingGrid:
         """The same window with `factor` times the pixels along both axes."""
         return replace(self, spacing=self.spacing / factor, height=self.height * factor, width=self.width * factor)
 
+    def find_pixel(self, y: int, x: int) -> tuple[int, int]:
+        """The row and column that show the middle of a pixel of the stack; outside of 0..height, 0..width beyond the
+        window.
+        """
+        mm = ((y + 0.5) * self.stack_spacing[1], (x + 0.5) * self.stack_spacing[2])
+        places = (
+            (at - middle) / self.spacing + count / 2
+            for at, middle, count in zip(mm, self.center, (self.height, self.width), strict=True)
+        )
+        row, column = (int(np.floor(place)) for place in places)
+        return row, column
+
     @cached_property
     def covered(self) -> NDArray[Any]:
         """Which pixels of the working grid lie in the stack by their middle, bool of shape (height, width)."""

@@ -26,7 +26,9 @@ from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.proposals.batches import Batch, BatchSize
 from progidiff.proposals.close_ups import Subject, blend, draw_close_ups
 from progidiff.proposals.islands import DRAWN
+from progidiff.proposals.placed_edits import PlacedEdits, place_edits
 from progidiff.proposals.request import ProposalRequest
+from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.walk import Walk
 from progidiff.proposals.work import Work
 
@@ -114,6 +116,10 @@ class CloseUpWalk(Walk):
         self._key: Key = (adapter, volume.digest)
         self._close_noise = tools.pipeline.draw_noise(request.num_proposals, request.seed)
         self._levels = tools.pipeline.draw_levels(request.num_proposals, request.seed)
+        names = [query.name for query in request.queries]
+        self._placed = [place_edits(request.edits, name, volume.grid) for name in names]
+        pins = {name: placed.pins() for name, placed in zip(names, self._placed, strict=True) if placed}
+        self._result = replace(self._result, pins=pins)
         self._subjects: list[tuple[Subject, list[CloseUpWindow]]] | None = None
 
     def _make_result_grid(self, grid: WorkingGrid) -> WorkingGrid:
@@ -136,7 +142,15 @@ class CloseUpWalk(Walk):
             self._draw(p, subject, windows, batch.slices, at_once)
             share = (p + 1) / len(self._subjects)
             self._work.on_progress(self._done + int(len(batch.slices) * share), self._total)
+        self._result.keep_pins()
         return None
+
+    def end(self) -> VolumeProposals:
+        """The proposals; islands are dropped if all slices are there, but for what a person clicked."""
+        result = super().end()
+        result.keep_pins()
+        # What was derived for those who watched may be older than the pins.
+        return replace(result)
 
     def _draw(
         self, p: int, subject: Subject, windows: Sequence[CloseUpWindow], slices: NDArray[np.int64], at_once: int
@@ -168,35 +182,47 @@ class CloseUpWalk(Walk):
         """Evidence and windows of every structure that is asked for."""
         shelf, texts = self._tools.shelf, [query.text for query in self._request.queries]
         found = shelf.get(self._key)
-        if any(text not in found for text in texts):
+        if any(text and text not in found for text in texts):
             found |= self._find(size)
             shelf.put(self._key, found)
         threshold = round(self._card.gate * 255)
         subjects = []
-        for p, text in enumerate(texts):
-            mask = None if self._prompts.mask is None else self._prompts.mask[p]
-            subject = Subject(
-                stack=self._stack,
-                intensities=self._window,
-                evidence=found[text],
-                grid=self._grid,
-                pooled=self._prompts.pooled[p],
-                empty=(self._prompts.empty_tokens, self._prompts.empty_mask),
-                tokens=self._prompts.tokens[p],
-                token_mask=mask,
-            )
-            subjects.append((subject, plan_windows(found[text] >= threshold, self._grid, self._tools.rules)))
+        for p, (text, placed) in enumerate(zip(texts, self._placed, strict=True)):
+            subject = self._describe(p, found[text] if text else None, placed)
+            windows = plan_windows(found[text] >= threshold, self._grid, self._tools.rules) if text else []
+            subjects.append((subject, placed.plan_windows(windows, self._grid.shape, self._tools.rules)))
         return subjects
+
+    def _describe(self, p: int, evidence: NDArray[np.uint8] | None, placed: PlacedEdits) -> Subject:
+        """A structure of the request; without evidence it is what the edits say, and its text is empty."""
+        prompts, is_found = self._prompts, evidence is not None
+        tokens, mask = (prompts.tokens, prompts.mask) if is_found else (prompts.empty_tokens, prompts.empty_mask)
+        row = p if is_found else 0
+        return Subject(
+            stack=self._stack,
+            intensities=self._window,
+            evidence=np.zeros(self._evidence_shape, np.uint8) if evidence is None else evidence,
+            grid=self._grid,
+            pooled=prompts.pooled[p] if is_found else torch.zeros_like(prompts.pooled[p]),
+            tokens=tokens[row],
+            token_mask=None if mask is None else mask[row],
+            empty=(prompts.empty_tokens, prompts.empty_mask),
+            is_found=is_found,
+            edits=placed.draw if placed else None,
+        )
+
+    @property
+    def _evidence_shape(self) -> tuple[int, int, int]:
+        return len(self._stack), self._grid.height, self._grid.width
 
     def _find(self, size: BatchSize) -> dict[str, NDArray[np.uint8]]:
         """Look for the request's structures, and for those that may be asked for next, on all slices."""
-        asked = [query.text for query in self._request.queries]
+        asked = {query.text: p for p, query in enumerate(self._request.queries) if query.text}
         others = [i for i, text in enumerate(self._tools.texts) if text not in asked]
-        pooled = torch.cat([self._prompts.pooled, self._tools.prompts.pooled[others]])
+        pooled = torch.cat([self._prompts.pooled[list(asked.values())], self._tools.prompts.pooled[others]])
         prompts = replace(self._prompts, pooled=pooled)
         texts = [*asked, *(self._tools.texts[i] for i in others)]
-        shape = (len(texts), len(self._stack), self._grid.height, self._grid.width)
-        evidence = np.zeros(shape, np.uint8)
+        evidence = np.zeros((len(texts), *self._evidence_shape), np.uint8)
         for start in range(0, len(self._stack), size.slices):
             self._check_cancelled()
             slices = np.arange(start, min(start + size.slices, len(self._stack)), dtype=np.int64)

@@ -35,6 +35,7 @@ class Subject:
         tokens: (L, D) for cross-attention.
         token_mask: (L,), or None.
         empty: Tokens (1, L', D) and mask (1, L') of the empty text, for guidance; None without it.
+        is_found: Whether `evidence` says anything; False for what has no name, which edits alone describe.
         edits: Maps (D, S, S) of a slice of a window, or None where nobody drew anything.
     """
 
@@ -46,6 +47,7 @@ class Subject:
     tokens: Tensor
     token_mask: Tensor | None
     empty: tuple[Tensor, Tensor | None] | None = None
+    is_found: bool = True
     edits: Callable[[CloseUpWindow, int], Tensor | None] | None = None
 
 
@@ -132,7 +134,7 @@ def look(pipeline: CloseUpPipeline, subject: Subject, window: CloseUpWindow, sli
     return WindowBatch(
         images=images.to(device),
         evidence=evidence.to(device),
-        is_found=torch.ones(len(slices), device=device),
+        is_found=torch.full((len(slices),), float(subject.is_found), device=device),
         edits=edits,
         pooled=subject.pooled[None].expand(len(slices), -1).to(device),
         spacing=torch.tensor([[window.spacing, dz * step]], device=device).expand(len(slices), -1),

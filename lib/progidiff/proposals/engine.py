@@ -118,6 +118,7 @@ class Engine:
                 "backbone": self._backbone_source,
                 "loaded": self._pipeline is not None,
                 "adapters": [entry.name for entry in self.adapters.entries() if entry.current is not None],
+                "listens_to_edits": has_close_up(self.model_dir),
                 "error": "",
             }
         except ProGiDiffError as err:

@@ -20,6 +20,7 @@ from progidiff.images.modality import list_modalities
 from progidiff.params import read_bool, read_choice, read_float, read_int, show_value
 from progidiff.prompts.parser import Query
 from progidiff.prompts.structures import LAST_LABEL_ID, name_label_id
+from progidiff.proposals.edits import Edit, describe_edits, read_edits
 from progidiff.proposals.islands import CLEAN_UPS, OFF, SMALL, check_clean_up
 
 FORMAT = 1
@@ -88,6 +89,7 @@ OPTION_NAMES = (
     "save_proposals",
     "first_slice",
     "result_extension",
+    "edits",
     "job_id",
 )
 """Every option that a request may carry in `params`."""
@@ -110,6 +112,7 @@ class ProposalRequest(BaseModel):
         clean_up: How islands are dropped from every proposal (`progidiff.proposals.islands`), once all slices are
             there. Some `slices` alone are never cleaned: what they hold may hang together on the others.
         slices: Only these axial indices, ascending; None for all.
+        edits: What a person drew; proposals are drawn given them, and the voxels of clicks and lines are kept exactly.
 
     Raises:
         RequestError: if a value is out of range; the message names it and what was given.
@@ -129,6 +132,7 @@ class ProposalRequest(BaseModel):
     adapter: str | None = None
     clean_up: str = OFF
     slices: tuple[int, ...] | None = None
+    edits: tuple[Edit, ...] = ()
 
     @field_validator("queries")
     @classmethod
@@ -251,6 +255,8 @@ class ProposalRequest(BaseModel):
             parts.append(self.clean_up)
         if self.slices is not None:
             parts.append({"slices": self.slices})
+        if self.edits:
+            parts.append({"edits": describe_edits(self.edits)})
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
@@ -333,6 +339,7 @@ class InferOptions(AnswerOptions):
             see `progidiff.proposals.islands`.
         first_slice: The axial index that somebody looks at, to be computed first; None for any order.
         result_extension: ".nii.gz", ".nii", ".nrrd", or ".seg.nrrd" for a segmentation of 3D Slicer.
+        edits: What a person drew, see `progidiff.proposals.edits`.
     """
 
     prompt: str
@@ -344,6 +351,7 @@ class InferOptions(AnswerOptions):
     clean_up: str
     first_slice: int | None
     result_extension: str
+    edits: tuple[Edit, ...] = ()
 
     @classmethod
     def from_params(
@@ -386,6 +394,7 @@ class InferOptions(AnswerOptions):
             clean_up=read_choice(values.get("clean_up", DEFAULT_CLEAN_UP), "clean_up", CLEAN_UPS),
             first_slice=None if first_slice is None else read_int(first_slice, "first_slice", 0, MAX_SLICE),
             result_extension=read_choice(values.get("result_extension", extensions[0]), "result_extension", extensions),
+            edits=read_edits(sent.get("edits")),
         )
 
     def to_request(self, queries: Sequence[Query]) -> ProposalRequest:
@@ -398,6 +407,7 @@ class InferOptions(AnswerOptions):
             guidance_scale=self.guidance_scale,
             adapter=self.adapter,
             clean_up=self.clean_up,
+            edits=self.edits,
         )
 
 

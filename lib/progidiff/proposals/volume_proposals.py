@@ -16,8 +16,8 @@ from __future__ import annotations
 import json
 import os
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,10 @@ rounding.
 """
 
 
+Pin = tuple[int, int, int, bool]
+"""A voxel (z, y, x) of the axial stack, and whether it is inside."""
+
+
 @dataclass(frozen=True, eq=False)
 class VolumeProposals:
     """K proposals for each of P structures.
@@ -57,6 +61,8 @@ class VolumeProposals:
         modality_source: Where the modality came from, see `Volume`.
         seconds: Wall time of the computation.
         clean_up: How islands were dropped from the proposals, see `progidiff.proposals.islands`.
+        pins: Structure -> voxels (z, y, x, inside) of the axial stack that a person clicked: every mask on the input's
+            grid keeps them.
     """
 
     structures: tuple[str, ...]
@@ -71,6 +77,7 @@ class VolumeProposals:
     modality_source: str
     seconds: float
     clean_up: str = OFF
+    pins: Mapping[str, Sequence[Pin]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         expected = (len(self.structures), self.grid.shape[0], self.grid.height, self.grid.width)
@@ -377,6 +384,7 @@ class VolumeProposals:
             "seconds": self.seconds,
             "grid": self.grid.to_dict(),
             "boxes": boxes,
+            **({"pins": {name: [list(pin) for pin in pins] for name, pins in self.pins.items()}} if self.pins else {}),
         }
         (folder / "proposals.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
@@ -430,6 +438,10 @@ class VolumeProposals:
                 modality_source=str(card["modality_source"]),
                 seconds=float(card["seconds"]),
                 clean_up=str(card.get("clean_up", OFF)),  # proposals kept by earlier versions were not cleaned
+                pins={
+                    str(name): tuple((int(z), int(y), int(x), bool(inside)) for z, y, x, inside in pins)
+                    for name, pins in card.get("pins", {}).items()
+                },
             )
         except (
             OSError,
@@ -514,12 +526,31 @@ class VolumeProposals:
             return
         source = self.probabilities[index]
         chosen = slice(None) if proposals is None else list(proposals)
+        pins = self._pins_by_slice.get(self.structures[index], {})
         for z in np.flatnonzero(self._occupied[index]) if slices is None else slices:
-            yield (
-                int(z),
-                (place.rows.covered, place.cols.covered),
-                place.resample(source[chosen, z, place.rows.window, place.cols.window]),
-            )
+            rows, cols = place.rows.covered, place.cols.covered
+            maps = place.resample(source[chosen, z, place.rows.window, place.cols.window])
+            for y, x, inside in pins.get(int(z), ()):
+                if rows.start <= y < rows.stop and cols.start <= x < cols.stop:
+                    maps[:, y - rows.start, x - cols.start] = 255.0 if inside else 0.0
+            yield int(z), (rows, cols), maps
+
+    @cached_property
+    def _pins_by_slice(self) -> dict[str, dict[int, list[tuple[int, int, bool]]]]:
+        found: dict[str, dict[int, list[tuple[int, int, bool]]]] = {}
+        for name, pins in self.pins.items():
+            for z, y, x, inside in pins:
+                found.setdefault(name, {}).setdefault(z, []).append((y, x, inside))
+        return found
+
+    def keep_pins(self) -> None:
+        """Have every proposal draw what a person clicked as inside, in place: a voxel far from the rest too."""
+        for name, pins in self.pins.items():
+            index = self.structures.index(name)
+            for z, y, x, inside in pins:
+                row, column = self.grid.find_pixel(y, x)
+                if inside and 0 <= row < self.grid.height and 0 <= column < self.grid.width:
+                    self.probabilities[index, :, z, row, column] = 255
 
     def _index(self, structure: str) -> int:
         if structure not in self.structures:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,7 +20,7 @@ from typing import Any, Generic, TypeVar
 from monailabel.interfaces.datastore import Datastore
 from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
-from progidiff.errors import ModelError, NotFoundError
+from progidiff.errors import ModelError, NotFoundError, PromptError, RequestError
 from progidiff.images.formats import strip_suffix
 from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_volume
@@ -52,6 +53,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _KEPT_VOLUMES = 2
+
+UNNAMED = "unnamed structure"
+"""What is answered where edits came without a prompt."""
 
 
 class ProposalInferTask(InferTask):
@@ -174,9 +178,24 @@ class ProposalInferTask(InferTask):
         info = self.engine.info()
         if info.get("error"):
             raise ModelError(str(info["error"]))
-        return options, parse_prompt(
-            options.prompt, self.structures, options.allow_free_text, str(info["model_version"])
-        )
+        if options.edits and not info.get("listens_to_edits"):
+            raise RequestError(
+                f"{info['model_version']} chooses among proposals and does not draw by edits. Serve a model that has a "
+                "close-up, or choose by clicks with SmartEdit."
+            )
+        return options, self._read_prompt(options, str(info["model_version"]))
+
+    def _read_prompt(self, options: InferOptions, model_version: str) -> tuple[Query, ...]:
+        """The structures that a prompt names. What the model does not know, or what has no name, is what edits say."""
+        if options.edits and not options.prompt.strip():
+            return (Query(UNNAMED, "", known=False),)
+        try:
+            return parse_prompt(options.prompt, self.structures, options.allow_free_text, model_version)
+        except PromptError as err:
+            if not options.edits or err.suggestions:  # "livr" is asked back
+                raise
+            named = parse_prompt(options.prompt, self.structures, True, model_version)
+            return tuple(query if query.known else replace(query, text="") for query in named)
 
     def describe_proposals(self, image_id: str, key: str | None = None) -> KeptProposals:
         """What is kept of an image.

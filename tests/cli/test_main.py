@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from progidiff.cli.main import app, build_server_command
-from progidiff.errors import RequestError
+from progidiff.cli.main import app
 from progidiff.prompts.structures import STRUCTURES
 
 FAST = ["--steps", "1", "--device", "cpu"]
@@ -268,33 +267,6 @@ def test_prompts_works_without_a_model(tmp_path):
     out, err = run("prompts", "--model", tmp_path)
     assert "pancreas" in out
     assert err
-
-
-def test_the_server_command_holds_every_option(tmp_path):
-    (tmp_path / "main.py").write_text("")
-    command = build_server_command(tmp_path, str(tmp_path), "127.0.0.1", 9000, ["device=cpu", "backbone=a=b c"])
-    assert command[1:4] == ["-m", "monailabel.main", "start_server"]
-    assert command[4:12] == [
-        "--app",
-        str(tmp_path),
-        "--studies",
-        str(tmp_path),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        "9000",
-    ]
-    assert command[12:] == ["--conf", "device", "cpu", "--conf", "backbone", "a=b c"]
-
-
-def test_serve_refuses_what_is_not_there(tmp_path):
-    (tmp_path / "main.py").write_text("")
-    with pytest.raises(RequestError, match="There is no app"):
-        build_server_command(tmp_path / "absent", str(tmp_path), "127.0.0.1", 9000, [])
-    with pytest.raises(RequestError, match="Name one with --studies"):
-        build_server_command(tmp_path, str(tmp_path / "absent"), "127.0.0.1", 9000, [])
-    with pytest.raises(RequestError, match="needs NAME=VALUE"):
-        build_server_command(tmp_path, str(tmp_path), "127.0.0.1", 9000, ["device"])
 
 
 @pytest.mark.parametrize("command", ["serve", "predict", "evaluate", "prompts"])

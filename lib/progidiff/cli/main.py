@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -20,7 +18,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
-from progidiff.cli import annotating, audit, exchanging, textdiff, training, users
+from progidiff.cli import annotating, audit, exchanging, serving, textdiff, training, users
 from progidiff.cli.options import (
     AdapterOption,
     BackboneOption,
@@ -42,7 +40,6 @@ from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.proposals.request import DEFAULT_CLEAN_UP, NONE, ProposalRequest
-from progidiff.storage.state import REPOSITORY
 
 if TYPE_CHECKING:
     from progidiff.images.volume import Volume
@@ -171,72 +168,7 @@ def load_engine(model: Path | None, backbone: str | None, device: str | None) ->
     return Engine(model_dir=find_model(model), backbone=backbone, device=device)
 
 
-@app.command()
-def serve(
-    app_folder: Annotated[Path, typer.Option("--app", help="Folder of the MONAI Label app.")] = REPOSITORY
-    / "apps"
-    / "progidiff",
-    studies: Annotated[str, typer.Option(help="Folder of images, or the address of a DICOMweb server.")] = str(
-        REPOSITORY / "sample_datastore"
-    ),
-    host: Annotated[
-        str,
-        typer.Option(
-            help="Interface to listen on. 0.0.0.0 is every one; other machines are still refused until a login is set "
-            "up (--conf token_file=FILE or users_file=FILE)."
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="TCP port.", min=1, max=65535)] = 8000,
-    conf: Annotated[
-        list[str] | None, typer.Option(help="An option of the app as NAME=VALUE; may be repeated.", show_default=False)
-    ] = None,
-) -> None:
-    """Start the MONAI Label server. Ctrl-C stops it."""
-    command = build_server_command(app_folder, studies, host, port, conf or [])
-    if os.name == "posix":
-        # In place of this process: signals reach the server itself and no parent is left waiting.
-        os.execv(command[0], command)
-    raise typer.Exit(subprocess.call(command))
-
-
-def build_server_command(app_folder: Path, studies: str, host: str, port: int, conf: list[str]) -> list[str]:
-    """The command that starts the server.
-
-    Raises:
-        RequestError: if a folder is missing or a `conf` entry has no value.
-
-    Example:
-        >>> build_server_command(REPOSITORY / "apps" / "progidiff", "http://127.0.0.1:8042/dicom-web", "127.0.0.1",
-        ...     8000, ["device=cpu"])[-3:]
-        ['--conf', 'device', 'cpu']
-    """
-    if not (app_folder / "main.py").is_file():
-        raise RequestError(f"There is no app in '{app_folder}' (no main.py). Name its folder with --app.")
-    if "://" not in studies and not Path(studies).is_dir():
-        raise RequestError(
-            f"There is no folder '{studies}' to serve. Name one with --studies, or run "
-            "`make setup` for the sample images."
-        )
-    command = [
-        sys.executable,
-        "-m",
-        "monailabel.main",
-        "start_server",
-        "--app",
-        str(app_folder),
-        "--studies",
-        studies,
-        "--host",
-        host,
-        "--port",
-        str(port),
-    ]
-    for entry in conf:
-        name, equals, value = entry.partition("=")
-        if not equals or not name:
-            raise RequestError(f"Option --conf needs NAME=VALUE, got '{entry}'. Write for example --conf device=cpu.")
-        command += ["--conf", name, value]
-    return command
+app.command()(serving.serve)
 
 
 @app.command()

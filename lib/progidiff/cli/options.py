@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from progidiff.errors import RequestError
-from progidiff.storage.state import EMBEDDED_MODEL
+from progidiff.storage import app_folder
 
 T = TypeVar("T")
 
@@ -17,9 +17,7 @@ T = TypeVar("T")
 
 ModelOption = Annotated[
     Path | None,
-    typer.Option(
-        "--model", help="Folder of the model. Default: apps/progidiff/model of this checkout.", show_default=False
-    ),
+    typer.Option("--model", help="Folder of the model. Default: the one that comes with the app.", show_default=False),
 ]
 BackboneOption = Annotated[
     str | None,
@@ -155,8 +153,8 @@ def use_threads(threads: int | None) -> None:
 
 
 def find_model(model: Path | None) -> Path:
-    """The model folder that --model names."""
-    return model or EMBEDDED_MODEL
+    """The model folder that --model names, else the one that comes with the app."""
+    return model or app_folder.find_model()
 
 
 def split_commas(values: list[str] | None) -> list[str]:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from progidiff.cli.serving import pick_studies
 from progidiff.errors import RequestError
-from progidiff.storage.state import REPOSITORY, default_store
+from progidiff.storage.state import default_store
 from progidiff.users import (
     LOGIN_LINK,
     TOKEN_BYTES,
@@ -77,9 +78,9 @@ def make_token(name: NameArgument, role: RoleOption = "annotate") -> None:
 
 
 def print_link(
-    studies: Annotated[str, typer.Option(help="What the server serves, as for `progidiff serve`.")] = str(
-        REPOSITORY / "sample_datastore"
-    ),
+    studies: Annotated[
+        str | None, typer.Option(help="What the server serves, as for `progidiff serve`.", show_default=False)
+    ] = None,
     store: Annotated[
         Path | None, typer.Option(help="The server's --conf store, if it has one.", show_default=False)
     ] = None,
@@ -89,7 +90,7 @@ def print_link(
 
     What follows `token=` is the password for 3D Slicer (without a name) and the token for scripts.
     """
-    folder = store or default_store(studies)
+    folder = store or default_store(pick_studies(studies))
     file = find_local_token(folder)
     if not file.is_file():
         raise RequestError(f"There is no token in '{file}'. Start the server once, or name what it serves: --studies.")

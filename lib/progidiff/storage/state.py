@@ -5,12 +5,6 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[3]
-"""The checkout that holds app, weights and pages beside the package."""
-
-EMBEDDED_MODEL = REPOSITORY / "apps" / "progidiff" / "model"
-"""The shipped weights: `backbone`, `conditioning`, `adapters`, `textdiff`."""
-
 
 def default_store(studies: str) -> Path:
     """Where proposals are kept if `--conf store` does not say; see `ServerOptions.store`."""

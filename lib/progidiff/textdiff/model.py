@@ -36,8 +36,8 @@ from progidiff.images.pictures import PICTURE
 from progidiff.model.backbone import pick_device
 from progidiff.model.folder import check_tensors
 from progidiff.proposals.agreement import compute_disagreement
+from progidiff.storage.app_folder import find_model
 from progidiff.storage.atomic import atomic_folder
-from progidiff.storage.state import EMBEDDED_MODEL
 from progidiff.storage.versions import to_json
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
@@ -392,8 +392,8 @@ def pick_mirror(number: int) -> list[int]:
 
 
 def default_folder() -> Path:
-    """``apps/progidiff/model/textdiff`` of this checkout: ``denoiser/`` and the shipped ``nuclei/``."""
-    return EMBEDDED_MODEL / "textdiff"
+    """``textdiff`` in the model that comes with the app: ``denoiser/`` and the shipped ``nuclei/``."""
+    return find_model() / "textdiff"
 
 
 def load_textdiff(

@@ -6,6 +6,12 @@
 # make test-faults  hundreds of kills with SIGKILL, of server, training, scoring and stores; FAULT_SEED=... repeats a run
 # make test-browser the tests in a real browser; needs chromium, nodejs and npm (Debian's), skips with a reason without them
 # make pacs         Orthanc (Debian's) on 127.0.0.1:8042 with the sample images in it; then make serve STUDIES=http://127.0.0.1:8042/dicom-web
+# make wheel        the wheel into dist/: package, app, pages, weights and MONAI Label itself, for `pip install`
+# make test-wheel   the wheel in an empty environment: serve, a prompt over HTTP, predict, evaluate; minutes
+# make test-image   the steps of the Dockerfile without a container engine, and the server as the image starts it; minutes
+# make lock         requirements.lock from requirements.txt, after a pin has changed
+# make sbom         the bill of materials of what is installed, CycloneDX, into dist/
+# make check-files  Dockerfile, compose files, shell scripts, workflows and forms of GitHub
 # make check        ruff, mypy, import-linter; the types of the pages where npm is
 # make api-types    the types of the server's answers for the pages, after a route has changed; needs npm
 #
@@ -28,6 +34,7 @@ STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: setup serve test fuzz docs test-slow test-faults test-browser pacs check check-pages page-tools api-types
+.PHONY: wheel test-wheel test-image lock sbom check-files packaging-tools
 
 setup: $(STAMP)
 	@$(BIN)/python sample_datastore/prepare.py
@@ -90,3 +97,35 @@ check-pages: page-tools
 
 api-types: setup page-tools
 	PYTHONPATH=lib:tests $(BIN)/python -m support.api_types
+
+wheel: setup
+	@rm -rf build dist/progidiff-*.whl
+	@$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .
+	@ls -l dist/progidiff-*.whl
+
+test-wheel: setup
+	@$(BIN)/python packaging/check_wheel.py --torch "$(TORCH)"
+
+test-image: setup
+	@$(BIN)/python packaging/check_image.py --torch "$(TORCH)"
+
+# Tools with requirements of their own, away from the packages that are tested.
+TOOLS := $(VENV)/packaging-tools
+
+packaging-tools: $(TOOLS)/.done
+
+$(TOOLS)/.done: requirements-packaging.txt | $(STAMP)
+	@$(BIN)/python -m venv $(TOOLS)
+	@$(TOOLS)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements-packaging.txt
+	@touch $@
+
+lock: packaging-tools
+	@packaging/lock.sh $(TOOLS)/bin/uv
+
+sbom: packaging-tools
+	@mkdir -p dist
+	@$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --outfile dist/sbom.cdx.json $(BIN)/python
+	@ls -l dist/sbom.cdx.json
+
+check-files: packaging-tools
+	@PATH="$(CURDIR)/$(TOOLS)/bin:$$PATH" packaging/check_files.sh

@@ -76,7 +76,8 @@ def main() -> None:
 def build(folder: Path) -> Path:
     """Build the wheel of this checkout."""
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)], check=True
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(ROOT)],
+        check=True,
     )
     (wheel,) = folder.glob("progidiff-*.whl")
     return wheel
@@ -182,7 +183,9 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 def _ask(url: str, token: str, form: dict[str, str] | None = None) -> bytes:
     body, kind = None, {}
     if form is not None:
-        parts = (f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in form.items())
+        parts = (
+            f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in form.items()
+        )
         body = ("".join(parts) + "--x--\r\n").encode()
         kind = {"Content-Type": "multipart/form-data; boundary=x"}
     request = urllib.request.Request(url, data=body, headers={"Authorization": f"Bearer {token}", **kind})

@@ -31,8 +31,11 @@ class RunLog:
         self._file = folder / "log.jsonl"
         self._board: Any = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                logger.warning("There will be no curves and pictures of this training: pip install 'progidiff[train]'.")
+                return
             self._draw(
                 lambda: SummaryWriter(str(folder / BOARD), purge_step=first + 1 if first else None, flush_secs=30),
                 keep=True,

@@ -1,9 +1,9 @@
 """What the wheel carries besides the package `progidiff`; all else is in pyproject.toml.
 
 ``progidiff/_app`` is ``apps/progidiff`` (pages, weights, the file that MONAI Label loads), ``progidiff/_host`` is MONAI
-Label itself. Neither is kept twice in the repository: both are put into the wheel while it is built. The host's own wheel
-asks for 9 GB of packages that this app never loads, and a wheel cannot say ``--no-deps``: so its package, unchanged, comes
-along, and its dependencies that are loaded are among ours.
+Label itself. Neither is kept twice in the repository: both are put into the wheel while it is built. The host's own
+wheel asks for packages of 9 GB that this app never loads, and a wheel cannot say ``--no-deps``: so its package,
+unchanged, comes along, and its dependencies that are loaded are among ours.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ HOST_SHA256 = "0c2c9bd72c8f9862c0c182d14e7f2637c53ccd616f9ffa584f619b1040f1fc6b"
 HOST_LICENCE = "monailabel-0.8.5.dist-info/LICENSE"
 
 STAND_INS = ("pydicom_seg.py",)
-"""Modules that stand in for packages which the host imports and does not need. They go beside the host: in the folder of
-all packages they would hide the true ones from other programs.
+"""Modules that stand in for packages which the host imports and does not need. They go beside the host: in the folder
+of all packages they would hide the true ones from other programs.
 """
 
 

@@ -2,8 +2,9 @@
 """Whether the wheel alone is enough: built, installed with pip into an empty environment, and used as a user would.
 
 Nothing of the checkout is visible to what is tested: the environment is new, the working folder and the home are
-temporary, PYTHONPATH is gone. A crop of a sample CT is served and a prompt answered over HTTP; then `progidiff predict`,
-and `progidiff evaluate` against the mask that came out, whose Dice must be 1, as a seed gives the same proposals.
+temporary, PYTHONPATH is gone. A crop of a sample CT is served and a prompt answered over HTTP; then `progidiff
+predict`, and `progidiff evaluate` against the mask that came out, whose Dice must be 1, as a seed gives the same
+proposals.
 
     python packaging/check_wheel.py --torch "torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 """
@@ -36,7 +37,7 @@ SLICES = (70, 76)
 """Axial slices of the sample that show liver."""
 
 FAST = ("--num-proposals", "2", "--steps", "1", "--seed", "3", "--device", "cpu", "--clean-up", "off")
-START_SECONDS = 300
+START_SECONDS = 600
 
 CROP = """
 import sys
@@ -61,15 +62,17 @@ def main() -> None:
     """Check."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--wheel", type=Path, help="an already built wheel; default: build one")
+    parser.add_argument("--programs", type=Path, help="bin/ of an environment that has the wheel already")
     parser.add_argument("--torch", default="", help="what to hand to `pip install` for PyTorch before the wheel")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(relativeCreated)8d ms  %(message)s")
     with tempfile.TemporaryDirectory(prefix="progidiff-wheel-") as folder:
         place = Path(folder)
-        wheel = options.wheel or build(place / "dist")
-        logger.info("The wheel: %s, %.1f MB", wheel.name, wheel.stat().st_size / 1e6)
-        programs = install(place / "venv", wheel, options.torch)
-        check(place, programs)
+        if options.programs is None:
+            wheel = options.wheel or build(place / "dist")
+            logger.info("The wheel: %s, %.1f MB", wheel.name, wheel.stat().st_size / 1e6)
+            options.programs = install(place / "venv", wheel.resolve(), options.torch)
+        check(place, options.programs.absolute())
     logger.info("The wheel serves, predicts and evaluates in an empty environment.")
 
 
@@ -183,10 +186,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 def _ask(url: str, token: str, form: dict[str, str] | None = None) -> bytes:
     body, kind = None, {}
     if form is not None:
-        parts = (
-            f'--x\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in form.items()
-        )
-        body = ("".join(parts) + "--x--\r\n").encode()
+        head = '--x\r\nContent-Disposition: form-data; name="'
+        body = ("".join(f'{head}{name}"\r\n\r\n{text}\r\n' for name, text in form.items()) + "--x--\r\n").encode()
         kind = {"Content-Type": "multipart/form-data; boundary=x"}
     request = urllib.request.Request(url, data=body, headers={"Authorization": f"Bearer {token}", **kind})
     try:

@@ -35,6 +35,7 @@ AUDIT_COLUMNS = (
     "file",
     "reason",
     "target",
+    "clicks",
 )
 """Of `list_audit`, in order."""
 
@@ -91,6 +92,7 @@ def list_audit(store: AnnotationStore, image: str | None = None) -> list[dict[st
                 "structures": "; ".join(label.structures),
                 "edited": label.edited,
                 "seconds": label.seconds,
+                "clicks": sum(clicks for _, _, clicks in label.effort) if label.effort else None,
                 "in_force": label.sequence in counting,
                 "sha256": label.sha256,
                 "file": label.file,

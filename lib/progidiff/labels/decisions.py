@@ -8,7 +8,7 @@ hours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -153,6 +153,26 @@ class Plan:
         picked = {pick.shown for picks in (self.volume, *self.slices.values()) for pick in picks.values()}
         return picked.pop() if len(picked) == 1 else MERGED
 
+    def split(self) -> list[Plan]:
+        """The same decisions as plans whose structures are all decided on the same slices, so that a save of each says
+        nothing about a structure where nobody decided it.
+
+        Example:
+            >>> union, absent = MaskPick("union"), MaskPick("nothing")
+            >>> plans = Plan({}, {3: {"liver": union}, 5: {"liver": union, "spleen": absent}}).split()
+            >>> [(plan.structures, plan.decided_slices) for plan in plans]
+            [(('liver',), (3, 5)), (('spleen',), (5,))]
+        """
+        groups: dict[tuple[int, ...] | None, list[str]] = {}
+        for name in self.structures:
+            slices = None if name in self.volume else tuple(z for z, picks in self.slices.items() if name in picks)
+            groups.setdefault(slices, []).append(name)
+        return [self._keep(names) for names in groups.values()]
+
+    def _keep(self, structures: Collection[str]) -> Plan:
+        slices = {z: _choose(picks, structures) for z, picks in self.slices.items()}
+        return Plan(_choose(self.volume, structures), {z: picks for z, picks in slices.items() if picks})
+
     def picks_on(self, z: int) -> dict[str, MaskPick]:
         """Structure -> pick on an axial slice; empty if it is not decided."""
         return {**self.volume, **self.slices.get(z, {})}
@@ -176,23 +196,55 @@ def compose_label(result: VolumeProposals, grid: Grid, plan: Plan, label_ids: Ma
     Raises:
         GeometryError: if the image has another grid.
     """
-    stack = np.zeros(result.grid.shape, dtype=np.uint8)
+    return compose_labels([(result, plan)], grid, label_ids)
+
+
+def compose_labels(
+    parts: Sequence[tuple[VolumeProposals, Plan]], grid: Grid, label_ids: Mapping[str, int]
+) -> NDArray[Any]:
+    """Carry out plans about several results of one image together, as `compose_label` does with one.
+
+    Where structures of several results are drawn on a voxel, the one that the larger share of its own proposals draws
+    wins: results may have different numbers of them.
+
+    Args:
+        parts: Results with their plans; no structure in more than one plan.
+        grid: Of the image that they were made for.
+        label_ids: Structure -> label id 1..255.
+
+    Returns:
+        uint8 of shape (I, J, K) in file order; 0 on slices that the plans leave out.
+
+    Raises:
+        GeometryError: if the image has another grid.
+    """
+    stack = np.zeros(parts[0][0].grid.shape, dtype=np.uint8)
     labels = grid.from_stack(stack)  # A view: what is drawn on the stack is drawn in file order.
-    best = {name: order[0] for name, order in zip(result.structures, result.ranking, strict=True)}
+    best = [
+        {name: order[0] for name, order in zip(result.structures, result.ranking, strict=True)} for result, _ in parts
+    ]
     for z in range(len(stack)):
-        picks = plan.picks_on(z)
         score = np.zeros(stack.shape[1:], dtype=np.float32)
-        for name in (name for name in result.structures if name in picks):
-            maps = result.slice_probabilities(name, z)
-            masks = maps >= THRESHOLD
-            if masks.any():
+        for (result, plan), typical in zip(parts, best, strict=True):
+            picks = plan.picks_on(z)
+            for name in (name for name in result.structures if name in picks):
+                maps = result.slice_probabilities(name, z)
+                masks = maps >= THRESHOLD
+                if not masks.any():
+                    continue
                 support = (
                     masks.sum(axis=0, dtype=np.uint8) + maps.mean(axis=0) / 256
                 )  # float32, as there: ties must break the same way
-                wins = picks[name].draw(masks, best[name]) & (support > score)
+                if len(parts) > 1:
+                    support = support / result.num_proposals
+                wins = picks[name].draw(masks, typical[name]) & (support > score)
                 score[wins] = support[wins]
                 stack[z][wins] = label_ids[name]
     return labels
+
+
+def _choose(picks: Mapping[str, MaskPick], structures: Collection[str]) -> dict[str, MaskPick]:
+    return {name: pick for name, pick in picks.items() if name in structures}
 
 
 def _read_picks(picks: object, result: VolumeProposals) -> dict[str, MaskPick]:

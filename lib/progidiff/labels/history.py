@@ -56,9 +56,9 @@ FINAL = "final"
 _MAX_FOLDER_NAME = 255
 """Bytes of a file name, on every usual disk."""
 
-Kind = Literal["label", "delete", "undo", "restore", "skip", "export"]
+Kind = Literal["label", "delete", "undo", "restore", "skip", "export", "done", "reopen", "decide"]
 
-_WITHOUT_EFFECT = ("skip", "export")
+_WITHOUT_EFFECT = ("skip", "export", "done", "reopen", "decide")
 """Kinds of events that change nothing of what is in force."""
 
 _NOT_KEPT = (
@@ -113,6 +113,7 @@ class Annotation:
         file: The label version, relative to the store's root.
         num_slices: Axial slices of the volume; None if not known.
         label_ids: (structure, id) of what the file may draw; empty if not known.
+        effort: (structure, seconds, clicks) that a person spent; empty if not known.
     """
 
     sequence: int
@@ -130,6 +131,7 @@ class Annotation:
     file: str
     num_slices: int | None = None
     label_ids: tuple[tuple[str, int], ...] = ()
+    effort: tuple[tuple[str, float, int], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -148,6 +150,9 @@ class Annotation:
                 "slices": None if slices is None else tuple(int(z) for z in slices),
                 "structures": tuple(map(str, plain["structures"])),
                 "label_ids": tuple((str(name), int(value)) for name, value in plain.get("label_ids", ())),
+                "effort": tuple(
+                    (str(name), float(seconds), int(clicks)) for name, seconds, clicks in plain.get("effort", ())
+                ),
                 "source": None
                 if source is None
                 else Source(**{name: source[name] for name in Source.__dataclass_fields__}),
@@ -161,8 +166,9 @@ class Event:
 
     Attributes:
         sequence, time, image, tag, user: As in `Annotation`.
-        kind: "label", "delete", "undo", "restore", "skip" or "export".
-        reason: Of a skip or a delete; of an export, what it was a part of.
+        kind: "label", "delete", "undo", "restore", "skip" or "export"; "done" and "reopen" say that an image is finished,
+            and that it is not; "decide" that somebody decided between two readings, whose result is the save before it.
+        reason: Of a skip or a delete; of an export, what it was a part of; of a decision, what was taken from whom.
         target: The save that a restore goes back to; None otherwise.
         label: What was saved; None unless `kind` is "label".
     """
@@ -275,13 +281,15 @@ class AnnotationStore:
         seconds: float | None = None,
         num_slices: int | None = None,
         label_ids: Mapping[str, int] | None = None,
+        effort: Sequence[tuple[str, float, int]] = (),
     ) -> Annotation:
         """Keep a label version and say what it is; both are on disk when this returns.
 
         Args:
             image: Id in the datastore.
             label_file: The label, which is copied.
-            tag, user, client, structures, source, edited, seconds, num_slices, label_ids: See `Annotation`.
+            tag, user, client, structures, source, edited, seconds, num_slices, label_ids, effort: See
+                `Annotation`.
             slices: Axial slices that this save annotates, in any order; None for the whole volume.
 
         Raises:
@@ -313,6 +321,7 @@ class AnnotationStore:
                 file=file.relative_to(self.root).as_posix(),
                 num_slices=num_slices,
                 label_ids=tuple((label_ids or {}).items()),
+                effort=tuple(effort),
             )
             try:
                 self._append(Event(sequence, label.time, "label", image, tag, label.user, label=label))
@@ -333,6 +342,19 @@ class AnnotationStore:
     def note_export(self, image: str, user: str = "", reason: str = "") -> Event:
         """Say that a copy of an image went out, and as a part of what."""
         return self._record_event("export", image, user, FINAL, reason)
+
+    def finish(self, image: str, user: str = "", is_done: bool = True) -> Event:
+        """Say that nothing is left to do on an image, or that there is again."""
+        return self._record_event("done" if is_done else "reopen", image, user, FINAL)
+
+    def decide(self, image: str, user: str, reason: str) -> Event:
+        """Say that somebody decided between two readings of an image, and what was taken from whom."""
+        return self._record_event("decide", image, user, FINAL, reason)
+
+    def find_done(self) -> frozenset[str]:
+        """The images that somebody said to be done, and nobody since to be open."""
+        last: dict[str, str] = {event.image: event.kind for event in self.events() if event.kind in ("done", "reopen")}
+        return frozenset(image for image, kind in last.items() if kind == "done")
 
     def undo(self, image: str, user: str = "", tag: str = FINAL) -> Annotation | None:
         """Go back one step: to what was in force before the last save, delete or restore.

@@ -88,4 +88,5 @@ def record_ready(
         seconds=ready.seconds,
         num_slices=ready.num_slices,
         label_ids=ready.label_ids,
+        effort=ready.effort,
     )

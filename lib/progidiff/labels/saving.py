@@ -52,6 +52,7 @@ UNKNOWN_SEED = -1
 _KEY = re.compile(r"[0-9a-f]{64}")
 _MAX_NAMES = 255
 _MAX_SECONDS = 7 * 24 * 3600.0
+_MAX_CLICKS = 10**6
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,9 @@ class SaveOptions:
         seconds: Time spent; None if not said.
         label_names: Id in the file -> structure; None if not said.
         client: What sent it.
+        effort: (structure, seconds, clicks) that a person spent.
+        is_as_proposed: Whether it was drawn from these proposals and nothing else, however they overlap, so that there
+            is nothing to compare.
     """
 
     slices: tuple[int, ...] | None = None
@@ -77,13 +81,16 @@ class SaveOptions:
     seconds: float | None = None
     label_names: Mapping[int, str] | None = None
     client: str = ""
+    effort: tuple[tuple[str, float, int], ...] = ()
+    is_as_proposed: bool = False
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], num_slices: int) -> SaveOptions:
         """Read the parameters of a save; names that mean nothing here are left to the datastore.
 
         Args:
-            params: As sent: slices, structures, proposals, shown, edited, seconds, label_info, client_id.
+            params: As sent: slices, structures, proposals, shown, edited, seconds, label_info, client_id, effort,
+                as_proposed.
             num_slices: Axial slices of the image.
 
         Raises:
@@ -110,6 +117,8 @@ class SaveOptions:
             seconds=None if "seconds" not in given else read_float(given["seconds"], "seconds", 0, _MAX_SECONDS),
             label_names=_read_label_info(given.get("label_info"), given.get("label_names")),
             client=str(given.get("client_id", ""))[:MAX_NAME],
+            effort=read_effort(given.get("effort")),
+            is_as_proposed=read_bool(given.get("as_proposed", False), "as_proposed"),
         )
 
 
@@ -158,7 +167,7 @@ class ReadyLabel:
 
     Attributes:
         file: What was sent, or a new file in the scratch folder.
-        slices, structures, source, edited, seconds, client, num_slices: See `annotations.Annotation`.
+        slices, structures, source, edited, seconds, client, num_slices, effort: See `annotations.Annotation`.
         label_ids: Structure -> id.
         warnings: Sentences for the person who saved.
     """
@@ -173,6 +182,7 @@ class ReadyLabel:
     num_slices: int
     label_ids: dict[str, int]
     warnings: tuple[str, ...] = ()
+    effort: tuple[tuple[str, float, int], ...] = ()
 
 
 def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -325,7 +335,17 @@ def prepare_label(
     else:
         file = save_mask(array, grid, scratch / ("label.png" if is_picture(checked.file) else "label.nii.gz"))
     return ReadyLabel(
-        file, slices, structures, source, edited, options.seconds, options.client, num_slices, ids, tuple(warnings)
+        file,
+        slices,
+        structures,
+        source,
+        edited,
+        options.seconds,
+        options.client,
+        num_slices,
+        ids,
+        tuple(warnings),
+        options.effort,
     )
 
 
@@ -458,7 +478,7 @@ def _find_differing(
     array: NDArray[Any], grid: Grid, options: SaveOptions, result: VolumeProposals | None, ids: Mapping[str, int]
 ) -> tuple[int, ...] | None:
     """Axial slices where a label is not what was served; None if that is not known."""
-    if result is None or options.shown == MERGED:
+    if result is None or options.shown == MERGED or options.is_as_proposed:
         return None
     served = result.label_map(grid, options.shown, _assign_ids(result.structures, ids))
     if options.structures is not None:
@@ -583,6 +603,37 @@ def _read_name(value: object, option: str) -> str:
             f"Option {option} holds {str(value)[:40]!r}; a structure is named by up to {MAX_NAME} printable characters."
         )
     return canonical_name(value)
+
+
+def read_effort(value: object) -> tuple[tuple[str, float, int], ...]:
+    """What a person spent on each structure, as sent: {structure: {"seconds", "clicks"}}; None for nothing.
+
+    Raises:
+        RequestError: if it is something else, or out of range.
+
+    Example:
+        >>> read_effort({"Liver": {"seconds": 12.5, "clicks": 7}})
+        (('liver', 12.5, 7),)
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping) or len(value) > _MAX_NAMES or not all(map(_is_effort, value.values())):
+        raise RequestError(
+            'Option effort must be an object such as {"liver": {"seconds": 12.5, "clicks": 7}}; leave it out if nobody '
+            "measured."
+        )
+    return tuple(
+        (
+            _read_name(name, "effort"),
+            read_float(spent.get("seconds", 0), "effort seconds", 0, _MAX_SECONDS),
+            read_int(spent.get("clicks", 0), "effort clicks", 0, _MAX_CLICKS),
+        )
+        for name, spent in value.items()
+    )
+
+
+def _is_effort(value: object) -> bool:
+    return isinstance(value, Mapping)
 
 
 def _read_shown(value: object) -> str:

@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     folder = tmp_path_factory.mktemp("review")
     studies = folder / "studies"
     studies.mkdir()
-    for seed, name in enumerate(("plain", "twice", "shared", "merged")):
+    for seed, name in enumerate(("plain", "twice", "shared", "merged", "several", "ragged")):
         write_phantom(studies / f"{name}.nii.gz", seed=seed)
     write_phantom(studies / "oblique.nii.gz", shape=(40, 44, 6), seed=5, affine=OBLIQUE)
     noise = np.random.default_rng(0).normal(3e5, 1e5, (30, 32, 6)).astype(np.float32)
@@ -283,3 +283,55 @@ def test_a_label_that_was_made_elsewhere_is_shown_by_the_ids_of_the_folder(serve
     for z in (0, int(np.flatnonzero(drawn.any(axis=(1, 2)))[0])):
         content = server.get(f"/progidiff/review/labelled/label/{z}").content
         assert np.array_equal(np.frombuffer(content, np.uint8).reshape(drawn[z].shape), drawn[z])
+
+
+def test_structures_of_two_results_are_saved_in_one_submission_each_on_its_own_slices(server: Server):
+    liver, spleen = (propose(server, "several", name)["proposals"] for name in ("liver", "spleen"))
+    union = {"rule": "union"}
+    parts = [
+        {"proposals": liver, "slices": {"2": {"liver": union}, "3": {"liver": union}}},
+        {"proposals": spleen, "volume": {"spleen": union}},
+    ]
+    effort = {"liver": {"seconds": 20, "clicks": 9}, "spleen": {"seconds": 5.5, "clicks": 2}}
+    answer = submit(server, "several", parts=parts, base=0, seconds=30, effort=effort).json()
+    told = [(saved["structures"], saved["slices"]) for saved in answer["saves"]]
+    assert told == [(["liver"], [2, 3]), (["spleen"], None)]
+    assert answer["annotation"] == answer["saves"][-1]
+
+    label = load_final(server, "several")
+    stack = load_volume(server.studies / "several.nii.gz").to_stack()[0]
+    masks = {
+        name: np.any([load_shown(server, "several", name, str(k)) > 0 for k in (1, 2, 3)], axis=0)
+        for name in ("liver", "spleen")
+    }
+    masks["liver"][[z for z in range(len(stack)) if z not in (2, 3)]] = False
+    assert np.array_equal(label > 0, masks["liver"] | masks["spleen"])
+    assert not (label[~masks["liver"]] == 6).any()
+
+    info = server.get("/progidiff/review/several").json()
+    assert info["annotated"] == {"liver": [2, 3], "spleen": None}
+    saves = server.get("/progidiff/annotations", params={"image": "several"}).json()["annotations"][::-1]
+    assert [(s["seconds"], s["effort"], s["edited"]) for s in saves] == [
+        (20, [["liver", 20, 9]], False),
+        (5.5, [["spleen", 5.5, 2]], False),
+    ]
+    assert [s["source"]["proposals"] for s in saves] == [liver, spleen]
+
+
+def test_a_structure_that_is_decided_on_other_slices_than_its_neighbour_is_not_called_absent_there(server: Server):
+    key = propose(server, "ragged")["proposals"]
+    union = {"rule": "union"}
+    answer = submit(
+        server, "ragged", proposals=key, slices={"2": {"liver": union}, "4": {"spleen": union, "liver": union}}, base=0
+    ).json()
+    told = [(saved["structures"], saved["slices"]) for saved in answer["saves"]]
+    assert told == [(["liver"], [2, 4]), (["spleen"], [4])]
+    assert server.get("/progidiff/review/ragged").json()["annotated"] == {"liver": [2, 4], "spleen": [4]}
+
+
+def test_one_structure_is_decided_by_one_result(server: Server):
+    keys = [propose(server, "ragged", name)["proposals"] for name in ("liver", "liver and spleen")]
+    parts = [{"proposals": key, "volume": {"liver": {"rule": "union"}}} for key in keys]
+    for sent, reason in ((parts, "decided in two parts"), ([], "1 to 32"), ("x", "1 to 32")):
+        answer = submit(server, "ragged", parts=sent, base=0)
+        assert (answer.status_code, reason in answer.json()["detail"]) == (422, True), answer.text

@@ -87,6 +87,17 @@ class SaveAnswer(_Answer):
     label: str
 
 
+class SubmissionAnswer(SaveAnswer):
+    """The answer to what was decided on the review page.
+
+    Attributes:
+        saves: One for all structures that were decided on the same slices of the same proposals, oldest first; the
+            last one is `annotation`.
+    """
+
+    saves: list[NewLabelAnswer]
+
+
 class LabelStateAnswer(_Answer):
     """What is in force of an image.
 
@@ -145,6 +156,7 @@ class AnnotationAnswer(_Answer):
     file: Text
     num_slices: int | None
     label_ids: list[tuple[Text, int]]
+    effort: list[tuple[Text, float, int]]
     in_force: bool
 
 
@@ -238,6 +250,7 @@ class ReviewedImage(_Answer):
         colors: Structure -> "#rrggbb", of all that have one of their own.
         other_colors: Of all others, in turn.
         annotated_slices: Axial, ascending; null for the whole volume.
+        annotated: Structure -> the same for it; what a label made elsewhere draws is not in it.
         sequence: Of the newest save; 0 if there is none.
     """
 
@@ -258,6 +271,7 @@ class ReviewedImage(_Answer):
     colors: dict[str, str]
     other_colors: list[str]
     annotated_slices: list[int] | None
+    annotated: dict[Text, list[int] | None]
     sequence: int
 
 

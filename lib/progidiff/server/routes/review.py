@@ -22,18 +22,13 @@ from typing import Any
 import numpy as np
 from fastapi import Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
-from numpy.typing import NDArray
 
-from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
+from progidiff.errors import ImageError, NotFoundError
 from progidiff.images.intensities import compute_window
 from progidiff.images.modality import get_modality
 from progidiff.images.volume import Volume
-from progidiff.images.writing import save_mask
-from progidiff.labels.decisions import Plan, compose_label
-from progidiff.labels.history import FINAL, Annotation
-from progidiff.labels.segments import load_label_map
-from progidiff.params import read_float, read_int
-from progidiff.prompts.structures import COLORS, OTHER_COLORS, number_structures
+from progidiff.params import read_int
+from progidiff.prompts.structures import COLORS, OTHER_COLORS
 from progidiff.proposals.request import MAX_SLICE
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.datastores import images
@@ -42,23 +37,21 @@ from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
 from progidiff.server.gate.paths import find_root
 from progidiff.server.parts import Context, get_context
-from progidiff.server.routes import labels
+from progidiff.server.routes import submissions
 from progidiff.server.routes.image_id import ImageId
 from progidiff.server.routes.label_answers import (
     CurrentLabel,
     GeometryAnswer,
     KeptProposals,
     ReviewedImage,
-    SaveAnswer,
+    SubmissionAnswer,
     WindowPreset,
     list_slices,
 )
-from progidiff.storage.atomic import scratch_folder
+from progidiff.server.routes.submissions import find_result, load_current
 
 MAX_SLICE_PIXELS = 1 << 24
 """Largest slice that a browser is asked to draw: 4096 x 4096 pixels."""
-
-CLIENT = "review page"
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src "
@@ -67,7 +60,6 @@ PAGE_POLICY = (
 """Nothing inline, nothing evaluated, nothing from anywhere else."""
 
 _MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_MAX_SECONDS = 7 * 24 * 3600.0
 
 
 def build_endpoints() -> Endpoints:
@@ -119,9 +111,7 @@ def _add_data_routes(endpoints: Endpoints) -> None:
         takes="Query: proposals (a key) or job",
     )
     def get_masks(request: Request, image: ImageId, z: int, proposals: str = "", job: str = "") -> Response:
-        result = (
-            _find_unfinished(get_context(), image, job, z) if job else _find_result(get_context(), image, proposals)
-        )
+        result = _find_unfinished(get_context(), image, job, z) if job else find_result(get_context(), image, proposals)
         if result is None:
             return Response(status_code=204)
         _check_slice(z, result.grid.shape)
@@ -137,7 +127,7 @@ def _add_data_routes(endpoints: Endpoints) -> None:
         context = get_context()
         volume = _open_volume(context, image)
         _check_slice(z, volume.to_stack()[0].shape)
-        label = _load_current(context, image, volume)
+        label = load_current(context, image, volume)
         if label is None:
             raise NotFoundError(f"Image '{image}' has no saved label yet.")
         return _send_bytes(request, np.ascontiguousarray(volume.arrange(label)[z], dtype=np.uint8).tobytes())
@@ -149,35 +139,14 @@ def _add_submit_route(endpoints: Endpoints) -> None:
         ANNOTATE,
         tags=["Review"],
         summary="Save what was decided about an image",
-        takes="JSON: proposals, volume, slices, base, seconds",
+        takes="JSON: proposals, volume, slices, or parts of these; base, seconds, effort",
         body=MEDIUM,
         content=Content.JSON,
     )
-    def submit(image: ImageId, decisions: dict[str, Any], user: User = CALLER) -> SaveAnswer:
-        """Body: proposals (key), volume and slices (see `decisions.Plan`), base (the newest save the page knows),
-        seconds.
-        """
+    def submit(image: ImageId, decisions: dict[str, Any], user: User = CALLER) -> SubmissionAnswer:
+        """Body: see `submissions.submit`."""
         context = get_context()
-        volume = _open_volume(context, image)
-        result = _find_result(context, image, str(decisions.get("proposals", "")))
-        plan = Plan.from_params(decisions, result)
-        ids = number_structures(result.structures)
-        label = compose_label(result, volume.grid, plan, ids)
-        _check_conflict(context, image, plan, decisions.get("base"), volume, label, ids)
-        seconds = decisions.get("seconds")
-        params = {
-            "slices": None if plan.decided_slices is None else list(plan.decided_slices),
-            "structures": list(plan.structures),
-            "label_info": [{"name": name, "idx": ids[name]} for name in plan.structures],
-            "proposals": decisions["proposals"],
-            "shown": plan.shown,
-            "edited": False,
-            "seconds": None if seconds is None else read_float(seconds, "seconds", 0, _MAX_SECONDS),
-            "client_id": CLIENT,
-        }
-        with scratch_folder("review") as folder:
-            file = save_mask(label, volume.grid, folder / "label.nii.gz")
-            return labels.save(context, image, file, FINAL, params, user.name)
+        return submissions.submit(context, image, _open_volume(context, image), decisions, user.name)
 
 
 def find_scale(volume: Volume) -> tuple[float, float]:
@@ -243,8 +212,19 @@ def _describe_image(context: Context, image: str) -> ReviewedImage:
         colors=dict(COLORS),
         other_colors=list(OTHER_COLORS),
         annotated_slices=list_slices(slices),
+        annotated=_list_annotated(context, image),
         sequence=max((saved.sequence for saved in annotations.list(image)), default=0),
     )
+
+
+def _list_annotated(context: Context, image: str) -> dict[str, list[int] | None]:
+    """Structure -> axial slices on which it is annotated; None for the whole volume."""
+    found: dict[str, set[int] | None] = {}
+    for saved in context.annotations.in_force(image):
+        for name in saved.structures:
+            before = found.get(name, set())
+            found[name] = None if saved.slices is None or before is None else before | set(saved.slices)
+    return {name: list_slices(slices) for name, slices in found.items()}
 
 
 def _find_label_ids(context: Context, image: str, volume: Volume) -> dict[str, int]:
@@ -254,7 +234,7 @@ def _find_label_ids(context: Context, image: str, volume: Volume) -> dict[str, i
         return {}
     if current.label_ids or not isinstance(context.labels, SafeLocalDatastore):
         return dict(current.label_ids)
-    label = _load_current(context, image, volume)
+    label = load_current(context, image, volume)
     drawn = set() if label is None else set(np.unique(label).tolist())
     return {name: value for name, value in context.labels.read_label_ids().items() if value in drawn}
 
@@ -262,19 +242,6 @@ def _find_label_ids(context: Context, image: str, volume: Volume) -> dict[str, i
 def _open_volume(context: Context, image: str) -> Volume:
     path = images.find_image(context.app, image)
     return context.infer.open_volume(path, None, context.app.datastore().get_image_info(image))
-
-
-def _find_result(context: Context, image: str, key: str) -> VolumeProposals:
-    if not key:
-        raise RequestError("The request names no proposals. Send the `proposals` of an answer to a prompt.")
-    store = context.infer.store
-    result = store.load(key) if any(entry.key == key for entry in store.list(image)) else None
-    if result is None:
-        raise NotFoundError(
-            f"The proposals {key[:12]} of image '{image}' are no longer kept. Send the "
-            "same prompt again to get them back."
-        )
-    return result
 
 
 def _find_unfinished(context: Context, image: str, job: str, z: int) -> VolumeProposals | None:
@@ -289,58 +256,6 @@ def _find_unfinished(context: Context, image: str, job: str, z: int) -> VolumePr
 
 def _check_slice(z: int, shape: tuple[int, ...]) -> None:
     read_int(z, "slice", 0, min(MAX_SLICE, shape[0] - 1))
-
-
-def _load_current(context: Context, image: str, volume: Volume) -> NDArray[Any] | None:
-    current = context.annotations.current(image)
-    if current is None:
-        return None
-    try:
-        return load_label_map(context.annotations.label_file(current), volume.grid).array
-    except (GeometryError, ImageError, NotFoundError) as err:
-        raise ImageError(f"The saved label of '{image}' cannot be shown ({err})") from err
-
-
-def _check_conflict(
-    context: Context, image: str, plan: Plan, base: object, volume: Volume, label: NDArray[Any], ids: dict[str, int]
-) -> None:
-    """Refuse to overwrite what somebody saved since the page looked, unless it is the very same: a second try of a save
-    that arrived.
-    """
-    if base is None:
-        return
-    known = read_int(base, "base", 0, 2**53)
-    in_force = context.annotations.in_force(image)
-    touched = [saved for saved in in_force if saved.sequence > known and _overlaps(saved, plan)]
-    if touched and not _is_in_force(context, image, plan, volume, label, ids):
-        saved = touched[-1]
-        who = saved.user or saved.client or "somebody else"
-        raise ConflictError(
-            f"Image '{image}' was saved meanwhile by {who} (save {saved.sequence}), on slices that you decided too. "
-            "Look at that label, then submit again to replace it; nothing of yours is lost."
-        )
-
-
-def _overlaps(saved: Annotation, plan: Plan) -> bool:
-    slices = plan.decided_slices
-    return (slices is None or saved.slices is None or bool(set(slices) & set(saved.slices))) and bool(
-        not saved.structures or set(saved.structures) & set(plan.structures)
-    )
-
-
-def _is_in_force(
-    context: Context, image: str, plan: Plan, volume: Volume, label: NDArray[Any], ids: dict[str, int]
-) -> bool:
-    current = context.annotations.current(image)
-    kept = _load_current(context, image, volume)
-    if current is None or kept is None:
-        return False
-    mine, theirs, theirs_ids = volume.arrange(label), volume.arrange(kept), dict(current.label_ids)
-    chosen = slice(None) if plan.decided_slices is None else list(plan.decided_slices)
-    return all(
-        np.array_equal(mine[chosen] == ids[name], theirs[chosen] == theirs_ids.get(name, -1))
-        for name in plan.structures
-    )
 
 
 def _send_bytes(request: Request, content: bytes) -> Response:

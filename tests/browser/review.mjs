@@ -4,7 +4,8 @@
 import { drive } from './driver.mjs';
 
 const pixels = (page) => page.locator('#facts').evaluate((node) => Number(node.dataset.pixels));
-const slice = (page) => page.locator('#corner-slice b').evaluate((node) => Number(node.textContent.slice(2)));
+/** As the server counts: from 0. */
+const slice = (page) => page.locator('#corner-slice b').evaluate((node) => Number(node.textContent.match(/\d+/)[0]) - 1);
 const picked = (page) => page.locator('#picked').textContent();
 const measures = (page, name) =>
   page.evaluate((wanted) => performance.getEntriesByName(wanted).map(({ duration }) => Math.round(duration * 10) / 10), name);
@@ -21,7 +22,7 @@ async function accept(page) {
   await ready(page);
   const accepted = { z: await slice(page), pixels: await pixels(page), pick: await picked(page) };
   await page.keyboard.press('Enter');
-  await page.waitForFunction((z) => Number(document.querySelector('#corner-slice b').textContent.slice(2)) !== z, accepted.z);
+  await page.waitForFunction((z) => Number(document.querySelector('#corner-slice b').textContent.match(/\d+/)[0]) - 1 !== z, accepted.z);
   await ready(page);
   return accepted;
 }

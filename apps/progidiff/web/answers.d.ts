@@ -37,16 +37,26 @@ export type QueueEntry = Partial<Queued> & { [Field in "image" | "slices" | "rea
 export type QueueSlice = Queued["slices"][number];
 
 /** The body of POST /progidiff/review/{image} */
-export interface Decisions {
+export interface Decisions extends Partial<DecidedPart> {
+  /** instead of its own, if structures go by several results */
+  parts?: DecidedPart[];
+  base: number;
+  seconds: number;
+  effort?: Record<string, { seconds: number; clicks: number }>;
+}
+
+/** What is decided about the structures of one result. */
+export interface DecidedPart {
   proposals: string;
   volume: Record<string, Pick>;
   slices: Record<string, Record<string, Pick>>;
-  base: number;
-  seconds: number;
 }
 
 /** Of a save from either page. */
-export type Saved = Answer<"/progidiff/review/{image}", "post"> & Answer<"/datastore/label", "put">;
+export type Saved = Answer<"/datastore/label", "put">;
+
+/** Of a submission of the review page: one save or several. */
+export type Submitted = Answer<"/progidiff/review/{image}", "post">;
 
 export type Undone = Answer<"/progidiff/annotations/{image}/undo", "post">;
 

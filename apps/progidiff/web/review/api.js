@@ -99,7 +99,7 @@ export const getMasks = (image, z, source) => getBytes(`progidiff/review/${name(
 export const getLabel = (image, z) => getBytes(`progidiff/review/${name(image)}/label/${z}`);
 /** @type {(image: string, key: string) => Promise<import("../answers.d.ts").KeptProposals>} */
 export const describeProposals = (image, key) => getJson(`progidiff/proposals/${name(image)}?proposals=${key}`);
-/** @type {(image: string, decisions: import("../answers.d.ts").Decisions) => Promise<import("../answers.d.ts").Saved>} */
+/** @type {(image: string, decisions: import("../answers.d.ts").Decisions) => Promise<import("../answers.d.ts").Submitted>} */
 export const submitDecisions = (image, decisions) => postJson(`progidiff/review/${name(image)}`, decisions);
 /** @type {(image: string) => Promise<import("../answers.d.ts").Undone>} */
 export const undoSave = (image) => postJson(`progidiff/annotations/${name(image)}/undo`);

@@ -4,6 +4,7 @@ import { ONLY_FIRST, ONLY_SECOND, cssColor, heatColor } from "./colors.js";
 import { element, find } from "./dom.js";
 import { computeDice, countPixels } from "./masks.js";
 import { describePick, drawPick } from "./picks.js";
+import { nameSlice } from "./slices.js";
 import { comparedPick, countProposals, look, state } from "./state.js";
 
 /** @typedef {import("./session.js").ImageSession} ImageSession */
@@ -13,8 +14,8 @@ export function renderCorners(session) {
   const { z } = state;
   const value = session.disagreement(state.structure ? [state.structure] : [])[z];
   find("corner-slice").replaceChildren(
-    element("b", {}, `z ${z}`),
-    ` of ${session.depth - 1}${session.result?.summary ? `\ndisagreement ${(value ?? 0).toFixed(2)}` : ""}${session.result?.job ? "\nproposals are being made" : ""}`,
+    element("b", {}, `slice ${nameSlice(z)}`),
+    ` of ${session.depth}${value === undefined ? "" : `\ndisagreement ${value.toFixed(2)}`}${session.job ? "\nproposals are being made" : ""}`,
   );
   find("corner-window").textContent = describeWindow();
   find("corner-mark").replaceChildren(...renderMarks(session));
@@ -32,8 +33,9 @@ function describeWindow() {
 function renderMarks(session) {
   const { work, z } = state;
   const marks = [];
-  if (work?.isDecided(z)) marks.push(element("span", { className: "mark-decided" }, `✓ ${describeAccepted(work, z)}, not sent\n`));
-  if (session.isSaved(z) && session.info.label) marks.push(element("span", { className: "mark-saved" }, "● saved"));
+  const { structure } = state;
+  if (work?.acceptedPick(structure, z)) marks.push(element("span", { className: "mark-decided" }, `✓ ${structure} ${describeAccepted(work, z)}, not sent\n`));
+  if (session.isSaved(structure, z)) marks.push(element("span", { className: "mark-saved" }, `● ${structure} saved`));
   return marks;
 }
 

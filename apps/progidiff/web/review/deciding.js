@@ -1,8 +1,9 @@
 // Picking, merging, accepting, and taking back.
 
 import { toast } from "./dom.js";
-import { goTo, goToDisputed, toggleMode } from "./moving.js";
+import { goTo, goToNext, toggleMode } from "./moving.js";
 import * as picks from "./picks.js";
+import { nameSlice } from "./slices.js";
 import { areMasksShown, chosenStructures, countProposals, currentPick, look, state, store } from "./state.js";
 import { startWaiting } from "./timing.js";
 
@@ -50,28 +51,57 @@ export const requireProposals = (needed) => pick(picks.requireProposals(currentP
 /** What can be decided now; null, and why on the screen, if nothing. */
 export function findDecidable() {
   const { session, work } = state;
-  if (!session || !work || !session.result?.key) return null;
+  if (!session || !work || !(session.keys.length || work.hasDecisions)) return null;
   if (state.isReadOnly) toast("This image is open in another tab. Choose “Use it here” first.", "bad");
   return state.isReadOnly ? null : { session, work };
 }
 
-export function acceptSlice() {
+/** The structures of these that have kept proposals: those of a job that still runs cannot be accepted yet. @param {readonly string[]} names */
+const acceptable = (names) => names.filter((name) => state.session?.keyOf(name));
+
+/**
+ * Accept structures on this slice, as they are shown, and go to the next one; by itself, the active one alone.
+ * @param {readonly string[]} names
+ */
+export function acceptSlice(names = [state.structure]) {
   const found = findDecidable();
-  if (!found || !areMasksShown()) return;
+  const structures = acceptable(names);
+  if (!found || !structures.length || !areMasksShown()) return;
   const { z } = state;
-  found.work.acceptSlice(z, chosenStructures());
+  found.work.acceptSlice(z, structures);
   store.touch("decisions");
-  toast(`Slice ${z} accepted`, "good", 2);
-  if (!goToDisputed(z)) toast("No undecided slice with disagreement is left. Accept the volume, or submit.", "", 4);
+  toast(`${structures.join(", ")} accepted on slice ${nameSlice(z)}`, "good", 2);
+  if (!goToNext(z)) tellDone();
 }
 
-export function acceptVolume() {
-  const found = findDecidable();
-  if (!found) return;
-  found.work.acceptVolume(chosenStructures());
-  store.touch("decisions");
-  toast(`Volume accepted: ${chosenStructures().join(", ")}`, "good", 3);
+/** Nothing is left of the active structure: which one is. */
+function tellDone() {
+  const open = listOpen().filter((name) => name !== state.structure);
+  const next = open.length ? ` X goes on to ${open[0]}.` : " Submit, or accept the volume.";
+  toast(`No slice of ${state.structure} is left that the proposals dispute.${next}`, "", 4);
 }
+
+/** The structures with proposals of which nothing is accepted or saved. */
+const listOpen = () => acceptable(chosenStructures()).filter((name) => !state.work?.isAccepted(name) && state.session?.savedOn(name) === undefined);
+
+/**
+ * Accept structures on every slice; by itself, the active one alone.
+ * @param {readonly string[]} names
+ */
+export function acceptVolume(names = [state.structure]) {
+  const found = findDecidable();
+  const structures = acceptable(names);
+  if (!found || !structures.length) return;
+  found.work.acceptVolume(structures);
+  store.touch("decisions");
+  toast(`${structures.join(", ")} accepted in the whole volume`, "good", 3);
+}
+
+/** Accept everything that is shown on this slice. */
+export const acceptShown = () => acceptSlice(chosenStructures());
+
+/** Accept everything that is shown on every slice. */
+export const acceptShownVolume = () => acceptVolume(chosenStructures());
 
 export function undo() {
   const { work, session } = state;

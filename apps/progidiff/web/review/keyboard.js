@@ -1,10 +1,10 @@
 // What keys and buttons do.
 
-import { noteActivity } from "./activity.js";
-import { acceptSlice, acceptVolume, merge, pick, pickProposal, requireProposals, shiftThreshold, undo } from "./deciding.js";
+import { noteActivity, noteClick } from "./activity.js";
+import { acceptShown, acceptShownVolume, acceptSlice, acceptVolume, merge, pick, pickProposal, requireProposals, shiftThreshold, undo } from "./deciding.js";
 import { element, find, findInput, toast } from "./dom.js";
 import { KEYS, readKey } from "./keys.js";
-import { compareWith, cyclePreset, cycleStructure, goTo, goToDisputed, scrollBy, setScope, setZoom, toggleFit } from "./moving.js";
+import { compareWith, cyclePreset, cycleStructure, goTo, goToNext, scrollBy, setScope, setZoom, toggleFit } from "./moving.js";
 import { toggleHidden, toggleIncluded, toggleMode, toggleSaved } from "./moving.js";
 import { tellWarnings } from "./opening.js";
 import { makePick } from "./picks.js";
@@ -22,7 +22,7 @@ const ACTIONS = {
   farDown: () => scrollBy(-10),
   first: () => goTo(0),
   last: () => goTo(state.session?.depth ?? 0),
-  disputed: () => goToDisputed(state.z) || toast("No other undecided slice with disagreement."),
+  disputed: () => goToNext(state.z) || toast(`No other slice of ${state.structure} is left that the proposals dispute.`),
   consensus: () => pick(makePick("consensus")),
   best: () => pick(makePick("best")),
   absent: () => pick(makePick("nothing")),
@@ -43,8 +43,10 @@ const ACTIONS = {
   fit: toggleFit,
   zoomIn: () => setZoom(state.zoom * 1.25),
   zoomOut: () => setZoom(state.zoom / 1.25),
-  acceptSlice,
-  acceptVolume,
+  acceptSlice: () => acceptSlice(),
+  acceptVolume: () => acceptVolume(),
+  acceptShown,
+  acceptShownVolume,
   skip,
   undo,
   submit,
@@ -69,6 +71,7 @@ function onKey(event) {
   // Enter and space press the button that has the focus.
   if ("action" in meaning && target instanceof HTMLButtonElement && ["Enter", " "].includes(event.key) && !event.ctrlKey) return;
   event.preventDefault();
+  noteClick();
   if ("proposal" in meaning) pickProposal(meaning.proposal);
   else if ("compared" in meaning) compareWith(meaning.compared);
   else ACTIONS[meaning.action]();
@@ -76,7 +79,7 @@ function onKey(event) {
 
 export function listenToKeys() {
   document.addEventListener("keydown", onKey);
-  document.addEventListener("pointerdown", noteActivity);
+  document.addEventListener("pointerdown", noteClick);
 }
 
 export function listenToButtons() {
@@ -85,7 +88,7 @@ export function listenToButtons() {
   threshold.addEventListener("input", () => requireProposals(Number(threshold.value)));
   /** @type {Record<string, () => unknown>} */
   const buttons = {
-    ...{ "accept-slice": acceptSlice, "accept-volume": acceptVolume, undo, skip, submit, "undo-save": undoSave },
+    ...{ "accept-slice": () => acceptSlice(), "accept-volume": () => acceptVolume(), "accept-shown": acceptShown, undo, skip, submit, "undo-save": undoSave },
     ...{ "scope-slice": () => setScope("slice"), "scope-volume": () => setScope("volume") },
     ...{ "job-cancel": cancelJob, "help-open": openHelp, "header-warning": tellWarnings },
   };

@@ -3,7 +3,7 @@
 /**
  * @typedef {"consensus"|"best"|"absent"|"union"|"intersection"|"majority"|"threshold"|"lower"|"higher"|"scope"|"agreement"|"difference"
  *   |"hide"|"saved"|"up"|"down"|"farUp"|"farDown"|"first"|"last"|"disputed"|"skip"|"structure"|"leaveOut"|"preset"|"fit"|"zoomIn"
- *   |"zoomOut"|"acceptSlice"|"acceptVolume"|"undo"|"submit"|"next"|"prompt"|"help"} Action
+ *   |"zoomOut"|"acceptShown"|"acceptShownVolume"|"acceptSlice"|"acceptVolume"|"undo"|"submit"|"next"|"prompt"|"help"} Action
  */
 /** @typedef {{keys: string[], show?: string[], what: string, action?: Action}} Key `show` is what the legend prints instead of `keys` */
 /** @typedef {Pick<KeyboardEvent, "key"|"code"|"shiftKey"|"ctrlKey"|"altKey"|"metaKey">} Press */
@@ -33,16 +33,18 @@ export const KEYS = [
   { keys: ["PageDown"], what: "", action: "farDown" },
   { keys: ["Home"], what: "", action: "first" },
   { keys: ["End"], what: "", action: "last" },
-  { keys: ["g"], show: ["G"], what: "Most disputed undecided slice", action: "disputed" },
+  { keys: ["g"], show: ["G"], what: "Next slice that was chosen, then the most disputed", action: "disputed" },
   { keys: ["s"], show: ["S"], what: "Skip this image", action: "skip" },
   { keys: ["x"], show: ["X"], what: "Next structure", action: "structure" },
-  { keys: ["e"], show: ["E"], what: "Leave this structure out", action: "leaveOut" },
+  { keys: ["e"], show: ["E"], what: "Hide or show this structure", action: "leaveOut" },
   { keys: ["w"], show: ["W"], what: "Next window", action: "preset" },
   { keys: ["f"], show: ["F"], what: "Zoom to the structure and back", action: "fit" },
   { keys: ["+", "="], show: ["+", "−"], what: "Zoom", action: "zoomIn" },
   { keys: ["-"], what: "", action: "zoomOut" },
-  { keys: ["Enter", "a"], show: ["Enter", "A"], what: "Accept this slice, go to the next", action: "acceptSlice" },
-  { keys: ["Shift Enter", "Shift a"], show: ["Shift Enter"], what: "Accept the volume", action: "acceptVolume" },
+  { keys: ["Enter", "a"], show: ["Enter", "A"], what: "Accept the structure on this slice, go to the next", action: "acceptSlice" },
+  { keys: ["Shift Enter", "Shift a"], show: ["Shift Enter"], what: "Accept the structure in the volume", action: "acceptVolume" },
+  { keys: ["y"], show: ["Y"], what: "Accept all that is shown on this slice", action: "acceptShown" },
+  { keys: ["Shift y"], show: ["Shift Y"], what: "Accept all that is shown in the volume", action: "acceptShownVolume" },
   { keys: ["z", "Ctrl z"], show: ["Z"], what: "Undo", action: "undo" },
   { keys: ["Ctrl Enter"], show: ["Ctrl Enter"], what: "Submit", action: "submit" },
   { keys: ["n"], show: ["N"], what: "Next image of the queue", action: "next" },

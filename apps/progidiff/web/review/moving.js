@@ -3,7 +3,8 @@
 import { limitZoom, zoomTo } from "./geometry.js";
 import { presetsFor } from "./keys.js";
 import { pickProposal } from "./picks.js";
-import { countProposals, findDisputed, look, state, store } from "./state.js";
+import { findHighest } from "./slices.js";
+import { countProposals, findNext, listStructures, look, state, store } from "./state.js";
 import { startWaiting } from "./timing.js";
 
 /** @typedef {import("./geometry.js").Point} Point */
@@ -22,19 +23,29 @@ export function scrollBy(step) {
 }
 
 /**
- * Go to the most disputed slice that is left, and to the structure in dispute there.
+ * Go to the slice that is to be looked at next for the active structure.
  * @param {number|null} without
  * @returns {boolean} false if none is left
  */
-export function goToDisputed(without = null) {
-  const { session } = state;
-  const z = findDisputed(without);
-  if (z === null || !session) return false;
-  const names = [...state.included];
-  const values = names.map((name) => session.disagreement([name])[z]);
-  store.set({ structure: names[values.indexOf(Math.max(...values))] });
+export function goToNext(without = null) {
+  const z = findNext(without);
+  if (z === null) return false;
   goTo(z);
   return true;
+}
+
+/** Begin with the structure in dispute on the first slice that is to be looked at, of all that are shown. */
+export function goToFirst() {
+  const { session } = state;
+  if (!session) return;
+  const names = [...state.included];
+  /** @type {(name: string, z: number) => number} */
+  const value = (name, z) => session.disagreement([name])[z] ?? 0;
+  const first = state.walk.find(({ index }) => index < session.depth)?.index ?? findHighest(session.disagreement(names), () => false);
+  if (first === null) return;
+  const structure = names.reduce((best, name) => (value(name, first) > value(best, first) ? name : best), state.structure);
+  store.set({ structure });
+  if (!goToNext()) goTo(first);
 }
 
 /** @param {import("./state.js").Mode} mode the same again leaves it */
@@ -57,26 +68,21 @@ export const toggleSaved = () => store.set({ isSavedShown: !state.isSavedShown }
 /** @param {"slice"|"volume"} scope */
 export const setScope = (scope) => store.set({ scope });
 
-/** @param {string} name the same again leaves it out, or takes it in */
-export function selectStructure(name) {
-  if (name === state.structure) toggleIncluded(name);
-  else store.set({ structure: name, compared: null });
-}
+/** @param {string} name */
+export const selectStructure = (name) => store.set({ structure: name, compared: null });
 
 /**
- * Structures that are left out are neither accepted nor called absent.
+ * Show a structure, or show it no longer.
  * @param {string} name
  */
 export function toggleIncluded(name) {
-  if (!state.session?.result) return;
   const included = new Set(state.included);
-  if (included.has(name) && included.size > 1) included.delete(name);
-  else included.add(name);
+  if (!included.delete(name)) included.add(name);
   store.set({ included });
 }
 
 export function cycleStructure() {
-  const names = state.session?.result?.structures ?? [];
+  const names = listStructures();
   if (names.length) selectStructure(names[(names.indexOf(state.structure) + 1) % names.length]);
 }
 

@@ -1,12 +1,14 @@
 // The decision beside the picture: structures, how proposals are merged, what is accepted and what is saved.
 
+import { describeProgressOf, formatMl, measurePick } from "./checklist.js";
 import { element, find, findButton, findInput } from "./dom.js";
+import { icon } from "./icons.js";
 import { countNeeded, describePick, isMerged, listMembers } from "./picks.js";
-import { countSlices, formatSlices } from "./slices.js";
-import { colorOf, countProposals, currentPick, state } from "./state.js";
+import { countSlices, formatSlices, nameSlice } from "./slices.js";
+import { colorOf, countProposals, currentPick, listStructures, state } from "./state.js";
 
 /** @typedef {import("./picks.js").MergeRule} MergeRule */
-/** @typedef {{selectStructure: (name: string) => void, toggleMember: (number: number) => void, merge: (rule: MergeRule) => void}} Buttons */
+/** @typedef {{selectStructure: (name: string) => void, toggleIncluded: (name: string) => void, toggleMember: (number: number) => void, merge: (rule: MergeRule) => void}} Buttons */
 
 /** @type {readonly [rule: MergeRule, label: string, key: string][]} */
 const RULES = [
@@ -15,10 +17,9 @@ const RULES = [
   ["majority", "Majority", "J"],
   ["threshold", "At least …", "T"],
 ];
-const LEFT_OUT = "#46525e";
 
 /** @type {Buttons} */
-let act = { selectStructure: () => {}, toggleMember: () => {}, merge: () => {} };
+let act = { selectStructure: () => {}, toggleIncluded: () => {}, toggleMember: () => {}, merge: () => {} };
 /**
  * What its buttons do.
  * @param {Buttons} buttons
@@ -43,27 +44,46 @@ export function renderPanel() {
   const { session, work } = state;
   const result = session?.result;
   const isReady = Boolean(result && work && !state.isReadOnly);
-  find("structures").replaceChildren(...(result ? result.structures.map((name) => renderChip(name, result)) : []));
+  find("structures").replaceChildren(...listStructures().map(renderRow));
   find("scope-slice").setAttribute("aria-pressed", String(state.scope === "slice"));
   find("scope-volume").setAttribute("aria-pressed", String(state.scope === "volume"));
   renderMerging(isReady);
-  for (const id of ["accept-slice", "accept-volume"]) findButton(id).disabled = !isReady || !result?.key;
+  for (const id of ["accept-slice", "accept-volume"]) findButton(id).disabled = !isReady || !session?.keyOf(state.structure);
+  findButton("accept-shown").disabled = !isReady || !session?.keys.length;
+  find("accept-slice").title = state.structure ? `Accept ${state.structure} on this slice` : "";
+  find("accept-name").textContent = state.structure ? `Accept ${state.structure}` : "Accept slice";
   findButton("undo").disabled = !work?.canUndo || state.isReadOnly;
   renderDecided();
   renderSaved();
 }
 
 /**
+ * A row of the checklist: eye, colour, name and pick, volume, and how far it is.
  * @param {string} name
- * @param {import("./session.js").Result} result
  */
-function renderChip(name, result) {
-  const isIncluded = state.included.has(name);
+function renderRow(name) {
+  const { session, work } = state;
+  const numbers = session?.result?.summary?.structures[name];
+  const owner = session?.result?.owners[name];
+  const pick = work && owner ? work.pickOn(name, state.z) : null;
+  const { mark, words } = describeProgressOf(work?.acceptedOf(name) ?? { volume: null, slices: [] }, session?.savedOn(name), numbers?.present ?? !owner);
+  const isShown = state.included.has(name);
+  const eye = element(
+    "button",
+    { className: "eye ghost", "aria-pressed": String(isShown), "aria-label": `Show ${name}`, title: isShown ? "Hide (E)" : "Show (E)", on: { click: () => act.toggleIncluded(name) } },
+    icon(isShown ? "eye" : "eyeOff"),
+  );
   const dot = element("i");
-  dot.style.background = isIncluded ? colorOf(name) : LEFT_OUT;
-  const isAbsent = result.summary && !result.summary.structures[name].present;
-  const words = `${name}${isAbsent ? " (not found)" : ""}${isIncluded ? "" : " (left out)"}`;
-  return element("button", { "aria-pressed": String(name === state.structure), on: { click: () => act.selectStructure(name) } }, dot, words);
+  dot.style.background = colorOf(name);
+  const row = element(
+    "button",
+    { className: "structure", "aria-pressed": String(name === state.structure), on: { click: () => act.selectStructure(name) } },
+    dot,
+    element("span", { className: "structure-name" }, name, element("small", {}, pick && owner ? describePick(pick, owner.numProposals) : "no proposals")),
+    element("span", { className: "structure-ml" }, formatMl(pick ? measurePick(pick, numbers) : null)),
+    element("span", { className: `mark ${mark}` }, words),
+  );
+  return element("li", {}, eye, row);
 }
 
 /** @param {boolean} isReady */
@@ -119,12 +139,19 @@ function renderThreshold(pick, size) {
 
 function renderDecided() {
   const { work } = state;
-  const slices = work?.decidedSlices ?? [];
-  const parts = [];
-  if (work?.isVolumeAccepted) parts.push(`the whole volume (${Object.keys(work.state.volume).join(", ")})`);
-  if (slices.length) parts.push(`${slices.length === 1 ? "slice" : "slices"} ${formatSlices(slices)}`);
-  find("decided").textContent = parts.length ? `Accepted, not sent: ${parts.join(", with picks of their own on ")}` : "Nothing accepted yet.";
+  const parts = work?.decided.map((name) => describeAccepted(name, work.acceptedOf(name))) ?? [];
+  find("decided").textContent = parts.length ? `Accepted, not sent: ${parts.join("; ")}` : "Nothing accepted yet.";
   findButton("submit").disabled = !work?.hasDecisions || state.isReadOnly || state.isSubmitting;
+}
+
+/**
+ * @param {string} name
+ * @param {import("./checklist.js").Accepted} accepted
+ */
+function describeAccepted(name, { volume, slices }) {
+  const listed = `${slices.length === 1 ? "slice" : "slices"} ${formatSlices(slices.map(nameSlice))}`;
+  if (!volume) return `${name} on ${listed}`;
+  return `${name} in the whole volume${slices.length ? `, with picks of its own on ${listed}` : ""}`;
 }
 
 function renderSaved() {

@@ -4,8 +4,8 @@ import * as api from "./api.js";
 import { clearNotice, element, find, findInput, notice, toast } from "./dom.js";
 import { report } from "./failures.js";
 import { countStructures } from "./masks.js";
-import { goToDisputed } from "./moving.js";
-import { openResult, useResult } from "./opening.js";
+import { goToNext } from "./moving.js";
+import { addResult, showParts } from "./opening.js";
 import { describeProgress } from "./progress.js";
 import { isDrawnHere, state, store } from "./state.js";
 import { giveUpWaiting, startWaiting } from "./timing.js";
@@ -24,10 +24,6 @@ export async function runPrompt(event) {
   const { session } = state;
   const prompt = findInput("prompt").value.trim();
   if (!session || state.job || !prompt) return;
-  if (state.work?.hasDecisions) {
-    showPromptError("Submit or undo the decisions on the proposals that are shown first; new ones would take their place.");
-    return;
-  }
   find("prompt-error").hidden = true;
   startWaiting("first-proposal");
   const count = Math.min(MOST, Math.max(FEWEST, Number(findInput("count").value) || USUAL));
@@ -39,11 +35,11 @@ export async function runPrompt(event) {
     if (state.session !== session) return;
     await session.refresh();
     store.touch("info");
-    await useResult(session, answer.proposals, undefined, true);
+    await addResult(session, answer.proposals, true);
     tellResult(prompt, answer);
   } catch (error) {
     giveUpWaiting("first-proposal");
-    if (session === state.session && session.result?.job === id) await dropUnfinished(session);
+    if (session === state.session && session.job === id) dropUnfinished(session);
     if (["refused", "busy", "conflict"].includes(api.kindOf(error))) showPromptError(api.messageOf(error), error instanceof api.ApiError ? error.suggestions : []);
     else report(error);
   } finally {
@@ -59,18 +55,16 @@ export async function runPrompt(event) {
 function tellResult(prompt, answer) {
   if (Object.values(answer.structures).every(({ present }) => !present)) toast(`Nothing found for “${prompt}” in this image.`);
   if (answer.warnings.length) notice(answer.warnings.join(" "), "", [["Understood", clearNotice]]);
-  if (!isDrawnHere()) goToDisputed();
+  if (!isDrawnHere()) goToNext();
 }
 
 /**
- * The slices that were ready are no result: back to what was kept before.
+ * The slices that were ready are no result: back to what was shown before.
  * @param {ImageSession} session
  */
-async function dropUnfinished(session) {
-  session.dropResult();
-  store.set({ work: null, structure: "" });
-  store.touch("result");
-  await openResult(session).catch(report);
+function dropUnfinished(session) {
+  session.dropJob();
+  showParts(session);
 }
 
 let isAsking = false;
@@ -113,12 +107,12 @@ function forget(id) {
  * @param {ImageSession} session
  */
 async function useUnfinished(id, session) {
-  if (session.result?.job === id) return;
+  if (session.job === id) return;
   const packed = await api.getMasks(session.image, state.z, { job: id });
   if (!packed.byteLength || state.job?.id !== id || state.session !== session) return;
   const names = Array.from({ length: countStructures(packed) }, (_, index) => `structure ${index + 1}`);
   session.useJob(id, names, state.job.count);
-  store.set({ work: new Work(session.image, ""), structure: names[0], included: new Set(names) });
+  store.set({ work: state.work ?? new Work(session.image), structure: names[0], included: new Set([...state.included, ...names]) });
   store.touch("result");
 }
 

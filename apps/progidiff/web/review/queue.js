@@ -2,6 +2,7 @@
 
 import { listQueue, messageOf } from "./api.js";
 import { element, find } from "./dom.js";
+import { nameSlice } from "./slices.js";
 import { isSliceDone, listDisputed, state } from "./state.js";
 import { listUnsent } from "./work.js";
 
@@ -41,6 +42,14 @@ export class Queue {
       find("queue-note").textContent = messageOf(error);
     }
     this.render();
+  }
+
+  /**
+   * The slices of an image that the strategy chose, best first.
+   * @param {string} image
+   */
+  slicesOf(image) {
+    return this.#entries.find((entry) => entry.image === image)?.slices ?? [];
   }
 
   /** The image after the current one; null at the end. */
@@ -88,7 +97,7 @@ export class Queue {
     return element(
       "button",
       { className: `small${isSliceDone(slice.index) ? " decided" : ""}`, title: why, on: { click: () => this.#onSlice(slice.index) } },
-      `z ${slice.index}`,
+      String(nameSlice(slice.index)),
     );
   }
 }

@@ -21,15 +21,19 @@ export function useQueue(list) {
   queue = list;
 }
 
+/** The saves of the last submission of this page. */
+let lastSaves = { image: "", sequences: /** @type {number[]} */ ([]) };
+
 export async function submit() {
   const found = findDecidable();
   if (!found?.work.hasDecisions || state.isSubmitting) return;
   const { session, work } = found;
   store.set({ isSubmitting: true });
   try {
-    const { annotation } = await api.submitDecisions(session.image, work.toDecisions(session.info.sequence));
+    const { saves } = await api.submitDecisions(session.image, work.toDecisions(session.info.sequence));
     forgetWork(session.image);
-    tellSaved(annotation);
+    lastSaves = { image: session.image, sequences: saves.filter(({ repeated }) => !repeated).map(({ sequence }) => sequence) };
+    tellSaved(saves);
     if (state.session === session) {
       store.set({ work: work.next() });
       await refresh(session);
@@ -42,11 +46,14 @@ export async function submit() {
   }
 }
 
-/** @param {import("../answers.d.ts").Saved["annotation"]} annotation */
-function tellSaved({ slices, repeated, structures, warnings = [] }) {
-  const extent = slices === null ? "the whole volume" : countSlices(slices.length);
-  toast(repeated ? "This was saved already; nothing was saved twice." : `Saved: ${extent} of ${structures.join(", ")}`, "good", 5);
+/** @param {import("../answers.d.ts").Submitted["saves"]} saves */
+function tellSaved(saves) {
+  /** @type {(save: typeof saves[number]) => string} */
+  const describe = ({ slices, structures }) => `${slices === null ? "the whole volume" : countSlices(slices.length)} of ${structures.join(", ")}`;
+  const isRepeated = saves.every(({ repeated }) => repeated);
+  toast(isRepeated ? "This was saved already; nothing was saved twice." : `Saved: ${saves.map(describe).join("; ")}`, "good", 5);
   clearNotice();
+  const warnings = [...new Set(saves.flatMap(({ warnings: told }) => told))];
   if (warnings.length) notice(warnings.join(" "), "", [["Understood", clearNotice]]);
 }
 
@@ -79,7 +86,11 @@ export async function undoSave() {
   const { session } = state;
   if (!session || state.isReadOnly) return;
   try {
-    const { annotation } = await api.undoSave(session.image);
+    let { annotation } = await api.undoSave(session.image);
+    // One submission may be several saves, and is taken back as a whole.
+    const others = lastSaves.image === session.image && lastSaves.sequences.includes(session.info.sequence) ? lastSaves.sequences.slice(1) : [];
+    for (let left = others.length; left > 0; left -= 1) ({ annotation } = await api.undoSave(session.image));
+    lastSaves = { image: "", sequences: [] };
     toast(annotation ? `The last save is undone; save ${annotation.sequence} is in force again.` : "The last save is undone; the image has no label now.", "good");
     await refresh(session);
     await queue.load();

@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import { ByteCache } from "./cache.js";
 import { unpackMasks } from "./masks.js";
+import { combineParts, orderMasks } from "./results.js";
 
 const SLICE_BYTES = 160e6;
 const MASK_BYTES = 120e6;
@@ -11,10 +12,8 @@ const LEAST_KEPT = 2 * AHEAD + 1;
 
 /** @typedef {import("../answers.d.ts").ImageInfo} ImageInfo */
 /** @typedef {import("./masks.js").StructureMasks} StructureMasks */
-/**
- * What is shown of an image: a kept result by its key, or what a job has so far.
- * @typedef {{key: string, job: string, structures: string[], numProposals: number, summary: import("../answers.d.ts").Summary|null}} Result
- */
+/** @typedef {import("./results.js").Part} Part */
+/** @typedef {{masks: (StructureMasks|null)[], isPartial: boolean}} SliceMasks of every structure that is shown; partial while a job has not come to the slice */
 
 export class ImageSession {
   /** @type {ByteCache<Int16Array>} */
@@ -24,6 +23,10 @@ export class ImageSession {
   /** @type {ByteCache<Uint8Array>} */
   #labels = new ByteCache(SLICE_BYTES / 4, LEAST_KEPT);
   #ahead = 0;
+  /** @type {Part[]} in the order in which they were asked for */
+  #parts = [];
+  /** @type {Readonly<Record<string, string>>} */
+  #bound = {};
 
   /** @param {ImageInfo} info */
   constructor(info) {
@@ -35,7 +38,7 @@ export class ImageSession {
     this.width = width;
     /** @type {import("./geometry.js").Spacing} */
     this.spacing = [dy, dx];
-    /** @type {Result|null} */
+    /** @type {import("./results.js").Result|null} */
     this.result = null;
   }
 
@@ -54,15 +57,24 @@ export class ImageSession {
     this.#labels.clear();
   }
 
-  /** @param {string} key */
+  /**
+   * Show a kept result beside those that are shown already.
+   * @param {string} key
+   */
   async useProposals(key) {
     const { summary } = await api.describeProposals(this.image, key);
-    this.#masks.clear();
-    const structures = Object.keys(summary.structures);
-    /** @type {Result & {summary: import("../answers.d.ts").Summary}} */
-    const result = { key, job: "", structures, numProposals: summary.num_proposals, summary };
-    this.result = result;
-    return result;
+    /** @type {Part & {summary: import("../answers.d.ts").Summary}} */
+    const part = { key, job: "", structures: Object.keys(summary.structures), numProposals: summary.num_proposals, summary };
+    this.#setParts([...this.#parts.filter((other) => other.key !== key && !other.job), part]);
+    return part;
+  }
+
+  /**
+   * Show a result no longer.
+   * @param {string} key
+   */
+  dropProposals(key) {
+    this.#setParts(this.#parts.filter((part) => part.key !== key || part.job));
   }
 
   /**
@@ -72,18 +84,51 @@ export class ImageSession {
    * @param {number} numProposals
    */
   useJob(job, structures, numProposals) {
-    this.#masks.clear();
-    this.result = { key: "", job, structures, numProposals, summary: null };
+    this.#setParts([...this.#parts.filter((part) => !part.job), { key: "", job, structures, numProposals, summary: null }]);
   }
 
-  dropResult() {
-    this.#masks.clear();
-    this.result = null;
+  /** Show nothing of a job that came to no end. */
+  dropJob() {
+    this.#setParts(this.#parts.filter((part) => !part.job));
+  }
+
+  /**
+   * Say by which result structures go on which something is decided.
+   * @param {Readonly<Record<string, string>>} keys structure -> key
+   */
+  bind(keys) {
+    this.#bound = keys;
+    this.#setParts(this.#parts);
+  }
+
+  /** @param {Part[]} parts */
+  #setParts(parts) {
+    this.#parts = parts;
+    this.result = combineParts(parts, this.#bound);
+  }
+
+  /** Keys of the kept results that are shown, the newest last. */
+  get keys() {
+    return this.#parts.flatMap(({ key }) => (key ? [key] : []));
+  }
+
+  /** The running job whose slices are shown; "" if none is. */
+  get job() {
+    return this.#parts.find(({ job }) => job)?.job ?? "";
+  }
+
+  /**
+   * Key of the result that a structure goes by; "" if it is of none, or of a job.
+   * @param {string} structure
+   */
+  keyOf(structure) {
+    return this.result?.owners[structure]?.key ?? "";
   }
 
   /** What the masks come from; "" if there are none. */
   get source() {
-    return this.result ? `${this.result.job}${this.result.key}` : "";
+    if (!this.result) return "";
+    return this.result.structures.map((name) => `${this.result?.owners[name].job}${this.keyOf(name)}`).join(" ");
   }
 
   /**
@@ -96,11 +141,24 @@ export class ImageSession {
   }
 
   /**
-   * Masks of every structure on a slice; rejects with kind "gone" while a job has not come to it.
+   * Masks of every structure on a slice.
    * @param {number} z
+   * @returns {Promise<SliceMasks>}
    */
-  masks(z) {
-    const { key, job } = this.result ?? { key: "", job: "" };
+  async masks(z) {
+    const { result } = this;
+    if (!result) return { masks: [], isPartial: false };
+    const found = await Promise.all(result.parts.map((part) => this.#masksOf(part, z)));
+    return { masks: orderMasks(result, found), isPartial: found.includes(null) };
+  }
+
+  /**
+   * Masks of a result on a slice; null while its job has not come to it.
+   * @param {Part} part
+   * @param {number} z
+   * @returns {Promise<StructureMasks[]|null>}
+   */
+  async #masksOf({ key, job }, z) {
     const load = async () => {
       const packed = await api.getMasks(this.image, z, job ? { job } : { proposals: key });
       if (!packed.byteLength) throw new api.ApiError("The job has not come to this slice yet.", "gone");
@@ -108,7 +166,12 @@ export class ImageSession {
     };
     /** @type {(structures: StructureMasks[]) => number} */
     const measure = (structures) => structures.reduce((sum, { masks }) => sum + masks.reduce((part, mask) => part + mask.length, 0), 1000);
-    return this.#masks.get(`${this.source}:${z}`, load, measure);
+    try {
+      return await this.#masks.get(`${job}${key}:${z}`, load, measure);
+    } catch (error) {
+      if (job && api.kindOf(error) === "gone") return null;
+      throw error;
+    }
   }
 
   /**
@@ -129,7 +192,7 @@ export class ImageSession {
       for (const near of [z + step, z - step]) {
         if (near < 0 || near >= this.depth || ticket !== this.#ahead) continue;
         // Failures do not matter yet: whoever goes there asks again and is told.
-        await Promise.allSettled([this.slice(near), this.result?.key ? this.masks(near) : null]);
+        await Promise.allSettled([this.slice(near), this.result && !this.job ? this.masks(near) : null]);
       }
     }
   }
@@ -145,9 +208,25 @@ export class ImageSession {
     return Array.from({ length: this.depth }, (_, z) => Math.max(0, ...structures.map((name) => perStructure[name]?.disagreement_per_slice[z] ?? 0)));
   }
 
-  /** @param {number} z */
-  isSaved(z) {
-    const slices = this.info.annotated_slices;
-    return slices === null || slices.includes(z);
+  /**
+   * Axial slices on which a structure is saved; null for the whole volume, undefined for nothing.
+   * @param {string} structure
+   * @returns {readonly number[]|null|undefined}
+   */
+  savedOn(structure) {
+    const { annotated, annotated_slices: slices, label_ids: ids } = this.info;
+    if (structure in annotated) return annotated[structure];
+    // A label that was made elsewhere says of no structure where it was looked for.
+    return structure in ids && !Object.keys(annotated).length ? slices : undefined;
+  }
+
+  /**
+   * Whether a structure is saved on a slice.
+   * @param {string} structure
+   * @param {number} z
+   */
+  isSaved(structure, z) {
+    const slices = this.savedOn(structure);
+    return slices === null || Boolean(slices?.includes(z));
   }
 }

@@ -1,4 +1,4 @@
-// Axial slices in order of dispute, and in words. A slice is called by its index z from the feet, as the server and the queue call it.
+// Axial slices in order of dispute, and in words. The server counts slices from 0 at the feet; people count from 1, as viewers show them.
 
 /** @typedef {import("../answers.d.ts").QueueSlice} QueueSlice */
 
@@ -29,6 +29,9 @@ export function rankSlices(values) {
   const order = [...values.keys()].filter((z) => values[z] > 0).sort((a, b) => values[b] - values[a]);
   return order.slice(0, MOST_LISTED).map((index) => ({ index, score: values[index], reason: `disagreement ${values[index].toFixed(2)}`, structures: [] }));
 }
+
+/** @param {number} z @returns {number} as people count: 1 is the lowest slice */
+export const nameSlice = (z) => z + 1;
 
 /** @param {number} count */
 export const countSlices = (count) => (count === 1 ? "1 slice" : `${count} slices`);

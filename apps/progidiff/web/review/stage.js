@@ -1,6 +1,5 @@
 // The large picture: fetching what the slice needs, and drawing it.
 
-import { kindOf } from "./api.js";
 import { renderCorners, renderFacts } from "./corners.js";
 import { find, findInput } from "./dom.js";
 import { drawDepth, drawSlice, renderGrey } from "./draw.js";
@@ -26,7 +25,7 @@ function isComplete() {
   const { session, z } = state;
   if (!session) return true;
   if (shown.session !== session || shown.z !== z) return false;
-  return (!session.result || areMasksShown()) && !isLabelMissing();
+  return (!session.result || (areMasksShown() && !shown.isPartial)) && !isLabelMissing();
 }
 
 /** Whether the saved label is to be shown and is not there. */
@@ -55,9 +54,9 @@ async function loadShown() {
     if (shown.session !== session || shown.z !== z) {
       const pixels = await session.slice(z);
       if (state.session !== session || state.z !== z) return;
-      Object.assign(shown, { session, z, pixels, masks: null, masksOf: "", label: null, labelOf: null, grey: null });
+      Object.assign(shown, { session, z, pixels, masks: null, isPartial: false, masksOf: "", label: null, labelOf: null, grey: null });
     }
-    if (session.result && !areMasksShown()) loadMasks(session, z);
+    if (session.result && (!areMasksShown() || shown.isPartial)) loadMasks(session, z);
     else session.prefetch(z);
     if (isLabelMissing()) {
       const { info } = session;
@@ -76,14 +75,14 @@ async function loadShown() {
 async function loadMasks(session, z) {
   const { source } = session;
   try {
-    const masks = await session.masks(z);
+    const { masks, isPartial } = await session.masks(z);
     if (state.session !== session || shown.z !== z || session.source !== source) return;
-    Object.assign(shown, { masks, masksOf: source });
+    Object.assign(shown, { masks, isPartial, masksOf: source });
     paint();
-    stopWaiting("first-proposal");
+    if (!isPartial) stopWaiting("first-proposal");
     session.prefetch(z);
   } catch (error) {
-    if (kindOf(error) !== "gone") report(error);
+    report(error);
   }
 }
 
@@ -114,8 +113,8 @@ function paintDepth(session) {
     session.depth,
     state.z,
     session.disagreement(state.structure ? [state.structure] : []),
-    (z) => Boolean(state.work?.isDecided(z)),
-    (z) => session.isSaved(z),
+    (z) => Boolean(state.work?.acceptedPick(state.structure, z)),
+    (z) => session.isSaved(state.structure, z),
   );
   Object.assign(findInput("scroll"), { max: session.depth - 1, value: state.z });
 }

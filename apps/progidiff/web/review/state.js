@@ -18,7 +18,7 @@ const UNKNOWN_COLOR = "#e0aaff";
  * @property {import("./work.js").Work|null} work
  * @property {number} z
  * @property {string} structure
- * @property {ReadonlySet<string>} included structures that are accepted together
+ * @property {ReadonlySet<string>} included structures that are shown
  * @property {Mode} mode
  * @property {Pick|null} compared what the shown pick is compared with, if that was asked for
  * @property {"slice"|"volume"} scope
@@ -31,6 +31,7 @@ const UNKNOWN_COLOR = "#e0aaff";
  * @property {boolean} isReadOnly
  * @property {boolean} isSubmitting
  * @property {RunningJob|null} job
+ * @property {readonly import("../answers.d.ts").QueueSlice[]} walk slices of the image that the strategy chose, best first
  * @property {readonly import("../answers.d.ts").LeftOut[]} leftOut files that the server does not serve
  */
 
@@ -59,6 +60,7 @@ export const store = new Store(
     isReadOnly: false,
     isSubmitting: false,
     job: null,
+    walk: [],
     leftOut: [],
   }),
 );
@@ -71,7 +73,8 @@ export const state = store.values;
  * @property {import("./session.js").ImageSession|null} session
  * @property {number} z
  * @property {Int16Array|null} pixels
- * @property {import("./masks.js").StructureMasks[]|null} masks
+ * @property {readonly (import("./masks.js").StructureMasks|null)[]|null} masks
+ * @property {boolean} isPartial whether a job had not come to the slice when they were fetched
  * @property {string} masksOf source of the masks
  * @property {Uint8Array|null} label
  * @property {import("./session.js").ImageInfo|null} labelOf what was known when the label was fetched
@@ -81,29 +84,37 @@ export const state = store.values;
  */
 
 /** @type {Shown} */
-export const shown = { session: null, z: -1, pixels: null, masks: null, masksOf: "", label: null, labelOf: null, grey: null, greyOf: "", place: null };
+export const shown = { session: null, z: -1, pixels: null, masks: null, isPartial: false, masksOf: "", label: null, labelOf: null, grey: null, greyOf: "", place: null };
 
 /**
  * A structure on the shown slice: all proposals, and what is picked of them.
  * @typedef {import("./masks.js").StructureMasks & {best: number, pick: Pick, mask: Uint8Array}} Look
  */
 
-/** @param {number} z */
-export const isSliceDone = (z) => Boolean(state.work?.isDecided(z) || state.session?.isSaved(z));
+/** Whether the active structure is accepted or saved on a slice. @param {number} z */
+export const isSliceDone = (z) => Boolean(state.work?.acceptedPick(state.structure, z) || state.session?.isSaved(state.structure, z));
 
-/** @returns {number[]} disagreement per slice of the structures that are accepted together; empty while it is not known */
-const includedDisagreement = () => state.session?.disagreement([...state.included]) ?? [];
+/** @returns {number[]} disagreement per slice of the active structure; empty while it is not known */
+const activeDisagreement = () => state.session?.disagreement([state.structure]) ?? [];
 
 /**
- * The undecided slice with the highest disagreement, other than this one; null if none is left.
+ * The slice to look at next, other than this one: the first one that the strategy chose and that is not done, after those the undecided one
+ * with the highest disagreement; null if none is left.
  * @param {number|null} without
  */
-export const findDisputed = (without = null) => findHighest(includedDisagreement(), isSliceDone, without);
+export function findNext(without = null) {
+  const values = activeDisagreement();
+  const chosen = state.walk.find(({ index }) => index !== without && index < (state.session?.depth ?? 0) && !isSliceDone(index));
+  return chosen ? chosen.index : findHighest(values, isSliceDone, without);
+}
+
+/** The slices that the strategy chose of the image and on which the active structure is not done. */
+export const countChosenLeft = () => state.walk.filter(({ index }) => !isSliceDone(index)).length;
 
 /** The slices on which the shown proposals differ most, as the queue lists them. */
 export const listDisputed = () => rankSlices(state.session?.disagreement(state.session.result?.structures ?? []) ?? []);
 
-export const isDrawnHere = () => includedDisagreement()[state.z] > 0;
+export const isDrawnHere = () => activeDisagreement()[state.z] > 0;
 
 /** Whether masks of the slice that is looked at are there. */
 export const areMasksShown = () => Boolean(shown.masks) && shown.session === state.session && shown.z === state.z && shown.masksOf === state.session?.source;
@@ -118,7 +129,7 @@ export function look(structure) {
   if (!session?.result || !work || !areMasksShown()) return null;
   const entry = shown.masks?.[session.result.structures.indexOf(structure)];
   if (!entry) return null;
-  const best = (session.result.summary?.structures[structure].best ?? 1) - 1;
+  const best = (session.result.summary?.structures[structure]?.best ?? 1) - 1;
   const pick = work.pickOn(structure, state.z);
   return { ...entry, best, pick, mask: entry.box ? drawPick(entry.masks, pick, best) : new Uint8Array(0) };
 }
@@ -134,8 +145,12 @@ export function colorOf(structure) {
 
 export const currentPick = () => state.work?.pickOn(state.structure, state.z) ?? makePick("consensus");
 
-export const countProposals = () => state.session?.result?.numProposals ?? 0;
+export const countProposals = () => state.session?.result?.owners[state.structure]?.numProposals ?? 0;
 
+/** What has a row in the checklist: what there are proposals of, and what is saved. */
+export const listStructures = () => [...new Set([...(state.session?.result?.structures ?? []), ...Object.keys(state.session?.info.label_ids ?? {})])];
+
+/** What has proposals and is shown. */
 export const chosenStructures = () => state.session?.result?.structures.filter((name) => state.included.has(name)) ?? [];
 
 /**

@@ -5,7 +5,7 @@ import { agreementLayer, differenceLayer, drawSlice, maskLayer } from "./draw.js
 import { frameAround, wholeSlice } from "./geometry.js";
 import { countPixels } from "./masks.js";
 import { describePick, drawPick, makePick, pickProposal } from "./picks.js";
-import { colorOf, comparedPick, currentPick, look, shown, state } from "./state.js";
+import { colorOf, comparedPick, countProposals, currentPick, look, shown, state } from "./state.js";
 
 /** @typedef {"consensus"|"agreement"|"difference"|"nothing"|number} Thumb a number is a proposal, from 1 */
 /** @typedef {import("./state.js").Look} Look */
@@ -39,7 +39,7 @@ export function renderStrip() {
     thumbs = [];
     return;
   }
-  const numbers = Array.from({ length: result.numProposals }, (_, k) => k + 1);
+  const numbers = Array.from({ length: countProposals() }, (_, k) => k + 1);
   /** @type {Thumb[]} */
   const wanted = ["consensus", ...numbers, "agreement", "difference", "nothing"];
   if (wanted.length !== thumbs.length) {
@@ -112,8 +112,8 @@ function describeThumb(kind, session, found) {
   const area = (mask) => `${((countPixels(mask) * dy * dx) / 100).toFixed(1)} cm²`;
   if (kind === "agreement") return "share";
   if (kind === "nothing") return "not here";
-  if (kind === "difference") return `to ${describePick(comparedPick(found), session.result?.numProposals ?? 0)}`;
+  if (kind === "difference") return `to ${describePick(comparedPick(found), countProposals())}`;
   if (kind === "consensus") return area(drawPick(found.masks, makePick(kind), found.best));
-  const best = session.result?.summary?.structures[state.structure].best;
+  const best = session.result?.summary?.structures[state.structure]?.best;
   return `${area(found.masks[kind - 1])}${best === kind ? " ★" : ""}`;
 }

@@ -1,6 +1,7 @@
 // What a person decided about one image and has not sent yet. It survives a closed tab, a crash and a server that is gone.
 
 import { makePick } from "./picks.js";
+import { nameSlice } from "./slices.js";
 
 const PREFIX = "progidiff.review.";
 const MAX_HISTORY = 200;
@@ -15,22 +16,61 @@ const MAX_HISTORY = 200;
 const copy = (value) => JSON.parse(JSON.stringify(value));
 /** @param {object} object */
 const isEmpty = (object) => Object.keys(object).length === 0;
+/** @param {number} seconds @returns {number} in tenths */
+const round = (seconds) => Math.round(seconds * 10) / 10;
 
-/** Decisions on one result of one image, with undo. */
+/**
+ * Drop the picks of a structure.
+ * @param {Decided} state
+ * @param {string} structure
+ */
+function forget(state, structure) {
+  delete state.picks[structure];
+  delete state.volume[structure];
+  for (const picks of [...Object.values(state.slicePicks), ...Object.values(state.slices)]) delete picks[structure];
+}
+
+/** @typedef {{seconds: number, clicks: number}} Effort */
+
+/** Decisions on the results of one image, with undo. */
 export class Work {
   /** @type {(Step & {state: Decided})[]} */
   #history = [];
 
   /**
    * @param {string} image
-   * @param {string} proposals key of the result; "" while a job makes it
+   * @param {string} proposals key of the result that structures go by which are bound to none
    */
-  constructor(image, proposals) {
+  constructor(image, proposals = "") {
     this.image = image;
     this.proposals = proposals;
+    /** @type {Record<string, string>} structure -> key of the result that its picks speak about */
+    this.keys = {};
     this.seconds = 0;
+    /** @type {Record<string, Effort>} structure -> what a person spent on it */
+    this.effort = {};
     /** @type {Decided} */
     this.state = { picks: {}, slicePicks: {}, volume: {}, slices: {} };
+  }
+
+  /** @param {string} structure */
+  keyOf(structure) {
+    return this.keys[structure] ?? this.proposals;
+  }
+
+  /**
+   * Let structures go by a result. Picks of another one mean nothing there and go; what is accepted holds its structure where it is.
+   * @param {readonly string[]} structures
+   * @param {string} key
+   * @returns {string[]} the structures that stay with their result, because something of it is accepted
+   */
+  bind(structures, key) {
+    const held = structures.filter((name) => this.keyOf(name) !== key && this.isAccepted(name));
+    for (const name of structures.filter((own) => !held.includes(own))) {
+      if (this.keyOf(name) !== key) for (const state of [this.state, ...this.#history.map((step) => step.state)]) forget(state, name);
+      this.keys[name] = key;
+    }
+    return held;
   }
 
   /**
@@ -48,7 +88,7 @@ export class Work {
    * @param {number|null} z null for the volume
    */
   setPick(structure, pick, z = null) {
-    this.#remember(z === null ? `pick for ${structure}` : `pick for ${structure} on slice ${z}`, z);
+    this.#remember(z === null ? `pick for ${structure}` : `pick for ${structure} on slice ${nameSlice(z)}`, z);
     if (z === null) {
       this.state.picks[structure] = pick;
       // A pick for the volume is meant for every slice.
@@ -68,16 +108,17 @@ export class Work {
    * @param {readonly string[]} structures
    */
   acceptSlice(z, structures) {
-    this.#remember(`slice ${z} accepted`, z);
-    this.state.slices[z] = Object.fromEntries(structures.map((structure) => [structure, copy(this.pickOn(structure, z))]));
+    this.#remember(`${structures.join(", ")} accepted on slice ${nameSlice(z)}`, z);
+    const accepted = Object.fromEntries(structures.map((structure) => [structure, copy(this.pickOn(structure, z))]));
+    this.state.slices[z] = { ...this.state.slices[z], ...accepted };
     this.#save();
   }
 
   /** @param {readonly string[]} structures */
   acceptVolume(structures) {
-    this.#remember("volume accepted");
-    const { picks, slicePicks, slices } = this.state;
-    this.state.volume = Object.fromEntries(structures.map((name) => [name, picks[name] ?? makePick("consensus")]));
+    this.#remember(`${structures.join(", ")} accepted in the volume`);
+    const { picks, slicePicks, slices, volume } = this.state;
+    this.state.volume = { ...volume, ...Object.fromEntries(structures.map((name) => [name, picks[name] ?? makePick("consensus")])) };
     for (const z of Object.keys(slicePicks)) {
       slices[z] = { ...slices[z], ...Object.fromEntries(structures.map((name) => [name, copy(this.pickOn(name, Number(z)))])) };
     }
@@ -100,6 +141,29 @@ export class Work {
 
   get decidedSlices() {
     return Object.keys(this.state.slices).map(Number);
+  }
+
+  /**
+   * What of a structure is accepted.
+   * @param {string} structure
+   * @returns {import("./checklist.js").Accepted}
+   */
+  acceptedOf(structure) {
+    const { volume, slices } = this.state;
+    const own = Object.keys(slices).filter((z) => structure in slices[z]);
+    return { volume: volume[structure] ?? null, slices: own.map(Number) };
+  }
+
+  /** @param {string} structure */
+  isAccepted(structure) {
+    const { volume, slices } = this.acceptedOf(structure);
+    return volume !== null || slices.length > 0;
+  }
+
+  /** The structures of which something is accepted. */
+  get decided() {
+    const { volume, slices } = this.state;
+    return [...new Set([...Object.keys(volume), ...Object.values(slices).flatMap(Object.keys)])];
   }
 
   get isVolumeAccepted() {
@@ -126,10 +190,24 @@ export class Work {
     return last;
   }
 
-  /** @param {number} seconds */
-  addSeconds(seconds) {
+  /**
+   * @param {number} seconds
+   * @param {string} structure that they were spent on; "" for none
+   */
+  addSeconds(seconds, structure = "") {
     this.seconds += seconds;
+    if (structure) this.#effortOn(structure).seconds += seconds;
     if (this.hasDecisions) this.#save();
+  }
+
+  /** @param {string} structure that a click or a key was for */
+  addClick(structure) {
+    if (structure) this.#effortOn(structure).clicks += 1;
+  }
+
+  /** @param {string} structure */
+  #effortOn(structure) {
+    return (this.effort[structure] ??= { seconds: 0, clicks: 0 });
   }
 
   /**
@@ -138,8 +216,24 @@ export class Work {
    * @returns {import("../answers.d.ts").Decisions}
    */
   toDecisions(base) {
+    const keys = [...new Set(this.decided.map((name) => this.keyOf(name)))];
+    const parts = (keys.length ? keys : [this.proposals]).map((key) => this.#decidedBy(key));
+    const spent = this.decided.filter((name) => name in this.effort).map((name) => [name, { ...this.effort[name], seconds: round(this.effort[name].seconds) }]);
+    const effort = spent.length ? { effort: Object.fromEntries(spent) } : {};
+    return { ...(parts.length === 1 ? parts[0] : { parts }), base, seconds: round(this.seconds), ...effort };
+  }
+
+  /**
+   * What is decided about the structures of one result.
+   * @param {string} key
+   * @returns {import("../answers.d.ts").DecidedPart}
+   */
+  #decidedBy(key) {
     const { volume, slices } = this.state;
-    return { proposals: this.proposals, volume, slices, base, seconds: Math.round(this.seconds * 10) / 10 };
+    /** @type {(picks: Picks) => Picks} */
+    const own = (picks) => Object.fromEntries(Object.entries(picks).filter(([name]) => this.keyOf(name) === key));
+    const chosen = Object.entries(slices).map(([z, picks]) => /** @type {const} */ ([z, own(picks)]));
+    return { proposals: key, volume: own(volume), slices: Object.fromEntries(chosen.filter(([, picks]) => !isEmpty(picks))) };
   }
 
   /** What comes after this was sent: the same picks, nothing decided. */
@@ -147,6 +241,8 @@ export class Work {
     const work = new Work(this.image, this.proposals);
     const { picks, slicePicks } = this.state;
     Object.assign(work.state, { picks, slicePicks });
+    const others = Object.entries(this.effort).filter(([name]) => !this.decided.includes(name));
+    Object.assign(work, { keys: this.keys, effort: Object.fromEntries(others) });
     return work;
   }
 
@@ -166,8 +262,8 @@ export class Work {
         localStorage.removeItem(key);
         return;
       }
-      const { image, proposals, seconds, state } = this;
-      localStorage.setItem(key, JSON.stringify({ image, proposals, seconds, state, time: Date.now() }));
+      const { image, proposals, keys, seconds, effort, state } = this;
+      localStorage.setItem(key, JSON.stringify({ image, proposals, keys, seconds, effort, state, time: Date.now() }));
     } catch {
       // Private windows may refuse storage: the page then works, and loses what was not sent when it is closed.
     }
@@ -185,6 +281,7 @@ export function loadWork(image) {
     if (!kept || typeof kept.proposals !== "string" || typeof kept.state?.slices !== "object") return null;
     const work = new Work(image, kept.proposals);
     work.seconds = Number(kept.seconds) || 0;
+    Object.assign(work, { keys: { ...kept.keys }, effort: { ...kept.effort } }); // An older version of the page kept none.
     work.state = { ...work.state, ...kept.state };
     return { work, time: new Date(kept.time) };
   } catch {

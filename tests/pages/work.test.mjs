@@ -102,8 +102,8 @@ test("structures of two results are sent together, each with the key of its own"
   work.bind(["spleen"], "second");
   work.acceptSlice(5, ["liver"]);
   work.acceptVolume(["spleen"]);
-  work.addSeconds(2, "liver");
   work.addClick("liver");
+  work.addSeconds(2, "liver");
   const { parts, effort, ...others } = work.toDecisions(3);
   assert.deepEqual(parts, [
     { proposals: "second", volume: { spleen: makePick("consensus") }, slices: {} },

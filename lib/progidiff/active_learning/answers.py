@@ -77,6 +77,51 @@ class QueueEntry(SuggestedWork):
     reserved_by: Text | None
 
 
+class WorklistEntry(QueueEntry):
+    """An image of the worklist.
+
+    Attributes:
+        state: "todo", "started" or "done".
+        annotated: Structure -> number of slices on which it is annotated; None for the whole volume.
+    """
+
+    annotated: dict[Text, int | None]
+
+
+class OrganProgress(_Answer):
+    """How far a structure is, over all images.
+
+    Attributes:
+        structure: Its name.
+        images: On which it is annotated, on some slices at least.
+    """
+
+    structure: Text
+    images: int
+
+
+class Worklist(_Answer):
+    """The images as a list of work.
+
+    Attributes:
+        images: Of the datastore.
+        counts: "todo", "started", "done" -> number of images.
+        found: Images that fit what was asked for.
+        entries: Some of these, in the order of the strategy; those that are done follow by name.
+        strategy: What orders them.
+        heading: The same in words.
+        organs: How far each structure is, the one with the most images first.
+    """
+
+    images: int
+    counts: dict[str, int]
+    found: int
+    entries: list[WorklistEntry]
+    strategy: str
+    heading: str
+    organs: list[OrganProgress]
+
+
 class AnnotatedSoFar(_Answer):
     """How much is annotated.
 

@@ -118,5 +118,15 @@ STRATEGIES: Mapping[str, str] = {
 """Names that `pick_slices` knows, and what they do."""
 
 
+HEADINGS: Mapping[str, str] = {
+    "proposal_disagreement": "Most disputed first",
+    "uniform_random": "Random choice",
+    "foreground_random": "Random choice, a third of it where structures are predicted",
+    "evenly_spaced": "Evenly spaced slices",
+    "entropy": "Most uncertain first",
+}
+"""What stands over a list that a strategy ordered, in a few words."""
+
+
 BY_SCORE = ("proposal_disagreement", "entropy")
 """Those that rank slices by a score; the others go by chance or place."""

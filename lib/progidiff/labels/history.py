@@ -166,8 +166,9 @@ class Event:
 
     Attributes:
         sequence, time, image, tag, user: As in `Annotation`.
-        kind: "label", "delete", "undo", "restore", "skip" or "export"; "done" and "reopen" say that an image is finished,
-            and that it is not; "decide" that somebody decided between two readings, whose result is the save before it.
+        kind: "label", "delete", "undo", "restore", "skip" or "export"; "done" and "reopen" say that an image is
+            finished, and that it is not; "decide" that somebody decided between two
+            readings, whose result is the save before it.
         reason: Of a skip or a delete; of an export, what it was a part of; of a decision, what was taken from whom.
         target: The save that a restore goes back to; None otherwise.
         label: What was saved; None unless `kind` is "label".
@@ -351,10 +352,9 @@ class AnnotationStore:
         """Say that somebody decided between two readings of an image, and what was taken from whom."""
         return self._record_event("decide", image, user, FINAL, reason)
 
-    def find_done(self) -> frozenset[str]:
-        """The images that somebody said to be done, and nobody since to be open."""
-        last: dict[str, str] = {event.image: event.kind for event in self.events() if event.kind in ("done", "reopen")}
-        return frozenset(image for image, kind in last.items() if kind == "done")
+    def find_finished(self) -> dict[str, bool]:
+        """Image -> whether somebody said last that it is done; only of those of which somebody said anything."""
+        return {event.image: event.kind == "done" for event in self.events() if event.kind in ("done", "reopen")}
 
     def undo(self, image: str, user: str = "", tag: str = FINAL) -> Annotation | None:
         """Go back one step: to what was in force before the last save, delete or restore.
@@ -472,6 +472,21 @@ class AnnotationStore:
             found = {image: _unite(self.in_force(image)) for image in sorted(images)}
             foreign: dict[str, frozenset[int] | None] = dict.fromkeys(sorted(self._foreign_labels() - images))
             return {image: slices for image, slices in {**found, **foreign}.items() if slices is None or slices}
+
+    def annotated_structures(self, image: str | None = None) -> dict[str, dict[str, frozenset[int] | None]]:
+        """Image -> structure -> axial slices on which it is annotated; None for the whole volume.
+
+        Of one image or of all; labels that were made elsewhere and adopted name no structure.
+        """
+        with self._mutex:
+            self._refresh()
+            found: dict[str, dict[str, frozenset[int] | None]] = {}
+            for own, tag in self._tracks:
+                if tag == FINAL and image in (None, own):
+                    saves = self.in_force(own)
+                    names = dict.fromkeys(name for save in saves for name in save.structures)
+                    found[own] = {name: _unite(save for save in saves if name in save.structures) for name in names}
+            return found
 
     def list_tracked(self) -> set[tuple[str, str]]:
         """Every image and tag that anything was ever saved for."""

@@ -43,6 +43,11 @@ MERGED = "merged"
 MAX_LABEL_ID = 255
 """Masks are 8 bits for every viewer."""
 
+REVIEW_PAGE = "review page"
+"""The client of what is decided on the review page. It speaks about one structure after the other, so that a save of a
+whole volume does not say that nothing is left to do on it.
+"""
+
 RENAMED = "rename"
 """The client of a save that gave a structure another name."""
 

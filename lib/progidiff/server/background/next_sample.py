@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,11 +19,19 @@ import numpy as np
 from monailabel.interfaces.app import MONAILabelApp
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from progidiff.active_learning.answers import QueueEntry, SuggestedSlice, SuggestedWork, TrainedVersion
+from progidiff.active_learning.answers import (
+    OrganProgress,
+    QueueEntry,
+    SuggestedSlice,
+    SuggestedWork,
+    TrainedVersion,
+    Worklist,
+    WorklistEntry,
+)
 from progidiff.active_learning.report import count_rounds, list_versions
 from progidiff.active_learning.reservations import Reservations
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
-from progidiff.active_learning.settings import BY_SCORE, DEFAULT_STRATEGY, STRATEGIES, AcquisitionConfig
+from progidiff.active_learning.settings import BY_SCORE, DEFAULT_STRATEGY, HEADINGS, STRATEGIES, AcquisitionConfig
 from progidiff.active_learning.strategies import (
     Pick,
     Pool,
@@ -36,6 +45,7 @@ from progidiff.errors import ImageError, NotFoundError, RequestError
 from progidiff.images.formats import is_picture
 from progidiff.images.pictures import PICTURE, read_picture_grid
 from progidiff.labels.history import AnnotationStore
+from progidiff.labels.saving import REVIEW_PAGE
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.storage.json_text import Text
@@ -47,6 +57,10 @@ SLICES_PER_IMAGE = 8
 """How many slices of an image are suggested at a time."""
 
 MAX_QUEUE = 500
+
+ALL, TODO, STARTED, DONE = "all", "todo", "started", "done"
+STATES = (ALL, TODO, STARTED, DONE)
+"""Of an image in the worklist, and all of them."""
 
 ALL_LABELLED = (
     "Every image is labelled. To go on, add images, or review the labels that the model doubts most: GET "
@@ -254,6 +268,73 @@ class Selection:
                 found.append(QueueEntry(**dict(answer), reserved_by=reserved.get(image)))
             return found
 
+    def worklist(self, state: str = ALL, search: str = "", offset: int = 0, limit: int = 50) -> Worklist:
+        """All images with what is done on each, in the order of the default strategy; those that are done come last.
+
+        Args:
+            state: One of `STATES`.
+            search: What the id of an image contains, in any case; "" for all.
+            offset: Images to leave out at the beginning.
+            limit: 1..500 images.
+        """
+        with self._lock:
+            survey = self._survey()
+            states = self._find_states(survey)
+            wanted = {
+                image for image, own in states.items() if state in (ALL, own) and search.casefold() in image.casefold()
+            }
+            listed = [image for image in self._order(survey, self.default, frozenset(), MAX_QUEUE) if image in wanted]
+            given = set(listed)
+            rest = sorted(wanted - given, key=lambda image: (states[image] == DONE, image))
+            page = [*listed, *rest][offset : offset + limit]
+            reserved = self.reservations.all()
+            annotated = self._annotations.annotated_structures()
+            entries = [
+                WorklistEntry(
+                    **{**dict(self._describe_any(survey, image)), "state": states[image]},
+                    reserved_by=reserved.get(image),
+                    annotated=_count_annotated(annotated.get(image, {})),
+                )
+                for image in page
+            ]
+        organs = Counter(name for image in survey.images for name in annotated.get(image, {}))
+        return Worklist(
+            images=len(survey.images),
+            counts={name: list(states.values()).count(name) for name in (TODO, STARTED, DONE)},
+            found=len(wanted),
+            entries=entries,
+            strategy=self.default,
+            heading=HEADINGS[self.default],
+            organs=[OrganProgress(structure=name, images=count) for name, count in organs.most_common()],
+        )
+
+    def _find_states(self, survey: _Survey) -> dict[str, str]:
+        """Image -> one of `STATES`. What somebody said of it counts first; a viewer's label of a whole volume says that
+        nothing is left, one structure of the review page does not."""
+        said = self._annotations.find_finished()
+        states = {}
+        for image in survey.images:
+            if image in said:
+                is_done = said[image]
+            else:
+                saves = self._annotations.in_force(image)
+                is_step = bool(saves) and all(save.client == REVIEW_PAGE for save in saves)
+                entry = survey.entries.get(image)
+                depth = entry.scores.num_slices if entry else None
+                is_done = is_whole(survey.annotated.get(image, frozenset()), depth) and not is_step
+            begun = survey.annotated.get(image, frozenset())
+            states[image] = DONE if is_done else STARTED if begun is None or begun else TODO
+        return states
+
+    def _describe_any(self, survey: _Survey, image: str) -> SuggestedWork:
+        """An image with the slices that the strategy chose of it, whether any are left or not."""
+        found = (
+            self._describe(survey, image, self.default, SLICES_PER_IMAGE, opened=False)
+            if image in survey.open
+            else None
+        )
+        return found or self._answer(survey, image, [], "", "")
+
     def release(self, image: str) -> None:
         """For when a label of an image was saved."""
         self.reservations.release(image)
@@ -279,7 +360,10 @@ class Selection:
         ordered = tuple(entries[image] for image in sorted(entries))
         if len(self._pool[0]) != len(ordered) or any(a is not b for a, b in zip(self._pool[0], ordered, strict=True)):
             self._pool = (ordered, build_pool([entry.scores for entry in ordered]))
-        work = frozenset(image for image in images if self._has_work(image, annotated, entries))
+        finished = self._annotations.find_finished()
+        work = frozenset(
+            image for image in images if not finished.get(image) and self._has_work(image, annotated, entries)
+        )
         return _Survey(images, annotated, entries, self._pool[1], work, self._count_rounds(known | annotated.keys()))
 
     def _count_rounds(self, images: Collection[str]) -> dict[str, int]:
@@ -450,6 +534,10 @@ class Selection:
         """Images that cannot be read, and why, as long as their files are what they were."""
         self._broken = {image: entry for image, entry in self._broken.items() if entry[0] == self._fingerprint(image)}
         return {**self._failures(), **{image: reason for image, (_, reason) in self._broken.items()}}
+
+
+def _count_annotated(structures: Mapping[str, frozenset[int] | None]) -> dict[str, int | None]:
+    return {name: None if slices is None else len(slices) for name, slices in structures.items()}
 
 
 def is_whole(slices: frozenset[int] | None, num_slices: int | None) -> bool:

@@ -124,6 +124,16 @@ class SkipAnswer(_Answer):
     sequence: int
 
 
+class FinishAnswer(SkipAnswer):
+    """An image that somebody said to be done, or not to be done any more.
+
+    Attributes:
+        is_done: Which of them.
+    """
+
+    is_done: bool
+
+
 class SourceAnswer(_Answer):
     """The proposal that a label was made from, see `labels.history.Source`."""
 

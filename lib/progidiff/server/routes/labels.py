@@ -56,6 +56,7 @@ from progidiff.server.routes.label_answers import (
     AddedImage,
     AnnotationAnswer,
     AnnotationsAnswer,
+    FinishAnswer,
     LabelStateAnswer,
     NewLabelAnswer,
     NothingAnswer,
@@ -388,6 +389,20 @@ def _add_change_routes(endpoints: Endpoints) -> None:
         images.find_image(get_context().app, image)
         event = get_context().annotations.skip(image, user.name, reason)
         return SkipAnswer(image=image, sequence=event.sequence)
+
+    @endpoints.post(
+        "/progidiff/annotations/{image}/done",
+        ANNOTATE,
+        tags=["ProGiDiff"],
+        summary="Note that nothing is left to do on an image, or that there is again",
+        takes="Query: is_done",
+    )
+    def finish(image: ImageId, is_done: bool = True, user: User = CALLER) -> FinishAnswer:
+        context = get_context()
+        images.find_image(context.app, image)
+        event = context.annotations.finish(image, user.name, is_done)
+        context.selection.release(image)
+        return FinishAnswer(image=image, sequence=event.sequence, is_done=is_done)
 
     @endpoints.post(
         "/progidiff/annotations/{image}/{sequence}/restore",

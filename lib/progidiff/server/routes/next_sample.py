@@ -12,13 +12,13 @@ from fastapi import Request
 from fastapi.responses import HTMLResponse, Response
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
-from progidiff.active_learning.answers import QueueEntry, Report, SuggestedSlice
+from progidiff.active_learning.answers import QueueEntry, Report, SuggestedSlice, Worklist
 from progidiff.active_learning.report import BATCH, build_report, format_html
 from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.images.folders import LeftOut
 from progidiff.images.reading import read_grid
 from progidiff.params import read_choice, read_int
-from progidiff.server.background.next_sample import MAX_QUEUE, SLICES_PER_IMAGE, NothingLeft
+from progidiff.server.background.next_sample import ALL, MAX_QUEUE, SLICES_PER_IMAGE, STATES, NothingLeft
 from progidiff.server.background.scoring import ScoringProgress
 from progidiff.server.datastores import images
 from progidiff.server.datastores.proposal_labels import refresh_original
@@ -31,6 +31,7 @@ from progidiff.storage.json_text import Text
 logger = logging.getLogger(__name__)
 
 _MAX_CLIENT = 200
+_MAX_SEARCH = 200
 
 
 class StrategyNote(BaseModel):
@@ -136,6 +137,21 @@ def build_endpoints() -> Endpoints:
     )
     def list_queue(limit: int = 50) -> list[QueueEntry]:
         return get_context().selection.queue(read_int(limit, "limit", 1, MAX_QUEUE))
+
+    @endpoints.get(
+        "/progidiff/worklist",
+        READ,
+        tags=["ProGiDiff"],
+        summary="All images with what is done on each, in the order of the strategy",
+        takes="Query: state (all, todo, started, done), search, offset, limit",
+    )
+    def list_work(state: str = ALL, search: str = "", offset: int = 0, limit: int = 50) -> Worklist:
+        return get_context().selection.worklist(
+            read_choice(state, "state", STATES),
+            search[:_MAX_SEARCH],
+            read_int(offset, "offset", 0, 10**9),
+            read_int(limit, "limit", 1, MAX_QUEUE),
+        )
 
     @endpoints.get(
         "/progidiff/scoring",

@@ -219,11 +219,7 @@ def _describe_image(context: Context, image: str) -> ReviewedImage:
 
 def _list_annotated(context: Context, image: str) -> dict[str, list[int] | None]:
     """Structure -> axial slices on which it is annotated; None for the whole volume."""
-    found: dict[str, set[int] | None] = {}
-    for saved in context.annotations.in_force(image):
-        for name in saved.structures:
-            before = found.get(name, set())
-            found[name] = None if saved.slices is None or before is None else before | set(saved.slices)
+    found = context.annotations.annotated_structures(image).get(image, {})
     return {name: list_slices(slices) for name, slices in found.items()}
 
 

@@ -19,7 +19,7 @@ from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.decisions import Plan, compose_labels
 from progidiff.labels.history import FINAL, Annotation
-from progidiff.labels.saving import read_effort
+from progidiff.labels.saving import REVIEW_PAGE, read_effort
 from progidiff.labels.segments import load_label_map
 from progidiff.params import read_float, read_int
 from progidiff.prompts.structures import number_structures
@@ -28,8 +28,6 @@ from progidiff.server.parts import Context
 from progidiff.server.routes import labels
 from progidiff.server.routes.label_answers import SubmissionAnswer
 from progidiff.storage.atomic import scratch_folder
-
-CLIENT = "review page"
 
 _MAX_SECONDS = 7 * 24 * 3600.0
 _MAX_PARTS = 32
@@ -153,7 +151,7 @@ def _describe(portion: Part, ids: Mapping[str, int]) -> dict[str, Any]:
         "shown": plan.shown,
         "edited": False,
         "as_proposed": True,
-        "client_id": CLIENT,
+        "client_id": REVIEW_PAGE,
     }
 
 

@@ -14,7 +14,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import progidiff
 from progidiff.images import decoding, text_headers
-from progidiff.server import install, wiring
+from progidiff.server import install, log_lines, wiring
 from progidiff.server.datastores import pacs
 from progidiff.server.datastores.local import is_folder, open_annotations, open_local
 from progidiff.server.datastores.served_images import ServedImages
@@ -38,6 +38,7 @@ class ProGiDiffApp(MONAILabelApp):
 
     def __init__(self, app_dir: str, studies: str, conf: dict[str, str]) -> None:
         self.options = ServerOptions.from_conf(conf or {}, studies)
+        names = log_lines.set_up(self.options, (studies, app_dir))
         decoding.read_apart(self.options.read_apart)
         decoding.report_in_background()
         text_headers.allow_detached(self.options.detached_data)
@@ -52,6 +53,7 @@ class ProGiDiffApp(MONAILabelApp):
             served=ServedImages(self.options.store / "dicom", self.datastore),
             annotations=open_annotations(self.options.store, studies),
             auth=Authenticator.from_options(self.options),
+            names=names,
         )
         self.context.training = build_runner(self.context)
         wiring.build(self.context)
@@ -77,6 +79,8 @@ class ProGiDiffApp(MONAILabelApp):
         context.labels = open_local(
             self.studies, context.annotations, context.infer.store, options.store, context.textdiff.engine.label_ids
         )
+        if context.names is not None:
+            context.names.watch(context.labels.list_names)
         return self.context.labels
 
     def init_infers(self) -> dict[str, InferTask]:

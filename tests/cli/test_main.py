@@ -290,3 +290,14 @@ def test_the_version_is_that_of_the_package():
     import progidiff
 
     assert run("--version")[0] == f"progidiff {progidiff.__version__}\n"
+
+
+def test_what_stands_for_an_image_in_the_log_can_be_looked_up(tmp_path: Path):
+    from progidiff.logs import Names, find_key_file, open_key
+
+    _, error = run("log-name", "a", "--studies", tmp_path, code=2)
+    assert "no server with these studies has hidden names" in error
+    key = open_key(find_key_file(tmp_path / ".progidiff"))
+    printed, _ = run("log-name", "scan.nii.gz", "Doe Jane", "--studies", tmp_path)
+    names = Names(key)
+    assert printed == f"{names.pseudonym('scan')}\tscan.nii.gz\n{names.pseudonym('Doe Jane')}\tDoe Jane\n"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from monailabel.config import settings
 from monailabel.interfaces.utils import app as host
 from starlette.testclient import TestClient
 
+from progidiff import logs
 from support.servers import APP, copy_app
 
 LOCAL, REMOTE = ("127.0.0.1", 50_000), ("192.168.7.9", 50_000)
@@ -28,6 +31,7 @@ def open_app(studies: Path, model: Path, *conf: str) -> Iterator[Any]:
         model: Model folder.
         conf: Names and values of `--conf`, in turns; nothing is scored in the background.
     """
+    formatters = {handler: handler.formatter for handler in logs._list_handlers()}
     spec = importlib.util.spec_from_file_location("progidiff_app_in_tests", APP / "main.py")
     assert spec is not None
     assert spec.loader is not None
@@ -57,6 +61,11 @@ def open_app(studies: Path, model: Path, *conf: str) -> Iterator[Any]:
         web.middleware_stack = None
         for number, handler in signals.items():
             signal.signal(number, handler)
+        for handler, formatter in formatters.items():
+            handler.setFormatter(formatter)
+        logging.captureWarnings(False)
+        threading.excepthook = threading.__excepthook__
+        logs.describe_for_child(logs.TEXT, logs.PLAIN, studies)
 
 
 def connect(peer: tuple[str, int] = LOCAL, host_name: str = "127.0.0.1:8000", **options: Any) -> TestClient:

@@ -7,9 +7,12 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ import pytest
 import torch
 from filelock import FileLock
 
+from progidiff import logs
 from progidiff.errors import BusyError, CancelledError, ImageError, RequestError, StoreError
 from progidiff.server.trainings import describe_stats
 from progidiff.training_runs import child
@@ -396,3 +400,53 @@ def test_what_no_later_run_asks_for_is_removed(tmp_path: Path):
         "cache/read",
         "mr-stopped",
     ]
+
+
+def test_the_process_writes_its_log_as_the_server_does_and_for_the_request_that_started_it(
+    build: Callable[..., TrainingRunner], tmp_path: Path
+):
+    program = 'open(folder + "/told", "w").write(os.environ["PROGIDIFF_LOG"]); print(json.dumps({"state": "done"}))'
+    runner = build(program)
+    logs.describe_for_child(logs.JSON, logs.HASHED, tmp_path / "log.key")
+
+    def start() -> None:
+        logs.begin_request(logs.RequestNote("of-anna"))
+        run_to_end(runner)
+
+    try:
+        copy_context().run(start)
+    finally:
+        logs.describe_for_child(logs.TEXT, logs.PLAIN, tmp_path)
+    told = json.loads((tmp_path / "training" / "runs" / runner.status().id / "told").read_text())
+    assert told == {"kind": "json", "names": "hashed", "key": str(tmp_path / "log.key"), "request": "of-anna"}
+
+
+def test_a_training_names_no_image_in_its_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = tmp_path / "training" / "runs" / "20260101T000000-abcdef"
+    folder.mkdir(parents=True)
+    write_json(folder / "request.json", {"cases": [{"name": "Doe_Jane"}], "options": {}})
+    environment = {
+        **os.environ,
+        "PROGIDIFF_LOG": json.dumps(
+            {"kind": "json", "names": "hashed", "key": str(tmp_path / "log.key"), "request": "of-anna"}
+        ),
+        "PYTHONPATH": str(Path(child.__file__).parents[2]),
+    }
+    program = (
+        "import logging, sys; from pathlib import Path; from progidiff.training_runs import child; "
+        "child.die_with_parent = lambda server: None; "
+        "child._train = lambda folder, *_: logging.getLogger('x').warning('Doe_Jane and %r', 'Smith') or 1 / 0; "
+        "sys.exit(child.main(Path(sys.argv[1]), 0, 0))"
+    )
+    command = [sys.executable, "-c", program, str(folder)]
+    # An open pipe: its end would tell that the server is gone.
+    with subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        printed = process.stderr.read()
+    lines = [json.loads(line) for line in printed.splitlines()]
+    assert [line["level"] for line in lines] == ["WARNING", "ERROR"]
+    assert all(line["request"] == "of-anna" for line in lines)
+    assert re.fullmatch(r"#\w{12} and '#\w{12}'", lines[0]["message"])
+    assert "ZeroDivisionError" in lines[1]["exception"]

@@ -18,7 +18,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
-from progidiff.cli import annotating, audit, exchanging, serving, textdiff, training, users
+from progidiff.cli import annotating, audit, exchanging, operations, serving, textdiff, training, users
 from progidiff.cli.options import (
     AdapterOption,
     BackboneOption,
@@ -503,4 +503,5 @@ annotating.register(app)
 users.register(app)
 audit.register(app)
 exchanging.register(app)
+operations.register(app)
 textdiff.register(app)

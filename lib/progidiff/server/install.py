@@ -57,7 +57,10 @@ def install(web: FastAPI, app: MONAILabelApp, modules: Sequence[Endpoints]) -> N
     context = cast(Any, app).context
     answers.install_handlers(web, _list_folders(app, context.options, context.model_dir))
     _prepare_server(context.auth, context.options)
-    guard.install(web, build_table(modules), context.auth, context.options)
+    addresses = build_table(modules)
+    if context.names is not None:
+        context.names.tell({*addresses.list_words(), *app._infers, *app._trainers})
+    guard.install(web, addresses, context.auth, context.options)
     web.middleware_stack = None  # Built again with these handlers at the next request.
     queues = [task.queue for task in app._infers.values() if isinstance(task, ProposalInferTask)]
     _end_jobs_on_signals([queue.close for queue in queues] + [context.training.close])

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from progidiff import logs
 from progidiff.active_learning.settings import DEFAULT_STRATEGY
 from progidiff.errors import RequestError
 from progidiff.params import read_bool, read_choice, read_float, read_int
@@ -84,6 +85,9 @@ class ServerOptions:
             `progidiff.proposals.islands`.
         retrain_params: Its parameters, "name=value,name=value", see `progidiff.training_runs.options.TrainingOptions`.
         read_apart: Whether files are read in a process of their own, see `progidiff.images.decoding`.
+        log: How log lines are written: "text", or "json" with one object per line.
+        log_names: How names of images and files are written there: "hashed", as pseudonyms, or "plain"; None for hashed
+            with "json" and plain with "text".
         metrics: Who may read `GET /metrics` without the token for it: "administrators", "open" for everybody, or "off"
             for nobody at all.
         metrics_token_file: A file with tokens that open `GET /metrics` and nothing else, see `token_file`.
@@ -122,6 +126,8 @@ class ServerOptions:
     clean_up: str = DEFAULT_CLEAN_UP
     read_apart: bool = True
     detached_data: bool = False
+    log: str = logs.TEXT
+    log_names: str | None = None
     metrics: str = ADMINISTRATORS
     metrics_token_file: Path | None = None
 
@@ -138,14 +144,14 @@ class ServerOptions:
         device = given.get("device", "auto").lower()
         if device != "auto" and not _DEVICE.fullmatch(device):
             raise RequestError(f"--conf device {device}: it must be auto, cpu, mps, cuda or cuda:<number>.")
-        model_dir = Path(given["model_dir"]).expanduser() if "model_dir" in given else None
+        model_dir = _read_path(given, "model_dir")
         if model_dir is not None and not model_dir.is_dir():
             raise RequestError(
                 f"--conf model_dir {model_dir}: no such folder. `progidiff train` writes "
                 "one; leave it out for the embedded model."
             )
         return cls(
-            store=Path(given["store"]).expanduser() if "store" in given else default_store(studies),
+            store=_read_path(given, "store") or default_store(studies),
             model_dir=model_dir,
             backbone=given.get("backbone"),
             device=None if device == "auto" else device,
@@ -154,11 +160,11 @@ class ServerOptions:
                 given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, MAX_PROPOSALS
             ),
             max_waiting=read_int(given.get("max_waiting", cls.max_waiting), "--conf max_waiting", 0, 30),
-            adapters=Path(given["adapters"]).expanduser() if "adapters" in given else None,
-            textdiff=Path(given["textdiff"]).expanduser() if "textdiff" in given else None,
+            adapters=_read_path(given, "adapters"),
+            textdiff=_read_path(given, "textdiff"),
             store_gb=read_float(given.get("store_gb", cls.store_gb), "--conf store_gb", 0.01, 1e6),
-            token_file=Path(given["token_file"]).expanduser() if "token_file" in given else None,
-            users_file=Path(given["users_file"]).expanduser() if "users_file" in given else None,
+            token_file=_read_path(given, "token_file"),
+            users_file=_read_path(given, "users_file"),
             login=read_choice(given.get("login", cls.login), "--conf login", (TOKEN, OFF)),
             allow_anonymous=_read_anonymous(given.get("allow_anonymous", "false")),
             session_hours=read_float(given.get("session_hours", cls.session_hours), "--conf session_hours", 0.1, 720),
@@ -197,10 +203,14 @@ class ServerOptions:
             clean_up=read_choice(given.get("clean_up", cls.clean_up), "--conf clean_up", CLEAN_UPS),
             read_apart=read_bool(given.get("read_apart", cls.read_apart), "--conf read_apart"),
             detached_data=read_bool(given.get("detached_data", cls.detached_data), "--conf detached_data"),
-            metrics=read_choice(given.get("metrics", cls.metrics), "--conf metrics", (ADMINISTRATORS, EVERYBODY, OFF)),
-            metrics_token_file=(
-                Path(given["metrics_token_file"]).expanduser() if "metrics_token_file" in given else None
+            log=read_choice(given.get("log", cls.log), "--conf log", (logs.TEXT, logs.JSON)),
+            log_names=(
+                read_choice(given["log_names"], "--conf log_names", (logs.HASHED, logs.PLAIN))
+                if "log_names" in given
+                else None
             ),
+            metrics=read_choice(given.get("metrics", cls.metrics), "--conf metrics", (ADMINISTRATORS, EVERYBODY, OFF)),
+            metrics_token_file=_read_path(given, "metrics_token_file"),
         )
 
 
@@ -210,6 +220,10 @@ def _check_names(conf: Mapping[str, str], known: Sequence[str]) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             meant = f"Did you mean {near[0]}?" if near else f"There are {', '.join(sorted(known))}."
             raise RequestError(f"--conf {name[:60]}: there is no such option. {meant}")
+
+
+def _read_path(given: Mapping[str, str], name: str) -> Path | None:
+    return Path(given[name]).expanduser() if name in given else None
 
 
 def _read_anonymous(text: str) -> Role | None:

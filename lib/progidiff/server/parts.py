@@ -12,6 +12,7 @@ from monailabel.interfaces.utils.app import app_instance
 from prometheus_client import CollectorRegistry
 
 from progidiff.labels.history import Annotation, AnnotationStore
+from progidiff.logs import Names
 from progidiff.server.datastores.local import SafeLocalDatastore
 from progidiff.server.datastores.remote_labels import RemoteLabels
 from progidiff.server.datastores.served_images import ServedImages
@@ -53,6 +54,7 @@ class Context:
         readiness: Whether prompts are answered.
         registry: The figures for Prometheus.
         metrics_tokens: Tokens that open those and nothing else.
+        names: Takes names of images out of the log; None if they are told.
         on_published: Called with ``name@version`` after another version is served, "" for the model itself; one that
             raises is logged.
         on_ended: Called with the status of a training that ended.
@@ -75,6 +77,7 @@ class Context:
     readiness: Readiness = field(init=False)
     registry: CollectorRegistry = field(init=False)
     metrics_tokens: tuple[Token, ...] = ()
+    names: Names | None = None
     on_published: list[Callable[[str], None]] = field(default_factory=list)
     on_ended: list[Callable[[RunStatus], None]] = field(default_factory=list)
 

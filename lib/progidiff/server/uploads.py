@@ -11,6 +11,7 @@ from monailabel.interfaces.app import MONAILabelApp
 
 from progidiff.errors import NotFoundError, RequestError
 from progidiff.images.formats import Use, find_format, list_suffixes
+from progidiff.logs import note_texts
 from progidiff.storage.atomic import scratch_folder
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
@@ -18,6 +19,7 @@ _SESSION_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 def keep_upload(file: UploadFile, uploads: ExitStack) -> str:
     """Write an uploaded image to a temporary folder that goes when `uploads` is closed, also if the request fails."""
+    note_texts([file.filename or ""])
     row = find_format(file.filename or "", Use.UPLOAD)
     if row is None:
         name = (file.filename or "")[-40:]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import functools
 import json
 import logging
 import os
@@ -29,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 from progidiff.errors import BusyError, CancelledError, ProGiDiffError
+from progidiff.images.formats import strip_suffix
+from progidiff.logs import follow_parent
 from progidiff.training_runs.options import TRAINERS, TrainingOptions
 from progidiff.training_runs.runner import LOCK, PROGRESS, REQUEST, WORK, Outcome, read_json, write_json
 
@@ -174,6 +177,7 @@ def main(folder: Path, server: int, nice: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _be_modest(nice)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    follow_parent(lambda: _list_images(folder), strip_suffix)
     progress = Progress(folder / PROGRESS, control)
     progress.write()
     outcome = run(folder, control, progress)
@@ -182,6 +186,13 @@ def main(folder: Path, server: int, nice: int) -> int:
         outcome_pipe.write(json.dumps(outcome.to_dict()) + "\n")
         outcome_pipe.flush()
     return 0 if outcome.state in ("done", "stopped") else 1
+
+
+@functools.cache
+def _list_images(folder: Path) -> frozenset[str]:
+    """Names of what is trained on."""
+    request = read_json(folder / REQUEST) or {}
+    return frozenset(str(case["name"]) for case in request.get("cases", ()))
 
 
 def run(folder: Path, control: Control, progress: Progress) -> Outcome:

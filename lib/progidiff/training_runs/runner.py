@@ -16,6 +16,7 @@ device, and to stop.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import json
 import logging
 import os
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from progidiff.errors import BusyError, ProGiDiffError, StoreError
+from progidiff.logs import make_environment
 from progidiff.storage.atomic import replace_text
 from progidiff.training_runs.options import TrainingOptions
 from progidiff.training_runs.status import RunStatus
@@ -188,7 +190,9 @@ class TrainingRunner:
                 ) from err
             active = self._active = _Active(folder, request, time.time())
         # The kernel ends the process when the thread that started it does: it must not be one of the web server's.
-        threading.Thread(target=self._supervise, args=(active, options), name=f"training-{run_id}", daemon=True).start()
+        # The copy of the context says for which request its lines are.
+        work = contextvars.copy_context().run, (self._supervise, active, options)
+        threading.Thread(target=work[0], args=work[1], name=f"training-{run_id}", daemon=True).start()
         return self.status()
 
     def status(self) -> RunStatus:
@@ -488,6 +492,7 @@ def _make_environment() -> dict[str, str]:
         "OMP_NUM_THREADS": threads,
         "MKL_NUM_THREADS": threads,
         **os.environ,
+        **make_environment(),
         "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH", "")])),
     }
 

@@ -40,7 +40,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import FileLock, Timeout
 from monailabel.config import settings
@@ -498,6 +498,10 @@ class SafeLocalDatastore(LocalDatastore):
             Path(name).unlink(missing_ok=True)
             raise
         return name
+
+    def list_names(self) -> Mapping[str, Any]:
+        """Ids of all images; another object after every change."""
+        return cast(Mapping[str, Any], self._datastore.objects)
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of an image, "" if there is none.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextvars
 import hashlib
 import hmac
 import json
@@ -313,7 +314,8 @@ class Authenticator:
                 )
             role = self.users.check(name, password)
         except LoginError:
-            logger.warning("Failed login of '%s' from %s", one_line(name[:64]), address)
+            shown = one_line(name[:64])
+            logger.warning("Failed login of '%s' from %s", shown, address, extra={"account": shown})
             raise
         self.attempts.forgive(address)
         return User(name, role), self._start_session(name, _stamp(self.users.read()[name].password.encode()))
@@ -330,7 +332,8 @@ class Authenticator:
         self._waiting += 1
         try:
             loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(self._hashing, self.log_in, name, password, address)
+            context = contextvars.copy_context()  # Its lines belong to the request, too.
+            return await loop.run_in_executor(self._hashing, context.run, self.log_in, name, password, address)
         finally:
             self._waiting -= 1
 

@@ -10,6 +10,7 @@ from starlette.responses import RedirectResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from progidiff.errors import AccessError, LoginError
+from progidiff.logs import note_account
 from progidiff.server.gate.auth import LOCAL_USER, Authenticator, User, set_user
 from progidiff.server.gate.endpoints import OPEN, Endpoint, get_endpoint
 from progidiff.server.gate.paths import find_root, strip_prefix
@@ -38,7 +39,9 @@ class Callers:
         if scope["type"] == "http":
             headers, endpoint = Headers(scope=scope), get_endpoint(scope)
             try:
-                set_user(scope, self._find_user(scope, headers, endpoint))
+                user = self._find_user(scope, headers, endpoint)
+                set_user(scope, user)
+                note_account(user.name)
             except LoginError:
                 if not _is_page(scope["method"], headers):
                     raise

@@ -143,6 +143,10 @@ class EndpointTable:
                     return endpoint
         return UNKNOWN
 
+    def list_words(self) -> set[str]:
+        """What stands between the slashes of addresses, placeholders left out."""
+        return {part for endpoint in self.endpoints for part in endpoint.path.split("/") if part and "{" not in part}
+
     def render(self) -> str:
         """The table in Markdown."""
         lines = ["| address | who | what it does | takes | body up to | answers within |", "|---|---|---|---|---|---|"]

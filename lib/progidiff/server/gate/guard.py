@@ -2,6 +2,7 @@
 
 ========================================  ==============================================================
 `CORSMiddleware` (starlette)              lets pages of configured origins read answers, refusals too
+`request_ids.RequestIds`                  gives every request an id, for the log and its answer
 `measures.Measures`                       counts requests and their time, for /metrics
 `headers.SecurityHeaders`                 says what a browser may do with an answer
 `refusals.Refusals`                       makes an answer of what one of the following raises
@@ -29,6 +30,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 
 from progidiff.errors import RequestError
+from progidiff.logs import JSON
 from progidiff.server.gate.auth import Authenticator
 from progidiff.server.gate.bodies import Bodies
 from progidiff.server.gate.callers import Callers
@@ -40,6 +42,7 @@ from progidiff.server.gate.measures import Measures
 from progidiff.server.gate.origins import OwnOrigins
 from progidiff.server.gate.paths import PlainPaths
 from progidiff.server.gate.refusals import Refusals
+from progidiff.server.gate.request_ids import RequestIds
 from progidiff.server.gate.roles import Roles
 from progidiff.server.gate.texts import Texts
 from progidiff.server.options import ServerOptions
@@ -50,6 +53,7 @@ logger = logging.getLogger(__name__)
 def build_middlewares(table: EndpointTable, auth: Authenticator, options: ServerOptions) -> list[Middleware]:
     """The guard, outermost first."""
     guard = [
+        Middleware(RequestIds, lines=options.log == JSON),
         Middleware(Measures),
         Middleware(SecurityHeaders),
         Middleware(Refusals),

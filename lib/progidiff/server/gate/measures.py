@@ -46,5 +46,9 @@ class Measures:
         finally:
             # Looked up by a middleware further in; not there if the address was refused before.
             route = (find_endpoint(scope) or UNKNOWN).path
-            method = scope["method"] if scope["method"] in _METHODS else "other"
-            counting.end_request(method, route, status, time.monotonic() - started)
+            counting.end_request(name_method(scope), route, status, time.monotonic() - started)
+
+
+def name_method(scope: Scope) -> str:
+    """The method of a request; "other" for one that HTTP does not know, which may be any text."""
+    return scope["method"] if scope["method"] in _METHODS else "other"

@@ -118,7 +118,7 @@ def build_endpoints() -> Endpoints:
         if isinstance(chosen, NothingLeft):
             return chosen
         image = chosen.image
-        logger.info("Next sample for %s: %s", client, image)
+        logger.info("Next sample for '%s': '%s'", client, image)
         _prepare_original(context, image)
         known = context.app.datastore().get_image_info(image)
         # Ours come last: what a client once stored with an image must not pass for the server's answer.

@@ -12,7 +12,12 @@ from pydicom.uid import ExplicitVRLittleEndian
 
 from progidiff.dicomweb.export import export_series
 from progidiff.dicomweb.frames import Series
-from progidiff.dicomweb.segmentation import find_referenced_series, read_dataset, read_segmentation
+from progidiff.dicomweb.segmentation import (
+    LABEL_MAP_STORAGE,
+    find_referenced_series,
+    read_dataset,
+    read_segmentation,
+)
 from progidiff.errors import GeometryError, ImageError, ProGiDiffError, RequestError
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
@@ -165,3 +170,72 @@ def test_a_segment_whose_label_and_code_differ_is_refused_with_both():
     assert "called 'liver' and coded as 'spleen'" in refuse(seg, volume)
     code_segment(seg, "10200004")
     assert list(read_segmentation(seg, volume.grid).names.values()) == ["liver"]
+
+
+def as_label_map(seg: Dataset, background: int = 0) -> Dataset:
+    """A BINARY SEG of one plane orientation as another program would store it as a Label Map Segmentation."""
+    frames = np.asarray(seg.pixel_array)
+    frames = frames[None] if frames.ndim == 2 else frames
+    by_place: dict[tuple[str, ...], tuple[Dataset, np.ndarray]] = {}
+    for group, frame in zip(seg.PerFrameFunctionalGroupsSequence, frames, strict=True):
+        place = tuple(map(str, group.PlanePositionSequence[0].ImagePositionPatient))
+        _, values = by_place.setdefault(place, (group, np.full(frame.shape, background, np.uint8)))
+        values[frame != 0] = group.SegmentIdentificationSequence[0].ReferencedSegmentNumber
+    seg.PerFrameFunctionalGroupsSequence = [group for group, _ in by_place.values()]
+    for group in seg.PerFrameFunctionalGroupsSequence:
+        del group.SegmentIdentificationSequence
+    stack = np.stack([values for _, values in by_place.values()])
+    seg.SOPClassUID = seg.file_meta.MediaStorageSOPClassUID = LABEL_MAP_STORAGE
+    seg.SegmentationType, seg.PixelPaddingValue = "LABELMAP", background
+    seg["PixelPaddingValue"].VR = "US"
+    seg.BitsAllocated = seg.BitsStored = 8
+    seg.HighBit, seg.NumberOfFrames = 7, len(stack)
+    seg.PixelData = stack.tobytes() + b"\0" * (stack.size % 2)
+    return seg
+
+
+@pytest.mark.parametrize("background", [0, 9])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_label_map_segmentation_is_read(axis: int, background: int):
+    volume = make_volume(SAGITTAL)
+    masks = make_masks(volume)
+    check_same(volume, as_label_map(make_seg(volume, masks, axis), background), masks)
+
+
+def test_a_label_map_with_numbers_that_no_segment_has_is_refused():
+    volume = make_volume(AXIAL)
+    seg = as_label_map(make_seg(volume, make_masks(volume)))
+    del seg.SegmentSequence[1]
+    assert "segment 2" in refuse(seg, volume)
+
+
+def test_codes_of_older_programs_mean_what_they_meant():
+    volume = make_volume(AXIAL)
+    seg = make_seg(volume, {"Segment_1": make_masks(volume)["liver"]})
+    for scheme in ("SRT", "SNM3", "99SDM"):
+        code_segment(seg, "T-71000", "G-A101")
+        kind = seg.SegmentSequence[0].SegmentedPropertyTypeCodeSequence[0]
+        kind.CodingSchemeDesignator = scheme
+        kind.SegmentedPropertyTypeModifierCodeSequence[0].CodingSchemeDesignator = scheme
+        assert list(read_segmentation(seg, volume.grid).names.values()) == ["left kidney"]
+    kind.CodingSchemeDesignator = "99LOCAL"
+    assert "has no name" in refuse(seg, volume)
+
+
+def test_who_stores_segments_that_overlap_may_keep_the_later():
+    volume = make_volume(AXIAL)
+    masks = make_masks(volume)
+    masks["spleen"] = masks["spleen"] | masks["liver"]
+    for reverse in (False, True):
+        seg = make_seg(volume, masks)
+        if reverse:  # Frames come in any order.
+            groups = list(seg.PerFrameFunctionalGroupsSequence)
+            frames = np.asarray(seg.pixel_array)[::-1]
+            seg.PerFrameFunctionalGroupsSequence = groups[::-1]
+            packed = np.packbits(frames.ravel(), bitorder="little").tobytes()
+            seg.PixelData = packed + b"\0" * (len(packed) % 2)
+        read = read_segmentation(read_dataset(to_bytes(seg)), volume.grid, "later")
+        stack = volume.arrange(read.labels)
+        np.testing.assert_array_equal(stack == 2, masks["spleen"])
+        assert read.names == {2: "spleen"}
+        assert f"'liver' and 'spleen' in {int(masks['liver'].sum())} voxels" in read.notes[0]

@@ -304,7 +304,8 @@ def weigh_by_foreground(foreground: NDArray[Any]) -> NDArray[Any]:
     for row, area in zip(weight, foreground, strict=True):
         shown = area > 0
         if shown.any():
-            row[shown] = np.minimum(1, area[shown] / np.quantile(area[shown], 0.75))
+            large = area.dtype.type(np.quantile(area[shown], 0.75))  # Not wider: choices stay those of numpy 1.
+            row[shown] = np.minimum(1, area[shown] / large)
     return weight
 
 
@@ -490,7 +491,7 @@ def _describe(pool: Pool, values: NDArray[Any], row: int, structure: int | None,
 
 def _find_run(values: NDArray[Any], z: int) -> tuple[int, int]:
     """First and last slice around z where the value is at least half of that on z."""
-    enough = values >= 0.5 * values[z]
+    enough = values >= 0.5 * float(values[z])
     low = z
     while low > 0 and enough[low - 1]:
         low -= 1

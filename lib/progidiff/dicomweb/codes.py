@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Any
 
 from pydicom.dataset import Dataset
+from pydicom.sr.coding import Code as CodedConcept
 
-from progidiff.prompts.structures import CATEGORY, UNKNOWN, Code, find_coded, find_structure, pick_color
+from progidiff.prompts.structures import CATEGORY, UNKNOWN, Code, find_coded, find_structure, list_codes, pick_color
 
 _MAX_DESCRIPTION = 1024
 """Characters of Segment Description (0062,0006)."""
 
+_OLDER_SCHEMES = ("SRT", "SNM3", "99SDM")
+"""What SNOMED was called in DICOM before 2018; archives are full of it."""
+
 
 def describe_segment(name: str, label_id: int, description: str = "") -> dict[str, Any]:
-    """A segment as dcmqi is told about it.
+    """What is said of a segment, as the JSON of dcmqi and of 3D Slicer words it.
 
     Args:
         name: Of the structure; kept as Segment Label, whether the table of structures knows it or not.
@@ -63,14 +68,30 @@ def warn_uncoded(names: Iterable[str]) -> list[str]:
 def read_coded(segment: Dataset) -> tuple[str, ...]:
     """The structures that the codes of a segment can mean; empty if they mean none, or are of another scheme.
 
+    Codes of SNOMED RT, as older programs write them (T-62000), are read as those of SNOMED CT that mean the same.
+
     Args:
         segment: An item of the Segment Sequence.
     """
     found = _first(segment, "SegmentedPropertyTypeCodeSequence")
-    if found is None or found.get("CodingSchemeDesignator") != CATEGORY.scheme:
+    value = "" if found is None else _read_value(found)
+    if found is None or not value:
         return ()
     modifier = _first(found, "SegmentedPropertyTypeModifierCodeSequence")
-    return find_coded(str(found.get("CodeValue", "")), "" if modifier is None else str(modifier.get("CodeValue", "")))
+    return find_coded(value, "" if modifier is None else _read_value(modifier))
+
+
+def _read_value(item: Dataset) -> str:
+    """The SNOMED CT value of a coded item; "" if it has none."""
+    value, scheme = str(item.get("CodeValue", "")), item.get("CodingSchemeDesignator")
+    return value if scheme == CATEGORY.scheme else _translate(value) if scheme in _OLDER_SCHEMES else ""
+
+
+@lru_cache(maxsize=1024)
+def _translate(value: str) -> str:
+    """The code of this program's table that means the same as one of SNOMED RT; "" if none does."""
+    older = CodedConcept(value, "SRT", "")
+    return next((known for known in list_codes() if older == CodedConcept(known, CATEGORY.scheme, "")), "")
 
 
 def _write(code: Code) -> dict[str, str]:

@@ -1,20 +1,23 @@
-"""A DICOM SEG as a label map on the grid of its image.
+"""A DICOM SEG as a label map on the grid of its image; `segmentation_writer` writes them.
 
-A SEG keeps one bit per voxel, frame by frame, and leaves out what is empty: frames, and segments without any. What is
-not in it is background here. Its frames may run along any axes of the image and be cropped; every pixel must fall onto
-a voxel.
+A BINARY SEG keeps one bit per voxel and segment, a LABELMAP SEG the number of the segment, frame by frame; what is
+empty is left out: frames, and segments without any. What is not in it is background here. Its frames may run along any
+axes of the image and be cropped; every pixel must fall onto a voxel. They are placed one by one: two labelled slices of
+forty are no stack with an even step, which is what highdicom makes a volume of, and frame by frame a SEG of 255
+segments needs no more memory than its image.
 
 A label map holds one structure per voxel, so segments that overlap are refused, with their names and the number of
-voxels: whichever of them won, a person's work would be lost without a word.
+voxels: whichever of them won, a person's work would be lost without a word. Who stores it may say that the later one in
+the list is to be kept there; then the answer says how much of what that was.
 """
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 import pydicom
@@ -32,6 +35,14 @@ from progidiff.prompts.parser import contradicts
 
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
 
+LABEL_MAP_STORAGE = "1.2.840.10008.5.1.4.1.1.66.7"
+"""Label Map Segmentation Storage, of 2024."""
+
+BINARY, LABELMAP = "BINARY", "LABELMAP"
+
+Overlap = Literal["refuse", "later"]
+"""What becomes of voxels that several segments draw: the SEG is refused, or the later segment has them."""
+
 MAX_SEGMENTS = 255
 """Label maps have 8 bits."""
 
@@ -43,10 +54,12 @@ class Segmentation:
     Attributes:
         labels: uint8 in file order (I, J, K) of the image; 0 is background.
         names: Label -> segment name, of the segments that draw anything, ascending.
+        notes: What is not as it was drawn, as sentences.
     """
 
     labels: NDArray[Any]
     names: dict[int, str]
+    notes: list[str] = field(default_factory=list)
 
 
 def read_dataset(content: bytes) -> Dataset:
@@ -89,10 +102,10 @@ def open_instance(content: bytes) -> Instance:
     return apart(_open_instance, name="The DICOM file")(content)
 
 
-def open_segmentation(content: bytes, image: Grid) -> Segmentation:
+def open_segmentation(content: bytes, image: Grid, overlap: Overlap = "refuse") -> Segmentation:
     """`read_segmentation` of a DICOM file, in a process of its own where files are read so."""
     decoded = DECODED_PER_VOXEL * math.prod(image.shape)
-    return apart(_open_segmentation, decoded=decoded, name="The segmentation")(content, image)
+    return apart(_open_segmentation, decoded=decoded, name="The segmentation")(content, image, overlap)
 
 
 def _open_instance(content: bytes) -> Instance:
@@ -106,8 +119,8 @@ def _open_instance(content: bytes) -> Instance:
     return Instance(study, kind, uid, series, problem)
 
 
-def _open_segmentation(content: bytes, image: Grid) -> Segmentation:
-    return read_segmentation(read_dataset(content), image)
+def _open_segmentation(content: bytes, image: Grid, overlap: Overlap) -> Segmentation:
+    return read_segmentation(read_dataset(content), image, overlap)
 
 
 def find_referenced_series(dataset: Dataset) -> str:
@@ -116,7 +129,7 @@ def find_referenced_series(dataset: Dataset) -> str:
     Raises:
         ImageError: if it is no segmentation, or does not say.
     """
-    if dataset.get("SOPClassUID") != SEGMENTATION_STORAGE:
+    if dataset.get("SOPClassUID") not in (SEGMENTATION_STORAGE, LABEL_MAP_STORAGE):
         kind = getattr(dataset.get("SOPClassUID"), "name", "") or "unknown"
         raise ImageError(
             "Only DICOM segmentations are stored here, as labels of the images; this is "
@@ -132,23 +145,31 @@ def find_referenced_series(dataset: Dataset) -> str:
     return uids.pop()
 
 
-def read_segmentation(dataset: Dataset, image: Grid) -> Segmentation:
+def read_segmentation(dataset: Dataset, image: Grid, overlap: Overlap = "refuse") -> Segmentation:
     """The voxels of a SEG on the grid of the image that it was drawn on.
 
     Args:
-        dataset: Of class Segmentation Storage, opened.
+        dataset: Of class Segmentation Storage or Label Map Segmentation Storage, opened.
         image: The grid of the image.
+        overlap: What becomes of voxels that several segments draw.
 
     Raises:
-        ImageError: if it is not binary, damaged, empty, or a segment has neither name nor code, or two that differ.
+        ImageError: if it says fractions, is damaged, empty, or a segment has neither name nor code, or two that differ.
         GeometryError: if its pixels do not fall onto the voxels of the image.
-        RequestError: if segments overlap.
+        RequestError: if segments overlap, and `overlap` does not say what to do then.
     """
-    if dataset.get("SegmentationType") != "BINARY":
+    kind = dataset.get("SegmentationType")
+    if kind not in (BINARY, LABELMAP):
         raise ImageError(
-            f"The segmentation is {dataset.get('SegmentationType', 'of an unknown type')}; export it as BINARY."
+            f"The segmentation is {kind or 'of an unknown type'}: a label says of a voxel what it is, not how much. "
+            "Export it as BINARY or LABELMAP."
         )
-    names = {int(segment.SegmentNumber): _find_name(segment) for segment in dataset.get("SegmentSequence") or []}
+    background = int(dataset.get("PixelPaddingValue") or 0) if kind == LABELMAP else 0
+    names = {
+        int(segment.SegmentNumber): _find_name(segment)
+        for segment in dataset.get("SegmentSequence") or []
+        if kind == BINARY or int(segment.SegmentNumber) != background
+    }
     if not 1 <= len(names) <= MAX_SEGMENTS or not all(1 <= number <= 65535 for number in names):
         raise ImageError(f"The segmentation has {len(names)} segments; 1 to {MAX_SEGMENTS} can be read.")
     label_of = {number: position + 1 for position, number in enumerate(sorted(names))}
@@ -157,26 +178,25 @@ def read_segmentation(dataset: Dataset, image: Grid) -> Segmentation:
     to_index = np.linalg.inv(compute_lps_affine(image))
     overlaps: dict[tuple[int, int], int] = {}
     for index, frame in enumerate(frames):
-        number = _find_segment(dataset, index)
-        if number not in names:
-            raise ImageError(
-                f"Frame {index + 1} belongs to segment {number}, which the segmentation "
-                "does not describe. Export it again."
-            )
-        places = _locate(dataset, index, frame, to_index, image)
-        before = stack[places]
-        for other in np.unique(before[(before != 0) & (before != label_of[number])]):
-            pair = (int(other), label_of[number])
-            overlaps[pair] = overlaps.get(pair, 0) + int((before == other).sum())
-        stack[places] = label_of[number]
+        for number, mask in _split_frame(dataset, index, frame, background):
+            if number not in names:
+                raise ImageError(
+                    f"Frame {index + 1} belongs to segment {number}, which the segmentation "
+                    "does not describe. Export it again."
+                )
+            places = _locate(dataset, index, mask, to_index, image)
+            before = stack[places]
+            for other in np.unique(before[(before != 0) & (before != label_of[number])]):
+                pair = (int(other), label_of[number])
+                overlaps[pair] = overlaps.get(pair, 0) + int((before == other).sum())
+            # Frames may come in any order: the later in the list of segments has the voxel.
+            stack[places] = np.maximum(before, label_of[number])
     by_label = {label_of[number]: name for number, name in names.items()}
-    if overlaps:
-        listed = "; ".join(
-            f"'{by_label[a]}' and '{by_label[b]}' in {count} voxels" for (a, b), count in list(overlaps.items())[:5]
-        )
+    if overlaps and overlap == "refuse":
         raise RequestError(
-            f"Segments overlap: {listed}. A label holds one structure per voxel; erase "
-            "the overlap in one of them, then store it again."
+            f"Segments overlap: {_list_overlaps(overlaps, by_label)}. A label holds one structure per voxel; erase the "
+            "overlap in one of them, then store it again, or store it with ?overlap=later to keep the one that comes "
+            "later in the list there."
         )
     drawn = {label: by_label[label] for label in map(int, np.unique(stack)) if label}
     if not drawn:
@@ -185,7 +205,33 @@ def read_segmentation(dataset: Dataset, image: Grid) -> Segmentation:
             "proposal; to remove a label, delete it."
         )
     _check_names(drawn)
-    return Segmentation(image.from_stack(stack), drawn)
+    notes = []
+    if overlaps:
+        notes.append(
+            f"Segments overlap: {_list_overlaps(overlaps, by_label)}. A label holds one structure per voxel; the one "
+            "that comes later in the list is kept there."
+        )
+    return Segmentation(image.from_stack(stack), drawn, notes)
+
+
+def _list_overlaps(overlaps: Mapping[tuple[int, int], int], names: Mapping[int, str]) -> str:
+    counts: dict[tuple[int, int], int] = {}
+    for (one, other), count in overlaps.items():
+        pair = (min(one, other), max(one, other))
+        counts[pair] = counts.get(pair, 0) + count
+    return "; ".join(f"'{names[a]}' and '{names[b]}' in {count} voxels" for (a, b), count in list(counts.items())[:5])
+
+
+def _split_frame(
+    dataset: Dataset, index: int, frame: NDArray[Any], background: int
+) -> Iterator[tuple[int, NDArray[Any]]]:
+    """The segments of a frame, each with its pixels, bool: one of a BINARY SEG, those that are drawn of a LABELMAP."""
+    if dataset.SegmentationType == BINARY:
+        yield _find_segment(dataset, index), frame != 0
+        return
+    for number in map(int, np.unique(frame)):
+        if number != background:
+            yield number, frame == number
 
 
 def _find_name(segment: Dataset) -> str:
@@ -207,7 +253,7 @@ def _find_name(segment: Dataset) -> str:
 
 
 def _read_frames(dataset: Dataset) -> NDArray[Any]:
-    """bool of shape (frames, rows, columns)."""
+    """As stored, of shape (frames, rows, columns)."""
     try:
         pixels: NDArray[Any] = np.asarray(dataset.pixel_array)
     except Exception as err:  # pydicom raises whatever its decoders do
@@ -220,7 +266,7 @@ def _read_frames(dataset: Dataset) -> NDArray[Any]:
         raise ImageError(
             "The segmentation describes another number of frames than it has. It may be cut off; export it again."
         )
-    return np.asarray(frames != 0)
+    return frames
 
 
 def _find_group(dataset: Dataset, index: int, keyword: str) -> Dataset | None:

@@ -361,6 +361,16 @@ def find_coded(value: str, modifier: str = "") -> tuple[str, ...]:
     return tuple(row.name for row in sided or found)
 
 
+def list_codes() -> tuple[str, ...]:
+    """Every SNOMED CT value that `find_coded` understands, of structures and of sides.
+
+    Example:
+        >>> "10200004" in list_codes(), LEFT.value in list_codes()
+        (True, True)
+    """
+    return (*dict.fromkeys([*(row.code.value for row in TABLE), *_ALSO, RIGHT.value, LEFT.value]),)
+
+
 _ALSO = {
     "9846003": "right kidney",
     "18639004": "left kidney",

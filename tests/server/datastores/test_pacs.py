@@ -205,6 +205,26 @@ def test_a_saved_label_is_a_seg_in_the_pacs_and_comes_back_complete_and_a_propos
     assert nibabel.load(back).shape == image.array.shape
 
 
+def test_the_agreement_goes_into_the_pacs_and_labels_nothing(
+    server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]]
+):
+    study, uid = series["axial"]
+    assert server.infer(uid, {"prompt": "liver", "num_proposals": 2, "steps": 1}, output="json").status_code == 200
+    answer = requests.post(
+        f"{server.url}/progidiff/proposals/{uid}/dicom-seg", params={"show": "agreement"}, timeout=60
+    )
+    assert answer.status_code == 200, answer.text
+    stored = answer.json()
+    assert (stored["study"], stored["segments"]) == (study, ["liver"])
+    client = DICOMwebClient(pacs[1])
+    (dataset,) = client.retrieve_series(study, stored["series"])
+    assert (dataset.SegmentationType, dataset.ReferencedSeriesSequence[0].SeriesInstanceUID) == ("FRACTIONAL", uid)
+    assert set(np.unique(dataset.pixel_array)) - {0} <= {120, 240}
+    assert "no calibrated probability" in dataset.SegmentSequence[0].SegmentDescription
+    assert client.retrieve_instance_rendered(study, stored["series"], stored["instance"], ("image/png",))
+    assert server.get("/info/").json()["datastore"]["completed"] == 1
+
+
 def test_a_drawn_segmentation_in_the_pacs_labels_its_image(
     server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]]
 ):

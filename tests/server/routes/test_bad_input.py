@@ -247,7 +247,7 @@ INFER = [
     Case(
         "POST /infer/progidiff",
         "dicom_seg",
-        {"image": "plain", "output": "dicom_seg"},
+        {"session_id": "0", "output": "dicom_seg"},
         {"files": {"params": (None, "{}")}},
     ),
     upload("POST /infer/progidiff", "is not read", "../../evil.py", b"import os"),

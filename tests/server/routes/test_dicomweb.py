@@ -18,6 +18,7 @@ from dicomweb_client import DICOMwebClient
 from PIL import Image
 
 from progidiff.dicomweb.multipart import Envelope
+from progidiff.dicomweb.segmentation import read_segmentation
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.writing import save_array
 from support.phantoms import write_phantom
@@ -169,11 +170,15 @@ def test_a_replaced_image_is_another_series(server: Server, client: DICOMwebClie
     assert find_series(client, "replaced") != first
 
 
-def store(server: Server, *parts: bytes, study: str = "") -> requests.Response:
+def store(server: Server, *parts: bytes, study: str = "", **query: str) -> requests.Response:
     envelope = Envelope.of("application/dicom")
     address = f"{server.url}{WADO}/studies" + (f"/{study}" if study else "")
     return requests.post(
-        address, data=b"".join(envelope.write(parts)), headers={"Content-Type": envelope.content_type}, timeout=60
+        address,
+        params=query,
+        data=b"".join(envelope.write(parts)),
+        headers={"Content-Type": envelope.content_type},
+        timeout=60,
     )
 
 
@@ -229,6 +234,79 @@ def test_what_cannot_be_stored_is_refused_and_changes_nothing(server: Server, cl
         == 422
     )
     assert server.get("/progidiff/annotations").json() == before
+
+
+def test_segments_that_overlap_are_stored_where_the_client_says_which_wins(server: Server, client: DICOMwebClient):
+    seg, masks = make_seg_of(server, client, "sagittal")
+    masks["spleen"] = masks["spleen"] | masks["liver"]
+    seg, _ = make_seg_of(server, client, "sagittal", masks)
+    refused = store(server, to_bytes(seg))
+    assert refused.status_code == 422
+    assert "overlap=later" in refused.json()["detail"]
+    assert store(server, to_bytes(seg), overlap="first").status_code == 422
+    answer = store(server, to_bytes(seg), overlap="later")
+    assert answer.status_code == 200, answer.text
+    (stored,) = answer.json()["00081199"]["Value"]
+    assert stored["00081196"]["Value"] == [0xB000]
+    assert "'liver' and 'spleen'" in stored["00000902"]["Value"][0]
+
+
+def read_seg(content: bytes) -> pydicom.Dataset:
+    return pydicom.dcmread(io.BytesIO(content))
+
+
+def test_the_agreement_of_proposals_is_a_fractional_seg_of_the_series(server: Server, client: DICOMwebClient):
+    address, request = (
+        "/progidiff/proposals/sagittal/dicom-seg",
+        {"prompt": "liver and spleen", "num_proposals": 2, "steps": 1},
+    )
+    key = str(server.infer("sagittal", request, output="json").json()["proposals"])
+    answer = server.get(address, params={"proposals": key, "show": "agreement"})
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == "application/dicom"
+    seg, series = read_seg(answer.content), find_series(client, "sagittal")[1]
+    assert (seg.SegmentationType, seg.ReferencedSeriesSequence[0].SeriesInstanceUID) == ("FRACTIONAL", series)
+    assert {segment.SegmentAlgorithmType for segment in seg.SegmentSequence} == {"AUTOMATIC"}
+    assert set(np.unique(seg.pixel_array)) <= {0, 120, 240}
+    consensus = read_seg(server.get(address, params={"proposals": key}).content)
+    assert 0 < consensus.pixel_array.sum() <= (seg.pixel_array >= 120).sum()
+    volume = load_volume(server.studies / "sagittal.nii.gz")
+    mask = server.infer("sagittal", request, "image").content
+    shown = np.asarray(nibabel.Nifti1Image.from_bytes(gzip.decompress(mask)).dataobj)
+    read = read_segmentation(consensus, volume.grid)
+    for label, name in read.names.items():
+        np.testing.assert_array_equal(read.labels == label, shown == {"spleen": 1, "liver": 6}[name])
+
+
+def test_the_hosts_output_dicom_seg_gives_what_is_shown(server: Server):
+    request, kinds = {"prompt": "liver and spleen", "num_proposals": 2, "steps": 1}, {}
+    for show in ("consensus", "2", "all", "agreement"):
+        answer = server.infer("axial", {**request, "show": show}, output="dicom_seg")
+        assert answer.status_code == 200, answer.text
+        seg = read_seg(answer.content)
+        kinds[show] = (seg.SegmentationType, len(seg.SegmentSequence))
+    assert kinds["consensus"][0] == kinds["2"][0] == "BINARY"
+    assert kinds["agreement"][0] == "FRACTIONAL"
+    assert kinds["all"] == ("BINARY", 2 * kinds["agreement"][1])
+    files = {
+        "file": ("a.nii.gz", (server.studies / "axial.nii.gz").read_bytes()),
+        "params": (None, json.dumps(request)),
+    }
+    address = f"{server.url}/infer/progidiff"
+    refused = requests.post(address, params={"output": "dicom_seg"}, files=files, timeout=60)
+    assert refused.status_code == 422
+    assert "output=image" in refused.json()["detail"]
+
+
+def test_a_seg_that_cannot_be_made_is_refused(server: Server):
+    answer = server.infer("axial", {"prompt": "liver and spleen", "num_proposals": 2, "steps": 1}, output="json")
+    key, address = str(answer.json()["proposals"]), "/progidiff/proposals/axial/dicom-seg"
+    for show in ("9", "disagreement", "nonsense"):
+        assert server.get(address, params={"proposals": key, "show": show}).status_code == 422, show
+    assert server.get(address, params={"proposals": "0" * 64}).status_code == 404
+    assert server.get("/progidiff/proposals/nobody/dicom-seg").status_code == 404
+    answer = requests.post(f"{server.url}{address}", timeout=30)
+    assert (answer.status_code, "Download it" in answer.json()["detail"]) == (422, True)
 
 
 def test_one_bad_instance_does_not_lose_the_others(server: Server, client: DICOMwebClient):

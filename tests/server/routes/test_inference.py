@@ -285,8 +285,8 @@ def test_an_unknown_session_and_an_unknown_job_are_404(server: Server):
     assert server.get("/progidiff/proposals/plain", params={"proposals": "0" * 64}).status_code == 404
 
 
-def test_dicom_seg_is_refused_with_another_way(server: Server):
-    response = server.infer("plain", {"prompt": "liver"}, output="dicom_seg")
+def test_dicom_seg_of_what_is_no_whole_volume_is_refused_with_another_way(server: Server):
+    response = server.infer("plain", {"prompt": "liver"}, output="dicom_seg", model="textdiff")
     assert response.status_code == 422
     assert "output=image" in response.json()["detail"]
 

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import logging
 import os
@@ -24,21 +23,22 @@ from typing import Any, TypeVar
 
 import numpy as np
 from monailabel.datastore import dicom as host_dicom
+from monailabel.datastore import xnat as host_xnat
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.local import LocalDatastore
-from monailabel.datastore.utils.convert import binary_to_image, nifti_to_dicom_seg
-from monailabel.datastore.utils.dicom import dicom_web_upload_dcm
+from monailabel.datastore.utils.convert import binary_to_image
 from monailabel.interfaces import app as host
 from monailabel.interfaces.app import MONAILabelApp
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from progidiff.dicomweb.codes import describe_segment
-from progidiff.dicomweb.segmentation import open_segmentation
-from progidiff.errors import ImageError, NotFoundError, ProGiDiffError, RequestError, StoreError
+from progidiff.dicomweb.segmentation import open_segmentation, read_dataset
+from progidiff.dicomweb.segmentation_writer import Segment, write_label
+from progidiff.dicomweb.sources import read_sources
+from progidiff.errors import GeometryError, ImageError, NotFoundError, ProGiDiffError, RequestError, StoreError
 from progidiff.images.decoding import apart
 from progidiff.images.dicom import convert_series, has_mixed_slices, read_dicom_folder
-from progidiff.images.geometry import is_same_place
+from progidiff.images.geometry import GRID_TOLERANCE, LPS_TO_RAS, is_same_place
 from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_label, load_volume, read_grid
 from progidiff.images.writing import save_array, save_mask
@@ -102,21 +102,20 @@ class PacsDatastore(DICOMWebDatastore):
             StoreError: if the DICOM SEG cannot be made, or the server does not take it.
         """
         image = self.get_image_uri(image_id)
-        with scratch_folder("label") as folder:
-            file = label_filename
-            if label_filename.endswith(".bin"):
-                file = binary_to_image(image, label_filename)
-            info = dict(label_info)
-            if label_tag == FINAL:
-                volume = load_volume(image, info=self.get_image_info(image_id))
-                labels = load_label(file, like=volume.grid)
-                series = Path(self._datastore.image_path()) / image_id
-                plain = save_mask(labels, volume.grid, folder / "label.nii.gz")
-                segments = _describe_segments(labels, info.get("label_info") or [], str(info.get("provenance", "")))
-                info["SeriesInstanceUID"] = self._send(series, plain, segments)
-                with self._recent_lock:
-                    self._recent.clear()
-            return str(LocalDatastore.save_label(self, image_id, file, label_tag, info))
+        file = binary_to_image(image, label_filename) if label_filename.endswith(".bin") else label_filename
+        info = dict(label_info)
+        if label_tag == FINAL:
+            labels = load_label(file, like=load_volume(image, info=self.get_image_info(image_id)).grid)
+            segments = _describe_segments(labels, info.get("label_info") or [], str(info.get("provenance", "")))
+            if not segments:
+                raise RequestError(
+                    "A label without any voxel cannot be a DICOM SEG, so the DICOMweb server does not take it. Accept "
+                    "a slice that shows a structure first, or skip the image (POST "
+                    "/progidiff/annotations/<image>/skip)."
+                )
+            stack = labels.transpose(2, 1, 0)
+            info["SeriesInstanceUID"] = self.send(write_label(self.find_sources(image_id), stack, segments))
+        return str(LocalDatastore.save_label(self, image_id, file, label_tag, info))
 
     def get_image_uri(self, image_id: str) -> str:
         """The file of an image, downloaded and converted by the host; where slices have slopes of their own, anew."""
@@ -126,6 +125,44 @@ class PacsDatastore(DICOMWebDatastore):
             self._rescaled.add(image_id)
             keep_own_slopes(series, Path(file))
         return file
+
+    def find_sources(self, image_id: str) -> list[Dataset]:
+        """The headers of an image's slices, ascending along their normal: slice k of its file is the k-th of them.
+
+        Raises:
+            ImageError, GeometryError: if a segmentation cannot refer to them.
+        """
+        grid = read_grid(Path(self.get_image_uri(image_id)))
+        sources = read_sources(Path(self._datastore.image_path()) / image_id)
+        first = np.asarray(sources[0].ImagePositionPatient, dtype=np.float64)
+        if np.abs(LPS_TO_RAS[:3, :3] @ grid.affine[:3, 3] - first).max() > GRID_TOLERANCE * min(grid.spacing):
+            raise GeometryError(
+                f"The files of series {image_id} and the image that was made of them lie in different places. Remove "
+                "both from the cache of the server, and open the image again."
+            )
+        return sources
+
+    def send(self, content: bytes) -> str:
+        """Store a DICOM SEG on the server; its SeriesInstanceUID.
+
+        Raises:
+            StoreError: if the server does not take it.
+        """
+        dataset = read_dataset(content)
+        cure = "See that it runs and has space; then save again."
+        try:
+            answer = self._client.store_instances([dataset])
+        except OSError as err:
+            raise StoreError(f"The DICOMweb server did not take the segmentation ({err}). {cure}") from err
+        refused = answer.get("FailedSOPSequence") or []
+        if len(refused):
+            raise StoreError(
+                "The DICOMweb server refused the segmentation (reason "
+                f"{refused[0].get('FailureReason', 'not given')}). {cure}"
+            )
+        with self._recent_lock:
+            self._recent.clear()
+        return str(dataset.SeriesInstanceUID)
 
     def get_label_uri(self, label_id: str, label_tag: str, image_id: str = "") -> str:
         """The file of a label: as saved here, else the server's segmentation on the grid of its image."""
@@ -189,34 +226,14 @@ class PacsDatastore(DICOMWebDatastore):
             dataset = Dataset.from_json(found)
             study, series = str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)
             if series not in self._drawn_on:  # A series never changes.
-                meta = Dataset.from_json(self._client.retrieve_series_metadata(study, series)[0])
+                answer = self._client.retrieve_series_metadata(study, series)[0]
+                meta = Dataset.from_json({tag: value for tag, value in answer.items() if "BulkDataURI" not in value})
                 made = f"{meta.get('ContentDate', '')}{meta.get('ContentTime', '')}"
                 self._drawn_on[series] = ("" if _is_proposal(meta) else _find_image(meta), made)
             image, made = self._drawn_on[series]
             if image:
                 newest[image] = max(newest.get(image, ("", "")), (made, series))
         return {image: series for image, (_, series) in newest.items()}
-
-    def _send(self, series: Path, label: Path, segments: list[dict[str, Any]]) -> str:
-        if not segments:
-            raise RequestError(
-                "A label without any voxel cannot be a DICOM SEG, so the DICOMweb server does not take it. Accept a "
-                "slice that shows a structure first, or skip the image (POST /progidiff/annotations/<image>/skip)."
-            )
-        file = nifti_to_dicom_seg(str(series), str(label), segments)
-        try:
-            if not file or not Path(file).is_file() or not Path(file).stat().st_size:
-                raise StoreError(
-                    "The label could not be written as DICOM SEG; the server's log has what itkimage2segimage says."
-                )
-            return str(dicom_web_upload_dcm(file, self._client))
-        except OSError as err:
-            raise StoreError(
-                f"The DICOMweb server did not take the label ({err}). See that it runs and has space; then save again."
-            ) from err
-        finally:
-            if file:
-                Path(file).unlink(missing_ok=True)
 
     def _fetch_label(self, image_id: str, series: str) -> str:
         found = self._client.search_for_series(search_filters={"SeriesInstanceUID": series})
@@ -264,19 +281,37 @@ def keep_own_slopes(series: Path, image: Path) -> bool:
 
 def open_remote(app: MONAILabelApp) -> Any:
     """The app's datastore behind an address: of this class if it is a DICOMweb server, else the host's (XNAT, DSA)."""
-    _find_dcmqi()
+    setattr(app, "_download_dcmqi_tools", lambda: None)  # noqa: B010  The host would fetch programs from the network.
+    setattr(host_xnat, "nifti_to_dicom_seg", _write_for_host)  # noqa: B010  The host's own calls one of these.
     setattr(host_dicom, "dicom_to_nifti", _convert)  # noqa: B010  It reads what the server sends, in this process.
     setattr(host, "DICOMWebDatastore", PacsDatastore)  # noqa: B010  The name by which the host makes it.
     return app.init_remote_datastore()
 
 
-def _find_dcmqi() -> None:
-    """Put the programs of the package `dcmqi` on the search path: the host would fetch them from the network."""
-    spec = importlib.util.find_spec("dcmqi")
-    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
-        programs = str(Path(folder) / "bin")
-        if programs not in os.environ["PATH"].split(os.pathsep):
-            os.environ["PATH"] += os.pathsep + programs
+def _write_for_host(series_dir: str, label: str, label_info: Any, file_ext: str = "*", use_itk: bool = True) -> str:
+    """What the host calls to turn a label into a DICOM SEG, for datastores of its own (XNAT).
+
+    Args:
+        series_dir: The DICOM files.
+        label: A label file that was converted from them.
+        label_info: What the labels are called, ascending.
+        file_ext, use_itk: Of the host's own function; which files and which program, without meaning here.
+
+    Returns:
+        A new file.
+    """
+    grid = read_grid(Path(label))
+    labels = load_label(label, like=grid)
+    drawn = [int(value) for value in np.flatnonzero(np.bincount(labels.ravel())) if value]
+    names = [str(entry.get("name", "")) for entry in label_info or []]
+    segments = {
+        value: Segment(name or f"structure {value}", value)
+        for value, name in zip(drawn, [*names, *[""] * len(drawn)], strict=False)
+    }
+    handle, file = tempfile.mkstemp(prefix="progidiff-seg-", suffix=".dcm")
+    with os.fdopen(handle, "wb") as target:
+        target.write(write_label(read_sources(Path(series_dir)), labels.transpose(2, 1, 0), segments))
+    return file
 
 
 def _convert(series: str, is_seg: bool = False) -> str:
@@ -305,14 +340,12 @@ def _find_image(segmentation: Dataset) -> str:
     return str(references[0].get("SeriesInstanceUID", "")) if len(references) else ""
 
 
-def _describe_segments(labels: NDArray[Any], names: list[dict[str, Any]], provenance: str) -> list[dict[str, Any]]:
-    """What dcmqi is told about the labels that are present, ascending, as the host goes through them."""
+def _describe_segments(labels: NDArray[Any], names: list[dict[str, Any]], provenance: str) -> dict[int, Segment]:
+    """Label id -> segment, of the labels that are present."""
     by_id = {int(entry["idx"]): str(entry["name"]) for entry in names if "idx" in entry and "name" in entry}
-    segments = []
+    segments = {}
     for value in map(int, np.flatnonzero(np.bincount(labels.ravel()))):
-        if value == 0:
-            continue
-        name = by_id.get(value) or name_label_id(value) or f"structure {value}"
-        attribute = describe_segment(name, value, provenance)
-        segments.append({"name": name, "model_name": "ProGiDiff Label", "segmentAttribute": attribute})
+        if value:
+            name = by_id.get(value) or name_label_id(value) or f"structure {value}"
+            segments[value] = Segment(name, value, provenance)
     return segments

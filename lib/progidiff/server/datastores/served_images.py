@@ -9,17 +9,21 @@ from typing import Any
 
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.datastore import Datastore
+from numpy.typing import NDArray
+from pydicom.dataset import Dataset
 
 from progidiff.dicomweb.catalogue import Catalogue, Entry
 from progidiff.dicomweb.frames import FrameStore, Series
 from progidiff.dicomweb.geometry import ServedGrid
-from progidiff.errors import NotFoundError
+from progidiff.dicomweb.sources import list_sources
+from progidiff.errors import ImageError, NotFoundError
 from progidiff.images.formats import Use, find_format
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.segments import load_label_map
 from progidiff.labels.slicer import save_segmentation
+from progidiff.server.datastores.pacs import PacsDatastore
 
 _UID = re.compile(r"\d+(\.\d+)+")
 
@@ -105,6 +109,33 @@ class ServedImages:
             ProGiDiffError: whatever is wrong with it, or the disk.
         """
         return self._frames.open(entry.identity, lambda: self.load(entry))
+
+    def find_sources(self, image: str) -> list[Dataset]:
+        """The headers of an image's DICOM slices, ascending along their normal, as `arrange` orders its voxels.
+
+        Args:
+            image: Its id.
+
+        Raises:
+            NotFoundError: if there is no such image.
+            ImageError, GeometryError: if it is no DICOM series, or its slices cannot be referred to.
+        """
+        datastore = self._datastore()
+        if isinstance(datastore, PacsDatastore):
+            return datastore.find_sources(image)
+        entry = self.describe(image)
+        if entry is None:
+            raise NotFoundError(f"There is no image '{image[:64]}' that could be a DICOM series.")
+        if entry.refused:
+            raise ImageError(f"'{image}' is not served as DICOM: {entry.refused}")
+        return list_sources(self.open(entry))
+
+    def arrange(self, volume: Volume, array: NDArray[Any]) -> NDArray[Any]:
+        """An array on an image's grid, (I, J, K) in file order, as slices of its series, ascending along their normal.
+
+        What came from a DICOMweb server has the order of its series already: slices last, ascending.
+        """
+        return array.transpose(2, 1, 0) if self.is_remote else volume.arrange(array)
 
     def to_series_grid(self, mask_file: Path, entry: Entry) -> None:
         """Rewrite a mask on the grid of the image's file to that of its series, in place.

@@ -27,7 +27,7 @@ from progidiff.dicomweb.catalogue import Entry
 from progidiff.dicomweb.frames import Series
 from progidiff.dicomweb.multipart import Envelope, read_parts
 from progidiff.dicomweb.query import Query
-from progidiff.dicomweb.segmentation import Instance, open_instance, open_segmentation
+from progidiff.dicomweb.segmentation import Instance, Overlap, open_instance, open_segmentation
 from progidiff.errors import BusyError, ImageError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
@@ -48,6 +48,7 @@ DICOM_JSON = "application/dicom+json"
 _EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2.1"
 _THUMBNAIL_PIXELS = 256
 _CANNOT_UNDERSTAND = 0xC000
+_COERCED = 0xB000
 _FOREVER = {"Cache-Control": "private, max-age=31536000, immutable"}
 """A UID names these bytes and no others."""
 
@@ -89,7 +90,7 @@ def build_endpoints() -> Endpoints:
         ANNOTATE,
         tags=["DICOMweb"],
         summary="Store DICOM segmentations as labels of their images",
-        takes="multipart/related: DICOM SEGs",
+        takes="multipart/related: DICOM SEGs; query: overlap (refuse, later)",
         body=LARGE,
         deadline=LONG,
     )
@@ -98,14 +99,16 @@ def build_endpoints() -> Endpoints:
         ANNOTATE,
         include_in_schema=False,
         summary="The same, of one study",
-        takes="multipart/related: DICOM SEGs",
+        takes="multipart/related: DICOM SEGs; query: overlap (refuse, later)",
         body=LARGE,
         deadline=LONG,
     )
-    async def store(request: Request, service: str, study: str = "", user: User = CALLER) -> Response:
+    async def store(
+        request: Request, service: str, study: str = "", overlap: Overlap = "refuse", user: User = CALLER
+    ) -> Response:
         _strip_service(f"{service}/")
         parts = read_parts(request.headers.get("content-type", ""), await request.body())
-        return await run_in_threadpool(_store, get_context(), parts, study, user)
+        return await run_in_threadpool(_store, get_context(), parts, study, overlap, user)
 
     return endpoints
 
@@ -217,7 +220,7 @@ def _write_file(series: Series, index: int) -> bytes:
     return target.getvalue()
 
 
-def _store(context: Context, parts: list[bytes], study: str, user: User) -> Response:
+def _store(context: Context, parts: list[bytes], study: str, overlap: Overlap, user: User) -> Response:
     """Save every part as a label of its image; what cannot be saved is named with its reason, and an error if that is
     all.
 
@@ -230,8 +233,12 @@ def _store(context: Context, parts: list[bytes], study: str, user: User) -> Resp
         instance: Instance | None = None
         try:
             instance = open_instance(part)
-            _save_segmentation(context, part, instance, study, user)
-            answer.setdefault("ReferencedSOPSequence", DataElement(0x00081199, "SQ", [])).value.append(_refer(instance))
+            notes = _save_segmentation(context, part, instance, study, overlap, user)
+            stored = _refer(instance)
+            if notes:
+                stored.WarningReason = _COERCED
+                stored.ErrorComment = " ".join(notes)[:64]
+            answer.setdefault("ReferencedSOPSequence", DataElement(0x00081199, "SQ", [])).value.append(stored)
         except ProGiDiffError as err:
             logger.info("A DICOM instance is not stored: %s", err)
             errors.append(err)
@@ -246,7 +253,10 @@ def _store(context: Context, parts: list[bytes], study: str, user: User) -> Resp
     return JSONResponse(headers.to_json(answer), status_code=202 if errors else 200, media_type=DICOM_JSON)
 
 
-def _save_segmentation(context: Context, content: bytes, instance: Instance, study: str, user: User) -> None:
+def _save_segmentation(
+    context: Context, content: bytes, instance: Instance, study: str, overlap: Overlap, user: User
+) -> list[str]:
+    """Save a SEG as a label of its image; what is not as it was drawn, as sentences."""
     if study and instance.study_uid != study:
         raise RequestError(
             f"The segmentation is of study {instance.study_uid[:64] or None}, and was sent to study {study}. Store it "
@@ -261,7 +271,9 @@ def _save_segmentation(context: Context, content: bytes, instance: Instance, stu
         raise NotFoundError(
             f"The segmentation is of series {series[:64]}, which is no image here. Open the image from this server."
         ) from err
-    segmentation = open_segmentation(content, volume.grid)
+    segmentation = open_segmentation(content, volume.grid, overlap)
+    for note in segmentation.notes:
+        logger.info("Of a DICOM SEG of '%s': %s", image, note)
     bands = [name for name in segmentation.names.values() if name.lower().startswith(DISAGREEMENT)]
     if bands:
         raise RequestError(
@@ -275,6 +287,7 @@ def _save_segmentation(context: Context, content: bytes, instance: Instance, stu
             "client_id": "DICOM SEG",
         }
         save(context, image, file, FINAL, params, user.name)
+    return segmentation.notes
 
 
 def open_named(context: Context, image: str) -> tuple[str, Volume]:

@@ -21,14 +21,17 @@ from typing import Any
 
 from anyio import from_thread
 from fastapi import BackgroundTasks, File, Form, Request, UploadFile
+from fastapi.responses import Response
 from monailabel.endpoints.batch_infer import run as start_batch
 from monailabel.endpoints.infer import ResultType, send_response
+from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.tasks.batch_infer import BatchInferImageType
 from monailabel.interfaces.utils.app import app_instance
 
-from progidiff.errors import AccessError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.errors import AccessError, NotFoundError, ProGiDiffError, RequestError, StoreError
 from progidiff.params import read_choice, read_int
 from progidiff.proposals.device_queue import Asker, JobInfo
+from progidiff.proposals.request import AGREEMENT, CONSENSUS
 from progidiff.server.datastores.images import find_image
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import (
@@ -45,6 +48,7 @@ from progidiff.server.gate.endpoints import (
 from progidiff.server.inference import check_tag, find_model, infer, pick_options
 from progidiff.server.parts import get_context
 from progidiff.server.routes.image_id import ImageId
+from progidiff.server.routes.segmentations import ALL, load_kept, send_segmentation, write_proposals
 from progidiff.server.tasks.answers import KeptProposals, PictureAnswer, PromptEntry, SliceAnswer, VolumeAnswer
 from progidiff.server.tasks.pictures import TextDiffInferTask
 from progidiff.server.tasks.slices import SliceInferTask
@@ -97,10 +101,10 @@ def build_endpoints() -> Endpoints:  # noqa: C901
             "asker": Asker(_name_asker(http, user), partial(from_thread.run, http.is_disconnected)),
         }
         if output is ResultType.dicom_seg:
-            raise RequestError(
-                "output=dicom_seg is not offered. Use output=all or output=image and "
-                "convert the mask, for example with dcmqi."
-            )
+            _check_dicom_seg(app, model, file is not None or bool(session_id))
+            seg_shows = request["params"].get("show", CONSENSUS)
+            if seg_shows in (ALL, AGREEMENT):  # No mask can show these.
+                request["params"] = {**request["params"], "show": CONSENSUS}
         with ExitStack() as uploads:
             if file is not None:
                 request |= {"image": "", "path": keep_upload(file, uploads)}
@@ -131,6 +135,8 @@ def build_endpoints() -> Endpoints:  # noqa: C901
                     f"The inference broke unexpectedly ({type(err).__name__}, incident {incident}). The server's log "
                     "has the details under this number; please report them."
                 ) from err
+        if output is ResultType.dicom_seg:
+            return _send_dicom_seg(request["image"], result, str(seg_shows))
         return send_response(app.datastore(), result, output, background_tasks)
 
     @endpoints.post(
@@ -202,6 +208,32 @@ def build_endpoints() -> Endpoints:  # noqa: C901
         return _task().list_prompts()
 
     return endpoints
+
+
+def _check_dicom_seg(app: MONAILabelApp, model: str, is_upload: bool) -> None:
+    if is_upload:
+        raise RequestError(
+            "output=dicom_seg needs an image of the datastore, since a DICOM SEG refers to its series. Use output=all "
+            "or output=image for an upload or a session."
+        )
+    if not isinstance(find_model(app, model), ProposalInferTask):
+        raise RequestError(
+            f"output=dicom_seg is answered by the model progidiff, for whole volumes, not by '{model}'. Use output=all "
+            "or output=image."
+        )
+
+
+def _send_dicom_seg(image: str, result: Mapping[str, Any], show: str) -> Response:
+    """The proposals of an answer as a DICOM SEG."""
+    Path(result["file"]).unlink(missing_ok=True)
+    key = result["params"]["proposals"]
+    if key is None:
+        raise StoreError(
+            "The proposals could not be kept on disk, from which a DICOM SEG is made. Free some space, or use "
+            "output=all."
+        )
+    chosen, proposals = load_kept(get_context(), image, key)
+    return send_segmentation(write_proposals(get_context(), image, proposals, show), f"{chosen[:12]}-{show}")
 
 
 def _name_asker(http: Request, user: User) -> str:

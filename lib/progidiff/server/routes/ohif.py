@@ -141,7 +141,7 @@ def build_endpoints() -> Endpoints:
         context = get_context()
         image_id, volume = open_named(context, image)
         result = _find_result(context, image_id, proposals, job)
-        labels = _order(context, volume, _draw(result, volume, show))
+        labels = context.served.arrange(volume, _draw(result, volume, show))
         box = _find_box(labels)
         crop = np.ascontiguousarray(labels[tuple(slice(low, high) for low, high in box)])
         return Response(
@@ -178,14 +178,6 @@ def _find_uids(context: Context, image_id: str) -> tuple[str, str]:
             f"Image '{image_id}' cannot be shown in OHIF. {entry.refused if entry is not None else 'Its file is gone.'}"
         )
     return entry.identity.study_uid, entry.identity.series_uid
-
-
-def _order(context: Context, volume: Volume, array: NDArray[Any]) -> NDArray[Any]:
-    """(I, J, K) in file order -> slices of the series, ascending along their normal.
-
-    What came from a DICOMweb server has the order of its series already: slices last, ascending.
-    """
-    return array.transpose(2, 1, 0) if context.served.is_remote else volume.arrange(array)
 
 
 def _list_axial(context: Context, volume: Volume) -> list[int] | None:

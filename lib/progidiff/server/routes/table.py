@@ -20,6 +20,7 @@ from progidiff.server.routes import (
     ohif,
     operations,
     review,
+    segmentations,
     training,
 )
 
@@ -28,6 +29,7 @@ _BUILDERS = (
     inference.build_endpoints,
     dicomweb.build_endpoints,
     ohif.build_endpoints,
+    segmentations.build_endpoints,
     labels.build_endpoints,
     review.build_endpoints,
     next_sample.build_endpoints,

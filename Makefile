@@ -13,9 +13,10 @@
 # make sbom         the bill of materials of what is installed, CycloneDX, into dist/
 # make check-files  Dockerfile, compose files, shell scripts, workflows and forms of GitHub
 # make check        ruff, mypy, import-linter; the types of the pages where npm is
+# make audit        what is installed against the known advisories; those that were looked at are in .ci/advisories.toml
 # make api-types    the types of the server's answers for the pages, after a route has changed; needs npm
 #
-# PYTHON=...        the interpreter for .venv (3.11 or 3.12)
+# PYTHON=...        the interpreter for .venv (3.11, 3.12 or 3.13)
 # TORCH=...         what to hand to `pip install` for PyTorch. The default takes PyPI's build, which brings CUDA on Linux;
 #                   for another one, e.g.  make setup TORCH="torch==2.13.0 --index-url <the PyTorch index of your CUDA version>"
 # STUDIES=...       the folder of images or DICOMweb address to serve
@@ -33,16 +34,17 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup serve test fuzz docs test-slow test-faults test-browser pacs check check-pages page-tools api-types
+.PHONY: setup serve test fuzz docs test-slow test-faults test-browser pacs check check-pages page-tools api-types audit
 .PHONY: wheel test-wheel test-image lock sbom check-files packaging-tools
 
 setup: $(STAMP)
 	@$(BIN)/python sample_datastore/prepare.py
 
 $(STAMP): requirements.txt requirements-host.txt requirements-dev.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if v in ((3, 11), (3, 12)) else f"Python {v[0]}.{v[1]} was found, MONAI Label 0.8.5 runs on 3.11 or 3.12. Install one and name it: make setup PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} was found, and 3.11, 3.12 or 3.13 is needed. Install one and name it: make setup PYTHON=/path/to/python3.11")'
 	@test -x $(BIN)/python || { echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "Installing packages into $(VENV) (a few minutes the first time)"
+	@$(PIP) install --upgrade pip
 	@$(PIP) install $(TORCH)
 	@$(PIP) install -r requirements.txt -r requirements-dev.txt
 	@$(PIP) install --no-deps -r requirements-host.txt
@@ -88,6 +90,10 @@ check: setup
 	$(BIN)/mypy
 	PYTHONPATH=lib $(BIN)/lint-imports
 	@$(MAKE) --no-print-directory check-pages
+
+audit: setup
+	@$(PIP) install -r requirements-audit.txt
+	@$(BIN)/python .ci/audit.py
 
 page-tools:
 	@command -v npm > /dev/null && npm ci --prefix tests/pages --no-audit --no-fund --silent || echo "There is no npm (Debian: nodejs npm), or it reaches no registry."

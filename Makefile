@@ -105,7 +105,7 @@ api-types: setup page-tools
 	PYTHONPATH=lib:tests $(BIN)/python -m support.api_types
 
 wheel: setup
-	@rm -rf build dist/progidiff-*.whl
+	@rm -f dist/progidiff-*.whl
 	@$(BIN)/python -m pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir dist .
 	@ls -l dist/progidiff-*.whl
 

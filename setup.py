@@ -8,6 +8,7 @@ unchanged, comes along, and its dependencies that are loaded are among ours.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import shutil
@@ -92,4 +93,7 @@ def add_host(target: Path) -> None:
         shutil.move(target.parents[1] / name, target / name)
 
 
-setup(cmdclass={"build_py": BuildWithApp})
+# Not in the checkout: what an earlier build left there would go into the wheel, and linters would read it.
+SCRATCH = tempfile.mkdtemp(prefix="progidiff-build-")
+atexit.register(shutil.rmtree, SCRATCH, ignore_errors=True)
+setup(cmdclass={"build_py": BuildWithApp}, options={"build": {"build_base": SCRATCH}})

@@ -355,6 +355,24 @@ def test_the_audit_says_who_saved_what_from_which_proposal(store: AnnotationStor
         format_audit([], "xlsx")
 
 
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_history_that_a_newer_version_went_on_with_is_refused_and_left_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, torn: bool
+):
+    root = tmp_path / "annotations"
+    AnnotationStore(root).record("scan", write(tmp_path))
+    monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
+    AnnotationStore(root).record("scan", write(tmp_path, b"newer label"))
+    monkeypatch.undo()
+    log = root / "log.jsonl"
+    if torn:
+        log.write_bytes(log.read_bytes().rstrip(b"\n"))
+    before = log.read_bytes()
+    with pytest.raises(StoreError, match="A newer version .* format 2, version .* reads 1.*Install that version again"):
+        AnnotationStore(root).record("scan", write(tmp_path, b"older label"))
+    assert log.read_bytes() == before
+
+
 def test_what_a_crash_left_stays_listed_after_the_log_is_mended(store: AnnotationStore, tmp_path: Path):
     from typer.testing import CliRunner
 

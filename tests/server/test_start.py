@@ -41,6 +41,8 @@ def test_what_is_in_order_is_not_refused(options: StartOptions):
         ("studies", "absent", "There is no folder 'absent' to serve. Name one with --studies"),
         ("ssl_certfile", Path("absent.pem"), "Option --ssl-certfile names 'absent.pem', and there is no such file"),
         ("conf", (("devise", "cpu"),), "--conf devise: there is no such option. Did you mean device"),
+        ("conf", (("users_file", "absent.json"),), "users file absent.json.*progidiff users add"),
+        ("conf", (("token_file", "absent.txt"),), "token file absent.txt.*progidiff users token"),
         ("host", "no.such.host.invalid", "Use 127.0.0.1 for this machine only"),
         ("host", "192.0.2.1", "this machine has no such interface.*0.0.0.0 for every interface"),
     ],

@@ -41,6 +41,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict
 
+import progidiff
 from progidiff.errors import NotFoundError, RequestError, StoreError
 from progidiff.images.formats import Use, find_format, list_suffixes
 from progidiff.storage.atomic import flush, locked, make_scratch_name, remove_leftovers, replace_text
@@ -822,7 +823,7 @@ class AnnotationStore:
             return
         content = self._read_log(self._offset)
         end = content.rfind(b"\n") + 1  # What follows is being written by another process, or torn.
-        for line in _parse(content[:end], self._num_lines + 1):
+        for line in list(_parse(content[:end], self._num_lines + 1)):  # All or, if one is refused, none.
             self._num_lines = line.number
             if line.event is None:
                 logger.error("Line %d of '%s' is damaged and left out: %s", line.number, self._log, line.problem)
@@ -931,11 +932,24 @@ def _compute_check(values: Mapping[str, Any]) -> str:
 
 
 def _parse(content: bytes, first: int) -> Iterator[_Line]:
+    """The events of whole lines.
+
+    Raises:
+        StoreError: if a newer version wrote one. Left out as if it were damaged, it would be a label that is not in
+            force any more.
+    """
     for number, line in enumerate(content.split(b"\n")[:-1], first):
         try:
             values = json.loads(line)
             if values["check"] != _compute_check(values):
                 raise ValueError("its checksum does not fit")
+            if isinstance(values["format"], int) and values["format"] > FORMAT:
+                raise StoreError(
+                    f"A newer version of ProGiDiff Label saved labels here (line {number} of the history has format "
+                    f"{values['format']}, version {progidiff.__version__} reads {FORMAT}). Nothing was changed. "
+                    "Install that version again, or restore a backup of the store from before, or name another one "
+                    "with --conf store."
+                )
             if values["format"] != FORMAT:
                 raise ValueError(f"it has format {values['format']}, this version reads {FORMAT}")
             values = mend(values)  # An older version took text that no answer can hold. The line stays as it is.

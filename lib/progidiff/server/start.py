@@ -22,6 +22,7 @@ from progidiff.errors import ModelError, ProGiDiffError, RequestError
 from progidiff.server.options import ServerOptions
 from progidiff.storage.app_folder import PACKAGED_HOST
 from progidiff.storage.folders import check_writable
+from progidiff.users import UsersFile, read_tokens
 
 HOST = "monailabel==0.8.5"
 """The host that everything was tested with."""
@@ -126,6 +127,10 @@ def check(options: StartOptions) -> None:
         if file is not None and not file.is_file():
             raise RequestError(f"Option --{name.replace('_', '-')} names '{file}', and there is no such file.")
     settings = ServerOptions.from_conf(dict(options.conf), options.studies)
+    if settings.users_file is not None:
+        UsersFile(settings.users_file).read()
+    if settings.token_file is not None:
+        read_tokens(settings.token_file)
     if is_folder:
         check_writable(Path(options.studies), "images and labels", "name another with --studies")
     check_writable(settings.store, "proposals, history and scores", "name another with --conf store=FOLDER")

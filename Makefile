@@ -53,7 +53,7 @@ $(STAMP): requirements.txt requirements-host.txt requirements-dev.txt pyproject.
 
 serve: setup
 	@echo "Serving $(STUDIES) on http://$(HOST):$(PORT) (stop with Ctrl-C)"
-	@$(BIN)/python -m monailabel.main start_server --app apps/progidiff --studies "$(STUDIES)" --host $(HOST) --port $(PORT) $(CONF)
+	@$(BIN)/python -m progidiff.cli serve --studies "$(STUDIES)" --host $(HOST) --port $(PORT) $(CONF)
 
 # Two at a time, one file of tests never in both: what a file starts (a server, a training) it starts once.
 TESTERS ?= 2

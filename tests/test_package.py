@@ -47,6 +47,17 @@ def test_every_pinned_package_has_its_range_and_every_range_its_pin():
     assert check({**optional, **ranges}, pins) == []
 
 
+def test_every_place_that_names_a_python_names_those_of_the_package():
+    specifier = Requirement(f"x{PROJECT['requires-python']}").specifier
+    wanted = [f"3.{minor}" for minor in range(8, 20) if specifier.contains(f"3.{minor}")]
+    assert [entry.rpartition(" ")[2] for entry in PROJECT["classifiers"] if ":: Python ::" in entry] == wanted
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    assert re.findall(r'"(3\.\d+)"', re.findall(r"python: (\[.*\])", workflow)[0]) == wanted
+    checks = ", ".join(f"(3, {entry.partition('.')[2]})" for entry in wanted)
+    for name in ("Makefile", "packaging/image/install.sh"):
+        assert f"v in ({checks})" in (ROOT / name).read_text(encoding="utf-8"), name
+
+
 def test_the_tools_of_developers_are_pinned_within_their_ranges():
     ranges = read_ranges(PROJECT["optional-dependencies"]["dev"])
     pins = read_pins("requirements-dev.txt", "requirements-docs.txt")

@@ -81,8 +81,13 @@ def check_name(name: str, where: str) -> str:
     return name
 
 
-def check_private(path: Path, what: str) -> None:
+def check_private(path: Path, what: str, cure: str = "Name an existing file.") -> None:
     """Refuse a file of secrets that is missing, no file, or open to every account of the machine.
+
+    Args:
+        path: The file.
+        what: It is, for messages.
+        cure: What to do if it is not there.
 
     Raises:
         RequestError: with the command that cures it.
@@ -90,7 +95,7 @@ def check_private(path: Path, what: str) -> None:
     try:
         mode = path.stat().st_mode
     except OSError as err:
-        raise RequestError(f"{what} {path} cannot be read ({err.strerror}). Name an existing file.") from err
+        raise RequestError(f"{what} {path} cannot be read ({err.strerror}). {cure}") from err
     if not stat.S_ISREG(mode):
         raise RequestError(f"{what} {path} is no file. Name a file.")
     if os.name != "nt" and mode & 0o007:  # Windows has no such bits.
@@ -175,7 +180,8 @@ class UsersFile:
         Raises:
             RequestError: if the file is missing, malformed or open to every account of the machine.
         """
-        check_private(self.path, "The users file")
+        make = f"progidiff users add NAME --role administer --file {self.path}"
+        check_private(self.path, "The users file", f"Name an existing file, or make it: {make}")
         with self._lock:
             status = self.path.stat()
             version = (status.st_mtime_ns, status.st_size)
@@ -332,7 +338,8 @@ def read_tokens(path: Path) -> tuple[Token, ...]:
     Raises:
         RequestError: if the file is missing, open to every account of the machine, empty or malformed.
     """
-    check_private(path, "The token file")
+    make = f"progidiff users token NAME --role annotate > {path}; chmod o-rwx {path}"
+    check_private(path, "The token file", f"Name an existing file, or make it: {make}")
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError as err:

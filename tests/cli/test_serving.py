@@ -58,6 +58,28 @@ def test_every_option_reaches_the_host(started: list[start.StartOptions], tmp_pa
     assert "--access_log" in words
 
 
+def test_the_words_of_the_hosts_own_command_mean_the_same(started: list[start.StartOptions], tmp_path: Path):
+    words = [
+        "--app",
+        tmp_path,
+        "--studies",
+        tmp_path,
+        "--conf",
+        "device",
+        "cpu",
+        "--conf",
+        "store",
+        "/a_b",
+        "-v",
+        "DEBUG",
+    ]
+    result = run(*words, "--root_path", "/labels_of_us", "--ssl_ca_certs=a_b.pem")
+    assert result.exit_code == 0, result.output
+    assert started[0].conf == (("device", "cpu"), ("store", "/a_b"))
+    assert (started[0].root_path, started[0].ssl_ca_certs) == ("/labels_of_us", Path("a_b.pem"))
+    assert started[0].log_level == "DEBUG"
+
+
 def test_the_app_and_the_sample_images_of_a_checkout_are_the_default(started: list[start.StartOptions]):
     assert run().exit_code == 0
     assert (started[0].app / "main.py").is_file()

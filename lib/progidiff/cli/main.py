@@ -168,7 +168,7 @@ def load_engine(model: Path | None, backbone: str | None, device: str | None) ->
     return Engine(model_dir=find_model(model), backbone=backbone, device=device)
 
 
-app.command()(serving.serve)
+app.command(cls=serving.HostWords)(serving.serve)
 
 
 @app.command()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from progidiff.errors import RequestError
 from progidiff.params import read_choice
@@ -13,6 +14,35 @@ from progidiff.storage import app_folder
 
 _SAMPLES = app_folder.CHECKOUT / "sample_datastore"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
+
+class HostWords(TyperCommand):
+    """Takes the words of ``monailabel start_server`` too: ``--conf name value`` and ``--ssl_keyfile``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Write them as the other commands do."""
+        return super().parse_args(ctx, rewrite_words(args))
+
+
+def rewrite_words(words: list[str]) -> list[str]:
+    """The words of the host's command line in the spelling of this one.
+
+    Example:
+        >>> rewrite_words(["--conf", "device", "cpu", "--ssl_keyfile", "my_key.pem", "--conf", "store=a b"])
+        ['--conf', 'device=cpu', '--ssl-keyfile', 'my_key.pem', '--conf', 'store=a b']
+    """
+    written: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word in ("--conf", "-c") and len(rest) > 1 and "=" not in rest[0] and not rest[1].startswith("-"):
+            written += [word, f"{rest.pop(0)}={rest.pop(0)}"]
+        elif word.startswith("--"):
+            name, equals, value = word.partition("=")
+            written.append(name.replace("_", "-") + equals + value)
+        else:
+            written.append(word)
+    return written
 
 
 def serve(
@@ -61,7 +91,9 @@ def serve(
     ] = None,
     root_path: Annotated[str, typer.Option(help="Path under which a proxy shows the server.", show_default=False)] = "",
     access_log: Annotated[bool, typer.Option("--access-log", help="Log every request.")] = False,
-    log_level: Annotated[str, typer.Option(help=f"Of the server and the app: {', '.join(_LEVELS)}.")] = "INFO",
+    log_level: Annotated[
+        str, typer.Option("--log-level", "--verbose", "-v", help=f"Of the server and the app: {', '.join(_LEVELS)}.")
+    ] = "INFO",
     log_config: Annotated[
         Path | None,
         typer.Option("--log-config", "-l", help="Python's logging configuration as JSON.", show_default=False),

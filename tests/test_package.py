@@ -53,9 +53,9 @@ def test_every_place_that_names_a_python_names_those_of_the_package():
     assert [entry.rpartition(" ")[2] for entry in PROJECT["classifiers"] if ":: Python ::" in entry] == wanted
     workflow = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
     assert re.findall(r'"(3\.\d+)"', re.findall(r"python: (\[.*\])", workflow)[0]) == wanted
-    checks = ", ".join(f"(3, {entry.partition('.')[2]})" for entry in wanted)
+    first, last = (entry.replace(".", ", ") for entry in (wanted[0], wanted[-1]))
     for name in ("Makefile", "packaging/image/install.sh"):
-        assert f"v in ({checks})" in (ROOT / name).read_text(encoding="utf-8"), name
+        assert f"({first}) <= v <= ({last})" in (ROOT / name).read_text(encoding="utf-8"), name
 
 
 def test_the_tools_of_developers_are_pinned_within_their_ranges():

@@ -47,7 +47,7 @@ from progidiff.training.evidence_stage import EvidenceOptions, PhraseTable, trai
 from progidiff.training.loop import LoopConfig, run_loop
 from progidiff.training.recipe_settings import TrainConfig
 from progidiff.training.slice_cache import Case, SliceCache, list_cases
-from progidiff.training.window_pool import PooledVolume, WindowPool
+from progidiff.training.window_pool import PooledVolume, VolumeSource, WindowPool
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "apps" / "progidiff" / "model"
@@ -191,7 +191,7 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
     if not done.is_file():
         rest = [case for other, part in enumerate(folds) if other != fold for case in part]
         rest = [case for case in rest if (options.work / "oof" / f"{case.name}.npy").is_file()]
-        pool = WindowPool([load_pool_volume(case, structures, options.work, config) for case in rest])
+        pool = WindowPool([VolumeSource([load_pool_volume(case, structures, options.work, config) for case in rest])])
         objective = CloseUpObjective(network, pool, prompts, CloseUpOptions(**json.loads(options.settings)))
         loop = LoopConfig(
             steps=options.steps,

@@ -20,7 +20,7 @@ from progidiff.training.close_up_stage import (
     compute_soft_distance,
 )
 from progidiff.training.loop import LoopConfig, run_loop
-from progidiff.training.window_pool import Jitter, PooledVolume, WindowPool
+from progidiff.training.window_pool import Jitter, PooledVolume, VolumeSource, WindowPool
 
 SHAPE, SPACING = (12, 60, 72), (4.0, 2.0, 2.0)
 GRID = WorkingGrid(SHAPE, SPACING, (60.0, 72.0), 4.0, 32, 48)
@@ -51,7 +51,7 @@ def make_volume(name: str, shift: float = 0.0, has_evidence: bool = True) -> Poo
 def make_pool(has_evidence: bool = True, **changes: object) -> WindowPool:
     volumes = [make_volume("a", has_evidence=has_evidence), make_volume("b", 6.0, has_evidence)]
     rules = WindowRules(size=32, large_size=32)
-    return WindowPool(volumes, size=32, rules=rules, **changes)  # type: ignore[arg-type]
+    return WindowPool([VolumeSource(volumes, size=32, rules=rules, **changes)])  # type: ignore[arg-type]
 
 
 def make_prompts() -> EncodedPrompts:

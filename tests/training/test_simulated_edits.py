@@ -63,6 +63,11 @@ def test_a_person_who_sees_nothing_wrong_clicks_nowhere():
     assert not maps.any()
 
 
+def test_a_person_without_clicks_does_none():
+    strokes = simulate_strokes(square(8, 8, 14), square(0, 0, 4), np.random.default_rng(0), EditHabits(clicks=0))
+    assert not any(part.any() for part in strokes)
+
+
 def test_a_box_is_about_as_large_as_the_truth():
     rng = np.random.default_rng(1)
     for _ in range(20):

@@ -20,7 +20,7 @@ class EditHabits:
     """How often a simulated person does what.
 
     Attributes:
-        clicks: Mean number of clicks and scribbles.
+        clicks: Mean number of clicks and scribbles, at least 1; 0 for a person who does none.
         scribbles: Share of strokes among them; the others are clicks.
         frames: Share of windows with a box.
         off_center: Standard deviation of a click from the middle of the wrong piece, in its inner radius.
@@ -69,7 +69,8 @@ def simulate_strokes(truth: Mask, drawn: Mask, rng: np.random.Generator, habits:
         (S, S) pixels that are said to be inside, and outside.
     """
     wanted, unwanted, left = np.zeros_like(truth), np.zeros_like(truth), drawn.copy()
-    for _ in range(1 + rng.poisson(max(0.0, habits.clicks - 1))):
+    count = 1 + int(rng.poisson(max(0.0, habits.clicks - 1))) if habits.clicks > 0 else 0
+    for _ in range(count):
         found = find_wrong_piece(truth, left, habits.smallest)
         if found is None:
             break

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from progidiff.errors import RequestError
 from progidiff.images.close_up import (
     CloseUpWindow,
     WindowRules,
@@ -120,8 +121,49 @@ class WindowSample:
     spacing: Tensor
 
 
-@dataclass
+class WindowSource(Protocol):
+    """A data set that windows are drawn from.
+
+    Attributes:
+        size: Pixels of a window along both axes.
+        evidence_neighbours: Slices on each side whose evidence is shown.
+    """
+
+    size: int
+    evidence_neighbours: int
+
+    def look(self, rng: np.random.Generator) -> dict[str, Any]:
+        """One window, the parts of a `WindowSample`."""
+        ...
+
+
 class WindowPool:
+    """Data sets that are trained on together.
+
+    Args:
+        sources: What is drawn from.
+        weights: How often each; equally often by default.
+
+    Raises:
+        RequestError: if there is no source, or they differ in the size of their windows.
+    """
+
+    def __init__(self, sources: Sequence[WindowSource], weights: Sequence[float] | None = None) -> None:
+        shapes = {(source.size, source.evidence_neighbours) for source in sources}
+        if len(shapes) != 1:
+            raise RequestError(f"Windows of one pool have one size and depth, got {sorted(shapes) or 'no data set'}.")
+        self.sources = tuple(sources)
+        self.size, self.evidence_neighbours = next(iter(shapes))
+        given = np.ones(len(sources)) if weights is None else np.asarray(weights, float)
+        self._shares = given / given.sum()
+
+    def draw(self, count: int, rng: np.random.Generator) -> WindowSample:
+        """Draw windows."""
+        return _stack([self.sources[rng.choice(len(self.sources), p=self._shares)].look(rng) for _ in range(count)])
+
+
+@dataclass
+class VolumeSource:
     """Labelled volumes, and where in them structures are looked for.
 
     Attributes:
@@ -156,15 +198,11 @@ class WindowPool:
         for sight in self.sights:
             self._by_label.setdefault(sight.label, []).append(sight)
 
-    def draw(self, count: int, rng: np.random.Generator) -> WindowSample:
-        """Draw windows so that every structure is seen as often as any other."""
+    def look(self, rng: np.random.Generator) -> dict[str, Any]:
+        """One window; every structure is seen as often as any other."""
         labels = sorted(self._by_label)
-        parts = []
-        for _ in range(count):
-            sights = self._by_label[labels[rng.integers(len(labels))]]
-            sight = sights[rng.integers(len(sights))]
-            parts.append(self._look(sight, rng))
-        return _stack(parts)
+        sights = self._by_label[labels[rng.integers(len(labels))]]
+        return self._look(sights[rng.integers(len(sights))], rng)
 
     def _look(self, sight: Sight, rng: np.random.Generator) -> dict[str, Any]:
         volume = self.volumes[sight.volume]
@@ -174,20 +212,8 @@ class WindowPool:
             z = int(rng.choice(inside))
         else:
             z = int(rng.integers(window.first, window.last + 1))
-        center, axes = self._place(window, rng)
+        center, axes = jitter_window(window.center, window.spacing, window.size, self.size, self.jitter, rng)
         return self.show(volume, sight.label, z, center, axes, rng)
-
-    def _place(self, window: CloseUpWindow, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Middle (2,) and axes (2, 2) of a jittered window, in mm and mm per pixel."""
-        jitter, extent = self.jitter, window.size * window.spacing
-        # A part of a window that is larger than training's.
-        room = (window.size - self.size) / 2 * window.spacing
-        center = np.array(window.center) + rng.normal(0, jitter.shift * extent, 2) + rng.uniform(-room, room, 2)
-        pixel = window.spacing * np.exp(rng.normal(0, jitter.zoom))
-        aspect, angle = np.exp(rng.normal(0, jitter.aspect)), rng.uniform(-jitter.turn, jitter.turn)
-        scale = np.diag([pixel * aspect, pixel / aspect])
-        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-        return torch.from_numpy(center).float(), torch.from_numpy(turn @ scale).float()
 
     def show(
         self,
@@ -208,10 +234,10 @@ class WindowPool:
         around = np.arange(-self.num_neighbours, self.num_neighbours + 1) * step
         slices = np.clip(z + around, 0, depth - 1)
         looks = count_looks(pixel, min(plane))
-        images = _sample(volume.image[slices], center, axes, bend, self.size, (plane[0], plane[1]), looks) / 255
+        images = sample_window(volume.image[slices], center, axes, bend, self.size, (plane[0], plane[1]), looks) / 255
         other, far = self._pick_neighbour(volume, z, dz, rng)
         pair = np.stack([volume.labels[z] == label, volume.labels[other] == label]).astype(np.uint8)
-        shares = _sample(pair, center, axes, bend, self.size, (plane[0], plane[1]), LABEL_LOOKS, mode="nearest")
+        shares = sample_window(pair, center, axes, bend, self.size, (plane[0], plane[1]), LABEL_LOOKS, mode="nearest")
         middle = slice(
             self.num_neighbours - self.evidence_neighbours, self.num_neighbours + self.evidence_neighbours + 1
         )
@@ -225,7 +251,9 @@ class WindowPool:
             )
             maps = volume.evidence[slices[middle], label - 1]
             evidence = (
-                _sample(maps, center - corner, axes, bend, self.size, (grid.spacing, grid.spacing), 1, padding="border")
+                sample_window(
+                    maps, center - corner, axes, bend, self.size, (grid.spacing, grid.spacing), 1, padding="border"
+                )
                 / 255
             )
         return {
@@ -244,6 +272,26 @@ class WindowPool:
         reach = max(1, round(25 / dz))
         other = int(np.clip(z + rng.integers(1, reach + 1) * rng.choice([-1, 1]), 0, len(volume.image) - 1))
         return other, abs(other - z) * dz
+
+
+def jitter_window(
+    center: tuple[float, float], spacing: float, size: int, shown: int, jitter: Jitter, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Middle (2,) in mm and axes (2, 2) in mm per pixel of a window that is a little off.
+
+    Args:
+        center, spacing, size: Of the planned window.
+        shown: Pixels of the training window; of a larger one a part is shown.
+        jitter: How far it is off.
+    """
+    extent = size * spacing
+    room = max(0.0, (size - shown) / 2 * spacing)
+    moved = np.array(center) + rng.normal(0, jitter.shift * extent, 2) + rng.uniform(-room, room, 2)
+    pixel = spacing * np.exp(rng.normal(0, jitter.zoom))
+    aspect, angle = np.exp(rng.normal(0, jitter.aspect)), rng.uniform(-jitter.turn, jitter.turn)
+    scale = np.diag([pixel * aspect, pixel / aspect])
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    return torch.from_numpy(moved).float(), torch.from_numpy(turn @ scale).float()
 
 
 def plan_sight(volume: PooledVolume, label: int, gate: float, rules: WindowRules) -> list[CloseUpWindow]:
@@ -271,7 +319,7 @@ def plan_sight(volume: PooledVolume, label: int, gate: float, rules: WindowRules
     return plan_windows(mask, grid, rules)
 
 
-def _sample(
+def sample_window(
     pixels: NDArray[np.uint8],
     center: Tensor,
     axes: Tensor,

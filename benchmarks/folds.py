@@ -24,29 +24,29 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from progidiff.evaluation.metrics import compute_dice, compute_hd95
 from progidiff.images.close_up import WindowRules, plan_windows
-from progidiff.images.intensities import compute_body_threshold, compute_window
-from progidiff.images.reading import load_volume
-from progidiff.images.working_grid import plan_working_grid
-from progidiff.labels.segments import load_label_map
 from progidiff.model.backbone import Backbone
 from progidiff.model.close_up import CloseUpNetwork, create_network
 from progidiff.model.close_up_pipeline import CloseUpPipeline
-from progidiff.model.conditioning import ConditioningBranch, ConditioningConfig
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.proposals.close_ups import Subject, draw_close_ups, place_on_stack
 from progidiff.storage.atomic import atomic_file
 from progidiff.training.build_model import create_branch
 from progidiff.training.close_up_stage import CloseUpObjective, CloseUpOptions
-from progidiff.training.dice_tally import compute_area_shares
-from progidiff.training.evidence_stage import EvidenceOptions, PhraseTable, train_evidence
+from progidiff.training.evidence_stage import EvidenceOptions, PhraseTable
 from progidiff.training.loop import LoopConfig, run_loop
+from progidiff.training.out_of_fold import (
+    find_evidence,
+    keep_evidence,
+    load_pooled_volume,
+    split_by_patient,
+    train_fold,
+)
 from progidiff.training.recipe_settings import TrainConfig
-from progidiff.training.slice_cache import Case, SliceCache, list_cases
+from progidiff.training.slice_cache import list_cases
 from progidiff.training.window_pool import PooledVolume, VolumeSource, WindowPool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,120 +55,31 @@ EIGHT = ("spleen", "right kidney", "left kidney", "gallbladder", "liver", "stoma
 """The structures that TransUNet reports."""
 
 
-def split_by_patient(cases: Sequence[Case], num_folds: int) -> list[list[Case]]:
-    """Every `num_folds`-th case in the order of names; each case is in one fold."""
-    ordered = sorted(cases, key=lambda case: case.name)
-    return [ordered[fold::num_folds] for fold in range(num_folds)]
-
-
-def train_fold(options: argparse.Namespace, fold: int) -> Path:
-    """Train the evidence of one fold and keep its answers about the held-out cases. Returns the fold's folder."""
+def train_evidence_of(options: argparse.Namespace, fold: int) -> None:
+    """Train the evidence of one fold and keep its answers about the held-out cases."""
     config = TrainConfig()
-    folder = options.work / f"fold{fold}"
-    done = folder / "evidence.safetensors"
-    torch.manual_seed(options.seed)
     backbone = Backbone(MODEL / "backbone", "cpu", dtype="fp32")
     grid = config.grid
     branch = create_branch(backbone, grid.height, grid.width, grid.spacing_range, options.seed + fold)
     folds = split_by_patient(list_cases(options.studies), options.num_folds)
-    if not done.is_file():
-        rest = [case for other, part in enumerate(folds) if other != fold for case in part]
-        training = SliceCache(rest, config.structures, branch.config, options.work / "cache", supersampling=2)
-        loop = LoopConfig(
-            steps=options.steps,
-            learning_rate=options.rate,
-            warmup=100,
-            ema_decay=0.995,
-            checkpoint_every=250,
-            seed=options.seed + fold,
-            tensorboard=False,
-            log_every=50,
-        )
-        started = time.process_time()
-        train_evidence(branch, backbone, training, None, loop, folder, EvidenceOptions())
-        tensors = {
-            k: v.half().contiguous()
-            for k, v in branch.state_dict().items()
-            if k.startswith(("encoder.", "query_head."))
-        }
-        with atomic_file(done) as path:
-            save_file(
-                tensors,
-                path,
-                {"cases": json.dumps([case.name for case in rest]), "cpu_seconds": str(time.process_time() - started)},
-            )
-    branch.load_state_dict({k: v.float() for k, v in load_file(done).items()}, strict=False)
-    keep_evidence(branch.eval(), backbone, folds[fold], config.structures, options.work)
-    return folder
+    rest = [case for other, part in enumerate(folds) if other != fold for case in part]
+    loop = make_loop(options, fold)
+    train_fold(branch, backbone, rest, config.structures, loop, EvidenceOptions(), options.work, f"fold{fold}")
+    for name, dice in keep_evidence(branch, backbone, folds[fold], config.structures, options.work):
+        print(name, json.dumps({"mean": round(float(np.mean(list(dice.values()))), 4), **dice}), flush=True)
 
 
-@torch.no_grad()
-def keep_evidence(
-    branch: ConditioningBranch, backbone: Backbone, cases: Sequence[Case], structures: Sequence[str], work: Path
-) -> None:
-    """Write what `branch` says of every slice of `cases`: uint8 (Z, P, H, W) of 0..255 per case."""
-    cache = SliceCache(cases, structures, branch.config, work / "cache", supersampling=2)
-    phrases = PhraseTable(backbone, structures)
-    pooled = phrases.pooled[phrases.canonical()]
-    (work / "oof").mkdir(parents=True, exist_ok=True)
-    for v, name in enumerate(cache.names):
-        target = work / "oof" / f"{name}.npy"
-        if target.is_file():
-            continue
-        rows = [i for i, (volume, _) in enumerate(cache.index) if volume == v]
-        answers: list[NDArray[np.uint8]] = []
-        overlap, total = np.zeros(len(structures)), np.zeros(len(structures))
-        for start in range(0, len(rows), 16):
-            images, labels = cache.read(rows[start : start + 16])
-            with torch.autocast("cpu", torch.bfloat16):
-                logits = branch.predict_evidence(branch.encode_slices(images), pooled).float()
-            truth = compute_area_shares(labels, len(structures), 2) >= 0.5
-            overlap += ((logits > 0) & truth).sum((0, 2, 3)).numpy()
-            total += (logits > 0).sum((0, 2, 3)).numpy() + truth.sum((0, 2, 3)).numpy()
-            answers.append((logits.sigmoid() * 255).round().to(torch.uint8).numpy())
-        dice = {s: round(float(2 * o / t), 4) for s, o, t in zip(structures, overlap, total, strict=True) if t}
-        with atomic_file(target) as path, path.open("wb") as file:
-            np.save(file, np.concatenate(answers))
-        (work / "oof" / f"{name}.json").write_text(json.dumps(dice), encoding="utf-8")
-        print(name, round(float(np.mean(list(dice.values()))), 4), dice, flush=True)
-
-
-def load_pool_volume(
-    case: Case, structures: Sequence[str], work: Path, branch_config: ConditioningConfig
-) -> PooledVolume:
-    """A case at its own pixels, with its out-of-fold evidence."""
-    volume = load_volume(case.image)
-    stack, spacing = volume.to_stack()
-    low, high = compute_window(volume)
-    raw = load_label_map(case.label, volume.grid).array
-    table = np.zeros(256, np.uint8)
-    for value, name in case.structures.items():
-        if name in structures:
-            table[value] = structures.index(name) + 1
-    grid = plan_working_grid(
-        stack,
-        spacing,
-        compute_body_threshold(volume),
-        branch_config.height,
-        branch_config.width,
-        branch_config.spacing_range,
-    )
-    evidence = np.load(work / "oof" / f"{case.name}.npy", mmap_mode="r")
-    shape = (len(stack), len(structures), branch_config.height, branch_config.width)
-    if evidence.shape != shape:
-        raise SystemExit(
-            f"{case.name}: evidence of shape {evidence.shape}, expected {shape}; run the stage evidence again."
-        )
-    return PooledVolume(
-        name=case.name,
-        patient=case.name,
-        image=np.round(np.clip((stack.astype(np.float32) - low) / (high - low), 0, 1) * 255).astype(np.uint8),
-        labels=np.ascontiguousarray(volume.arrange(table[raw])),
-        spacing=spacing,
-        known=tuple(range(1, len(structures) + 1)),
-        evidence=evidence,
-        grid=grid,
-        source="ct",
+def make_loop(options: argparse.Namespace, fold: int) -> LoopConfig:
+    """Length and rate of a fold's training."""
+    return LoopConfig(
+        steps=options.steps,
+        learning_rate=options.rate,
+        warmup=100,
+        ema_decay=0.995,
+        checkpoint_every=250,
+        seed=options.seed + fold,
+        tensorboard=False,
+        log_every=25,
     )
 
 
@@ -190,19 +101,10 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
     network = make_close_up(options, backbone, fold)
     if not done.is_file():
         rest = [case for other, part in enumerate(folds) if other != fold for case in part]
-        rest = [case for case in rest if (options.work / "oof" / f"{case.name}.npy").is_file()]
-        pool = WindowPool([VolumeSource([load_pool_volume(case, structures, options.work, config) for case in rest])])
+        rest = [case for case in rest if find_evidence(options.work, case.name).is_file()]
+        pool = WindowPool([VolumeSource([load_pooled_volume(case, structures, config, options.work) for case in rest])])
         objective = CloseUpObjective(network, pool, prompts, CloseUpOptions(**json.loads(options.settings)))
-        loop = LoopConfig(
-            steps=options.steps,
-            learning_rate=options.rate,
-            warmup=100,
-            ema_decay=0.995,
-            checkpoint_every=250,
-            seed=options.seed + fold,
-            tensorboard=False,
-            log_every=25,
-        )
+        loop = make_loop(options, fold)
         started = time.process_time()
         run_loop({"network": network}, objective, loop, folder)
         tensors = {k: v.detach().half().contiguous() for k, v in network.state_dict().items()}
@@ -213,8 +115,8 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
     pipeline = CloseUpPipeline(network, torch.bfloat16)
     for case in folds[fold]:
         target = folder / f"{case.name}.json"
-        if (options.work / "oof" / f"{case.name}.npy").is_file() and not target.is_file():
-            volume = load_pool_volume(case, structures, options.work, config)
+        if find_evidence(options.work, case.name).is_file() and not target.is_file():
+            volume = load_pooled_volume(case, structures, config, options.work)
             rows = measure_volume(pipeline, volume, prompts, structures, options.num_proposals)
             with atomic_file(target) as path:
                 path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
@@ -357,7 +259,7 @@ def main() -> None:
             options.out.write_text(text + "\n", encoding="utf-8")
         return
     for fold in options.folds if options.folds else range(options.num_folds):
-        (train_fold if options.stage == "evidence" else train_close_up)(options, fold)
+        (train_evidence_of if options.stage == "evidence" else train_close_up)(options, fold)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,24 @@ BackboneOption = Annotated[
     typer.Option("--backbone", help="Folder or hub id of the backbone. Default: the model's own.", show_default=False),
 ]
 
+AlsoOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--also",
+        help="A further labelled folder, whose structures the close-up learns to draw from clicks; may be repeated.",
+        show_default=False,
+    ),
+]
+ReadersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--readers",
+        help="An npz file of crops with several readers' masks (images, masks_packed, key), from which the close-up "
+        "learns how readers differ.",
+        show_default=False,
+    ),
+]
+
 # --- what `progidiff adapt` learns from, and its settings by their own names ---
 
 AdapterNameOption = Annotated[
@@ -255,11 +273,14 @@ def train(
     modality: Annotated[str | None, typer.Option(help="CT or MR: what the images are.", show_default=False)] = None,
     backbone: FrozenBackboneOption = None,
     freeze_denoiser: FreezeOption = None,
+    also: AlsoOption = None,
+    readers: ReadersOption = None,
     seed: RunSeedOption = None,
     device: DeviceOption = None,
     threads: ThreadsOption = None,
 ) -> None:
-    """Train the conditioning on labelled volumes: first encoder and query head, then the denoiser's proposals.
+    """Train the conditioning on labelled volumes: first encoder and query head, then the denoiser's proposals, then, if
+    the setting stages names it, the close-up.
 
     Several GPUs or machines: accelerate launch --multi_gpu --num_processes N -m progidiff.cli train ... (N processes on
     CPUs too). Every process computes its own micro-batches: halve accumulate when you double the processes, to get the
@@ -290,6 +311,8 @@ def train(
         backbone_source=backbone,
         continue_from=continue_from,
         device=device,
+        also=also or [],
+        readers=readers,
         report=make_step_report(),
     )
     if _is_first():

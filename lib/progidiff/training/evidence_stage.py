@@ -69,6 +69,8 @@ class EvidenceOptions:
         canonical_share: Share of the prompts that are the structure's own name; the others are synonyms.
         augmentation: Strength of affine and intensity augmentation.
         bias_field: Strength of simulated shading.
+        supersampling: Labels have so many pixels per pixel of the image and axis, so that targets are area shares; 1
+            for whole pixels.
         losses: Their weights.
     """
 
@@ -76,6 +78,7 @@ class EvidenceOptions:
     canonical_share: Annotated[float, Range(0, 1)] = 0.5
     augmentation: Annotated[float, Range(0, 3)] = 1.0
     bias_field: Annotated[float, Range(0, 2)] = 0.0
+    supersampling: Annotated[int, Range(1, 4)] = 2
     losses: EvidenceLosses = field(default_factory=EvidenceLosses)
 
 

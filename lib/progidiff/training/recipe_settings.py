@@ -14,6 +14,7 @@ from progidiff.model.lora import LoraSettings
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.training.backbone_stages import CodecOptions, TextToImageOptions
 from progidiff.training.build_model import BackboneWidths
+from progidiff.training.close_up_stage import CloseUpOptions
 from progidiff.training.evidence_stage import EvidenceOptions
 from progidiff.training.loop import Precision, RunConfig, Schedule
 from progidiff.training.proposal_stage import ProposalOptions
@@ -58,6 +59,23 @@ class ProposalStage(ProposalOptions, Schedule):
 
 
 @dataclass(frozen=True)
+class CloseUpStage(CloseUpOptions, Schedule):
+    """Close-ups, on out-of-fold evidence.
+
+    Attributes:
+        folds: Networks that find for one another: each answers the cases that it did not see.
+        fold_steps: Steps of each of them; None for as many as the evidence stage.
+        readers_share: Share of the windows that come from readers' masks, where `--readers` gives some.
+        also_share: Share that comes from further labelled folders, where `--also` gives some.
+    """
+
+    folds: Annotated[int, Range(2, 100)] = 6
+    fold_steps: Annotated[int, Range(1, 10_000_000)] | None = None
+    readers_share: Annotated[float, Range(0, 0.9)] = 0.15
+    also_share: Annotated[float, Range(0, 0.9)] = 0.2
+
+
+@dataclass(frozen=True)
 class CodecStage(CodecOptions, Schedule):
     """The mask codec, or its decoder."""
 
@@ -76,10 +94,10 @@ class TrainConfig(RunConfig):
         name, version: Of the model that is written; shown as ``name@version``.
         modality, structures, grid: Of a new model; one that is continued keeps its own.
         freeze_denoiser: None: frozen if the backbone is given by ``--backbone``, else trained jointly.
-        evidence, proposals: The stages.
+        evidence, proposals, close_up: The stages.
     """
 
-    stages: tuple[Literal["evidence", "proposals"], ...] = ("evidence", "proposals")
+    stages: tuple[Literal["evidence", "proposals", "close_up"], ...] = ("evidence", "proposals")
     name: str = "ct-base"
     version: str = "1"
     modality: Modality = "CT"
@@ -94,6 +112,9 @@ class TrainConfig(RunConfig):
             steps=1000, learning_rate=5e-4, ema_decay=0.998, checkpoint_every=50, validate_every=250
         )
     )
+    close_up: CloseUpStage = field(
+        default_factory=lambda: CloseUpStage(steps=3000, learning_rate=2e-3, ema_decay=0.998, checkpoint_every=250)
+    )
 
     def check(self) -> None:
         """Refuse a list of stages that says nothing.
@@ -101,9 +122,11 @@ class TrainConfig(RunConfig):
         Raises:
             RequestError: naming the setting.
         """
-        if not self.stages or list(self.stages) != [s for s in ("evidence", "proposals") if s in self.stages]:
+        order = ("evidence", "proposals", "close_up")
+        if not self.stages or list(self.stages) != [stage for stage in order if stage in self.stages]:
             raise RequestError(
-                f"Setting stages must be [evidence], [proposals] or [evidence, proposals], got {list(self.stages)}."
+                "Setting stages must be one or more of evidence, proposals and close_up, in this order, got "
+                f"{list(self.stages)}."
             )
         if not self.structures:
             raise RequestError("Setting structures is empty; name at least one structure, for example [liver].")

@@ -48,6 +48,7 @@ from progidiff.training.backbone_stages import (
     train_text_to_image,
 )
 from progidiff.training.build_model import create_backbone, create_branch
+from progidiff.training.close_up_recipe import train_close_up_of
 from progidiff.training.evidence_stage import train_evidence
 from progidiff.training.loop import LoopConfig, Report, RunConfig, Schedule, find_autocast_dtype
 from progidiff.training.processes import find_team
@@ -61,12 +62,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Datasets:
-    """Training and validation slices, split by patient."""
+    """Training and validation slices, split by patient.
+
+    Attributes:
+        training, validation: Whole pixels.
+        training_cases, held_out: Names of the cases.
+        shares: The training slices with labels of finer pixels, for targets that are area shares.
+    """
 
     training: SliceCache
     validation: SliceCache | None
     training_cases: list[str]
     held_out: list[str]
+    shares: SliceCache
 
 
 def prepare_datasets(
@@ -75,8 +83,12 @@ def prepare_datasets(
     structures: Sequence[str],
     held_out: Sequence[str],
     work: Path,
+    supersampling: int = 1,
 ) -> Datasets:
     """Split labelled cases by patient and cache their slices.
+
+    Args:
+        supersampling: Of the labels that the evidence learns from, see `SliceCache`; validation counts whole pixels.
 
     Raises:
         RequestError: if a held-out case does not exist or nothing is left to train on.
@@ -97,6 +109,7 @@ def prepare_datasets(
             SliceCache(validation, structures, conditioning, work / "cache") if validation else None,
             [c.name for c in training],
             sorted(names),
+            SliceCache(training, structures, conditioning, work / "cache", supersampling),
         )
 
 
@@ -185,6 +198,8 @@ def run_train(
     continue_from: Path | None = None,
     device: str | None = None,
     extra_notes: str = "",
+    also: Sequence[Path] = (),
+    readers: Path | None = None,
     is_cancelled: Callable[[], bool] | None = None,
     report: Report | None = None,
 ) -> ModelCard:
@@ -206,6 +221,8 @@ def run_train(
         continue_from: Model folder whose weights training starts from, instead of random ones; it stays as it is.
         device: "cpu", "cuda"; None to pick.
         extra_notes: For the card.
+        also: Further labelled folders whose structures the close-up learns to draw from clicks.
+        readers: File of crops with several readers' masks, see `load_reader_masks`, for the close-up's variety.
         is_cancelled: Asked before every step; a clean checkpoint is written first.
         report: Receives log entries with "stage".
 
@@ -228,11 +245,12 @@ def run_train(
     team = find_team()
     origin = _open_origin(model_dir, config, backbone_source, continue_from, team.device or device)
     listed = list_cases(studies) if cases is None else cases
-    data = prepare_datasets(listed, origin.branch.config, origin.structures, held_out, work)
+    fine = config.evidence.supersampling if "evidence" in config.stages else 1
+    data = prepare_datasets(listed, origin.branch.config, origin.structures, held_out, work, fine)
     described = {"grid": origin.branch.config.to_dict(), **origin.digest}
     hooks = _Hooks(config, data, described, is_cancelled, report)
     pipeline, history = _train_conditioning(origin, data, config, work, hooks, freeze)
-    if "proposals" not in config.stages and origin.card is None:
+    if not {"proposals", "close_up"} & set(config.stages) and origin.card is None:
         logger.warning(
             "The proposals are not trained yet; continue with --continue-from %s --set stages=[proposals]", model_dir
         )
@@ -252,6 +270,10 @@ def run_train(
             }
             card, trained = _describe_model(config, origin.card, pipeline), "proposals" in config.stages and not freeze
             _write_model(model_dir, card, pipeline, run, embedded=backbone_source is None, trained=trained)
+    if "close_up" in config.stages:
+        names = {strip_suffix(name) for name in held_out}
+        rest = [case for case in listed if case.name not in names]
+        train_close_up_of(model_dir, origin.backbone, rest, config, work, also, readers, is_cancelled, report)
     return load_card(model_dir)
 
 
@@ -315,7 +337,14 @@ def _train_conditioning(
     if "evidence" in config.stages:
         loop, folder = LoopConfig.of(config.evidence, config), work / "evidence"
         history["evidence"] = train_evidence(
-            origin.branch, origin.backbone, training, validation, loop, folder, config.evidence, **hooks.of("evidence")
+            origin.branch,
+            origin.backbone,
+            data.shares,
+            validation,
+            loop,
+            folder,
+            config.evidence,
+            **hooks.of("evidence"),
         )
     pipeline = origin.pipeline
     if pipeline is None:

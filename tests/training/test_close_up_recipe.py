@@ -1,0 +1,103 @@
+"""`progidiff train` with the stage close_up: every case is answered by a network that did not see it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from progidiff.errors import CancelledError, RequestError
+from progidiff.images.reading import load_volume
+from progidiff.model.close_up_folder import load_close_up_card
+from progidiff.model.folder import compute_conditioning_digest
+from progidiff.prompts.parser import Query
+from progidiff.proposals.engine import Engine
+from progidiff.proposals.request import ProposalRequest
+from progidiff.testing import TOY_WIDTHS
+from progidiff.training.build_model import create_backbone
+from progidiff.training.out_of_fold import find_evidence, split_by_patient
+from progidiff.training.recipe_settings import CloseUpStage, EvidenceStage, GridSettings, TrainConfig
+from progidiff.training.recipes import run_train
+from progidiff.training.slice_cache import list_cases
+from support.labelled_phantoms import write_case, write_table
+
+TRAIN = TrainConfig(
+    stages=("evidence", "close_up"),
+    structures=("liver", "aorta"),
+    grid=GridSettings(64, 64, (2.0, 6.0)),
+    evidence=EvidenceStage(steps=2),
+    close_up=CloseUpStage(steps=2, folds=3, windows_per_step=2, proposed=2, denoising_share=0.0),
+)
+
+
+@pytest.fixture(scope="module")
+def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("studies")
+    write_table(folder, {6: "liver", 8: "aorta"})
+    for shift, name in enumerate(("one", "two", "three")):
+        write_case(
+            folder, name, {6: np.s_[6:16, 6 + shift : 20, 2:8], 8: np.s_[24:28, 10:16, 1 + shift : 9]}, slices=10
+        )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("readers") / "crops.npz"
+    masks = np.zeros((4, 4, 96, 96), np.uint8)
+    masks[:, :3, 40:52, 40:52] = 1
+    key = np.array([[f"p{n}", "0", "0"] for n in range(4)])
+    np.savez(path, images=masks.mean(1).astype(np.uint8) * 200, masks_packed=np.packbits(masks, axis=-1), key=key)
+    return path
+
+
+@pytest.fixture(scope="module")
+def trained(studies: Path, readers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    create_backbone(folder / "model" / "backbone", TOY_WIDTHS)
+    run_train(studies, folder / "model", folder / "work", TRAIN, also=[studies], readers=readers)
+    return folder
+
+
+def test_a_model_with_a_close_up_comes_out_and_draws(trained: Path, studies: Path):
+    card = load_close_up_card(trained / "model")
+    assert card.finder == compute_conditioning_digest(trained / "model")
+    assert card.structures == ("liver", "aorta", "lung nodule")
+    assert card.facts["cases"] == ["one", "three", "two"]
+    volume = load_volume(studies / "two.nii.gz", modality="CT")
+    result = Engine(trained / "model", device="cpu").propose(
+        ProposalRequest(queries=[Query("liver", "liver")], num_proposals=2), volume
+    )
+    assert result.probabilities.shape[-2:] == (128, 128)
+
+
+def test_every_case_has_evidence_of_a_network_that_did_not_see_it(trained: Path, studies: Path):
+    folds = split_by_patient(list_cases(studies), 3)
+    assert sorted(case.name for part in folds for case in part) == ["one", "three", "two"]
+    for part in folds:
+        for case in part:
+            assert np.load(find_evidence(trained / "work", case.name)).shape == (10, 2, 64, 64)
+    answers = [np.load(find_evidence(trained / "work", case.name)) for case in list_cases(studies)]
+    assert not all((one == answers[0]).all() for one in answers[1:])
+
+
+def test_the_same_command_goes_on_where_it_was_stopped(studies: Path, tmp_path: Path):
+    create_backbone(tmp_path / "model" / "backbone", TOY_WIDTHS)
+    told: list[dict[str, Any]] = []
+
+    def stop() -> bool:
+        return any(entry["stage"] == "folds" for entry in told)
+
+    with pytest.raises(CancelledError):
+        run_train(studies, tmp_path / "model", tmp_path / "work", TRAIN, is_cancelled=stop, report=told.append)
+    run_train(studies, tmp_path / "model", tmp_path / "work", TRAIN, report=told.append)
+    assert {entry["stage"] for entry in told} == {"evidence", "folds", "close_up"}
+    assert (tmp_path / "model" / "close_up" / "config.json").is_file()
+
+
+def test_too_few_cases_for_the_folds_are_refused(studies: Path, tmp_path: Path):
+    create_backbone(tmp_path / "model" / "backbone", TOY_WIDTHS)
+    with pytest.raises(RequestError, match="2 labelled cases cannot be split into 3 folds"):
+        run_train(studies, tmp_path / "model", tmp_path / "work", TRAIN, held_out=["two"])

@@ -257,15 +257,8 @@ def run_train(
     with team.first_alone():
         if team.is_first:
             run = {
-                **describe_run(),
-                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-                "config": to_values(config),
-                "continued_from": None if origin.card is None else origin.card.full_name,
+                **_describe_training(config, origin, data, history),
                 "frozen_denoiser": freeze,
-                "training_cases": data.training_cases,
-                "held_out_cases": data.held_out,
-                "data_sha256": data.training.digests,
-                "validation": history,
                 "notes": extra_notes,
             }
             card, trained = _describe_model(config, origin.card, pipeline), "proposals" in config.stages and not freeze
@@ -275,6 +268,22 @@ def run_train(
         rest = [case for case in listed if case.name not in names]
         train_close_up_of(model_dir, origin.backbone, rest, config, work, also, readers, is_cancelled, report)
     return load_card(model_dir)
+
+
+def _describe_training(
+    config: TrainConfig, origin: _Origin, data: Datasets, history: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What made a model, for its run.json."""
+    return {
+        **describe_run(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "config": to_values(config),
+        "continued_from": None if origin.card is None else origin.card.full_name,
+        "training_cases": data.training_cases,
+        "held_out_cases": data.held_out,
+        "data_sha256": data.training.digests,
+        "validation": history,
+    }
 
 
 @dataclass(frozen=True)

@@ -256,16 +256,11 @@ def run_train(
         )
     with team.first_alone():
         if team.is_first:
-            run = {
-                **_describe_training(config, origin, data, history),
-                "frozen_denoiser": freeze,
-                "notes": extra_notes,
-            }
+            run = {**_describe_training(config, origin, data, history), "frozen_denoiser": freeze, "notes": extra_notes}
             card, trained = _describe_model(config, origin.card, pipeline), "proposals" in config.stages and not freeze
             _write_model(model_dir, card, pipeline, run, embedded=backbone_source is None, trained=trained)
     if "close_up" in config.stages:
-        names = {strip_suffix(name) for name in held_out}
-        rest = [case for case in listed if case.name not in names]
+        rest = [case for case in listed if case.name in data.training_cases]
         train_close_up_of(model_dir, origin.backbone, rest, config, work, also, readers, is_cancelled, report)
     return load_card(model_dir)
 

@@ -54,7 +54,7 @@ from progidiff.images.working_grid import plan_working_grid
 from progidiff.labels.cases import LabelledCase, list_labelled, load_label_names
 from progidiff.model.adapters import AdapterStore, build_networks, compute_base_digest
 from progidiff.model.backbone import Backbone
-from progidiff.model.folder import ModelCard, load_card, load_pipeline
+from progidiff.model.folder import ModelCard, copy_conditioning, load_card, load_pipeline
 from progidiff.model.lora import LoraSettings
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.training.adapt import run_adapt
@@ -331,10 +331,9 @@ class Bench:
             if headroom != load_card(folder).conditioning.mr_headroom:
                 folder = self.work / f"model-{self.base_digest[:12]}-{headroom:g}"
                 shutil.copytree(self.model_dir / "backbone", folder / "backbone", dirs_exist_ok=True)
-                shutil.copytree(self.model_dir / "conditioning", folder / "conditioning", dirs_exist_ok=True)
-                config = json.loads((folder / "conditioning" / "config.json").read_text(encoding="utf-8"))
-                config["conditioning"]["mr_headroom"] = headroom
-                (folder / "conditioning" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+                card = load_card(self.model_dir)
+                shapes = replace(card.conditioning, mr_headroom=headroom)
+                copy_conditioning(self.model_dir, folder, replace(card, conditioning=shapes))
             backbone = Backbone(folder / "backbone", "cpu")
             self._bases[headroom] = (
                 folder,

@@ -111,7 +111,7 @@ def write(studies: Path, scratch: Path, random_: random.Random, acknowledge: Cal
                 stores.labels.undo(image)
                 acknowledge({"kind": "undo", "image": image, "sequence": stores.annotations.last_sequence()})
         elif kind == "adapter":
-            card = add_adapter(stores, {"x": torch.full((64, 64), float(seed))})
+            card = add_adapter(stores, {"branch.x": torch.full((64, 64), float(seed))})
             acknowledge({"kind": "adapter", "version": card.version, "seed": seed})
             if random_.random() < 0.5:
                 stores.adapters.publish("mr", card.version)
@@ -268,7 +268,7 @@ def check_others(stores: Stores, all_acks: list[Ack]) -> list[str]:
     for ack in all_acks:
         if ack["kind"] == "adapter":
             tensors = stores.adapters.load(stores.adapters.card("mr", ack["version"]), BASE)
-            if float(tensors["x"][0, 0]) != np.float32(ack["seed"]):
+            if float(tensors["branch.x"][0, 0]) != np.float32(ack["seed"]):
                 problems.append(f"adapter {ack['version']} is another one")
         if ack["kind"] == "scores" and stores.scores.load(ack["image"], VERSION) is None:
             problems.append(f"scores of {ack['image']} are lost")
@@ -291,7 +291,7 @@ def find_half_files(studies: Path) -> list[str]:
             ImageScores("one", ("liver",), *np.zeros((3, 1, 6), np.float32), 5.0, VERSION), "f00", "CT", time.time()
         )
     )
-    add_adapter(stores, {"x": torch.zeros(1)})
+    add_adapter(stores, {"branch.x": torch.zeros(1)})
     found = [*studies.rglob(".writing-*"), *studies.rglob("*damaged*"), *studies.rglob("*.tmp")]
     return [f"half file: {path.relative_to(studies)}" for path in found]
 

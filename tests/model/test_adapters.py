@@ -22,7 +22,7 @@ import torch
 from progidiff.errors import ModelError, NotFoundError, RequestError, StoreError
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
-from progidiff.model.adapters import FILES, AdapterCard, AdapterStore, build_networks, compute_base_digest
+from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.model.lora import (
     LoraSettings,
     collect_full,
@@ -40,6 +40,7 @@ from progidiff.proposals.request import ProposalRequest
 LIVER = Query("liver", "liver")
 ALL_TARGETS = LoraSettings(rank=2, alpha=4, target_modules=("encoder", "query_head", "injection", "denoiser"))
 SMALL = LoraSettings(rank=2, alpha=4)
+FILES = ("adapter_model.safetensors", "adapter_config.json", "adapter.json", "run.json", "README.md")
 
 
 @lru_cache
@@ -225,12 +226,22 @@ def test_a_full_version_replaces_all_weights(store: AdapterStore, tiny_model: Pa
     card = store.add(
         "all", "full", collect_full(other.branch), modality="CT", structures=("liver",),
         base=compute_base_digest(tiny_model), base_name="tiny@1",
-        run={}, readme=lambda c: c.full_name,
+        run={}, readme=lambda c: c.full_name, shapes=other.branch.shapes,
     )  # fmt: skip
     branch, unet = build_networks(card, store.load(card, card.base), pipeline.branch, pipeline.unet, Path("x"))
     assert unet is pipeline.unet
     wanted = other.branch.state_dict()
     assert all(torch.equal(t, wanted[n].half().float()) for n, t in branch.state_dict().items())
+
+
+def test_a_full_version_of_more_than_the_branch_is_refused(store: AdapterStore, tiny_model: Path):
+    tensors = {"branch.x": torch.zeros(1), "unet.x": torch.zeros(1)}
+    about = {"modality": "CT", "structures": ("liver",), "base": "b", "base_name": "tiny@1", "run": {}}
+    with pytest.raises(RequestError, match="holds the conditioning branch alone"):
+        store.add("all", "full", tensors, **about, readme=str, shapes=load_once(tiny_model).branch.shapes)
+    with pytest.raises(ModelError, match="holds tensors of branch and unet, got other"):
+        store.add("all", "lora", {"other.x": torch.zeros(1)}, **about, readme=str, lora=SMALL)
+    assert not store.root.exists()
 
 
 @pytest.mark.parametrize(
@@ -357,7 +368,7 @@ def test_a_damaged_file_is_refused_and_not_published(
     for _ in range(2):
         card = add(store, tiny_model, tensors=tensors)
     store.publish("mr", 1)
-    path = store.folder(card) / "adapter.safetensors"
+    path = store.folder(card) / "adapter_model.safetensors"
     path.chmod(0o644)
     path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(ModelError, match="is damaged.*rollback"):
@@ -589,7 +600,7 @@ def test_a_damaged_served_version_is_an_error_with_its_cure_and_info_still_answe
     engine = Engine(model, device="cpu", dtype="fp32")
     card = add(engine.adapters, model, tensors=tensors)
     engine.adapters.publish("mr", 1)
-    (engine.adapters.folder(card) / "adapter.safetensors").unlink()
+    (engine.adapters.folder(card) / "adapter_model.safetensors").unlink()
     with pytest.raises(ModelError, match="progidiff adapters rollback mr"):
         run(engine, volume)
     assert engine.info()["error"] == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,9 @@ from progidiff.model.conditioning import ConditioningBranch
 from progidiff.model.folder import (
     ModelCard,
     compute_backbone_digest,
+    compute_conditioning_digest,
+    copy_conditioning,
+    load_branch,
     load_card,
     load_pipeline,
     save_backbone_part,
@@ -28,6 +32,8 @@ from progidiff.model.folder import (
 from progidiff.proposals.engine import Engine
 from progidiff.testing import TOY_WIDTHS, build_tiny_model
 from progidiff.training.build_model import BackboneWidths, create_backbone, create_branch
+
+FORMER = Path(__file__).parents[1] / "data" / "former_0_1_0" / "model"
 
 
 @pytest.fixture
@@ -84,12 +90,12 @@ def test_a_card_survives_its_json(model: Path):
 
 def test_replacing_a_conditioning_keeps_the_one_before_as_previous(model: Path):
     card = load_card(model)
-    before = (model / "conditioning" / "branch.safetensors").read_bytes()
+    before = (model / "conditioning" / "diffusion_pytorch_model.safetensors").read_bytes()
     save_conditioning(model, replace(card, version="2"), fresh_branch(model, seed=9), {}, "")
-    assert (model / ".conditioning.previous" / "branch.safetensors").read_bytes() == before
+    assert (model / ".conditioning.previous" / "diffusion_pytorch_model.safetensors").read_bytes() == before
     assert load_card(model).full_name == "tiny@2"
     save_conditioning(model, replace(card, version="3"), fresh_branch(model, seed=9), {}, "")
-    assert json.loads((model / ".conditioning.previous" / "config.json").read_text())["version"] == "2"
+    assert json.loads((model / ".conditioning.previous" / "card.json").read_text())["version"] == "2"
     assert sorted(p.name for p in model.iterdir()) == [".conditioning.previous", "backbone", "conditioning"]
 
 
@@ -118,15 +124,15 @@ def test_a_changed_weight_changes_the_digest(model: Path):
 
 
 def test_a_truncated_weight_file_is_named(model: Path):
-    path = model / "conditioning" / "branch.safetensors"
+    path = model / "conditioning" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-1000])
-    with pytest.raises(ModelError, match=r"branch\.safetensors' is damaged .*restore it"):
+    with pytest.raises(ModelError, match=r"diffusion_pytorch_model\.safetensors' is damaged .*restore it"):
         load_pipeline(model, open_backbone(model))
 
 
 def test_a_missing_weight_file_is_named(model: Path):
-    (model / "conditioning" / "branch.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"branch\.safetensors' is missing"):
+    (model / "conditioning" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"diffusion_pytorch_model\.safetensors' is missing"):
         load_pipeline(model, open_backbone(model))
 
 
@@ -145,7 +151,7 @@ def test_a_missing_weight_file_is_named(model: Path):
 def test_tensors_that_do_not_fit_are_named(
     model: Path, change: Callable[[dict[str, torch.Tensor]], object], message: str
 ):
-    path = model / "conditioning" / "branch.safetensors"
+    path = model / "conditioning" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path)
@@ -159,23 +165,87 @@ def test_a_folder_without_conditioning_says_how_to_train_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "file, change, message",
     [
-        (lambda v: v.update(format=99), "has format 99, this program reads 1"),
-        (lambda v: v.pop("structures"), "cannot be read: 'structures'"),
-        (lambda v: v["conditioning"].pop("height"), "cannot be read: .*height"),
+        ("card.json", lambda v: v.update(format=99), "has format 99, this program reads 1 and 2"),
+        ("card.json", lambda v: v.pop("structures"), "cannot be read: 'structures'"),
+        ("config.json", lambda v: v.pop("height"), "cannot be read: .*height"),
     ],
 )
-def test_a_card_that_cannot_be_read_says_why(model: Path, change: Callable[[dict[str, Any]], None], message: str):
-    edit_json(model / "conditioning" / "config.json", change)
+def test_a_card_that_cannot_be_read_says_why(
+    model: Path, file: str, change: Callable[[dict[str, Any]], None], message: str
+):
+    edit_json(model / "conditioning" / file, change)
     with pytest.raises(ModelError, match=message):
         load_card(model)
 
 
-def test_a_card_that_is_no_json_says_so(model: Path):
-    (model / "conditioning" / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"config\.json' cannot be read: .*Restore it"):
+@pytest.mark.parametrize("file", ["config.json", "card.json"])
+def test_a_card_that_is_no_json_says_so(model: Path, file: str):
+    (model / "conditioning" / file).write_text("{")
+    with pytest.raises(ModelError, match=rf"{re.escape(file)}' cannot be read: .*Restore it"):
         load_card(model)
+
+
+def test_a_missing_card_is_named(model: Path):
+    (model / "conditioning" / "card.json").unlink()
+    with pytest.raises(ModelError, match=r"holds no trained conditioning \('card\.json' is missing"):
+        load_card(model)
+
+
+# The layout of versions up to 0.2
+
+
+@pytest.fixture(scope="module")
+def former(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of version 0.1.0 that nobody may write to."""
+    folder = Path(shutil.copytree(FORMER, tmp_path_factory.mktemp("former") / "model"))
+    for path in folder.rglob("*"):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    return folder
+
+
+def test_a_former_folder_is_read_as_it_is(former: Path):
+    before = {path: path.stat().st_mtime_ns for path in former.rglob("*")}
+    card, pipeline = load_pipeline(former, open_backbone(former))
+    assert card.full_name == "tiny@1"
+    wanted = load_file(former / "conditioning" / "branch.safetensors")
+    restored = pipeline.branch.state_dict()
+    assert wanted.keys() == restored.keys()
+    assert all(torch.equal(tensor.float(), restored[name]) for name, tensor in wanted.items())
+    assert {path: path.stat().st_mtime_ns for path in former.rglob("*")} == before
+
+
+def test_a_former_folder_is_converted_with_the_same_weights_and_digest(former: Path, tmp_path: Path):
+    copy_conditioning(former, tmp_path / "model", load_card(former))
+    assert sorted(p.name for p in (tmp_path / "model" / "conditioning").iterdir()) == [
+        "README.md", "card.json", "config.json", "diffusion_pytorch_model.safetensors", "run.json",
+    ]  # fmt: skip
+    assert load_card(tmp_path / "model") == load_card(former)
+    assert compute_conditioning_digest(tmp_path / "model") == compute_conditioning_digest(former)
+
+
+def test_a_former_folder_that_is_continued_is_replaced_by_the_present_layout(former: Path, tmp_path: Path):
+    folder = tmp_path / "model"
+    shutil.copytree(former, folder, copy_function=shutil.copyfile)
+    folder.chmod(0o755)
+    save_conditioning(folder, load_card(former), load_branch(former / "conditioning"), {}, "")
+    assert not (folder / "conditioning" / "branch.safetensors").exists()
+    assert load_card(folder) == load_card(former)
+
+
+@pytest.mark.parametrize("damage", ["missing", "former of another format"])
+def test_a_damaged_former_folder_says_what_is_wrong(former: Path, tmp_path: Path, damage: str):
+    folder = tmp_path / "model" / "conditioning"
+    folder.mkdir(parents=True)
+    shutil.copyfile(former / "conditioning" / "config.json", folder / "config.json")
+    if damage == "missing":
+        with pytest.raises(ModelError, match="is missing; restore the model folder"):
+            load_branch(folder)
+    else:
+        edit_json(folder / "config.json", lambda v: v.update(format=0))
+        with pytest.raises(ModelError, match="has format 0, this program reads 1 and 2"):
+            load_card(tmp_path / "model")
 
 
 def test_a_backbone_part_is_replaced_in_shards_below_16_mb(tmp_path: Path):
@@ -197,9 +267,9 @@ def test_a_toy_model_is_the_same_for_the_same_seed_only(tmp_path: Path):
     first, again, other = (
         build_tiny_model(tmp_path / name, seed) for name, seed in (("first", 3), ("again", 3), ("other", 4))
     )
-    card = (first / "conditioning" / "config.json").read_text()
-    assert (again / "conditioning" / "config.json").read_text() == card
-    assert (other / "conditioning" / "config.json").read_text() != card
+    card = (first / "conditioning" / "card.json").read_text()
+    assert (again / "conditioning" / "card.json").read_text() == card
+    assert (other / "conditioning" / "card.json").read_text() != card
 
 
 def test_a_backbone_is_never_created_over_another(tiny_model: Path):

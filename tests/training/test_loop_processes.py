@@ -18,6 +18,7 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from progidiff.model.folder import WEIGHTS
 from progidiff.training.recipe_settings import TrainConfig
 from progidiff.training.recipes import run_train
 from progidiff.training.settings import load_config
@@ -210,9 +211,7 @@ def test_the_recipe_gives_the_same_model_in_two_processes(studies: Path, tiny_mo
     alone = train_here(studies, tiny_model, tmp_path / "alone", write_settings(tmp_path, accumulate=2))
     for name, tensor in alone.items():
         torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
-    first, second = (
-        load_file(f / "model" / "conditioning" / "branch.safetensors") for f in (tmp_path, tmp_path / "alone")
-    )
+    first, second = (load_file(f / "model" / "conditioning" / WEIGHTS) for f in (tmp_path, tmp_path / "alone"))
     assert all(torch.allclose(first[n].float(), second[n].float(), rtol=1e-2, atol=1e-4) for n in first)
 
 
@@ -251,5 +250,5 @@ def test_a_training_that_was_killed_twice_gives_the_same_weights_bit_for_bit(
     whole = train_here(studies, tiny_model, tmp_path / "whole", settings)
     assert killed.keys() == whole.keys()
     assert all(torch.equal(killed[name], whole[name]) for name in whole)
-    first, second = (f / "model" / "conditioning" / "branch.safetensors" for f in (tmp_path, tmp_path / "whole"))
+    first, second = (f / "model" / "conditioning" / WEIGHTS for f in (tmp_path, tmp_path / "whole"))
     assert first.read_bytes() == second.read_bytes()

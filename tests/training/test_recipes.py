@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from progidiff.errors import ModelError, RequestError
 from progidiff.images.reading import load_volume
 from progidiff.model.backbone import Backbone
-from progidiff.model.folder import compute_backbone_digest, load_card, load_pipeline
+from progidiff.model.folder import WEIGHTS, compute_backbone_digest, load_card, load_pipeline
 from progidiff.model.lora import INJECTION
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
@@ -151,7 +151,7 @@ def test_a_model_is_continued_into_another_folder_and_stays_as_it_is(studies: Pa
     backbone, other = tmp_path / "model" / "backbone", tiny_model / "backbone"
     assert all((backbone / "vae" / p.name).read_bytes() == p.read_bytes() for p in (other / "vae").iterdir())
     # A step at the start of the warm-up moves the weights a little, it does not throw them away.
-    first, second = (load_file(f / "conditioning" / "branch.safetensors") for f in (tiny_model, tmp_path / "model"))
+    first, second = (load_file(f / "conditioning" / WEIGHTS) for f in (tiny_model, tmp_path / "model"))
     assert first.keys() == second.keys()
     assert 0 < max(float((first[n].float() - second[n].float()).abs().max()) for n in first) < 0.02
     assert [(e["stage"], e["step"]) for e in told] == [("evidence", 2), ("proposals", 2)]
@@ -171,14 +171,14 @@ def test_a_model_is_continued_into_another_folder_and_stays_as_it_is(studies: Pa
 
 
 def test_only_the_stages_that_were_chosen_are_trained(studies: Path, tiny_model: Path, tmp_path: Path):
-    start = load_file(tiny_model / "conditioning" / "branch.safetensors")
+    start = load_file(tiny_model / "conditioning" / WEIGHTS)
     for stage, trained in (("evidence", ("encoder.", "query_head.")), ("proposals", INJECTION)):
         folder = tmp_path / stage
         config = replace(TRAIN, version="2", stages=(stage,), freeze_denoiser=True)
         card = train(studies, folder, config, continue_from=tiny_model, held_out=[])
         changed = {
             n
-            for n, t in load_file(folder / "model" / "conditioning" / "branch.safetensors").items()
+            for n, t in load_file(folder / "model" / "conditioning" / WEIGHTS).items()
             if not torch.equal(t, start[n].half())
         }
         assert changed
@@ -240,9 +240,9 @@ def test_a_stage_that_is_finished_is_loaded_and_gives_the_same_model(
 ):
     source = str(pretrained[0] / "model" / "backbone")
     train(studies, tmp_path, backbone_source=source, held_out=[])
-    weights = (tmp_path / "model" / "conditioning" / "branch.safetensors").read_bytes()
+    weights = (tmp_path / "model" / "conditioning" / WEIGHTS).read_bytes()
     train(studies, tmp_path, backbone_source=source, held_out=[])
-    assert (tmp_path / "model" / "conditioning" / "branch.safetensors").read_bytes() == weights
+    assert (tmp_path / "model" / "conditioning" / WEIGHTS).read_bytes() == weights
     assert (tmp_path / "model" / ".conditioning.previous").is_dir()
 
 

@@ -1,6 +1,8 @@
 """Adapters on disk: versions with a pointer to the one that is served, see `progidiff.storage.versions`.
 
-``<root>/<name>/1, 2, 3 ...`` hold adapter.safetensors, adapter.json, run.json and README.md.
+``<root>/<name>/1, 2, 3 ...`` hold a PEFT folder (or, if all weights were trained, one of diffusers, see
+`progidiff.model.version_files`), and beside it adapter.json, run.json and README.md. Versions up to 0.2 wrote all
+tensors into adapter.safetensors; such folders are read as they are.
 """
 
 from __future__ import annotations
@@ -13,19 +15,35 @@ from pathlib import Path
 from typing import Any, Literal
 
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from progidiff.errors import ModelError, RequestError
-from progidiff.model.conditioning import ConditioningBranch
+from progidiff.model.conditioning import ConditioningBranch, ConditioningConfig
 from progidiff.model.folder import compute_conditioning_digest, load_card
 from progidiff.model.lora import LoraSettings, load_full, merge_lora
+from progidiff.model.version_files import (
+    NETWORKS,
+    PEFT_WEIGHTS,
+    describe_full,
+    describe_lora,
+    find_networks,
+    list_configs,
+    list_weights,
+    pack_configs,
+    pack_weights,
+    unpack_weights,
+)
 from progidiff.storage.versions import VersionStore
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-FILES = ("adapter.safetensors", "adapter.json", "run.json", "README.md")
+FORMAT = 2
+
+READ = (1, 2)
+"""Formats that can be read. In the first, all tensors are in `FORMER_WEIGHTS`."""
+
+FORMER_WEIGHTS = "adapter.safetensors"
+
 RESERVED = ("auto", "none")
 """Words that a request uses for "choose by modality" and "the model itself"; no adapter may be named so."""
 
@@ -46,8 +64,10 @@ class AdapterCard:
         base: Content of the model it belongs to, see `compute_base_digest`.
         base_name: The same for people, ``name@version``.
         created: ISO time, UTC.
-        sha256: Of adapter.safetensors.
+        sha256: Of the weights, see `progidiff.storage.versions.hash_weights`.
         lora: Rank, alpha and targets; None for kind "full".
+        networks: What it changes, "branch" and "unet", in this order.
+        format: How its files are laid out, see `READ`.
     """
 
     name: str
@@ -60,6 +80,8 @@ class AdapterCard:
     created: str
     sha256: str
     lora: LoraSettings | None = None
+    networks: tuple[str, ...] = ("branch",)
+    format: int = FORMAT
 
     @property
     def full_name(self) -> str:
@@ -70,26 +92,36 @@ class AdapterCard:
         """Plain values for adapter.json."""
         values = {k: getattr(self, k) for k in self.__dataclass_fields__}
         return {
-            "format": FORMAT,
+            "format": self.format,
             **values,
             "structures": list(self.structures),
+            "networks": list(self.networks),
             "lora": None if self.lora is None else self.lora.to_dict(),
         }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AdapterCard:
         """The inverse of `to_dict`."""
-        if values["format"] != FORMAT:
+        if values["format"] not in READ:
             raise ModelError(
                 f"This adapter has format {values['format']}, this program reads "
-                f"{FORMAT}; install the version that wrote it."
+                f"{' and '.join(map(str, READ))}; install the version that wrote it."
             )
-        plain = {k: values[k] for k in cls.__dataclass_fields__}
+        plain = {k: values[k] for k in cls.__dataclass_fields__ if k in values or k != "networks"}
         if plain["kind"] not in ("lora", "full"):
             raise ValueError(f"kind {plain['kind']!r}")
         lora = None if plain["lora"] is None else LoraSettings.from_dict(plain["lora"])
+        networks = tuple(plain.get("networks", ("branch",)))
+        if not networks or set(networks) - set(NETWORKS):
+            raise ValueError(f"networks {networks!r}")
         return cls(
-            **{**plain, "version": int(plain["version"]), "structures": tuple(plain["structures"]), "lora": lora}
+            **{
+                **plain,
+                "version": int(plain["version"]),
+                "structures": tuple(plain["structures"]),
+                "lora": lora,
+                "networks": networks,
+            }
         )
 
 
@@ -101,7 +133,7 @@ class AdapterStore(VersionStore[AdapterCard]):
     """
 
     noun = "Adapter"
-    weights_file = "adapter.safetensors"
+    weights_file = PEFT_WEIGHTS
     card_file = "adapter.json"
     command = "progidiff adapters"
     trainer = "progidiff adapt"
@@ -112,6 +144,15 @@ class AdapterStore(VersionStore[AdapterCard]):
     def read_card(self, values: dict[str, Any]) -> AdapterCard:
         """See `VersionStore.read_card`."""
         return AdapterCard.from_dict(values)
+
+    def weights_files(self, card: AdapterCard) -> tuple[str, ...]:
+        """See `VersionStore.weights_files`."""
+        return (FORMER_WEIGHTS,) if card.format == 1 else list_weights(card.kind, card.networks)
+
+    def files(self, card: AdapterCard) -> tuple[str, ...]:
+        """See `VersionStore.files`."""
+        configs = () if card.format == 1 else list_configs(card.kind, card.networks)
+        return *configs, *super().files(card)
 
     def add(
         self,
@@ -126,6 +167,7 @@ class AdapterStore(VersionStore[AdapterCard]):
         run: Mapping[str, Any],
         readme: Callable[[AdapterCard], str],
         lora: LoraSettings | None = None,
+        shapes: ConditioningConfig | None = None,
     ) -> AdapterCard:
         """Write a new version. It is not published.
 
@@ -134,6 +176,8 @@ class AdapterStore(VersionStore[AdapterCard]):
             tensors: From `lora.collect_tensors` or `lora.collect_full`.
             run: Configuration, command, commit, package versions, data hashes, parent version, metrics.
             readme: Makes the card for people.
+            lora: Of kind "lora".
+            shapes: Of the branch, for kind "full".
 
         Returns:
             The card, with the number the version got.
@@ -147,7 +191,13 @@ class AdapterStore(VersionStore[AdapterCard]):
             raise RequestError(
                 f"A version of kind '{kind}' {'needs' if kind == 'lora' else 'has no'} rank, alpha and targets."
             )
-        content = save_safetensors({n: t.contiguous() for n, t in tensors.items()})
+        networks = find_networks(tensors)
+        if lora is not None:
+            configs = describe_lora(tensors, lora, base_name)
+        elif shapes is not None and networks == ("branch",):
+            configs = describe_full(shapes)
+        else:
+            raise RequestError("A version of kind 'full' holds the conditioning branch alone, and needs its shapes.")
 
         def make_card(version: int, created: str, sha256: str) -> AdapterCard:
             return AdapterCard(
@@ -161,9 +211,10 @@ class AdapterStore(VersionStore[AdapterCard]):
                 created=created,
                 sha256=sha256,
                 lora=lora,
+                networks=networks,
             )
 
-        return self._add(name, content, make_card, run, readme)
+        return self._add(name, pack_weights(kind, tensors), make_card, run, readme, pack_configs(configs))
 
     def load(self, card: AdapterCard, base: str) -> dict[str, Tensor]:
         """The tensors of a version.
@@ -175,8 +226,11 @@ class AdapterStore(VersionStore[AdapterCard]):
             ModelError: if it belongs to another base or is damaged.
         """
         self.check_base(card, base)
-        found: dict[str, Tensor] = load_safetensors(self._read(card))
-        return found
+        contents = self._read(card)
+        if card.format == 1:
+            former: dict[str, Tensor] = load_safetensors(contents[FORMER_WEIGHTS])
+            return former
+        return unpack_weights(card.kind, card.networks, contents)
 
     def pick_for(self, modality: str, base: str) -> AdapterCard | None:
         """The served version for images of a modality: of several the one published last; None if there is none.

@@ -62,6 +62,11 @@ class ConditioningConfig:
     query_level: int = 2
     evidence_channels: int = 96
 
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Of its attributes."""
+        return tuple(cls.__dataclass_fields__)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""
         return asdict(self)
@@ -213,11 +218,14 @@ class SliceFeatures:
 
 
 class ConditioningBranch(nn.Module):
-    """Image encoder + text-query head + zero-initialised injection into a denoiser's residual slots."""
+    """Image encoder + text-query head + zero-initialised injection into a denoiser's residual slots.
+
+    `progidiff.model.conditioning_model.ConditioningModel` is the same as a model of diffusers.
+    """
 
     def __init__(self, config: ConditioningConfig) -> None:
         super().__init__()
-        self.config = config
+        self.shapes = config
         channels = config.channels
         stride = 2 ** (len(channels) - 1)
         if config.height % stride or config.width % stride:
@@ -237,9 +245,14 @@ class ConditioningBranch(nn.Module):
         self.mix = nn.ModuleDict({str(s): nn.Conv2d(width, width, 3, padding=1) for s in self.slot_levels})
         self.zero = nn.ModuleList(zero_conv(width, c) for c in config.slot_channels)
 
+    @property
+    def config(self) -> ConditioningConfig:
+        """What it was made from."""
+        return self.shapes
+
     def _encoder_level(self, stride: int) -> int:
         """The encoder level nearest to `stride` from below; coarser slots read its average."""
-        return min(stride.bit_length() - 1, len(self.config.channels) - 1)
+        return min(stride.bit_length() - 1, len(self.shapes.channels) - 1)
 
     def encode_slices(self, slices: Float[Tensor, "N C H W"]) -> SliceFeatures:
         """Run the image encoder, once per slice.
@@ -250,7 +263,7 @@ class ConditioningBranch(nn.Module):
         Raises:
             GeometryError: if the shape is not the configured one.
         """
-        wanted = (2 * self.config.num_neighbours + 1, self.config.height, self.config.width)
+        wanted = (2 * self.shapes.num_neighbours + 1, self.shapes.height, self.shapes.width)
         if tuple(slices.shape[1:]) != wanted:
             raise GeometryError(
                 f"Slices of shape {tuple(slices.shape[1:])} do not fit this branch, which was built for {wanted}."
@@ -262,7 +275,7 @@ class ConditioningBranch(nn.Module):
             features = pyramid[level]
             extra = s // 2**level
             levels[s] = F.avg_pool2d(features, extra) if extra > 1 else features
-        return SliceFeatures(pyramid[0], pyramid[self.config.query_level], levels)
+        return SliceFeatures(pyramid[0], pyramid[self.shapes.query_level], levels)
 
     def predict_evidence(self, features: SliceFeatures, pooled: Float[Tensor, "*N P T"]) -> Float[Tensor, "N P H W"]:
         """Text-query logits.
@@ -290,12 +303,12 @@ class ConditioningBranch(nn.Module):
             Residuals of the down slots and of the middle slot, as diffusers' U-Net takes them. Exactly zero for a fresh
             branch.
         """
-        signal = self.evidence_in(F.pixel_unshuffle(evidence * 2 - 1, self.config.latent_stride))
+        signal = self.evidence_in(F.pixel_unshuffle(evidence * 2 - 1, self.shapes.latent_stride))
         mixed = {}
         for s in self.slot_levels:
-            factor = s // self.config.latent_stride
+            factor = s // self.shapes.latent_stride
             pooled = F.avg_pool2d(signal, factor) if factor > 1 else signal
             x = F.silu(self.image_in[str(s)](features.levels[s]) + self.evidence_down[str(s)](F.silu(pooled)))
             mixed[s] = F.silu(self.mix[str(s)](x))
-        residuals = [conv(mixed[s]) for conv, s in zip(self.zero, self.config.slot_strides, strict=True)]
+        residuals = [conv(mixed[s]) for conv, s in zip(self.zero, self.shapes.slot_strides, strict=True)]
         return residuals[:-1], residuals[-1]

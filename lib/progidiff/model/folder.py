@@ -4,19 +4,28 @@
 
     <model folder>/
       backbone/       model_index.json, vae/, unet/, text_encoder/, tokenizer/, scheduler/
-      conditioning/   config.json, branch.safetensors, run.json, README.md
+      conditioning/   config.json, diffusion_pytorch_model.safetensors, card.json, run.json, README.md
 
-``config.json`` is read without loading a weight; it says which backbone the branch belongs to, by content.
+``config.json`` and the weights are as diffusers writes them (`progidiff.model.conditioning_model`). ``card.json`` says
+what the branch was trained on and which backbone it belongs to, by content; both are read without loading a weight.
+
+In a folder that `ProGiDiffPipeline.save_pretrained` wrote, the parts of the backbone lie beside ``conditioning/``, with
+one model_index.json for all.
+
+Versions up to 0.2 kept the weights as ``branch.safetensors`` and the card with the shapes in it as ``config.json``.
+Such folders are read as they are, and written anew when the model is trained further or saved.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +40,23 @@ from progidiff.model.conditioning import ConditioningBranch, ConditioningConfig
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.storage.atomic import atomic_folder
 
-FORMAT = 1
+FORMAT = 2
+
+READ = (1, 2)
+"""Formats that can be read. In the first, config.json was the card."""
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+FORMER_WEIGHTS = "branch.safetensors"
+
+CARD = "card.json"
+
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """``conditioning/config.json``: what the branch is, without its weights.
+    """What the branch in ``conditioning/`` is, without its weights: card.json and config.json together.
 
     Attributes:
         name, version: Of the model, shown as ``name@version``.
@@ -50,6 +70,7 @@ class ModelCard:
         evidence_weight, evidence_spread: See `progidiff.model.pipeline.fuse_evidence` and
             `ProposalPipeline.draw_offsets`.
         backbone_digest: Content of the backbone it was trained with, see `compute_backbone_digest`.
+        backbone_copies: Content of files that hold the same backbone, written again in another precision.
     """
 
     name: str
@@ -66,6 +87,7 @@ class ModelCard:
     evidence_weight: float = 0.0
     evidence_spread: tuple[float, float] = (0.0, 0.0)
     backbone_digest: str = ""
+    backbone_copies: tuple[str, ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -73,42 +95,85 @@ class ModelCard:
         return f"{self.name}@{self.version}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for config.json."""
+        """Plain values."""
         values = {k: getattr(self, k) for k in self.__dataclass_fields__}
         return {"format": FORMAT, **values, "conditioning": self.conditioning.to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ModelCard:
         """The inverse of `to_dict`."""
-        if values.get("format") != FORMAT:
+        if values.get("format") not in READ:
             raise ModelError(
                 f"This model has format {values.get('format')}, this program reads "
-                f"{FORMAT}; install the version that wrote it."
+                f"{' and '.join(map(str, READ))}; install the version that wrote it."
             )
         plain = {k: v for k, v in values.items() if k in cls.__dataclass_fields__}
         for key in ("structures", "codec_mean", "codec_std"):
             plain[key] = tuple(plain[key])
+        plain["backbone_copies"] = tuple(plain.get("backbone_copies", ()))
         plain["evidence_spread"] = tuple(plain.get("evidence_spread", cls.evidence_spread))
         plain["conditioning"] = ConditioningConfig.from_dict(plain["conditioning"])
         return cls(**plain)
 
 
 def load_card(folder: Path) -> ModelCard:
-    """Read ``conditioning/config.json`` of a model folder.
+    """Read what the conditioning of a model folder is.
 
     Raises:
         ModelError: if it is missing or cannot be read.
     """
-    path = folder / "conditioning" / "config.json"
+    return _read_card(folder / "conditioning")
+
+
+def _read_card(conditioning: Path) -> ModelCard:
+    path = conditioning / CONFIG
     try:
-        return ModelCard.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if "format" not in values:
+            path = path.with_name(CARD)
+            values = {**json.loads(path.read_text(encoding="utf-8")), "conditioning": values}
+        return ModelCard.from_dict(values)
     except FileNotFoundError as err:
         raise ModelError(
-            f"'{folder}' holds no trained conditioning ('{path.name}' is missing in "
-            "conditioning/); train one with `progidiff train`."
+            f"'{conditioning.parent}' holds no trained conditioning ('{path.name}' is missing in "
+            f"{conditioning.name}/); train one with `progidiff train`."
         ) from err
     except (ValueError, KeyError, TypeError) as err:
         raise ModelError(f"'{path}' cannot be read: {err}. Restore it from the version it came with.") from err
+
+
+def is_former(conditioning: Path) -> bool:
+    """Whether a ``conditioning/`` folder is as versions up to 0.2 wrote it.
+
+    Args:
+        conditioning: The folder itself; one that is not there is not former.
+    """
+    return not (conditioning / CARD).is_file() and (conditioning / FORMER_WEIGHTS).is_file()
+
+
+def load_branch(conditioning: Path) -> ConditioningBranch:
+    """The branch in a ``conditioning/`` folder of any version, in fp32 on the CPU, every tensor checked.
+
+    Raises:
+        ModelError: if a file is missing or damaged, or a tensor is left over or missing.
+    """
+    branch = ConditioningBranch(_read_card(conditioning).conditioning)
+    path = _find_weights(conditioning)
+    try:
+        tensors = load_file(path)
+    except FileNotFoundError as err:
+        raise ModelError(f"'{path}' is missing; restore the model folder from the version it came with.") from err
+    except Exception as err:  # safetensors raises its own untyped error for a truncated file
+        raise ModelError(f"'{path}' is damaged ({err}); restore it from the version it came with.") from err
+    check_tensors(tensors, branch.state_dict(), path)
+    branch.load_state_dict({k: v.float() for k, v in tensors.items()})
+    return branch.eval().requires_grad_(False)
+
+
+def find_backbone(folder: Path) -> Path:
+    """Where the backbone of a model folder lies: in ``backbone/``, or its parts beside ``conditioning/``."""
+    apart = folder / "backbone"
+    return folder if not apart.is_dir() and (folder / "model_index.json").is_file() else apart
 
 
 def load_pipeline(
@@ -121,28 +186,24 @@ def load_pipeline(
     """
     card = load_card(folder)
     digest = compute_backbone_digest(backbone.folder)
-    if card.backbone_digest and card.backbone_digest != digest:
+    if card.backbone_digest and digest not in (card.backbone_digest, *card.backbone_copies):
         raise ModelError(
             f"Conditioning '{card.full_name}' was trained with another backbone (content "
             f"{card.backbone_digest[:12]}) than '{backbone.source}' (content {digest[:12]}). Train one for this "
             f"backbone with `progidiff train --backbone {backbone.source}`, or leave the backbone option out."
         )
-    path = folder / "conditioning" / "branch.safetensors"
-    try:
-        tensors = load_file(path)
-    except FileNotFoundError as err:
-        raise ModelError(f"'{path}' is missing; restore the model folder from the version it came with.") from err
-    except Exception as err:  # safetensors raises its own untyped error for a truncated file
-        raise ModelError(f"'{path}' is damaged ({err}); restore it from the version it came with.") from err
-    branch = ConditioningBranch(card.conditioning)
-    check_tensors(tensors, branch.state_dict(), path)
-    branch.load_state_dict({k: v.float() for k, v in tensors.items()})
-    branch.to(backbone.device).eval().requires_grad_(False)
-    codec = MaskCodec(backbone.vae, card.codec_mean, card.codec_std)
-    return card, ProposalPipeline(
+    branch = load_branch(folder / "conditioning").to(backbone.device)
+    return card, make_pipeline(card, backbone, branch, autocast)
+
+
+def make_pipeline(
+    card: ModelCard, backbone: Backbone, branch: ConditioningBranch, autocast: torch.dtype | None = None
+) -> ProposalPipeline:
+    """Networks in working order, with what the card says of their use."""
+    return ProposalPipeline(
         backbone,
         branch,
-        codec,
+        MaskCodec(backbone.vae, card.codec_mean, card.codec_std),
         card.scheduler,
         autocast=autocast,
         evidence_weight=card.evidence_weight,
@@ -187,12 +248,48 @@ def save_conditioning(
     with _replaced(target) as scratch:
         save_file(
             {k: v.detach().to("cpu", dtype).contiguous() for k, v in branch.state_dict().items()},
-            scratch / "branch.safetensors",
+            scratch / WEIGHTS,
         )
-        (scratch / "config.json").write_text(json.dumps(card.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_card(scratch, card)
         (scratch / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
         (scratch / "README.md").write_text(readme, encoding="utf-8")
     return target
+
+
+def copy_conditioning(folder: Path, target: Path, card: ModelCard) -> Path:
+    """Write ``conditioning/`` of another model folder with the very same weights, in the present layout.
+
+    Args:
+        folder: The model folder to copy from, of any version.
+        target: The model folder to write to; a ``conditioning/`` there is moved aside.
+        card: Of the copy.
+    """
+    source = folder / "conditioning"
+    target.mkdir(parents=True, exist_ok=True)
+    with _replaced(target / "conditioning") as scratch:
+        shutil.copyfile(_find_weights(source), scratch / WEIGHTS)
+        for name in ("run.json", "README.md"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, scratch / name)
+        write_card(scratch, card)
+    return target / "conditioning"
+
+
+def write_card(conditioning: Path, card: ModelCard) -> None:
+    """Write config.json, as diffusers does for `ConditioningModel`, and card.json with all else."""
+    values = card.to_dict()
+    del values["conditioning"]
+    for name, content in ((CONFIG, describe_branch(card.conditioning)), (CARD, values)):
+        (conditioning / name).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def describe_branch(config: ConditioningConfig) -> dict[str, Any]:
+    """What diffusers writes into config.json of a `ConditioningModel`."""
+    return {
+        "_class_name": "ConditioningModel",
+        "_diffusers_version": metadata.version("diffusers"),
+        **config.to_dict(),
+    }
 
 
 def save_backbone_part(folder: Path, part: str, model: Any, shard: str = "15MB") -> None:
@@ -237,12 +334,16 @@ def compute_conditioning_digest(folder: Path) -> str:
     Raises:
         ModelError: if the file is missing.
     """
-    path = folder / "conditioning" / "branch.safetensors"
+    path = _find_weights(folder / "conditioning")
     try:
         stat = path.stat()
         return _file_digest(path, stat.st_size, stat.st_mtime_ns).hex()
     except OSError as err:
         raise ModelError(f"'{path}' is missing; restore the model folder from the version it came with.") from err
+
+
+def _find_weights(conditioning: Path) -> Path:
+    return conditioning / (FORMER_WEIGHTS if is_former(conditioning) else WEIGHTS)
 
 
 @lru_cache(maxsize=64)

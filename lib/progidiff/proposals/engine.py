@@ -27,7 +27,7 @@ from progidiff.model.backbone import Backbone, pick_device
 from progidiff.model.close_up_folder import has_close_up, load_close_up, load_close_up_card
 from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.conditioning import SliceFeatures
-from progidiff.model.folder import ModelCard, load_card, load_pipeline
+from progidiff.model.folder import ModelCard, find_backbone, load_card, load_pipeline
 from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.prompts.parser import Query
 from progidiff.proposals.batches import Batch, BatchSize, compute_in_batches, is_out_of_memory
@@ -68,7 +68,7 @@ class Engine:
     ) -> None:
         self.model_dir = Path(model_dir)
         self.adapters = AdapterStore(adapters or self.model_dir / "adapters")
-        self._backbone_source = str(backbone) if backbone else str(self.model_dir / "backbone")
+        self._backbone_source = str(backbone) if backbone else str(find_backbone(self.model_dir))
         self._device = device
         self._dtype = dtype
         self._cpu_fallback = cpu_fallback
@@ -207,9 +207,7 @@ class Engine:
         base = self.load()
         if card.full_name not in self._adapted:
             tensors = self.adapters.load(card, compute_base_digest(self.model_dir))
-            branch, unet = build_networks(
-                card, tensors, base.branch, base.unet, self.adapters.folder(card) / "adapter.safetensors"
-            )
+            branch, unet = build_networks(card, tensors, base.branch, base.unet, self.adapters.folder(card))
             self._adapted[card.full_name] = base.with_networks(branch, unet)
             logger.info("Loaded adapter %s", card.full_name)
             while len(self._adapted) > ADAPTED_PIPELINES:

@@ -22,7 +22,7 @@ import os
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,7 +42,7 @@ class VersionCard(Protocol):
 
     Attributes:
         name, version: Shown as ``name@version``; versions count 1, 2, 3.
-        sha256: Of the weights' file.
+        sha256: Of the weights, see `hash_weights`.
         kind: "lora", "full" or "head".
         modality: Of the images it answers for: "CT", "MR" or "picture".
         structures: Names it was trained on.
@@ -131,7 +131,7 @@ class VersionStore(ABC, Generic[C]):
 
     Attributes:
         noun: What has versions, for messages.
-        weights_file, card_file: Their names in a version's folder.
+        weights_file, card_file: Their names in a version's folder; see `weights_files` for several.
         command: Of the command line, with "list", "use" and "rollback".
         trainer: The command that makes a version.
         example: A name, for messages.
@@ -155,10 +155,13 @@ class VersionStore(ABC, Generic[C]):
         self.root = Path(root)
         self._cards: dict[tuple[Path, int, int], C] = {}
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """What a version's folder must hold."""
-        return self.weights_file, self.card_file, "run.json", "README.md"
+    def weights_files(self, card: C) -> tuple[str, ...]:
+        """The names of the files that hold the weights of a version."""
+        return (self.weights_file,)
+
+    def files(self, card: C) -> tuple[str, ...]:
+        """What a version's folder must hold, beside its card."""
+        return *self.weights_files(card), "run.json", "README.md"
 
     @abstractmethod
     def read_card(self, values: dict[str, Any]) -> C:
@@ -218,19 +221,21 @@ class VersionStore(ABC, Generic[C]):
     def _add(
         self,
         name: str,
-        content: bytes,
+        weights: Mapping[str, bytes],
         make_card: Callable[[int, str, str], C],
         run: Mapping[str, Any],
         readme: Callable[[C], str],
+        beside: Mapping[str, bytes] | None = None,
     ) -> C:
         """Write a new version. It is not published.
 
         Args:
             name: Letters, digits, dot, underscore, hyphen.
-            content: Of the weights' file.
-            make_card: (version, time of creation, SHA-256 of `content`) -> the card.
+            weights: Content of the weights' files, by name in the version's folder.
+            make_card: (version, time of creation, `hash_weights`) -> the card.
             run: Configuration, command, commit, package versions, data hashes, parent version, metrics.
             readme: Makes the card for people.
+            beside: Other files, by name.
 
         Raises:
             RequestError: if the name cannot be used.
@@ -246,14 +251,17 @@ class VersionStore(ABC, Generic[C]):
             numbers = (int(event["version"] or 0) for event in self.history(name))
             version = 1 + max([0, *self._version_numbers(name), *numbers])
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            card = make_card(version, now, hashlib.sha256(content).hexdigest())
+            card = make_card(version, now, hash_weights(weights))
             with atomic_folder(folder / str(version)) as scratch:
-                (scratch / self.weights_file).write_bytes(content)
+                for file, content in {**weights, **(beside or {})}.items():
+                    (scratch / file).parent.mkdir(exist_ok=True)
+                    (scratch / file).write_bytes(content)
                 (scratch / "run.json").write_bytes(to_json(run))
                 (scratch / "README.md").write_text(readme(card), encoding="utf-8")
                 (scratch / self.card_file).write_bytes(to_json(card.to_dict()))
-                for file in scratch.iterdir():
-                    file.chmod(0o444)
+                for path in scratch.rglob("*"):
+                    if path.is_file():
+                        path.chmod(0o444)
                 # First the number, then the folder: a crash between them wastes a number instead of giving it
                 # twice.
                 self._log(name, "added", version)
@@ -332,12 +340,7 @@ class VersionStore(ABC, Generic[C]):
             if not there:
                 raise NotFoundError(self._no_such(name))
             raise NotFoundError(f"{self.noun} '{name}' has no version {version}; there are: {there}.")
-        missing = [file for file in self.files if not (folder / file).is_file()]
-        if missing:
-            raise ModelError(
-                f"Version {name}@{version} is incomplete: {', '.join(missing)} is missing "
-                f"in '{folder}'. {self.cure(name)}"
-            )
+        self._check_there(name, version, (self.card_file,))
         path = folder / self.card_file
         stat = path.stat()
         key = (path, stat.st_mtime_ns, stat.st_size)
@@ -351,7 +354,9 @@ class VersionStore(ABC, Generic[C]):
                     f"'{path}' says {card.full_name}; a version folder must keep its name. {self.cure(name)}"
                 )
             self._cards[key] = card
-        return self._cards[key]
+        card = self._cards[key]
+        self._check_there(name, version, self.files(card))
+        return card
 
     def find(self, reference: str) -> C:
         """``name`` -> its served version, ``name@version`` -> that one.
@@ -476,6 +481,15 @@ class VersionStore(ABC, Generic[C]):
         except OSError:
             return ()
 
+    def _check_there(self, name: str, version: int, files: Sequence[str]) -> None:
+        folder = self.root / name / str(version)
+        missing = [file for file in files if not (folder / file).is_file()]
+        if missing:
+            raise ModelError(
+                f"Version {name}@{version} is incomplete: {', '.join(missing)} is missing "
+                f"in '{folder}'. {self.cure(name)}"
+            )
+
     def _check_exists(self, name: str) -> None:
         if not self._version_numbers(name):
             raise NotFoundError(self._no_such(name))
@@ -491,18 +505,22 @@ class VersionStore(ABC, Generic[C]):
     def _no_such(self, name: str) -> str:
         return f"There is no {self.noun.lower()} '{name}'. {self._available()}"
 
-    def _read(self, card: C) -> bytes:
-        path = self.folder(card) / self.weights_file
-        try:
-            content = path.read_bytes()
-        except OSError as err:
-            raise ModelError(f"'{path}' cannot be read ({err}). {self.cure(card.name)}") from err
-        if hashlib.sha256(content).hexdigest() != card.sha256:
+    def _read(self, card: C) -> dict[str, bytes]:
+        """The files with weights, by name, as they were written."""
+        contents = {}
+        for file in self.weights_files(card):
+            path = self.folder(card) / file
+            try:
+                contents[file] = path.read_bytes()
+            except OSError as err:
+                raise ModelError(f"'{path}' cannot be read ({err}). {self.cure(card.name)}") from err
+        if hash_weights(contents) != card.sha256:
+            path = self.folder(card) / next(iter(contents))
             raise ModelError(
                 f"'{path}' is damaged: its content is not the one that {self.card_file} "
                 f"vouches for. {self.cure(card.name)}"
             )
-        return content
+        return contents
 
     def _pointer(self, name: str) -> _Pointer:
         path = self.root / name / "CURRENT"
@@ -551,6 +569,19 @@ class VersionStore(ABC, Generic[C]):
         holder = f"Another process has been changing {self.noun.lower()} '{name}'"
         with locked(self.root / name / ".lock", holder):
             yield
+
+
+def hash_weights(contents: Mapping[str, bytes]) -> str:
+    """SHA-256 of the only file; of several, that of the lines ``<SHA-256>  <name>`` in the order of the names.
+
+    Example:
+        >>> hash_weights({"a": b""})[:8], hash_weights({"a": b"", "b": b""})[:8]
+        ('e3b0c442', 'f87e14d5')
+    """
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256("".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()).hexdigest()
 
 
 def to_json(values: Any) -> bytes:

@@ -82,7 +82,8 @@ class TextDiffStore(VersionStore[TextDiffCard]):
             denoiser = refer_to(model.card.denoiser, model.folder, self.root / name / str(version))
             return replace(model.card, name=name, version=version, created=created, sha256=sha256, denoiser=denoiser)
 
-        return self._add(name, model.pack_weights(), make_card, run, lambda card: readme or write_model_card(card, run))
+        weights = {self.weights_file: model.pack_weights()}
+        return self._add(name, weights, make_card, run, lambda card: readme or write_model_card(card, run))
 
     def load_model(
         self, card: TextDiffCard, device: str | None = None, denoiser: str | Path | None = None

@@ -29,7 +29,7 @@ from progidiff.errors import RequestError
 from progidiff.images.reading import load_volume
 from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, check_name, compute_base_digest
 from progidiff.model.backbone import Backbone
-from progidiff.model.folder import ModelCard, load_pipeline
+from progidiff.model.folder import ModelCard, find_backbone, load_pipeline
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.training.adapt_stages import AdaptStages
 from progidiff.training.evidence_stage import PhraseTable
@@ -151,7 +151,7 @@ class _Base:
     @classmethod
     def open(cls, model_dir: Path, adapters: Path | None, backbone_source: str | None, device: str | None) -> _Base:
         """Load the model."""
-        backbone = Backbone(backbone_source or model_dir / "backbone", device)
+        backbone = Backbone(backbone_source or find_backbone(model_dir), device)
         card, pipeline = load_pipeline(model_dir, backbone, find_autocast_dtype("auto", backbone.device))
         return cls(card, pipeline, compute_base_digest(model_dir), AdapterStore(adapters or model_dir / "adapters"))
 
@@ -220,6 +220,7 @@ def _write_version(
         run=record,
         readme=lambda new: write_adapter_card(new, record, data),
         lora=settings,
+        shapes=base.card.conditioning,
     )
 
 

@@ -33,6 +33,7 @@ from progidiff.model.folder import (
     ModelCard,
     compute_backbone_digest,
     compute_conditioning_digest,
+    find_backbone,
     load_card,
     load_pipeline,
     save_backbone_part,
@@ -314,7 +315,7 @@ def _open_origin(
     if continue_from is not None:
         _check_start(continue_from, model_dir, config)
     # Weights are trained in fp32 under autocast; bf16 weights would lose small updates.
-    backbone = Backbone(backbone_source or (continue_from or model_dir) / "backbone", device, dtype="fp32")
+    backbone = Backbone(backbone_source or find_backbone(continue_from or model_dir), device, dtype="fp32")
     autocast = find_autocast_dtype(config.precision, backbone.device)
     if continue_from is not None:
         card, pipeline = load_pipeline(continue_from, backbone, autocast)
@@ -416,10 +417,11 @@ def _write_model(
     if embedded and source.resolve() != folder.resolve() and not folder.exists():
         model_dir.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as scratch:
-            shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+            others = shutil.ignore_patterns(".*", "conditioning", "adapters")  # of a model saved as one pipeline
+            shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=others)
     if trained:
         save_backbone_part(folder, "unet", pipeline.unet)
-    card = replace(card, backbone_digest=compute_backbone_digest(folder if embedded else source))
+    card = replace(card, backbone_digest=compute_backbone_digest(folder if embedded else source), backbone_copies=())
     save_conditioning(model_dir, card, pipeline.branch, run, write_model_card(card, run))
 
 

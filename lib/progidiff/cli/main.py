@@ -37,7 +37,7 @@ from progidiff.cli.options import (
 )
 from progidiff.cli.progress import console, show_cases, show_count
 from progidiff.errors import ProGiDiffError, RequestError
-from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
+from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt, parse_prompts
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.proposals.request import DEFAULT_CLEAN_UP, NONE, ProposalRequest
 
@@ -283,15 +283,6 @@ def _print_prediction(result: dict[str, Any]) -> None:
             f"{entry['mean_disagreement']:.2f}",
         )
     console.print(table)
-
-
-def parse_prompts(texts: list[str], known: tuple[str, ...], allow_free_text: bool, model: str) -> tuple[Query, ...]:
-    """Several prompts as one: in order, each structure once."""
-    queries: dict[str, Query] = {}
-    for text in texts:
-        for query in parse_prompt(text, known, allow_free_text, model):
-            queries.setdefault(query.name, query)
-    return tuple(queries.values())
 
 
 @app.command(cls=_ManyValues)

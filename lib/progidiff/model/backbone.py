@@ -232,6 +232,31 @@ def list_residual_slots(config: Mapping[str, Any], stride: int) -> tuple[tuple[i
     return (*channels, widths[-1]), (*strides, stride)
 
 
+class LoadedBackbone(Backbone):
+    """A backbone whose parts are in memory.
+
+    Args:
+        vae, unet, text_encoder, tokenizer: The parts, on one device.
+        scheduler_config: Settings of the scheduler.
+        source: What to call it in messages, mostly the folder that it came from.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        unet: Any,
+        text_encoder: Any,
+        tokenizer: Any,
+        scheduler_config: Mapping[str, Any],
+        source: str | Path = "memory",
+    ) -> None:
+        self.device, self.dtype = unet.device, unet.dtype
+        self.source, self.folder = str(source), Path(source)
+        self.vae, self.unet, self.text_encoder, self.tokenizer = vae, unet, text_encoder, tokenizer
+        self.scheduler_config = {k: v for k, v in scheduler_config.items() if not k.startswith("_")}
+        self.unet_config = dict(unet.config)
+
+
 def check_backbone_folder(folder: Path) -> None:
     """Check that every component of a Stable-Diffusion folder is there.
 

@@ -185,6 +185,17 @@ def load_pipeline(
         ModelError: if a file is missing, a tensor is left over or missing, or the branch belongs to another backbone.
     """
     card = load_card(folder)
+    check_backbone(card, backbone)
+    branch = load_branch(folder / "conditioning").to(backbone.device)
+    return card, make_pipeline(card, backbone, branch, autocast)
+
+
+def check_backbone(card: ModelCard, backbone: Backbone) -> None:
+    """Check that a conditioning was trained with a backbone.
+
+    Raises:
+        ModelError: naming both.
+    """
     digest = compute_backbone_digest(backbone.folder)
     if card.backbone_digest and digest not in (card.backbone_digest, *card.backbone_copies):
         raise ModelError(
@@ -192,8 +203,6 @@ def load_pipeline(
             f"{card.backbone_digest[:12]}) than '{backbone.source}' (content {digest[:12]}). Train one for this "
             f"backbone with `progidiff train --backbone {backbone.source}`, or leave the backbone option out."
         )
-    branch = load_branch(folder / "conditioning").to(backbone.device)
-    return card, make_pipeline(card, backbone, branch, autocast)
 
 
 def make_pipeline(

@@ -101,6 +101,11 @@ class ProposalPipeline:
         """Where the networks are."""
         return self.backbone.device
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """Of the branch's weights."""
+        return next(self.branch.parameters()).dtype
+
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.autocast_dtype is None:
             return contextlib.nullcontext()
@@ -116,13 +121,13 @@ class ProposalPipeline:
     def encode_slices(self, slices: Float[Tensor, "N C H W"]) -> SliceFeatures:
         """(N, C, H, W) in [-1, 1] -> features that every prompt, proposal and step reuses."""
         with self._autocast():
-            return self.branch.encode_slices(slices.to(self.device))
+            return self.branch.encode_slices(slices.to(self.device, self._dtype))
 
     @torch.no_grad()
     def predict_evidence(self, features: SliceFeatures, prompts: EncodedPrompts) -> Float[Tensor, "N P H W"]:
         """Text-query evidence (N, P, H, W) in [0, 1], fp32."""
         with self._autocast():
-            return self.branch.predict_evidence(features, prompts.pooled).float().sigmoid()
+            return self.branch.predict_evidence(features, prompts.pooled.to(self._dtype)).float().sigmoid()
 
     def draw_noise(self, num_proposals: int, seed: int) -> Float[Tensor, "K c h w"]:
         """The noise of proposals 0..K-1, (K, c, h, w).
@@ -227,6 +232,7 @@ class ProposalPipeline:
         self, features: SliceFeatures, rows: Tensor, worn: Tensor, count: int
     ) -> tuple[list[Tensor], Tensor]:
         """What is added to the denoiser's skips and middle, for every proposal of every pair."""
+        worn = worn.to(self._dtype)
         if worn.shape[1] == count:
             return self.branch.compute_residuals(features[rows.repeat_interleave(count)], worn.flatten(0, 1)[:, None])
         # All proposals read the same evidence: once per pair is enough.

@@ -96,6 +96,15 @@ def heldout_phrases(structure: str) -> tuple[str, ...]:
     return () if row is None else row.with_side(row.heldout)
 
 
+def parse_prompts(texts: Iterable[str], known: tuple[str, ...], allow_free_text: bool, model: str) -> tuple[Query, ...]:
+    """Several prompts as one: in order, each structure once; see `parse_prompt`."""
+    queries: dict[str, Query] = {}
+    for text in texts:
+        for query in parse_prompt(text, known, allow_free_text, model):
+            queries.setdefault(query.name, query)
+    return tuple(queries.values())
+
+
 def compute_label_ids(queries: Iterable[Query]) -> dict[str, int]:
     """Label ids of what a prompt asks for, see `structures.number_structures`.
 

@@ -73,6 +73,7 @@ class Engine:
         self._dtype = dtype
         self._cpu_fallback = cpu_fallback
         self._on_cpu: Engine | None = None
+        self._base_digest: str | None = None
         self._card: ModelCard | None = None
         self._pipeline: ProposalPipeline | None = None
         self._prompts: dict[tuple[str, ...], EncodedPrompts] = {}
@@ -87,6 +88,22 @@ class Engine:
         if has_close_up(self.model_dir):
             return load_close_up_card(self.model_dir).num_inference_steps
         return self.card.num_inference_steps
+
+    @classmethod
+    def from_networks(
+        cls, card: ModelCard, pipeline: ProposalPipeline, adapters: AdapterStore, base_digest: str
+    ) -> Engine:
+        """An engine whose networks are loaded.
+
+        Args:
+            card: What they were trained on.
+            pipeline: The networks.
+            adapters: Versions that requests may ask for.
+            base_digest: What `compute_base_digest` says of the model; adapters of another base are not used.
+        """
+        engine = cls(pipeline.backbone.folder, pipeline.backbone.source, adapters=adapters.root)
+        engine._card, engine._pipeline, engine._base_digest = card, pipeline, base_digest
+        return engine
 
     @property
     def card(self) -> ModelCard:
@@ -139,9 +156,7 @@ class Engine:
         """
         if self._pipeline is None:
             backbone = Backbone(self._backbone_source, self._device, self._dtype)
-            autocast = None
-            if backbone.device.type == "cpu" and self._dtype is None and torch.cpu._is_avx512_bf16_supported():
-                autocast = torch.bfloat16
+            autocast = None if self._dtype is not None else find_autocast(backbone.device)
             self._card, self._pipeline = load_pipeline(self.model_dir, backbone, autocast)
             if has_close_up(self.model_dir):
                 self._close_up = self._load_close_up(self._pipeline, autocast)
@@ -176,7 +191,7 @@ class Engine:
         if adapter == NONE:
             return None
         if adapter in (None, "", AUTO):
-            return self.adapters.pick_for(modality, compute_base_digest(self.model_dir))
+            return self.adapters.pick_for(modality, self._find_base())
         try:
             return self.adapters.find(adapter)
         except NotFoundError as err:
@@ -206,7 +221,7 @@ class Engine:
         """The networks of a version, merged into copies of the base's; the last few stay in memory."""
         base = self.load()
         if card.full_name not in self._adapted:
-            tensors = self.adapters.load(card, compute_base_digest(self.model_dir))
+            tensors = self.adapters.load(card, self._find_base())
             branch, unet = build_networks(card, tensors, base.branch, base.unet, self.adapters.folder(card))
             self._adapted[card.full_name] = base.with_networks(branch, unet)
             logger.info("Loaded adapter %s", card.full_name)
@@ -302,6 +317,9 @@ class Engine:
         self._remember(key, book.collected(len(walk.batches)))
         return walk.end()
 
+    def _find_base(self) -> str:
+        return compute_base_digest(self.model_dir) if self._base_digest is None else self._base_digest
+
     def _free_memory(self) -> None:
         """Let go of everything that can be made again."""
         self._features.clear()
@@ -324,3 +342,9 @@ class Engine:
         self._features[key] = features
         while sum(count_bytes(one) for one in self._features.values()) > FEATURE_CACHE_BYTES:
             self._features.popitem(last=False)
+
+
+def find_autocast(device: torch.device) -> torch.dtype | None:
+    """What fp32 networks compute in where nobody asked for a precision: bf16 on processors that have it."""
+    is_fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if is_fast else None

@@ -179,7 +179,7 @@ class Heads(TextDiffStore):
                 sha256=sha256,
             )
 
-        card = self._add("nuclei", b"", make_card, run, lambda card: "")
+        card = self._add("nuclei", {self.weights_file: b""}, make_card, run, lambda card: "")
         self.publish("nuclei", card.version)
 
 

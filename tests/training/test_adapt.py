@@ -101,7 +101,7 @@ def test_a_version_says_how_it_was_made(adapted: tuple[Path, AdaptResult]):
     readme = (store.folder(result.card) / "README.md").read_text()
     assert "# mr@1" in readme
     assert all(structure in readme for structure in ("| liver |", "| left kidney |", "| mean |"))
-    assert (store.folder(result.card) / "adapter.safetensors").stat().st_size < 5_000_000
+    assert (store.folder(result.card) / "adapter_model.safetensors").stat().st_size < 5_000_000
 
 
 def test_the_engine_serves_the_published_version_for_this_modality(adapted: tuple[Path, AdaptResult]):

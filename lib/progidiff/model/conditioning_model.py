@@ -79,7 +79,7 @@ class ConditioningModel(ConditioningBranch, ModelMixin, ConfigMixin):
         folder = Path(source) / (options.get("subfolder") or "")
         if is_former(folder):
             model = cls.from_branch(load_branch(folder))
-            nn.Module.to(model, options.get("torch_dtype") or torch.float32)
+            nn.Module.to(model, options.get("torch_dtype") or options.get("dtype") or torch.float32)
             found: dict[str, Any] = {}
         else:
             is_told = options.pop("output_loading_info", False)

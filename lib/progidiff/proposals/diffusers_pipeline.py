@@ -19,7 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    ModelMixin,
+    UNet2DConditionModel,
+)
 from diffusers.utils import BaseOutput
 from numpy.typing import ArrayLike, NDArray
 from safetensors.torch import save_file
@@ -35,6 +42,7 @@ from progidiff.model.folder import (
     ModelCard,
     check_backbone,
     compute_backbone_digest,
+    drop_derived_settings,
     find_backbone,
     load_card,
     make_pipeline,
@@ -54,6 +62,9 @@ HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*README.md", "*CURR
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only")
 """Options of fetching."""
 
+
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Whole numbers of so many bytes."""
 
 NOWHERE = Path(os.devnull)
 """A folder of adapters that holds none."""
@@ -125,7 +136,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         self.card = card
         self.adapters = AdapterStore(NOWHERE if adapters is None else adapters)
         self._base_digest = ""
-        self._trained: tuple[Any, Any] = (conditioning, unet)
+        self._trained: object = None
         self._origin: Path | None = None
         self._autocasts = True
 
@@ -137,19 +148,19 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             source: A model folder of this program (``backbone/`` beside ``conditioning/``), a folder that
                 `save_pretrained` wrote, or the id of a repository on the model hub; None for the weights that come with
                 the program.
-            options: ``torch_dtype``, and ``adapters``, another folder of adapters; for the hub `HUB_OPTIONS`; for a
-                model folder ``backbone``, the Stable Diffusion that it was trained with, where that lies elsewhere; for
-                a folder that `save_pretrained` wrote all that diffusers takes.
+            options: ``dtype`` (or ``torch_dtype``), and ``adapters``, another folder of adapters; for the hub
+                `HUB_OPTIONS`; for a model folder ``backbone``, the Stable Diffusion that it was trained with, where
+                that lies elsewhere; for a folder that `save_pretrained` wrote all that diffusers takes.
 
         Raises:
             ModelError: if something is missing or does not fit.
         """
         hub = {str(name): options.pop(name) for name in HUB_OPTIONS if name in options}
         folder = _find_folder(EMBEDDED_MODEL if source is None else source, hub)
-        card, dtype = load_card(folder), options.pop("torch_dtype", None)
+        card, dtype = load_card(folder), options.pop("dtype", None) or options.pop("torch_dtype", None)
         adapters = options.pop("adapters", folder / "adapters")
         if find_backbone(folder) == folder:
-            pipe = super().from_pretrained(folder, torch_dtype=_spread(dtype), card=card, adapters=adapters, **options)
+            pipe = super().from_pretrained(folder, dtype=_spread(dtype), card=card, adapters=adapters, **options)
         else:
             backbone = Backbone(options.pop("backbone", None) or find_backbone(folder), "cpu", "fp32")
             if options:
@@ -159,7 +170,16 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
                 )
             pipe = cls(**_load_parts(folder, card, backbone, _spread(dtype)), card=card, adapters=adapters)
         pipe._base_digest, pipe._origin, pipe._autocasts = compute_base_digest(folder), folder, dtype is None
+        pipe._trained = pipe._sum_weights()
         return pipe  # type: ignore[no-any-return]
+
+    def to(self, *args: Any, **options: Any) -> ProGiDiffPipeline:
+        """Move or cast all parts, as of every pipeline; adapters still fit then."""
+        fits = self._is_as_trained
+        super().to(*args, **options)
+        if fits:
+            self._trained = self._sum_weights()
+        return self
 
     @torch.no_grad()
     def __call__(
@@ -247,16 +267,18 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         if options.pop("push_to_hub", False):
             raise RequestError("Call push_to_hub(repository) instead: it saves and uploads.")
         for name in ("conditioning", "unet"):
-            if not hasattr(getattr(self, name), "save_config"):
+            if not isinstance(getattr(self, name), ModelMixin):
                 raise ModelError(
                     f"The {name} is a {type(getattr(self, name)).__name__}, which diffusers cannot save; merge it "
                     f"first, with PEFT: pipe.{name} = pipe.{name}.merge_and_unload()."
                 )
         folder = Path(save_directory)
         super().save_pretrained(folder, **options)
+        drop_derived_settings(folder / "vae")
         _save_lossless(self.conditioning, folder / "conditioning" / WEIGHTS)
         written = compute_backbone_digest(folder)
-        is_same = self._is_as_trained and bool(self.card.backbone_digest)
+        fits = self._is_as_trained
+        is_same = fits and bool(self.card.backbone_digest)
         changes = {"backbone_copies": (written,)} if is_same else {"backbone_digest": written, "backbone_copies": ()}
         write_card(folder / "conditioning", replace(self.card, **changes))
         for name in ("run.json", "README.md"):
@@ -265,14 +287,24 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         if (folder / "conditioning" / "README.md").is_file():
             shutil.copyfile(folder / "conditioning" / "README.md", folder / "README.md")
         target = folder / "adapters"
-        if self._is_as_trained and self.adapters.entries() and self.adapters.root.resolve() != target.resolve():
+        if fits and self.adapters.entries() and self.adapters.root.resolve() != target.resolve():
             others = shutil.ignore_patterns(".*")
             shutil.copytree(self.adapters.root, target, ignore=others, dirs_exist_ok=True)
 
     @property
     def _is_as_trained(self) -> bool:
-        """Whether adapters of the model fit: neither network that they change was exchanged."""
-        return self._trained[0] is self.conditioning and self._trained[1] is self.unet
+        """Whether adapters of the model fit: the networks that they change hold the weights that were loaded."""
+        return self._trained is not None and self._trained == self._sum_weights()
+
+    def _sum_weights(self) -> object:
+        """What says whether weights were exchanged or changed in place, which PEFT does when it merges: of every tensor
+        its name, its type and the sum of its bits as whole numbers, the same on any device.
+        """
+        return [
+            (name, tensor.dtype, int(tensor.view(_WHOLE[tensor.element_size()]).sum(dtype=torch.int64)))
+            for network in (self.conditioning, self.unet)
+            for name, tensor in network.state_dict().items()
+        ]
 
     def _open_engine(self, adapter: str | None) -> Engine:
         """The engine over the parts as they are now."""
@@ -281,10 +313,11 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
                 f"The scheduler is a {type(self.scheduler).__name__}; the model was trained for few steps of a "
                 "DDIMScheduler, give it one."
             )
-        if not self._is_as_trained and adapter not in (None, "", NONE):
+        fits = bool(self.adapters.entries()) and self._is_as_trained
+        if not fits and self.adapters.entries() and adapter not in (None, "", NONE):
             raise RequestError(
-                "The conditioning or the denoiser was exchanged, and adapters belong to the model as it was trained; "
-                "leave the adapter out, or load the model anew."
+                "The conditioning or the denoiser was exchanged or changed, and adapters belong to the model as it was "
+                "trained; leave the adapter out, or load the model anew."
             )
         source = self._origin or "memory"
         backbone = LoadedBackbone(self.vae, self.unet, self.text_encoder, self.tokenizer, self.scheduler.config, source)
@@ -293,7 +326,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             self.card, backbone, self.conditioning, find_autocast(backbone.device) if is_plain else None
         )
         pipeline.scheduler = self.scheduler
-        store = self.adapters if self._is_as_trained else AdapterStore(NOWHERE)
+        store = self.adapters if fits else AdapterStore(NOWHERE)
         return Engine.from_networks(self.card, pipeline, store, self._base_digest)
 
 

@@ -23,6 +23,7 @@ from progidiff.model.lora import LoraSettings, collect_tensors, inject_lora
 from progidiff.prompts.parser import parse_prompt
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.request import ProposalRequest
+from progidiff.testing import add_tiny_close_up
 from support.snippets import list_snippets
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +183,25 @@ def test_a_model_of_a_former_version_is_loaded_and_saved_in_the_present_layout(t
     found, wanted = (ask(folder, image_file, "MR", num_proposals=2) for folder in (tmp_path / "saved", FORMER))
     assert found.adapter == wanted.adapter == "mr@2"
     assert np.array_equal(found.probabilities, wanted.probabilities)
+
+
+def test_a_model_that_draws_close_ups_does_so_here_and_where_it_is_saved(
+    tiny_model: Path, tmp_path: Path, image_file: Path, image: Any
+):
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    plain = ask(folder, image_file, num_proposals=2)
+    wanted = ask(add_tiny_close_up(folder), image_file, num_proposals=2)
+    pipe = ProGiDiffPipeline.from_pretrained(folder)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = ProGiDiffPipeline.from_pretrained(tmp_path / "saved")
+    assert wanted.probabilities.shape != plain.probabilities.shape
+    for one in (pipe, again):
+        found = one(image, "liver and spleen", num_proposals=2, generator=seeded(), modality="CT").details
+        assert np.array_equal(found.probabilities, wanted.probabilities)
+        assert found.num_inference_steps == wanted.num_inference_steps
+    assert np.array_equal(ask(tmp_path / "saved", image_file, num_proposals=2).probabilities, wanted.probabilities)
+    again.to(torch.bfloat16)
+    assert again(image, "liver", num_proposals=2, generator=seeded(), modality="CT").proposals.any()
 
 
 def test_an_exchanged_part_is_used_and_adapters_of_the_old_one_are_not(model: Path, image: Any, tmp_path: Path):

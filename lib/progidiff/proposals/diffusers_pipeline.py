@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ from progidiff.errors import ModelError, RequestError
 from progidiff.images.arrays import GivenImage, take_image
 from progidiff.model.adapters import AdapterStore, compute_base_digest
 from progidiff.model.backbone import Backbone, LoadedBackbone
+from progidiff.model.close_up import CloseUpNetwork
+from progidiff.model.close_up_folder import CloseUpCard, has_close_up, load_close_up, save_close_up
 from progidiff.model.conditioning_model import ConditioningModel
 from progidiff.model.folder import (
     WEIGHTS,
@@ -138,6 +140,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         self._base_digest = ""
         self._trained: object = None
         self._origin: Path | None = None
+        self._close_up: tuple[CloseUpCard, CloseUpNetwork] | None = None
         self._autocasts = True
 
     @classmethod
@@ -170,6 +173,8 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
                 )
             pipe = cls(**_load_parts(folder, card, backbone, _spread(dtype)), card=card, adapters=adapters)
         pipe._base_digest, pipe._origin, pipe._autocasts = compute_base_digest(folder), folder, dtype is None
+        if has_close_up(folder):
+            pipe._close_up = load_close_up(folder, torch.device("cpu"))
         pipe._trained = pipe._sum_weights()
         return pipe  # type: ignore[no-any-return]
 
@@ -177,6 +182,8 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Move or cast all parts, as of every pipeline; adapters still fit then."""
         fits = self._is_as_trained
         super().to(*args, **options)
+        if self._close_up is not None:
+            self._close_up[1].to(self.device)
         if fits:
             self._trained = self._sum_weights()
         return self
@@ -281,6 +288,8 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         is_same = fits and bool(self.card.backbone_digest)
         changes = {"backbone_copies": (written,)} if is_same else {"backbone_digest": written, "backbone_copies": ()}
         write_card(folder / "conditioning", replace(self.card, **changes))
+        if self._close_up is not None:
+            save_close_up(folder, *self._close_up, half=holds_halves(self._close_up[1].state_dict()))
         for name in ("run.json", "README.md"):
             if self._origin is not None and (self._origin / "conditioning" / name).is_file():
                 shutil.copyfile(self._origin / "conditioning" / name, folder / "conditioning" / name)
@@ -327,7 +336,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
         pipeline.scheduler = self.scheduler
         store = self.adapters if fits else AdapterStore(NOWHERE)
-        return Engine.from_networks(self.card, pipeline, store, self._base_digest)
+        return Engine.from_networks(self.card, pipeline, store, self._base_digest, self._close_up)
 
 
 def draw_seed(generator: torch.Generator | None) -> int:
@@ -411,11 +420,15 @@ def _restore(
     )
 
 
+def holds_halves(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether fp16 holds the weights without a loss, as it does those that a training stored so."""
+    return all(torch.equal(tensor.half().to(tensor.dtype), tensor) for tensor in tensors.values())
+
+
 def _save_lossless(conditioning: torch.nn.Module, path: Path) -> None:
     """Write weights in fp16 where that is what they are, as a training does: the file is then bit for bit the one that
     adapters belong to.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in conditioning.state_dict().items()}
-    halves = {name: tensor.half() for name, tensor in tensors.items()}
-    is_half = all(torch.equal(half.to(tensors[name].dtype), tensors[name]) for name, half in halves.items())
-    save_file(halves if is_half else tensors, path)
+    is_half = holds_halves(tensors)
+    save_file({name: tensor.half() for name, tensor in tensors.items()} if is_half else tensors, path)

@@ -24,7 +24,8 @@ from progidiff.errors import MemoryFullError, NotFoundError, ProGiDiffError, Req
 from progidiff.images.volume import Volume
 from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.model.backbone import Backbone, pick_device
-from progidiff.model.close_up_folder import has_close_up, load_close_up, load_close_up_card
+from progidiff.model.close_up import CloseUpNetwork
+from progidiff.model.close_up_folder import CloseUpCard, has_close_up, load_close_up, load_close_up_card
 from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.folder import ModelCard, find_backbone, load_card, load_pipeline
@@ -74,6 +75,7 @@ class Engine:
         self._cpu_fallback = cpu_fallback
         self._on_cpu: Engine | None = None
         self._base_digest: str | None = None
+        self._default_steps: int | None = None
         self._card: ModelCard | None = None
         self._pipeline: ProposalPipeline | None = None
         self._prompts: dict[tuple[str, ...], EncodedPrompts] = {}
@@ -85,13 +87,20 @@ class Engine:
     @property
     def num_inference_steps(self) -> int:
         """Denoising steps of a request that names none."""
+        if self._default_steps is not None:
+            return self._default_steps
         if has_close_up(self.model_dir):
             return load_close_up_card(self.model_dir).num_inference_steps
         return self.card.num_inference_steps
 
     @classmethod
     def from_networks(
-        cls, card: ModelCard, pipeline: ProposalPipeline, adapters: AdapterStore, base_digest: str
+        cls,
+        card: ModelCard,
+        pipeline: ProposalPipeline,
+        adapters: AdapterStore,
+        base_digest: str,
+        close_up: tuple[CloseUpCard, CloseUpNetwork] | None = None,
     ) -> Engine:
         """An engine whose networks are loaded.
 
@@ -100,9 +109,14 @@ class Engine:
             pipeline: The networks.
             adapters: Versions that requests may ask for.
             base_digest: What `compute_base_digest` says of the model; adapters of another base are not used.
+            close_up: What draws close-ups, in fp32 on the pipeline's device; None to answer from whole slices.
         """
         engine = cls(pipeline.backbone.folder, pipeline.backbone.source, adapters=adapters.root)
         engine._card, engine._pipeline, engine._base_digest = card, pipeline, base_digest
+        engine._default_steps = card.num_inference_steps
+        if close_up is not None:
+            engine._default_steps = close_up[0].num_inference_steps
+            engine._close_up = engine._make_close_up(*close_up, pipeline)
         return engine
 
     @property
@@ -159,19 +173,21 @@ class Engine:
             autocast = None if self._dtype is not None else find_autocast(backbone.device)
             self._card, self._pipeline = load_pipeline(self.model_dir, backbone, autocast)
             if has_close_up(self.model_dir):
-                self._close_up = self._load_close_up(self._pipeline, autocast)
+                self._close_up = self._load_close_up(self._pipeline)
             for part in (backbone.unet, backbone.text_encoder, backbone.tokenizer):
                 logger.debug("Ready: %s", type(part).__name__)
         return self._pipeline
 
-    def _load_close_up(self, pipeline: ProposalPipeline, autocast: torch.dtype | None) -> CloseUpTools:
+    def _load_close_up(self, pipeline: ProposalPipeline) -> CloseUpTools:
         card, network = load_close_up(self.model_dir, pipeline.device)
         if pipeline.device.type != "cpu":
             network.to(next(pipeline.branch.parameters()).dtype)
+        return self._make_close_up(card, network, pipeline)
+
+    def _make_close_up(self, card: CloseUpCard, network: CloseUpNetwork, pipeline: ProposalPipeline) -> CloseUpTools:
         texts = self.card.structures
-        return CloseUpTools(
-            CloseUpPipeline(network, autocast), card.rules, self._shelf, texts, self._encode_prompts(pipeline, texts)
-        )
+        drawing = CloseUpPipeline(network, pipeline.autocast_dtype)
+        return CloseUpTools(drawing, card.rules, self._shelf, texts, self._encode_prompts(pipeline, texts))
 
     def pick_adapter(self, adapter: str | None, modality: str) -> AdapterCard | None:
         """Which version a request gets: reads a few small files, loads nothing, and may be asked from any thread.

@@ -417,7 +417,7 @@ def _write_model(
     if embedded and source.resolve() != folder.resolve() and not folder.exists():
         model_dir.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as scratch:
-            others = shutil.ignore_patterns(".*", "conditioning", "adapters")  # of a model saved as one pipeline
+            others = shutil.ignore_patterns(".*", "conditioning", "adapters", "close_up")  # of a model saved as one pipeline
             shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=others)
     if trained:
         save_backbone_part(folder, "unet", pipeline.unet)

@@ -56,7 +56,7 @@ from progidiff.proposals.engine import Engine, find_autocast
 from progidiff.proposals.request import DEFAULT_CLEAN_UP, DEFAULT_NUM_PROPOSALS, NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.work import Work
-from progidiff.storage.state import EMBEDDED_MODEL
+from progidiff.storage.app_folder import find_model
 
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*README.md", "*CURRENT", "*.jsonl")
 """What of a repository on the model hub is fetched."""
@@ -159,7 +159,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             ModelError: if something is missing or does not fit.
         """
         hub = {str(name): options.pop(name) for name in HUB_OPTIONS if name in options}
-        folder = _find_folder(EMBEDDED_MODEL if source is None else source, hub)
+        folder = _find_folder(find_model() if source is None else source, hub)
         card, dtype = load_card(folder), options.pop("dtype", None) or options.pop("torch_dtype", None)
         adapters = options.pop("adapters", folder / "adapters")
         if find_backbone(folder) == folder:

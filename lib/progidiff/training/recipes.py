@@ -417,7 +417,8 @@ def _write_model(
     if embedded and source.resolve() != folder.resolve() and not folder.exists():
         model_dir.mkdir(parents=True, exist_ok=True)
         with atomic_folder(folder) as scratch:
-            others = shutil.ignore_patterns(".*", "conditioning", "adapters", "close_up")  # of a model saved as one pipeline
+            # Of a model that was saved as one pipeline, the parts beside the backbone.
+            others = shutil.ignore_patterns(".*", "conditioning", "adapters", "close_up")
             shutil.copytree(source, scratch, dirs_exist_ok=True, ignore=others)
     if trained:
         save_backbone_part(folder, "unet", pipeline.unet)

@@ -141,9 +141,9 @@ def save_close_up(folder: Path, card: CloseUpCard, network: CloseUpNetwork, half
             },
             scratch / "branch.safetensors",
         )
-        kept = network.unet.dtype
-        network.unet.to(dtype).save_pretrained(scratch / "unet", max_shard_size="15MB", safe_serialization=True)
-        network.unet.to(kept)
+        unet = network.unet.half() if half else network.unet
+        unet.save_pretrained(scratch / "unet", max_shard_size="15MB", safe_serialization=True)
+        network.unet.float()
         network.scheduler.save_pretrained(scratch / "scheduler")
         (scratch / "config.json").write_text(json.dumps(card.to_dict(), indent=1) + "\n", encoding="utf-8")
     return target

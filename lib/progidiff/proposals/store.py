@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from pydantic import TypeAdapter
 
 from progidiff.errors import ImageError, StoreError
@@ -171,11 +170,7 @@ class ProposalStore:
                 continue
             result = self.load(entry.key)
             if result is not None:
-                chosen = [kept.index(one) for one in asked]
-                names = tuple(name for name, _ in asked)
-                return replace(
-                    result, structures=names, probabilities=np.ascontiguousarray(result.probabilities[chosen])
-                )
+                return result.take([name for name, _ in asked])
         return None
 
     def list(self, image_id: str | None = None) -> list[StoredResult]:

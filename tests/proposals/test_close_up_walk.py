@@ -177,3 +177,12 @@ def test_what_has_no_name_is_drawn_around_its_clicks(engine: Engine, volume: Vol
 def test_a_click_outside_of_the_image_is_refused(engine: Engine, volume: Volume):
     with pytest.raises(GeometryError, match="outside"):
         engine.propose(ProposalRequest(queries=[LIVER], edits=(edit(300, 0, 0),)), volume)
+
+
+def test_some_of_the_structures_are_taken_with_their_clicks(engine: Engine, volume: Volume):
+    whole = engine.propose(ProposalRequest(queries=[LIVER, AORTA], num_proposals=2, edits=(edit(3, 4, 2),)), volume)
+    part = whole.take(["aorta"])
+    assert part.structures == ("aorta",)
+    assert (part.mask(volume.grid, "aorta", "2") == whole.mask(volume.grid, "aorta", "2")).all()
+    assert set(part.pins) == {"aorta"}
+    assert part.mask(volume.grid, "aorta")[3, 4, 2] == 1

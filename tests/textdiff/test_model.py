@@ -26,6 +26,7 @@ from progidiff.textdiff.model import (
 from progidiff.textdiff.pictures import read_picture, to_picture
 from progidiff.textdiff.train import TextDiffTraining
 from progidiff.textdiff.versions import TextDiffStore
+from support.cards import read_hub_card
 
 SENTENCE = "The density in the upper left is high."
 
@@ -191,6 +192,7 @@ def test_a_model_comes_back_from_the_disk(training: TextDiffTraining):
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert "a0, a1, a2" in readme
     assert "Held out: a3" in readme
+    assert read_hub_card(folder / "README.md").library_name == "progidiff"
 
 
 def test_model_and_denoiser_can_be_moved_together(training: TextDiffTraining, denoiser: Path, tmp_path: Path):

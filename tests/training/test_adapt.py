@@ -26,6 +26,7 @@ from progidiff.proposals.request import ProposalRequest
 from progidiff.training.adapt import AdaptResult, judge, run_adapt
 from progidiff.training.recipe_settings import AdaptConfig
 from progidiff.training.split import pick_evenly, prepare_data, restrict_cache, split_slices
+from support.cards import read_hub_card
 from support.labelled_phantoms import write_case, write_table
 
 QUICK = AdaptConfig(
@@ -100,6 +101,9 @@ def test_a_version_says_how_it_was_made(adapted: tuple[Path, AdaptResult]):
     assert set(run["training_cases"]).isdisjoint(run["held_out_cases"])
     readme = (store.folder(result.card) / "README.md").read_text()
     assert "# mr@1" in readme
+    data = read_hub_card(store.folder(result.card) / "README.md")
+    assert (data.base_model, data.library_name) == ("tiny", "peft")
+    assert {"Dice, mean", "Dice, liver"} <= {figure.metric_name for figure in data.eval_results}
     assert all(structure in readme for structure in ("| liver |", "| left kidney |", "| mean |"))
     assert (store.folder(result.card) / "adapter_model.safetensors").stat().st_size < 5_000_000
 

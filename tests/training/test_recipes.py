@@ -47,6 +47,7 @@ from progidiff.training.recipe_settings import (
 )
 from progidiff.training.recipes import run_pretrain, run_train
 from progidiff.training.slice_cache import SliceCache, list_cases
+from support.cards import read_hub_card
 from support.labelled_phantoms import write_case, write_table
 
 STRUCTURES = ("liver", "aorta")
@@ -125,6 +126,8 @@ def test_pretraining_and_training_give_a_model_that_proposes(
     text = (folder / "model" / "conditioning" / "README.md").read_text()
     assert "toy@7" in text
     assert "Never trained on: two" in text
+    data = read_hub_card(folder / "model" / "conditioning" / "README.md")
+    assert (data.model_name, data.license_name) == ("toy@7", "as-the-training-data")
 
 
 def test_a_frozen_denoiser_stays_as_it_is_and_its_branch_is_trained(

@@ -41,7 +41,9 @@ def print_version(store: VersionStore[C], reference: str, as_json: bool) -> None
         known = {store.noun.lower(): card.to_dict(), "run": store.run(card), "history": store.history(card.name)}
         typer.echo(json.dumps(known, indent=1))
     else:
-        typer.echo((store.folder(card) / "README.md").read_text(encoding="utf-8"))
+        from progidiff.model.hub_card import strip_front_matter
+
+        typer.echo(strip_front_matter((store.folder(card) / "README.md").read_text(encoding="utf-8")))
 
 
 def serve_version(store: VersionStore[C], reference: str) -> None:

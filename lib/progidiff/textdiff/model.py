@@ -35,6 +35,7 @@ from progidiff.errors import CancelledError, ModelError, RequestError, StoreErro
 from progidiff.images.pictures import PICTURE
 from progidiff.model.backbone import pick_device
 from progidiff.model.folder import check_tensors
+from progidiff.model.hub_card import HubFacts, write_front_matter
 from progidiff.proposals.agreement import compute_disagreement
 from progidiff.storage.app_folder import find_model
 from progidiff.storage.atomic import atomic_folder
@@ -507,7 +508,18 @@ def refer_to(denoiser: str, before: Path | None, now: Path) -> str:
 def write_model_card(card: TextDiffCard, run: Mapping[str, Any]) -> str:
     """A model card in Markdown from what is known; people add limits and pictures."""
     figures = "\n".join(f"| {name} | {value:.3f} |" for name, value in card.figures.items())
-    return f"""# {card.full_name}
+    is_hub_id = card.denoiser.count("/") == 1 and not card.denoiser.startswith((".", "/"))
+    facts = HubFacts(
+        name=card.full_name,
+        library="progidiff",
+        tags=("medical", *card.classes),
+        licence=card.licence.partition(":")[0],
+        base_model=card.denoiser if is_hub_id else "",
+        datasets=[card.data.partition(" (")[0]] if card.data else (),
+        measured_on="Held-out pictures",
+        dice={"": card.figures["dice"]} if "dice" in card.figures else {},
+    )
+    return f"""{write_front_matter(facts)}# {card.full_name}
 
 Segments {", ".join(card.classes)} in 2-D pictures{
         " with a report sentence" if card.head.text_features else ""

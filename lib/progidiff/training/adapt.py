@@ -30,6 +30,7 @@ from progidiff.images.reading import load_volume
 from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, check_name, compute_base_digest
 from progidiff.model.backbone import Backbone
 from progidiff.model.folder import ModelCard, find_backbone, load_pipeline
+from progidiff.model.hub_card import HubFacts, write_front_matter
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.training.adapt_stages import AdaptStages
 from progidiff.training.evidence_stage import PhraseTable
@@ -331,7 +332,19 @@ def write_adapter_card(card: AdapterCard, run: Mapping[str, Any], data: AdaptDat
         else ""
     )
     held_back = ", ".join(data.held_out) or "slices of the same volume"
-    return f"""# {card.full_name}
+    facts = HubFacts(
+        name=card.full_name,
+        library="peft" if lora is not None else "diffusers",
+        tags=("medical", card.modality.lower(), *card.structures),
+        base_model=card.base_name,
+        measured_on="Held-back slices of the labels it was trained on",
+        dice={
+            key.removeprefix("consensus").strip(): value
+            for key, value in figures["adapted"].items()
+            if key.startswith("consensus")
+        },
+    )
+    return f"""{write_front_matter(facts)}# {card.full_name}
 
 {what}
 of {card.base_name} for {card.modality} images. Structures: {", ".join(card.structures)}.

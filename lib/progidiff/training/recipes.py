@@ -39,6 +39,7 @@ from progidiff.model.folder import (
     save_backbone_part,
     save_conditioning,
 )
+from progidiff.model.hub_card import HubFacts, write_front_matter
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.storage.atomic import atomic_folder
 from progidiff.training.backbone_stages import (
@@ -423,7 +424,8 @@ def _write_model(
     if trained:
         save_backbone_part(folder, "unet", pipeline.unet)
     card = replace(card, backbone_digest=compute_backbone_digest(folder if embedded else source), backbone_copies=())
-    save_conditioning(model_dir, card, pipeline.branch, run, write_model_card(card, run))
+    base = "" if embedded else pipeline.backbone.source
+    save_conditioning(model_dir, card, pipeline.branch, run, write_model_card(card, run, base))
 
 
 class _Hooks:
@@ -481,14 +483,26 @@ def describe_run() -> dict[str, Any]:
     }
 
 
-def write_model_card(card: ModelCard, run: dict[str, Any]) -> str:
-    """A model card in Markdown from what is known; people add limits and pictures."""
+def write_model_card(card: ModelCard, run: dict[str, Any], base: str = "") -> str:
+    """A model card in Markdown from what is known; people add limits and pictures.
+
+    Args:
+        base: The backbone, if it is another model's.
+    """
     history = run["validation"].get("proposals")
     last = history[-1] if history else {}
     rows = "\n".join(
         f"| {k.removeprefix('consensus ')} | {v:.3f} |" for k, v in last.items() if k.startswith("consensus ")
     )
-    return f"""# {card.full_name}
+    facts = HubFacts(
+        name=card.full_name,
+        library="diffusers",
+        tags=("medical", card.modality.lower(), *card.structures),
+        base_model=base,
+        measured_on="Every 6th slice of the held-out volumes",
+        dice={k.removeprefix("consensus").strip(): v for k, v in last.items() if k.startswith("consensus")},
+    )
+    return f"""{write_front_matter(facts)}# {card.full_name}
 
 Prompt-conditioned diffusion proposals for {card.modality}, structures: {", ".join(card.structures)}.
 

@@ -130,7 +130,7 @@ lock: packaging-tools
 
 sbom: packaging-tools
 	@mkdir -p dist
-	@$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --outfile dist/sbom.cdx.json $(BIN)/python
+	@$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-file dist/sbom.cdx.json $(BIN)/python
 	@ls -l dist/sbom.cdx.json
 
 check-files: packaging-tools

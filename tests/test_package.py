@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -87,3 +89,16 @@ def test_the_wheel_carries_the_host_that_is_tested():
     pin = read_pins("requirements-host.txt")["monailabel"]
     text = (ROOT / "setup.py").read_text(encoding="utf-8") + (ROOT / "lib/progidiff/server/start.py").read_text("utf-8")
     assert set(re.findall(r"monailabel(==[\d.]+\d)", text)) == {pin}
+
+
+def test_the_notes_of_a_release_are_its_section_of_the_changelog():
+    def run(version: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "packaging" / "release_notes.py"), version]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
+
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    notes = run("0.1.0").stdout.strip()
+    assert notes
+    assert notes in text
+    assert "## " not in notes.replace("### ", "")
+    assert "CHANGELOG.md says nothing of version 99.0" in run("99.0").stderr

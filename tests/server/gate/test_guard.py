@@ -556,6 +556,8 @@ def test_only_the_login_and_the_probes_are_open():
         "/auth/token",
         "/progidiff/login",
         "/progidiff/logout",
+        "/progidiff/oidc/login",
+        "/progidiff/oidc/callback",
         "/favicon.ico",
     }
 

@@ -33,6 +33,7 @@ from pydantic import FiniteFloat, TypeAdapter
 
 from progidiff.errors import AccessError, BusyError, LoginError, RequestError, TooManyTriesError
 from progidiff.server.gate.log_text import one_line
+from progidiff.server.gate.oidc import Identity, Provider, read_settings
 from progidiff.server.gate.peers import group_address
 from progidiff.server.options import TOKEN, ServerOptions
 from progidiff.storage.state_files import load_state
@@ -142,6 +143,9 @@ _HASHERS = 2
 _MAX_WAITING = 64
 """Logins that wait for them."""
 
+_SEALED = "sealed "
+"""Stands before what is signed and is no session; no session's text has a space."""
+
 _KEY_FILE = "session.key"
 _KEY_BYTES = 32
 _ENDED_FILE = "ended.json"
@@ -168,6 +172,7 @@ class Authenticator:
         session_seconds: How long a login lasts.
         local_token: The text of this machine's own token, one of `tokens`; None if there is none. With it, and without
             `anonymous`, other machines are refused whatever they send.
+        provider: Where users log in by OpenID Connect; None if nowhere.
     """
 
     def __init__(
@@ -178,7 +183,9 @@ class Authenticator:
         state: Path,
         session_seconds: float = 43_200,
         local_token: str | None = None,
+        provider: Provider | None = None,
     ) -> None:
+        self.provider = provider
         self.tokens = tokens
         self.users = users
         self.anonymous = anonymous
@@ -211,17 +218,18 @@ class Authenticator:
                 f"The users file {users.path} has no user. Add one: progidiff users add "
                 f"NAME --role annotate --file {users.path}"
             )
+        provider = Provider(read_settings(options.oidc_file)) if options.oidc_file else None
         local = None
-        if not tokens and users is None and options.login == TOKEN:
+        if not tokens and users is None and provider is None and options.login == TOKEN:
             local = _open_local(options.store)
             tokens = (Token.of(LOCAL_NAME, Role.ADMINISTER, local),)
         state, seconds = options.store / "sessions", options.session_hours * 3600
-        return cls(tokens, users, options.allow_anonymous, state, seconds, local)
+        return cls(tokens, users, options.allow_anonymous, state, seconds, local, provider)
 
     @property
     def required(self) -> bool:
         """Whether there is something to log in with; then nobody is let in for being on this machine."""
-        return bool(self.tokens) or self.users is not None
+        return bool(self.tokens) or self.users is not None or self.provider is not None
 
     @property
     def only_local(self) -> bool:
@@ -242,6 +250,7 @@ class Authenticator:
             )
         ways = [f"{len(self.tokens)} tokens"] if self.tokens else []
         ways += [f"the users of {self.users.path}"] if self.users is not None else []
+        ways += [f"those whom {self.provider.settings.issuer} logs in"] if self.provider is not None else []
         if ways:
             others = f"; without a login: {self.anonymous}" if self.anonymous else ""
             return f"{' and '.join(ways)}, from any address that reaches this server{others}"
@@ -337,8 +346,37 @@ class Authenticator:
         finally:
             self._waiting -= 1
 
-    def _start_session(self, name: str, stamp: str) -> str:
-        content = {"n": name, "e": int(time.time() + self.session_seconds), "s": stamp, "i": secrets.token_hex(8)}
+    def start_session_of(self, identity: Identity) -> str:
+        """The text of a new session of somebody whom the provider has logged in; the role lies in it."""
+        if self.provider is None:
+            raise LoginError("This server has no login provider. Log in with a name and a password.")
+        return self._start_session(identity.name, _stamp(self.provider.fingerprint), r=str(identity.role))
+
+    def is_of_provider(self, text: str) -> bool:
+        """Whether a session's text is of somebody whom the provider has logged in."""
+        return "r" in (self._open_session(text) or {})
+
+    def seal(self, text: str) -> str:
+        """A text that `unseal` knows as this server's own; it is no session."""
+        return f"{_encode(text.encode())}.{_encode(self._sign(_SEALED + text))}"
+
+    def unseal(self, sealed: str) -> str | None:
+        """What `seal` was given; None if it was not."""
+        body, _, signature = sealed.partition(".")
+        try:
+            text = _decode(body).decode()
+            return text if hmac.compare_digest(_decode(signature), self._sign(_SEALED + text)) else None
+        except (binascii.Error, ValueError):
+            return None
+
+    def _start_session(self, name: str, stamp: str, **more: str) -> str:
+        content = {
+            "n": name,
+            "e": int(time.time() + self.session_seconds),
+            "s": stamp,
+            "i": secrets.token_hex(8),
+            **more,
+        }
         body = _encode(json.dumps(content, separators=(",", ":")).encode())
         return f"{body}.{_encode(self._sign(body))}"
 
@@ -355,6 +393,9 @@ class Authenticator:
         ):
             return None
         name, stamp = content["n"], content["s"]
+        if "r" in content:  # Whom the provider has logged in is in no file of ours.
+            known = self.provider is not None and hmac.compare_digest(_stamp(self.provider.fingerprint), stamp)
+            return User(name, Role(content["r"])) if known else None
         for token in self.tokens:
             if token.name == name and hmac.compare_digest(_stamp(token.digest), stamp):
                 return User(name, token.role)

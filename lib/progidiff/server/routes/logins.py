@@ -6,22 +6,26 @@ from __future__ import annotations
 
 import html
 import logging
-from urllib.parse import parse_qsl
+from urllib.parse import parse_qsl, quote
 
 from fastapi import Depends, Form, Request
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from progidiff.errors import BusyError, LoginError, ProGiDiffError
+from progidiff.errors import AccessError, BusyError, LoginError, NotFoundError, ProGiDiffError
+from progidiff.logs import note_account
 from progidiff.server.gate.auth import Authenticator, User
 from progidiff.server.gate.callers import LOGIN_PAGE
 from progidiff.server.gate.endpoints import CALLER, OPEN, READ, SMALL, Endpoints
+from progidiff.server.gate.oidc import LOGIN_SECONDS, Begun, Provider
 from progidiff.server.gate.paths import find_root
 from progidiff.server.parts import get_context
 
 logger = logging.getLogger(__name__)
 
 _START, _REVIEW = "/", "/progidiff/"
+_PROVIDER_LOGIN, _PROVIDER_CALLBACK = "/progidiff/oidc/login", "/progidiff/oidc/callback"
+_BEGUN_COOKIE = "progidiff_oidc"
 
 _LINK_HINT = (
     "<p>Open the link that the server printed where it was started, or leave the name empty and give the token in it "
@@ -41,6 +45,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 34rem; margin: 12vh auto
 }
 label { display: block; margin-top: 1rem } input, button { font: inherit; padding: .4rem .6rem }
 input { width: 100%; box-sizing: border-box }
+a.button { display: inline-block; padding: .5rem .8rem; border: 1px solid; border-radius: .3rem }
 button { margin-top: 1.2rem } .error { color: #c0392b }
 """
 
@@ -100,6 +105,7 @@ def build_endpoints() -> Endpoints:
     endpoints = Endpoints()
     _add_tokens(endpoints)
     _add_pages(endpoints)
+    _add_provider(endpoints)
     return endpoints
 
 
@@ -140,12 +146,13 @@ def _add_pages(endpoints: Endpoints) -> None:
         summary="The login page; with a token, as in the link that the server prints, sets the session cookie",
         takes="Query: next (an address of this server), token",
     )
-    async def show_login(request: Request, next: str = "", token: str = "") -> Response:
+    async def show_login(request: Request, next: str = "", token: str = "", ended: bool = False) -> Response:
         auth = _auth()
         if token and auth.required:
             target = _check_target(next or _REVIEW, find_root(request.scope))
             return await _log_in(request, "", token, target)
-        return _page("Log in", _form(request, _check_target(next, find_root(request.scope))))
+        told = _tell_end(request) if ended else ""
+        return _page("Log in", told + _form(request, _check_target(next, find_root(request.scope))))
 
     # The address is the login page's own, so a browser's back button and a failed try stay on it.
     @endpoints.post(
@@ -164,9 +171,11 @@ def _add_pages(endpoints: Endpoints) -> None:
     @endpoints.post("/progidiff/logout", OPEN, include_in_schema=False, summary="Ends the session", body=SMALL)
     def log_out(request: Request) -> Response:
         cookie = _name_cookie(request)
-        _auth().end_session(request.cookies.get(cookie, ""))
+        session = request.cookies.get(cookie, "")
+        ended = "?ended=true" if _auth().is_of_provider(session) else ""
+        _auth().end_session(session)
         _auth().end_session(request.headers.get("authorization", "").partition(" ")[2].strip())
-        response = RedirectResponse(f"{find_root(request.scope)}{LOGIN_PAGE}", status_code=303)
+        response = RedirectResponse(f"{find_root(request.scope)}{LOGIN_PAGE}{ended}", status_code=303)
         response.delete_cookie(cookie, path=_find_cookie_path(request), httponly=True, samesite="strict")
         return response
 
@@ -177,6 +186,8 @@ def _add_pages(endpoints: Endpoints) -> None:
         out = (
             f'<form method="post" action="{root}/progidiff/logout"><button>Log out</button></form>' if user.name else ""
         )
+        if not user.name and _auth().required:
+            out = f'<p><a href="{root}{LOGIN_PAGE}">Log in</a></p>'
         links = "".join(
             f'<li><a href="{root}{address}">{text}</a></li>'
             for address, text in (
@@ -190,6 +201,96 @@ def _add_pages(endpoints: Endpoints) -> None:
         return _page("ProGiDiff Label", f"<p>{who} For research, not for diagnosis.</p><ul>{links}</ul>{out}")
 
 
+def _add_provider(endpoints: Endpoints) -> None:
+    # Plain functions: they wait for the provider, in a thread.
+    @endpoints.get(
+        _PROVIDER_LOGIN,
+        OPEN,
+        include_in_schema=False,
+        summary="Leads to the login provider (OpenID Connect, authorization code with PKCE)",
+        takes="Query: next (an address of this server)",
+    )
+    def begin_login(request: Request, next: str = "") -> Response:
+        target = _check_target(next or _REVIEW, find_root(request.scope))
+        try:
+            url, begun = _provider().begin(_find_callback(request), target)
+        except BusyError as err:
+            return _refuse(request, err, target, "")
+        response = RedirectResponse(url, status_code=303)
+        # Lax: the provider's page leads back here, and Strict would keep the cookie from that.
+        response.set_cookie(
+            _BEGUN_COOKIE,
+            _auth().seal(begun.to_text()),
+            max_age=int(LOGIN_SECONDS),
+            path=_find_cookie_path(request),
+            httponly=True,
+            samesite="lax",
+            secure=_is_https(request),
+        )
+        return response
+
+    @endpoints.get(
+        _PROVIDER_CALLBACK,
+        OPEN,
+        include_in_schema=False,
+        summary="Where the login provider leads back to; sets the session cookie",
+        takes="Query: code, state, iss, error",
+    )
+    def finish_login(request: Request) -> Response:
+        provider, auth = _provider(), _auth()
+        kept = auth.unseal(request.cookies.get(_BEGUN_COOKIE, ""))
+        begun = None if kept is None else Begun.from_text(kept)
+        target = _START if begun is None else begun.target
+        try:
+            identity = provider.finish(begun, dict(request.query_params), _find_callback(request))
+        except (AccessError, BusyError) as err:
+            logger.warning("A login by the provider failed: %s", err)
+            return _refuse(request, err, target, "")
+        note_account(identity.name)
+        logger.info("'%s' is logged in by the provider and may %s", identity.name, identity.role)
+        address = html.escape(f"{find_root(request.scope)}{target}")
+        # A page and no redirect: one that began at another site would arrive without a cookie that is Strict.
+        onward = f'<meta http-equiv="refresh" content="0;url={address}"><p><a href="{address}">Go on</a></p>'
+        response = _page("You are logged in", onward)
+        _set_session(request, response, auth.start_session_of(identity))
+        response.delete_cookie(_BEGUN_COOKIE, path=_find_cookie_path(request), httponly=True, samesite="lax")
+        return response
+
+
+def _provider() -> Provider:
+    provider = _auth().provider
+    if provider is None:
+        raise NotFoundError("This server has no login provider. An administrator starts it with --conf oidc_file FILE.")
+    return provider
+
+
+def _is_https(request: Request) -> bool:
+    provider = _auth().provider
+    public = provider.settings.public_url if provider is not None else ""
+    return request.url.scheme == "https" or public.startswith("https://")
+
+
+def _find_public(request: Request, path: str) -> str:
+    """An address of this server as a browser writes it."""
+    provider = _provider()
+    base = provider.settings.public_url.rstrip("/")
+    if not base:
+        base = f"{request.url.scheme}://{request.headers.get('host', '')}{find_root(request.scope)}"
+    return f"{base}{path}"
+
+
+def _find_callback(request: Request) -> str:
+    return _find_public(request, _PROVIDER_CALLBACK)
+
+
+def _tell_end(request: Request) -> str:
+    """That one is logged out here, and how to do so at the provider too."""
+    provider = _auth().provider
+    page = "" if provider is None else provider.find_logout(_find_public(request, LOGIN_PAGE))
+    there = f' <a href="{html.escape(page)}">Log out at the provider, too</a>.' if page else ""
+    return f"<p>You are logged out here.{there}</p>"
+
+
 async def _log_in(request: Request, name: str, password: str, target: str) -> Response:
     """Lead to the target with the cookie of a session, or show the form again."""
     auth = _auth()
@@ -198,16 +299,20 @@ async def _log_in(request: Request, name: str, password: str, target: str) -> Re
     except (LoginError, BusyError) as err:
         return _refuse(request, err, target, name)
     response = RedirectResponse(f"{find_root(request.scope)}{target}", status_code=303)
+    _set_session(request, response, session)
+    return response
+
+
+def _set_session(request: Request, response: Response, session: str) -> None:
     response.set_cookie(
         _name_cookie(request),
         session,
-        max_age=int(auth.session_seconds),
+        max_age=int(_auth().session_seconds),
         path=_find_cookie_path(request),
         httponly=True,
         samesite="strict",
-        secure=request.url.scheme == "https",
+        secure=_is_https(request),
     )
-    return response
 
 
 async def _read_fields(request: Request) -> dict[str, str]:
@@ -264,6 +369,12 @@ def _form(request: Request, target: str, name: str = "", error: str = "") -> str
     action = f"{root}{LOGIN_PAGE}"
     hint = _LINK_HINT if _auth().local_token is not None else ""
     problem = f'<p class="error" role="alert">{html.escape(error)}</p>' if error else ""
+    provider = _auth().provider
+    if provider is not None:
+        address = html.escape(f"{root}{_PROVIDER_LOGIN}?next={quote(target, safe='')}")
+        hint += f'<p><a class="button" href="{address}">Log in with {html.escape(provider.settings.title)}</a></p>'
+        if not _auth().tokens and _auth().users is None:
+            return f"{problem}{hint}"
     return (
         f'{problem}{hint}<form method="post" action="{action}">'
         f'<input type="hidden" name="next" value="{html.escape(target)}">'

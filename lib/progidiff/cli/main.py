@@ -397,6 +397,17 @@ def export_dicom(
     typer.echo(f"{len(files)} slices of series {entry.identity.series_uid} in {folder}")
 
 
+@app.command("export-bundle")
+def export_bundle(
+    folder: Annotated[Path, typer.Argument(help="New folder for the bundle.", show_default=False)],
+    model: ModelOption = None,
+) -> None:
+    """Write the model as a MONAI bundle, for `python -m monai.bundle run`."""
+    from progidiff.exchange import monai_bundle
+
+    typer.echo(str(monai_bundle.export_bundle(folder, find_model(model))))
+
+
 def _describe_prediction(
     volume: Any,
     image: Path,

@@ -205,7 +205,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         allow_free_text: bool = False,
         clean_up: str = DEFAULT_CLEAN_UP,
         return_dict: bool = True,
-    ) -> ProGiDiffOutput | tuple[Any, ...]:
+    ) -> ProGiDiffOutput:
         """Propose masks.
 
         Args:

@@ -11,6 +11,7 @@ FROM python:${PYTHON} AS build
 ARG DEVICE=cpu
 # What to hand to `pip install` for PyTorch; empty for the device's.
 ARG TORCH=
+ENV PIP_NO_CACHE_DIR=1
 WORKDIR /source
 COPY . .
 RUN TORCH="${TORCH}" packaging/image/build.sh /opt/progidiff "${DEVICE}"

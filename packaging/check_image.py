@@ -3,8 +3,8 @@
 
 The environment is made by `packaging/image/build.sh` from the wheel and requirements.lock, the folders by
 `packaging/image/prepare.sh` under a temporary root. ENTRYPOINT, CMD, ENV and HEALTHCHECK are read from the Dockerfile,
-so that they are what is tested. As root, the server runs under the image's account, which can write into /data,
-/studies and /tmp only: as in a container with a read-only root.
+so that they are what is tested. As root, with an interpreter that every account can reach, the server runs under the
+image's account, which can write into /data, /studies and /tmp only: as in a container with a read-only root.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
             logger.info("Built")
         subprocess.run([str(ROOT / "packaging/image/prepare.sh"), str(place)], check=True)
         check(Image(place, environment))
-    logger.info("What the image starts serves, under an account without rights.")
+    logger.info("What the image starts serves.")
 
 
 class Image:
@@ -70,6 +70,7 @@ class Image:
         self.environment = {name: self._move(value) for name, value in variables}
         self.environment |= {"PATH": f"{environment}/bin:/usr/bin:/bin", "PROGIDIFF_PORT": str(PORT)}
         self.root = root
+        self.account = self._find_account()
 
     def _find(self, instruction: str, text: str | None = None) -> list[str]:
         found = re.findall(rf"^{instruction} (\[.*\])$", text or self._text, flags=re.MULTILINE)
@@ -80,9 +81,14 @@ class Image:
             word = re.sub(rf"(^|=|:){inside}\b", rf"\g<1>{outside}", word)
         return word
 
-    def get_account(self) -> Mapping[str, Any]:
-        """The image's account, if this process may become it."""
-        return {"user": ACCOUNT, "group": ACCOUNT, "extra_groups": []} if os.getuid() == 0 else {}
+    def _find_account(self) -> Mapping[str, Any]:
+        """The image's account, if this process may become it and that account can reach the interpreter."""
+        account: Mapping[str, Any] = {"user": ACCOUNT, "group": ACCOUNT, "extra_groups": []}
+        with contextlib.suppress(PermissionError):
+            if subprocess.run([self.entrypoint[0], "--version"], cwd="/", check=False, **account).returncode == 0:
+                return account
+        logger.info("The image's account cannot be used here; everything runs under this one.")
+        return {}
 
     def run(self, words: list[str], text: str = "") -> subprocess.CompletedProcess[str]:
         """Run a program as the image would."""
@@ -94,7 +100,7 @@ class Image:
             capture_output=True,
             encoding="utf-8",
             check=False,
-            **self.get_account(),
+            **self.account,
         )
 
 
@@ -115,7 +121,7 @@ def check(image: Image) -> None:
             env=image.environment,
             stdout=output,
             stderr=subprocess.STDOUT,
-            **image.get_account(),
+            **image.account,
         )
     try:
         _wait_until_healthy(image, process, log)

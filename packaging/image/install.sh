@@ -28,7 +28,7 @@ torch=${TORCH:-$torch}
 
 "$python" -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python {v[0]}.{v[1]} was found, and 3.11, 3.12 or 3.13 is needed. Name one: PYTHON=/path/to/python3.11")'
 "$python" -m venv "$target"
-pip=("$target/bin/python" -m pip --disable-pip-version-check --no-cache-dir --quiet install)
+pip=("$target/bin/python" -m pip --disable-pip-version-check --quiet install)
 # shellcheck disable=SC2086
 "${pip[@]}" $torch
 "${pip[@]}" --no-deps --require-hashes --requirement "$source/requirements.lock"

@@ -23,7 +23,9 @@ LABEL org.opencontainers.image.title="ProGiDiff Label" \
 COPY packaging/image/prepare.sh /usr/local/sbin/prepare.sh
 RUN /usr/local/sbin/prepare.sh && rm /usr/local/sbin/prepare.sh
 COPY --from=build /opt/progidiff /opt/progidiff
+# USER: libraries ask for the account's name, which a number given with --user, or by a cluster, does not have.
 ENV PATH=/opt/progidiff/bin:$PATH \
+    USER=progidiff \
     PYTHONUNBUFFERED=1 \
     HOME=/data/home \
     PROGIDIFF_HOME=/data/home \

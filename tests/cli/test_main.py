@@ -301,3 +301,21 @@ def test_what_stands_for_an_image_in_the_log_can_be_looked_up(tmp_path: Path):
     printed, _ = run("log-name", "scan.nii.gz", "Doe Jane", "--studies", tmp_path)
     names = Names(key)
     assert printed == f"{names.pseudonym('scan')}\tscan.nii.gz\n{names.pseudonym('Doe Jane')}\tDoe Jane\n"
+
+
+def test_a_backup_is_made_and_restored_by_two_commands(tmp_path: Path):
+    studies, users = tmp_path / "studies", tmp_path / "users.json"
+    (studies / ".progidiff" / "sessions").mkdir(parents=True)
+    (studies / ".progidiff" / "sessions" / "session.key").write_bytes(b"k" * 32)
+    users.write_text("{}")
+    archive, restored = tmp_path / "backup.tar", tmp_path / "restored"
+    words = ("backup", "--studies", studies, "--out", archive)
+    _, error = run(*words, "--secrets", tmp_path / "gone", code=2)
+    assert "There is no" in error
+    _, told = run(*words, "--secrets", users)
+    assert told == f"2 files in {archive}\n"
+    run("restore", archive, "--to", restored)
+    assert (restored / "secrets" / "users.json").read_text() == "{}"
+    assert (restored / "store" / "sessions" / "session.key").read_bytes() == b"k" * 32
+    _, error = run("restore", archive, "--to", restored, code=2)
+    assert "is not empty" in error

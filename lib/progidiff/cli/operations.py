@@ -21,6 +21,8 @@ StoreOption = Annotated[Path | None, typer.Option(help="The server's --conf stor
 def register(app: Any) -> None:
     """Add the commands to the command line `app` (a `typer.Typer`)."""
     app.command("log-name")(show_log_name)
+    app.command("backup")(back_up)
+    app.command("restore")(restore)
 
 
 def show_log_name(
@@ -38,3 +40,47 @@ def show_log_name(
     hidden = Names(open_key(file), strip=strip_suffix)
     for name in names:
         typer.echo(f"{hidden.pseudonym(name)}\t{name}")
+
+
+def back_up(
+    studies: StudiesOption,
+    out: Annotated[Path, typer.Option(help="The tar file to write; new.", show_default=False)],
+    store: StoreOption = None,
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of trained adapters, to copy them too.", show_default=False)
+    ] = None,
+    textdiff: Annotated[
+        Path | None, typer.Option(help="Folder of TextDiff versions, to copy them too.", show_default=False)
+    ] = None,
+    secrets: Annotated[
+        list[Path] | None,
+        typer.Option(help="Users file, token file, ...; may be repeated.", show_default=False),
+    ] = None,
+) -> None:
+    """Copy labels, their history, versions, users and state into one file; a server may be running meanwhile.
+
+    Images and what is computed again are left out. The file holds secrets: only its owner can read it.
+    """
+    from progidiff.backup import Places, create_backup
+
+    folder = None if studies.startswith(("http://", "https://")) else Path(studies)
+    given = {"adapters": adapters, "textdiff": textdiff, **{f"secrets/{file.name}": file for file in secrets or ()}}
+    more = {name: path for name, path in given.items() if path is not None}
+    for path in more.values():
+        if not path.exists():
+            raise RequestError(f"There is no '{path}'. Leave its option out, or name what there is.")
+    manifest = create_backup(Places(store or default_store(studies), folder, more), out)
+    typer.echo(f"{len(manifest.files)} files in {out}", err=True)
+
+
+def restore(
+    backup: Annotated[Path, typer.Argument(help="What `progidiff backup` wrote.", show_default=False)],
+    to: Annotated[Path, typer.Option(help="A new folder, or an empty one.", show_default=False)],
+) -> None:
+    """Check a backup and unpack it: `studies` and `store` into a new folder, from where they are moved to their
+    places.
+    """
+    from progidiff.backup import restore_backup
+
+    manifest = restore_backup(backup, to)
+    typer.echo(f"{len(manifest.files)} files of version {manifest.version} in {to}", err=True)

@@ -134,6 +134,7 @@ class ServerOptions:
     metrics_token_file: Path | None = None
 
     @classmethod
+    # long because it is a table: one option after the other
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
         """Read the strings of `--conf name value`.
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pydicom
 from hypothesis import strategies as st
 
+from progidiff.dicomweb.export import export_series
+from progidiff.dicomweb.frames import Series
+from progidiff.dicomweb.headers import Identity
 from progidiff.images.volume import Volume
 
 AXIAL = np.diag([-0.8, -0.8, 5.0, 1.0])
@@ -23,6 +28,14 @@ def make_volume(
     """Every voxel has another value, so that any mix-up shows."""
     array = (np.arange(np.prod(shape)) * 7 - 1024).astype(dtype).reshape(shape)
     return Volume(array, affine, "CT", "option", name)
+
+
+def write_series(
+    folder: Path, affine: np.ndarray = AXIAL, name: str = "a", shape: tuple[int, int, int] = (5, 6, 4)
+) -> Path:
+    """A volume as a folder of DICOM files, one per axial slice; another name is another patient and series."""
+    export_series(Series.of(Identity(name, name * 8, "CT"), make_volume(affine, shape)), folder)
+    return folder
 
 
 def rebuild(datasets: list[pydicom.Dataset]) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,5 @@
-"""The command line for data sets of other programs: ``progidiff import`` and ``progidiff export``."""
+"""The command line for what comes from elsewhere and goes elsewhere: ``progidiff import``, ``receive`` and
+``export``."""
 
 from __future__ import annotations
 
@@ -43,13 +44,17 @@ FACE_WARNING = (
 def register(app: Any) -> None:
     """Add the commands to the command line `app` (a `typer.Typer`)."""
     app.command("import")(import_)
+    app.command("receive")(receive)
     app.command("export")(export)
 
 
 def import_(
     source: Annotated[
         Path,
-        typer.Argument(help="Folder of an nnU-Net v2 or Decathlon data set (with dataset.json).", show_default=False),
+        typer.Argument(
+            help="Folder of an nnU-Net v2 or Decathlon data set (with dataset.json), or of DICOM files.",
+            show_default=False,
+        ),
     ],
     studies: StudiesOption,
     images: ImagesOption = "copy",
@@ -72,18 +77,22 @@ def import_(
     user: UserOption = None,
     store: StoreOption = None,
 ) -> None:
-    """Bring the images and labels of a data set into a folder of studies; the labels enter the history as imports.
+    """Bring the images and labels of a data set, or DICOM series, into a folder of studies.
 
-    Structures are known by their names, those of TotalSegmentator too; other names are kept as they are. What is there
-    already stays. Exit code 1: some cases failed, with the reason.
+    Labels enter the history as imports. Structures are known by their names, those of TotalSegmentator too; other names
+    are kept as they are. Of a folder of DICOM files every series of images becomes a NIfTI file on the grid of its
+    slices, whatever the files are called. What is there already stays. Exit code 1: some failed, with the reason.
     """
-    from progidiff.exchange.datasets import read_dataset
+    from progidiff.exchange.datasets import DATASET_JSON, read_dataset
     from progidiff.exchange.importing import STATES, ImportSettings, import_dataset
 
     if not source.is_dir():
         raise NotFoundError(f"There is no folder '{source}'. Name the folder with dataset.json.")
     placing = _choose(images, "--images", ("copy", "link"))
     settings = ImportSettings(cast(Literal["copy", "link"], placing), _name_user(user), replace)
+    if not (source / DATASET_JSON).is_file():
+        _import_dicom(source, studies)
+        return
     dataset = read_dataset(source, channel, _read_labels(label or []), with_test)
     for note in dataset.missing:
         typer.echo(note, err=True)
@@ -96,6 +105,76 @@ def import_(
     typer.echo(f"{dataset.kind} '{source.name}': {told}. Serve them: progidiff serve --studies {studies}")
     if counts["failed"]:
         raise typer.Exit(FAILED_EXIT_CODE)
+
+
+def _import_dicom(source: Path, studies: Path) -> None:
+    """Every series of a folder of DICOM files."""
+    from progidiff.exchange.dicom_folders import find_series, import_series
+
+    found = find_series(source)
+    for note in found.notes:
+        typer.echo(note, err=True)
+    if not found.series:
+        raise NotFoundError(
+            f"'{source}' holds neither a dataset.json (nnU-Net v2, Decathlon) nor DICOM images. Name the folder of a "
+            "data set, or one with DICOM files in it."
+        )
+    counts: Counter[str] = Counter()
+    for series in found.series:
+        outcome = import_series(series, studies)
+        counts[outcome.state] += 1
+        typer.echo(f"{outcome.image}: {outcome.state}. {' '.join(outcome.notes)}".rstrip(), err=True)
+    told = ", ".join(f"{count} {state}" for state, count in counts.items())
+    typer.echo(
+        f"{len(found.series)} DICOM series in '{source.name}': {told}. Serve them: progidiff serve --studies {studies}"
+    )
+    if counts["failed"]:
+        raise typer.Exit(FAILED_EXIT_CODE)
+
+
+def receive(
+    studies: StudiesOption,
+    port: Annotated[int, typer.Option(help="TCP port to listen on.", min=1, max=65535)] = 11112,
+    host: Annotated[str, typer.Option(help="Interface. 0.0.0.0 is every one, and needs --allow.")] = "127.0.0.1",
+    ae_title: Annotated[str, typer.Option("--ae-title", help="What senders call this node.")] = "PROGIDIFF",
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(help="AE title of a sender; may be repeated. Default: any, on this machine.", show_default=False),
+    ] = None,
+    quiet: Annotated[
+        float, typer.Option(help="Seconds without a new object after which a series is complete.", min=0.1)
+    ] = 30.0,
+    max_associations: Annotated[int, typer.Option(help="Senders at a time.", min=1, max=100)] = 4,
+    max_gb: Annotated[
+        float, typer.Option(help="Of objects that wait to be converted; more are refused.", min=0.001)
+    ] = 20.0,
+    store: StoreOption = None,
+) -> None:
+    """Listen for images of scanners and PACS (DICOM C-STORE) until Ctrl-C; every complete series appears in the folder.
+
+    Objects wait in STUDIES/.progidiff/incoming until their series is quiet. What cannot be converted stays in refused/
+    there, with the reason. AE titles are names and no passwords: keep the port to machines that may send.
+    """
+    import threading
+
+    from progidiff.exchange.receiving import Receiver, ReceiveSettings
+    from progidiff.images import decoding
+
+    if not studies.is_dir():
+        raise NotFoundError(f"There is no folder '{studies}'. Name the one that `progidiff serve` serves.")
+    decoding.read_apart(True)
+    settings = ReceiveSettings(host, port, ae_title, tuple(allow or ()), quiet, max_associations, max_gb)
+    receiver = Receiver(
+        studies,
+        store or default_store(str(studies)),
+        settings,
+        lambda outcome: typer.echo(f"{outcome.image}: {outcome.state}. {' '.join(outcome.notes)}".rstrip()),
+    )
+    typer.echo(f"{ae_title} listens on {host}:{receiver.start()}. Ctrl-C stops it.", err=True)
+    try:
+        threading.Event().wait()
+    finally:
+        receiver.stop()
 
 
 def export(

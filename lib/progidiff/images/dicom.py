@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from progidiff.errors import ImageError
 from progidiff.images.decoding import apart
-from progidiff.images.geometry import LPS_TO_RAS
+from progidiff.images.geometry import LPS_TO_RAS, Affine
 from progidiff.images.raw import Raw, check_size
 from progidiff.storage.atomic import check_regular, open_regular
 
@@ -59,6 +60,11 @@ class DicomSeries:
         return (
             f"{self.uid} ({', '.join([*filter(None, (self.modality, self.description)), f'{len(self.files)} files'])})"
         )
+
+
+def read_series_files(files: list[str], path: Path) -> Raw:
+    """Files that are one series, wherever they lie; `path` is what to call it in messages."""
+    return _read_dicom_series(files, path)
 
 
 def list_series(folder: Path) -> list[DicomSeries]:
@@ -165,6 +171,8 @@ def _read_dicom_series(files: list[str], path: Path) -> Raw:
         header.SetFileName(file)
         header.ReadImageInformation()
         if header.GetDimension() > 2 and header.GetSize()[2] > 1:
+            if len(files) == 1:
+                return _read_frames(Path(file))
             raise ImageError(
                 f"'{Path(file).name}' is a multi-frame DICOM file; convert it to NIfTI "
                 "first (for example with dcm2niix)."
@@ -181,6 +189,27 @@ def _read_dicom_series(files: list[str], path: Path) -> Raw:
         check_size((*header.GetSize()[:2], len(files)), path)
     if len(files) < 2:
         raise ImageError(f"'{path.name}' is a single DICOM slice; send the folder with the whole series.")
+    order, affine = _order_slices(positions, orientations, spacings, path)
+    return Raw(_read_slices([files[index] for index in order], path), affine, modality)
+
+
+def _order_slices(
+    positions: Sequence[Sequence[float]],
+    orientations: Sequence[Sequence[float]],
+    spacings: Sequence[Sequence[float]],
+    path: Path,
+) -> tuple[NDArray[np.intp], Affine]:
+    """The slices by their place along the normal, and voxel index -> RAS mm.
+
+    Args:
+        positions: ImagePositionPatient of each, LPS mm.
+        orientations: ImageOrientationPatient of each.
+        spacings: Of each, along a row and down a column, mm.
+        path: Of the series, for messages.
+
+    Raises:
+        ImageError: if they are no stack of parallel slices at equal steps.
+    """
     if np.ptp(np.asarray(orientations), axis=0).max() > 1e-3 or np.ptp(np.asarray(spacings), axis=0).max() > 1e-3:
         raise ImageError(
             f"The slices of the series in '{path.name}' are not parallel or differ in "
@@ -203,7 +232,61 @@ def _read_dicom_series(files: list[str], path: Path) -> Raw:
     lps[:3, 1] = column * spacings[0][1]
     lps[:3, 2] = (places[-1] - places[0]) / (len(places) - 1)
     lps[:3, 3] = places[0]
-    return Raw(_read_slices([files[index] for index in order], path), LPS_TO_RAS @ lps, modality)
+    return order, LPS_TO_RAS @ lps
+
+
+def _read_frames(file: Path) -> Raw:
+    """An enhanced CT or MR object: all slices in one file, with the place and the rescaling of each.
+
+    Raises:
+        ImageError: if it is another kind of multi-frame file, or compressed in a way that is not read here.
+    """
+    import pydicom
+
+    dataset = pydicom.dcmread(file)
+    frames = dataset.get("PerFrameFunctionalGroupsSequence") or []
+    shared = next(iter(dataset.get("SharedFunctionalGroupsSequence") or []), pydicom.Dataset())
+    convert = "convert it to NIfTI first (for example with dcm2niix)."
+    check_size((int(dataset.get("Columns", 0)), int(dataset.get("Rows", 0)), max(1, len(frames))), file)
+
+    def find(frame: pydicom.Dataset, group: str, name: str) -> Any:
+        for holder in (frame, shared):
+            item = next(iter(holder.get(group) or []), None)
+            if item is not None and name in item:
+                return item[name].value
+        return None
+
+    places = [
+        (
+            find(frame, "PlanePositionSequence", "ImagePositionPatient"),
+            find(frame, "PlaneOrientationSequence", "ImageOrientationPatient"),
+            find(frame, "PixelMeasuresSequence", "PixelSpacing"),
+        )
+        for frame in frames
+    ]
+    if len(places) < 2 or any(part is None for place in places for part in place):
+        raise ImageError(f"'{file.name}' is a multi-frame DICOM file that does not say where its frames lie; {convert}")
+    order, affine = _order_slices(
+        [[float(value) for value in place[0]] for place in places],
+        [[float(value) for value in place[1]] for place in places],
+        [[float(value) for value in reversed(place[2])] for place in places],
+        file,
+    )
+    try:
+        pixels = dataset.pixel_array
+    except (NotImplementedError, RuntimeError, ValueError, AttributeError) as err:
+        raise ImageError(f"The frames of '{file.name}' cannot be decoded here ({str(err)[:120]}); {convert}") from err
+    if pixels.ndim != 3 or len(pixels) != len(frames):
+        raise ImageError(f"'{file.name}' is a multi-frame DICOM file of another kind than grey slices; {convert}")
+    rescale = "PixelValueTransformationSequence"
+    slopes = np.array([float(find(frame, rescale, "RescaleSlope") or 1) for frame in frames])
+    intercepts = np.array([float(find(frame, rescale, "RescaleIntercept") or 0) for frame in frames])
+    stack: NDArray[Any] = pixels
+    if (slopes != 1).any() or (intercepts != np.rint(intercepts)).any():
+        stack = (pixels * slopes[:, None, None] + intercepts[:, None, None]).astype(np.float32)
+    elif intercepts.any():
+        stack = pixels.astype(np.int32) + intercepts.astype(np.int32)[:, None, None]
+    return Raw(np.ascontiguousarray(stack[order]).T, affine, str(dataset.get("Modality", "")) or None)
 
 
 def _read_slices(files: list[str], path: Path) -> NDArray[Any]:

@@ -106,8 +106,9 @@ def _explain_file(file: Path, served_by: dict[str, str]) -> str:
 
 
 _DICOM = (
-    "DICOM files are not served from a folder. Convert the series to NIfTI (for example with dcm2niix), send it as an "
-    "archive with PUT /session/, or serve it from a DICOMweb server."
+    "DICOM files are not served as they are. `progidiff import FOLDER --studies STUDIES` converts every series of a "
+    "folder "
+    "once; or send it as an archive with PUT /session/, or serve it from a DICOMweb server."
 )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -66,6 +66,41 @@ def load_volume(
         )
     with detached_data(detached):
         raw = apart(_read, reads=_list_files(path))(path, is_detached_allowed())
+    return _build_volume(raw, path, option, info)
+
+
+def load_series(files: Sequence[Path], name: str, modality: str | None = None) -> Volume:
+    """Read the files of one DICOM series, which may lie in several folders.
+
+    Args:
+        files: All of them, in any order.
+        name: What to call the image.
+        modality: As for `load_volume`.
+
+    Raises:
+        ImageError: if they are no complete stack of slices, or cannot be read.
+    """
+    files = [file.resolve() for file in files]  # Another process stands in another folder.
+    path = files[0].parent / name
+    raw = apart(_read_series, reads=sorted({file.parent for file in files}))([str(file) for file in files], path)
+    return _build_volume(raw, path, check_modality(modality, "Option modality"), None)
+
+
+def _read_series(files: list[str], path: Path) -> Raw:
+    """`load_series`, where it is read."""
+    try:
+        for file in files:
+            check_regular(file)
+        raw = dicom.read_series_files(files, path)
+    except ProGiDiffError:
+        raise
+    except Exception as err:  # As in `_read`.
+        raise _unreadable(path, err) from err
+    return replace(raw, array=squeeze(raw.array, path), affine=np.asarray(raw.affine, dtype=np.float64))
+
+
+def _build_volume(raw: Raw, path: Path, option: str | None, info: Mapping[str, Any] | None) -> Volume:
+    """Voxels as read, checked, with their modality."""
     array = check_voxels(raw.array, path)
     grid = _make_grid(array.shape, raw, path)
     if min(grid.stack_shape[1:]) < 2:

@@ -34,6 +34,7 @@ def write_series(
     folder: Path, affine: np.ndarray = AXIAL, name: str = "a", shape: tuple[int, int, int] = (5, 6, 4)
 ) -> Path:
     """A volume as a folder of DICOM files, one per axial slice; another name is another patient and series."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
     export_series(Series.of(Identity(name, name * 8, "CT"), make_volume(affine, shape)), folder)
     return folder
 

@@ -46,6 +46,7 @@ def register(app: Any) -> None:
     app.command("import")(import_)
     app.command("receive")(receive)
     app.command("export")(export)
+    app.command("deidentify")(deidentify_)
 
 
 def import_(
@@ -255,6 +256,32 @@ def export(
         typer.echo(f"The key is '{key}'. Keep it where the data does not go.", err=True)
     done = sum(outcome.state == "exported" for outcome in outcomes)
     typer.echo(f"{done} of {len(outcomes)} images in {out}")
+    if done < len(outcomes):
+        raise typer.Exit(FAILED_EXIT_CODE)
+
+
+def deidentify_(
+    folder: Annotated[Path, typer.Argument(help="Folder of DICOM files, with subfolders.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="New folder; one subfolder per series.", show_default=False)],
+    key: Annotated[
+        Path,
+        typer.Option(help="File of the pseudonyms (.csv), outside of what goes out; it grows.", show_default=False),
+    ],
+) -> None:
+    """Write DICOM images without what says whose they are: the Basic Profile of DICOM PS3.15.
+
+    Names, dates, free text, private attributes and UIDs go or are replaced, at every depth; pixels and the place of the
+    slices stay. Objects with text in their pixels are left out. --key says who is who: keep it where the data does not
+    go.
+    """
+    from progidiff.exchange.deidentification import deidentify_folder
+    from progidiff.exchange.pseudonyms import Pseudonyms
+
+    outcomes, notes = deidentify_folder(folder, out, Pseudonyms(key))
+    for note in [*notes, *(f"Left out: {outcome.note}" for outcome in outcomes if outcome.note), FACE_WARNING]:
+        typer.echo(note, err=True)
+    done = sum(bool(outcome.name) for outcome in outcomes)
+    typer.echo(f"{done} of {len(outcomes)} series in {out}; the key is '{key}'. Keep it where the data does not go.")
     if done < len(outcomes):
         raise typer.Exit(FAILED_EXIT_CODE)
 

@@ -97,7 +97,7 @@ def find_series(folder: Path) -> FoundFiles:
     found: dict[str, list[tuple[Path, pydicom.Dataset]]] = {}
     objects: set[str] = set()
     others: Counter[str] = Counter()
-    for path in _walk(folder):
+    for path in walk_files(folder):
         header = _read_header(path)
         if header is None:
             others["files that are not DICOM"] += 1
@@ -186,7 +186,8 @@ def _read_header(path: Path) -> pydicom.Dataset | None:
         return None
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def walk_files(folder: Path) -> Iterator[Path]:
+    """The files in a folder and its subfolders that may be images, by their names."""
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):

@@ -172,6 +172,7 @@ class _Writer:
         self._ignore = max(self._ids.values(), default=0) + 1
         self._has_ignored = False
         self._modality: str | None = None
+        self._modalities: dict[str, str] = {}
         self._labelled: list[str] = []
         self._others: list[str] = []
 
@@ -186,7 +187,7 @@ class _Writer:
         """Write an image with its label; sentences about it."""
         name = self._name(label.case.name)
         labels, notes = self._draw(label)
-        self._take_modality(label.case.image)
+        self._take_modality(label.case.image, name)
         self._write_image(label.case.image, name, "imagesTr")
         ids = self._ids
         target = self._settings.target
@@ -201,8 +202,8 @@ class _Writer:
 
     def add_unlabelled(self, image: str, path: Path) -> None:
         """Write an image that has no label."""
-        self._take_modality(path)
         name = self._name(image)
+        self._take_modality(path, name)
         self._write_image(path, name, "imagesTs")
         self._others.append(name)
 
@@ -211,6 +212,8 @@ class _Writer:
         target = self._settings.target
         if target == "files":
             self._write_json(LABELS_JSON, {str(number): structure for structure, number in self._ids.items()})
+            for case, modality in self._modalities.items():
+                self._write_json(f"{case}.json", {"modality": modality})
         if target not in ("nnunet", "msd"):
             return
         channels = {"0": "MRI" if self._modality == "MR" and target == "msd" else self._modality or "unknown"}
@@ -283,7 +286,7 @@ class _Writer:
                 left |= missing
         return left
 
-    def _take_modality(self, path: Path) -> None:
+    def _take_modality(self, path: Path, name: str) -> None:
         stated = find_stated_modality(path)
         modality = stated[0] if stated is not None else load_volume(path).modality
         wanted = self._settings.modality
@@ -295,7 +298,7 @@ class _Writer:
                 "Export "
                 f"them one after the other, with --modality {modality}."
             )
-        self._modality = modality
+        self._modality = self._modalities[name] = modality
 
     def _write_image(self, path: Path, name: str, part: str) -> None:
         target = self._settings.target

@@ -38,7 +38,10 @@ class Pseudonyms:
 
     def _read(self) -> None:
         try:
-            rows = list(csv.DictReader(io.StringIO(self.path.read_text(encoding="utf-8"))))
+            reader = csv.DictReader(io.StringIO(self.path.read_text(encoding="utf-8")))
+            if tuple(reader.fieldnames or ()) != _COLUMNS:
+                raise ValueError(f"its first line is not {','.join(_COLUMNS)}")
+            rows = list(reader)
             self._known = {(row["kind"], row["original"]): row["replacement"] for row in rows}
         except (OSError, ValueError, KeyError, csv.Error) as err:
             raise RequestError(

@@ -9,7 +9,8 @@ from typing import Any
 from pydicom.dataset import Dataset
 from pydicom.sr.coding import Code as CodedConcept
 
-from progidiff.prompts.structures import CATEGORY, UNKNOWN, Code, find_coded, find_structure, list_codes, pick_color
+from progidiff.prompts.structures import CATEGORY, UNKNOWN, Code, find_coded, list_codes, pick_color
+from progidiff.prompts.terms import find_terms, get_terms
 
 _MAX_DESCRIPTION = 1024
 """Characters of Segment Description (0062,0006)."""
@@ -22,7 +23,7 @@ def describe_segment(name: str, label_id: int, description: str = "") -> dict[st
     """What is said of a segment, as the JSON of dcmqi and of 3D Slicer words it.
 
     Args:
-        name: Of the structure; kept as Segment Label, whether the table of structures knows it or not.
+        name: Of the structure; kept as Segment Label, whether codes are known for it (`prompts.terms`) or not.
         label_id: In the label map.
         description: Who saved it, and from which proposal.
 
@@ -31,7 +32,7 @@ def describe_segment(name: str, label_id: int, description: str = "") -> dict[st
         >>> segment["SegmentedPropertyTypeModifierCodeSequence"]["CodeMeaning"]
         'Left'
     """
-    row = find_structure(name)
+    terms = get_terms(name)
     color = pick_color(name, label_id).removeprefix("#")
     segment = {
         "labelID": label_id,
@@ -39,12 +40,12 @@ def describe_segment(name: str, label_id: int, description: str = "") -> dict[st
         "SegmentDescription": f"{name}. {description}".strip()[:_MAX_DESCRIPTION],
         "SegmentAlgorithmType": "SEMIAUTOMATIC",
         "SegmentAlgorithmName": "ProGiDiff Label",
-        "SegmentedPropertyCategoryCodeSequence": _write(CATEGORY),
-        "SegmentedPropertyTypeCodeSequence": _write(UNKNOWN if row is None else row.code),
+        "SegmentedPropertyCategoryCodeSequence": _write(terms.category),
+        "SegmentedPropertyTypeCodeSequence": _write(terms.type),
         "recommendedDisplayRGBValue": [int(color[i : i + 2], 16) for i in (0, 2, 4)],
     }
-    if row is not None and row.laterality is not None:
-        segment["SegmentedPropertyTypeModifierCodeSequence"] = _write(row.laterality)
+    if terms.modifier is not None:
+        segment["SegmentedPropertyTypeModifierCodeSequence"] = _write(terms.modifier)
     return segment
 
 
@@ -55,7 +56,7 @@ def warn_uncoded(names: Iterable[str]) -> list[str]:
         >>> warn_uncoded(["liver"])
         []
     """
-    unknown = [name for name in names if find_structure(name) is None]
+    unknown = [name for name in names if find_terms(name) is None]
     if not unknown:
         return []
     listed = ", ".join(f"'{name}'" for name in unknown[:8])

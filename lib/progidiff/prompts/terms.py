@@ -87,6 +87,7 @@ _SINGLE: Mapping[str, Code] = {
     "brain": Code("12738006", "Brain"),
     "skull": Code("89546000", "Skull"),
     "sternum": Code("56873002", "Sternum"),
+    "costal_cartilages": Code("50016007", "Costal cartilage"),
     "sacrum": Code("54735007", "Sacrum"),
     "vertebrae_S1": Code("65985001", "S1 vertebra"),
     "vertebrae_L5": Code("49668003", "L5 vertebra"),

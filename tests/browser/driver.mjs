@@ -13,12 +13,13 @@ function act(name) {
 }
 
 /**
- * Run a script in a fresh page; `node script.mjs '<JSON>'` with at least {url, chromium, shots (folder), width, height}.
+ * Run a script in a fresh page; `node script.mjs '<JSON>'` with at least {url, chromium, shots (folder), width, height};
+ * `arguments` may take the place of Chromium's.
  * @param {(page: import('playwright-core').Page, given: object, tools: object) => Promise<object>} script
  */
 export async function drive(script) {
   const given = JSON.parse(process.argv[2]);
-  const browser = await chromium.launch({ executablePath: given.chromium, args: ARGUMENTS });
+  const browser = await chromium.launch({ executablePath: given.chromium, args: given.arguments ?? ARGUMENTS });
   const context = await browser.newContext({ viewport: { width: given.width ?? 1280, height: given.height ?? 800 } });
   const page = await context.newPage();
   const problems = [];

@@ -43,6 +43,7 @@ export interface Decisions extends Partial<DecidedPart> {
   base: number;
   seconds: number;
   effort?: Record<string, { seconds: number; clicks: number }>;
+  painted?: Painted | null;
 }
 
 /** What is decided about the structures of one result. */
@@ -50,6 +51,26 @@ export interface DecidedPart {
   proposals: string;
   volume: Record<string, Pick>;
   slices: Record<string, Record<string, Pick>>;
+}
+
+/** What was drawn by hand; on each slice what lies on top comes last. */
+export interface Painted {
+  /** depth, height, width of the image */
+  shape: number[];
+  slices: Record<string, PaintedSlice[]>;
+}
+
+export interface PaintedSlice {
+  structure: string;
+  /** half-open; null if nothing is drawn */
+  box: [y0: number, y1: number, x0: number, x1: number] | null;
+  /** pixels of 0, of 1, of 0 … in the box, row by row */
+  runs: number[];
+  /** strokes and buttons */
+  edits: number;
+  /** the pick that it was drawn on, and of which proposals; null and "" for something else */
+  start: Pick | null;
+  proposals: string;
 }
 
 /** Of a save from either page. */

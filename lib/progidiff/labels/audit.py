@@ -36,6 +36,7 @@ AUDIT_COLUMNS = (
     "reason",
     "target",
     "clicks",
+    "edits",
 )
 """Of `list_audit`, in order."""
 
@@ -93,6 +94,7 @@ def list_audit(store: AnnotationStore, image: str | None = None) -> list[dict[st
                 "edited": label.edited,
                 "seconds": label.seconds,
                 "clicks": sum(clicks for _, _, clicks in label.effort) if label.effort else None,
+                "edits": label.edits,
                 "in_force": label.sequence in counting,
                 "sha256": label.sha256,
                 "file": label.file,

@@ -106,6 +106,13 @@ class MaskPick:
 
 
 @dataclass(frozen=True)
+class DrawnPick(MaskPick):
+    """A pick that a person drew on: what it draws is kept beside it, see `paintings`. Rule and members are those of the
+    pick that was drawn on; with the rule "union", nothing that could be named.
+    """
+
+
+@dataclass(frozen=True)
 class Plan:
     """Decisions about one result.
 
@@ -169,6 +176,20 @@ class Plan:
             groups.setdefault(slices, []).append(name)
         return [self._keep(names) for names in groups.values()]
 
+    def draw(self, drawn: Mapping[int, Mapping[str, DrawnPick]]) -> Plan:
+        """The same decisions with what was drawn by hand, which takes the place of picks on its slices.
+
+        Args:
+            drawn: Axial index -> structure -> what it was drawn on.
+        """
+        slices = {z: {**self.slices.get(z, {}), **drawn.get(z, {})} for z in sorted({*self.slices, *drawn})}
+        return Plan(self.volume, {z: picks for z, picks in slices.items() if picks})
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether something of it was drawn by hand."""
+        return any(isinstance(pick, DrawnPick) for picks in self.slices.values() for pick in picks.values())
+
     def _keep(self, structures: Collection[str]) -> Plan:
         slices = {z: _choose(picks, structures) for z, picks in self.slices.items()}
         return Plan(_choose(self.volume, structures), {z: picks for z, picks in slices.items() if picks})
@@ -227,7 +248,7 @@ def compose_labels(
         score = np.zeros(stack.shape[1:], dtype=np.float32)
         for (result, plan), typical in zip(parts, best, strict=True):
             picks = plan.picks_on(z)
-            for name in (name for name in result.structures if name in picks):
+            for name in (name for name in result.structures if _is_made_here(picks.get(name))):
                 maps = result.slice_probabilities(name, z)
                 masks = maps >= THRESHOLD
                 if not masks.any():
@@ -241,6 +262,10 @@ def compose_labels(
                 score[wins] = support[wins]
                 stack[z][wins] = label_ids[name]
     return labels
+
+
+def _is_made_here(pick: MaskPick | None) -> bool:
+    return pick is not None and not isinstance(pick, DrawnPick)
 
 
 def _choose(picks: Mapping[str, MaskPick], structures: Collection[str]) -> dict[str, MaskPick]:

@@ -115,6 +115,7 @@ class Annotation:
         num_slices: Axial slices of the volume; None if not known.
         label_ids: (structure, id) of what the file may draw; empty if not known.
         effort: (structure, seconds, clicks) that a person spent; empty if not known.
+        edits: Strokes and other changes with which it was drawn by hand; None if it was not, or if that is not known.
     """
 
     sequence: int
@@ -133,6 +134,7 @@ class Annotation:
     num_slices: int | None = None
     label_ids: tuple[tuple[str, int], ...] = ()
     effort: tuple[tuple[str, float, int], ...] = ()
+    edits: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -284,13 +286,14 @@ class AnnotationStore:
         num_slices: int | None = None,
         label_ids: Mapping[str, int] | None = None,
         effort: Sequence[tuple[str, float, int]] = (),
+        edits: int | None = None,
     ) -> Annotation:
         """Keep a label version and say what it is; both are on disk when this returns.
 
         Args:
             image: Id in the datastore.
             label_file: The label, which is copied.
-            tag, user, client, structures, source, edited, seconds, num_slices, label_ids, effort: See
+            tag, user, client, structures, source, edited, seconds, num_slices, label_ids, effort, edits: See
                 `Annotation`.
             slices: Axial slices that this save annotates, in any order; None for the whole volume.
 
@@ -324,6 +327,7 @@ class AnnotationStore:
                 num_slices=num_slices,
                 label_ids=tuple((label_ids or {}).items()),
                 effort=tuple(effort),
+                edits=edits,
             )
             try:
                 self._append(Event(sequence, label.time, "label", image, tag, label.user, label=label))

@@ -89,4 +89,5 @@ def record_ready(
         num_slices=ready.num_slices,
         label_ids=ready.label_ids,
         effort=ready.effort,
+        edits=ready.edits,
     )

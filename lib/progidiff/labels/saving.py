@@ -58,6 +58,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _MAX_NAMES = 255
 _MAX_SECONDS = 7 * 24 * 3600.0
 _MAX_CLICKS = 10**6
+_MAX_EDITS = 10**9
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class SaveOptions:
         label_names: Id in the file -> structure; None if not said.
         client: What sent it.
         effort: (structure, seconds, clicks) that a person spent.
+        edits: Strokes and other changes with which it was drawn by hand; None if not said.
         is_as_proposed: Whether it was drawn from these proposals and nothing else, however they overlap, so that there
             is nothing to compare.
     """
@@ -88,6 +90,7 @@ class SaveOptions:
     client: str = ""
     effort: tuple[tuple[str, float, int], ...] = ()
     is_as_proposed: bool = False
+    edits: int | None = None
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], num_slices: int) -> SaveOptions:
@@ -124,6 +127,7 @@ class SaveOptions:
             client=str(given.get("client_id", ""))[:MAX_NAME],
             effort=read_effort(given.get("effort")),
             is_as_proposed=read_bool(given.get("as_proposed", False), "as_proposed"),
+            edits=None if "edits" not in given else read_int(given["edits"], "edits", 0, _MAX_EDITS),
         )
 
 
@@ -172,7 +176,8 @@ class ReadyLabel:
 
     Attributes:
         file: What was sent, or a new file in the scratch folder.
-        slices, structures, source, edited, seconds, client, num_slices, effort: See `annotations.Annotation`.
+        slices, structures, source, edited, seconds, client, num_slices, effort, edits: See
+            `annotations.Annotation`.
         label_ids: Structure -> id.
         warnings: Sentences for the person who saved.
     """
@@ -188,6 +193,7 @@ class ReadyLabel:
     label_ids: dict[str, int]
     warnings: tuple[str, ...] = ()
     effort: tuple[tuple[str, float, int], ...] = ()
+    edits: int | None = None
 
 
 def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -351,6 +357,7 @@ def prepare_label(
         ids,
         tuple(warnings),
         options.effort,
+        options.edits,
     )
 
 
@@ -600,6 +607,19 @@ def _read_structures(value: object) -> tuple[str, ...] | None:
             "out for all that the label draws."
         )
     return tuple(dict.fromkeys(_read_name(item, "structures") for item in items))
+
+
+def read_structure(value: object, option: str) -> str:
+    """The name of a structure as somebody sent it: the table's own where it means one of its.
+
+    Raises:
+        RequestError: if it is no name.
+
+    Example:
+        >>> read_structure("Kidney_left", "painted"), read_structure("Lesion 2", "painted")
+        ('left kidney', 'Lesion 2')
+    """
+    return _read_name(value, option)
 
 
 def _read_name(value: object, option: str) -> str:

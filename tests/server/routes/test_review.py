@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     folder = tmp_path_factory.mktemp("review")
     studies = folder / "studies"
     studies.mkdir()
-    for seed, name in enumerate(("plain", "twice", "shared", "merged", "several", "ragged")):
+    for seed, name in enumerate(("plain", "twice", "shared", "merged", "drawn", "several", "ragged")):
         write_phantom(studies / f"{name}.nii.gz", seed=seed)
     write_phantom(studies / "oblique.nii.gz", shape=(40, 44, 6), seed=5, affine=OBLIQUE)
     noise = np.random.default_rng(0).normal(3e5, 1e5, (30, 32, 6)).astype(np.float32)
@@ -335,3 +335,90 @@ def test_one_structure_is_decided_by_one_result(server: Server):
     for sent, reason in ((parts, "decided in two parts"), ([], "1 to 32"), ("x", "1 to 32")):
         answer = submit(server, "ragged", parts=sent, base=0)
         assert (answer.status_code, reason in answer.json()["detail"]) == (422, True), answer.text
+
+
+def pack_drawn(structure: str, mask: np.ndarray, edits: int, **more: Any) -> dict[str, Any]:
+    """A slice drawn by hand as the page sends it, by the format's description."""
+    rows, cols = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return {"structure": structure, "box": None, "runs": [], "edits": edits, **more}
+    box = [int(rows[0]), int(rows[-1]) + 1, int(cols[0]), int(cols[-1]) + 1]
+    inside = mask[box[0] : box[1], box[2] : box[3]].ravel()
+    ends = np.flatnonzero(np.diff(np.concatenate([[False], inside]).astype(np.int8))).tolist()
+    runs = np.diff([0, *ends, len(inside)]).tolist()
+    return {"structure": structure, "box": box, "runs": runs, "edits": edits, **more}
+
+
+def test_what_was_drawn_by_hand_is_saved_voxel_by_voxel_with_who_and_how_many_edits(server: Server):
+    volume = load_volume(server.studies / "drawn.nii.gz")
+    shape = volume.grid.stack_shape
+    key = propose(server, "drawn")["proposals"]
+    random = np.random.default_rng(0)
+    liver, lesion = (random.random(shape[1:]) < share for share in (0.5, 0.1))
+    consensus = {"rule": "consensus"}
+    painted = {
+        "shape": list(shape),
+        "slices": {
+            "2": [
+                pack_drawn("liver", liver, 3, start=consensus, proposals=key),
+                pack_drawn("Lesion 7", lesion, 2),
+            ],
+            "4": [pack_drawn("liver", liver & False, 1, start=consensus, proposals=key)],
+        },
+    }
+    slices = {"2": {"spleen": consensus, "liver": consensus}, "3": {"liver": consensus}}
+    answer = submit(server, "drawn", proposals=key, slices=slices, painted=painted, base=0).json()
+    assert sorted((save["structures"], save["slices"]) for save in answer["saves"]) == [
+        (["Lesion 7"], [2]),
+        (["liver"], [2, 3, 4]),
+        (["spleen"], [2]),
+    ]
+    ids = answer["annotation"]["label_ids"]
+    label = load_final(server, "drawn")
+    assert np.array_equal(label[2] == ids["Lesion 7"], lesion)
+    assert np.array_equal(label[2] == 6, liver & ~lesion)
+
+    def find_consensus(structure: int, z: int) -> np.ndarray:
+        packed = server.get(f"/progidiff/review/drawn/masks/{z}", params={"proposals": key}).content
+        (y0, y1, x0, x1), masks = unpack(packed)[structure]
+        drawn = np.zeros(shape[1:], bool)
+        drawn[y0:y1, x0:x1] = masks.sum(axis=0) * 2 >= len(masks) if len(masks) else False
+        return drawn
+
+    assert np.array_equal(label[2] == 1, find_consensus(1, 2) & ~lesion & ~liver)
+    assert np.array_equal(label[3] == 6, find_consensus(0, 3))
+    assert not (label[4] == 6).any()
+
+    saved = {
+        save["structures"][0]: save
+        for save in server.get("/progidiff/annotations", params={"image": "drawn"}).json()["annotations"]
+    }
+    assert (saved["liver"]["edits"], saved["liver"]["edited"], saved["liver"]["source"]["shown"]) == (
+        4,
+        True,
+        "consensus",
+    )
+    assert (saved["Lesion 7"]["edits"], saved["Lesion 7"]["edited"], saved["Lesion 7"]["source"]) == (2, True, None)
+    assert (saved["spleen"]["edits"], saved["spleen"]["edited"]) == (None, False)
+    again = submit(server, "drawn", proposals=key, slices=slices, painted=painted, base=0)
+    assert again.status_code == 200, again.text
+
+
+def test_a_drawing_needs_no_proposals_and_one_that_is_cut_off_or_of_another_grid_is_refused(server: Server):
+    shape = load_volume(server.studies / "oblique.nii.gz").grid.stack_shape
+    mask = np.zeros(shape[1:], bool)
+    mask[5:9, 3:30] = True
+    entry = pack_drawn("liver", mask, 1, start={"rule": "consensus"}, proposals="0" * 64)
+    for change, status, reason in (
+        ({"shape": [1, 2, 3]}, 422, "was drawn is on a grid of 1 x 2 x 3 voxels"),
+        ({"slices": {"1": [{**entry, "runs": entry["runs"][:-1]}]}}, 422, "cut off on its way"),
+        ({"slices": {"1": []}}, 422, "names no proposals"),
+        ({"slices": {"99": [entry]}}, 422, "from 0 to 5"),
+    ):
+        painted = {"shape": list(shape), "slices": {"1": [entry]}, **change}
+        refused = submit(server, "oblique", proposals="", painted=painted, base=0)
+        assert (refused.status_code, reason in refused.json()["detail"]) == (status, True), refused.text
+    saved = submit(server, "oblique", painted={"shape": list(shape), "slices": {"1": [entry]}}, base=0)
+    assert saved.status_code == 200, saved.text
+    assert np.array_equal(load_final(server, "oblique")[1] == 6, mask)
+    assert requests.post(f"{server.url}/progidiff/annotations/oblique/undo", timeout=30).ok

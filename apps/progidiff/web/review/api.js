@@ -97,6 +97,11 @@ export const getSlice = (image, z) => getBytes(`progidiff/review/${name(image)}/
 export const getMasks = (image, z, source) => getBytes(`progidiff/review/${name(image)}/masks/${z}?${new URLSearchParams(source)}`);
 /** Label ids of an axial slice. @type {(image: string, z: number) => Promise<ArrayBuffer>} */
 export const getLabel = (image, z) => getBytes(`progidiff/review/${name(image)}/label/${z}`);
+/** For `readOverview`. @type {(image: string) => Promise<ArrayBuffer>} */
+export const getOverview = (image) => getBytes(`progidiff/review/${name(image)}/overview`);
+/** For `readOverviewMask`. @type {(image: string, proposals: string, structure: string) => Promise<ArrayBuffer>} */
+export const getOverviewMask = (image, proposals, structure) =>
+  getBytes(`progidiff/review/${name(image)}/overview/mask?${new URLSearchParams({ proposals, structure })}`);
 /** @type {(image: string, key: string) => Promise<import("../answers.d.ts").KeptProposals>} */
 export const describeProposals = (image, key) => getJson(`progidiff/proposals/${name(image)}?proposals=${key}`);
 /** @type {(image: string, decisions: import("../answers.d.ts").Decisions) => Promise<import("../answers.d.ts").Submitted>} */

@@ -5,7 +5,7 @@ import { element, find } from "./dom.js";
 import { computeDice, countPixels } from "./masks.js";
 import { describePick, drawPick } from "./picks.js";
 import { nameSlice } from "./slices.js";
-import { comparedPick, countProposals, look, state } from "./state.js";
+import { comparedPick, countProposals, describeLook, look, state } from "./state.js";
 
 /** @typedef {import("./session.js").ImageSession} ImageSession */
 
@@ -34,7 +34,8 @@ function renderMarks(session) {
   const { work, z } = state;
   const marks = [];
   const { structure } = state;
-  if (work?.acceptedPick(structure, z)) marks.push(element("span", { className: "mark-decided" }, `✓ ${structure} ${describeAccepted(work, z)}, not sent\n`));
+  if (state.drawing?.isUnsent(structure, z)) marks.push(element("span", { className: "mark-decided" }, `✎ ${structure} drawn, not sent\n`));
+  else if (work?.acceptedPick(structure, z)) marks.push(element("span", { className: "mark-decided" }, `✓ ${structure} ${describeAccepted(work, z)}, not sent\n`));
   if (session.isSaved(structure, z)) marks.push(element("span", { className: "mark-saved" }, `● ${structure} saved`));
   return marks;
 }
@@ -64,33 +65,33 @@ function swatch(color) {
  */
 function renderLegend(session) {
   if (state.isHidden) return ["overlay hidden"];
-  const found = session.result && look(state.structure);
+  const found = look(state.structure);
   if (!found) return [];
   const count = countProposals();
-  if (state.mode === "agreement") {
+  if (state.mode === "agreement" && count) {
     const steps = Array.from({ length: count }, (_, k) => element("span", {}, swatch(heatColor(k / Math.max(1, count - 1))), String(k + 1)));
     return [element("span", { className: "legend" }, `drawn by … of ${count} (not a probability)`, ...steps)];
   }
-  if (state.mode === "difference") {
+  if (state.mode === "difference" && count) {
     const other = comparedPick(found);
     const dice = found.box ? computeDice(found.mask, drawPick(found.masks, other, found.best)) : 1;
     return [
       element(
         "span",
         { className: "legend" },
-        element("span", {}, swatch(ONLY_FIRST), `only ${describePick(found.pick, count)}`),
+        element("span", {}, swatch(ONLY_FIRST), `only ${describeLook(found)}`),
         element("span", {}, swatch(ONLY_SECOND), `only ${describePick(other, count)}`),
         `Dice ${dice.toFixed(3)}`,
       ),
     ];
   }
-  return [`${state.structure}: ${describePick(found.pick, count)}`];
+  return [`${state.structure}: ${describeLook(found)}`];
 }
 
 /** @param {ImageSession} session */
 export function renderFacts(session) {
   const facts = find("facts");
-  const found = session.result && look(state.structure);
+  const found = look(state.structure);
   if (!found) {
     facts.textContent = session.result ? "" : "Type what to find and press Propose.";
     return;

@@ -1,10 +1,13 @@
 // Picking, merging, accepting, and taking back.
 
+import { nextTime } from "./clock.js";
 import { toast } from "./dom.js";
-import { goTo, goToNext, toggleMode } from "./moving.js";
+import { goToNext, toggleMode } from "./moving.js";
+import { clearSlice, dropDrawn, keep } from "./painting.js";
 import * as picks from "./picks.js";
 import { nameSlice } from "./slices.js";
 import { areMasksShown, chosenStructures, countProposals, currentPick, look, state, store } from "./state.js";
+import { undoLast } from "./timeline.js";
 import { startWaiting } from "./timing.js";
 
 /** @typedef {import("./picks.js").Pick} Pick */
@@ -15,13 +18,29 @@ import { startWaiting } from "./timing.js";
  */
 export function pick(chosen) {
   const { work, session } = state;
-  if (!work || !session?.result || state.isReadOnly) return;
+  if (!session || state.isReadOnly) return;
+  if (!session.result?.owners[state.structure]) {
+    pickWithout(chosen);
+    return;
+  }
+  if (!work) return;
   startWaiting("proposal-switch");
   const found = look(state.structure);
   if (state.mode === "difference" && found) store.set({ compared: found.pick });
   else store.set({ mode: "pick" });
-  work.setPick(state.structure, chosen, state.scope === "slice" ? state.z : null);
+  const [z, at] = [state.scope === "slice" ? state.z : null, nextTime()];
+  dropDrawn(state.structure, z, at);
+  work.setPick(state.structure, chosen, z, at);
   store.touch("picks");
+}
+
+/**
+ * Of a structure without proposals only one thing can be picked: that it is not there.
+ * @param {Pick} chosen
+ */
+function pickWithout({ rule }) {
+  if (rule === "nothing") clearSlice();
+  else toast(`There are no proposals of ${state.structure}. Find it, or draw it.`, "bad");
 }
 
 /** @param {number} number */
@@ -69,6 +88,10 @@ export function acceptSlice(names = [state.structure]) {
   if (!found || !structures.length || !areMasksShown()) return;
   const { z } = state;
   found.work.acceptSlice(z, structures);
+  if (state.drawing) {
+    state.drawing.markUnsent(z, structures);
+    keep(state.drawing);
+  }
   store.touch("decisions");
   toast(`${structures.join(", ")} accepted on slice ${nameSlice(z)}`, "good", 2);
   if (!goToNext(z)) tellDone();
@@ -106,12 +129,7 @@ export const acceptShownVolume = () => acceptVolume(chosenStructures());
 export function undo() {
   const { work, session } = state;
   if (!work || state.isReadOnly) return;
-  const undone = work.undo();
-  if (undone) {
-    toast(`Undone: ${undone.what}`, "", 2);
-    if (undone.z !== null) goTo(undone.z);
-    store.touch("picks", "decisions");
-  } else if (session?.info.label) {
+  if (!undoLast() && session?.info.label) {
     toast("Nothing unsent to undo. “Undo last save” goes back further.");
   }
 }

@@ -13,7 +13,7 @@ const DECIDED = "#3ddc97";
 const SAVED = "#4c8dff";
 
 /** @param {HTMLCanvasElement|OffscreenCanvas} canvas */
-function getContext(canvas) {
+export function getContext(canvas) {
   const context = /** @type {CanvasRenderingContext2D|OffscreenCanvasRenderingContext2D|null} */ (canvas.getContext("2d"));
   if (!context) throw new Error("This browser gives no canvas to draw on. Close some tabs, or try another browser.");
   return context;
@@ -23,7 +23,7 @@ function getContext(canvas) {
  * Give a canvas as many pixels as the screen has under it.
  * @param {HTMLCanvasElement} canvas
  */
-function fitToScreen(canvas) {
+export function fitToScreen(canvas) {
   const ratio = window.devicePixelRatio || 1;
   const width = Math.max(1, Math.round(canvas.clientWidth * ratio));
   const height = Math.max(1, Math.round(canvas.clientHeight * ratio));

@@ -115,3 +115,24 @@ export function dragWindow([low, high], dx, dy) {
   const middle = (high + low) / 2 + (dy / 500) * (high - low);
   return [middle - span / 2, middle + span / 2];
 }
+
+/** @typedef {{y: number, x: number}} Finger in pixels of the canvas */
+
+/**
+ * Zoom and centre with which what lay between two fingers still does.
+ * @param {Point} point of the slice that lay between them
+ * @param {[Finger, Finger]} before
+ * @param {[Finger, Finger]} now
+ * @param {Place} place of the slice when they came
+ * @param {number} zoom when they came
+ * @param {{width: number, height: number}} canvas
+ * @returns {{zoom: number, center: Point}}
+ */
+export function pinch(point, before, now, place, zoom, { width, height }) {
+  /** @param {[Finger, Finger]} fingers */
+  const span = ([one, other]) => Math.max(1, Math.hypot(one.y - other.y, one.x - other.x));
+  const after = limitZoom((zoom * span(now)) / span(before));
+  const [y, x] = [(now[0].y + now[1].y) / 2, (now[0].x + now[1].x) / 2];
+  const grown = after / zoom;
+  return { zoom: after, center: [point[0] - (y - height / 2) / (place.scaleY * grown), point[1] - (x - width / 2) / (place.scaleX * grown)] };
+}

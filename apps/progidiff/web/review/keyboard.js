@@ -8,6 +8,7 @@ import { compareWith, cyclePreset, cycleStructure, goTo, goToNext, scrollBy, set
 import { toggleHidden, toggleIncluded, toggleMode, toggleSaved } from "./moving.js";
 import { tellWarnings } from "./opening.js";
 import { makePick } from "./picks.js";
+import { DRAW_ACTIONS } from "./toolbar.js";
 import { cancelJob, runPrompt } from "./prompting.js";
 import { openNext, skip, submit, undoSave } from "./saving.js";
 import { state } from "./state.js";
@@ -53,6 +54,7 @@ const ACTIONS = {
   next: openNext,
   prompt: () => find("prompt").focus(),
   help: openHelp,
+  ...DRAW_ACTIONS,
 };
 
 /** @param {KeyboardEvent} event */

@@ -1,9 +1,12 @@
 // What keys do, in the order of the legend, and the windows that W goes through.
 
+import { DRAW_KEYS } from "./tools.js";
+
 /**
  * @typedef {"consensus"|"best"|"absent"|"union"|"intersection"|"majority"|"threshold"|"lower"|"higher"|"scope"|"agreement"|"difference"
  *   |"hide"|"saved"|"up"|"down"|"farUp"|"farDown"|"first"|"last"|"disputed"|"skip"|"structure"|"leaveOut"|"preset"|"fit"|"zoomIn"
- *   |"zoomOut"|"acceptShown"|"acceptShownVolume"|"acceptSlice"|"acceptVolume"|"undo"|"submit"|"next"|"prompt"|"help"} Action
+ *   |"zoomOut"|"acceptShown"|"acceptShownVolume"|"acceptSlice"|"acceptVolume"|"undo"|"submit"|"next"|"prompt"|"help"
+ *   |import("./tools.js").DrawAction} Action
  */
 /** @typedef {{keys: string[], show?: string[], what: string, action?: Action}} Key `show` is what the legend prints instead of `keys` */
 /** @typedef {Pick<KeyboardEvent, "key"|"code"|"shiftKey"|"ctrlKey"|"altKey"|"metaKey">} Press */
@@ -46,6 +49,7 @@ export const KEYS = [
   { keys: ["y"], show: ["Y"], what: "Accept all that is shown on this slice", action: "acceptShown" },
   { keys: ["Shift y"], show: ["Shift Y"], what: "Accept all that is shown in the volume", action: "acceptShownVolume" },
   { keys: ["z", "Ctrl z"], show: ["Z"], what: "Undo", action: "undo" },
+  ...DRAW_KEYS,
   { keys: ["Ctrl Enter"], show: ["Ctrl Enter"], what: "Submit", action: "submit" },
   { keys: ["n"], show: ["N"], what: "Next image of the queue", action: "next" },
   { keys: ["/"], what: "Type a prompt", action: "prompt" },
@@ -94,12 +98,17 @@ const CT_PRESETS = [
 
 /**
  * Windows for an image, the first one to begin with; all as [low, high].
- * @param {{modality: string, range: readonly [number, number], window: readonly [number, number]}} info
+ * @param {{modality: string, range: readonly [number, number], window: readonly [number, number], presets?: readonly {name: string, window: readonly number[]}[]}} info
  * @returns {[Preset, ...Preset[]]}
  */
-export function presetsFor(info) {
+export function presetsFor({ modality, range, window, presets = [] }) {
   /** @type {Preset} */
-  const full = { name: "full range", window: info.range };
-  const [first, ...others] = CT_PRESETS;
-  return info.modality === "CT" ? [first, ...others, full] : [{ name: "body, 1 to 99 %", window: info.window }, full];
+  const full = { name: "full range", window: range };
+  const named = presets.map(({ name, window: [low, high] }) => ({ name, window: /** @type {const} */ ([low, high]) }));
+  const [first, ...others] = named.length || modality !== "CT" ? named : CT_PRESETS;
+  if (first) return [first, ...others, full];
+  // Intensities without a unit: windows of this image's own.
+  const [low, high] = window;
+  const middle = (low + high) / 2;
+  return [{ name: "body, 1 to 99 %", window }, { name: "dark tissue", window: [low, middle] }, { name: "bright tissue", window: [middle, high + middle - low] }, full];
 }

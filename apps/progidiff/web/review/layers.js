@@ -2,27 +2,29 @@
 
 import { agreementLayer, differenceLayer, maskLayer } from "./draw.js";
 import { drawPick } from "./picks.js";
-import { colorOf, comparedPick, look, shown, state } from "./state.js";
+import { colorOf, comparedPick, listStructures, look, shown, state } from "./state.js";
 
 /** @typedef {import("./draw.js").Layer} Layer */
 
 const SAVED_COLOR = "#6ea8ff";
+/** Structures beside the active one are drawn with this part of its opacity. */
+const OTHERS = 0.42;
 
 /** @returns {Layer[]} from the bottom */
 export function buildLayers() {
   const { session } = state;
   const layers = state.isSavedShown ? savedLayers() : [];
-  if (!session?.result || !state.work) return layers;
+  if (!session) return layers;
   const active = look(state.structure);
-  if (state.mode === "agreement" && active?.box) return [...layers, agreementLayer(active.masks, active.box)];
-  if (state.mode === "difference" && active?.box) {
+  if (state.mode === "agreement" && active?.box && active.masks.length) return [...layers, agreementLayer(active.masks, active.box)];
+  if (state.mode === "difference" && active?.box && active.masks.length) {
     return [...layers, differenceLayer(active.mask, drawPick(active.masks, comparedPick(active), active.best), active.box)];
   }
-  for (const name of session.result.structures) {
+  for (const name of listStructures()) {
     const found = look(name);
     const isActive = name === state.structure;
-    if (!found?.box || !(isActive || state.included.has(name))) continue;
-    layers.push(maskLayer(found.mask, found.box, colorOf(name), isActive ? { fill: 0.24, width: 2 } : { fill: 0.1, width: 1.25 }));
+    if (!found?.box || name === state.inked || !(isActive || found.drawn || state.included.has(name))) continue;
+    layers.push(maskLayer(found.mask, found.box, colorOf(name), isActive ? { fill: state.opacity, width: 2 } : { fill: state.opacity * OTHERS, width: 1.25 }));
   }
   return layers;
 }

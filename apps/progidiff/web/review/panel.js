@@ -52,7 +52,7 @@ export function renderPanel() {
   findButton("accept-shown").disabled = !isReady || !session?.keys.length;
   find("accept-slice").title = state.structure ? `Accept ${state.structure} on this slice` : "";
   find("accept-name").textContent = state.structure ? `Accept ${state.structure}` : "Accept slice";
-  findButton("undo").disabled = !work?.canUndo || state.isReadOnly;
+  findButton("undo").disabled = !(work?.canUndo || state.drawing?.lastAt) || state.isReadOnly;
   renderDecided();
   renderSaved();
 }
@@ -121,7 +121,8 @@ function renderMerging(isReady) {
     ),
   );
   renderThreshold(current, members.length);
-  find("picked").textContent = count ? describePick(current, count) : "nothing yet";
+  const drawn = state.drawing?.get(state.structure, state.z);
+  find("picked").textContent = drawn ? "drawn by hand" : count ? describePick(current, count) : "nothing yet";
 }
 
 /**

@@ -5,12 +5,15 @@ import { watchConnection } from "./api.js";
 import { chooseThumb, merge, toggleMember } from "./deciding.js";
 import { find } from "./dom.js";
 import { onBack, report } from "./failures.js";
+import { listenToFingers } from "./fingers.js";
 import { fillKeys, listenToButtons, listenToKeys } from "./keyboard.js";
 import { ModelPanel } from "./model.js";
 import { goTo, selectStructure, toggleIncluded } from "./moving.js";
 import { onChooseResult, renderKept } from "./kept.js";
 import { addResult, askForSlices, openFromAddress, openImage, removeResult } from "./opening.js";
 import { onDecide, renderHead, renderPanel } from "./panel.js";
+import { leaveDrawing, openDrawing } from "./painting.js";
+import { listenToPen } from "./pen.js";
 import { listenToView } from "./pointer.js";
 import { fillPrompts, renderJob } from "./prompting.js";
 import { Queue, renderLeftOut } from "./queue.js";
@@ -18,25 +21,37 @@ import { offerAgain, useQueue } from "./saving.js";
 import { fetchMissing, refresh } from "./stage.js";
 import { state, store } from "./state.js";
 import { onChoose } from "./strip.js";
+import { buildToolbar, renderToolbar } from "./toolbar.js";
+import { buildViews, insertViews, renderViews } from "./views.js";
 
 const queue = new Queue(openImage, goTo);
 const model = new ModelPanel();
 
+store.watch(["isReadOnly"], leaveDrawing);
+store.watch(["session", "isReadOnly"], openDrawing);
+// What is drawn is decided with everything else, whatever work that hangs on.
+store.watch(["work", "drawing"], () => void (state.work && (state.work.drawing = state.drawing)));
 store.watch(["session", "job", "isReadOnly"], renderHead);
+store.watch(["session", "result", "work", "structure", "tool", "settings", "drawing", "added", "drawn", "window", "preset", "opacity", "areViewsShown", "isReadOnly"], renderToolbar);
 store.watch(
-  ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "scope", "isReadOnly", "isSubmitting"],
+  ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "scope", "isReadOnly", "isSubmitting", "drawing", "drawn"],
   renderPanel,
 );
 store.watch(
   ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "mode", "compared", "window", "preset", "zoom", "center",
-    "isHidden", "isSavedShown"],
+    "isHidden", "isSavedShown", "drawing", "drawn", "added", "opacity", "inked"],
   refresh,
 );
-store.watch(["session", "info", "result", "work", "decisions"], () => queue.render());
+store.watch(["session", "info", "result", "work", "decisions", "drawn"], () => queue.render());
 store.watch(["session", "info", "result", "job", "isReadOnly"], renderKept);
 store.watch(["leftOut"], renderLeftOut);
 store.watch(["job"], renderJob);
 store.watch(["job"], fetchMissing);
+
+store.watch(
+  ["session", "info", "result", "z", "structure", "window", "isHidden", "opacity", "drawing", "drawn", "areViewsShown", "cross", "zoom", "center"],
+  () => void renderViews(),
+);
 
 useQueue(queue);
 askForSlices((image) => queue.slicesOf(image));
@@ -54,12 +69,17 @@ watchConnection((isReachable) => {
   dot.classList.toggle("lost", !isReachable);
   dot.title = isReachable ? "The server answers" : "The server does not answer";
 });
+listenToFingers(); // before the pen, and the pen before all others: each takes what is for it
+listenToPen();
 listenToView();
 listenToKeys();
 listenToButtons();
 find("versions-open").addEventListener("click", () => model.open());
 window.addEventListener("hashchange", openFromAddress);
 fillKeys();
+buildToolbar();
+insertViews();
+buildViews();
 renderHead();
 renderPanel();
 countSeconds();

@@ -3,8 +3,10 @@
 import * as api from "./api.js";
 import { findDecidable } from "./deciding.js";
 import { clearNotice, notice, toast } from "./dom.js";
+import { toPainted } from "./drawing.js";
 import { report } from "./failures.js";
 import { openImage } from "./opening.js";
+import { keep } from "./painting.js";
 import { countSlices } from "./slices.js";
 import { state, store } from "./state.js";
 import { forgetWork } from "./work.js";
@@ -28,10 +30,16 @@ export async function submit() {
   const found = findDecidable();
   if (!found?.work.hasDecisions || state.isSubmitting) return;
   const { session, work } = found;
+  const { drawing } = state;
+  const drawn = drawing?.listUnsent() ?? [];
   store.set({ isSubmitting: true });
   try {
-    const { saves } = await api.submitDecisions(session.image, work.toDecisions(session.info.sequence));
+    const [depth, height, width] = session.info.shape;
+    const painted = toPainted(drawn, [depth, height, width]);
+    const { saves } = await api.submitDecisions(session.image, { ...work.toDecisions(session.info.sequence), painted });
     forgetWork(session.image);
+    drawing?.markSent(drawn);
+    if (drawing) keep(drawing);
     lastSaves = { image: session.image, sequences: saves.filter(({ repeated }) => !repeated).map(({ sequence }) => sequence) };
     tellSaved(saves);
     if (state.session === session) {

@@ -28,10 +28,11 @@ function isComplete() {
   return (!session.result || (areMasksShown() && !shown.isPartial)) && !isLabelMissing();
 }
 
-/** Whether the saved label is to be shown and is not there. */
+/** Whether the saved label is to be shown, or drawn on where there is no proposal, and is not there. */
 function isLabelMissing() {
-  const { session } = state;
-  return Boolean(session?.info.label && state.isSavedShown && (!shown.label || shown.labelOf !== session.info));
+  const { session, structure } = state;
+  const isDrawnOn = session && structure in session.info.label_ids && !session.result?.structures.includes(structure);
+  return Boolean(session?.info.label && (state.isSavedShown || isDrawnOn) && (!shown.label || shown.labelOf !== session.info));
 }
 
 let isDrawWanted = false;

@@ -1,8 +1,10 @@
 // What the page shows, in one place, and what follows from it. Nothing here draws or asks the server.
 
-import { drawPick, makePick, pickProposal } from "./picks.js";
+import { combineLook } from "./drawn_look.js";
+import { describePick, drawPick, makePick, pickProposal } from "./picks.js";
 import { findHighest, rankSlices } from "./slices.js";
 import { Store } from "./store.js";
+import { firstSettings } from "./tools.js";
 
 /** Where no image says another one. */
 const UNKNOWN_COLOR = "#e0aaff";
@@ -33,11 +35,20 @@ const UNKNOWN_COLOR = "#e0aaff";
  * @property {RunningJob|null} job
  * @property {readonly import("../answers.d.ts").QueueSlice[]} walk slices of the image that the strategy chose, best first
  * @property {readonly import("../answers.d.ts").LeftOut[]} leftOut files that the server does not serve
+ * @property {import("./drawing.js").Drawing|null} drawing what was drawn by hand on the image; null until it is known what was
+ * @property {readonly string[]} added structures that were named to be drawn, of which there are no proposals
+ * @property {import("./tools.js").Tool|null} tool
+ * @property {import("./tools.js").Settings} settings of the tools
+ * @property {string} inked structure that a stroke is being drawn of; "" if none is
+ * @property {boolean} areViewsShown the two other planes and the surface
+ * @property {import("./geometry.js").Point|null} cross where they cross on the slice; null for the middle
+ * @property {number} opacity of the active mask, from 0 to 1
  */
 
 /**
  * Changes inside of the session (what is saved and kept; the result) and of the work (what is picked; what is accepted).
- * @typedef {"info"|"result"|"picks"|"decisions"} Change
+ * "drawn" is a change of the drawing.
+ * @typedef {"info"|"result"|"picks"|"decisions"|"drawn"} Change
  */
 
 /** @type {Store<State, Change>} */
@@ -62,6 +73,14 @@ export const store = new Store(
     job: null,
     walk: [],
     leftOut: [],
+    drawing: null,
+    added: [],
+    tool: null,
+    settings: firstSettings([1, 1], [0, 1]),
+    inked: "",
+    areViewsShown: false,
+    cross: null,
+    opacity: 0.24,
   }),
 );
 
@@ -88,11 +107,12 @@ export const shown = { session: null, z: -1, pixels: null, masks: null, isPartia
 
 /**
  * A structure on the shown slice: all proposals, and what is picked of them.
- * @typedef {import("./masks.js").StructureMasks & {best: number, pick: Pick, mask: Uint8Array}} Look
+ * @typedef {import("./masks.js").StructureMasks & {best: number, pick: Pick, mask: Uint8Array, drawn?: import("./drawing.js").Drawn|null}} Look
  */
 
 /** Whether the active structure is accepted or saved on a slice. @param {number} z */
-export const isSliceDone = (z) => Boolean(state.work?.acceptedPick(state.structure, z) || state.session?.isSaved(state.structure, z));
+export const isSliceDone = (z) =>
+  Boolean(state.work?.acceptedPick(state.structure, z) || state.drawing?.isUnsent(state.structure, z) || state.session?.isSaved(state.structure, z));
 
 /** @returns {number[]} disagreement per slice of the active structure; empty while it is not known */
 const activeDisagreement = () => state.session?.disagreement([state.structure]) ?? [];
@@ -120,11 +140,21 @@ export const isDrawnHere = () => activeDisagreement()[state.z] > 0;
 export const areMasksShown = () => Boolean(shown.masks) && shown.session === state.session && shown.z === state.z && shown.masksOf === state.session?.source;
 
 /**
- * The masks and the pick of a structure on the shown slice; null while they are not there.
+ * The masks and the pick of a structure on the shown slice, and what was drawn by hand instead; null while they are not there.
  * @param {string} structure
  * @returns {Look|null}
  */
 export function look(structure) {
+  const proposed = lookProposed(structure);
+  const { session, drawing, z } = state;
+  return session && drawing && shown.session === session && shown.z === z ? combineLook(drawing, structure, z, proposed) : proposed;
+}
+
+/**
+ * @param {string} structure
+ * @returns {Look|null}
+ */
+function lookProposed(structure) {
   const { session, work } = state;
   if (!session?.result || !work || !areMasksShown()) return null;
   const entry = shown.masks?.[session.result.structures.indexOf(structure)];
@@ -145,10 +175,24 @@ export function colorOf(structure) {
 
 export const currentPick = () => state.work?.pickOn(state.structure, state.z) ?? makePick("consensus");
 
+/** What is shown of a structure, in words. @param {Look} found */
+export function describeLook({ drawn, pick, masks }) {
+  if (!drawn) return masks.length ? describePick(pick, masks.length) : "saved label";
+  if (drawn.way === "between") return "interpolated";
+  return `drawn by hand, ${drawn.edits === 1 ? "one edit" : `${drawn.edits} edits`}`;
+}
+
 export const countProposals = () => state.session?.result?.owners[state.structure]?.numProposals ?? 0;
 
-/** What has a row in the checklist: what there are proposals of, and what is saved. */
-export const listStructures = () => [...new Set([...(state.session?.result?.structures ?? []), ...Object.keys(state.session?.info.label_ids ?? {})])];
+/** What has a row in the checklist and can be drawn: what there are proposals of, what is saved, what was drawn, and what was named to be drawn. */
+export const listStructures = () => [
+  ...new Set([
+    ...(state.session?.result?.structures ?? []),
+    ...Object.keys(state.session?.info.label_ids ?? {}),
+    ...(state.drawing?.structures ?? []),
+    ...state.added,
+  ]),
+];
 
 /** What has proposals and is shown. */
 export const chosenStructures = () => state.session?.result?.structures.filter((name) => state.included.has(name)) ?? [];

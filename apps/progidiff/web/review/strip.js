@@ -46,7 +46,8 @@ export function renderStrip() {
     thumbs = wanted.map(buildThumb);
     strip.replaceChildren(...thumbs.map(({ node }) => node));
   }
-  const found = look(state.structure);
+  const active = look(state.structure);
+  const found = active?.masks.length ? active : null;
   for (const thumb of thumbs) paintThumb(thumb, session, found);
 }
 
@@ -83,6 +84,7 @@ function paintThumb({ kind, node, canvas, note }, session, found) {
 /** @param {Thumb} kind */
 function isSelected(kind) {
   if (kind === "agreement" || kind === "difference") return state.mode === kind;
+  if (state.drawing?.get(state.structure, state.z)) return false;
   const { rule, members } = currentPick();
   const isPicked = typeof kind === "number" ? rule === "proposal" && members[0] === kind : rule === kind;
   return isPicked && state.mode === "pick";

@@ -1,5 +1,7 @@
 // What a person decided about one image and has not sent yet. It survives a closed tab, a crash and a server that is gone.
 
+import { nextTime } from "./clock.js";
+import { listDrawn } from "./drawing_store.js";
 import { makePick } from "./picks.js";
 import { nameSlice } from "./slices.js";
 
@@ -36,6 +38,12 @@ function forget(state, structure) {
 export class Work {
   /** @type {(Step & {state: Decided})[]} */
   #history = [];
+  /** When each step of the history was done. @type {number[]} */
+  #times = [];
+  /** What was undone, and the state after it. @type {(Step & {state: Decided, at: number})[]} */
+  #undone = [];
+  /** What was drawn by hand on the image; it is decided as it is drawn. @type {import("./drawing.js").Drawing|null} */
+  drawing = null;
 
   /**
    * @param {string} image
@@ -65,7 +73,7 @@ export class Work {
    * @returns {string[]} the structures that stay with their result, because something of it is accepted
    */
   bind(structures, key) {
-    const held = structures.filter((name) => this.keyOf(name) !== key && this.isAccepted(name));
+    const held = structures.filter((name) => this.keyOf(name) !== key && this.#picked.includes(name));
     for (const name of structures.filter((own) => !held.includes(own))) {
       if (this.keyOf(name) !== key) for (const state of [this.state, ...this.#history.map((step) => step.state)]) forget(state, name);
       this.keys[name] = key;
@@ -86,9 +94,10 @@ export class Work {
    * @param {string} structure
    * @param {Pick} pick
    * @param {number|null} z null for the volume
+   * @param {number} at
    */
-  setPick(structure, pick, z = null) {
-    this.#remember(z === null ? `pick for ${structure}` : `pick for ${structure} on slice ${nameSlice(z)}`, z);
+  setPick(structure, pick, z = null, at = nextTime()) {
+    this.#remember(z === null ? `pick for ${structure}` : `pick for ${structure} on slice ${nameSlice(z)}`, z, at);
     if (z === null) {
       this.state.picks[structure] = pick;
       // A pick for the volume is meant for every slice.
@@ -136,11 +145,11 @@ export class Work {
 
   /** @param {number} z */
   isDecided(z) {
-    return z in this.state.slices || !isEmpty(this.state.volume);
+    return z in this.state.slices || !isEmpty(this.state.volume) || this.#drawn.some((entry) => entry.z === z);
   }
 
   get decidedSlices() {
-    return Object.keys(this.state.slices).map(Number);
+    return [...new Set([...Object.keys(this.state.slices).map(Number), ...this.#drawn.map(({ z }) => z)])];
   }
 
   /**
@@ -151,7 +160,8 @@ export class Work {
   acceptedOf(structure) {
     const { volume, slices } = this.state;
     const own = Object.keys(slices).filter((z) => structure in slices[z]);
-    return { volume: volume[structure] ?? null, slices: own.map(Number) };
+    const drawn = this.#drawn.flatMap((entry) => (entry.structure === structure ? [entry.z] : []));
+    return { volume: volume[structure] ?? null, slices: [...new Set([...own.map(Number), ...drawn])] };
   }
 
   /** @param {string} structure */
@@ -160,10 +170,20 @@ export class Work {
     return volume !== null || slices.length > 0;
   }
 
-  /** The structures of which something is accepted. */
-  get decided() {
+  /** The structures of which a pick is accepted. */
+  get #picked() {
     const { volume, slices } = this.state;
     return [...new Set([...Object.keys(volume), ...Object.values(slices).flatMap(Object.keys)])];
+  }
+
+  /** What was drawn and not sent. */
+  get #drawn() {
+    return this.drawing?.listUnsent() ?? [];
+  }
+
+  /** The structures of which something is accepted, or drawn and so accepted. */
+  get decided() {
+    return [...new Set([...this.#picked, ...this.#drawn.map(({ structure }) => structure)])];
   }
 
   get isVolumeAccepted() {
@@ -171,11 +191,21 @@ export class Work {
   }
 
   get hasDecisions() {
-    return this.isVolumeAccepted || !isEmpty(this.state.slices);
+    return this.isVolumeAccepted || !isEmpty(this.state.slices) || this.#drawn.length > 0;
   }
 
   get canUndo() {
-    return this.#history.length > 0;
+    return this.#history.length > 0 || Boolean(this.drawing?.lastAt);
+  }
+
+  /** When the last step that can be undone was done; 0 if there is none. */
+  get lastAt() {
+    return this.#times.at(-1) ?? 0;
+  }
+
+  /** When the next step that can be redone was done; Infinity if there is none. */
+  get nextAt() {
+    return this.#undone.at(-1)?.at ?? Infinity;
   }
 
   /**
@@ -185,9 +215,21 @@ export class Work {
   undo() {
     const last = this.#history.pop();
     if (!last) return null;
+    this.#undone.push({ ...last, state: this.state, at: this.#times.pop() ?? 0 });
     this.state = last.state;
     this.#save();
     return last;
+  }
+
+  /** @returns {Step|null} what was redone; null if there was nothing */
+  redo() {
+    const next = this.#undone.pop();
+    if (!next) return null;
+    this.#history.push({ what: next.what, z: next.z, state: this.state });
+    this.#times.push(next.at);
+    this.state = next.state;
+    this.#save();
+    return next;
   }
 
   /**
@@ -216,7 +258,7 @@ export class Work {
    * @returns {import("../answers.d.ts").Decisions}
    */
   toDecisions(base) {
-    const keys = [...new Set(this.decided.map((name) => this.keyOf(name)))];
+    const keys = [...new Set(this.#picked.map((name) => this.keyOf(name)))];
     const parts = (keys.length ? keys : [this.proposals]).map((key) => this.#decidedBy(key));
     const spent = this.decided.filter((name) => name in this.effort).map((name) => [name, { ...this.effort[name], seconds: round(this.effort[name].seconds) }]);
     const effort = spent.length ? { effort: Object.fromEntries(spent) } : {};
@@ -249,16 +291,23 @@ export class Work {
   /**
    * @param {string} what
    * @param {number|null} z
+   * @param {number} at
    */
-  #remember(what, z = null) {
+  #remember(what, z = null, at = nextTime()) {
+    this.#undone = [];
     this.#history.push({ what, z, state: copy(this.state) });
-    if (this.#history.length > MAX_HISTORY) this.#history.shift();
+    this.#times.push(at);
+    if (this.#history.length > MAX_HISTORY) {
+      this.#history.shift();
+      this.#times.shift();
+    }
   }
 
   #save() {
     const key = PREFIX + this.image;
     try {
-      if (!this.hasDecisions && isEmpty(this.state.picks) && isEmpty(this.state.slicePicks)) {
+      const hasPicks = this.isVolumeAccepted || !isEmpty(this.state.slices);
+      if (!hasPicks && isEmpty(this.state.picks) && isEmpty(this.state.slicePicks)) {
         localStorage.removeItem(key);
         return;
       }
@@ -302,7 +351,7 @@ export function forgetWork(image) {
 export function listUnsent() {
   try {
     const images = Object.keys(localStorage).flatMap((key) => (key.startsWith(PREFIX) ? [key.slice(PREFIX.length)] : []));
-    return images.filter((image) => loadWork(image)?.work.hasDecisions);
+    return [...new Set([...images.filter((image) => loadWork(image)?.work.hasDecisions), ...listDrawn()])];
   } catch {
     return [];
   }

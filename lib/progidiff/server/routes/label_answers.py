@@ -167,6 +167,7 @@ class AnnotationAnswer(_Answer):
     num_slices: int | None
     label_ids: list[tuple[Text, int]]
     effort: list[tuple[Text, float, int]]
+    edits: int | None
     in_force: bool
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from fastapi import Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
+from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, NotFoundError
 from progidiff.images.intensities import compute_window
@@ -34,7 +35,7 @@ from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.datastores import images
 from progidiff.server.datastores.local import SafeLocalDatastore
 from progidiff.server.gate.auth import User
-from progidiff.server.gate.endpoints import ANNOTATE, CALLER, MEDIUM, READ, Content, Endpoints
+from progidiff.server.gate.endpoints import ANNOTATE, CALLER, READ, Content, Endpoints
 from progidiff.server.gate.paths import find_root
 from progidiff.server.parts import Context, get_context
 from progidiff.server.routes import submissions
@@ -52,6 +53,9 @@ from progidiff.server.routes.submissions import find_result, load_current
 
 MAX_SLICE_PIXELS = 1 << 24
 """Largest slice that a browser is asked to draw: 4096 x 4096 pixels."""
+
+MOST_PAINTED = 16 << 20
+"""Bytes of a submission: what was drawn of an organ on every one of 300 slices takes about one million."""
 
 PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src "
@@ -94,14 +98,10 @@ def _add_data_routes(endpoints: Endpoints) -> None:
         "/progidiff/review/{image}/slices/{z}", READ, tags=["Review"], summary="One axial slice, int16, little-endian"
     )
     def get_slice(request: Request, image: ImageId, z: int) -> Response:
-        volume = _open_volume(get_context(), image)
+        volume = open_volume(get_context(), image)
         stack, _ = volume.to_stack()
         _check_slice(z, stack.shape)
-        slope, intercept = find_scale(volume)
-        pixels = (
-            stack[z] if (slope, intercept) == (1.0, 0.0) else np.rint((stack[z].astype(np.float64) - intercept) / slope)
-        )
-        return _send_bytes(request, np.ascontiguousarray(pixels, dtype="<i2").tobytes())
+        return send_bytes(request, to_pixels(stack[z], find_scale(volume)).tobytes())
 
     @endpoints.get(
         "/progidiff/review/{image}/masks/{z}",
@@ -115,7 +115,7 @@ def _add_data_routes(endpoints: Endpoints) -> None:
         if result is None:
             return Response(status_code=204)
         _check_slice(z, result.grid.shape)
-        return _send_bytes(request, pack_masks(result, z))
+        return send_bytes(request, pack_masks(result, z))
 
     @endpoints.get(
         "/progidiff/review/{image}/label/{z}",
@@ -125,12 +125,12 @@ def _add_data_routes(endpoints: Endpoints) -> None:
     )
     def get_label(request: Request, image: ImageId, z: int) -> Response:
         context = get_context()
-        volume = _open_volume(context, image)
+        volume = open_volume(context, image)
         _check_slice(z, volume.to_stack()[0].shape)
         label = load_current(context, image, volume)
         if label is None:
             raise NotFoundError(f"Image '{image}' has no saved label yet.")
-        return _send_bytes(request, np.ascontiguousarray(volume.arrange(label)[z], dtype=np.uint8).tobytes())
+        return send_bytes(request, np.ascontiguousarray(volume.arrange(label)[z], dtype=np.uint8).tobytes())
 
 
 def _add_submit_route(endpoints: Endpoints) -> None:
@@ -139,14 +139,14 @@ def _add_submit_route(endpoints: Endpoints) -> None:
         ANNOTATE,
         tags=["Review"],
         summary="Save what was decided about an image",
-        takes="JSON: proposals, volume, slices, or parts of these; base, seconds, effort",
-        body=MEDIUM,
+        takes="JSON: proposals, volume, slices, or parts of these; painted, base, seconds, effort",
+        body=MOST_PAINTED,
         content=Content.JSON,
     )
     def submit(image: ImageId, decisions: dict[str, Any], user: User = CALLER) -> SubmissionAnswer:
         """Body: see `submissions.submit`."""
         context = get_context()
-        return submissions.submit(context, image, _open_volume(context, image), decisions, user.name)
+        return submissions.submit(context, image, open_volume(context, image), decisions, user.name)
 
 
 def find_scale(volume: Volume) -> tuple[float, float]:
@@ -158,6 +158,14 @@ def find_scale(volume: Volume) -> tuple[float, float]:
     if np.issubdtype(volume.array.dtype, np.integer) and low >= -32768 and high <= 32767:
         return 1.0, 0.0
     return (high - low) / 65535, low + 32768 * (high - low) / 65535
+
+
+def to_pixels(intensities: NDArray[Any], scale: tuple[float, float]) -> NDArray[Any]:
+    """Intensities as int16, little-endian, see `find_scale`."""
+    slope, intercept = scale
+    plain = scale == (1.0, 0.0)
+    pixels = intensities if plain else np.rint((intensities.astype(np.float64) - intercept) / slope)
+    return np.ascontiguousarray(pixels, dtype="<i2")
 
 
 def pack_masks(result: VolumeProposals, z: int) -> bytes:
@@ -177,7 +185,7 @@ def pack_masks(result: VolumeProposals, z: int) -> bytes:
 
 
 def _describe_image(context: Context, image: str) -> ReviewedImage:
-    volume = _open_volume(context, image)
+    volume = open_volume(context, image)
     stack, spacing = volume.to_stack()
     if stack.shape[1] * stack.shape[2] > MAX_SLICE_PIXELS:
         raise ImageError(
@@ -235,7 +243,12 @@ def _find_label_ids(context: Context, image: str, volume: Volume) -> dict[str, i
     return {name: value for name, value in context.labels.read_label_ids().items() if value in drawn}
 
 
-def _open_volume(context: Context, image: str) -> Volume:
+def open_volume(context: Context, image: str) -> Volume:
+    """An image of the datastore.
+
+    Raises:
+        NotFoundError: if there is none of this name.
+    """
     path = images.find_image(context.app, image)
     return context.infer.open_volume(path, None, context.app.datastore().get_image_info(image))
 
@@ -254,7 +267,8 @@ def _check_slice(z: int, shape: tuple[int, ...]) -> None:
     read_int(z, "slice", 0, min(MAX_SLICE, shape[0] - 1))
 
 
-def _send_bytes(request: Request, content: bytes) -> Response:
+def send_bytes(request: Request, content: bytes) -> Response:
+    """Bytes that no browser keeps, compressed for those that take it."""
     headers = {"Cache-Control": "no-store"}
     if "gzip" in request.headers.get("accept-encoding", ""):
         content = gzip.compress(content, compresslevel=1)

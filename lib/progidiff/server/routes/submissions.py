@@ -1,8 +1,9 @@
 """Decisions of the review page as saves: read, compared with what others saved meanwhile, drawn together, kept apart.
 
 One submission may be about several structures, of several results, each decided on slices of its own. The voxels are
-made at once, so that structures which overlap share them out; then there is one save for all structures that were
-decided on the same slices of the same proposals, so that the history never says of a structure what nobody decided.
+made at once, so that structures which overlap share them out, and what was drawn by hand lies on top; then there is one
+save for all structures that were decided on the same slices of the same proposals, so that the history never says of a
+structure what nobody decided.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
+from progidiff.images.geometry import Grid
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
-from progidiff.labels.decisions import Plan, compose_labels
+from progidiff.labels.decisions import DrawnPick, MaskPick, Plan, compose_labels
 from progidiff.labels.history import FINAL, Annotation
+from progidiff.labels.paintings import Painting, Paintings
 from progidiff.labels.saving import REVIEW_PAGE, read_effort
 from progidiff.labels.segments import load_label_map
 from progidiff.params import read_float, read_int
@@ -38,13 +41,13 @@ class Part:
     """What was decided about one result.
 
     Attributes:
-        key: Of the result.
-        result: The proposals.
+        key: Of the result; "" for structures that were drawn by hand and are in no result.
+        result: The proposals; None for those.
         plan: The decisions.
     """
 
     key: str
-    result: VolumeProposals
+    result: VolumeProposals | None
     plan: Plan
 
 
@@ -56,32 +59,40 @@ def submit(context: Context, image: str, volume: Volume, decisions: Mapping[str,
         image: Its id.
         volume: The image.
         decisions: As sent: proposals, volume and slices (see `decisions.Plan`), or parts, a list of objects with these;
-            base (the newest save the page knows), seconds, effort (structure -> seconds and clicks).
+            painted (see `labels.paintings`); base (the newest save the page knows), seconds, effort (structure ->
+            seconds and clicks).
         user: Who decided.
 
     Raises:
         RequestError: if something of it makes no sense.
+        GeometryError: if something was drawn on another grid.
         NotFoundError: if proposals are no longer kept.
         ConflictError: if somebody else saved the same meanwhile.
     """
-    parts = read_parts(context, image, decisions)
-    ids = number_structures(name for part in parts for name in part.result.structures)
-    label = compose_labels([(part.result, part.plan) for part in parts], volume.grid, ids)
+    paintings = Paintings.from_params(decisions.get("painted"), volume.grid.stack_shape, image)
+    decided = read_parts(context, image, decisions, is_painted=bool(paintings.structures))
+    parts = _add_paintings(context, image, decided, paintings)
+    ids = number_structures(_list_names(parts))
+    label = _draw(parts, paintings, volume.grid, ids)
     portions = [Part(part.key, part.result, plan) for part in parts for plan in part.plan.split()]
     for portion in portions:
         _check_conflict(context, image, portion.plan, decisions.get("base"), volume, label, ids)
     spent = _share_effort(decisions, portions)
     with scratch_folder("review") as folder:
-        file = save_mask(label, volume.grid, folder / "label.nii.gz")
-        answers = [
-            labels.save(context, image, file, FINAL, {**_describe(portion, ids), **effort}, user)
-            for portion, effort in zip(portions, spent, strict=True)
-        ]
+        answers = []
+        for portion, effort in zip(portions, spent, strict=True):
+            own = label if len(portions) == 1 else _keep_only(label, portion.plan.structures, ids)
+            file = save_mask(own, volume.grid, folder / "label.nii.gz")
+            params = {**_describe(portion, ids, paintings), **effort}
+            answers.append(labels.save(context, image, file, FINAL, params, user))
     return SubmissionAnswer(**{**dict(answers[-1]), "saves": [answer.annotation for answer in answers]})
 
 
-def read_parts(context: Context, image: str, decisions: Mapping[str, Any]) -> list[Part]:
+def read_parts(context: Context, image: str, decisions: Mapping[str, Any], is_painted: bool = False) -> list[Part]:
     """The results that decisions are about.
+
+    Args:
+        is_painted: Whether something was drawn by hand: then nothing else has to be decided, and no result is needed.
 
     Raises:
         RequestError: if there are none, or two of them decide the same structure.
@@ -98,6 +109,9 @@ def read_parts(context: Context, image: str, decisions: Mapping[str, Any]) -> li
     parts = []
     for part in sent:
         key = str(part.get("proposals", ""))
+        is_decided = bool(part.get("volume") or part.get("slices"))
+        if is_painted and not is_decided:
+            continue
         result = find_result(context, image, key)
         parts.append(Part(key, result, Plan.from_params(part, result)))
     names = [name for part in parts for name in part.plan.structures]
@@ -105,6 +119,60 @@ def read_parts(context: Context, image: str, decisions: Mapping[str, Any]) -> li
     if twice:
         raise RequestError(f"'{twice[0]}' is decided in two parts. Decide each structure by one result.")
     return parts
+
+
+def _add_paintings(context: Context, image: str, parts: Sequence[Part], paintings: Paintings) -> list[Part]:
+    """The decisions with what was drawn by hand, each structure in the part that decides it, else in that of the result
+    it was drawn on; if there is none, or it is no longer kept, in one without proposals.
+    """
+    named = {painting.proposals for _, painting in paintings} - {part.key for part in parts}
+    kept = {entry.key for entry in context.infer.store.list(image)} & named
+    results = [Part(key, find_result(context, image, key), Plan({}, {})) for key in sorted(kept)]
+    extended = [*parts, *results, Part("", None, Plan({}, {}))]
+    homes: dict[str, int] = {}
+    drawn: list[dict[int, dict[str, DrawnPick]]] = [{} for _ in extended]
+    for z, painting in paintings:
+        home = homes.setdefault(painting.structure, _find_home(painting, extended))
+        drawn[home].setdefault(z, {})[painting.structure] = _read_start(painting, extended[home])
+    return [Part(part.key, part.result, part.plan.draw(more)) for part, more in zip(extended, drawn, strict=True)]
+
+
+def _find_home(painting: Painting, parts: Sequence[Part]) -> int:
+    """Index of the part that a structure belongs to; the last one is for those that belong to none."""
+    name = painting.structure
+    deciding = [place for place, part in enumerate(parts) if name in part.plan.structures]
+    holding = [
+        place
+        for place, part in enumerate(parts)
+        if part.result is not None and part.key == painting.proposals and name in part.result.structures
+    ]
+    return [*deciding, *holding, len(parts) - 1][0]
+
+
+def _read_start(painting: Painting, part: Part) -> DrawnPick:
+    if painting.start is None or part.result is None or part.key != painting.proposals:
+        return DrawnPick("union")
+    start = MaskPick.from_params(painting.start, part.result.num_proposals)
+    return DrawnPick(start.rule, start.members, start.threshold)
+
+
+def _list_names(parts: Sequence[Part]) -> list[str]:
+    return [
+        name for part in parts for name in (*(part.result.structures if part.result else ()), *part.plan.structures)
+    ]
+
+
+def _draw(parts: Sequence[Part], paintings: Paintings, grid: Grid, ids: Mapping[str, int]) -> NDArray[Any]:
+    plans = [(part.result, part.plan) for part in parts if part.result is not None]
+    label = compose_labels(plans, grid, ids) if plans else np.zeros(grid.shape, dtype=np.uint8)
+    paintings.draw_on(grid.arrange(label), ids)  # A view, as in `compose_labels`.
+    return label
+
+
+def _keep_only(label: NDArray[Any], structures: Sequence[str], ids: Mapping[str, int]) -> NDArray[Any]:
+    """A save names the structures that it speaks about, and its file holds no other."""
+    kept: NDArray[Any] = np.where(np.isin(label, [ids[name] for name in structures]), label, np.uint8(0))
+    return kept
 
 
 def find_result(context: Context, image: str, key: str) -> VolumeProposals:
@@ -141,16 +209,18 @@ def load_current(context: Context, image: str, volume: Volume) -> NDArray[Any] |
         raise ImageError(f"The saved label of '{image}' cannot be shown ({err})") from err
 
 
-def _describe(portion: Part, ids: Mapping[str, int]) -> dict[str, Any]:
+def _describe(portion: Part, ids: Mapping[str, int], paintings: Paintings) -> dict[str, Any]:
     plan = portion.plan
+    edits = sum(paintings.count_edits(plan.structures).values()) if plan.is_drawn else None
     return {
         "slices": None if plan.decided_slices is None else list(plan.decided_slices),
         "structures": list(plan.structures),
         "label_info": [{"name": name, "idx": ids[name]} for name in plan.structures],
         "proposals": portion.key,
         "shown": plan.shown,
-        "edited": False,
-        "as_proposed": True,
+        "edited": plan.is_drawn,
+        "as_proposed": not plan.is_drawn,
+        "edits": edits,
         "client_id": REVIEW_PAGE,
     }
 

@@ -1,0 +1,45 @@
+// One undo and one redo for all that a person does to an image: picks and acceptances, which `Work` keeps, and drawing, which `Drawing` keeps.
+
+import { toast } from "./dom.js";
+import { goTo } from "./moving.js";
+import { keep } from "./painting.js";
+import { state, store } from "./state.js";
+
+/** Take the last step back, whatever it was. @returns {boolean} false if there was none */
+export function undoLast() {
+  const { work, drawing } = state;
+  const at = Math.max(work?.lastAt ?? 0, drawing?.lastAt ?? 0);
+  if (!at) return false;
+  // A pick that took the place of what was drawn is one step of both.
+  const drawn = drawing?.lastAt === at ? drawing.undo() : null;
+  const decided = work?.lastAt === at ? work.undo() : null;
+  if (drawing && drawn) keep(drawing);
+  tell("Undone", decided ?? drawn);
+  return true;
+}
+
+export function redoNext() {
+  const { work, drawing } = state;
+  if (state.isReadOnly) return;
+  const at = Math.min(work?.nextAt ?? Infinity, drawing?.nextAt ?? Infinity);
+  // What was done since has taken the place of what was undone.
+  if (at === Infinity || at < Math.max(work?.lastAt ?? 0, drawing?.lastAt ?? 0)) {
+    toast("Nothing to redo.");
+    return;
+  }
+  const drawn = drawing?.nextAt === at ? drawing.redo() : null;
+  const decided = work?.nextAt === at ? work.redo() : null;
+  if (drawing && drawn) keep(drawing);
+  tell("Redone", decided ?? drawn);
+}
+
+/**
+ * @param {string} how
+ * @param {{what: string, z: number|null}|null} step
+ */
+function tell(how, step) {
+  if (!step) return;
+  toast(`${how}: ${step.what}`, "", 2);
+  if (step.z !== null) goTo(step.z);
+  store.touch("picks", "decisions", "drawn");
+}

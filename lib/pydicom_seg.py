@@ -7,8 +7,9 @@ nothing of it.
 
 The contract: `import pydicom_seg` works, and whoever asks it for a reader, a writer or a template is refused with what
 to use instead. Two functions of the host ask: `dicom_seg_to_itk_image`, which reads a segmentation, and
-`nifti_to_dicom_seg(use_itk=False)`, which writes one. This app calls neither: `progidiff.dicomweb.segmentation` does
-both. Should the true package be installed as well, it is imported in place of this file, and the host no longer starts.
+`nifti_to_dicom_seg(use_itk=False)`, which writes one. This app calls neither: `progidiff.dicomweb` has `segmentation`,
+which reads, and `segmentation_writer`. Should the true package be installed as well, it is imported in place of this
+file, and the host no longer starts.
 """
 
 from __future__ import annotations
@@ -29,5 +30,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'pydicom_seg' has no attribute '{name}'")
     raise ProGiDiffError(
         f"MONAI Label asked pydicom-seg for '{name}', and pydicom-seg does not run on today's pydicom: an empty module "
-        "stands in its place. Read and write DICOM segmentations with progidiff.dicomweb.segmentation or highdicom."
+        "stands in its place. Read DICOM segmentations with progidiff.dicomweb.segmentation, or with highdicom."
     )

@@ -14,6 +14,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import progidiff
 from progidiff.images import decoding, text_headers
+from progidiff.labels.readings import Readings
 from progidiff.server import install, log_lines, wiring
 from progidiff.server.datastores import pacs
 from progidiff.server.datastores.local import is_folder, open_annotations, open_local
@@ -44,6 +45,7 @@ class ProGiDiffApp(MONAILabelApp):
         text_headers.allow_detached(self.options.detached_data)
         model_dir = self.options.model_dir or Path(app_dir) / "model"
         infer = build_task(self.options, model_dir, self.datastore)
+        annotations = open_annotations(self.options.store, studies)
         self.context = Context(
             self,
             self.options,
@@ -51,7 +53,8 @@ class ProGiDiffApp(MONAILabelApp):
             infer,
             build_textdiff(self.options, model_dir, infer, studies, self.datastore),
             served=ServedImages(self.options.store / "dicom", self.datastore),
-            annotations=open_annotations(self.options.store, studies),
+            annotations=annotations,
+            readings=Readings(annotations, self.options.double_reading),
             auth=Authenticator.from_options(self.options),
             names=names,
         )

@@ -306,3 +306,22 @@ def test_the_command_reports_an_empty_folder_and_writes_both_forms(
     page = format_html(build_report(empty, AdapterStore(tmp_path / "none"), []))
     assert "No version was trained yet" in page
     assert "Nothing is queued" in page
+
+
+def test_a_person_s_work_is_told_by_structure(tmp_path: Path):
+    file = tmp_path / "a.nii.gz"
+    file.write_bytes(b"label")
+    store = AnnotationStore(tmp_path / "annotations")
+    for slices, effort in (
+        ((1, 2), [("liver", 30.0, 8)]),
+        ((4, 5), [("liver", 10.0, 4), ("spleen", 90.0, 2)]),
+        ((7,), []),
+    ):
+        store.record("a", file, slices=slices, structures=("liver",), effort=effort)
+    told = build_report(store, AdapterStore(tmp_path / "adapters"), [])
+    assert [(entry.structure, entry.slices, entry.seconds, entry.clicks) for entry in told.effort] == [
+        ("spleen", 2, 90, 2),
+        ("liver", 4, 40, 12),
+    ]
+    assert (told.effort[1].seconds_per_slice, told.effort[1].clicks_per_slice) == (10, 3)
+    assert "<td>liver<td>4<td>10.0<td>3.0" in format_html(told)

@@ -207,7 +207,7 @@ def test_reasons_name_structures_and_slices():
     pool = build_pool([make_scores()])
     picks = pick_slices(pool, 4, config=QUIET)
     text = summarise_reasons(picks)
-    assert "proposals for pancreas disagree on slices 15-20 (by 0.60 of 1)" in text.replace("Proposals", "proposals")
+    assert "proposals for pancreas disagree on slices 16-21 (by 0.60 of 1)" in text.replace("Proposals", "proposals")
     assert "liver" in text
     assert text.endswith(".")
     assert summarise_reasons([]) == ""

@@ -29,12 +29,20 @@ export type Job = Answer<"/progidiff/jobs/{job_id}", "get">;
 /** One of the list. */
 export type Prompt = Answer<"/progidiff/prompts", "get">[number];
 
-type Queued = Answer<"/progidiff/queue", "get">[number];
+export type Worklist = Answer<"/progidiff/worklist", "get">;
 
-/** An image of the list of the page; of one that is in no queue little is known. */
-export type QueueEntry = Partial<Queued> & { [Field in "image" | "slices" | "reason" | "state"]: Queued[Field] };
+type Listed = Worklist["entries"][number];
 
-export type QueueSlice = Queued["slices"][number];
+/** An image of the list of the page; of one that is not in the part that is shown little is known. */
+export type WorkEntry = Partial<Listed> & { [Field in "image" | "slices" | "reason" | "state" | "annotated"]: Listed[Field] };
+
+export type QueueSlice = Listed["slices"][number];
+
+/** Who read an image, and how far two people agree. */
+export type Readings = Answer<"/progidiff/readings/{image}", "get">;
+
+/** Of an image that somebody said to be done, or not to be done any more. */
+export type Finished = Answer<"/progidiff/annotations/{image}/done", "post">;
 
 /** The body of POST /progidiff/review/{image} */
 export interface Decisions extends Partial<DecidedPart> {
@@ -95,11 +103,6 @@ export type Adapter = Answer<"/progidiff/versions", "get">[number];
 export type Version = Adapter["versions"][number];
 
 export type Served = Answer<"/progidiff/versions/{name}/{version}/use", "post"> & Answer<"/progidiff/versions/{name}/rollback", "post">;
-
-/** GET /datastore/?output=all */
-export interface Datastore {
-  objects: Record<string, { labels?: { final?: unknown } }>;
-}
 
 /** `axial_slices` are null if the series is not axial. */
 export type SeriesInfo = Answer<"/progidiff/ohif/images/{image}", "get">;

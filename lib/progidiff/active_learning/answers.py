@@ -111,6 +111,8 @@ class Worklist(_Answer):
         strategy: What orders them.
         heading: The same in words.
         organs: How far each structure is, the one with the most images first.
+        folder: Where the images lie, as who asks may know it.
+        formats: Suffixes of files that are served from there.
     """
 
     images: int
@@ -120,6 +122,8 @@ class Worklist(_Answer):
     strategy: str
     heading: str
     organs: list[OrganProgress]
+    folder: Text
+    formats: list[str]
 
 
 class AnnotatedSoFar(_Answer):
@@ -222,6 +226,25 @@ class ListedVersion(TrainedVersion):
     here: bool
 
 
+class StructureEffort(_Answer):
+    """What people spent on a structure on the review page, where it was measured.
+
+    Attributes:
+        structure: Its name.
+        slices: Annotated by the saves that were measured.
+        seconds: In which somebody used the page for it; time when nobody was there is not in it.
+        clicks: Clicks and keys.
+        seconds_per_slice, clicks_per_slice: The same by slice.
+    """
+
+    structure: Text
+    slices: int
+    seconds: float
+    clicks: int
+    seconds_per_slice: float
+    clicks_per_slice: float
+
+
 class Report(_Answer):
     """What annotating has brought.
 
@@ -235,6 +258,7 @@ class Report(_Answer):
         queue: What is next, best first; a server knows more of it than the files of its scores.
         problems: What is damaged, as sentences.
         set_aside: What crashes left, see `AnnotationStore.list_torn`.
+        effort: What people spent on each structure, the one with the most seconds first.
     """
 
     annotated: AnnotatedSoFar
@@ -246,3 +270,4 @@ class Report(_Answer):
     queue: list[QueueEntry | SuggestedImage]
     problems: list[Text]
     set_aside: list[Text]
+    effort: list[StructureEffort]

@@ -19,6 +19,7 @@ from progidiff.active_learning.answers import (
     ListedVersion,
     Report,
     SaveFigures,
+    StructureEffort,
     SuggestedImage,
     SuggestedSlice,
     TrainedVersion,
@@ -95,6 +96,7 @@ def build_report(
         queue=list(queue),
         problems=problems + annotations.verify(),
         set_aside=annotations.list_torn(),
+        effort=measure_effort(saves),
     )
 
 
@@ -233,8 +235,18 @@ def format_html(report: Report, title: str = "ProGiDiff Label: progress") -> str
         if rows
         else "<p>No label was saved yet.</p>"
     )
+    if report.effort:
+        parts.append("<h2>A person's work by structure</h2>")
+        rows = [
+            [entry.structure, entry.slices, f"{entry.seconds_per_slice:.1f}", f"{entry.clicks_per_slice:.1f}"]
+            for entry in report.effort
+        ]
+        parts.append(_table(["structure", "slices", "seconds per slice", "clicks per slice"], rows))
+        parts.append("<p>Seconds in which somebody used the review page; clicks and keys.</p>")
     parts.append("<h2>Next</h2>")
-    rows = [[entry.image, ", ".join(str(item.index) for item in entry.slices), entry.reason] for entry in report.queue]
+    rows = [
+        [entry.image, ", ".join(str(item.index + 1) for item in entry.slices), entry.reason] for entry in report.queue
+    ]
     parts.append(_table(["image", "slices", "why"], rows) if rows else "<p>Nothing is queued.</p>")
     style = (
         "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 "
@@ -370,6 +382,28 @@ def _count_saves(saves: Sequence[Annotation]) -> AllSaves:
         by_version.setdefault(version, []).append(save)
     rates = [VersionSaves(version=version, **dict(_measure(part))) for version, part in by_version.items()]
     return AllSaves(**dict(_measure(saves)), by_version=rates)
+
+
+def measure_effort(saves: Sequence[Annotation]) -> list[StructureEffort]:
+    """What people spent on each structure: the saves that were measured, together."""
+    spent: dict[str, tuple[int, float, int]] = {}
+    for save in saves:
+        for name, seconds, clicks in save.effort:
+            slices, before, pressed = spent.get(name, (0, 0.0, 0))
+            spent[name] = (slices + _count_slices(save), before + seconds, pressed + clicks)
+    found = [
+        StructureEffort(
+            structure=name,
+            slices=slices,
+            seconds=round(seconds, 1),
+            clicks=clicks,
+            seconds_per_slice=round(seconds / slices, 2),
+            clicks_per_slice=round(clicks / slices, 2),
+        )
+        for name, (slices, seconds, clicks) in spent.items()
+        if slices
+    ]
+    return sorted(found, key=lambda entry: -entry.seconds)
 
 
 def _measure(saves: Sequence[Annotation]) -> SaveFigures:

@@ -474,7 +474,8 @@ def _describe(pool: Pool, values: NDArray[Any], row: int, structure: int | None,
     main = order[0]
     here = values[main, start:stop]
     low, high = _find_run(here, row - start)
-    where = f"slice {low}" if low == high else f"slices {low}-{high}"
+    # People count from 1, as viewers do; `Pick.index` counts from 0.
+    where = f"slice {low + 1}" if low == high else f"slices {low + 1}-{high + 1}"
     name = pool.structures[main]
     # Further structures only if they are about as uncertain: the list is for people.
     strong = [p for p in order if p == main or values[p, row] >= 0.5 * values[order[0], row]][:4]

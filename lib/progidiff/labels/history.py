@@ -349,17 +349,20 @@ class AnnotationStore:
         """Say that a copy of an image went out, and as a part of what."""
         return self._record_event("export", image, user, FINAL, reason)
 
-    def finish(self, image: str, user: str = "", is_done: bool = True) -> Event:
-        """Say that nothing is left to do on an image, or that there is again."""
-        return self._record_event("done" if is_done else "reopen", image, user, FINAL)
+    def finish(self, image: str, user: str = "", is_done: bool = True, tag: str = FINAL) -> Event:
+        """Say that nothing is left to do on an image, or on a reading of it, or that there is again."""
+        return self._record_event("done" if is_done else "reopen", image, user, tag)
 
     def decide(self, image: str, user: str, reason: str) -> Event:
         """Say that somebody decided between two readings of an image, and what was taken from whom."""
         return self._record_event("decide", image, user, FINAL, reason)
 
-    def find_finished(self) -> dict[str, bool]:
-        """Image -> whether somebody said last that it is done; only of those of which somebody said anything."""
-        return {event.image: event.kind == "done" for event in self.events() if event.kind in ("done", "reopen")}
+    def find_finished(self, is_meant: Callable[[str], bool] = FINAL.__eq__) -> dict[str, bool]:
+        """Image -> whether somebody said last that it is done; only of those of which somebody said anything, under a
+        tag that is meant.
+        """
+        said = [event for event in self.events() if event.kind in ("done", "reopen") and is_meant(event.tag)]
+        return {event.image: event.kind == "done" for event in said}
 
     def undo(self, image: str, user: str = "", tag: str = FINAL) -> Annotation | None:
         """Go back one step: to what was in force before the last save, delete or restore.
@@ -461,13 +464,13 @@ class AnnotationStore:
         """The newest save in force; None if there is none."""
         return next(reversed(self.in_force(image, tag)), None)
 
-    def annotated_slices(self, image: str) -> frozenset[int] | None:
+    def annotated_slices(self, image: str, tag: str = FINAL) -> frozenset[int] | None:
         """The union over saves in force; None for the whole volume, empty for nothing."""
         with self._mutex:
             self._refresh()
-            if (image, FINAL) not in self._tracks:
-                return None if image in self._foreign_labels() else frozenset()
-            return _unite(self.in_force(image))
+            if (image, tag) not in self._tracks:
+                return None if tag == FINAL and image in self._foreign_labels() else frozenset()
+            return _unite(self.in_force(image, tag))
 
     def annotated_images(self) -> dict[str, frozenset[int] | None]:
         """Image -> `annotated_slices`, of every image that has any."""
@@ -478,20 +481,13 @@ class AnnotationStore:
             foreign: dict[str, frozenset[int] | None] = dict.fromkeys(sorted(self._foreign_labels() - images))
             return {image: slices for image, slices in {**found, **foreign}.items() if slices is None or slices}
 
-    def annotated_structures(self, image: str | None = None) -> dict[str, dict[str, frozenset[int] | None]]:
-        """Image -> structure -> axial slices on which it is annotated; None for the whole volume.
-
-        Of one image or of all; labels that were made elsewhere and adopted name no structure.
+    def find_annotated(self, image: str, tag: str = FINAL) -> dict[str, frozenset[int] | None]:
+        """Structure -> axial slices on which it is annotated; None for the whole volume. Labels that were made
+        elsewhere and adopted name no structure.
         """
-        with self._mutex:
-            self._refresh()
-            found: dict[str, dict[str, frozenset[int] | None]] = {}
-            for own, tag in self._tracks:
-                if tag == FINAL and image in (None, own):
-                    saves = self.in_force(own)
-                    names = dict.fromkeys(name for save in saves for name in save.structures)
-                    found[own] = {name: _unite(save for save in saves if name in save.structures) for name in names}
-            return found
+        saves = self.in_force(image, tag)
+        names = dict.fromkeys(name for save in saves for name in save.structures)
+        return {name: _unite(save for save in saves if name in save.structures) for name in names}
 
     def list_tracked(self) -> set[tuple[str, str]]:
         """Every image and tag that anything was ever saved for."""

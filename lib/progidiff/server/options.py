@@ -92,6 +92,8 @@ class ServerOptions:
         metrics: Who may read `GET /metrics` without the token for it: "administrators", "open" for everybody, or "off"
             for nobody at all.
         metrics_token_file: A file with tokens that open `GET /metrics` and nothing else, see `token_file`.
+        double_reading: Whether two people label each image without seeing each other's label, and a third one decides;
+            see `progidiff.labels.readings`.
         detached_data: Whether .nhdr and .mhd in the studies folder may have their voxels in a plain file beside them.
     """
 
@@ -130,6 +132,7 @@ class ServerOptions:
     detached_data: bool = False
     log: str = logs.TEXT
     log_names: str | None = None
+    double_reading: bool = False
     metrics: str = ADMINISTRATORS
     metrics_token_file: Path | None = None
 
@@ -206,6 +209,7 @@ class ServerOptions:
             retrain_params=given.get("retrain_params", cls.retrain_params),
             clean_up=read_choice(given.get("clean_up", cls.clean_up), "--conf clean_up", CLEAN_UPS),
             read_apart=read_bool(given.get("read_apart", cls.read_apart), "--conf read_apart"),
+            double_reading=_read_double_reading(given),
             detached_data=read_bool(given.get("detached_data", cls.detached_data), "--conf detached_data"),
             log=read_choice(given.get("log", cls.log), "--conf log", (logs.TEXT, logs.JSON)),
             log_names=(
@@ -216,6 +220,16 @@ class ServerOptions:
             metrics=read_choice(given.get("metrics", cls.metrics), "--conf metrics", (ADMINISTRATORS, EVERYBODY, OFF)),
             metrics_token_file=_read_path(given, "metrics_token_file"),
         )
+
+
+def _read_double_reading(given: Mapping[str, str]) -> bool:
+    is_on = read_bool(given.get("double_reading", False), "--conf double_reading")
+    if is_on and "users_file" not in given and "token_file" not in given:
+        raise RequestError(
+            "--conf double_reading on: a reading needs somebody's name. Name a file of users too: --conf users_file "
+            "FILE; `progidiff user add` makes one."
+        )
+    return is_on
 
 
 def _check_names(conf: Mapping[str, str], known: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from monailabel.interfaces.utils.app import app_instance
 from prometheus_client import CollectorRegistry
 
 from progidiff.labels.history import Annotation, AnnotationStore
+from progidiff.labels.readings import Readings
 from progidiff.logs import Names
 from progidiff.server.datastores.local import SafeLocalDatastore
 from progidiff.server.datastores.remote_labels import RemoteLabels
@@ -43,6 +44,7 @@ class Context:
         textdiff: The task for pictures and sentences, on the same queue and store.
         served: The images of a local folder as DICOM series.
         annotations: The history of labels.
+        readings: Who reads what, where images are read twice.
         labels: Saves, deletes and undoes labels; set when the datastore is opened.
         on_saved: Asked after every new label of tag `final`; what they return goes into the answer. One that raises is
             logged.
@@ -68,6 +70,7 @@ class Context:
     served: ServedImages
     auth: Authenticator
     annotations: AnnotationStore
+    readings: Readings
     labels: SafeLocalDatastore | RemoteLabels = field(init=False)
     on_saved: list[Callable[[Annotation], dict[str, Any]]] = field(default_factory=list)
     scorer: PoolScorer = field(init=False)

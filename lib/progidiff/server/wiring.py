@@ -76,6 +76,7 @@ def build(context: Context) -> None:
         options.next_strategy,
         options.reserve_minutes,
         context.textdiff.engine.find_store,
+        context.readings,
     )
     context.retraining = Retraining(
         options,

@@ -158,7 +158,7 @@ export class View {
   drawDisputed(slices, axial, heading = 'Most disputed slices') {
     const buttons = slices.map(([z, value]) => {
       const index = axial ? axial.indexOf(z) : -1;
-      const title = index < 0 ? NOT_AXIAL : `Disagreement ${Number(value).toFixed(2)}; on the review page this is z ${z}`;
+      const title = index < 0 ? NOT_AXIAL : `Slice ${z + 1} from the feet, as on the review page; disagreement ${Number(value).toFixed(2)}`;
       const button = make('button', { textContent: String(z + 1), title, disabled: index < 0, onclick: () => this.actions.jumpTo(index) });
       button.style.setProperty('--heat', String(Math.min(1, value)));
       return button;

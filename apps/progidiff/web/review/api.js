@@ -1,5 +1,7 @@
 // Talking to the server: one place that knows addresses, and that turns every failure into a sentence.
 
+import { sayOnPage } from "./words.js";
+
 /** @typedef {import("../answers.d.ts").Refusal} Refusal */
 /** @typedef {"offline"|"login"|"forbidden"|"conflict"|"busy"|"gone"|"refused"} FailureKind */
 
@@ -68,8 +70,16 @@ async function send(path, options = {}) {
   } catch {
     // A proxy's error page, or a request cut off: the status has to do.
   }
-  const detail = typeof answer.detail === "string" ? answer.detail : `The server answers ${response.status} without a reason.`;
-  throw new ApiError(detail, KINDS[response.status] ?? "refused", answer.suggestions ?? []);
+  throw toError(response.status, answer);
+}
+
+/**
+ * @param {number} status
+ * @param {Refusal} answer
+ */
+function toError(status, answer) {
+  const detail = typeof answer.detail === "string" ? answer.detail : `The server answers ${status} without a reason.`;
+  return new ApiError(sayOnPage(detail), KINDS[status] ?? "refused", answer.suggestions ?? []);
 }
 
 /** @param {string} path */
@@ -130,18 +140,45 @@ export const useVersion = (adapter, version) => postJson(`progidiff/versions/${n
 export const rollBack = (adapter) => postJson(`progidiff/versions/${name(adapter)}/rollback`);
 
 /**
- * Images to review, the most disputed first; every image of the datastore where the server has no queue.
- * @returns {Promise<import("../answers.d.ts").QueueEntry[]>}
+ * Images with what is done on each, in the order of the strategy.
+ * @param {{state: string, search: string, limit: number}} wanted
+ * @returns {Promise<import("../answers.d.ts").Worklist>}
  */
-export async function listQueue() {
-  try {
-    return await getJson("progidiff/queue");
-  } catch (error) {
-    if (kindOf(error) !== "gone") throw error;
-    /** @type {import("../answers.d.ts").Datastore} */
-    const { objects } = await getJson("datastore/?output=all");
-    return Object.keys(objects).map((image) => ({ image, slices: [], reason: "", state: objects[image].labels?.final ? "labelled" : "" }));
-  }
+export const listWork = ({ state, search, limit }) => getJson(`progidiff/worklist?${new URLSearchParams({ state, search, limit: String(limit) })}`);
+/** @type {(image: string, isDone: boolean) => Promise<import("../answers.d.ts").Finished>} */
+export const finishImage = (image, isDone) => postJson(`progidiff/annotations/${name(image)}/done?is_done=${isDone}`);
+/** @type {(trainer: string, options: Record<string, unknown>) => Promise<unknown>} */
+export const startTraining = (trainer, options) => postJson(`train/${trainer}`, options);
+/** @type {(image: string) => Promise<import("../answers.d.ts").Readings>} */
+export const getReadings = (image) => getJson(`progidiff/readings/${name(image)}`);
+/** Label ids of a reading on an axial slice. @type {(image: string, user: string, z: number) => Promise<ArrayBuffer>} */
+export const getReadingLabel = (image, user, z) => getBytes(`progidiff/readings/${name(image)}/${name(user)}/label/${z}`);
+/** @type {(image: string, decision: {structures: Record<string, string>}) => Promise<unknown>} */
+export const decideReadings = (image, decision) => postJson(`progidiff/readings/${name(image)}/decide`, decision);
+/** Stop the training under way. */
+export const stopTraining = () => postJson("train/", undefined, "DELETE");
+
+/**
+ * Add an image, and tell how much of it was sent.
+ * @param {File} file
+ * @param {(share: number) => void} onProgress from 0 to 1
+ * @returns {Promise<{image: string}>}
+ */
+export function addImage(file, onProgress) {
+  const form = new FormData();
+  form.set("file", file);
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest(); // fetch does not tell how much was sent
+    request.open("PUT", new URL("datastore/image", BASE));
+    request.responseType = "json";
+    request.upload.addEventListener("progress", ({ loaded, total }) => onProgress(total ? loaded / total : 1));
+    request.addEventListener("error", () => reject(new ApiError("The server does not answer; nothing was added. Add it again when it is back.", "offline")));
+    request.addEventListener("load", () => {
+      if (request.status < 300) resolve(request.response);
+      else reject(toError(request.status, request.response ?? {}));
+    });
+    request.send(form);
+  });
 }
 
 /**

@@ -177,7 +177,7 @@ function strokeOutline(context, { path, color, width, dash = [] }, place, ratio)
 }
 
 /**
- * The vertical strip beside the slice: disagreement per slice, what is decided, what is saved, where we are.
+ * The vertical strip beside the slice: disagreement per slice from 0 to 1 on one scale for all images, what is decided, what is saved, where we are.
  * @param {HTMLCanvasElement} canvas
  * @param {number} depth
  * @param {number} z
@@ -193,12 +193,11 @@ export function drawDepth(canvas, depth, z, disagreement, isDecided, isSaved) {
   const row = height / depth;
   /** @type {(index: number) => number} Superior is up. */
   const top = (index) => height - (index + 1) * row;
-  const highest = Math.max(0.05, ...disagreement);
   for (let index = 0; index < depth; index += 1) {
     const value = disagreement[index] ?? 0;
     if (value > 0) {
-      context.fillStyle = cssColor(heatColor(0.15 + (0.85 * value) / highest));
-      context.fillRect(width * 0.3, top(index), (width * 0.7 * value) / highest, Math.max(row, 1));
+      context.fillStyle = cssColor(heatColor(0.15 + 0.85 * value));
+      context.fillRect(width * 0.3, top(index), width * 0.7 * value, Math.max(row, 1));
     }
     if (isSaved(index)) {
       context.fillStyle = SAVED;

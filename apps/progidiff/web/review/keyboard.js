@@ -10,7 +10,8 @@ import { tellWarnings } from "./opening.js";
 import { makePick } from "./picks.js";
 import { DRAW_ACTIONS } from "./toolbar.js";
 import { cancelJob, runPrompt } from "./prompting.js";
-import { openNext, skip, submit, undoSave } from "./saving.js";
+import { decide } from "./readings.js";
+import { finish, openNext, skip, submit, undoSave } from "./saving.js";
 import { state } from "./state.js";
 
 const openHelp = () => find("help", HTMLDialogElement).showModal();
@@ -51,11 +52,15 @@ const ACTIONS = {
   skip,
   undo,
   submit,
+  finish,
   next: openNext,
   prompt: () => find("prompt").focus(),
   help: openHelp,
   ...DRAW_ACTIONS,
 };
+
+/** @param {import("./keys.js").Action} action */
+export const perform = (action) => void ACTIONS[action]();
 
 /** @param {KeyboardEvent} event */
 function onKey(event) {
@@ -90,7 +95,7 @@ export function listenToButtons() {
   threshold.addEventListener("input", () => requireProposals(Number(threshold.value)));
   /** @type {Record<string, () => unknown>} */
   const buttons = {
-    ...{ "accept-slice": () => acceptSlice(), "accept-volume": () => acceptVolume(), "accept-shown": acceptShown, undo, skip, submit, "undo-save": undoSave },
+    ...{ "accept-slice": () => acceptSlice(), "accept-volume": () => acceptVolume(), "accept-shown": acceptShown, undo, skip, submit, finish, decide, "undo-save": undoSave },
     ...{ "scope-slice": () => setScope("slice"), "scope-volume": () => setScope("volume") },
     ...{ "job-cancel": cancelJob, "help-open": openHelp, "header-warning": tellWarnings },
   };

@@ -5,7 +5,7 @@ import { DRAW_KEYS } from "./tools.js";
 /**
  * @typedef {"consensus"|"best"|"absent"|"union"|"intersection"|"majority"|"threshold"|"lower"|"higher"|"scope"|"agreement"|"difference"
  *   |"hide"|"saved"|"up"|"down"|"farUp"|"farDown"|"first"|"last"|"disputed"|"skip"|"structure"|"leaveOut"|"preset"|"fit"|"zoomIn"
- *   |"zoomOut"|"acceptShown"|"acceptShownVolume"|"acceptSlice"|"acceptVolume"|"undo"|"submit"|"next"|"prompt"|"help"
+ *   |"zoomOut"|"finish"|"acceptShown"|"acceptShownVolume"|"acceptSlice"|"acceptVolume"|"undo"|"submit"|"next"|"prompt"|"help"
  *   |import("./tools.js").DrawAction} Action
  */
 /** @typedef {{keys: string[], show?: string[], what: string, action?: Action}} Key `show` is what the legend prints instead of `keys` */
@@ -51,6 +51,7 @@ export const KEYS = [
   { keys: ["z", "Ctrl z"], show: ["Z"], what: "Undo", action: "undo" },
   ...DRAW_KEYS,
   { keys: ["Ctrl Enter"], show: ["Ctrl Enter"], what: "Submit", action: "submit" },
+  { keys: ["Ctrl Shift Enter"], show: ["Ctrl Shift Enter"], what: "Submit; the image is done", action: "finish" },
   { keys: ["n"], show: ["N"], what: "Next image of the queue", action: "next" },
   { keys: ["/"], what: "Type a prompt", action: "prompt" },
   { keys: ["?"], what: "These keys", action: "help" },

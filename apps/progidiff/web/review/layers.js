@@ -2,6 +2,7 @@
 
 import { agreementLayer, differenceLayer, maskLayer } from "./draw.js";
 import { drawPick } from "./picks.js";
+import { readingLayers } from "./readings.js";
 import { colorOf, comparedPick, listStructures, look, shown, state } from "./state.js";
 
 /** @typedef {import("./draw.js").Layer} Layer */
@@ -13,7 +14,7 @@ const OTHERS = 0.42;
 /** @returns {Layer[]} from the bottom */
 export function buildLayers() {
   const { session } = state;
-  const layers = state.isSavedShown ? savedLayers() : [];
+  const layers = [...(state.isSavedShown ? savedLayers() : []), ...readingLayers()];
   if (!session) return layers;
   const active = look(state.structure);
   if (state.mode === "agreement" && active?.box && active.masks.length) return [...layers, agreementLayer(active.masks, active.box)];

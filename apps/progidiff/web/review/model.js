@@ -1,7 +1,7 @@
 // The model: what is running, which versions there are and how good they are, and the way back to an earlier one.
 
 import * as api from "./api.js";
-import { element, find, toast } from "./dom.js";
+import { clearNotice, element, find, notice, toast } from "./dom.js";
 import { state, store } from "./state.js";
 
 /** @typedef {import("../answers.d.ts").Adapter} Adapter */
@@ -16,6 +16,9 @@ export class ModelPanel {
   #training = null;
   /** @type {Scoring|null} */
   #scoring = null;
+  #wasRunning = false;
+  /** @type {Set<string>} images that a training is to hold back; empty to let the server choose */
+  #heldOut = new Set();
 
   /** Keep the line in the bar up to date while somebody looks at the page. */
   watch() {
@@ -38,9 +41,23 @@ export class ModelPanel {
     }
   }
 
+  /** A training that was under way and ended says how, wherever somebody looks. */
+  #tellEnd() {
+    const wasRunning = this.#wasRunning;
+    this.#wasRunning = Boolean(this.#training?.running);
+    if (!wasRunning || this.#wasRunning || !this.#training) return;
+    const isGood = this.#training.state === "done";
+    notice(describeTraining(this.#training), isGood ? "" : "bad", [
+      ["Versions", () => (clearNotice(), void this.open())],
+      ["Close", clearNotice],
+    ]);
+  }
+
   async #refresh() {
     [this.#training, this.#scoring] = await Promise.all([askOrNull(api.getTraining), askOrNull(api.getScoring)]);
+    this.#tellEnd();
     noteLeftOut(this.#scoring?.left_out ?? []);
+    store.set({ scoring: this.#scoring });
     const running = this.#training?.running ? describeTraining(this.#training) : "";
     find("activity").textContent = [running, describeScoring(this.#scoring)].filter(Boolean).join(" · ");
   }
@@ -55,10 +72,47 @@ export class ModelPanel {
     return parts;
   }
 
+  /** What a training is to hold back, and the button that starts or stops it. */
+  #renderTrain() {
+    const isRunning = Boolean(this.#training?.running);
+    const labelled = (state.worklist?.entries ?? []).filter(({ annotated }) => Object.keys(annotated).length);
+    const boxes = labelled.map(({ image, annotated }) => {
+      const turn = () => void (this.#heldOut.delete(image) || this.#heldOut.add(image));
+      const box = element("input", { type: "checkbox", checked: this.#heldOut.has(image), on: { change: turn } });
+      return element("li", {}, element("label", {}, box, element("span", {}, image, element("small", {}, Object.keys(annotated).join(", ")))));
+    });
+    const problem = element("p", { className: "prompt-error", role: "alert", hidden: true });
+    const button = element("button", { className: isRunning ? "" : "primary", on: { click: () => this.#train(isRunning, problem) } }, isRunning ? "Stop the training" : "Train on the labels");
+    const choice = element(
+      "details",
+      { className: "kept" },
+      element("summary", {}, "Hold back for the check (none ticked: the server chooses)"),
+      element("ul", { className: "held-out" }, ...boxes),
+    );
+    return element("section", { className: "block train" }, !isRunning && labelled.length > 0 && choice, button, problem);
+  }
+
+  /**
+   * @param {boolean} isRunning
+   * @param {HTMLElement} problem
+   */
+  async #train(isRunning, problem) {
+    try {
+      if (isRunning) await api.stopTraining();
+      else await api.startTraining("progidiff_adapt", this.#heldOut.size ? { held_out: [...this.#heldOut] } : {});
+      toast(isRunning ? "The training stops after a clean checkpoint." : "The training has started. Its version is served if it is better on what is held back.", "good", 6);
+      await this.open();
+    } catch (error) {
+      problem.textContent = api.messageOf(error);
+      problem.hidden = false;
+    }
+  }
+
   /** @param {Adapter[]} adapters */
   #render(adapters) {
     find("versions-body").replaceChildren(
       ...this.#renderProgress(),
+      this.#renderTrain(),
       ...(adapters.length ? adapters.map((adapter) => this.#renderAdapter(adapter)) : [element("p", { className: "block" }, "No adapter yet: every image gets the base model.")]),
     );
   }

@@ -158,6 +158,9 @@ function describeAccepted(name, { volume, slices }) {
 function renderSaved() {
   const info = state.session?.info;
   const label = info?.label;
+  find("finish").hidden = !info;
+  findButton("finish").disabled = state.isReadOnly || state.isSubmitting;
+  find("finish-text").textContent = info?.is_done ? "Open it again" : state.work?.hasDecisions ? "Submit, image is done" : "Image is done";
   find("undo-save").hidden = !label || Boolean(state.work?.hasDecisions) || state.isReadOnly;
   if (!info || !label) {
     find("saved").textContent = info ? "No saved label yet." : "";

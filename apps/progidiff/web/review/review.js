@@ -1,12 +1,14 @@
 // The review page: keys and buttons change the state, and what is shown follows from it. Here is what follows from what.
 
 import { countSeconds } from "./activity.js";
+import { listenToDrops, onAdded } from "./adding.js";
 import { watchConnection } from "./api.js";
 import { chooseThumb, merge, toggleMember } from "./deciding.js";
 import { find } from "./dom.js";
+import { renderEmpty } from "./empty.js";
 import { onBack, report } from "./failures.js";
 import { listenToFingers } from "./fingers.js";
-import { fillKeys, listenToButtons, listenToKeys } from "./keyboard.js";
+import { fillKeys, listenToButtons, listenToKeys, perform } from "./keyboard.js";
 import { ModelPanel } from "./model.js";
 import { goTo, selectStructure, toggleIncluded } from "./moving.js";
 import { onChooseResult, renderKept } from "./kept.js";
@@ -17,12 +19,14 @@ import { listenToPen } from "./pen.js";
 import { listenToView } from "./pointer.js";
 import { fillPrompts, renderJob } from "./prompting.js";
 import { Queue, renderLeftOut } from "./queue.js";
+import { loadReadings, onReadings, renderReadings } from "./readings.js";
 import { offerAgain, useQueue } from "./saving.js";
 import { fetchMissing, refresh } from "./stage.js";
 import { state, store } from "./state.js";
 import { onChoose } from "./strip.js";
 import { buildToolbar, renderToolbar } from "./toolbar.js";
 import { buildViews, insertViews, renderViews } from "./views.js";
+import { buildToolstrip, renderToolstrip } from "./toolstrip.js";
 
 const queue = new Queue(openImage, goTo);
 const model = new ModelPanel();
@@ -39,11 +43,15 @@ store.watch(
 );
 store.watch(
   ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "mode", "compared", "window", "preset", "zoom", "center",
-    "isHidden", "isSavedShown", "drawing", "drawn", "added", "opacity", "inked"],
+    "isHidden", "isSavedShown", "drawing", "drawn", "added", "opacity", "inked", "readings"],
   refresh,
 );
 store.watch(["session", "info", "result", "work", "decisions", "drawn"], () => queue.render());
 store.watch(["session", "info", "result", "job", "isReadOnly"], renderKept);
+store.watch(["worklist", "session", "scoring", "leftOut"], renderEmpty);
+store.watch(["isHidden", "isSavedShown"], renderToolstrip);
+store.watch(["session"], () => void loadReadings());
+store.watch(["readings"], renderReadings);
 store.watch(["leftOut"], renderLeftOut);
 store.watch(["job"], renderJob);
 store.watch(["job"], fetchMissing);
@@ -74,6 +82,12 @@ listenToPen();
 listenToView();
 listenToKeys();
 listenToButtons();
+listenToDrops();
+onAdded(() => queue.load());
+onReadings(goTo, () => queue.load());
+buildToolstrip(perform);
+renderToolstrip();
+renderEmpty();
 find("versions-open").addEventListener("click", () => model.open());
 window.addEventListener("hashchange", openFromAddress);
 fillKeys();

@@ -107,6 +107,25 @@ export async function undoSave() {
   }
 }
 
+/** Say that nothing is left to do on the image and go on, or that there is again. What is not sent yet is sent first. */
+export async function finish() {
+  const { session } = state;
+  if (!session || state.isReadOnly) return;
+  const isDone = !session.info.is_done;
+  if (isDone && state.work?.hasDecisions) {
+    await submit();
+    if (state.work?.hasDecisions) return; // It was refused, and says why.
+  }
+  try {
+    await api.finishImage(session.image, isDone);
+    toast(isDone ? `${session.image} is done` : `${session.image} is open again`, "good", 3);
+    if (isDone) await openNext();
+    else await Promise.all([refresh(session), queue.load()]);
+  } catch (error) {
+    report(error);
+  }
+}
+
 export async function skip() {
   const { session } = state;
   if (!session) return;
@@ -127,7 +146,10 @@ export async function openNext() {
   await queue.load();
   const image = queue.next();
   if (image) await openImage(image);
-  else toast("No other image is waiting.");
+  else {
+    if (state.session) await refresh(state.session);
+    toast("No other image is waiting.");
+  }
 }
 
 /** The server is back after it was gone. */

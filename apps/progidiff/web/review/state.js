@@ -34,6 +34,9 @@ const UNKNOWN_COLOR = "#e0aaff";
  * @property {boolean} isSubmitting
  * @property {RunningJob|null} job
  * @property {readonly import("../answers.d.ts").QueueSlice[]} walk slices of the image that the strategy chose, best first
+ * @property {import("../answers.d.ts").Worklist|null} worklist the part of the images that is listed, and numbers of all; null while it is not known
+ * @property {import("../answers.d.ts").Scoring|null} scoring
+ * @property {import("../answers.d.ts").Readings|null} readings where images are read twice; null while it is not known, or they are not
  * @property {readonly import("../answers.d.ts").LeftOut[]} leftOut files that the server does not serve
  * @property {import("./drawing.js").Drawing|null} drawing what was drawn by hand on the image; null until it is known what was
  * @property {readonly string[]} added structures that were named to be drawn, of which there are no proposals
@@ -72,6 +75,9 @@ export const store = new Store(
     isSubmitting: false,
     job: null,
     walk: [],
+    worklist: null,
+    scoring: null,
+    readings: null,
     leftOut: [],
     drawing: null,
     added: [],

@@ -42,9 +42,10 @@ from progidiff.active_learning.strategies import (
     summarise_reasons,
 )
 from progidiff.errors import ImageError, NotFoundError, RequestError
-from progidiff.images.formats import is_picture
+from progidiff.images.formats import Use, is_picture, list_suffixes
 from progidiff.images.pictures import PICTURE, read_picture_grid
 from progidiff.labels.history import AnnotationStore
+from progidiff.labels.readings import Readings
 from progidiff.labels.saving import REVIEW_PAGE
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks.volumes import ProposalInferTask
@@ -131,6 +132,7 @@ class Selection:
         default: The strategy that the host's name `random` stands for.
         reserve_minutes: For the message when all are reserved.
         textdiff: Gives the versions of the models for pictures, None if there are none.
+        readings: Who reads what, where images are read twice; None where they are not.
     """
 
     def __init__(
@@ -147,8 +149,10 @@ class Selection:
         default: str = DEFAULT_STRATEGY,
         reserve_minutes: float = 30.0,
         textdiff: Callable[[], VersionStore[Any] | None] = lambda: None,
+        readings: Readings | None = None,
     ) -> None:
         self._textdiff = textdiff
+        self._readings = readings or Readings(annotations, is_on=False)
         self._versions: tuple[object, list[TrainedVersion]] = (None, [])
         self.reservations = reservations
         self.default = default
@@ -200,7 +204,7 @@ class Selection:
             mine = set(self.reservations.held_by(client))
         while True:
             with self._lock:
-                survey = self._survey()
+                survey = self._survey(user)
                 image = self._reserve_next(survey, name, client, mine, user)
             if image is None:
                 return self._explain_end(survey, client)
@@ -268,7 +272,9 @@ class Selection:
                 found.append(QueueEntry(**dict(answer), reserved_by=reserved.get(image)))
             return found
 
-    def worklist(self, state: str = ALL, search: str = "", offset: int = 0, limit: int = 50) -> Worklist:
+    def worklist(
+        self, state: str = ALL, search: str = "", offset: int = 0, limit: int = 50, user: str = ""
+    ) -> Worklist:
         """All images with what is done on each, in the order of the default strategy; those that are done come last.
 
         Args:
@@ -276,10 +282,12 @@ class Selection:
             search: What the id of an image contains, in any case; "" for all.
             offset: Images to leave out at the beginning.
             limit: 1..500 images.
+            user: Whose list; where images are read twice, the states are those of this person's readings.
         """
         with self._lock:
-            survey = self._survey()
-            states = self._find_states(survey)
+            survey = self._survey(user)
+            tags = {image: self._readings.find_shown_tag(image, user) for image in survey.images}
+            states = self._find_states(survey, tags)
             wanted = {
                 image for image, own in states.items() if state in (ALL, own) and search.casefold() in image.casefold()
             }
@@ -288,7 +296,7 @@ class Selection:
             rest = sorted(wanted - given, key=lambda image: (states[image] == DONE, image))
             page = [*listed, *rest][offset : offset + limit]
             reserved = self.reservations.all()
-            annotated = self._annotations.annotated_structures()
+            annotated = {image: self._annotations.find_annotated(image, tag) for image, tag in tags.items()}
             entries = [
                 WorklistEntry(
                     **{**dict(self._describe_any(survey, image)), "state": states[image]},
@@ -306,18 +314,20 @@ class Selection:
             strategy=self.default,
             heading=HEADINGS[self.default],
             organs=[OrganProgress(structure=name, images=count) for name, count in organs.most_common()],
+            folder="",
+            formats=list(list_suffixes(Use.IMAGE)),
         )
 
-    def _find_states(self, survey: _Survey) -> dict[str, str]:
+    def _find_states(self, survey: _Survey, tags: Mapping[str, str]) -> dict[str, str]:
         """Image -> one of `STATES`. What somebody said of it counts first; a viewer's label of a whole volume says that
         nothing is left, one structure of the review page does not."""
-        said = self._annotations.find_finished()
+        said = self._annotations.find_finished(frozenset(tags.values()).__contains__)
         states = {}
         for image in survey.images:
             if image in said:
                 is_done = said[image]
             else:
-                saves = self._annotations.in_force(image)
+                saves = self._annotations.in_force(image, tags[image])
                 is_step = bool(saves) and all(save.client == REVIEW_PAGE for save in saves)
                 entry = survey.entries.get(image)
                 depth = entry.scores.num_slices if entry else None
@@ -346,7 +356,8 @@ class Selection:
             raise RequestError(f"There is no strategy '{strategy[:60]}'; there are random, {', '.join(STRATEGIES)}.")
         return strategy
 
-    def _survey(self) -> _Survey:
+    def _survey(self, user: str = "") -> _Survey:
+        """The pool as it is, for a person where images are read twice."""
         images = tuple(sorted(self._app.datastore().list_images()))
         known = set(images)
         # A label that was made elsewhere, of which no slices are known, is of the whole volume.
@@ -364,7 +375,15 @@ class Selection:
         work = frozenset(
             image for image in images if not finished.get(image) and self._has_work(image, annotated, entries)
         )
-        return _Survey(images, annotated, entries, self._pool[1], work, self._count_rounds(known | annotated.keys()))
+        rounds = self._count_rounds(known | annotated.keys())
+        if self._readings.is_on:
+            work = frozenset(image for image in images if self._readings.is_open_for(image, user))
+            own = {
+                image: self._annotations.annotated_slices(image, self._readings.find_shown_tag(image, user))
+                for image in images
+            }
+            annotated = {image: slices for image, slices in own.items() if slices is None or slices}
+        return _Survey(images, annotated, entries, self._pool[1], work, rounds)
 
     def _count_rounds(self, images: Collection[str]) -> dict[str, int]:
         """See `report.count_rounds`; versions never change, so that they are read again only when there are others."""
@@ -481,7 +500,7 @@ class Selection:
         entry = survey.entries.get(image)
 
         def tell(text: str) -> str:
-            return text.replace(" on slice 0", "") if entry is not None and entry.modality == PICTURE else text
+            return text.replace(" on slice 1", "") if entry is not None and entry.modality == PICTURE else text
 
         return SuggestedWork(
             image=image,

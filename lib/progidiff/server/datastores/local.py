@@ -368,13 +368,13 @@ class SafeLocalDatastore(LocalDatastore):
             delete = (lambda: self.annotations.delete(label_id, user, tag, reason)) if is_known else None
             self._settle(label_id, tag, None, delete)
 
-    def undo(self, image_id: str, user: str = "") -> Annotation | None:
+    def undo(self, image_id: str, user: str = "", tag: str = FINAL) -> Annotation | None:
         """Go back one step; see `AnnotationStore.undo`."""
         with self._images.hold(image_id), self._guard():
             self._check_known(image_id)
-            self._adopt(image_id, FINAL)
-            wanted = self.annotations.find_undone(image_id)
-            self._settle(image_id, FINAL, wanted, lambda: self.annotations.undo(image_id, user))
+            self._adopt(image_id, tag)
+            wanted = self.annotations.find_undone(image_id, tag)
+            self._settle(image_id, tag, wanted, lambda: self.annotations.undo(image_id, user, tag))
             return wanted
 
     def restore(self, image_id: str, sequence: int, user: str = "") -> Annotation:

@@ -116,14 +116,14 @@ class RemoteLabels:
                 self.annotations.delete(label_id, user, tag, reason)
             self._forget(label_id, tag)
 
-    def undo(self, image_id: str, user: str = "") -> Annotation | None:
+    def undo(self, image_id: str, user: str = "", tag: str = FINAL) -> Annotation | None:
         """Go back one step and send what is in force then; see `AnnotationStore.undo`."""
         with self._locks.hold(image_id):
-            label = self.annotations.undo(image_id, user)
+            label = self.annotations.undo(image_id, user, tag)
             if label is None:
-                self._forget(image_id, FINAL)
+                self._forget(image_id, tag)
             else:
-                self._send(image_id, FINAL, label, {}, user)
+                self._send(image_id, tag, label, {}, user)
             return label
 
     def restore(self, image_id: str, sequence: int, user: str = "") -> Annotation:

@@ -263,6 +263,7 @@ class ReviewedImage(_Answer):
         annotated_slices: Axial, ascending; null for the whole volume.
         annotated: Structure -> the same for it; what a label made elsewhere draws is not in it.
         sequence: Of the newest save; 0 if there is none.
+        is_done: Whether somebody said last that nothing is left to do on it.
     """
 
     image: str
@@ -284,6 +285,7 @@ class ReviewedImage(_Answer):
     annotated_slices: list[int] | None
     annotated: dict[Text, list[int] | None]
     sequence: int
+    is_done: bool
 
 
 def list_slices(slices: Iterable[int] | None) -> list[int] | None:

@@ -51,6 +51,7 @@ from progidiff.server.gate.endpoints import (
 )
 from progidiff.server.gate.folders import show_paths
 from progidiff.server.parts import Context, get_context
+from progidiff.server.routes.image_archives import is_archive, unpacked_image
 from progidiff.server.routes.image_id import ImageId
 from progidiff.server.routes.label_answers import (
     AddedImage,
@@ -138,20 +139,20 @@ def _add_image_routes(endpoints: Endpoints) -> None:
         tags=["Datastore"],
         summary="Add an image",
         takes="Query: image (id: letters, digits, '.', '_', '-'; of another name one is made); form: file (a readable "
-        "volume), params",
+        "volume, or a DICOM series as a zip or tar file), params",
         body=UPLOAD,
     )
     def add_image(
         image: str | None = None, params: str = Form("{}"), file: UploadFile = File(...), user: User = CALLER
     ) -> AddedImage:
         info = with_user(read_object(params, "params"), user.name)
+        if is_archive(file.filename or ""):
+            with unpacked_image(file, get_context().options.max_upload_gb) as packed:
+                modality = {"modality": packed.modality} if packed.modality else {}
+                return _add_image(image or packed.name, packed.path, {**modality, **info})
         with _received(file, Use.IMAGE) as (path, suffix):
             name = Path(file.filename or "").name
-            original = image or name[: -len(suffix)]
-            image_id = make_id(original)
-            if image_id != original:
-                info["original_name"] = original
-            return AddedImage(image=get_context().app.datastore().add_image(image_id, str(path), info))
+            return _add_image(image or name[: -len(suffix)], path, info)
 
     @endpoints.delete(
         "/datastore/",
@@ -362,7 +363,9 @@ def _add_change_routes(endpoints: Endpoints) -> None:
     )
     def undo(image: ImageId, user: User = CALLER) -> LabelStateAnswer:
         images.find_image(get_context().app, image)
-        return _describe_state(image, get_context().labels.undo(image, user.name))
+        context = get_context()
+        tag = context.readings.find_shown_tag(image, user.name)
+        return _describe_state(image, context.labels.undo(image, user.name, tag))
 
     @endpoints.post(
         "/progidiff/annotations/{image}/rename",
@@ -400,7 +403,8 @@ def _add_change_routes(endpoints: Endpoints) -> None:
     def finish(image: ImageId, is_done: bool = True, user: User = CALLER) -> FinishAnswer:
         context = get_context()
         images.find_image(context.app, image)
-        event = context.annotations.finish(image, user.name, is_done)
+        tag = context.readings.find_shown_tag(image, user.name)
+        event = context.annotations.finish(image, user.name, is_done, tag)
         context.selection.release(image)
         return FinishAnswer(image=image, sequence=event.sequence, is_done=is_done)
 
@@ -430,6 +434,13 @@ def _add_change_routes(endpoints: Endpoints) -> None:
         return _send(path)
 
 
+def _add_image(name: str, path: Path, info: dict[str, Any]) -> AddedImage:
+    image_id = make_id(name)
+    if image_id != name:
+        info["original_name"] = name
+    return AddedImage(image=get_context().app.datastore().add_image(image_id, str(path), info))
+
+
 def save(
     context: Context,
     image: str,
@@ -447,10 +458,29 @@ def save(
     Args:
         replaces: The save that it was drawn on, 0 for none; None for what `params` says under "replaces", else for any.
 
+    Where images are read twice, a label that would count is the reading of who saves it, see
+    `labels.readings.Readings.find_tag`.
+
     Raises:
         ConflictError: if another save is in force by now.
         ProGiDiffError: whatever is wrong with the label; nothing has changed then.
     """
+    if tag == FINAL:
+        named = context.served.find_named(image)
+        tag = context.readings.find_tag(image if named is None else named.identity.image, user)
+    return save_as(context, image, path, tag, params, user, replaces)
+
+
+def save_as(
+    context: Context,
+    image: str,
+    path: Path,
+    tag: str,
+    params: Mapping[str, Any],
+    user: str,
+    replaces: int | None = None,
+) -> SaveAnswer:
+    """As `save`, under this very tag."""
     if replaces is None and params.get("replaces") is not None:
         replaces = read_version(str(params["replaces"]))
     series = context.served.find_named(image)
@@ -458,6 +488,8 @@ def save(
         image = series.identity.image
         context.served.to_image_grid(path, series)
     saved = context.labels.save_annotated(image, path, tag, with_user(params, user), user, replaces=replaces)
+    if context.readings.is_on and tag != FINAL:
+        context.selection.release(image)  # The next person may have it.
     answer = _run_hooks(context, saved.annotation, saved.repeated, saved.label_id)
     annotation = NewLabelAnswer.of(saved.annotation, repeated=saved.repeated, warnings=list(saved.warnings))
     return SaveAnswer(**{**answer, "annotation": annotation, "image": image, "label": saved.label_id})

@@ -145,13 +145,24 @@ def build_endpoints() -> Endpoints:
         summary="All images with what is done on each, in the order of the strategy",
         takes="Query: state (all, todo, started, done), search, offset, limit",
     )
-    def list_work(state: str = ALL, search: str = "", offset: int = 0, limit: int = 50) -> Worklist:
-        return get_context().selection.worklist(
+    def list_work(
+        request: Request,
+        state: str = ALL,
+        search: str = "",
+        offset: int = 0,
+        limit: int = 50,
+        user: User = CALLER,
+    ) -> Worklist:
+        context = get_context()
+        found = context.selection.worklist(
             read_choice(state, "state", STATES),
             search[:_MAX_SEARCH],
             read_int(offset, "offset", 0, 10**9),
             read_int(limit, "limit", 1, MAX_QUEUE),
+            user.name,
         )
+        folder = show_paths(request.scope, {"folder": str(context.app.studies)}, "folder")["folder"]
+        return found.model_copy(update={"folder": folder})
 
     @endpoints.get(
         "/progidiff/scoring",

@@ -91,8 +91,9 @@ def _add_page_routes(endpoints: Endpoints) -> None:
 
 def _add_data_routes(endpoints: Endpoints) -> None:
     @endpoints.get("/progidiff/review/{image}", READ, tags=["Review"], summary="Size, window and state of an image")
-    def describe_image(image: ImageId) -> ReviewedImage:
-        return _describe_image(get_context(), image)
+    def describe_image(image: ImageId, user: User = CALLER) -> ReviewedImage:
+        context = get_context()
+        return _describe_image(context, image, context.readings.find_shown_tag(image, user.name))
 
     @endpoints.get(
         "/progidiff/review/{image}/slices/{z}", READ, tags=["Review"], summary="One axial slice, int16, little-endian"
@@ -123,11 +124,11 @@ def _add_data_routes(endpoints: Endpoints) -> None:
         tags=["Review"],
         summary="The saved label on one axial slice, uint8",
     )
-    def get_label(request: Request, image: ImageId, z: int) -> Response:
+    def get_label(request: Request, image: ImageId, z: int, user: User = CALLER) -> Response:
         context = get_context()
         volume = open_volume(context, image)
         _check_slice(z, volume.to_stack()[0].shape)
-        label = load_current(context, image, volume)
+        label = load_current(context, image, volume, context.readings.find_shown_tag(image, user.name))
         if label is None:
             raise NotFoundError(f"Image '{image}' has no saved label yet.")
         return send_bytes(request, np.ascontiguousarray(volume.arrange(label)[z], dtype=np.uint8).tobytes())
@@ -184,7 +185,7 @@ def pack_masks(result: VolumeProposals, z: int) -> bytes:
     return b"".join(parts)
 
 
-def _describe_image(context: Context, image: str) -> ReviewedImage:
+def _describe_image(context: Context, image: str, tag: str) -> ReviewedImage:
     volume = open_volume(context, image)
     stack, spacing = volume.to_stack()
     if stack.shape[1] * stack.shape[2] > MAX_SLICE_PIXELS:
@@ -194,11 +195,11 @@ def _describe_image(context: Context, image: str) -> ReviewedImage:
         )
     slope, intercept = find_scale(volume)
     annotations = context.annotations
-    slices = annotations.annotated_slices(image)
+    slices = annotations.annotated_slices(image, tag)
     if slices is None and annotations.current(image) is None and isinstance(context.labels, SafeLocalDatastore):
         context.labels.adopt(image)  # Made elsewhere: without a history there is nothing to show, and it counts.
-        slices = annotations.annotated_slices(image)
-    current = annotations.current(image)
+        slices = annotations.annotated_slices(image, tag)
+    current = annotations.current(image, tag)
     return ReviewedImage(
         image=image,
         shape=list(stack.shape),
@@ -216,29 +217,30 @@ def _describe_image(context: Context, image: str) -> ReviewedImage:
             for entry in context.infer.store.list(image)
         ],
         label=None if current is None else CurrentLabel.model_validate(current),
-        label_ids=_find_label_ids(context, image, volume),
+        label_ids=_find_label_ids(context, image, volume, tag),
         colors=dict(COLORS),
         other_colors=list(OTHER_COLORS),
         annotated_slices=list_slices(slices),
-        annotated=_list_annotated(context, image),
-        sequence=max((saved.sequence for saved in annotations.list(image)), default=0),
+        annotated=_list_annotated(context, image, tag),
+        sequence=max((saved.sequence for saved in annotations.list(image) if saved.tag == tag), default=0),
+        is_done=annotations.find_finished(tag.__eq__).get(image, False),
     )
 
 
-def _list_annotated(context: Context, image: str) -> dict[str, list[int] | None]:
+def _list_annotated(context: Context, image: str, tag: str) -> dict[str, list[int] | None]:
     """Structure -> axial slices on which it is annotated; None for the whole volume."""
-    found = context.annotations.annotated_structures(image).get(image, {})
+    found = context.annotations.find_annotated(image, tag)
     return {name: list_slices(slices) for name, slices in found.items()}
 
 
-def _find_label_ids(context: Context, image: str, volume: Volume) -> dict[str, int]:
+def _find_label_ids(context: Context, image: str, volume: Volume, tag: str) -> dict[str, int]:
     """Structure -> id in the saved label. One that was made elsewhere and names nothing goes by the folder's table."""
-    current = context.annotations.current(image)
+    current = context.annotations.current(image, tag)
     if current is None:
         return {}
     if current.label_ids or not isinstance(context.labels, SafeLocalDatastore):
         return dict(current.label_ids)
-    label = load_current(context, image, volume)
+    label = load_current(context, image, volume, tag)
     drawn = set() if label is None else set(np.unique(label).tolist())
     return {name: value for name, value in context.labels.read_label_ids().items() if value in drawn}
 

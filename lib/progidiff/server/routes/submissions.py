@@ -74,9 +74,10 @@ def submit(context: Context, image: str, volume: Volume, decisions: Mapping[str,
     parts = _add_paintings(context, image, decided, paintings)
     ids = number_structures(_list_names(parts))
     label = _draw(parts, paintings, volume.grid, ids)
+    tag = context.readings.find_tag(image, user)
     portions = [Part(part.key, part.result, plan) for part in parts for plan in part.plan.split()]
     for portion in portions:
-        _check_conflict(context, image, portion.plan, decisions.get("base"), volume, label, ids)
+        _check_conflict(context, image, tag, portion.plan, decisions.get("base"), volume, label, ids)
     spent = _share_effort(decisions, portions)
     with scratch_folder("review") as folder:
         answers = []
@@ -84,7 +85,7 @@ def submit(context: Context, image: str, volume: Volume, decisions: Mapping[str,
             own = label if len(portions) == 1 else _keep_only(label, portion.plan.structures, ids)
             file = save_mask(own, volume.grid, folder / "label.nii.gz")
             params = {**_describe(portion, ids, paintings), **effort}
-            answers.append(labels.save(context, image, file, FINAL, params, user))
+            answers.append(labels.save_as(context, image, file, tag, params, user))
     return SubmissionAnswer(**{**dict(answers[-1]), "saves": [answer.annotation for answer in answers]})
 
 
@@ -194,13 +195,13 @@ def find_result(context: Context, image: str, key: str) -> VolumeProposals:
     return result
 
 
-def load_current(context: Context, image: str, volume: Volume) -> NDArray[Any] | None:
+def load_current(context: Context, image: str, volume: Volume, tag: str = FINAL) -> NDArray[Any] | None:
     """The label in force; None if there is none.
 
     Raises:
         ImageError: if it cannot be read.
     """
-    current = context.annotations.current(image)
+    current = context.annotations.current(image, tag)
     if current is None:
         return None
     try:
@@ -244,7 +245,14 @@ def _share_effort(decisions: Mapping[str, Any], portions: Sequence[Part]) -> lis
 
 
 def _check_conflict(
-    context: Context, image: str, plan: Plan, base: object, volume: Volume, label: NDArray[Any], ids: Mapping[str, int]
+    context: Context,
+    image: str,
+    tag: str,
+    plan: Plan,
+    base: object,
+    volume: Volume,
+    label: NDArray[Any],
+    ids: Mapping[str, int],
 ) -> None:
     """Refuse to overwrite what somebody saved since the page looked, unless it is the very same: a second try of a save
     that arrived.
@@ -252,9 +260,9 @@ def _check_conflict(
     if base is None:
         return
     known = read_int(base, "base", 0, 2**53)
-    in_force = context.annotations.in_force(image)
+    in_force = context.annotations.in_force(image, tag)
     touched = [saved for saved in in_force if saved.sequence > known and _overlaps(saved, plan)]
-    if touched and not _is_in_force(context, image, plan, volume, label, ids):
+    if touched and not _is_in_force(context, image, tag, plan, volume, label, ids):
         saved = touched[-1]
         who = saved.user or saved.client or "somebody else"
         raise ConflictError(
@@ -271,10 +279,10 @@ def _overlaps(saved: Annotation, plan: Plan) -> bool:
 
 
 def _is_in_force(
-    context: Context, image: str, plan: Plan, volume: Volume, label: NDArray[Any], ids: Mapping[str, int]
+    context: Context, image: str, tag: str, plan: Plan, volume: Volume, label: NDArray[Any], ids: Mapping[str, int]
 ) -> bool:
-    current = context.annotations.current(image)
-    kept = load_current(context, image, volume)
+    current = context.annotations.current(image, tag)
+    kept = load_current(context, image, volume, tag)
     if current is None or kept is None:
         return False
     mine, theirs, theirs_ids = volume.arrange(label), volume.arrange(kept), dict(current.label_ids)

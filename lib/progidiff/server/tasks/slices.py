@@ -283,8 +283,8 @@ def _describe(prompt: str, choice: Choice, drawn: _Drawn, clicks: Clicks, count:
     clicked = len(clicks.foreground) + len(clicks.background)
     if not drawn.masks.any():
         return (
-            f"The model finds no {prompt} on slice {clicks.k}; clicks choose among proposals and cannot change that. "
-            "Paint it by hand if it is there."
+            f"The model finds no {prompt} on slice {clicks.k + 1}; clicks choose among proposals and cannot change "
+            "that. Paint it by hand if it is there."
         )
     if choice.fits:
         return (

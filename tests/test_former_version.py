@@ -153,7 +153,8 @@ def test_a_server_lists_the_same_images_and_labels(ask: Callable[..., Any]):
 def test_a_server_tells_the_same_history(ask: Callable[..., Any]):
     assert includes(ask("/progidiff/annotations"), VOLUMES["annotations"])
     rows = ask("/progidiff/annotations/export?format=jsonl").splitlines()
-    assert [json.loads(row) for row in rows] == [json.loads(row) for row in VOLUMES["audit"]]
+    # Fields that came later may be added; those that were there are what they were.
+    assert includes([json.loads(row) for row in rows], [json.loads(row) for row in VOLUMES["audit"]])
 
 
 def test_a_server_answers_from_what_was_kept_and_scores_nothing_again(ask: Callable[..., Any]):
@@ -250,7 +251,7 @@ def test_the_history_has_every_event_and_the_same_head(former: Path):
         7,
         "tiny@1",
     )
-    assert [dict(row) for row in list_audit(history)] == [json.loads(row) for row in VOLUMES["audit"]]
+    assert includes([dict(row) for row in list_audit(history)], [json.loads(row) for row in VOLUMES["audit"]])
 
 
 def test_undo_and_a_new_save_follow_the_former_log(former: Path):

@@ -24,6 +24,7 @@ from progidiff.server.parts import Context, get_context
 from progidiff.server.routes import labels
 from progidiff.server.routes.image_id import ImageId
 from progidiff.server.routes.label_answers import SaveAnswer, list_slices
+from progidiff.server.routes.review import open_volume
 from progidiff.storage.atomic import scratch_folder
 from progidiff.storage.json_text import Text
 
@@ -128,7 +129,7 @@ def build_endpoints() -> Endpoints:
     )
     def get_label(image: ImageId, reader: str, z: int, user: User = CALLER) -> Response:
         context = get_context()
-        volume = _open_volume(context, image)
+        volume = open_volume(context, image)
         reading = next((entry for entry in _list_decidable(context, image, user) if entry.user == reader), None)
         if reading is None:
             raise NotFoundError(f"'{reader[:60]}' did not read '{image}'.")
@@ -152,11 +153,6 @@ def build_endpoints() -> Endpoints:
     return endpoints
 
 
-def _open_volume(context: Context, image: str) -> Volume:
-    path = images.find_image(context.app, image)
-    return context.infer.open_volume(path, None, context.app.datastore().get_image_info(image))
-
-
 def _load(context: Context, reading: Reading, volume: Volume) -> NDArray[Any]:
     """Label ids of a reading, shape (Z, Y, X)."""
     return volume.arrange(load_label_map(context.annotations.label_file(reading.label), volume.grid).array)
@@ -169,7 +165,7 @@ def _describe(context: Context, image: str, user: User) -> ReadingsAnswer:
     shown = readings if is_whole else [reading for reading in readings if reading.user == user.name]
     agreement = []
     if is_whole:
-        volume = _open_volume(context, image)
+        volume = open_volume(context, image)
         first, second = ((reading, _load(context, reading, volume)) for reading in readings[:READERS])
         agreement = [AgreementAnswer.model_validate(asdict(entry)) for entry in compare_readings(first, second)]
     current = context.annotations.current(image)
@@ -220,7 +216,7 @@ def _decide(context: Context, image: str, decision: Decision, user: User) -> Sav
             f"Say for each structure whose reading counts, {' or '.join(readings)}"
             + (f"; '{strange[0][:60]}' read nothing here." if strange else ".")
         )
-    volume = _open_volume(context, image)
+    volume = open_volume(context, image)
     stacks = {who: _load(context, reading, volume) for who, reading in readings.items()}
     result = np.zeros_like(next(iter(stacks.values())), dtype=np.uint8)
     table = {name: number for number, name in enumerate(decision.structures, 1)}

@@ -83,9 +83,9 @@ drive(async (page, given, { shoot }) => {
   await press(page, 'Shift+Z');
   said.redone = await pixels(page);
   await press(page, 'm');
-  await draw(page, [[cy - 40, cx - 40], [cy - 40, cx - 26], [cy - 26, cx - 26], [cy - 26, cx - 40]]);
+  await draw(page, [[cy - 23, cx - 32], [cy - 23, cx - 26], [cy - 16, cx - 26], [cy - 16, cx - 32]]);
   said.lassoed = await pixels(page);
-  await draw(page, [[cy - 42, cx - 42], [cy - 42, cx - 33], [cy - 24, cx - 33], [cy - 24, cx - 42]], 'Control');
+  await draw(page, [[cy - 24, cx - 33], [cy - 24, cx - 29], [cy - 15, cx - 29], [cy - 15, cx - 33]], 'Control');
   said.cut = await pixels(page);
   await shoot('drawn');
 

@@ -1,13 +1,21 @@
-"""Every relative link in a Markdown file of the repository leads to a file that exists, and to a heading in it."""
+"""What the documents name exists: files and headings behind their links, commands and their options, and every option
+of the server is in the reference.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 from pathlib import Path
 from urllib.parse import unquote
 
+import click
 import pytest
+import typer
+
+from progidiff.cli.main import app
+from progidiff.server.options import ServerOptions
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,3 +91,60 @@ def test_a_broken_link_is_found(tmp_path: Path):
         encoding="utf-8",
     )
     assert [line.split(":")[0] for line in find_broken(page)] == ["gone.md", "#three", "gone.png", "gone.jpg"]
+
+
+PLACEHOLDER = "PLACEHOLDER"
+COMMAND = re.compile(r"(?:^[ \t]*|`)(?:[^\n`]*bin/)?progidiff[ \t]+((?:\\\n|[^\n`|;&#>])+)", flags=re.MULTILINE)
+"""A call of the command line, up to a pipe, a comment or the end of what is shown as code."""
+
+
+def list_calls(text: str) -> list[list[str]]:
+    """The words after `progidiff` in blocks of code and between backticks; what stands between < and > is one word."""
+    text = re.sub(r"<[a-zA-Z][^<>\n]*>", PLACEHOLDER, text)
+    fences = re.findall(r"^ *`{3}(?:yaml|python)?\n(.*?)^ *`{3}", text, flags=re.MULTILINE | re.DOTALL)
+    spans = re.findall(r"(?<!`)`[^`\n]+`(?!`)", text)
+    return [words.replace("\\\n", " ").split() for code in [*fences, *spans] for words in COMMAND.findall(code)]
+
+
+def explain(call: list[str]) -> str:
+    """What is wrong with a call: a command or an option that there is not; empty if nothing is."""
+    command: click.Command = typer.main.get_command(app)
+    words = list(call)
+    while words and hasattr(command, "commands") and not words[0].startswith("-"):
+        if words[0] == PLACEHOLDER:
+            return ""
+        if words[0] not in command.commands:
+            return f"progidiff {' '.join(call)}: there is no command '{words[0]}'"
+        command = command.commands[words.pop(0)]
+    known = {name for option in command.params for name in option.opts} | {"-h", "--help"}
+    strange = [word for word in words if re.match(r"--?[a-z]", word) and word.partition("=")[0] not in known]
+    return f"progidiff {' '.join(call)}: there is no option {strange}" if strange else ""
+
+
+def test_commands_and_their_options_exist():
+    calls = [(page.name, call) for page in list_pages() for call in list_calls(page.read_text(encoding="utf-8"))]
+    assert len(calls) > 60
+    assert not [f"{page}: {wrong}" for page, call in calls if (wrong := explain(call))]
+
+
+def test_messages_name_commands_that_exist():
+    named = [
+        (path.name, words.split())
+        for path in (ROOT / "lib").rglob("*.py")
+        for words in re.findall(r"`progidiff ([a-z][^`{\n\"]*)`", path.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 30
+    assert not [f"{name}: {wrong}" for name, call in named if (wrong := explain(call))]
+
+
+def test_a_command_that_is_not_there_is_found():
+    text = "```\n.venv/bin/progidiff users ad anna   # adds\nprogidiff serve --studdies x\n```\nor `progidiff gone`"
+    calls = list_calls(text)
+    assert calls == [["users", "ad", "anna"], ["serve", "--studdies", "x"], ["gone"]]
+    assert [bool(explain(call)) for call in [*calls, ["adapters", "list"]]] == [True, True, True, False]
+
+
+def test_every_option_of_the_server_is_in_the_reference():
+    page = (ROOT / "docs" / "reference" / "options.md").read_text(encoding="utf-8")
+    table = page.partition("## Of one request")[0]
+    assert not [field.name for field in dataclasses.fields(ServerOptions) if not re.search(rf"`{field.name}\b", table)]

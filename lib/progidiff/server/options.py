@@ -227,7 +227,7 @@ def _read_double_reading(given: Mapping[str, str]) -> bool:
     if is_on and "users_file" not in given and "token_file" not in given:
         raise RequestError(
             "--conf double_reading on: a reading needs somebody's name. Name a file of users too: --conf users_file "
-            "FILE; `progidiff user add` makes one."
+            "FILE; `progidiff users add` makes one."
         )
     return is_on
 

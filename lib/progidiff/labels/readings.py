@@ -129,7 +129,7 @@ def make_tag(user: str) -> str:
 
     Example:
         >>> make_tag("anna"), make_tag("Dr. Ä")
-        ('reading-anna', 'reading-Dr._-4b3f2f5e')
+        ('reading-anna', 'reading-Dr._-df2a96b3')
     """
     if _PLAIN.fullmatch(user) and len(user) <= _MAX_NAME:
         return _PREFIX + user

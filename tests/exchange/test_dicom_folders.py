@@ -158,6 +158,9 @@ def test_what_is_no_complete_stack_is_named_and_the_others_come_in(tmp_path: Pat
     result = CliRunner().invoke(app, ["import", str(tmp_path / "none"), "--studies", str(studies)])
     assert result.exit_code == 2
     assert "neither a dataset.json" in " ".join(result.output.split())
+    result = CliRunner().invoke(app, ["import", str(tmp_path / "gone"), "--studies", str(studies)])
+    assert result.exit_code == 2
+    assert "or one with DICOM files in it" in " ".join(result.output.split())
 
 
 def test_a_series_in_a_relative_folder_is_read_apart_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

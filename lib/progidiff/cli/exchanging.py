@@ -88,7 +88,9 @@ def import_(
     from progidiff.exchange.importing import STATES, ImportSettings, import_dataset
 
     if not source.is_dir():
-        raise NotFoundError(f"There is no folder '{source}'. Name the folder with dataset.json.")
+        raise NotFoundError(
+            f"There is no folder '{source}'. Name the folder with dataset.json, or one with DICOM files in it."
+        )
     placing = _choose(images, "--images", ("copy", "link"))
     settings = ImportSettings(cast(Literal["copy", "link"], placing), _name_user(user), replace)
     if not (source / DATASET_JSON).is_file():

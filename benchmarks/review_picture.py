@@ -1,6 +1,6 @@
 """The picture of the review page in the documents: a real server, the shipped model, a sample scan, a real Chromium.
 
-    PYTHONPATH=lib:tests python benchmarks/review_picture.py --out docs/images/review.png
+PYTHONPATH=lib:tests python benchmarks/review_picture.py --out docs/images/review.png
 """
 
 from __future__ import annotations

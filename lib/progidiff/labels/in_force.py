@@ -43,21 +43,29 @@ def find_meaning(label: LabelMap, save: Annotation | None, folder_ids: Mapping[s
 
 
 def rename_in_force(
-    annotations: AnnotationStore, image_id: str, old: str, new: str, grid: Grid, ids: Mapping[str, int], scratch: Path
+    annotations: AnnotationStore,
+    image_id: str,
+    old: str,
+    new: str,
+    grid: Grid,
+    ids: Mapping[str, int],
+    scratch: Path,
+    tag: str = FINAL,
 ) -> ReadyLabel:
     """The label in force with another name for a structure, see `labels.saving.prepare_renamed`.
 
     Args:
         ids: Structure -> id, of the folder.
         scratch: For the file.
+        tag: Of the label.
 
     Raises:
         NotFoundError: if there is no label, or no such structure.
     """
-    previous = find_previous(annotations, image_id, FINAL)
+    previous = find_previous(annotations, image_id, tag)
     if previous is None:
         raise NotFoundError(f"Image '{image_id[:100]}' has no saved label yet, so there is nothing to rename.")
-    saves = annotations.in_force(image_id, FINAL)
+    saves = annotations.in_force(image_id, tag)
     return prepare_renamed(old, new, grid, saves, previous, combine_ids(ids, previous), scratch)
 
 

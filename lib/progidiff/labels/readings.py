@@ -116,6 +116,24 @@ class Readings:
         """As `find_tag`, for somebody who looks; without a name it is what counts."""
         return self.find_tag(image, user) if user else FINAL
 
+    def may_see(self, image: str, tag: str, user: str) -> bool:
+        """Whether a person may see a label of an image: whatever is no reading, the own reading, and those of others
+        where two people have read it and this one has not.
+        """
+        if not self.is_on or not tag.startswith(_PREFIX):
+            return True
+        tags = [reading.tag for reading in self.list(image)]
+        own = make_tag(user) if user else ""
+        return tag == own or (len(tags) >= READERS and own not in tags)
+
+    def may_change(self, image: str, tag: str, user: str) -> bool:
+        """Whether a person may save, rename or bring back under a tag: the own reading, and what counts where two
+        other people read it.
+        """
+        if not self.is_on or not (tag == FINAL or tag.startswith(_PREFIX)):
+            return True
+        return bool(user) and tag == self.find_tag(image, user)
+
     def is_open_for(self, image: str, user: str) -> bool:
         """Whether a person may still be given an image: to read it, or to decide it."""
         tags = [reading.tag for reading in self.list(image)]

@@ -18,6 +18,7 @@ from support.apps import connect, open_app
 from support.phantoms import write_phantom
 
 NAMES = ("anna", "ben", "carl")
+CHIEF = "chief"
 SHAPE = (30, 32, 6)
 
 
@@ -29,10 +30,11 @@ def people(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     for seed, name in enumerate(("first", "second")):
         write_phantom(studies / f"{name}.nii.gz", shape=SHAPE, seed=seed)
     tokens = folder / "tokens"
-    tokens.write_text("".join(f"{name}:annotate:{name * 12}\n" for name in NAMES))
+    lines = [f"{name}:annotate:{name * 12}\n" for name in NAMES]
+    tokens.write_text("".join([*lines, f"{CHIEF}:administer:{CHIEF * 12}\n"]))
     tokens.chmod(0o600)
     with open_app(studies, tiny_model, "token_file", str(tokens), "double_reading", "on"):
-        yield {name: connect(headers={"Authorization": f"Bearer {name * 12}"}) for name in NAMES}
+        yield {name: connect(headers={"Authorization": f"Bearer {name * 12}"}) for name in (*NAMES, CHIEF)}
 
 
 def ask(client: TestClient, who: str) -> dict[str, Any]:
@@ -41,16 +43,16 @@ def ask(client: TestClient, who: str) -> dict[str, Any]:
     return dict(answer.json())
 
 
-def save(client: TestClient, image: str, mask: np.ndarray) -> dict[str, Any]:
+def save(client: TestClient, image: str, mask: np.ndarray, tag: str = "final", status: int = 200) -> dict[str, Any]:
     affine = np.array([[-5.5, 0, 0, 170], [0, 6.5, 0, -160], [0, 0, 5.0, 300], [0, 0, 0, 1.0]])
     packed = nibabel.Nifti1Image(mask.astype(np.uint8) * 6, affine).to_bytes()
     answer = client.put(
         "/datastore/label",
-        params={"image": image},
+        params={"image": image, "tag": tag},
         files={"label": ("label.nii", packed)},
         data={"params": '{"structures": ["liver"]}'},
     )
-    assert answer.status_code == 200, answer.text
+    assert answer.status_code == status, answer.text
     return dict(answer.json())
 
 
@@ -145,6 +147,60 @@ def test_an_image_in_a_zip_file_is_added(people: dict[str, TestClient], tmp_path
     refused = people["anna"].put("/datastore/image", files={"file": ("packed.zip", b"no archive")})
     assert refused.status_code == 422
     assert "archive" in refused.json()["detail"]
+
+
+def test_nobody_reaches_a_reading_of_somebody_else(people: dict[str, TestClient], tmp_path: Path):
+    anna, ben, carl, chief = (people[name] for name in (*NAMES, CHIEF))
+    image = write_phantom(tmp_path / "hidden.nii.gz", shape=SHAPE, seed=3)
+    assert anna.put("/datastore/image", files={"file": (image.name, image.read_bytes())}).status_code == 200
+    number = save(anna, "hidden", np.ones(SHAPE, bool))["annotation"]["sequence"]
+    named = {"label": "hidden", "tag": "reading-anna"}
+    asked = [
+        ("GET", "/datastore/label", named),
+        ("HEAD", "/datastore/label", {"image": "hidden", "tag": "reading-anna"}),
+        ("GET", "/datastore/label/info", named),
+        ("GET", f"/progidiff/annotations/hidden/{number}/label", {}),
+    ]
+    changes = [
+        ("PUT", "/datastore/label/info", {"params": named, "data": {"info": '{"note": "x"}'}}),
+        ("PUT", "/datastore/updatelabelinfo", {"params": named, "data": {"params": '{"note": "x"}'}}),
+        ("POST", f"/progidiff/annotations/hidden/{number}/restore", {}),
+    ]
+
+    def see(client: TestClient) -> list[int]:
+        return [client.request(method, path, params=query).status_code for method, path, query in asked]
+
+    def list_tags(client: TestClient) -> tuple[set[str], set[str]]:
+        listed = client.get("/datastore/", params={"output": "all"}).json()["objects"]["hidden"]["labels"]
+        saves = client.get("/progidiff/annotations", params={"image": "hidden"}).json()["annotations"]
+        return set(listed), {entry["tag"] for entry in saves}
+
+    for other in (ben, carl):
+        assert see(other) == [403] * 4
+        assert list_tags(other) == (set(), set())
+        assert [other.request(method, path, **more).status_code for method, path, more in changes] == [403] * 3
+        assert save(other, "hidden", np.ones(SHAPE, bool), "reading-anna", 403)["error"] == "AccessError"
+    assert see(anna) == see(chief) == [200] * 4
+    assert list_tags(anna) == list_tags(chief) == ({"reading-anna"}, {"reading-anna"})
+
+    # Who renames a structure renames it in the own reading; there is none yet.
+    words = {"old": "liver", "new": "spleen"}
+    assert ben.post("/progidiff/annotations/hidden/rename", json=words).status_code == 404
+    save(ben, "hidden", np.zeros(SHAPE, bool))
+    assert (see(ben), see(carl), see(anna)) == ([403] * 4, [200] * 4, [200] * 4)
+    assert list_tags(carl)[1] == {"reading-anna", "reading-ben"}
+    assert carl.post(f"/progidiff/annotations/hidden/{number}/restore").status_code == 403
+    answer = anna.post("/progidiff/annotations/hidden/rename", json=words)
+    assert answer.status_code == 200, answer.text
+    assert "spleen" in anna.get("/progidiff/review/hidden").json()["annotated"]
+    assert anna.post("/progidiff/annotations/hidden/undo").status_code == 200
+
+    # What was decided is no reader's to change.
+    decided = carl.post("/progidiff/readings/hidden/decide", json={"structures": {"liver": "ben"}})
+    assert decided.status_code == 200, decided.text
+    final = decided.json()["annotation"]["sequence"]
+    assert anna.post(f"/progidiff/annotations/hidden/{final}/restore").status_code == 403
+    assert carl.post(f"/progidiff/annotations/hidden/{final}/restore").status_code == 200
 
 
 def _unpack(content: bytes) -> bytes:

@@ -386,7 +386,7 @@ class SafeLocalDatastore(LocalDatastore):
             self._settle(image_id, label.tag, label, lambda: self.annotations.restore(image_id, sequence, user))
             return label
 
-    def rename_structure(self, image_id: str, old: str, new: str, user: str = "") -> Annotation:
+    def rename_structure(self, image_id: str, old: str, new: str, user: str = "", tag: str = FINAL) -> Annotation:
         """Give a structure of the label in force another name; a save like any other, which an undo takes back.
 
         Raises:
@@ -398,9 +398,9 @@ class SafeLocalDatastore(LocalDatastore):
         def prepare(scratch: Path) -> ReadyLabel:
             served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
             ids = load_label_ids(Path(self._datastore_path), served_ids)
-            return rename_in_force(self.annotations, image_id, old, new, grid, ids, scratch)
+            return rename_in_force(self.annotations, image_id, old, new, grid, ids, scratch, tag)
 
-        return self._save(image_id, FINAL, {}, user, "", prepare).annotation
+        return self._save(image_id, tag, {}, user, "", prepare).annotation
 
     def update_label_info(self, label_id: str, label_tag: str, info: dict[str, Any]) -> None:
         """Add to a label's record.

@@ -133,13 +133,15 @@ class RemoteLabels:
             self._send(image_id, label.tag, label, {}, user)
             return label
 
-    def rename_structure(self, image_id: str, old: str, new: str, user: str = "") -> Annotation:
+    def rename_structure(self, image_id: str, old: str, new: str, user: str = "", tag: str = FINAL) -> Annotation:
         """As `SafeLocalDatastore.rename_structure`; the renamed label is sent."""
         grid = read_grid(Path(self._find_image(image_id)))
         with self._locks.hold(image_id), scratch_folder("label") as scratch:
-            ready = rename_in_force(self.annotations, image_id, old, new, grid, load_label_ids(self._state), scratch)
-            label = record_ready(self.annotations, image_id, ready, FINAL, user, ready.client)
-            self._send(image_id, FINAL, label, {}, user)
+            ready = rename_in_force(
+                self.annotations, image_id, old, new, grid, load_label_ids(self._state), scratch, tag
+            )
+            label = record_ready(self.annotations, image_id, ready, tag, user, ready.client)
+            self._send(image_id, tag, label, {}, user)
             return label
 
     def _forget(self, image_id: str, tag: str) -> None:

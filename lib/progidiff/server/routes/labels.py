@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from monailabel.endpoints import datastore as host
 from monailabel.utils.others.generic import get_mime_type
 from starlette.background import BackgroundTask
 
-from progidiff.errors import NotFoundError, RequestError, StoreError
+from progidiff.errors import AccessError, NotFoundError, RequestError, StoreError
 from progidiff.images.formats import Use, find_format, list_suffixes
 from progidiff.images.ids import make_id
 from progidiff.images.reading import read_grid
@@ -98,8 +98,10 @@ def _add_datastore_routes(endpoints: Endpoints) -> None:
         summary="All images and labels, or their numbers",
         takes="Query: output (stats, all, train)",
     )
-    def get_datastore(request: Request, output: host.ResultType | None = None) -> Any:
+    def get_datastore(request: Request, output: host.ResultType | None = None, user: User = CALLER) -> Any:
         answer = host.datastore(output)
+        if output is host.ResultType.all:
+            return _leave_out_unseen(get_context(), answer, user)
         if output is host.ResultType.train:
             return [show_paths(request.scope, pair, "image", "label") for pair in answer]
         return answer
@@ -251,7 +253,8 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         return NothingAnswer()
 
     @endpoints.head("/datastore/label", tags=["Datastore"], summary="Whether a label is there")
-    def check_label(image: ImageId, tag: str) -> NothingAnswer:
+    def check_label(image: ImageId, tag: str, user: User = CALLER) -> NothingAnswer:
+        _check_seen(get_context(), image, tag, user)
         _find_label(image, tag)
         return NothingAnswer()
 
@@ -263,7 +266,8 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         takes="Query: label (image id), tag, format (.nii.gz, .nii, .nrrd, or .seg.nrrd with names and colours; as "
         "kept by default)",
     )
-    def download_label(label: ImageId, tag: str, format: str | None = None) -> Response:
+    def download_label(label: ImageId, tag: str, format: str | None = None, user: User = CALLER) -> Response:
+        _check_seen(get_context(), label, tag, user)
         path = _find_label(label, tag)
         answer = _send(path) if format is None else _send_as(path, label, tag, format)
         current = get_context().annotations.current(label, tag)
@@ -278,7 +282,8 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         summary="What is known about a label",
         takes="Query: label, tag",
     )
-    def get_label_info(label: ImageId, tag: str) -> Any:
+    def get_label_info(label: ImageId, tag: str, user: User = CALLER) -> Any:
+        _check_seen(get_context(), label, tag, user)
         _check_label_name(label, tag)
         return get_context().app.datastore().get_label_info(label, tag)
 
@@ -291,6 +296,7 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         body=MEDIUM,
     )
     def put_label_info(label: ImageId, tag: str, info: str = Form("{}"), user: User = CALLER) -> Any:
+        _check_own(get_context(), label, tag, user.name)
         _check_label_name(label, tag)
         return (
             get_context().app.datastore().update_label_info(label, tag, with_user(read_object(info, "info"), user.name))
@@ -305,6 +311,7 @@ def _add_label_routes(endpoints: Endpoints) -> None:
         body=MEDIUM,
     )
     def update_label_info(label: ImageId, tag: str, params: str = Form("{}"), user: User = CALLER) -> Any:
+        _check_own(get_context(), label, tag, user.name)
         _check_label_name(label, tag)
         return (
             get_context()
@@ -321,14 +328,14 @@ def _add_history_routes(endpoints: Endpoints) -> None:
         summary="Saved labels, newest first, and which slices are annotated",
         takes="Query: image, limit",
     )
-    def list_annotations(image: ImageId | None = None, limit: int = 100) -> AnnotationsAnswer:
+    def list_annotations(image: ImageId | None = None, limit: int = 100, user: User = CALLER) -> AnnotationsAnswer:
         if not 1 <= limit <= _MAX_LISTED:
             raise RequestError(f"limit must be from 1 to {_MAX_LISTED}; GET /progidiff/annotations/export gives all.")
         store = get_context().annotations
         if image is not None:
             images.find_image(get_context().app, image)
         counting = store.counting()
-        labels = store.list(image)
+        labels = _list_seen(get_context(), store.list(image), user)
         annotated = store.annotated_images() if image is None else {image: store.annotated_slices(image)}
         return AnnotationsAnswer(
             total=len(labels),
@@ -365,7 +372,7 @@ def _add_change_routes(endpoints: Endpoints) -> None:
         images.find_image(get_context().app, image)
         context = get_context()
         tag = context.readings.find_shown_tag(image, user.name)
-        return _describe_state(image, context.labels.undo(image, user.name, tag))
+        return _describe_state(image, context.labels.undo(image, user.name, tag), tag)
 
     @endpoints.post(
         "/progidiff/annotations/{image}/rename",
@@ -378,8 +385,10 @@ def _add_change_routes(endpoints: Endpoints) -> None:
     )
     def rename(image: ImageId, names: RenameRequest, user: User = CALLER) -> LabelStateAnswer:
         images.find_image(get_context().app, image)
-        label = get_context().labels.rename_structure(image, names.old, names.new, user.name)
-        return _describe_state(image, label)
+        context = get_context()
+        tag = context.readings.find_tag(image, user.name)
+        label = context.labels.rename_structure(image, names.old, names.new, user.name, tag)
+        return _describe_state(image, label, tag)
 
     @endpoints.post(
         "/progidiff/annotations/{image}/skip",
@@ -415,8 +424,11 @@ def _add_change_routes(endpoints: Endpoints) -> None:
         summary="Put an earlier save in force again",
     )
     def restore(image: ImageId, sequence: int, user: User = CALLER) -> LabelStateAnswer:
-        images.find_image(get_context().app, image)
-        return _describe_state(image, get_context().labels.restore(image, sequence, user.name))
+        context = get_context()
+        images.find_image(context.app, image)
+        tag = context.annotations.get(image, sequence).tag
+        _check_own(context, image, tag, user.name)
+        return _describe_state(image, context.labels.restore(image, sequence, user.name), tag)
 
     @endpoints.get(
         "/progidiff/annotations/{image}/{sequence}/label",
@@ -424,9 +436,11 @@ def _add_change_routes(endpoints: Endpoints) -> None:
         tags=["ProGiDiff"],
         summary="Download a saved label as it was",
     )
-    def download_version(image: ImageId, sequence: int) -> Response:
+    def download_version(image: ImageId, sequence: int, user: User = CALLER) -> Response:
         store: AnnotationStore = get_context().annotations
-        path = store.label_file(store.get(image, sequence))
+        saved = store.get(image, sequence)
+        _check_seen(get_context(), image, saved.tag, user)
+        path = store.label_file(saved)
         if not path.is_file():
             raise NotFoundError(
                 f"The file of save {sequence} is gone from the history. Restore '{path.name}' from a backup."
@@ -462,12 +476,15 @@ def save(
     `labels.readings.Readings.find_tag`.
 
     Raises:
+        AccessError: if the tag is that of somebody else's reading.
         ConflictError: if another save is in force by now.
         ProGiDiffError: whatever is wrong with the label; nothing has changed then.
     """
+    named = context.served.find_named(image)
+    image_id = image if named is None else named.identity.image
     if tag == FINAL:
-        named = context.served.find_named(image)
-        tag = context.readings.find_tag(image if named is None else named.identity.image, user)
+        tag = context.readings.find_tag(image_id, user)
+    _check_own(context, image_id, tag, user)
     return save_as(context, image, path, tag, params, user, replaces)
 
 
@@ -571,11 +588,69 @@ def _run_hooks(context: Context, annotation: Annotation, repeated: bool, label_i
     return answer
 
 
-def _describe_state(image: str, label: Annotation | None) -> LabelStateAnswer:
+def _check_seen(context: Context, image: str, tag: str, user: User) -> None:
+    """Keep a reading from who is to read the same image without it. Administrators, who could open the files, may look.
+
+    Raises:
+        AccessError: if this person may not see it.
+    """
+    if user.role is not ADMINISTER and not context.readings.may_see(image, tag, user.name):
+        raise AccessError(
+            f"This label of '{image[:100]}' is somebody else's reading. Whoever has not read the image sees it when "
+            "two people have; GET /progidiff/readings/<image> tells how far they are."
+        )
+
+
+def _check_own(context: Context, image: str, tag: str, user: str) -> None:
+    """Keep a reading, and what was decided between readings, from everybody whose it is not.
+
+    Raises:
+        AccessError: if it is not this person's to change.
+    """
+    if not context.readings.may_change(image, tag, user):
+        raise AccessError(
+            f"This label of '{image[:100]}' is not yours to change: images are read twice here, each person changes "
+            "the own reading, and a third one what counts. Save without a tag."
+        )
+
+
+def _list_seen(context: Context, saves: Iterable[Annotation], user: User) -> list[Annotation]:
+    if user.role is ADMINISTER:
+        return list(saves)
+    seen: dict[tuple[str, str], bool] = {}
+    kept = []
+    for save in saves:
+        key = (save.image, save.tag)
+        if key not in seen:
+            seen[key] = context.readings.may_see(save.image, save.tag, user.name)
+        if seen[key]:
+            kept.append(save)
+    return kept
+
+
+def _leave_out_unseen(context: Context, listed: Any, user: User) -> Any:
+    """The host's list of all images, without labels that who asks may not see."""
+    if not context.readings.is_on or user.role is ADMINISTER or not isinstance(listed, dict):
+        return listed
+    objects = {
+        image: {
+            **entry,
+            "labels": {
+                tag: label
+                for tag, label in (entry.get("labels") or {}).items()
+                if context.readings.may_see(image, tag, user.name)
+            },
+        }
+        for image, entry in (listed.get("objects") or {}).items()
+    }
+    return {**listed, "objects": objects}
+
+
+def _describe_state(image: str, label: Annotation | None, tag: str) -> LabelStateAnswer:
     return LabelStateAnswer(
         image=image,
         annotation=None if label is None else SavedLabelAnswer.of(label),
-        annotated_slices=list_slices(get_context().annotations.annotated_slices(image)),
+        annotated_slices=list_slices(get_context().annotations.annotated_slices(image, tag)),
     )
 
 

@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from progidiff.errors import RequestError
 from progidiff.server.gate.endpoints import Content, get_endpoint
-from progidiff.storage.json_text import read_json
+from progidiff.storage.json_text import MAX_CHARACTERS, read_json
 
 FORBIDDEN_PARAMS = (
     "bundle_path",
@@ -46,10 +46,11 @@ class Texts:
         """Look at the text of one request."""
         if scope["type"] == "http":
             _check_encoding(Headers(scope=scope))
-            content = get_endpoint(scope).content
+            endpoint = get_endpoint(scope)
+            content = endpoint.content
             if content is not Content.ANY:
                 body = await _read(receive)
-                value = read_json(body, "The body")
+                value = read_json(body, "The body", most=max(MAX_CHARACTERS, endpoint.body))
                 if content is Content.PARAMS:
                     _check_params(value)
                 receive = _replay(body, receive)

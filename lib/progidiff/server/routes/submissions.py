@@ -8,8 +8,10 @@ structure what nobody decided.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,18 +24,19 @@ from progidiff.images.writing import save_mask
 from progidiff.labels.decisions import DrawnPick, MaskPick, Plan, compose_labels
 from progidiff.labels.history import FINAL, Annotation
 from progidiff.labels.paintings import Painting, Paintings
-from progidiff.labels.saving import REVIEW_PAGE, read_effort
+from progidiff.labels.saving import MAX_LABEL_ID, REVIEW_PAGE, read_effort
 from progidiff.labels.segments import load_label_map
 from progidiff.params import read_float, read_int
 from progidiff.prompts.structures import number_structures
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.parts import Context
 from progidiff.server.routes import labels
-from progidiff.server.routes.label_answers import SubmissionAnswer
+from progidiff.server.routes.label_answers import SaveAnswer, SubmissionAnswer
 from progidiff.storage.atomic import scratch_folder
 
 _MAX_SECONDS = 7 * 24 * 3600.0
 _MAX_PARTS = 32
+_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -72,21 +75,64 @@ def submit(context: Context, image: str, volume: Volume, decisions: Mapping[str,
     paintings = Paintings.from_params(decisions.get("painted"), volume.grid.stack_shape, image)
     decided = read_parts(context, image, decisions, is_painted=bool(paintings.structures))
     parts = _add_paintings(context, image, decided, paintings)
-    ids = number_structures(_list_names(parts))
+    ids = _number(parts)
     label = _draw(parts, paintings, volume.grid, ids)
     tag = context.readings.find_tag(image, user)
     portions = [Part(part.key, part.result, plan) for part in parts for plan in part.plan.split()]
+    base = decisions.get("base")
+    replaces = None if base is None else _find_last(context, image, tag)
     for portion in portions:
-        _check_conflict(context, image, tag, portion.plan, decisions.get("base"), volume, label, ids)
+        _check_conflict(context, image, tag, portion.plan, base, volume, label, ids)
     spent = _share_effort(decisions, portions)
     with scratch_folder("review") as folder:
-        answers = []
+        answers: list[SaveAnswer] = []
         for portion, effort in zip(portions, spent, strict=True):
             own = label if len(portions) == 1 else _keep_only(label, portion.plan.structures, ids)
             file = save_mask(own, volume.grid, folder / "label.nii.gz")
             params = {**_describe(portion, ids, paintings), **effort}
-            answers.append(labels.save_as(context, image, file, tag, params, user))
+            check = partial(_check_conflict, context, image, tag, portion.plan, base, volume, label, ids)
+            own_saves = [answer.annotation.sequence for answer in answers]
+            answer = _save_checked(context, image, file, tag, params, user, replaces, partial(check, own_saves))
+            answers.append(answer)
+            replaces = None if base is None else answer.annotation.sequence
     return SubmissionAnswer(**{**dict(answers[-1]), "saves": [answer.annotation for answer in answers]})
+
+
+def _save_checked(
+    context: Context,
+    image: str,
+    file: Path,
+    tag: str,
+    params: Mapping[str, Any],
+    user: str,
+    replaces: int | None,
+    check: Callable[[], None],
+) -> SaveAnswer:
+    """Save what was compared with the label in force; if that is another one by now, it is compared with that first.
+
+    Args:
+        replaces: The save that it was compared with, 0 for none; None if it was not.
+        check: Compares.
+
+    Raises:
+        ConflictError: if somebody saved the same meanwhile, or others keep saving.
+    """
+    for _ in range(_TRIES):
+        try:
+            return labels.save_as(context, image, file, tag, params, user, replaces)
+        except ConflictError:
+            now = _find_last(context, image, tag)
+            if replaces is None or now == replaces:
+                raise
+            replaces = now
+            check()
+    raise ConflictError(f"Others keep saving image '{image}'. Submit again; nothing of yours is lost.")
+
+
+def _find_last(context: Context, image: str, tag: str) -> int:
+    """The newest save in force; 0 for none."""
+    current = context.annotations.current(image, tag)
+    return 0 if current is None else current.sequence
 
 
 def read_parts(context: Context, image: str, decisions: Mapping[str, Any], is_painted: bool = False) -> list[Part]:
@@ -161,6 +207,21 @@ def _list_names(parts: Sequence[Part]) -> list[str]:
     return [
         name for part in parts for name in (*(part.result.structures if part.result else ()), *part.plan.structures)
     ]
+
+
+def _number(parts: Sequence[Part]) -> dict[str, int]:
+    """Structure -> id in the label.
+
+    Raises:
+        RequestError: if there are more than a label has ids.
+    """
+    ids = number_structures(_list_names(parts))
+    if max(ids.values(), default=0) > MAX_LABEL_ID:
+        raise RequestError(
+            f"{len(ids)} structures are decided or drawn at once, more than the {MAX_LABEL_ID} ids of a label hold. "
+            "Submit fewer structures."
+        )
+    return ids
 
 
 def _draw(parts: Sequence[Part], paintings: Paintings, grid: Grid, ids: Mapping[str, int]) -> NDArray[Any]:
@@ -253,6 +314,7 @@ def _check_conflict(
     volume: Volume,
     label: NDArray[Any],
     ids: Mapping[str, int],
+    own_saves: Collection[int] = (),
 ) -> None:
     """Refuse to overwrite what somebody saved since the page looked, unless it is the very same: a second try of a save
     that arrived.
@@ -262,6 +324,7 @@ def _check_conflict(
     known = read_int(base, "base", 0, 2**53)
     in_force = context.annotations.in_force(image, tag)
     touched = [saved for saved in in_force if saved.sequence > known and _overlaps(saved, plan)]
+    touched = [saved for saved in touched if saved.sequence not in own_saves]
     if touched and not _is_in_force(context, image, tag, plan, volume, label, ids):
         saved = touched[-1]
         who = saved.user or saved.client or "somebody else"

@@ -245,6 +245,24 @@ def test_a_refusal_by_the_provider_is_told_and_harmless(serve: Serve, op: Identi
     assert_refused(client, log_in(client), 401, "client_secret in the file")
 
 
+def test_what_somebody_sends_as_a_refusal_makes_no_line_of_the_log(serve: Serve, caplog: pytest.LogCaptureFixture):
+    client = serve()
+    begun = client.get("/progidiff/oidc/login")
+    state = parse_qs(urlsplit(begun.headers["location"]).query)["state"][0]
+    forged = {
+        "state": state,
+        "error": "denied",
+        "error_description": "x\n2026-01-01 WARNING 'chief' is logged in\x1b[2J",
+    }
+    assert client.get("/progidiff/oidc/callback", params=forged).status_code == 401
+    lines = [
+        record.getMessage() for record in caplog.records if "A login by the provider failed" in record.getMessage()
+    ]
+    assert len(lines) == 1
+    assert "\n" not in lines[0]
+    assert "\x1b" not in lines[0]
+
+
 def test_while_the_provider_is_down_its_button_says_so_and_the_users_file_works(
     serve: Serve, op: IdentityProvider, tmp_path: Path
 ):

@@ -34,6 +34,7 @@ from joserfc.jwk import KeySet
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from progidiff.errors import AccessError, BusyError, LoginError, RequestError
+from progidiff.server.gate.log_text import one_line
 from progidiff.users import Role, check_name, check_private
 
 logger = logging.getLogger(__name__)
@@ -275,7 +276,7 @@ class Provider:
         except (requests.RequestException, ValueError) as err:
             raise self._note_down(err) from err
         except OAuthError as err:
-            logger.warning("The provider refused the code of a login: %s", err)
+            logger.warning("The provider refused the code of a login: %s", one_line(str(err)))
             raise LoginError(
                 f"The provider did not accept the login ({str(err)[:200]}). Begin again at the login page; if it "
                 "stays, an administrator looks at client_id and client_secret in the file of --conf oidc_file."
@@ -299,7 +300,7 @@ class Provider:
             claims = CodeIDToken(decoded.claims, decoded.header, options, params)
             claims.validate(now=int(self._clock()), leeway=int(settings.clock_skew_seconds))
         except (JoseError, ValueError, TypeError, KeyError) as err:
-            logger.warning("The token of a login is not good: %s", err)
+            logger.warning("The token of a login is not good: %s", one_line(str(err)))
             raise LoginError(f"The provider's token is not good ({str(err)[:200]}). {cure}") from err
         return dict(claims)
 
@@ -383,7 +384,7 @@ class Provider:
         return told
 
     def _note_down(self, err: Exception) -> BusyError:
-        logger.warning("The login provider cannot be asked: %s", err)
+        logger.warning("The login provider cannot be asked: %s", one_line(str(err)))
         host = urlsplit(self.settings.issuer).hostname
         told = (
             f"The login provider {host} does not answer as one ({type(err).__name__}). "

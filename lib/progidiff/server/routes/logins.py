@@ -17,6 +17,7 @@ from progidiff.logs import note_account
 from progidiff.server.gate.auth import Authenticator, User
 from progidiff.server.gate.callers import LOGIN_PAGE
 from progidiff.server.gate.endpoints import CALLER, OPEN, READ, SMALL, Endpoints
+from progidiff.server.gate.log_text import one_line
 from progidiff.server.gate.oidc import LOGIN_SECONDS, Begun, Provider
 from progidiff.server.gate.paths import find_root
 from progidiff.server.parts import get_context
@@ -244,7 +245,7 @@ def _add_provider(endpoints: Endpoints) -> None:
         try:
             identity = provider.finish(begun, dict(request.query_params), _find_callback(request))
         except (AccessError, BusyError) as err:
-            logger.warning("A login by the provider failed: %s", err)
+            logger.warning("A login by the provider failed: %s", one_line(str(err)))  # It quotes what was sent.
             return _refuse(request, err, target, "")
         note_account(identity.name)
         logger.info("'%s' is logged in by the provider and may %s", identity.name, identity.role)

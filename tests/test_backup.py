@@ -28,7 +28,8 @@ def places(tmp_path: Path) -> Places:
     studies = make_studies(tmp_path / "studies")
     save(studies, [2, 3])
     store = studies / ".progidiff"
-    for name in (f"{'a' * 64}/entry.json", "scores/one.json", "training/work/big", "training/runs/1/log.txt"):
+    received = "incoming/refused/1/object.dcm"
+    for name in (f"{'a' * 64}/entry.json", "scores/one.json", "training/work/big", "training/runs/1/log.txt", received):
         (store / name).parent.mkdir(parents=True, exist_ok=True)
         (store / name).write_text(name)
     (store / "reservations.json").write_text("{}")

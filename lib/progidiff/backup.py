@@ -36,8 +36,8 @@ FORMAT = 1
 MANIFEST = "MANIFEST.json"
 HISTORY = "annotations"
 
-_CACHE = re.compile(r"[0-9a-f]{64}|scores|dicom|datastore\.sqlite.*|\.damaged-.*")
-"""What of a store's folder is computed again, or means nothing elsewhere."""
+_CACHE = re.compile(r"[0-9a-f]{64}|scores|dicom|incoming|datastore\.sqlite.*|\.damaged-.*")
+"""What of a store's folder is computed again, means nothing elsewhere, or is an image (`progidiff receive`)."""
 _OF_TRAININGS = (("training", "work"), ("training", "lock"))
 _CHUNK = 1 << 20
 

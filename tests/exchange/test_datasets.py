@@ -282,6 +282,7 @@ def test_a_label_that_does_not_fit_or_holds_strange_ids_fails_alone(tmp_path: Pa
         ("{}", "neither channel_names"),
         ('{"channel_names": {"0": "CT"}}', 'has no "labels"'),
         ('{"channel_names": {"0": "CT"}, "labels": {"liver": -1}}', "'-1' where an id belongs"),
+        ('{"channel_names": {"0": "CT"}, "labels": {"liver": 1, "lesion": 1}}', "both 'liver' and 'lesion'"),
         ('{"labels": {"liver": 1}, "file_ending": ".nii.gz"}', "does not name its channels"),
         ('{"channel_names": {"0": "CT"}, "labels": {"liver": 1}, "file_ending": ".npz"}', "is not read here"),
         ('{"channel_names": {"0": "CT"}, "labels": {"liver": 1}}', "holds no image"),
@@ -296,6 +297,39 @@ def test_a_damaged_or_hostile_description_is_refused_with_a_sentence(tmp_path: P
     with pytest.raises(ProGiDiffError, match=sentence) as caught:
         read_dataset(tmp_path)
     assert caught.value.status == 422
+
+
+@pytest.mark.parametrize("target", ["nnunet", "msd"])
+def test_a_structure_called_as_the_format_calls_no_structure_is_not_exported_as_one(tmp_path: Path, target: Any):
+    studies = tmp_path / "studies"
+    bring(write_nnunet(tmp_path / "Dataset001_A", {"background": 0, "liver": 1, "lesion": 2}), studies)
+    open_as_server(studies).rename_structure("a", "lesion", "Ignore", "anna")
+    with pytest.raises(ProGiDiffError, match="means something else"):
+        export_dataset(studies, studies / ".progidiff", tmp_path / "Dataset002_B", ExportSettings(target))
+    assert not (tmp_path / "Dataset002_B").exists()
+
+
+def test_hundreds_of_structures_go_out_with_the_numbers_that_are_told(tmp_path: Path):
+    studies = tmp_path / "studies"
+    studies.mkdir()
+    for index in range(2):  # 255 fit into one label, and each image has its own.
+        image = write_phantom(studies / f"case{index}.nii.gz", shape=SHAPE, seed=index)
+        array = np.zeros(SHAPE, np.uint8)
+        array[2:4], array[5:8] = 1, 3
+        nibabel.save(nibabel.Nifti1Image(array, nibabel.load(image).affine), tmp_path / "label.nii.gz")
+        info = [{"name": f"lesion {150 * index + number}", "idx": number} for number in range(1, 151)]
+        params = {"label_info": info, "structures": [entry["name"] for entry in info]}
+        open_as_server(studies).save_annotated(f"case{index}", tmp_path / "label.nii.gz", "final", params, user="anna")
+    out = tmp_path / "Dataset009_B"
+    settings = ExportSettings("nnunet", assume_absent=True)
+    assert {entry.state for entry in export_dataset(studies, studies / ".progidiff", out, settings)} == {"exported"}
+    told = json.loads((out / "dataset.json").read_text())["labels"]
+    assert len(told) == 301
+    for index in range(2):
+        drawn = set(np.unique(read(out / "labelsTr" / f"case{index}.nii.gz")).tolist()) - {0}
+        assert drawn == {told[f"lesion {150 * index + number}"] for number in (1, 3)}
+    with pytest.raises(ProGiDiffError, match="more than the 255 ids"):
+        export_dataset(studies, studies / ".progidiff", tmp_path / "files", ExportSettings("files", assume_absent=True))
 
 
 def test_the_commands_import_and_export(tmp_path: Path):

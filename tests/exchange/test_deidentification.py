@@ -94,6 +94,19 @@ def test_no_exported_byte_or_name_says_whose_it_is(tmp_path: Path, studies: Path
     assert row["replacement"] not in json.dumps(audit)
 
 
+def test_the_order_of_images_does_not_tell_the_order_of_their_names(
+    tmp_path: Path, studies: Path, monkeypatch: pytest.MonkeyPatch
+):
+    shutil.copy(write_phantom(tmp_path / "y.nii.gz", shape=SHAPE, seed=1), studies / "Zander_Otto.nii.gz")
+    open_as_server(studies).save_annotated("Zander_Otto", tmp_path / "label.nii.gz", "final", {}, user="berta")
+    names = {IMAGE: "image-ffffffff", "Zander_Otto": "image-00000000"}
+    monkeypatch.setattr(Pseudonyms, "of_image", lambda _, image: names[image])
+    out = tmp_path / "out"
+    export_dataset(studies, studies / ".progidiff", out, ExportSettings("msd"), Pseudonyms(tmp_path / "key.csv"))
+    listed = [pair["image"] for pair in json.loads((out / "dataset.json").read_text())["training"]]
+    assert listed == ["./imagesTr/image-00000000.nii.gz", "./imagesTr/image-ffffffff.nii.gz"]
+
+
 def test_the_same_key_gives_the_same_names_and_stays_apart(tmp_path: Path, studies: Path):
     run, key = CliRunner(), tmp_path / "keys" / "key.csv"
     command = ["--studies", str(studies), "--as", "files", "--deidentify"]
@@ -130,6 +143,7 @@ def mark(file: Path) -> None:
     block.add_new(0x10, "LO", "Annemarie")
     inner, deeper = Dataset(), Dataset()
     inner.PatientName, inner.TextValue = "Mueller", "Annemarie"
+    inner.PatientID, deeper.PatientID, deeper.IssuerOfPatientID = "4711007", "4711007", "Marienhospital"
     deeper.PersonName, deeper.ReferencedSOPInstanceUID = "Dr. Wernicke", "1.2.3.4711007"
     inner.ContentSequence = Sequence([deeper])
     dataset.AcquisitionContextSequence = Sequence([inner])

@@ -192,8 +192,10 @@ def _read_labels(labels: object, folder: Path, told: Mapping[int, str]) -> tuple
         )
         if name.casefold() == IGNORE and number:
             ignore = number
-        elif number:
-            names[number] = name
+        elif number and names.setdefault(number, name) != name:
+            raise RequestError(
+                f"'{folder / DATASET_JSON}' calls the id {number} both '{names[number]}' and '{name}'. Correct it."
+            )
     covered = {number for ids in regions.values() for number in ids}
     unnamed = sorted(covered - told.keys())
     if regions and unnamed:

@@ -178,6 +178,8 @@ def _clean_element(element: DataElement, pseudonyms: Pseudonyms) -> DataElement 
     """What is left of an attribute; None if nothing is."""
     tag, kind = element.tag, element.VR
     action = _find_action(tag.group, tag.element)
+    if tag in _PATIENT:
+        return None  # At the top it is written anew; below it says of somebody else, or the same once more.
     if tag.is_private or action == "remove":
         return None
     if action == "empty":

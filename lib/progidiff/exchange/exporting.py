@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from progidiff import __version__
 from progidiff.errors import ProGiDiffError, RequestError, StoreError
+from progidiff.exchange.datasets import IGNORE
 from progidiff.exchange.pseudonyms import Pseudonyms
 from progidiff.images.folders import list_volumes
 from progidiff.images.formats import find_format
@@ -31,7 +32,7 @@ from progidiff.images.writing import save_mask
 from progidiff.labels.cases import LABELS_JSON, LabelledCase, list_labelled
 from progidiff.labels.history import AnnotationStore
 from progidiff.labels.in_force import find_meaning
-from progidiff.labels.saving import load_label_ids
+from progidiff.labels.saving import MAX_LABEL_ID, load_label_ids
 from progidiff.labels.segments import load_label_map
 from progidiff.labels.slicer import save_segmentation
 from progidiff.prompts.parser import canonical_name
@@ -42,6 +43,8 @@ Target = Literal["nnunet", "msd", "slicer", "files"]
 TARGETS: tuple[Target, ...] = ("nnunet", "msd", "slicer", "files")
 
 NIFTI = ".nii.gz"
+_TAKEN = ("background", IGNORE)
+"""Names that are no structures there."""
 _NNUNET_FOLDER = re.compile(r"Dataset\d{3}_\w+")
 
 
@@ -179,9 +182,21 @@ class _Writer:
     def _number(self, structures: Sequence[str]) -> dict[str, int]:
         """nnU-Net and the Decathlon count from 1 without gaps; elsewhere a structure keeps its number."""
         if self._settings.target in ("nnunet", "msd"):
+            taken = [name for name in structures if name.casefold() in _TAKEN]
+            if taken:
+                raise RequestError(
+                    f"A structure is called '{taken[0]}', which in such a data set means something else. Rename it "
+                    "(POST /progidiff/annotations/<image>/rename), or leave it out with --structures."
+                )
             order = sorted(structures, key=lambda name: (number_structures(structures)[name], name))
             return {name: index for index, name in enumerate(order, start=1)}
-        return number_structures(structures)
+        ids = number_structures(structures)
+        if self._settings.target == "files" and max(ids.values(), default=0) > MAX_LABEL_ID:
+            raise RequestError(
+                f"The labels speak about {len(ids)} structures, more than the {MAX_LABEL_ID} ids of a label hold. "
+                "Export fewer --structures at a time."
+            )
+        return ids
 
     def add(self, label: _Label) -> tuple[str, ...]:
         """Write an image with its label; sentences about it."""
@@ -208,7 +223,9 @@ class _Writer:
         self._others.append(name)
 
     def finish(self, name: str) -> None:
-        """Write what describes the data set."""
+        """Write what describes the data set. The order of other names must not be that of the names they stand for."""
+        self._labelled.sort()
+        self._others.sort()
         target = self._settings.target
         if target == "files":
             self._write_json(LABELS_JSON, {str(number): structure for structure, number in self._ids.items()})
@@ -258,7 +275,7 @@ class _Writer:
                 "take "
                 "what labels do not speak about for absent (--assume-absent)."
             )
-        labels = np.zeros(label.array.shape, np.uint8)
+        labels = np.zeros(label.array.shape, np.min_scalar_type(self._ignore))
         for number, name in label.names.items():
             if name in self._ids:
                 labels[label.array == number] = self._ids[name]

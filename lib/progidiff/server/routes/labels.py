@@ -87,6 +87,7 @@ def build_endpoints() -> Endpoints:
     _add_label_routes(endpoints)
     _add_history_routes(endpoints)
     _add_change_routes(endpoints)
+    _add_version_routes(endpoints)
     return endpoints
 
 
@@ -417,6 +418,8 @@ def _add_change_routes(endpoints: Endpoints) -> None:
         context.selection.release(image)
         return FinishAnswer(image=image, sequence=event.sequence, is_done=is_done)
 
+
+def _add_version_routes(endpoints: Endpoints) -> None:
     @endpoints.post(
         "/progidiff/annotations/{image}/{sequence}/restore",
         ANNOTATE,

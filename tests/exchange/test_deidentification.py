@@ -200,3 +200,20 @@ def test_what_may_show_a_name_in_its_pixels_stays_here(tmp_path: Path):
     with pytest.raises(ProGiDiffError, match="No series of .* can go out"):
         deidentify_folder(tmp_path / "in", tmp_path / "other", Pseudonyms(tmp_path / "key.csv"))
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("keyword", "value", "left_out"), [("SOPClassUID", None, True), ("InstanceNumber", "a", False)]
+)
+def test_an_object_with_a_damaged_header_ends_no_export(tmp_path: Path, keyword: str, value: Any, left_out: bool):
+    write_series(tmp_path / "in" / "good")
+    file = sorted(write_series(tmp_path / "in" / "bad", name="b").iterdir())[0]
+    dataset = pydicom.dcmread(file)
+    del dataset[keyword]
+    if value is not None:
+        dataset.add_new(pydicom.datadict.tag_for_keyword(keyword), "LO", value)
+    dataset.save_as(file)
+    outcomes, _ = deidentify_folder(tmp_path / "in", tmp_path / "out", Pseudonyms(tmp_path / "key.csv"))
+    notes = [outcome.note for outcome in outcomes if outcome.note]
+    assert [("SOPClassUID" in note) for note in notes] == ([True] if left_out else [])
+    assert len(list((tmp_path / "out").iterdir())) == 2 - left_out

@@ -112,9 +112,15 @@ def _write_series(series: FoundSeries, out: Path, pseudonyms: Pseudonyms) -> Ser
     except ProGiDiffError as err:
         return SeriesOutcome(series, "", str(err))
     (out / name).mkdir()
-    for index, dataset in enumerate(sorted(datasets, key=lambda entry: int(entry.get("InstanceNumber") or 0)), start=1):
+    for index, dataset in enumerate(sorted(datasets, key=_find_place), start=1):
         dataset.save_as(out / name / f"{index:05d}.dcm", enforce_file_format=True)
     return SeriesOutcome(series, name)
+
+
+def _find_place(dataset: Dataset) -> int:
+    """Of an object in its series; 0 where its number is none."""
+    number = str(dataset.get("InstanceNumber") or "").strip()
+    return int(number) if number.isdecimal() and number.isascii() and len(number) <= 12 else 0
 
 
 def _read(file: Path) -> Dataset:
@@ -134,7 +140,7 @@ def deidentify(dataset: Dataset, pseudonyms: Pseudonyms) -> Dataset:
         pseudonyms: The key; it grows.
 
     Raises:
-        ImageError: if its pixels may show a name, or there are none.
+        ImageError: if its pixels may show a name, there are none, or it is no whole DICOM object.
     """
     name = str(dataset.get("SOPInstanceUID", ""))
     if "PixelData" not in dataset:
@@ -147,6 +153,9 @@ def deidentify(dataset: Dataset, pseudonyms: Pseudonyms) -> Dataset:
             "Export the "
             "original images."
         )
+    needed = {"SOPClassUID", "SOPInstanceUID"} - set(dataset.dir())
+    if needed or "TransferSyntaxUID" not in dataset.file_meta:
+        raise ImageError(f"Object {name} does not say what it is ({', '.join(sorted(needed)) or 'TransferSyntaxUID'}).")
     patient = str(dataset.get("PatientID", "") or dataset.get("PatientName", "") or dataset.get("StudyInstanceUID", ""))
     clean = _clean(dataset, pseudonyms)
     clean.PatientID = clean.PatientName = pseudonyms.of_patient(patient)

@@ -105,3 +105,9 @@ def test_it_is_read_back_by_name_and_every_known_structure_agrees_with_its_code(
     with pytest.raises(GeometryError):
         save_segmentation(every[:-1], grid, tmp_path / "z.seg.nrrd", ids)
     assert not (tmp_path / "z.seg.nrrd").exists()
+
+
+def test_a_name_with_a_backslash_comes_back_as_it_is(tmp_path: Path):
+    grid = Grid(SHAPE, AXIAL, "image")
+    path = save_segmentation(np.ones(SHAPE, np.uint8), grid, tmp_path / "x.seg.nrrd", {"rim\\new": 1})
+    assert load_label_map(path, grid).names == {1: "rim\\new"}

@@ -67,6 +67,7 @@ def test_labels_history_versions_users_and_state_come_back_and_what_is_computed_
     assert archive.stat().st_mode & 0o777 == 0o600
     assert not list(places.store.glob(".writing-*"))
     names = set(manifest.files)
+    assert not [name for name in names if "incoming" in name]
     assert {"adapters/mr/1/adapter.safetensors", "adapters/mr/CURRENT", "secrets/users.json"} <= names
     assert {"store/reservations.json", "store/training/runs/1/log.txt", "store/annotations/log.jsonl"} <= names
     assert {"studies/labels/final/one.nii.gz", "studies/labels/scores/one.nii.gz"} <= names

@@ -149,6 +149,7 @@ def mark(file: Path) -> None:
     dataset.AcquisitionContextSequence = Sequence([inner])
     nested = Dataset()
     nested.CodeValue, nested.CodingSchemeDesignator, nested.CodeMeaning = "T-D4000", "SRT", "Abdomen"
+    nested.PatientID = "4711007"
     nested.PersonTelephoneNumbers, nested.PatientComments = "4711007", "Mueller"
     dataset.AnatomicRegionSequence = Sequence([nested])
     dataset.add_new((0x6000, 0x4000), "LT", "Annemarie Mueller")

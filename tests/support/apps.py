@@ -17,6 +17,7 @@ from monailabel.interfaces.utils import app as host
 from starlette.testclient import TestClient
 
 from progidiff import logs
+from progidiff.images import decoding
 from support.servers import APP, copy_app
 
 LOCAL, REMOTE = ("127.0.0.1", 50_000), ("192.168.7.9", 50_000)
@@ -45,7 +46,10 @@ def open_app(studies: Path, model: Path, *conf: str) -> Iterator[Any]:
     folder = studies.parent / "in-process"
     folder.mkdir(exist_ok=True)
     app_dir = folder / "app" if (folder / "app").is_dir() else copy_app(folder)
-    before = settings.MONAI_LABEL_APP_DIR, settings.MONAI_LABEL_STUDIES, dict(host.apps)
+    before, was_apart = (
+        (settings.MONAI_LABEL_APP_DIR, settings.MONAI_LABEL_STUDIES, dict(host.apps)),
+        decoding.is_apart(),
+    )
     settings.MONAI_LABEL_APP_DIR, settings.MONAI_LABEL_STUDIES = str(app_dir), str(studies)
     try:
         app = module.ProGiDiffApp(str(app_dir), str(studies), options)
@@ -53,6 +57,7 @@ def open_app(studies: Path, model: Path, *conf: str) -> Iterator[Any]:
         yield app
     finally:
         app.context.training.close()
+        decoding.read_apart(was_apart)
         settings.MONAI_LABEL_APP_DIR, settings.MONAI_LABEL_STUDIES, others = before
         host.clear_cache()
         host.apps.update(others)

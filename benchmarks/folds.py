@@ -29,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from progidiff.evaluation.metrics import compute_dice, compute_hd95
 from progidiff.images.close_up import WindowRules, plan_windows
 from progidiff.model.backbone import Backbone
-from progidiff.model.close_up import CloseUpNetwork, create_network
+from progidiff.model.close_up import create_network
 from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.proposals.close_ups import Subject, draw_close_ups, place_on_stack
@@ -83,11 +83,6 @@ def make_loop(options: argparse.Namespace, fold: int) -> LoopConfig:
     )
 
 
-def make_close_up(options: argparse.Namespace, backbone: Backbone, fold: int) -> CloseUpNetwork:
-    """A fresh network; the seed is the run's and the fold's."""
-    return create_network(backbone.text_features, seed=options.seed + fold)
-
-
 def train_close_up(options: argparse.Namespace, fold: int) -> None:
     """Train the close-up of one fold, and measure its held-out cases."""
     structures = TrainConfig().structures
@@ -98,7 +93,7 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
     config = create_branch(backbone, grid.height, grid.width, grid.spacing_range, 0).config
     prompts = PhraseTable(backbone, structures).pick_canonical()
     folds = split_by_patient(list_cases(options.studies), options.num_folds)
-    network = make_close_up(options, backbone, fold)
+    network = create_network(backbone.text_features, seed=options.seed + fold)
     if not done.is_file():
         rest = [case for other, part in enumerate(folds) if other != fold for case in part]
         rest = [case for case in rest if find_evidence(options.work, case.name).is_file()]
@@ -176,7 +171,9 @@ def measure_volume(
 
 def make_table(options: argparse.Namespace) -> dict[str, Any]:
     """Means over patients, and paired differences from the evidence with their standard error."""
-    files = sorted(options.work.glob(f"{options.name}*/img*.json"))
+    files = [
+        path for fold in range(options.num_folds) for path in (options.work / f"{options.name}{fold}").glob("*.json")
+    ]
     volumes = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     if not volumes:
         raise SystemExit(

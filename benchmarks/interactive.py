@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from skimage.segmentation import random_walker
 
+from progidiff.evaluation.metrics import compute_dice
 from progidiff.images.close_up import CloseUpWindow
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.model.backbone import Backbone
@@ -67,12 +68,6 @@ class Scene:
     truth: Mask
     proposals: NDArray[np.float32]
     draw: Callable[[torch.Tensor], NDArray[np.float32]]
-
-
-def compute_dice(a: Mask, b: Mask) -> float:
-    """Dice of two masks; 1 for two empty ones."""
-    total = int(a.sum()) + int(b.sum())
-    return 2 * int((a & b).sum()) / total if total else 1.0
 
 
 def correct(truth: Mask, answer: Answer, most: int = max(AFTER)) -> list[float]:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -36,6 +37,7 @@ from torch.nn import functional as F
 
 from progidiff.model.backbone import list_residual_slots
 from progidiff.model.conditioning import ConvBlock, zero_conv
+from progidiff.model.sampling import guide
 
 EDIT_CHANNELS = (
     "near a click for",
@@ -362,15 +364,18 @@ class CloseUpNetwork(nn.Module):
             for i in range(num_inference_steps)
         ]
         given = noise
+        blank, blank_mask = (tokens, token_mask) if empty is None else empty
+        blank = blank.expand(len(noise), -1, -1)
+        blank_mask = None if blank_mask is None else blank_mask.expand(len(noise), -1)
+        denoise = guide(
+            partial(self.predict, tokens=tokens, token_mask=token_mask, residuals=residuals),
+            partial(self.predict, tokens=blank, token_mask=blank_mask, residuals=residuals),
+            guidance_scale,
+        )
         for time in times:
             signal, strength = self.noise_level(time)
             latents = signal * clean + strength * given
-            predicted = self.predict(latents, time, tokens, token_mask, residuals)
-            if guidance_scale != 1.0 and empty is not None:
-                blank = empty[0].expand(len(latents), -1, -1)
-                blank_mask = None if empty[1] is None else empty[1].expand(len(latents), -1)
-                without = self.predict(latents, time, blank, blank_mask, residuals)
-                predicted = without + guidance_scale * (predicted - without)
+            predicted = denoise(latents, torch.as_tensor(time, device=latents.device))
             logits = base + self.config.noise_scale * self.codec.decode_signed(predicted).to(base.dtype)
             clean = self.codec.encode_masks(logits.sigmoid())
         return logits

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import math
 from typing import Any
 
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.model.close_up import CloseUpNetwork, WindowBatch
+from progidiff.model.sampling import draw_quantiles, seed_generator
 
 LATTICE = 48
 """Latent pixels of the noise of a proposal along both axes; a window takes the middle."""
@@ -47,17 +46,15 @@ class CloseUpPipeline:
         coherent volume, and the same for every K and in any batch.
         """
         shape = (self.network.config.latent_channels, LATTICE, LATTICE)
-        return torch.stack([torch.randn(shape, generator=_seed(f"{seed}:{k}:close-up")) for k in range(num_proposals)])
+        return torch.stack(
+            [torch.randn(shape, generator=seed_generator(f"{seed}:{k}:close-up")) for k in range(num_proposals)]
+        )
 
     def draw_levels(self, num_proposals: int, seed: int) -> Float[Tensor, " K"]:
         """The levels of proposals 0..K-1, in logits: stratified by a golden-ratio sequence through the normal
         quantiles, so that already four proposals hold cautious and generous readings.
         """
-        start = float(torch.rand((), generator=_seed(f"{seed}:start")))
-        places = [(start + k * (math.sqrt(5) - 1) / 2) % 1 for k in range(num_proposals)]
-        quantiles = torch.special.ndtri(torch.tensor(places).clamp(0.02, 0.98))
-        levels: Tensor = quantiles * self.network.config.level_spread
-        return levels
+        return torch.stack(draw_quantiles(num_proposals, seed)) * self.network.config.level_spread
 
     @torch.no_grad()
     def propose(
@@ -106,7 +103,3 @@ class CloseUpPipeline:
             )
         probabilities = drawn.float().sigmoid().view(count, each, *drawn.shape[-2:])
         return features.logits.float().sigmoid().cpu(), probabilities.cpu()
-
-
-def _seed(text: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,7 +31,7 @@ from progidiff.errors import RequestError
 from progidiff.model.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.model.codec import MaskCodec
 from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
-from progidiff.model.sampling import guide, sample
+from progidiff.model.sampling import draw_quantiles, guide, sample, seed_generator
 
 
 @dataclass
@@ -141,7 +139,7 @@ class ProposalPipeline:
             config.height // config.latent_stride,
             config.width // config.latent_stride,
         )
-        return torch.stack([torch.randn(shape, generator=_seed_generator(f"{seed}:{k}")) for k in range(num_proposals)])
+        return torch.stack([torch.randn(shape, generator=seed_generator(f"{seed}:{k}")) for k in range(num_proposals)])
 
     def draw_offsets(self, num_proposals: int, seed: int) -> Float[Tensor, "K H W"] | None:
         """What proposals 0..K-1 add to the evidence's logits, (K, H, W); None if `evidence_spread` is.
@@ -154,12 +152,9 @@ class ProposalPipeline:
             return None
         field_spread, shift_spread = self.evidence_spread
         config = self.branch.config
-        start = float(torch.rand((), generator=_seed_generator(f"{seed}:start")))
         offsets = []
-        for k in range(num_proposals):
-            field = draw_smooth_field(1, config.height, config.width, _seed_generator(f"{seed}:{k}:field"))[0]
-            position = (start + k * (math.sqrt(5) - 1) / 2) % 1
-            shift = torch.special.ndtri(torch.tensor(min(max(position, 0.02), 0.98)))
+        for k, shift in enumerate(draw_quantiles(num_proposals, seed)):
+            field = draw_smooth_field(1, config.height, config.width, seed_generator(f"{seed}:{k}:field"))[0]
             offsets.append(field_spread * field + shift_spread * shift)
         return torch.stack(offsets)
 
@@ -272,10 +267,6 @@ def draw_smooth_field(count: int, height: int, width: int, generator: torch.Gene
         ),
         torch.zeros(()),
     )
-
-
-def _seed_generator(text: str) -> torch.Generator:
-    return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
 
 
 def fuse_evidence(

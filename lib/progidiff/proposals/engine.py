@@ -87,11 +87,10 @@ class Engine:
     @property
     def num_inference_steps(self) -> int:
         """Denoising steps of a request that names none."""
-        if self._default_steps is not None:
-            return self._default_steps
-        if has_close_up(self.model_dir):
-            return load_close_up_card(self.model_dir).num_inference_steps
-        return self.card.num_inference_steps
+        if self._default_steps is None:
+            card = load_close_up_card(self.model_dir) if has_close_up(self.model_dir) else self.card
+            self._default_steps = card.num_inference_steps
+        return self._default_steps
 
     @classmethod
     def from_networks(

@@ -106,12 +106,14 @@ def prepare_datasets(
         raise RequestError("All labelled cases are held out; leave at least one for training.")
     validation = [c for c in cases if c.name in names]
     with find_team().first_alone():
+        whole = SliceCache(training, structures, conditioning, work / "cache")
+        finer = supersampling > 1
         return Datasets(
-            SliceCache(training, structures, conditioning, work / "cache"),
+            whole,
             SliceCache(validation, structures, conditioning, work / "cache") if validation else None,
             [c.name for c in training],
             sorted(names),
-            SliceCache(training, structures, conditioning, work / "cache", supersampling),
+            SliceCache(training, structures, conditioning, work / "cache", supersampling) if finer else whole,
         )
 
 

@@ -18,13 +18,15 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
+from scipy.stats import spearmanr
 
 from progidiff.evaluation.metrics import compute_dice, compute_hd95
 from progidiff.images.close_up import WindowRules, plan_windows
@@ -32,6 +34,8 @@ from progidiff.model.backbone import Backbone
 from progidiff.model.close_up import create_network
 from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.pipeline import EncodedPrompts
+from progidiff.proposals.agreement import compute_disagreement_per_slice
+from progidiff.proposals.calibration import Calibration, Reliability
 from progidiff.proposals.close_ups import Subject, draw_close_ups, place_on_stack
 from progidiff.storage.atomic import atomic_file
 from progidiff.training.build_model import create_branch
@@ -117,7 +121,7 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
                 path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
             means = {
                 what: round(float(np.mean([row[what] for row in rows.values() if row])), 4)
-                for what in ("evidence", "sharpened", "consensus", "single", "best")
+                for what in ("evidence", "sharpened", "consensus", "single", "best", "best_level")
             }
             print(case.name, means, flush=True)
 
@@ -128,45 +132,90 @@ def measure_volume(
     prompts: EncodedPrompts,
     structures: Sequence[str],
     num_proposals: int,
-) -> dict[str, dict[str, float]]:
-    """Dice at the volume's own pixels per structure, of evidence, sharpened evidence and proposals; HD95 of three."""
+) -> dict[str, dict[str, Any]]:
+    """Per structure of the volume, at its own pixels: `measure_masks`, `measure_slices`, and how reliable the mean of
+    the proposals is.
+    """
     assert volume.evidence is not None
     assert volume.grid is not None
-    rules, noise = WindowRules(), pipeline.draw_noise(num_proposals, 0)
-    levels = pipeline.draw_levels(num_proposals, 0)
-    found: dict[str, dict[str, float]] = {}
+    noise, levels = pipeline.draw_noise(num_proposals, 0), pipeline.draw_levels(num_proposals, 0)
+    found: dict[str, dict[str, Any]] = {}
     for p, name in enumerate(structures):
         truth = volume.labels == p + 1
         if not truth.any():
             continue
         evidence = np.ascontiguousarray(volume.evidence[:, p])
         coarse = volume.grid.restore_slices(torch.from_numpy(evidence).float() / 255).numpy() >= 0.5
-        windows = plan_windows(evidence >= 0.3 * 255, volume.grid, rules)
+        windows = plan_windows(evidence >= 0.3 * 255, volume.grid, WindowRules())
         mask = None if prompts.mask is None else prompts.mask[p]
         subject = Subject(volume.image, (0.0, 255.0), evidence, volume.grid, prompts.pooled[p], prompts.tokens[p], mask)
         drawings = list(draw_close_ups(pipeline, subject, windows, noise, levels))
-        sharpened = np.zeros_like(truth)
+        sharpened = np.zeros(truth.shape, np.float32)
         for z, ((rows, columns), maps) in place_on_stack(drawings, lambda drawing: drawing.sharpened).items():
-            sharpened[z, rows, columns] = (maps >= 0.5).numpy()
+            sharpened[z, rows, columns] = maps.numpy()
         drawn = np.zeros((num_proposals, *truth.shape), bool)
+        reliability = Reliability(np.zeros(256, np.int64), np.zeros(256, np.int64))
         for z, ((rows, columns), maps) in place_on_stack(drawings, lambda drawing: drawing.probabilities).items():
             drawn[:, z, rows, columns] = (maps >= 0.5).numpy()
-        consensus = drawn.mean(0) >= 0.5
-        each = [compute_dice(one, truth) for one in drawn]
-        empty = ~truth.any(axis=(1, 2))
+            mean = (maps.mean(0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+            reliability += Reliability.tally(mean, truth[z, rows, columns])
         found[name] = {
-            "evidence": compute_dice(coarse, truth),
-            "sharpened": compute_dice(sharpened, truth),
-            "consensus": compute_dice(consensus, truth),
-            "single": float(np.mean(each)),
-            "best": float(np.max(each)),
-            "evidence_hd95": compute_hd95(coarse, truth, volume.spacing),
-            "sharpened_hd95": compute_hd95(sharpened, truth, volume.spacing),
-            "consensus_hd95": compute_hd95(consensus, truth, volume.spacing),
-            "evidence_false": float(coarse[empty].any(axis=(1, 2)).mean()),
-            "consensus_false": float(consensus[empty].any(axis=(1, 2)).mean()),
+            **measure_masks(truth, coarse, sharpened, drawn, volume.spacing),
+            "slices": measure_slices(truth, drawn),
+            "reliability": {"count": reliability.count.tolist(), "positive": reliability.positive.tolist()},
         }
     return found
+
+
+def measure_masks(
+    truth: NDArray[np.bool_],
+    coarse: NDArray[np.bool_],
+    sharpened: NDArray[np.float32],
+    drawn: NDArray[np.bool_],
+    spacing: tuple[float, float, float],
+) -> dict[str, float]:
+    """Dice of evidence, sharpened evidence, proposals, and of level sets of the sharpened evidence, which vary without
+    any diffusion; HD95 of three, mm; share of the empty slices that something is drawn on.
+
+    Args:
+        truth: (Z, Y, X).
+        coarse: The evidence, on the same pixels.
+        sharpened: In [0, 1].
+        drawn: (K, Z, Y, X).
+        spacing: (z, y, x), mm.
+    """
+    consensus, fine = drawn.mean(0) >= 0.5, sharpened >= 0.5
+    each = [compute_dice(one, truth) for one in drawn]
+    levels = [compute_dice(sharpened >= (k + 0.5) / len(drawn), truth) for k in range(len(drawn))]
+    empty = ~truth.any(axis=(1, 2))
+    return {
+        "evidence": compute_dice(coarse, truth),
+        "sharpened": compute_dice(fine, truth),
+        "consensus": compute_dice(consensus, truth),
+        "single": float(np.mean(each)),
+        "best": float(np.max(each)),
+        "level": float(np.mean(levels)),
+        "best_level": float(np.max(levels)),
+        "evidence_hd95": compute_hd95(coarse, truth, spacing),
+        "sharpened_hd95": compute_hd95(fine, truth, spacing),
+        "consensus_hd95": compute_hd95(consensus, truth, spacing),
+        "evidence_false": float(coarse[empty].any(axis=(1, 2)).mean()),
+        "consensus_false": float(consensus[empty].any(axis=(1, 2)).mean()),
+    }
+
+
+def measure_slices(truth: NDArray[np.bool_], drawn: NDArray[np.bool_]) -> dict[str, list[float]]:
+    """Disagreement of the proposals, and Dice of their consensus, of every slice on which any proposal draws.
+
+    Args:
+        truth: (Z, Y, X).
+        drawn: (K, Z, Y, X).
+    """
+    rows = np.flatnonzero(drawn.any(axis=(0, 2, 3)))
+    consensus = drawn.mean(0) >= 0.5
+    disagreement = compute_disagreement_per_slice(torch.from_numpy(drawn[:, rows])).tolist() if len(rows) else []
+    dice = [compute_dice(consensus[z], truth[z]) if truth[z].any() or consensus[z].any() else 1.0 for z in rows]
+    return {"disagreement": [round(value, 4) for value in disagreement], "dice": [round(float(d), 4) for d in dice]}
 
 
 def make_table(options: argparse.Namespace) -> dict[str, Any]:
@@ -179,7 +228,7 @@ def make_table(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(
             f"There is no finished fold of '{options.name}' in {options.work}; run the stage close-up first."
         )
-    kinds = ("evidence", "sharpened", "consensus", "single", "best")
+    kinds = ("evidence", "sharpened", "consensus", "single", "best", "level", "best_level")
     names = [name for name in TrainConfig().structures if any(name in rows for rows in volumes.values())]
     structures = {
         name: {
@@ -221,7 +270,56 @@ def make_table(options: argparse.Namespace) -> dict[str, Any]:
         "structures": structures,
         "means": means,
         "minus_evidence": paired,
+        "reliability": measure_reliability(files, options),
+        "error_prediction": measure_error_prediction(volumes.values()),
     }
+
+
+def measure_reliability(files: Sequence[Path], options: argparse.Namespace) -> dict[str, Any]:
+    """Expected calibration error of the proposals' mean on every fold, as it is and after a curve that the other folds
+    gave; and the curve of all folds.
+    """
+    folds: dict[str, Reliability] = {}
+    for path in files:
+        for row in json.loads(path.read_text(encoding="utf-8")).values():
+            counted = Reliability(*(np.array(row["reliability"][what]) for what in ("count", "positive")))
+            folds[path.parent.name] = folds[path.parent.name] + counted if path.parent.name in folds else counted
+    if len(folds) < 2:
+        return {}
+    raw, fitted = {}, {}
+    for name, counted in folds.items():
+        others = sum_up([other for key, other in folds.items() if key != name])
+        raw[name] = counted.compute_error()
+        fitted[name] = counted.compute_error(Calibration.fit(others))
+    return {
+        "error": float(np.mean(list(raw.values()))),
+        "error_calibrated_on_other_folds": float(np.mean(list(fitted.values()))),
+        "per_fold": {name: [raw[name], fitted[name]] for name in folds},
+        "calibration": Calibration.fit(sum_up(list(folds.values()))).to_dict(),
+    }
+
+
+def sum_up(counted: Sequence[Reliability]) -> Reliability:
+    """All counts together."""
+    total = counted[0]
+    for more in counted[1:]:
+        total = total + more
+    return total
+
+
+def measure_error_prediction(volumes: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Spearman's rank correlation of disagreement with 1 - Dice of the consensus over the slices of a structure, and
+    the mean over structures.
+    """
+    pairs: dict[str, list[list[float]]] = {}
+    for rows in volumes:
+        for name, row in rows.items():
+            slices = row["slices"]
+            pairs.setdefault(name, []).extend(map(list, zip(slices["disagreement"], slices["dice"], strict=True)))
+    per_structure = {
+        name: float(-spearmanr(np.array(found)).statistic) for name, found in pairs.items() if len(found) > 2
+    }
+    return {"mean": float(np.mean(list(per_structure.values()))), **per_structure}
 
 
 def parse_options() -> argparse.Namespace:

@@ -31,11 +31,11 @@ from scipy.stats import spearmanr
 from progidiff.evaluation.metrics import compute_dice, compute_hd95
 from progidiff.images.close_up import WindowRules, plan_windows
 from progidiff.model.backbone import Backbone
+from progidiff.model.calibration import Calibration, Reliability
 from progidiff.model.close_up import create_network
 from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.proposals.agreement import compute_disagreement_per_slice
-from progidiff.proposals.calibration import Calibration, Reliability
 from progidiff.proposals.close_ups import Subject, draw_close_ups, place_on_stack
 from progidiff.storage.atomic import atomic_file
 from progidiff.training.build_model import create_branch
@@ -133,8 +133,8 @@ def measure_volume(
     structures: Sequence[str],
     num_proposals: int,
 ) -> dict[str, dict[str, Any]]:
-    """Per structure of the volume, at its own pixels: `measure_masks`, `measure_slices`, and how reliable the mean of
-    the proposals is.
+    """Per structure of the volume, at its own pixels: `measure_masks`, `measure_slices`, and how reliable
+    their agreement is.
     """
     assert volume.evidence is not None
     assert volume.grid is not None
@@ -156,9 +156,8 @@ def measure_volume(
         drawn = np.zeros((num_proposals, *truth.shape), bool)
         reliability = Reliability(np.zeros(256, np.int64), np.zeros(256, np.int64))
         for z, ((rows, columns), maps) in place_on_stack(drawings, lambda drawing: drawing.probabilities).items():
-            drawn[:, z, rows, columns] = (maps >= 0.5).numpy()
-            mean = (maps.mean(0).clamp(0, 1) * 255).round().to(torch.uint8).numpy()
-            reliability += Reliability.tally(mean, truth[z, rows, columns])
+            drawn[:, z, rows, columns] = shown = (maps >= 0.5).numpy()
+            reliability += Reliability.tally(shown, truth[z, rows, columns])
         found[name] = {
             **measure_masks(truth, coarse, sharpened, drawn, volume.spacing),
             "slices": measure_slices(truth, drawn),
@@ -276,7 +275,7 @@ def make_table(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_reliability(files: Sequence[Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Expected calibration error of the proposals' mean on every fold, as it is and after a curve that the other folds
+    """Expected calibration error of the agreement on every fold, as it is and after a curve that the other folds
     gave; and the curve of all folds.
     """
     folds: dict[str, Reliability] = {}

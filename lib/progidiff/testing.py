@@ -8,6 +8,7 @@ import torch
 
 from progidiff.images.close_up import WindowRules
 from progidiff.model.backbone import Backbone
+from progidiff.model.calibration import Calibration
 from progidiff.model.close_up import DenoiserWidths, create_network
 from progidiff.model.close_up_folder import CloseUpCard, save_close_up
 from progidiff.model.codec import MaskCodec
@@ -58,12 +59,13 @@ def build_tiny_model(folder: str | Path, seed: int = 0, evidence_bias: float = 0
     return folder
 
 
-def add_tiny_close_up(folder: str | Path, seed: int = 0) -> Path:
+def add_tiny_close_up(folder: str | Path, seed: int = 0, calibration: Calibration | None = None) -> Path:
     """Give a model folder a close-up of toy width, with random weights in every layer that starts as zero.
 
     Args:
         folder: Of `build_tiny_model`.
         seed: Of the random weights.
+        calibration: Of their agreement.
     """
     widths = DenoiserWidths(channels=(16, 16), heads=2)
     network = create_network(384, widths, seed, channels=(8, 8, 16), condition_width=16, injection_width=8)
@@ -73,7 +75,8 @@ def add_tiny_close_up(folder: str | Path, seed: int = 0) -> Path:
             if not parameter.any():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
     rules = WindowRules(size=32, large_size=48)
-    card = CloseUpCard(network.config, rules, structures=STRUCTURES, facts={"note": "random weights"})
+    note = {"note": "random weights"}
+    card = CloseUpCard(network.config, rules, structures=STRUCTURES, facts=note, calibration=calibration)
     save_close_up(Path(folder), card, network, half=False)
     return Path(folder)
 

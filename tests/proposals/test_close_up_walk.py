@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from progidiff.errors import CancelledError, GeometryError
+from progidiff.errors import CancelledError, GeometryError, RequestError
 from progidiff.images.close_up import WindowRules, plan_windows
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
+from progidiff.model.calibration import Calibration
 from progidiff.prompts.parser import Query
 from progidiff.proposals.close_up_walk import EvidenceShelf
 from progidiff.proposals.close_ups import blend
@@ -186,3 +187,32 @@ def test_some_of_the_structures_are_taken_with_their_clicks(engine: Engine, volu
     assert (part.mask(volume.grid, "aorta", "2") == whole.mask(volume.grid, "aorta", "2")).all()
     assert set(part.pins) == {"aorta"}
     assert part.mask(volume.grid, "aorta")[3, 4, 2] == 1
+
+
+def test_agreement_becomes_a_probability_where_the_card_says_how(
+    tiny_model: Path, tmp_path: Path, volume: Volume, engine: Engine
+):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    add_tiny_close_up(folder, calibration=Calibration((0.0, 0.5, 1.0), (0.1, 0.3, 0.8)))
+    calibrated = Engine(folder, device="cpu", dtype="fp32")
+    request = ProposalRequest(queries=[LIVER], num_proposals=4, seed=7)
+
+    result = calibrated.propose(request, volume)
+    agreement, probability = result.agreement(volume.grid), result.probability(volume.grid)
+
+    assert calibrated.info()["is_calibrated"]
+    assert len(np.unique(agreement)) > 2
+    for share, expected in ((0.0, 0.0), (0.25, 0.2), (0.5, 0.3), (0.75, 0.55), (1.0, 0.8)):
+        assert np.allclose(probability[agreement == share], expected)
+    result.to_files(tmp_path / "kept")
+    assert VolumeProposals.from_files(tmp_path / "kept").calibration == result.calibration
+    assert result.summary()["calibration"]["probabilities"] == [0.1, 0.3, 0.8]
+    assert "calibration" not in engine.propose(request, volume).summary()
+
+
+def test_agreement_that_nobody_measured_is_no_probability(engine: Engine, volume: Volume):
+    result = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2), volume)
+    assert not engine.info()["is_calibrated"]
+    with pytest.raises(RequestError, match="show agreement instead"):
+        result.probability(volume.grid)

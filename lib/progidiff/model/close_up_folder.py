@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from progidiff.errors import ModelError
 from progidiff.images.close_up import WindowRules
+from progidiff.model.calibration import Calibration
 from progidiff.model.close_up import CloseUpConfig, CloseUpNetwork, ShuffleCodec
 from progidiff.model.folder import check_tensors
 from progidiff.storage.atomic import atomic_folder
@@ -41,6 +42,7 @@ class CloseUpCard:
         finder: Digest of the conditioning whose evidence it was trained for; "" for any.
         structures: What it was trained on.
         facts: Where it comes from: data, command, figures.
+        calibration: What turns the agreement of its proposals into a probability; None if nobody measured it.
     """
 
     network: CloseUpConfig
@@ -49,6 +51,7 @@ class CloseUpCard:
     finder: str = ""
     structures: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""
@@ -61,6 +64,7 @@ class CloseUpCard:
             "finder": self.finder,
             "structures": list(self.structures),
             "facts": self.facts,
+            **({} if self.calibration is None else {"calibration": self.calibration.to_dict()}),
         }
 
     @classmethod
@@ -78,6 +82,7 @@ class CloseUpCard:
             finder=str(values["finder"]),
             structures=tuple(values["structures"]),
             facts=dict(values["facts"]),
+            calibration=Calibration.from_dict(values["calibration"]) if "calibration" in values else None,
         )
 
 

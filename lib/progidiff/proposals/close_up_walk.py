@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from progidiff.images.close_up import CloseUpWindow, WindowRules, plan_windows
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import WorkingGrid
+from progidiff.model.calibration import Calibration
 from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.folder import ModelCard
@@ -81,6 +82,7 @@ class CloseUpTools:
         shelf: What was found before.
         texts: Prompts that are looked for beside those of the request, for the next one.
         prompts: The same, encoded.
+        calibration: What turns agreement into a probability; None if nobody measured it.
     """
 
     pipeline: CloseUpPipeline
@@ -88,6 +90,7 @@ class CloseUpTools:
     shelf: EvidenceShelf
     texts: tuple[str, ...]
     prompts: EncodedPrompts
+    calibration: Calibration | None = None
 
 
 class CloseUpWalk(Walk):
@@ -119,7 +122,9 @@ class CloseUpWalk(Walk):
         names = [query.name for query in request.queries]
         self._placed = [place_edits(request.edits, name, volume.grid) for name in names]
         pins = {name: placed.pins() for name, placed in zip(names, self._placed, strict=True) if placed}
-        self._result = replace(self._result, pins=pins)
+        # An adapter's agreement is another one, which nobody compared with the truth.
+        calibration = None if adapter else tools.calibration
+        self._result = replace(self._result, pins=pins, calibration=calibration)
         self._subjects: list[tuple[Subject, list[CloseUpWindow]]] | None = None
 
     def _make_result_grid(self, grid: WorkingGrid) -> WorkingGrid:

@@ -88,9 +88,12 @@ class Engine:
     def num_inference_steps(self) -> int:
         """Denoising steps of a request that names none."""
         if self._default_steps is None:
-            card = load_close_up_card(self.model_dir) if has_close_up(self.model_dir) else self.card
+            card = self._read_close_up_card() or self.card
             self._default_steps = card.num_inference_steps
         return self._default_steps
+
+    def _read_close_up_card(self) -> CloseUpCard | None:
+        return load_close_up_card(self.model_dir) if has_close_up(self.model_dir) else None
 
     @classmethod
     def from_networks(
@@ -138,7 +141,7 @@ class Engine:
     def info(self) -> dict[str, Any]:
         """A cheap description that never raises; ``error`` says why the model cannot be used, if it cannot."""
         try:
-            card = self.card
+            card, close_up = self.card, self._read_close_up_card()
             return {
                 "model_version": card.full_name,
                 "modality": card.modality,
@@ -148,7 +151,8 @@ class Engine:
                 "backbone": self._backbone_source,
                 "loaded": self._pipeline is not None,
                 "adapters": [entry.name for entry in self.adapters.entries() if entry.current is not None],
-                "listens_to_edits": has_close_up(self.model_dir),
+                "listens_to_edits": close_up is not None,
+                "is_calibrated": close_up is not None and close_up.calibration is not None,
                 "error": "",
             }
         except ProGiDiffError as err:
@@ -186,7 +190,8 @@ class Engine:
     def _make_close_up(self, card: CloseUpCard, network: CloseUpNetwork, pipeline: ProposalPipeline) -> CloseUpTools:
         texts = self.card.structures
         drawing = CloseUpPipeline(network, pipeline.autocast_dtype)
-        return CloseUpTools(drawing, card.rules, self._shelf, texts, self._encode_prompts(pipeline, texts))
+        prompts = self._encode_prompts(pipeline, texts)
+        return CloseUpTools(drawing, card.rules, self._shelf, texts, prompts, card.calibration)
 
     def pick_adapter(self, adapter: str | None, modality: str) -> AdapterCard | None:
         """Which version a request gets: reads a few small files, loads nothing, and may be asked from any thread.

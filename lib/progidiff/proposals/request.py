@@ -34,6 +34,9 @@ DISAGREEMENT = "disagreement"
 
 AGREEMENT = "agreement"
 
+PROBABILITY = "probability"
+"""What `show` may be beside proposals where the agreement was compared with the truth."""
+
 DEFAULT_CLEAN_UP = SMALL
 """What the command line and the server drop from proposals unless told otherwise; benchmarks/notes.md says why."""
 
@@ -266,7 +269,7 @@ class AnswerOptions:
 
     Attributes:
         num_proposals: K.
-        show: "consensus", "best", "1".."K", "disagreement", or what else the task shows.
+        show: "consensus", "best", "1".."K", "disagreement", "probability", or what else the task shows.
         modality: "CT", "MR", or None to find out.
         save_original: Also save the consensus as the image's label of tag `original`.
         save_proposals: The same, and every proposal as tag `proposal_1` .. `proposal_K`.
@@ -449,7 +452,7 @@ def _read_show(value: object, num_proposals: int) -> str:
         value = value[0] if value else CONSENSUS
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip().lower()
-        if text in (CONSENSUS, BEST, DISAGREEMENT):
+        if text in (CONSENSUS, BEST, DISAGREEMENT, PROBABILITY):
             return text
         index = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
         if 1 <= index <= num_proposals:
@@ -460,6 +463,6 @@ def _read_show(value: object, num_proposals: int) -> str:
                 "Raise num_proposals or show a lower one."
             )
     raise RequestError(
-        f"Option show is {show_value(value)}; it must be consensus, best, disagreement, "
+        f"Option show is {show_value(value)}; it must be consensus, best, disagreement, probability, "
         f"or a proposal from 1 to {num_proposals}."
     )

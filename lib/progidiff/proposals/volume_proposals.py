@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.geometry import Grid
 from progidiff.images.working_grid import WorkingGrid
+from progidiff.model.calibration import Calibration
 from progidiff.proposals.agreement import compute_disagreement_per_slice, compute_pairwise_dice
 from progidiff.proposals.islands import DRAWN, OFF, drop_islands
 from progidiff.proposals.request import FORMAT, MAX_PROPOSALS
@@ -63,6 +64,7 @@ class VolumeProposals:
         clean_up: How islands were dropped from the proposals, see `progidiff.proposals.islands`.
         pins: Structure -> voxels (z, y, x, inside) of the axial stack that a person clicked: every mask on the input's
             grid keeps them.
+        calibration: What turns their agreement into a probability; None if nobody measured it.
     """
 
     structures: tuple[str, ...]
@@ -78,6 +80,7 @@ class VolumeProposals:
     seconds: float
     clean_up: str = OFF
     pins: Mapping[str, Sequence[Pin]] = field(default_factory=dict)
+    calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         expected = (len(self.structures), self.grid.shape[0], self.grid.height, self.grid.width)
@@ -323,6 +326,28 @@ class VolumeProposals:
                 stack[z, rows, cols] = np.maximum(stack[z, rows, cols], share)
         return grid.from_stack(stack)
 
+    def probability(self, grid: Grid, structure: str | None = None) -> NDArray[Any]:
+        """How likely each voxel belongs to the structure, by how often such voxels did on cases that no network saw.
+        Voxels that no proposal draws are 0.
+
+        Args:
+            grid: Of the image that the proposals were made for.
+            structure: One of `structures`; None for the maximum over all.
+
+        Returns:
+            float32 in [0, 1], shape (I, J, K) in file order.
+
+        Raises:
+            RequestError: if the model's agreement was never compared with the truth.
+        """
+        if self.calibration is None:
+            raise RequestError(
+                f"The agreement of '{self.model_version}' was never compared with the truth, so that it is no "
+                "probability; show agreement instead."
+            )
+        agreement = self.agreement(grid, structure)
+        return np.where(agreement > 0, self.calibration.apply(agreement), np.float32(0))
+
     def disagreement_map(self, grid: Grid, structure: str | None = None) -> NDArray[Any]:
         """Where the proposals differ: 4 a (1 - a) of the agreement a, in percent.
 
@@ -358,7 +383,8 @@ class VolumeProposals:
                 "disagreement_per_slice": [round(float(value), 4) for value in self.disagreement[index]],
                 "nearby_disagreement_per_slice": [round(float(value), 4) for value in self.nearby_disagreement[index]],
             }
-        return {**self._settings(), "structures": structures}
+        found = {**self._settings(), "structures": structures}
+        return found if self.calibration is None else {**found, "calibration": self.calibration.to_dict()}
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -397,6 +423,7 @@ class VolumeProposals:
             "grid": self.grid.to_dict(),
             "boxes": boxes,
             **({"pins": {name: [list(pin) for pin in pins] for name, pins in self.pins.items()}} if self.pins else {}),
+            **({} if self.calibration is None else {"calibration": self.calibration.to_dict()}),
         }
         (folder / "proposals.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
@@ -454,6 +481,7 @@ class VolumeProposals:
                     str(name): tuple((int(z), int(y), int(x), bool(inside)) for z, y, x, inside in pins)
                     for name, pins in card.get("pins", {}).items()
                 },
+                calibration=Calibration.from_dict(card["calibration"]) if "calibration" in card else None,
             )
         except (
             OSError,

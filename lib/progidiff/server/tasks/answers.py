@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from progidiff.errors import RequestError
 from progidiff.images.geometry import Grid
 from progidiff.proposals.keeper import Answer
-from progidiff.proposals.request import AGREEMENT, DISAGREEMENT, AnswerOptions
+from progidiff.proposals.request import AGREEMENT, DISAGREEMENT, PROBABILITY, AnswerOptions
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.answer_files import write_temporary
 from progidiff.server.datastores.proposal_labels import save_as_labels
@@ -61,7 +61,7 @@ class ShownAnswer(_Model):
 
     Attributes:
         label_names: Name -> label id of what the mask holds, ascending by id.
-        show: What the mask shows: "consensus", "best", "1".."K", "disagreement" or "agreement".
+        show: What the mask shows: "consensus", "best", "1".."K", "disagreement", "agreement" or "probability".
         num_proposals: K.
         model_version: ``name@version``.
         modality: Of the image.
@@ -281,13 +281,13 @@ def draw_shown(
         result: The proposals.
         grid: Of the image.
         names: Label id of every structure.
-        show: "consensus", "best", "1".."K", "disagreement" or "agreement".
+        show: "consensus", "best", "1".."K", "disagreement", "agreement" or "probability".
 
     Returns:
         Labels in file order, shape (I, J, K); name -> id of what they hold, ascending by id; voxels of every id 0..255.
     """
-    if show in (AGREEMENT, DISAGREEMENT):
-        percent = np.rint(result.agreement(grid) * 100) if show == AGREEMENT else result.disagreement_map(grid)
+    if show in (AGREEMENT, DISAGREEMENT, PROBABILITY):
+        percent = draw_percent(result, grid, show)
         labels = ((percent.astype(np.uint16) + 24) // 25).astype(np.uint8)
         names = {f"{show} {band}": index + 1 for index, band in enumerate(BANDS)}
     else:
@@ -295,6 +295,18 @@ def draw_shown(
     counts = np.bincount(labels.ravel(), minlength=256)
     present = sorted((name for name in names if counts[names[name]]), key=names.__getitem__)
     return labels, {name: names[name] for name in present}, counts
+
+
+def draw_percent(result: VolumeProposals, grid: Grid, show: str) -> NDArray[np.uint8]:
+    """Agreement, disagreement or probability of every voxel, 0 to 100, shape (I, J, K) in file order.
+
+    Raises:
+        RequestError: if the probability is asked for and the model has none.
+    """
+    if show == DISAGREEMENT:
+        return result.disagreement_map(grid)
+    shares = result.agreement(grid) if show == AGREEMENT else result.probability(grid)
+    return np.rint(shares * 100).astype(np.uint8)
 
 
 def write_and_save(

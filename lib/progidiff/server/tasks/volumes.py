@@ -32,7 +32,16 @@ from progidiff.proposals.device_queue import NOBODY, DeviceQueue
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import CLEAN_UPS
 from progidiff.proposals.keeper import Answer, DiskShelf, Keeper, Question, TakeTurn
-from progidiff.proposals.request import AUTO, BEST, CONSENSUS, DISAGREEMENT, NONE, InferOptions, ProposalRequest
+from progidiff.proposals.request import (
+    AUTO,
+    BEST,
+    CONSENSUS,
+    DISAGREEMENT,
+    NONE,
+    PROBABILITY,
+    InferOptions,
+    ProposalRequest,
+)
 from progidiff.proposals.store import ProposalStore
 from progidiff.proposals.work import UnfinishedProposals, Work
 from progidiff.server.options import ServerOptions
@@ -95,10 +104,12 @@ class ProposalInferTask(InferTask):
         menus.
         """
         defaults = self.engine.info()
+        numbers = [str(k + 1) for k in range(self.options.max_proposals)]
+        probability = [PROBABILITY] if defaults.get("is_calibrated") else []
         return {
             "prompt": "liver",
             "num_proposals": min(4, self.options.max_proposals),
-            "show": [CONSENSUS, BEST, *(str(k + 1) for k in range(self.options.max_proposals)), DISAGREEMENT],
+            "show": [CONSENSUS, BEST, *numbers, DISAGREEMENT, *probability],
             "steps": int(defaults.get("num_inference_steps") or 4),
             "seed": 0,
             "adapter": self._adapters(),
@@ -182,6 +193,11 @@ class ProposalInferTask(InferTask):
             raise RequestError(
                 f"{info['model_version']} chooses among proposals and does not draw by edits. Serve a model that has a "
                 "close-up, or choose by clicks with SmartEdit."
+            )
+        if options.show == PROBABILITY and not info.get("is_calibrated"):
+            raise RequestError(
+                f"The agreement of {info['model_version']} was never compared with the truth, so that it is no "
+                "probability; show consensus or disagreement, or look at the agreement on the review page."
             )
         return options, self._read_prompt(options, str(info["model_version"]))
 

@@ -1,4 +1,4 @@
-"""Means of proposals as probabilities."""
+"""Agreement as a probability."""
 
 import json
 
@@ -6,21 +6,23 @@ import numpy as np
 import pytest
 
 from progidiff.errors import ModelError
-from progidiff.proposals.calibration import Calibration, Reliability
+from progidiff.model.calibration import Calibration, Reliability
 
 
 def count_overconfident(seed: int, voxels: int = 40_000) -> Reliability:
-    """Proposals whose mean m is right with probability 0.2 + 0.6 m."""
+    """Ten proposals; what a share a of them draws is right with probability 0.2 + 0.6 a."""
     rng = np.random.default_rng(seed)
-    mean = rng.integers(0, 256, voxels).astype(np.uint8)
-    return Reliability.tally(mean, rng.random(voxels) < 0.2 + 0.6 * mean / 255)
+    count = rng.integers(0, 11, voxels)
+    return Reliability.tally(np.arange(10)[:, None] < count, rng.random(voxels) < 0.2 + 0.06 * count)
 
 
 def test_a_calibration_fitted_on_some_cases_makes_others_reliable() -> None:
     held_out = count_overconfident(1)
     calibration = Calibration.fit(count_overconfident(0))
 
-    assert held_out.compute_error() == pytest.approx(0.1, abs=0.01)  # the mean of |0.2 - 0.4 m|
+    assert held_out.compute_error() == pytest.approx(
+        0.1, abs=0.01
+    )  # the mean of |0.2 - 0.4 a| over a = 0.1, 0.2, ..., 1
     assert held_out.compute_error(calibration) < 0.02
     assert calibration.apply([0.5]) == pytest.approx(0.5, abs=0.03)
 

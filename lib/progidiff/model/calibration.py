@@ -113,7 +113,7 @@ class Calibration:
 
     def apply(self, agreement: ArrayLike) -> NDArray[np.float32]:
         """Probabilities of agreements in [0, 1], float32 of their shape."""
-        return np.interp(np.asarray(agreement), self.agreements, self.probabilities).astype(np.float32)
+        return np.asarray(np.interp(np.asarray(agreement), self.agreements, self.probabilities), np.float32)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -219,7 +219,7 @@ INFER = [
     *(infer("steps", prompt="liver", steps=value) for value in (0, 51, "fast", -3, [], 1e300)),
     *(infer("seed", prompt="liver", seed=value) for value in (-1, 2**32, "x", 1.5)),
     *(infer("guidance_scale", prompt="liver", guidance_scale=value) for value in ("warm", -1, 1e9, [])),
-    *(infer("show", prompt="liver", show=value) for value in ("worst", "0", "99", {}, True)),
+    *(infer("show", prompt="liver", show=value) for value in ("worst", "0", "99", {}, True, "probability")),
     *(infer("modality", prompt="liver", modality=value) for value in ("PET", 3, {})),
     *(infer("adapter", prompt="liver", adapter=value) for value in ("../../etc", "none@x@y", {}, "unknown")),
     *(infer("label_prompt", label_prompt=value) for value in ([0], [99], ["liver"], {}, "a,b")),

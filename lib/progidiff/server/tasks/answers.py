@@ -304,9 +304,9 @@ def draw_percent(result: VolumeProposals, grid: Grid, show: str) -> NDArray[np.u
         RequestError: if the probability is asked for and the model has none.
     """
     if show == DISAGREEMENT:
-        return result.disagreement_map(grid)
+        return np.asarray(result.disagreement_map(grid), np.uint8)
     shares = result.agreement(grid) if show == AGREEMENT else result.probability(grid)
-    return np.rint(shares * 100).astype(np.uint8)
+    return np.asarray(np.rint(shares * 100), np.uint8)
 
 
 def write_and_save(

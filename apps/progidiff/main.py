@@ -27,6 +27,7 @@ from progidiff.server.options import ServerOptions
 from progidiff.server.parts import Context
 from progidiff.server.routes import host, table
 from progidiff.server.tasks.pictures import build_textdiff
+from progidiff.server.tasks.sentences import SentenceEditor
 from progidiff.server.tasks.slices import SliceInferTask
 from progidiff.server.tasks.volumes import build_task
 from progidiff.server.trainings import build_runner
@@ -55,6 +56,7 @@ class ProGiDiffApp(MONAILabelApp):
             served=ServedImages(self.options.store / "dicom", self.datastore),
             annotations=annotations,
             readings=Readings(annotations, self.options.double_reading),
+            sentences=SentenceEditor(Path(studies) if is_folder(studies) else None, self.options.store / "sentences"),
             auth=Authenticator.from_options(self.options),
             names=names,
         )

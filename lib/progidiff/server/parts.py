@@ -20,6 +20,7 @@ from progidiff.server.datastores.served_images import ServedImages
 from progidiff.server.gate.auth import Authenticator
 from progidiff.server.options import ServerOptions
 from progidiff.server.tasks.pictures import TextDiffInferTask
+from progidiff.server.tasks.sentences import SentenceEditor
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.users import Token
 
@@ -45,6 +46,7 @@ class Context:
         served: The images of a local folder as DICOM series.
         annotations: The history of labels.
         readings: Who reads what, where images are read twice.
+        sentences: Writes the sentences of pictures back.
         labels: Saves, deletes and undoes labels; set when the datastore is opened.
         on_saved: Asked after every new label of tag `final`; what they return goes into the answer. One that raises is
             logged.
@@ -71,6 +73,7 @@ class Context:
     auth: Authenticator
     annotations: AnnotationStore
     readings: Readings
+    sentences: SentenceEditor
     labels: SafeLocalDatastore | RemoteLabels = field(init=False)
     on_saved: list[Callable[[Annotation], dict[str, Any]]] = field(default_factory=list)
     scorer: PoolScorer = field(init=False)

@@ -50,6 +50,11 @@ class Picture:
         """(H, W)."""
         return int(self.pixels.shape[1]), int(self.pixels.shape[2])
 
+    @property
+    def is_coloured(self) -> bool:
+        """Whether its channels differ anywhere."""
+        return bool((self.pixels != self.pixels[:1]).any())
+
 
 @dataclass(frozen=True)
 class Tile:

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -181,17 +181,7 @@ def read_sentences(path: str | os.PathLike[str]) -> dict[str, str]:
     path = Path(path)
     rows = _read_xlsx(path) if path.suffix.lower() == ".xlsx" else _read_csv(path)
     header = next(rows, [])
-    names = [cell.strip().lower() for cell in header]
-    columns = []
-    for wanted in (IMAGE_COLUMNS, TEXT_COLUMNS):
-        found = [names.index(name) for name in wanted if name in names]
-        if not found:
-            raise RequestError(
-                f"The table '{path.name}' has no column '{wanted[0]}' (its columns: "
-                f"{', '.join(header)[:200] or 'none'}); write one row 'image,text' at the "
-                "top and one row for each picture."
-            )
-        columns.append(found[0])
+    columns = find_columns(header, path.name)
     sentences: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
         image, text = (row[column].strip() if column < len(row) else "" for column in columns)
@@ -216,21 +206,32 @@ def find_sentence(sentences: Mapping[str, str], name: str) -> str | None:
         ...     "a.png")
         ('Dense.', 'Dense.', None)
     """
+    alike = match_names(sentences, name)
+    if len({sentences[key] for key in alike}) > 1:
+        raise RequestError(
+            f"The table of sentences has {', '.join(repr(key) for key in alike)} for the picture '{Path(name).name}', "
+            "with different sentences. Name the picture as its file is called, and keep one."
+        )
+    return sentences[alike[0]] if alike else None
+
+
+def match_names(names: Collection[str], name: str) -> list[str]:
+    """The names of a table that stand for an image: its file name, else its name without suffix, else the first one
+    with another suffix, else all that differ by case only.
+
+    Example:
+        >>> match_names(["a.png", "a"], "a.png"), match_names(["A.PNG", "a.tif"], "a.png"), match_names(["b"], "a.png")
+        (['a.png'], ['a.tif'], [])
+    """
     name = Path(name).name
     stem = Path(name).stem
     for candidate in (name, stem):
-        if candidate in sentences:
-            return sentences[candidate]
-    exact = next((text for key, text in sentences.items() if Path(key).stem == stem), None)
+        if candidate in names:
+            return [candidate]
+    exact = next((key for key in names if Path(key).stem == stem), None)
     if exact is not None:
-        return exact
-    alike = {key: text for key, text in sentences.items() if Path(key).stem.casefold() == stem.casefold()}
-    if len(set(alike.values())) > 1:
-        raise RequestError(
-            f"The table of sentences has {', '.join(repr(key) for key in alike)} for the picture '{name}', with "
-            "different sentences. Name the picture as its file is called, and keep one."
-        )
-    return next(iter(alike.values()), None)
+        return [exact]
+    return [key for key in names if Path(key).stem.casefold() == stem.casefold()]
 
 
 def mirror_sentence(text: str, horizontal: bool = False, vertical: bool = False) -> str:
@@ -261,6 +262,41 @@ def mirror_sentence(text: str, horizontal: bool = False, vertical: bool = False)
     return re.sub(pattern, exchange, text, flags=re.IGNORECASE)
 
 
+def find_separator(text: str) -> str:
+    """What stands between the columns of a table: the one of comma, semicolon and tab that its first line has most of.
+
+    Example:
+        >>> find_separator("image;text\\na.png;Dense, on the left.\\n")
+        ';'
+    """
+    head = text.partition("\n")[0]
+    return max(",;\t", key=head.count)
+
+
+def find_columns(header: Sequence[str], table: str) -> tuple[int, int]:
+    """The columns of the image and of its sentence.
+
+    Args:
+        header: First row of the table.
+        table: Its name, for the message.
+
+    Raises:
+        RequestError: if one is not there.
+    """
+    names = [cell.strip().lower() for cell in header]
+    columns = []
+    for wanted in (IMAGE_COLUMNS, TEXT_COLUMNS):
+        found = [names.index(name) for name in wanted if name in names]
+        if not found:
+            raise RequestError(
+                f"The table '{table}' has no column '{wanted[0]}' (its columns: "
+                f"{', '.join(header)[:200] or 'none'}); write one row 'image,text' at the "
+                "top and one row for each picture."
+            )
+        columns.append(found[0])
+    return columns[0], columns[1]
+
+
 def _read_csv(path: Path) -> Iterator[list[str]]:
     try:
         # Spreadsheets write a byte-order mark before the first column's name.
@@ -269,10 +305,8 @@ def _read_csv(path: Path) -> Iterator[list[str]]:
         raise RequestError(f"The table '{path}' does not exist; check its path.") from err
     except (OSError, UnicodeDecodeError) as err:
         raise RequestError(f"The table '{path.name}' cannot be read ({err}); save it as CSV in UTF-8.") from err
-    head = text.partition("\n")[0]
-    separator = max(",;\t", key=head.count)
     try:
-        yield from csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+        yield from csv.reader(io.StringIO(text, newline=""), delimiter=find_separator(text), strict=True)
     except csv.Error as err:
         raise RequestError(
             f"The table '{path.name}' is no CSV ({err}); put texts that hold a comma in double quotes."

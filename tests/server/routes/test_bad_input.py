@@ -23,6 +23,7 @@ import pytest
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from PIL import Image
 
 from progidiff.server.gate.endpoints import build_table
 from progidiff.server.routes.table import build_endpoints
@@ -43,6 +44,9 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     write_phantom(studies / "plain.nii.gz", shape=SHAPE)
     write_phantom(studies / "other.nii.gz", shape=(24, 24, 4), seed=1)
     (studies / "broken.nii.gz").write_bytes(b"this is no image")
+    Image.fromarray(np.arange(16 * 12, dtype=np.uint8).reshape(12, 16)).save(studies / "photo.png")
+    (studies / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing follows")
+    (studies / "text.csv").write_text("image,text\nphoto.png,Dense on the left.\n", encoding="utf-8")
     conf = (
         "model_dir",
         str(tiny_model),
@@ -462,6 +466,55 @@ SESSIONS = [
     Case("DELETE /session/nothing", "no session", {}, {}, (404,)),
 ]
 
+SENTENCE = "PUT /progidiff/pictures/photo/sentence"
+PICTURES = [
+    get("/progidiff/pictures/nobody", "nobody"),
+    get("/progidiff/pictures/plain", "is a volume", 422),
+    get("/progidiff/pictures/torn", "torn.png", 422),
+    get("/progidiff/pictures/nobody/pixels", "nobody"),
+    get("/progidiff/pictures/plain/pixels", "is a volume", 422),
+    get("/progidiff/pictures/torn/pixels", "torn.png", 422),
+    get("/progidiff/review/torn", "torn.png", 422),
+    get("/progidiff/review/photo/slices/1", "slice", 422),
+    a_json("PUT /progidiff/pictures/nobody/sentence", "nobody", {"sentence": "Dense.", "former": ""}, 404),
+    a_json("PUT /progidiff/pictures/plain/sentence", "is a volume", {"sentence": "A liver.", "former": ""}),
+    *(
+        a_json(SENTENCE, reason, {"sentence": sentence, "former": "Dense on the left."})
+        for sentence, reason in (
+            ("", "is empty"),
+            (" \t\n", "is empty"),
+            ("x" * 2001, "at most 2,000"),
+            ("bell \a", "U+0007"),
+            ("nul \0", "U+0000"),
+            ("=1+1", "formula"),
+            (7, "sentence"),
+            (["Dense."], "sentence"),
+        )
+    ),
+    a_json(SENTENCE, "former", {"sentence": "Dense."}),
+    a_json(SENTENCE, "sentence", {"former": "Dense on the left."}),
+    a_json(SENTENCE, "extra|user", {"sentence": "Dense.", "former": "Dense on the left.", "user": "somebody else"}),
+    a_json(SENTENCE, "was changed meanwhile", {"sentence": "Dense.", "former": "Sparse."}, 409),
+    a_json(SENTENCE, "was changed meanwhile", {"sentence": None, "former": ""}, 409),
+    a_json(SENTENCE, "object|list|dictionary", ["Dense."]),
+    body(SENTENCE, "json", "{"),
+    body(SENTENCE, "half of a character", r'{"sentence": "\ud800", "former": ""}'),
+    a_json("POST /progidiff/review/photo", "proposals", {"slices": {}}),
+    a_json(
+        "POST /progidiff/review/photo",
+        "12|16|size|drawn",
+        {"painted": {"shape": [1, 16, 12], "slices": {"0": [{"structure": "a", "box": None, "runs": [], "edits": 1}]}}},
+    ),
+    *(
+        Case("POST /infer/textdiff", reason, {"image": "photo"}, {"files": {"params": (None, json.dumps(params))}})
+        for params, reason in (
+            ({"without_sentence": "maybe"}, "without_sentence"),
+            ({"without_sentence": True, "sentence": "Dense."}, "sent together"),
+        )
+    ),
+]
+"""Of a picture and of its sentence."""
+
 HALF = r'{"client_id": "\ud800", "note": 1}'
 UNSENDABLE = [
     label("half of a character", params=HALF),
@@ -563,7 +616,7 @@ OTHERS = [
     body("POST /auth/token", "password", b"username=x&password=" + b"y" * 300, "application/x-www-form-urlencoded"),
 ]
 
-CASES = [*INFER, *TASKS, *CLOSED, *IMAGES, *LABELS, *SESSIONS, *UNSENDABLE, *OTHERS]
+CASES = [*INFER, *TASKS, *CLOSED, *IMAGES, *LABELS, *SESSIONS, *PICTURES, *UNSENDABLE, *OTHERS]
 
 
 def digest(server: Server) -> dict[str, str]:

@@ -247,7 +247,7 @@ class ReviewedImage(_Answer):
         image: Its id.
         shape: (Z, Y, X) of the axial stack.
         spacing: (dz, dy, dx) in mm.
-        modality: "CT" or "MR".
+        modality: "CT" or "MR"; "picture" of a picture, which has one slice.
         modality_source: Where that comes from.
         geometry: How the header was read, see `images.geometry.Grid.describe`.
         scale: (slope, intercept): intensity = slope * pixel + intercept.

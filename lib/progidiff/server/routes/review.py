@@ -25,8 +25,10 @@ from fastapi.responses import FileResponse, RedirectResponse, Response
 from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, NotFoundError
+from progidiff.images.formats import is_picture
 from progidiff.images.intensities import compute_window
 from progidiff.images.modality import get_modality
+from progidiff.images.pictures import PICTURE
 from progidiff.images.volume import Volume
 from progidiff.params import read_int
 from progidiff.prompts.structures import COLORS, OTHER_COLORS
@@ -156,9 +158,28 @@ def find_scale(volume: Volume) -> tuple[float, float]:
     (1, 0) for whole numbers in that range; otherwise 65535 steps from the smallest to the largest value.
     """
     low, high = float(volume.array.min()), float(volume.array.max())
+    if low == high and np.issubdtype(volume.array.dtype, np.floating):
+        return 1.0, low  # A picture may be of one value.
     if np.issubdtype(volume.array.dtype, np.integer) and low >= -32768 and high <= 32767:
         return 1.0, 0.0
     return (high - low) / 65535, low + 32768 * (high - low) / 65535
+
+
+def find_window(volume: Volume) -> tuple[float, float]:
+    """The intensities that are shown as black and as white at first; of a picture its own 8 bits, or all that there
+    are.
+    """
+    if volume.modality != PICTURE:
+        return compute_window(volume)
+    if volume.array.dtype == np.uint8:
+        return 0.0, 255.0
+    return float(volume.array.min()), float(volume.array.max())
+
+
+def _list_presets(volume: Volume) -> list[WindowPreset]:
+    if volume.modality == PICTURE:
+        return [WindowPreset(name="as it is", window=find_window(volume))]
+    return [WindowPreset.model_validate(preset) for preset in get_modality(volume.modality).presets]
 
 
 def to_pixels(intensities: NDArray[Any], scale: tuple[float, float]) -> NDArray[Any]:
@@ -208,8 +229,8 @@ def _describe_image(context: Context, image: str, tag: str) -> ReviewedImage:
         modality_source=volume.modality_source,
         geometry=GeometryAnswer.model_validate(volume.grid.describe()),
         scale=(slope, intercept),
-        window=compute_window(volume),
-        presets=[WindowPreset.model_validate(preset) for preset in get_modality(volume.modality).presets],
+        window=find_window(volume),
+        presets=_list_presets(volume),
         range=(float(volume.array.min()), float(volume.array.max())),
         voxel_ml=volume.voxel_ml,
         kept=[
@@ -246,12 +267,15 @@ def _find_label_ids(context: Context, image: str, volume: Volume, tag: str) -> d
 
 
 def open_volume(context: Context, image: str) -> Volume:
-    """An image of the datastore.
+    """An image of the datastore; a picture is a volume of one slice.
 
     Raises:
         NotFoundError: if there is none of this name.
+        ImageError: if it cannot be read.
     """
     path = images.find_image(context.app, image)
+    if is_picture(path):
+        return context.textdiff.open_view(Path(path)).volume
     return context.infer.open_volume(path, None, context.app.datastore().get_image_info(image))
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from progidiff.errors import ConflictError, GeometryError, ImageError, NotFoundError, RequestError
 from progidiff.images.geometry import Grid
+from progidiff.images.pictures import PICTURE
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.decisions import DrawnPick, MaskPick, Plan, compose_labels
@@ -88,7 +89,7 @@ def submit(context: Context, image: str, volume: Volume, decisions: Mapping[str,
         answers: list[SaveAnswer] = []
         for portion, effort in zip(portions, spent, strict=True):
             own = label if len(portions) == 1 else _keep_only(label, portion.plan.structures, ids)
-            file = save_mask(own, volume.grid, folder / "label.nii.gz")
+            file = save_mask(own, volume.grid, folder / ("label.png" if volume.modality == PICTURE else "label.nii.gz"))
             params = {**_describe(portion, ids, paintings), **effort}
             check = partial(_check_conflict, context, image, tag, portion.plan, base, volume, label, ids)
             own_saves = [answer.annotation.sequence for answer in answers]

@@ -91,6 +91,19 @@ class TextDiffEngine:
             )
         return self.store.find(newest.name)
 
+    def list_served(self) -> list[TextDiffCard]:
+        """The served version of every model, the one that was published last first; those that are damaged are left
+        out and logged.
+        """
+        served = [entry for entry in self.entries() if entry.current is not None]
+        cards: list[TextDiffCard] = []
+        for entry in sorted(served, key=lambda entry: (entry.published, entry.name), reverse=True):
+            try:
+                cards.append(self.store.find(entry.name))
+            except ProGiDiffError as err:
+                logger.warning("The textdiff model '%s' is not offered: %s", entry.name, err)
+        return cards
+
     def describe(self) -> dict[str, Any]:
         """What answers without being asked for a version; never raises.
 

@@ -32,7 +32,7 @@ from progidiff.images.reading import read_grid
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.labels.history import hash_file
-from progidiff.params import read_choice, read_int
+from progidiff.params import read_bool, read_choice, read_int
 from progidiff.prompts.parser import Query
 from progidiff.proposals.device_queue import NOBODY
 from progidiff.proposals.keeper import Answer, Keeper, MemoryShelf, Question, TakeTurn
@@ -53,7 +53,8 @@ from progidiff.proposals.work import Work
 from progidiff.server.options import ServerOptions
 from progidiff.server.tasks.answers import PictureAnswer, describe_answer, draw_shown, save_if_asked, write_and_save
 from progidiff.server.tasks.picture_engine import SentenceTable, TextDiffEngine, number_classes
-from progidiff.server.tasks.volumes import ProposalInferTask
+from progidiff.server.tasks.picture_views import PictureView, open_view
+from progidiff.server.tasks.volumes import ProposalInferTask, Recent, fingerprint
 
 if TYPE_CHECKING:
     from progidiff.textdiff.model import TextDiffCard, TextDiffResult
@@ -67,6 +68,7 @@ NAME = "textdiff"
 OPTION_NAMES = (
     "prompt",
     "sentence",
+    "without_sentence",
     "slice",
     "version",
     "num_proposals",
@@ -81,6 +83,7 @@ OPTION_NAMES = (
 
 _MAX_LETTERS = 20_000
 _KEPT_SLICES = 8
+_KEPT_VIEWS = 2
 _NO_SENTENCE = "none"
 
 
@@ -90,12 +93,14 @@ class TextDiffOptions(AnswerOptions):
 
     Attributes:
         sentence: What the report says; None to look into text.csv.
+        without_sentence: Whether none is read, whatever text.csv says.
         slice: Axial index from inferior to superior, of a volume; None if not said.
         version: ``name`` or ``name@version``; None for the one that is served.
         result_extension: ".png" (pictures), ".nii.gz", ".nii", ".nrrd", ".seg.nrrd"; None for what suits the image.
     """
 
     sentence: str | None
+    without_sentence: bool
     slice: int | None
     version: str | None
     result_extension: str | None
@@ -116,9 +121,14 @@ class TextDiffOptions(AnswerOptions):
         shared = read_answer_options(given, params, OPTION_NAMES, max_proposals)
         z = read_int(given.get("slice", -1), "slice", -1, MAX_SLICE)
         extension = given.get("result_extension")
+        sentence = _read_sentence(given.get("sentence", given.get("prompt")))
+        without = read_bool(given.get("without_sentence", False), "without_sentence")
+        if without and sentence is not None:
+            raise RequestError("Option without_sentence and a sentence were sent together. Send one of them.")
         return cls(
             **shared,
-            sentence=_read_sentence(given.get("sentence", given.get("prompt"))),
+            sentence=sentence,
+            without_sentence=without,
             slice=None if z < 0 else z,
             version=_read_version(given.get("version", AUTO)),
             show=_read_show(given.get("show", CONSENSUS), shared["num_proposals"]),
@@ -174,6 +184,7 @@ class TextDiffInferTask(InferTask):
         self._proposals = proposals
         self._datastore = datastore
         self._slices = Keeper(MemoryShelf(_KEPT_SLICES))
+        self._views: Recent[PictureView] = Recent(_KEPT_VIEWS)
         super().__init__(
             type=InferType.SEGMENTATION,
             labels=None,
@@ -237,7 +248,11 @@ class TextDiffInferTask(InferTask):
         options, card = self.read_request(request.get("params", {}))
         subject = self._open(Path(str(request["image"])), options, request.get("image_info") or {})
         extension = _pick_extension(options.result_extension, subject)
-        sentence, source = self.find_sentence(subject.path, options.sentence)
+        if options.version is None:
+            card = self.pick_fitting(subject)
+        sentence, source = (
+            (None, _NO_SENTENCE) if options.without_sentence else self.find_sentence(subject.path, options.sentence)
+        )
         asker = request.get("asker", NOBODY)
         found = self.answer(
             subject,
@@ -268,6 +283,33 @@ class TextDiffInferTask(InferTask):
             slices=[subject.z],
         )
         return str(file), answer.model_dump()
+
+    def open_view(self, path: Path) -> PictureView:
+        """A picture as people see it, with the last few kept open.
+
+        Raises:
+            NotFoundError, ImageError: if it is none.
+        """
+        key = repr((str(path), fingerprint(path)))
+        view = self._views.get(key)
+        if view is None:
+            view = open_view(path)
+            self._views.put(key, view)
+        return view
+
+    def pick_fitting(self, subject: Subject) -> TextDiffCard:
+        """The version that answers for a picture or slice if none is asked for: of all served ones that which was
+        published last and learned from pictures of its kind, grey or in colour; if none did, the last one.
+
+        Raises:
+            ModelError: if there are no weights.
+        """
+        served = self.engine.list_served()
+        # Pixels are read only where there is a choice.
+        if len({card.gray for card in served}) < 2:
+            return self.engine.pick()
+        gray = not _read_pixels(subject).is_coloured
+        return next(card for card in served if card.gray == gray)
 
     def find_sentence(self, path: Path, given: str | None) -> tuple[str | None, str]:
         """The sentence of an image, and where it comes from: "request", "text.csv" or "none".

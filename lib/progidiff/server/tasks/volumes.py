@@ -87,7 +87,7 @@ class ProposalInferTask(InferTask):
         self.options = options
         self.queue = DeviceQueue(options.device or "the device", max_waiting=options.max_waiting)
         self._datastore = datastore
-        self._volumes: _Recent[Volume] = _Recent(_KEPT_VOLUMES)
+        self._volumes: Recent[Volume] = Recent(_KEPT_VOLUMES)
         self.structures = _known_structures(engine)
         super().__init__(
             type=InferType.SEGMENTATION,
@@ -255,7 +255,7 @@ class ProposalInferTask(InferTask):
     def open_volume(self, path: str, modality: str | None = None, info: Mapping[str, Any] | None = None) -> Volume:
         """`load_volume`, with the last few images kept open."""
         info = info or {}
-        key = repr((path, modality, info.get("modality"), info.get("Modality"), _fingerprint(Path(path))))
+        key = repr((path, modality, info.get("modality"), info.get("Modality"), fingerprint(Path(path))))
         volume = self._volumes.get(key)
         if volume is None:
             volume = load_volume(path, modality, info)
@@ -315,7 +315,7 @@ def compute_label_id(structure: str) -> int:
     return fixed_ids()[structure]
 
 
-class _Recent(Generic[T]):
+class Recent(Generic[T]):
     """The last few values by key, for several threads."""
 
     def __init__(self, count: int) -> None:
@@ -324,12 +324,14 @@ class _Recent(Generic[T]):
         self._lock = threading.Lock()
 
     def get(self, key: str) -> T | None:
+        """The value; None if it is not among the last ones."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
             return self._values.get(key)
 
     def put(self, key: str, value: T) -> None:
+        """Keep a value, and forget the one that was not asked for the longest if there are too many."""
         with self._lock:
             self._values[key] = value
             self._values.move_to_end(key)
@@ -345,7 +347,7 @@ def _known_structures(engine: Engine) -> tuple[str, ...]:
         return STRUCTURES
 
 
-def _fingerprint(path: Path) -> tuple[Any, ...]:
+def fingerprint(path: Path) -> tuple[Any, ...]:
     """Changes when the file, or any file of the folder, changes."""
     if not path.exists():
         return ()

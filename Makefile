@@ -4,6 +4,7 @@
 # make fuzz         seeded fuzzing of untrusted bytes, minutes
 # make docs         the site from docs/ into site/, every warning an error
 # make test-faults  hundreds of kills with SIGKILL, of server, training, scoring and stores; FAULT_SEED=... repeats a run
+# make test-gpu     the tests on a CUDA device, a minute; they skip with a reason without one. Then: python benchmarks/gpu.py
 # make test-browser the tests in a real browser; needs chromium, nodejs and npm (Debian's), skips with a reason without them
 # make pacs         Orthanc (Debian's) on 127.0.0.1:8042 with the sample images in it; then make serve STUDIES=http://127.0.0.1:8042/dicom-web
 # make wheel        the wheel into dist/: package, app, pages, weights and MONAI Label itself, for `pip install`
@@ -34,7 +35,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: setup serve test fuzz docs test-slow test-faults test-browser pacs check check-pages page-tools api-types audit
+.PHONY: setup serve test fuzz docs test-slow test-faults test-gpu test-browser pacs check check-pages page-tools api-types audit
 .PHONY: wheel test-wheel test-image lock sbom check-files packaging-tools
 
 setup: $(STAMP)
@@ -69,7 +70,7 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 test-slow: setup
-	$(BIN)/python -m pytest -m "not fuzz and not browser"
+	$(BIN)/python -m pytest -m "not fuzz and not browser and not gpu"
 
 FAULT_SEED          ?= $(shell date +%s)
 FAULT_ROUNDS        ?= 400
@@ -77,6 +78,9 @@ FAULT_SERVER_ROUNDS ?= 24
 
 test-faults: setup
 	FAULT_SEED=$(FAULT_SEED) FAULT_ROUNDS=$(FAULT_ROUNDS) FAULT_SERVER_ROUNDS=$(FAULT_SERVER_ROUNDS) $(BIN)/python -m pytest -s tests/faults
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu -rs tests/gpu
 
 test-browser: setup
 	@command -v npm > /dev/null && npm ci --prefix tests/browser --no-audit --no-fund --silent || echo "Without npm the browser tests are skipped."

@@ -182,6 +182,7 @@ class StoppedTurn:
     after: int
     id: str = "stopped"
     image: str = "long"
+    device: str = ""
     stop: Stop | None = None
 
     def progress(self, done: int, total: int) -> None:

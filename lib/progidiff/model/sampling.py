@@ -64,9 +64,11 @@ def sample(
         The clean latents as the last step predicts them: where T does not divide the training steps, the scheduler's
         own last sample stops just short of them.
     """
-    scheduler.set_timesteps(num_inference_steps, device=noise.device)
+    # The scheduler looks its tables up with numbers of the processor: one on the device would make it wait, every step.
+    scheduler.set_timesteps(num_inference_steps)
+    on_device = scheduler.timesteps.to(noise.device)
     latents = clean = noise
-    for timestep in scheduler.timesteps:
-        step = scheduler.step(denoise(latents, timestep), timestep, latents)
+    for timestep, same in zip(scheduler.timesteps, on_device, strict=True):
+        step = scheduler.step(denoise(latents, same), timestep, latents)
         latents, clean = step.prev_sample, step.pred_original_sample
     return clean

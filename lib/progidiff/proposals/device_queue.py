@@ -1,8 +1,13 @@
-"""One queue per device: who computes, who waits, how far it is, and how to stop it.
+"""One line for one or several devices: who computes, who waits, how far it is, and how to stop it.
 
-The concurrency design in full: every inference request has a thread of its own (the web framework's pool), and exactly
-one of them at a time is between `DeviceQueue.job`'s enter and exit. The others wait there. Nothing else in the server
-takes the queue's lock for longer than a dictionary look-up, so other requests are never held up by an inference.
+The concurrency design in full: every inference request has a thread of its own (the web framework's pool), and for each
+device exactly one of them at a time is between `DeviceQueue.job`'s enter and exit. The others wait there. Nothing else
+in the server takes the queue's lock for longer than a dictionary look-up, so other requests are never held up by an
+inference.
+
+Several devices serve one line: who is next gets the device that is free first. With a line for each, somebody would
+wait behind a long request while another device is idle. A request that finds several idle takes the one that computed
+the same image last, since that remembers its features; otherwise the one that has been idle longest.
 
 Turns go round the users who wait (`Asker`), the one whose last turn is longest ago first; one user's requests are
 served as they came. A waiting request holds a thread, therefore the queue is short: beyond `max_waiting` it answers
@@ -11,8 +16,8 @@ somebody who has at least two fewer.
 
 A request whose client went away is cancelled: while it waits within a second, while it computes after its batch.
 
-Work that nobody waits for (`DeviceQueue.background_job`) gets the device only while it is idle, and is cancelled by the
-first request that comes; it takes no place in the queue and is not listed.
+Work that nobody waits for (`DeviceQueue.background_job`) gets a device only while it is idle, and is cancelled by the
+first request that finds no idle one; it takes no place in the queue and is not listed.
 """
 
 from __future__ import annotations
@@ -85,9 +90,9 @@ class JobInfo(BaseModel):
 
     Attributes:
         id, kind, image: See `Job`.
-        device: Name of the device.
+        device: Name of the device that has it; of all of them while it waits.
         state: One of `JobState`.
-        position: Jobs before this one on its device: 0 = running or finished, 1 = next.
+        position: Jobs before this one in the line: 0 = running or finished, 1 = next.
         waiting_for: What it waits for, to be read after "waiting for"; "" if it does not wait.
         percent: 0 to 100.
         slices_done, slices_total: Axial slices; 0 of 0 before the first are counted.
@@ -122,6 +127,7 @@ class Job:
         kind: What it is, e.g. ``"infer"``.
         image: The image id it is about.
         owner: Name of who asked, see `Asker`.
+        device: Name of the device that it got; "" while it waits.
         reason: Why it failed or was cancelled, else empty.
         stop: Why it was told to stop; None if it was not.
     """
@@ -131,6 +137,7 @@ class Job:
         self.kind = kind
         self.image = image
         self.owner = asker.name
+        self.device = ""
         self.reason = ""
         self.stop: Stop | None = None
         self._is_gone = asker.is_gone
@@ -152,7 +159,7 @@ class Job:
 
     @property
     def position(self) -> int:
-        """Jobs before this one on its device: 0 = running or finished, 1 = next."""
+        """Jobs before this one in the line: 0 = running or finished, 1 = next."""
         return self._queue._describe_wait(self)[0]
 
     def progress(self, done: int, total: int) -> None:
@@ -217,7 +224,7 @@ class Job:
             id=self.id,
             kind=self.kind,
             image=self.image,
-            device=self._queue.device,
+            device=self.device or self._queue.device,
             state=state,
             position=position,
             waiting_for=waiting_for,
@@ -232,15 +239,17 @@ class Job:
 
 
 class DeviceQueue:
-    """Access to one device by turns, with a memory of recent jobs.
+    """Access to devices by turns, with a memory of recent jobs.
 
     Args:
-        device: Name of the device, for messages and polls.
-        max_waiting: Jobs that may wait besides the running one.
+        devices: Name of the device, for messages and polls; or of several, all different.
+        max_waiting: Jobs that may wait besides the running ones.
         keep: Finished jobs that stay pollable; the oldest are forgotten first.
 
     Attributes:
-        on_demand: Called with True when the first request wants the device and with False when the last one has had it,
+        devices: Their names.
+        device: The same as one text.
+        on_demand: Called with True when the first request wants a device and with False when the last one has had it,
             so that other processes on the device can pause; background work does not count. They must return at once
             and not raise.
         on_started: Called with every job that has got the device; the same holds.
@@ -256,13 +265,17 @@ class DeviceQueue:
         'done'
     """
 
-    def __init__(self, device: str, max_waiting: int = 8, keep: int = 64) -> None:
-        self.device = device
+    def __init__(self, devices: str | Sequence[str], max_waiting: int = 8, keep: int = 64) -> None:
+        self.devices = (devices,) if isinstance(devices, str) else tuple(devices)
+        self.device = " or ".join(self.devices)
         self.max_waiting = max_waiting
         self._keep = keep
         self._lock = threading.Lock()
-        self._running: Job | None = None
-        self._background: Job | None = None
+        # By device; those that have been idle longest come first among the idle ones.
+        self._running: dict[str, Job] = {}
+        self._background: list[Job] = []
+        self._idle = list(self.devices)
+        self._last_images: dict[str, str] = {}
         self._waiting: list[Job] = []
         self._last_turns: OrderedDict[str, int] = OrderedDict()
         self._turns = 0
@@ -283,8 +296,7 @@ class DeviceQueue:
         """How many jobs of which kind wait or run, background work included."""
         with self._lock:
             counted = Counter((job.kind, JobState.QUEUED) for job in self._waiting)
-            if self._running is not None:
-                counted[self._running.kind, JobState.RUNNING] += 1
+            counted.update((job.kind, JobState.RUNNING) for job in self._running.values())
             return counted
 
     def close(self) -> None:
@@ -292,8 +304,7 @@ class DeviceQueue:
         with self._lock:
             self._closed = True
             unfinished = [job for job in self._jobs.values() if job.state in (JobState.QUEUED, JobState.RUNNING)]
-            if self._background is not None:
-                unfinished.append(self._background)
+            unfinished += self._background
         for job in unfinished:
             job.cancel()
 
@@ -304,7 +315,7 @@ class DeviceQueue:
 
     @contextmanager
     def job(self, kind: str, image: str, job_id: str | None = None, asker: Asker = NOBODY) -> Iterator[Job]:
-        """Wait for the device, hold it for the `with` block, hand it on.
+        """Wait for a device, hold it for the `with` block, hand it on.
 
         Args:
             kind: What the work is, e.g. ``"infer"``.
@@ -336,7 +347,7 @@ class DeviceQueue:
 
     @contextmanager
     def background_job(self, kind: str, image: str) -> Iterator[Job]:
-        """Hold the device for the `with` block if it is idle, until a request wants it: then the job is cancelled, and
+        """Hold a device for the `with` block if one is idle, until a request wants it: then the job is cancelled, and
         the worker, who looks between two batches of slices, raises `CancelledError`.
 
         Args:
@@ -344,13 +355,14 @@ class DeviceQueue:
             image: The image id it is about.
 
         Raises:
-            BusyError: if the device is not idle, or the queue is closed.
+            BusyError: if no device is idle, or the queue is closed.
         """
         job = Job(self, uuid.uuid4().hex[:12], kind, image)
         with self._lock:
-            if self._closed or self._running is not None:
+            if self._closed or not self._idle:
                 raise BusyError(f"{self.device} is not idle; background work waits until it is.")
-            self._running = self._background = job
+            self._hold(job)
+            self._background.append(job)
             job._state = JobState.RUNNING
             job._started = time.time()
         try:
@@ -366,9 +378,9 @@ class DeviceQueue:
         self._leave(job, JobState.DONE, "")
 
     def is_idle(self) -> bool:
-        """Whether nobody computes and nobody waits."""
+        """Whether there is a device on which nobody computes."""
         with self._lock:
-            return self._running is None and not self._closed
+            return bool(self._idle) and not self._closed
 
     def get(self, job_id: str) -> Job:
         """The job of this id.
@@ -405,17 +417,18 @@ class DeviceQueue:
                     f"Job '{job_id}' is still {known.state.value}; choose another job_id or leave it out."
                 )
             # The first request behind background work is next at once: it does not count as waiting.
-            if len(self._waiting) >= self.max_waiting + (self._background is not None):
+            if len(self._waiting) >= self.max_waiting + len(self._background):
                 self._make_room(asker.name)
             job = Job(self, job_id or uuid.uuid4().hex[:12], kind, image, asker)
             self._jobs.pop(job.id, None)
             self._jobs[job.id] = job
-            if self._running is None:
+            if self._idle:
                 self._start(job)
             else:
                 self._waiting.append(job)
-                if self._background is not None:
-                    self._background.cancel(Stop.PREEMPTED)
+                # One device for each who waits is enough.
+                for other in self._background[: len(self._waiting)]:
+                    other.cancel(Stop.PREEMPTED)
             self._forget_old()
             self._tell_demand()
         return job
@@ -427,8 +440,7 @@ class DeviceQueue:
             BusyError: if nobody has.
         """
         held = Counter(job.owner for job in self._waiting)
-        if self._running is not None and self._running is not self._background:
-            held[self._running.owner] += 1
+        held.update(job.owner for job in self._running.values() if job not in self._background)
         youngest_of = {job.owner: job for job in self._waiting}
         greediest = max(youngest_of, key=lambda name: held[name], default=None)
         if greediest is None or held[greediest] < held[owner] + 2:
@@ -442,14 +454,22 @@ class DeviceQueue:
         displaced.cancel(Stop.DISPLACED)
 
     def _start(self, job: Job) -> None:
-        """Give the device to a job."""
-        self._running = job
+        """Give an idle device to a job."""
+        self._hold(job)
         self._turns += 1
         self._last_turns[job.owner] = self._turns
         self._last_turns.move_to_end(job.owner)
         while len(self._last_turns) > _REMEMBERED_TURNS:
             self._last_turns.popitem(last=False)
         job._turn.set()
+
+    def _hold(self, job: Job) -> None:
+        """Take the idle device that knows the image, or else the one that has been idle longest."""
+        knowing = [name for name in self._idle if job.image and self._last_images.get(name) == job.image]
+        job.device = (knowing or self._idle)[0]
+        self._idle.remove(job.device)
+        self._running[job.device] = job
+        self._last_images[job.device] = job.image
 
     def _list_turns(self) -> Sequence[Job]:
         """Those who wait, in the order in which they are served if nobody else comes."""
@@ -469,12 +489,13 @@ class DeviceQueue:
             job._ended = time.time()
             job._state = state
             job.reason = reason
-            if job is self._running:
-                if job is self._background:
-                    self._background = None
+            if self._running.get(job.device) is job:
+                if job in self._background:
+                    self._background.remove(job)
                 elif job._started is not None and state is JobState.DONE:
                     self._seconds_of_last_job = job._ended - job._started
-                self._running = None
+                del self._running[job.device]
+                self._idle.append(job.device)
                 if self._waiting:
                     following = self._list_turns()[0]
                     self._waiting.remove(following)
@@ -493,7 +514,7 @@ class DeviceQueue:
         """Call `on_demand` if the demand changed; under the lock, so that the calls come in the order of the
         changes.
         """
-        demanded = bool(self._waiting) or (self._running is not None and self._running is not self._background)
+        demanded = bool(self._waiting) or len(self._running) > len(self._background)
         if demanded != self._demanded:
             self._demanded = demanded
             for listener in self.on_demand:
@@ -505,12 +526,11 @@ class DeviceQueue:
             if job not in self._waiting:
                 return 0, ""
             position = self._list_turns().index(job) + 1
-            requests = position if self._background is None else position - 1
-            if self._background is None or requests:
+            requests = position - len(self._background)
+            if requests > 0:
                 return position, f"{requests} request{'s' if requests > 1 else ''} before it"
-            return position, (
-                f"the background scoring of '{self._background.image}', which makes way after the slices it is at"
-            )
+            scored = self._background[position - 1].image
+            return position, f"the background scoring of '{scored}', which makes way after the slices it is at"
 
     def _forget_old(self) -> None:
         finished = [

@@ -14,17 +14,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from progidiff.errors import MemoryFullError, NotFoundError, ProGiDiffError, RequestError
+from progidiff.errors import CancelledError, MemoryFullError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.images.volume import Volume
 from progidiff.model.adapters import AdapterCard, AdapterStore, build_networks, compute_base_digest
 from progidiff.model.backbone import Backbone, pick_device
-from progidiff.model.close_up import CloseUpNetwork
+from progidiff.model.close_up import CloseUpNetwork, WindowBatch
 from progidiff.model.close_up_folder import CloseUpCard, has_close_up, load_close_up, load_close_up_card
 from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.conditioning import SliceFeatures
@@ -35,7 +35,7 @@ from progidiff.proposals.batches import Batch, BatchSize, compute_in_batches, is
 from progidiff.proposals.close_up_walk import CloseUpTools, CloseUpWalk, EvidenceShelf
 from progidiff.proposals.request import AUTO, NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
-from progidiff.proposals.walk import FeatureBook, Walk, count_bytes
+from progidiff.proposals.walk import WHOLE, FeatureBook, Walk, count_bytes
 from progidiff.proposals.work import Work
 
 logger = logging.getLogger(__name__)
@@ -180,6 +180,74 @@ class Engine:
             for part in (backbone.unet, backbone.text_encoder, backbone.tokenizer):
                 logger.debug("Ready: %s", type(part).__name__)
         return self._pipeline
+
+    def warm_up(self, is_cancelled: Callable[[], bool] = lambda: False) -> None:
+        """Load the networks and run each of them once on nothing, so that the first request finds kernels picked and
+        memory taken: on a device a whole batch, on the processor one slice.
+
+        Args:
+            is_cancelled: Asked between two networks.
+
+        Raises:
+            ModelError: if the networks cannot be loaded.
+            CancelledError: if `is_cancelled` said so.
+        """
+        is_small = self.load().device.type == "cpu"
+        size = BatchSize(1, 1) if is_small else WHOLE
+        while True:
+            try:
+                self._run_once(size, is_cancelled)
+                return
+            except Exception as err:
+                if not is_out_of_memory(err) or size.slices == 1:
+                    raise
+            # After the except clause: its error holds what was computed so far.
+            self._free_memory()
+            size = size.halve(size.slices, size.samples)
+
+    def _run_once(self, size: BatchSize, is_cancelled: Callable[[], bool]) -> None:
+        """Every network on `size.slices` slices of nothing, with as many proposals as `size.samples` allows."""
+        pipeline, config = self.load(), self.card.conditioning
+        count, proposals = size.slices, max(1, size.samples // size.slices)
+
+        def go_on() -> None:
+            if is_cancelled():
+                raise CancelledError("The networks are warmed up by the request that came meanwhile.")
+
+        prompts = self._encode_prompts(pipeline, self.structures[:1])
+        go_on()
+        images = torch.zeros(count, 2 * config.num_neighbours + 1, config.height, config.width)
+        features = pipeline.encode_slices(images)
+        evidence = pipeline.predict_evidence(features, prompts)
+        go_on()
+        pipeline.propose(
+            features,
+            evidence,
+            prompts,
+            [(n, 0) for n in range(count)],
+            pipeline.draw_noise(proposals, 0),
+            self.num_inference_steps,
+            self.card.guidance_scale,
+            pipeline.draw_offsets(proposals, 0),
+        )
+        if self._close_up is not None:
+            go_on()
+            self._warm_up_close_up(self._close_up, prompts, count, proposals)
+
+    def _warm_up_close_up(self, tools: CloseUpTools, prompts: EncodedPrompts, count: int, proposals: int) -> None:
+        config, size, device = tools.pipeline.network.config, tools.rules.size, tools.pipeline.device
+        batch = WindowBatch(
+            images=torch.zeros(count, 2 * config.num_neighbours + 1, size, size, device=device),
+            evidence=torch.full((count, 2 * config.evidence_neighbours + 1, size, size), 0.5, device=device),
+            is_found=torch.ones(count, device=device),
+            edits=None,
+            pooled=prompts.pooled[:1].expand(count, -1).to(device),
+            spacing=torch.ones(count, 2, device=device),
+        )
+        noise, levels = tools.pipeline.draw_noise(proposals, 0), tools.pipeline.draw_levels(proposals, 0)
+        tokens = prompts.tokens[:1].expand(count, -1, -1)
+        mask = None if prompts.mask is None else prompts.mask[:1].expand(count, -1)
+        tools.pipeline.propose(batch, tokens, mask, noise, levels, self.num_inference_steps)
 
     def _load_close_up(self, pipeline: ProposalPipeline) -> CloseUpTools:
         card, network = load_close_up(self.model_dir, pipeline.device)

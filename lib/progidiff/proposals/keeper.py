@@ -64,6 +64,10 @@ class Turn(Protocol):
         """What the job is about."""
 
     @property
+    def device(self) -> str:
+        """Which of several devices it is; "" where there is one."""
+
+    @property
     def stop(self) -> Stop | None:
         """Why the work is to stop; None if it is not."""
 
@@ -87,6 +91,7 @@ class Alone:
 
     image: str
     id: str = ""
+    device: str = ""
     stop: Stop | None = None
 
     def progress(self, done: int, total: int) -> None:
@@ -271,6 +276,7 @@ class Keeper:
             return compute(
                 replace(
                     work,
+                    device=turn.device,
                     unfinished=unfinished,
                     on_progress=turn.progress,
                     on_slices=collect,

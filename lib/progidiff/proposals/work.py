@@ -34,6 +34,7 @@ class Work:
             distance.
         remember: Keep the features of the slices in memory for the next prompt; work that nobody watches leaves that to
             others.
+        device: Which of several devices has the turn, as `DeviceQueue` calls it; "" where there is one.
         is_yielding: Somebody else may want the device at any time: where a whole batch takes seconds, on the processor,
             batches are small.
         unfinished: What an earlier computation of the same request left; its slices are not computed again.
@@ -46,6 +47,7 @@ class Work:
 
     first: int | None = None
     remember: bool = True
+    device: str = ""
     is_yielding: bool = False
     unfinished: UnfinishedProposals | None = None
     on_progress: Callable[[int, int], None] = lambda done, total: None

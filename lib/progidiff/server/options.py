@@ -49,6 +49,8 @@ class ServerOptions:
         model_dir: Folder of backbone and conditioning weights; None for the embedded ones.
         backbone: A Stable-Diffusion folder or hub id to use instead of the backbone in `model_dir`; None for that one.
         device: "cpu", "cuda", "cuda:<n>" or "mps"; None to take the best there is.
+        devices: Several devices that answer side by side, in the place of `device`; "cpu" may be named several times.
+        warm_up: Whether weights are loaded and every network runs once at start, before anybody asks.
         cpu_fallback: Whether a request that does not fit into the device's memory, one slice at a time, is answered by
             the processor.
         max_proposals: Largest K of a request, 1..64.
@@ -101,6 +103,8 @@ class ServerOptions:
     model_dir: Path | None = None
     backbone: str | None = None
     device: str | None = None
+    devices: tuple[str, ...] = ()
+    warm_up: bool = False
     cpu_fallback: bool = False
     max_proposals: int = 16
     max_waiting: int = 8
@@ -136,6 +140,26 @@ class ServerOptions:
     metrics: str = ADMINISTRATORS
     metrics_token_file: Path | None = None
 
+    def list_devices(self) -> dict[str, str | None]:
+        """What computes: what it is called in messages -> what torch calls it, None for the best there is.
+
+        Example:
+            >>> ServerOptions(Path("store"), devices=("cuda:0", "cpu", "cpu")).list_devices()
+            {'cuda:0': 'cuda:0', 'cpu': 'cpu', 'cpu (2)': 'cpu'}
+        """
+        if not self.devices:
+            return {self.device or "the device": self.device}
+        named: dict[str, str | None] = {}
+        for device in self.devices:
+            count = sum(other == device for other in named.values())
+            named[f"{device} ({count + 1})" if count else device] = device
+        return named
+
+    @property
+    def training_device(self) -> str | None:
+        """What trainings run on: of several devices the last one, since requests take the first that is idle."""
+        return self.devices[-1] if self.devices else self.device
+
     @classmethod
     # long because it is a table: one option after the other
     def from_conf(cls, conf: Mapping[str, str], studies: str) -> ServerOptions:
@@ -161,6 +185,8 @@ class ServerOptions:
             model_dir=model_dir,
             backbone=given.get("backbone"),
             device=None if device == "auto" else device,
+            devices=_read_devices(given),
+            warm_up=read_bool(given.get("warm_up", cls.warm_up), "--conf warm_up"),
             cpu_fallback=read_bool(given.get("cpu_fallback", cls.cpu_fallback), "--conf cpu_fallback"),
             max_proposals=read_int(
                 given.get("max_proposals", cls.max_proposals), "--conf max_proposals", 1, MAX_PROPOSALS
@@ -220,6 +246,30 @@ class ServerOptions:
             metrics=read_choice(given.get("metrics", cls.metrics), "--conf metrics", (ADMINISTRATORS, EVERYBODY, OFF)),
             metrics_token_file=_read_path(given, "metrics_token_file"),
         )
+
+
+def _read_devices(given: Mapping[str, str]) -> tuple[str, ...]:
+    """Several devices; "all" stands for every CUDA device of this machine."""
+    text = given.get("devices", "").lower()
+    if not text:
+        return ()
+    if "device" in given:
+        raise RequestError("--conf device and --conf devices say the same thing twice; leave one of them out.")
+    if text == "all":
+        import torch
+
+        count = torch.cuda.device_count()
+        if not count:
+            raise RequestError("--conf devices all: torch sees no CUDA device here; leave it out for the processor.")
+        return tuple(f"cuda:{index}" for index in range(count))
+    names = _read_list(text, "devices", _DEVICE, "devices, for example cuda:0,cuda:1")
+    twice = sorted({name for name in names if names.count(name) > 1 and name != "cpu"})
+    if twice or {"cuda", "cuda:0"} <= set(names):
+        named = twice[0] if twice else "cuda, which is cuda:0,"
+        raise RequestError(
+            f"--conf devices {text[:80]}: {named} is named twice; each computes one request at a time, name it once."
+        )
+    return names
 
 
 def _read_double_reading(given: Mapping[str, str]) -> bool:

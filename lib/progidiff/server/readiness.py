@@ -1,7 +1,8 @@
 """Whether the server answers prompts: weights loaded, images and state on a disk that answers, not about to end.
 
 Weights load at the first prompt. Whoever watches over servers sends no prompts to one that is not ready, so the first
-question whether it is begins to load them.
+question whether it is begins to load them. With `--conf warm_up true` they load at start, and every network runs once
+on every device before the server is ready.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from monailabel.interfaces.app import MONAILabelApp
 
-from progidiff.errors import BusyError, ModelError, NotReadyError, ProGiDiffError
+from progidiff.errors import BusyError, CancelledError, ModelError, NotReadyError, ProGiDiffError
+from progidiff.proposals.device_queue import Job, JobInfo, JobState
+from progidiff.proposals.engine import Engine
 from progidiff.server.datastores.local import is_folder
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.storage.atomic import make_scratch_name
@@ -33,14 +36,23 @@ class Readiness:
         app: With the images.
         infer: With the weights, the device's queue and the store.
         clock: Seconds that never go back.
+        warms_up: Whether networks run once before anybody asks.
     """
 
     def __init__(
-        self, app: MONAILabelApp, infer: ProposalInferTask, clock: Callable[[], float] = time.monotonic
+        self,
+        app: MONAILabelApp,
+        infer: ProposalInferTask,
+        clock: Callable[[], float] = time.monotonic,
+        warms_up: bool = False,
     ) -> None:
         self._app = app
         self._infer = infer
         self._clock = clock
+        self._warms_up = warms_up
+        self._warm: set[str] = set()
+        self._starting = threading.Lock()
+        infer.queue.on_ended.append(self._note)
         self._loader: threading.Thread | None = None
         self._failed: tuple[float, ModelError] | None = None
 
@@ -86,22 +98,47 @@ class Readiness:
             ) from err
 
     def _check_weights(self) -> None:
-        engine = self._infer.engine
-        if engine.info()["loaded"]:
+        if not self._list_cold():
             return
-        if self._loader is None or not self._loader.is_alive():
+        self.begin()
+        if all(engine.info()["loaded"] for engine in self._infer.engines.values()):
+            raise NotReadyError("The networks are being warmed up. Ask again in a few seconds.")
+        raise NotReadyError("The weights are being loaded. Ask again in a few seconds.")
+
+    def begin(self) -> None:
+        """Begin to load what is not loaded, in a thread of its own; no effect if it has begun.
+
+        Raises:
+            NotReadyError: if that failed a moment ago.
+        """
+        with self._starting:
+            if self._loader is not None and self._loader.is_alive():
+                return
             if self._failed is not None and self._clock() < self._failed[0] + _RETRY_SECONDS:
                 raise NotReadyError(f"There is no model to answer with: {self._failed[1]}", retry_after=30)
             self._loader = threading.Thread(target=self._load, name="progidiff-loader", daemon=True)
             self._loader.start()
-        raise NotReadyError("The weights are being loaded. Ask again in a few seconds.")
+
+    def _note(self, job: JobInfo) -> None:
+        """What computed volumes has warmed its device up."""
+        if job.kind in ("infer", "slice", "score") and job.running_s and job.state is not JobState.FAILED:
+            self._warm.add(job.device)
+
+    def _list_cold(self) -> list[str]:
+        """Devices that do not answer at once yet."""
+        engines = self._infer.engines
+        if self._warms_up:
+            return [device for device in engines if device not in self._warm]
+        return [device for device, engine in engines.items() if not engine.info()["loaded"]]
 
     def _load(self) -> None:
-        """On the device, as a prompt would; if somebody computes there, that loads them too."""
+        """On one idle device after the other, as a prompt would; where somebody computes, that loads them too."""
         self._failed = None
+        engines = self._infer.engines
         try:
-            with self._infer.queue.background_job("load", ""):
-                self._infer.engine.load()
+            for _ in engines:
+                with self._infer.queue.background_job("load", "") as job:
+                    self._prepare(job, engines)
         except BusyError as err:
             logger.debug("%s", err)
         except ModelError as err:
@@ -111,6 +148,21 @@ class Readiness:
             logger.exception("The weights cannot be loaded")
             reason = f"{type(err).__name__} while its weights were loaded; the log says more."
             self._failed = (self._clock(), ModelError(reason))
+
+    def _prepare(self, job: Job, engines: Mapping[str, Engine]) -> None:
+        device, engine = job.device, engines.get(job.device, self._infer.engine)
+        if not self._warms_up:
+            engine.load()
+            return
+        if device in self._warm:
+            return
+        started = time.monotonic()
+        try:
+            engine.warm_up(job.cancelled)
+            logger.info("The networks on %s are warm after %.1f s", device, time.monotonic() - started)
+        except CancelledError as err:
+            logger.info("%s", err)
+        self._warm.add(device)
 
 
 def _write_and_remove(folder: Path) -> None:

@@ -95,7 +95,7 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
     engine = context.infer.engine
     if find_family(options.trainer) == "textdiff":
         return {
-            **picture_trainings.collect(context.textdiff, options, cases, context.options.device),
+            **picture_trainings.collect(context.textdiff, options, cases, context.options.training_device),
             "sequence": sequence,
         }
     cases = [case for case in cases if not is_picture(case.image)]
@@ -109,7 +109,7 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
         "model_dir": str(engine.model_dir),
         "adapters": str(engine.adapters.root),
         "backbone": context.options.backbone,
-        "device": context.options.device,
+        "device": context.options.training_device,
         "sequence": sequence,
     }
 

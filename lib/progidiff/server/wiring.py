@@ -62,6 +62,7 @@ def build(context: Context) -> None:
         find_labelled,
         lambda: context.training.is_running(),
         PictureScorer(context.textdiff, scores),
+        len(context.infer.queue.devices),
     )
     context.selection = Selection(
         context.app,
@@ -89,19 +90,21 @@ def build(context: Context) -> None:
     context.on_published.append(context.retraining.on_published)
     context.on_ended += [context.retraining.on_ended, counting.note_training]
     counting.watch_queue(context.infer.queue)
-    context.readiness = Readiness(context.app, context.infer)
+    context.readiness = Readiness(context.app, context.infer, warms_up=options.warm_up)
     context.registry = build_registry(context)
     if options.metrics_token_file is not None:
         context.metrics_tokens = read_tokens(options.metrics_token_file)
 
 
 def start(context: Context, studies: str) -> None:
-    """Begin to score in the background and continue an interrupted training, if the options say so. The scorer of a
-    reloaded app ends.
+    """Begin to warm up and to score in the background, and continue an interrupted training, if the options say so. The
+    scorer of a reloaded app ends.
 
     Scores that are on disk are read ahead of the first request, in the background too: the server is ready without
     them.
     """
+    if context.options.warm_up:
+        context.readiness.begin()
     for scorer in _running:
         scorer.stop()
     _running[:] = [context.scorer]

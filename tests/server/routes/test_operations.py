@@ -137,7 +137,9 @@ def test_weights_that_cannot_be_loaded_are_the_reason_and_are_tried_again_after_
         raise ModelError("There is no backbone. Name its folder.")
 
     engine = SimpleNamespace(info=lambda: {"loaded": False}, load=load)
-    infer = SimpleNamespace(engine=engine, queue=app.context.infer.queue, store=app.context.infer.store)
+    infer = SimpleNamespace(
+        engine=engine, engines={"cpu": engine}, queue=app.context.infer.queue, store=app.context.infer.store
+    )
     readiness = Readiness(app, infer, lambda: now[0])  # type: ignore[arg-type]
 
     def ask() -> str:

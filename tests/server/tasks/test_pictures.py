@@ -81,6 +81,7 @@ class DrawingEngine(TextDiffEngine):
         card: TextDiffCard,
         on_progress: Callable[[int, int], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
+        device: str = "",
     ) -> TextDiffResult:
         if len(sentence or "") > self.refuse_longer_than:
             raise RequestError("The sentence is too long.")
@@ -302,7 +303,7 @@ def test_a_full_memory_is_a_reason_to_try_later(tmp_path: Path, monkeypatch: pyt
             raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
     engine = TextDiffEngine(tmp_path)
-    monkeypatch.setattr(engine, "_load", lambda card: Full())
+    monkeypatch.setattr(engine, "_load", lambda card, device: Full())
     with pytest.raises(MemoryFullError, match="no memory left for this picture"):
         engine.predict(np.zeros((4, 4)), None, 1, CARD)
 

@@ -1,10 +1,11 @@
 """Scores of the whole pool, made in the background while nobody uses the device.
 
-One thread takes the images one after the other: those without scores first, then those scored by an older model
-version, labelled ones last. It asks for K proposals under `DeviceQueue.background_job`, so that the first request of a
-person stops it after the small batch of slices it is at; the slices that are ready are kept and the rest follows when
-the device is idle again. Scores go to the `SliceScoreStore`; the proposals themselves are kept as the answer to the
-request that would ask for them, so that the first look at an image costs a reading.
+A thread for every device takes the images one after the other: those without scores first, then those scored by an
+older model version, labelled ones last. It asks for K proposals under `DeviceQueue.background_job`, so that the first
+request of a person that finds no idle device stops it after the small batch of slices it is at; the slices that are
+ready are kept and the rest follows when a device is idle again. Scores go to the `SliceScoreStore`; the proposals
+themselves are kept as the answer to the request that would ask for them, so that the first look at an image costs a
+reading.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class ScoringProgress(BaseModel):
 
 
 class PoolScorer:
-    """The background thread; one per server process.
+    """The background threads, one for every device; one scorer per server process.
 
     Args:
         app: Whose datastore is scored.
@@ -77,6 +78,7 @@ class PoolScorer:
         find_labelled: The images that are wholly annotated, and can wait.
         is_training: Whether a training runs: it needs the processor, and its model will ask for new scores anyway.
         pictures: Scores pictures; None where there are none.
+        threads: How many images are scored side by side: one on each device.
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class PoolScorer:
         find_labelled: Callable[[], Collection[str]] = frozenset,
         is_training: Callable[[], bool] = lambda: False,
         pictures: PictureScorer | None = None,
+        threads: int = 1,
     ) -> None:
         self.infer = infer
         self._pictures = pictures
@@ -97,35 +100,48 @@ class PoolScorer:
         self._find_labelled = find_labelled
         self._is_training = is_training
         self._failed: dict[str, tuple[str, str]] = {}
-        self._job: Job | None = None
+        self._jobs: dict[str, Job] = {}
+        self._claimed: set[str] = set()
+        self._claiming = threading.Lock()
         self._state = "off"
         self._wake = threading.Event()
         self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._count = threads
 
     def start(self, first: Callable[[], None] = lambda: None) -> None:
         """Begin; no effect if it runs.
 
         Args:
-            first: What the thread does before it scores; must not raise.
+            first: What the first thread does before any of them scores; must not raise.
         """
-        if self._thread is None:
+        if not self._threads:
             self._state = "waiting"
-            self._thread = threading.Thread(target=self._run, args=(first,), name="progidiff-scorer", daemon=True)
-            self._thread.start()
+            self._add_thread(lambda: self._begin(first))
             # A daemon thread inside the network when the interpreter ends takes the process down with a crash.
             atexit.register(self.stop)
 
+    def _begin(self, first: Callable[[], None]) -> None:
+        """In the first thread: what comes before, then a thread for every further device."""
+        first()
+        for _ in range(1, self._count):
+            if not self._stop.is_set():
+                self._add_thread(lambda: None)
+
+    def _add_thread(self, first: Callable[[], None]) -> None:
+        name = "progidiff-scorer" + (f"-{len(self._threads) + 1}" if self._threads else "")
+        thread = threading.Thread(target=self._run, args=(first,), name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
     def stop(self) -> None:
-        """End after the batch of slices that is computed now."""
+        """End after the batches of slices that are computed now."""
         self._stop.set()
         self._wake.set()
-        job = self._job
-        if job is not None:
+        for job in list(self._jobs.values()):
             job.cancel()
-        if self._thread is not None:
-            self._thread.join(10)
-            self._thread = None
+        while self._threads:
+            self._threads.pop().join(10)
             self._state = "off"
 
     def wake(self) -> None:
@@ -156,8 +172,7 @@ class PoolScorer:
             for image, entry in entries.items()
             if image in images and entry.scores.version == wanted[entry.modality]
         ]
-        job = self._job
-        info = None if job is None else job.info()
+        info = next((job.info() for job in list(self._jobs.values())), None)
         return ScoringProgress(
             state=self._state,
             images=len(images),
@@ -176,7 +191,7 @@ class PoolScorer:
         labelled = set(self._find_labelled())
         urgent: list[tuple[bool, bool, str]] = []
         has_picture_model = bool(self.wanted_version(PICTURE))
-        for image in sorted(self._app.datastore().list_images()):
+        for image in sorted(set(self._app.datastore().list_images()) - self._claimed):
             if not has_picture_model and self._find_picture(image) is not None:
                 continue
             entry = entries.get(image)
@@ -223,13 +238,13 @@ class PoolScorer:
     def _take_turn(self, image: str) -> Iterator[Job]:
         """The device while nobody else wants it."""
         with self.infer.queue.background_job("score", image) as job:
-            self._job = job
+            self._jobs[image] = job
             try:
                 if self._stop.is_set():
                     raise CancelledError("Scoring ends with the server.")
                 yield job
             finally:
-                self._job = None
+                del self._jobs[image]
 
     def _find_scores(self) -> dict[str, ScoredImage]:
         return self.scores.pick_newest(self.wanted_version)
@@ -270,7 +285,8 @@ class PoolScorer:
                 logger.exception("Scoring goes on after an unexpected error")
                 self._state = f"waiting after an unexpected error: {type(err).__name__}"
             self._wake.wait(pause)
-            self._wake.clear()
+            if not self._stop.is_set():  # The other threads are to see it too.
+                self._wake.clear()
 
     def _work(self) -> float:
         """Score what there is. Returns after how many seconds to look again."""
@@ -281,12 +297,18 @@ class PoolScorer:
             if not self.infer.queue.is_idle():
                 self._state = "waiting: the device is in use"
                 return SECONDS_AFTER_REQUESTS
-            image = self.find_next()
+            with self._claiming:
+                image = self.find_next()
+                self._claimed |= set() if image is None else {image}
             if image is None:
-                self._state = "done"
+                self._state = "scoring" if self._claimed else "done"
                 return SECONDS_BETWEEN_ROUNDS
             self._state = "scoring"
-            if not self.score(image):
+            try:
+                is_done = self.score(image)
+            finally:
+                self._claimed.discard(image)
+            if not is_done:
                 self._state = "waiting: the device is in use"
                 return SECONDS_AFTER_REQUESTS
         return 0.0

@@ -1,4 +1,4 @@
-"""The textdiff models of a server: versions on disk, one of them in memory once somebody asks.
+"""The textdiff models of a server: versions on disk, one of them in the memory of a device once somebody asks.
 
 Nothing is loaded, and no weight is looked for, before the first request: a server without these weights starts as fast
 and says what is missing when it is asked. Whoever calls `TextDiffEngine.predict` holds the device (`DeviceQueue`).
@@ -36,14 +36,14 @@ class TextDiffEngine:
 
     Args:
         root: Folder of the models: ``<name>/<version>/`` and ``denoiser/``.
-        device: "cpu", "cuda"; None to pick.
+        devices: What the queue calls a device -> "cpu", "cuda"; None to pick.
     """
 
-    def __init__(self, root: Path, device: str | None = None) -> None:
+    def __init__(self, root: Path, devices: Mapping[str, str | None] | None = None) -> None:
         self.root = root
-        self.device = device
+        self._devices = dict(devices or {"": None})
         self._lock = threading.Lock()
-        self._loaded: tuple[str, TextDiffModel] | None = None
+        self._loaded: dict[str, tuple[str, TextDiffModel]] = {}
 
     @property
     def store(self) -> TextDiffStore:
@@ -128,8 +128,9 @@ class TextDiffEngine:
         card: TextDiffCard,
         on_progress: Callable[[int, int], None] | None = None,
         is_cancelled: Callable[[], bool] | None = None,
+        device: str = "",
     ) -> TextDiffResult:
-        """Run a version; it is loaded if it is not the last one that ran.
+        """Run a version on a device that the caller holds; it is loaded if it is not the last one that ran there.
 
         Raises:
             ModelError: if it cannot be loaded.
@@ -139,7 +140,7 @@ class TextDiffEngine:
             MemoryFullError: if the device has no memory for it.
         """
         try:
-            return self._load(card).predict(
+            return self._load(card, device).predict(
                 picture, sentence, draws, on_progress=on_progress, is_cancelled=is_cancelled
             )
         except (MemoryError, RuntimeError) as err:
@@ -159,14 +160,15 @@ class TextDiffEngine:
         store = self.find_store()
         return [] if store is None else store.entries()
 
-    def _load(self, card: TextDiffCard) -> TextDiffModel:
+    def _load(self, card: TextDiffCard, device: str) -> TextDiffModel:
         key = f"{card.full_name} {card.sha256}"
+        name = device if device in self._devices else next(iter(self._devices))
         with self._lock:
-            if self._loaded is None or self._loaded[0] != key:
-                self._loaded = None  # The old one goes before the new one comes.
-                self._loaded = (key, self.store.load_model(card, self.device))
+            if name not in self._loaded or self._loaded[name][0] != key:
+                self._loaded.pop(name, None)  # The old one goes before the new one comes.
+                self._loaded[name] = (key, self.store.load_model(card, self._devices[name]))
                 logger.info("Loaded textdiff model %s", card.full_name)
-            return self._loaded[1]
+            return self._loaded[name][1]
 
 
 class SentenceTable:

@@ -348,7 +348,7 @@ class TextDiffInferTask(InferTask):
 
         def compute(work: Work) -> VolumeProposals:
             result = self.engine.predict(
-                _read_pixels(subject), sentence, draws, card, work.on_progress, work.is_cancelled
+                _read_pixels(subject), sentence, draws, card, work.on_progress, work.is_cancelled, work.device
             )
             return to_proposals(result, subject, card)
 
@@ -404,7 +404,7 @@ def build_textdiff(
         studies: Folder or address of the images.
         datastore: Gives the app's datastore.
     """
-    engine = TextDiffEngine(options.textdiff or model_dir / "textdiff", options.device)
+    engine = TextDiffEngine(options.textdiff or model_dir / "textdiff", options.list_devices())
     is_local = not studies.startswith(("http://", "https://"))
     return TextDiffInferTask(engine, proposals, SentenceTable(Path(studies) if is_local else None), datastore)
 

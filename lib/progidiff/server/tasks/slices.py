@@ -214,7 +214,7 @@ class SliceInferTask(InferTask):
                 if choice.fits or len(results) >= rounds or not drawn.masks.any():
                     return choice, drawn, seconds
             question = ask(len(results))
-            compute = partial(self._proposals.engine.propose, question.request, volume)
+            compute = partial(self._proposals.propose, question.request, volume)
             answer = self._keeper.find_or_compute(question, compute, take_turn)
             results.append(answer.proposals)
             seconds += answer.proposals.seconds

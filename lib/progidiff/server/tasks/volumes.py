@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from progidiff.proposals.request import (
     ProposalRequest,
 )
 from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.work import UnfinishedProposals, Work
 from progidiff.server.options import ServerOptions
 from progidiff.server.tasks.answers import (
@@ -73,19 +74,27 @@ class ProposalInferTask(InferTask):
 
     Args:
         engine: The model; loaded at the first request.
+        others: The same model on further devices, in the order of `ServerOptions.list_devices`.
         store: Where proposals are kept.
         options: Of the server.
         datastore: Gives the app's datastore, to save tag `original` into.
     """
 
     def __init__(
-        self, engine: Engine, store: ProposalStore, options: ServerOptions, datastore: Callable[[], Datastore]
+        self,
+        engine: Engine,
+        store: ProposalStore,
+        options: ServerOptions,
+        datastore: Callable[[], Datastore],
+        others: Sequence[Engine] = (),
     ) -> None:
         self.engine = engine
+        names = list(options.list_devices())
+        self._others = dict(zip(names[1:], others, strict=True))
         self.store = store
         self.keeper = Keeper(DiskShelf(store))
         self.options = options
-        self.queue = DeviceQueue(options.device or "the device", max_waiting=options.max_waiting)
+        self.queue = DeviceQueue(names, max_waiting=options.max_waiting)
         self._datastore = datastore
         self._volumes: Recent[Volume] = Recent(_KEPT_VOLUMES)
         self.structures = _known_structures(engine)
@@ -277,9 +286,20 @@ class ProposalInferTask(InferTask):
 
     def answer(self, question: Question, volume: Volume, take_turn: TakeTurn, work: Work | None = None) -> Answer:
         """The proposals, kept or computed; see `Keeper.find_or_compute`."""
-        return self.keeper.find_or_compute(
-            question, partial(self.engine.propose, question.request, volume), take_turn, work
-        )
+        return self.keeper.find_or_compute(question, partial(self.propose, question.request, volume), take_turn, work)
+
+    def propose(self, request: ProposalRequest, volume: Volume, work: Work) -> VolumeProposals:
+        """Compute on the device that has the turn (`Work.device`); whoever calls holds it. See `Engine.propose`."""
+        return self.find_engine(work.device).propose(request, volume, work)
+
+    @property
+    def engines(self) -> dict[str, Engine]:
+        """The engine of every device, by the name that the queue calls it."""
+        return {self.queue.devices[0]: self.engine, **self._others}
+
+    def find_engine(self, device: str) -> Engine:
+        """The engine of a device."""
+        return self._others.get(device, self.engine)
 
     def find_unfinished(self, job_id: str) -> UnfinishedProposals | None:
         """What a running job has proposed so far; None before its first slices and after its end."""
@@ -294,15 +314,18 @@ def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable
         embedded_model: The model folder used when `options.model_dir` is None.
         datastore: Gives the app's datastore.
     """
-    engine = Engine(
-        model_dir=options.model_dir or embedded_model,
-        backbone=options.backbone,
-        device=options.device,
-        adapters=options.adapters,
-        cpu_fallback=options.cpu_fallback,
-    )
+    engines = [
+        Engine(
+            model_dir=options.model_dir or embedded_model,
+            backbone=options.backbone,
+            device=device,
+            adapters=options.adapters,
+            cpu_fallback=options.cpu_fallback,
+        )
+        for device in options.list_devices().values()
+    ]
     store = ProposalStore(options.store, max_bytes=int(options.store_gb * 1e9))
-    return ProposalInferTask(engine, store, options, datastore)
+    return ProposalInferTask(engines[0], store, options, datastore, engines[1:])
 
 
 def compute_label_id(structure: str) -> int:

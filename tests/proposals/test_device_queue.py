@@ -404,3 +404,60 @@ def test_a_person_waits_for_one_batch_of_the_background_at_most_and_is_told_what
     finish_in_turn([person, other], order)
     assert batches == ["batch 0", "batch 1", "batch 2"]
     assert order == ["person", "other"]
+
+
+def test_several_devices_compute_side_by_side_and_whoever_is_next_gets_the_one_that_is_free_first():
+    queue, order = DeviceQueue(["cuda:0", "cuda:1"]), []
+    workers = {}
+    for name in "abcd":
+        workers[name] = Worker(queue, name, order)
+        only_job(queue, name)
+    wait_until(lambda: sorted(order) == ["a", "b"])
+    assert [only_job(queue, name).info().device for name in "ab"] == ["cuda:0", "cuda:1"]
+    assert [only_job(queue, name).position for name in "cd"] == [1, 2]
+    assert only_job(queue, "d").info().device == "cuda:0 or cuda:1"
+    assert not queue.is_idle()
+    workers["b"].finish()
+    wait_until(lambda: "c" in order)
+    assert only_job(queue, "c").info().device == "cuda:1"
+    for name in "acd":
+        workers[name].finish()
+    assert queue.is_idle()
+    assert {job.state for job in queue.list()} == {JobState.DONE}
+    assert only_job(queue, "d").info().waiting_for == ""
+
+
+def test_a_request_goes_to_the_idle_device_that_knows_its_image_or_to_the_one_idle_longest():
+    queue = DeviceQueue(["first", "second"])
+    for image, device in (("a", "first"), ("b", "second"), ("b", "second"), ("c", "first"), ("b", "second")):
+        with queue.job("infer", image) as job:
+            assert (image, job.device) == (image, device)
+
+
+def test_background_work_takes_every_idle_device_and_one_request_stops_one_of_it():
+    queue = DeviceQueue(["first", "second"])
+    with queue.background_job("score", "a") as a, queue.background_job("score", "b") as b:
+        assert (a.device, b.device) == ("first", "second")
+        with pytest.raises(BusyError, match="first or second is not idle"), queue.background_job("score", "c"):
+            pass
+        worker = Worker(queue, "d")
+        assert only_job(queue, "d").info().waiting_for.startswith("the background scoring of 'a'")
+        wait_until(a.cancelled)
+        assert not b.cancelled()
+        other = Worker(queue, "e")
+        only_job(queue, "e")
+        wait_until(b.cancelled)
+    wait_until(lambda: {job.state for job in queue.list()} == {JobState.RUNNING})
+    worker.finish()
+    other.finish()
+
+
+def test_an_idle_device_takes_the_request_and_the_scoring_on_the_other_one_goes_on():
+    queue, demands = DeviceQueue(["first", "second"]), []
+    queue.on_demand.append(demands.append)
+    with queue.background_job("score", "a") as scoring:
+        with queue.job("infer", "b") as job:
+            assert job.device == "second"
+            assert demands == [True]
+        assert not scoring.cancelled()
+    assert demands == [True, False]

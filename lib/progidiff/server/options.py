@@ -253,7 +253,7 @@ def _read_devices(given: Mapping[str, str]) -> tuple[str, ...]:
     text = given.get("devices", "").lower()
     if not text:
         return ()
-    if "device" in given:
+    if given.get("device", "auto").lower() != "auto":
         raise RequestError("--conf device and --conf devices say the same thing twice; leave one of them out.")
     if text == "all":
         import torch

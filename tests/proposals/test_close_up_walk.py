@@ -16,7 +16,7 @@ from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
 from progidiff.model.calibration import Calibration
 from progidiff.prompts.parser import Query
-from progidiff.proposals.close_up_walk import EvidenceShelf
+from progidiff.proposals.close_up_walk import CloseUpWalk, EvidenceShelf
 from progidiff.proposals.close_ups import blend
 from progidiff.proposals.edits import Edit
 from progidiff.proposals.engine import Engine
@@ -216,3 +216,28 @@ def test_agreement_that_nobody_measured_is_no_probability(engine: Engine, volume
     assert not engine.info()["is_calibrated"]
     with pytest.raises(RequestError, match="show agreement instead"):
         result.probability(volume.grid)
+
+
+def test_structures_drawn_in_joint_batches_are_those_drawn_one_by_one(
+    engine: Engine, volume: Volume, monkeypatch: pytest.MonkeyPatch
+):
+    edits = (edit(14, 12, 4).model_copy(update={"structure": "liver"}),)
+    request = ProposalRequest(queries=[LIVER, SPLEEN, AORTA], num_proposals=3, num_inference_steps=2, edits=edits)
+    apart = engine.propose(request, volume)
+    calls: list[int] = []
+    engine.load()
+    assert engine._close_up is not None
+    engine._close_up.pipeline.network.encoder.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    engine.propose(request, volume)
+    alone, original = len(calls), CloseUpWalk.__init__
+
+    def join(self: CloseUpWalk, *arguments: object) -> None:
+        original(self, *arguments)  # type: ignore[arg-type]
+        self._draws_together = True  # As on a device.
+
+    monkeypatch.setattr(CloseUpWalk, "__init__", join)
+    calls.clear()
+    together = engine.propose(request, volume)
+    assert together.probabilities.any()
+    assert differ(apart, together) <= 1
+    assert 0 < len(calls) < alone

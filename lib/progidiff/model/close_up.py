@@ -155,6 +155,19 @@ class WindowBatch:
     def __len__(self) -> int:
         return len(self.images)
 
+    @staticmethod
+    def concatenate(parts: Sequence[WindowBatch]) -> WindowBatch:
+        """Join batches of windows of one size, all with edits or all without."""
+        edits = [part.edits for part in parts if part.edits is not None]
+        return WindowBatch(
+            images=torch.cat([part.images for part in parts]),
+            evidence=torch.cat([part.evidence for part in parts]),
+            is_found=torch.cat([part.is_found for part in parts]),
+            edits=torch.cat(edits) if edits else None,
+            pooled=torch.cat([part.pooled for part in parts]),
+            spacing=torch.cat([part.spacing for part in parts]),
+        )
+
     @property
     def condition(self) -> Tensor:
         """(N, T + 4): text, sizes, and whether there is evidence and text."""

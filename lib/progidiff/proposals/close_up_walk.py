@@ -25,7 +25,7 @@ from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.folder import ModelCard
 from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.proposals.batches import Batch, BatchSize
-from progidiff.proposals.close_ups import Subject, blend, draw_close_ups
+from progidiff.proposals.close_ups import Subject, blend, draw_close_ups, draw_together
 from progidiff.proposals.islands import DRAWN
 from progidiff.proposals.placed_edits import PlacedEdits, place_edits
 from progidiff.proposals.request import ProposalRequest
@@ -35,6 +35,9 @@ from progidiff.proposals.work import Work
 
 FINER = 2
 """Pixels of the kept proposals per pixel of the working grid, along both axes."""
+
+Seen = dict[int, list[tuple[CloseUpWindow, torch.Tensor]]]
+"""Axial index -> windows and the proposals that were drawn in them, (K, S, S)."""
 
 Key = tuple[str, str]
 """(adapter, digest of the volume)."""
@@ -125,6 +128,7 @@ class CloseUpWalk(Walk):
         # An adapter's agreement is another one, which nobody compared with the truth.
         calibration = None if adapter else tools.calibration
         self._result = replace(self._result, pins=pins, calibration=calibration)
+        self._draws_together = pipeline.device.type != "cpu"
         self._subjects: list[tuple[Subject, list[CloseUpWindow]]] | None = None
 
     def _make_result_grid(self, grid: WorkingGrid) -> WorkingGrid:
@@ -142,6 +146,10 @@ class CloseUpWalk(Walk):
         if self._subjects is None:
             self._subjects = self._find_subjects(size)
         at_once = max(1, size.samples // len(self._levels))
+        if self._draws_together:
+            self._draw_together(batch.slices, at_once)
+            self._result.keep_pins()
+            return None
         for p, (subject, windows) in enumerate(self._subjects):
             self._check_cancelled()
             self._draw(p, subject, windows, batch.slices, at_once)
@@ -161,8 +169,8 @@ class CloseUpWalk(Walk):
         self, p: int, subject: Subject, windows: Sequence[CloseUpWindow], slices: NDArray[np.int64], at_once: int
     ) -> None:
         """Draw a structure on some slices and store what is seen of it."""
-        tools, grid = self._tools, self._result.grid
-        parts: dict[int, list[tuple[CloseUpWindow, torch.Tensor]]] = {}
+        tools = self._tools
+        parts: Seen = {}
         for drawing in draw_close_ups(
             tools.pipeline,
             subject,
@@ -176,6 +184,33 @@ class CloseUpWalk(Walk):
         ):
             for n, z in enumerate(drawing.slices.tolist()):
                 parts.setdefault(z, []).append((drawing.window, drawing.probabilities[n]))
+        self._store(p, parts)
+
+    def _draw_together(self, slices: NDArray[np.int64], at_once: int) -> None:
+        """Draw all structures on some slices in joint batches, and store what is seen of them."""
+        subjects = self._subjects or []
+        found: list[Seen] = [{} for _ in subjects]
+        for p, drawing in draw_together(
+            self._tools.pipeline,
+            subjects,
+            self._close_noise,
+            self._levels,
+            self._steps,
+            slices,
+            at_once,
+            self._guidance,
+        ):
+            self._check_cancelled()
+            for n, z in enumerate(drawing.slices.tolist()):
+                found[p].setdefault(z, []).append((drawing.window, drawing.probabilities[n]))
+        for p, parts in enumerate(found):
+            self._store(p, parts)
+            share = (p + 1) / len(found)
+            self._work.on_progress(self._done + int(len(slices) * share), self._total)
+
+    def _store(self, p: int, parts: Seen) -> None:
+        """Put what was drawn of a structure on the grid of the result."""
+        grid = self._result.grid
         for z, seen in parts.items():
             (rows, columns), maps = blend(seen, lambda window, values: window.restore_to(values, grid))
             quantised = (maps.clamp(0, 1) * 255).round().to(torch.uint8).numpy()  # (K, rows, columns)

@@ -105,6 +105,77 @@ def draw_close_ups(
             yield Drawing(window, part, sharpened, drawn)
 
 
+def draw_together(
+    pipeline: CloseUpPipeline,
+    items: Sequence[tuple[Subject, Sequence[CloseUpWindow]]],
+    noise: Tensor,
+    levels: Tensor,
+    num_inference_steps: int = 1,
+    slices: NDArray[np.int64] | None = None,
+    at_once: int = 16,
+    guidance_scale: float = 1.0,
+) -> Iterator[tuple[int, Drawing]]:
+    """Draw several structures in their windows, windows of one size in one batch whatever they show.
+
+    For devices: a structure has a few windows on a batch of slices, and a device is as long at a few as at many. Batches
+    of another size round differently, so the processor draws structure by structure (`draw_close_ups`) and gives the
+    same bits whatever else is asked.
+
+    Args:
+        pipeline: The networks.
+        items: Structures and their windows.
+        noise, levels, num_inference_steps, slices, at_once, guidance_scale: See `draw_close_ups`.
+
+    Yields:
+        The number of the structure, and what was drawn in one of its windows.
+    """
+    looks: dict[tuple[int, bool], list[tuple[int, CloseUpWindow, NDArray[np.int64], WindowBatch]]] = {}
+
+    def draw(
+        group: Sequence[tuple[int, CloseUpWindow, NDArray[np.int64], WindowBatch]],
+    ) -> Iterator[tuple[int, Drawing]]:
+        owners = [items[p][0] for p, _, part, _ in group for _ in part]
+        batch = WindowBatch.concatenate([batch for _, _, _, batch in group])
+        masks = [owner.token_mask for owner in owners if owner.token_mask is not None]
+        length = max(len(owner.tokens) for owner in owners)
+        tokens = torch.stack([_lengthen(owner.tokens, length) for owner in owners])
+        mask = torch.stack([_lengthen(mask, length) for mask in masks]) if masks else None
+        sharpened, drawn = pipeline.propose(
+            batch, tokens, mask, noise, levels, num_inference_steps, guidance_scale, owners[0].empty
+        )
+        start = 0
+        for p, window, part, _ in group:
+            rows = slice(start, start + len(part))
+            start += len(part)
+            yield p, Drawing(window, part, sharpened[rows], drawn[rows])
+
+    for p, (subject, windows) in enumerate(items):
+        for window in windows:
+            wanted = window.slices if slices is None else window.slices[np.isin(window.slices, slices)]
+            for start in range(0, len(wanted), at_once):
+                part = wanted[start : start + at_once]
+                batch = look(pipeline, subject, window, part)
+                # Without edits a network does not look for them at all, and that is not the same as none.
+                kind = int(batch.images.shape[-1]), batch.edits is None
+                group = looks.setdefault(kind, [])
+                if sum(len(other) for _, _, other, _ in group) + len(part) > at_once:
+                    yield from draw(group)
+                    group.clear()
+                group.append((p, window, part, batch))
+    for group in looks.values():
+        if group:
+            yield from draw(group)
+
+
+def _lengthen(tokens: Tensor, length: int) -> Tensor:
+    """(L, ...) -> (length, ...) with zeros, which a mask leaves out."""
+    return (
+        torch.cat([tokens, tokens.new_zeros(length - len(tokens), *tokens.shape[1:])])
+        if len(tokens) < length
+        else tokens
+    )
+
+
 def look(pipeline: CloseUpPipeline, subject: Subject, window: CloseUpWindow, slices: NDArray[np.int64]) -> WindowBatch:
     """What the network reads of some slices of a window."""
     config, device = pipeline.network.config, pipeline.device

@@ -15,6 +15,7 @@ import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ class Engine:
         device: "cpu", "cuda", "cuda:1"; None picks CUDA if there is one.
         dtype: "fp32", "bf16", "fp16"; None picks by device.
         adapters: Folder of adapters; None for ``adapters/`` in the model folder.
+        at_once: Latents that a device (not the processor) denoises together; a card with free units and memory is
+            faster with more. None for `WHOLE`. Memory that does not suffice halves it, as always.
         cpu_fallback: Whether the processor answers what does not fit into the device's memory.
     """
 
@@ -66,6 +69,7 @@ class Engine:
         dtype: str | None = None,
         adapters: str | Path | None = None,
         cpu_fallback: bool = False,
+        at_once: int | None = None,
     ) -> None:
         self.model_dir = Path(model_dir)
         self.adapters = AdapterStore(adapters or self.model_dir / "adapters")
@@ -73,6 +77,7 @@ class Engine:
         self._device = device
         self._dtype = dtype
         self._cpu_fallback = cpu_fallback
+        self._whole = None if at_once is None else BatchSize(max(WHOLE.slices, at_once // 4), at_once)
         self._on_cpu: Engine | None = None
         self._base_digest: str | None = None
         self._default_steps: int | None = None
@@ -257,7 +262,10 @@ class Engine:
 
     def _make_close_up(self, card: CloseUpCard, network: CloseUpNetwork, pipeline: ProposalPipeline) -> CloseUpTools:
         texts = self.card.structures
-        drawing = CloseUpPipeline(network, pipeline.autocast_dtype)
+        precision = pipeline.autocast_dtype
+        if precision is None and pipeline.device.type == "cuda" and pipeline.unet.dtype != torch.float32:
+            precision = pipeline.unet.dtype  # Its weights stay in fp32, and its products are those of the denoiser.
+        drawing = CloseUpPipeline(network, precision)
         prompts = self._encode_prompts(pipeline, texts)
         return CloseUpTools(drawing, card.rules, self._shelf, texts, prompts, card.calibration)
 
@@ -371,6 +379,8 @@ class Engine:
         pipeline = self.load() if chosen is None else self._load_adapted(chosen)
         card, tools = self.card, self._close_up
         adapter = "" if chosen is None else chosen.full_name
+        if pipeline.device.type != "cpu":  # There a seed gives the same bits, whatever the settings.
+            work = replace(work, whole=self._whole)
         settled = request.settle(self.num_inference_steps, card.guidance_scale, adapter)
         prompts = self._encode_prompts(pipeline, tuple(query.text for query in request.queries))
         if tools is None:

@@ -150,7 +150,7 @@ class Walk:
             self._started -= self._result.seconds
             self.slices = wanted[~np.isin(wanted, list(work.unfinished.slices))]
         self._total, self._done = len(wanted), len(wanted) - len(self.slices)
-        self.size = SMALL if work.is_yielding and pipeline.device.type == "cpu" else WHOLE
+        self.size = SMALL if work.is_yielding and pipeline.device.type == "cpu" else work.whole or WHOLE
         self.batches = plan_batches(self.slices, self.size.slices, work.first)
 
     def compute(self, batch: Batch, size: BatchSize, features: SliceFeatures | None) -> SliceFeatures | None:

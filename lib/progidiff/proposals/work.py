@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from progidiff.proposals.batches import BatchSize
 from progidiff.proposals.volume_proposals import VolumeProposals
 
 
@@ -35,6 +36,7 @@ class Work:
         remember: Keep the features of the slices in memory for the next prompt; work that nobody watches leaves that to
             others.
         device: Which of several devices has the turn, as `DeviceQueue` calls it; "" where there is one.
+        whole: How much to try at once, in the place of the usual; batches of another size round differently.
         is_yielding: Somebody else may want the device at any time: where a whole batch takes seconds, on the processor,
             batches are small.
         unfinished: What an earlier computation of the same request left; its slices are not computed again.
@@ -48,6 +50,7 @@ class Work:
     first: int | None = None
     remember: bool = True
     device: str = ""
+    whole: BatchSize | None = None
     is_yielding: bool = False
     unfinished: UnfinishedProposals | None = None
     on_progress: Callable[[int, int], None] = lambda done, total: None

@@ -50,6 +50,7 @@ class ServerOptions:
         backbone: A Stable-Diffusion folder or hub id to use instead of the backbone in `model_dir`; None for that one.
         device: "cpu", "cuda", "cuda:<n>" or "mps"; None to take the best there is.
         devices: Several devices that answer side by side, in the place of `device`; "cpu" may be named several times.
+        at_once: Latents that a CUDA device denoises together; None for the usual number.
         warm_up: Whether weights are loaded and every network runs once at start, before anybody asks.
         cpu_fallback: Whether a request that does not fit into the device's memory, one slice at a time, is answered by
             the processor.
@@ -104,6 +105,7 @@ class ServerOptions:
     backbone: str | None = None
     device: str | None = None
     devices: tuple[str, ...] = ()
+    at_once: int | None = None
     warm_up: bool = False
     cpu_fallback: bool = False
     max_proposals: int = 16
@@ -186,6 +188,7 @@ class ServerOptions:
             backbone=given.get("backbone"),
             device=None if device == "auto" else device,
             devices=_read_devices(given),
+            at_once=read_int(given["at_once"], "--conf at_once", 1, 16_384) if "at_once" in given else None,
             warm_up=read_bool(given.get("warm_up", cls.warm_up), "--conf warm_up"),
             cpu_fallback=read_bool(given.get("cpu_fallback", cls.cpu_fallback), "--conf cpu_fallback"),
             max_proposals=read_int(

@@ -321,6 +321,7 @@ def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable
             device=device,
             adapters=options.adapters,
             cpu_fallback=options.cpu_fallback,
+            at_once=options.at_once,
         )
         for device in options.list_devices().values()
     ]

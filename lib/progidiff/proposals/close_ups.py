@@ -105,6 +105,10 @@ def draw_close_ups(
             yield Drawing(window, part, sharpened, drawn)
 
 
+_Look = tuple[int, CloseUpWindow, NDArray[np.int64], WindowBatch]
+"""Number of a structure, a window, some of its slices, and what the network reads of them."""
+
+
 def draw_together(
     pipeline: CloseUpPipeline,
     items: Sequence[tuple[Subject, Sequence[CloseUpWindow]]],
@@ -117,9 +121,9 @@ def draw_together(
 ) -> Iterator[tuple[int, Drawing]]:
     """Draw several structures in their windows, windows of one size in one batch whatever they show.
 
-    For devices: a structure has a few windows on a batch of slices, and a device is as long at a few as at many. Batches
-    of another size round differently, so the processor draws structure by structure (`draw_close_ups`) and gives the
-    same bits whatever else is asked.
+    For devices: a structure has a few windows on a batch of slices, and a device is busy with many at once. Batches of
+    another size round differently, so the processor draws structure by structure (`draw_close_ups`) and gives the same
+    bits whatever else is asked.
 
     Args:
         pipeline: The networks.
@@ -129,10 +133,10 @@ def draw_together(
     Yields:
         The number of the structure, and what was drawn in one of its windows.
     """
-    looks: dict[tuple[int, bool], list[tuple[int, CloseUpWindow, NDArray[np.int64], WindowBatch]]] = {}
+    looks: dict[tuple[int, bool], list[_Look]] = {}
 
     def draw(
-        group: Sequence[tuple[int, CloseUpWindow, NDArray[np.int64], WindowBatch]],
+        group: Sequence[_Look],
     ) -> Iterator[tuple[int, Drawing]]:
         owners = [items[p][0] for p, _, part, _ in group for _ in part]
         batch = WindowBatch.concatenate([batch for _, _, _, batch in group])

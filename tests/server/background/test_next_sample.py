@@ -152,7 +152,7 @@ class Look:
             scorer=scorer,
             selection=pool.selection,
             retraining=SimpleNamespace(resume=lambda: None),
-            options=SimpleNamespace(score_pool=score_pool),
+            options=SimpleNamespace(score_pool=score_pool, warm_up=False),
         )
         monkeypatch.setattr(wiring, "_running", [])
 

@@ -13,6 +13,7 @@ from progidiff.images.close_up import WindowRules
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.model.close_up import EDIT_CHANNELS, CloseUpNetwork, DenoiserWidths, create_network
 from progidiff.model.pipeline import EncodedPrompts
+from progidiff.training.augment import Tones
 from progidiff.training.close_up_stage import (
     CloseUpObjective,
     CloseUpOptions,
@@ -191,7 +192,9 @@ def test_a_pool_with_readers_hands_out_all_of_them():
     sample = pool.draw(4, np.random.default_rng(0))
     more = replace(sample, truth=sample.truth.expand(-1, 3, -1, -1), weight=torch.ones(4, 3))
     objective = CloseUpObjective(make_network(), pool, make_prompts(), CloseUpOptions(windows_per_step=4))
-    batch = objective._dress(more, more.images * 2 - 1, np.random.default_rng(0))
+    generator = torch.Generator().manual_seed(0)
+    drawn = objective._dress(more, Tones.draw(generator, 4, 0.0), np.random.default_rng(0), generator)
+    batch = objective.prepare(drawn)
     assert torch.allclose(batch.mean_truth, sample.truth[:, 0], atol=1e-6)
     assert batch.windows.edits is not None
     assert batch.windows.edits.shape[1] == len(EDIT_CHANNELS)

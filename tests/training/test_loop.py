@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import resource
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
+from progidiff.training import loop
+from progidiff.training.device_batches import move
 from progidiff.training.loop import AveragedWeights, LoopConfig, compute_learning_rate, derive_seed, run_loop
+from progidiff.training.objective import Objective
+from progidiff.training.processes import Team
 
 CONFIG = LoopConfig(steps=12, learning_rate=0.05, warmup=3, precision="fp32", checkpoint_every=4, ema_decay=0.9, seed=7)
 
@@ -519,3 +524,125 @@ def test_a_run_that_would_train_nothing_is_refused(tmp_path: Path):
     module = build_module().requires_grad_(False)
     with pytest.raises(RequestError, match="Nothing would be trained"):
         run_loop({"net": module}, build_loss(module), CONFIG, tmp_path)
+
+
+class Drawn(Objective):
+    """The toy loss in two parts."""
+
+    def __init__(self, module: nn.Module, break_at: int | None = None) -> None:
+        self.module, self.break_at, self.threads = module, break_at, set[str]()
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        self.threads.add(threading.current_thread().name)
+        return torch.randn(16, 4, generator=generator)
+
+    def compute(self, drawn: Tensor, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        error = (self.module(drawn)[:, 0] - drawn.sum(1)).square().mean()
+        if step == self.break_at:
+            error = error * float("nan")
+        return error, {"error": error.detach()}
+
+
+@pytest.fixture
+def asynchronous(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop as on a device that computes while the CPU goes on; the fused optimizer works on CPUs too."""
+    monkeypatch.setattr(loop, "is_asynchronous", lambda device: True)
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_drawing_ahead_and_looking_seldom_changes_nothing_but_rounding(tmp_path: Path):
+    module = build_module()
+    objective = Drawn(module)
+    run_loop({"net": module}, objective, replace(CONFIG, log_every=5), tmp_path / "ahead")
+    assert objective.threads == {"prefetch"}
+    other = build_module()
+    with pytest.MonkeyPatch.context() as usual:
+        usual.setattr(loop, "is_asynchronous", lambda device: False)
+        run_loop({"net": other}, build_loss(other), replace(CONFIG, log_every=5), tmp_path / "usual")
+    for name, tensor in module.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert [entry["step"] for entry in read_log(tmp_path / "ahead")] == [5, 10, 12]
+    assert {"loss", "norm", "error"} < set(read_log(tmp_path / "ahead")[0])
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_a_loss_that_breaks_between_two_looks_changes_no_weight_and_names_its_step(tmp_path: Path):
+    module = build_module()
+    config = replace(CONFIG, log_every=5, checkpoint_every=100)
+    with pytest.raises(ModelError, match=r"The loss became nan at step 6; lower the learning rate or use fp32"):
+        run_loop({"net": module}, Drawn(module, break_at=6), config, tmp_path)
+    assert all(torch.isfinite(p).all() for p in module.parameters())
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+@pytest.mark.usefixtures("asynchronous")
+def test_a_run_that_looks_seldom_is_stopped_and_continued(tmp_path: Path):
+    module, whole = build_module(), build_module()
+    asked = iter(range(100))
+    with pytest.raises(CancelledError, match="at step 7"):
+        run_loop({"net": module}, Drawn(module), CONFIG, tmp_path / "a", is_cancelled=lambda: next(asked) >= 7)
+    run_loop({"net": module}, Drawn(module), CONFIG, tmp_path / "a")
+    run_loop({"net": whole}, Drawn(whole), CONFIG, tmp_path / "b")
+    assert_equal(module, whole)
+    assert not [t for t in threading.enumerate() if t.name == "prefetch"]
+
+
+def test_figures_that_only_some_micro_batches_have_are_means_over_those(tmp_path: Path):
+    module = build_module()
+    loss, calls = build_loss(module), iter(range(100))
+
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return loss(step, generator)[0], {"rare": 3.0} if next(calls) % 2 else {"usual": 2.0}
+
+    run_loop({"net": module}, compute_loss, replace(CONFIG, steps=2, accumulate=2, log_every=1), tmp_path)
+    assert [(e["rare"], e["usual"]) for e in read_log(tmp_path)] == [(3.0, 2.0)] * 2
+
+
+def test_what_is_compiled_is_what_is_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A network of methods has no forward pass: its parts are compiled. The compiler itself is PyTorch's matter."""
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module: compiled.append(module))
+    net, parts = (
+        build_module(),
+        nn.ModuleDict({"one": nn.Linear(2, 2), "two": nn.ModuleDict({"three": nn.Linear(2, 2)})}),
+    )
+    config = replace(CONFIG, steps=0, compile=True)
+    run_loop({"net": net, "parts": parts}, build_loss(net), config, tmp_path)
+    assert compiled == [net, parts["one"], parts["two"]["three"]]  # type: ignore[index]
+    with pytest.raises(RequestError, match=r"other settings \(compile differ\)"):
+        run_loop({"net": net, "parts": parts}, build_loss(net), CONFIG, tmp_path / "steps")
+        run_loop({"net": net, "parts": parts}, build_loss(net), replace(CONFIG, compile=True), tmp_path / "steps")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA")
+def test_a_step_on_cuda_waits_for_nothing(tmp_path: Path):
+    module = build_module().cuda()
+    objective = Drawn(module)
+    run = loop._Run({"net": module}, replace(CONFIG, log_every=100), tmp_path, Team(), {})
+    source = run.open_source(MovedFirst(objective))
+    run.train_step(source)  # what is made once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            run.train_step(source)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        source.close()
+    assert run.look()["loss"] > 0
+
+
+class MovedFirst(Objective):
+    """An objective on CUDA."""
+
+    def __init__(self, inner: Objective) -> None:
+        self._inner = inner
+
+    def draw(self, generator: torch.Generator) -> Any:
+        return self._inner.draw(generator)
+
+    def compute(self, drawn: Any, step: int, generator: torch.Generator) -> tuple[Tensor, Any]:
+        return self._inner.compute(move(drawn, torch.device("cuda")), step, generator)

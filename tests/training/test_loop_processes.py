@@ -35,41 +35,57 @@ SETTINGS: dict[str, Any] = {
 }
 
 TOY = """
+import logging
+import os
+import signal
 import sys
 from pathlib import Path
 import torch
 from torch import nn
+from progidiff.training import processes
 from progidiff.training.loop import LoopConfig, run_loop
 from progidiff.training.processes import find_team
 
+logging.basicConfig(format="%(message)s")
+processes.LOST_AFTER = 3.0
 team, mode, folder = find_team(), sys.argv[1], Path(sys.argv[2])
-torch.manual_seed(team.index)  # every process starts with other weights; those of the first count
-net = nn.ModuleDict({"first": nn.Linear(4, 8), "drop": nn.Dropout(0.3), "last": nn.Linear(8, 1)})
-net.update({"rare": nn.Linear(8, 1), "never": nn.Linear(8, 1)})
-micro = team.index
 
-def compute_loss(step, generator):
-    global micro
-    inputs = torch.randn(16, 4, generator=generator)
-    hidden = net["drop"](net["first"](inputs).relu())
-    answer = net["last"](hidden)[:, 0]
-    if micro % 2 == 1:  # a part that only some micro-batches use
-        answer = answer + net["rare"](hidden)[:, 0]
-    micro += team.count
-    error = (answer - inputs.sum(1)).square().mean()
-    if mode == "breaks" and step == 3 and team.index == 1:
-        error = error * float("nan")
-    return error, {"error": float(error.detach())}
+def run(folder, gradients, validate, stop, report):
+    torch.manual_seed(team.index)  # every process starts with other weights; those of the first count
+    net = nn.ModuleDict({"first": nn.Linear(4, 8), "drop": nn.Dropout(0.3), "last": nn.Linear(8, 1)})
+    net.update({"rare": nn.Linear(8, 1), "never": nn.Linear(8, 1)})
+    micro = team.index
+
+    def compute_loss(step, generator):
+        nonlocal micro
+        inputs = torch.randn(16, 4, generator=generator)
+        hidden = net["drop"](net["first"](inputs).relu())
+        answer = net["last"](hidden)[:, 0]
+        if micro % 2 == 1:  # a part that only some micro-batches use
+            answer = answer + net["rare"](hidden)[:, 0]
+        micro += team.count
+        error = (answer - inputs.sum(1)).square().mean()
+        if mode == "breaks" and step == 3 and team.index == 1:
+            error = error * float("nan")
+        if mode in ("SIGKILL", "SIGSTOP") and step == 3 and team.index == 1:
+            os.kill(os.getpid(), getattr(signal, mode))
+        return error, {"error": float(error.detach())}
+
+    config = LoopConfig(
+        10, 0.05, warmup=2, ema_decay=0.9, seed=3, precision="fp32", accumulate=2 // team.count,
+        checkpoint_every=4, validate_every=5, gradients=gradients,
+    )
+    return run_loop({"net": net}, compute_loss, config, folder, validate, stop, report)
 
 asked = iter(range(100))
 told = []
-config = LoopConfig(
-    10, 0.05, warmup=2, ema_decay=0.9, seed=3, precision="fp32", accumulate=2 // team.count,
-    checkpoint_every=4, validate_every=5,
-)
 stop = (lambda: team.is_first and next(asked) >= 5) if mode == "stops" else None
+# Every process validates: each brings its part, and all have the sum.
+validate = lambda: {"dice": sum(team.gather(0.5 / team.count))}
 try:
-    history = run_loop({"net": net}, compute_loss, config, folder, lambda: {"dice": 0.5}, stop, told.append)
+    history = run(folder, "exact", validate, stop, told.append)
+    if mode == "whole" and team.count > 1:
+        run(folder / "overlapped", "overlapped", None, None, None)
 except Exception as err:
     print(f"process {team.index}: {type(err).__name__}: {err}", flush=True)
     raise SystemExit(0)
@@ -134,12 +150,45 @@ def test_two_processes_share_a_step_that_one_computes_in_two_micro_batches(toy: 
         torch.testing.assert_close(tensor, second[name], rtol=1e-5, atol=1e-6)
     assert "average.net.rare.weight" in first
     assert not [n for n in second if n.startswith("optimizer") and ".never." in n]
+    # Overlapping the sum with the backward pass changes nothing but rounding, and what no process used has no moments.
+    overlapped = load_file(tmp_path / "overlapped" / "state.safetensors")
+    assert first.keys() == overlapped.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(tensor, overlapped[name], rtol=1e-5, atol=1e-6)
     # The first process speaks for both.
     assert sorted(told.splitlines()) == ["process 0: 2 validations, 1 reports", "process 1: 0 validations, 0 reports"]
     entries = [
         [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (alone, tmp_path)
     ]
+    assert [e["validation"]["dice"] for e in entries[1] if "validation" in e] == [0.5, 0.5]
     assert entries[0][1]["loss"] == pytest.approx(entries[1][1]["loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGSTOP"])
+def test_a_lost_process_ends_the_others_within_a_minute_with_a_message(toy: Path, tmp_path: Path, how: str):
+    """Killed, so that its connections break, or stopped, as behind a network that is gone: then nothing breaks."""
+    shared = {**environment(), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    # Without a launcher, which would end the other one itself.
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(toy), how, str(tmp_path)],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        told, _ = started[0].communicate(timeout=300)
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+    assert "Process 1 of 2 has not been heard of for" in told
+    assert "so process 0 ends too" in told
+    assert "the same command continues the training at its last checkpoint" in told
 
 
 def test_a_run_stopped_in_two_processes_is_continued_by_one(toy: Path, alone: Path, tmp_path: Path):

@@ -29,9 +29,11 @@ from progidiff.model.lora import (
 )
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.storage.atomic import atomic_file, replace_text
-from progidiff.training.evidence_stage import EvidenceObjective, EvidenceOptions, PhraseTable
+from progidiff.training.device_batches import move
+from progidiff.training.evidence_stage import EvidenceDraw, EvidenceObjective, EvidenceOptions, PhraseTable
 from progidiff.training.gate import measure_agreement, measure_dice
 from progidiff.training.loop import LoopConfig, Report, run_loop
+from progidiff.training.objective import Figures, Objective
 from progidiff.training.proposal_stage import train_proposals
 from progidiff.training.recipe_settings import AdaptConfig
 from progidiff.training.split import AdaptData
@@ -42,7 +44,7 @@ KEPT_PER_STEP = 4
 """Structures that nobody labelled, of which a training step holds the answers to the base's."""
 
 
-class KeepingObjective:
+class KeepingObjective(Objective):
     """The loss of a batch, and beside it how far the answers for structures without labels are from the base's.
 
     Args:
@@ -50,27 +52,37 @@ class KeepingObjective:
         base: The branch before the training.
         others: Text vectors (P, D) of the structures without labels; None leaves the second part out.
         weight: Of the second part.
+
+    Attributes:
+        position: Steps begun.
     """
 
     def __init__(
         self, objective: EvidenceObjective, base: ConditioningBranch, others: Tensor | None, weight: float
     ) -> None:
         self._objective, self._base, self._others, self._weight = objective, base, others, weight
+        self.position = 0
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss and figures of a fresh batch, for `run_loop`."""
-        batch = self._objective.draw_batch(generator)
-        branch, images = self._objective.branch, batch.images.to(self._objective.device)
+    def draw(self, generator: torch.Generator) -> EvidenceDraw:
+        """Slices of the structures with labels."""
+        return self._objective.draw(generator)
+
+    def compute(self, drawn: EvidenceDraw, step: int, generator: torch.Generator) -> tuple[Tensor, Figures]:
+        """Loss and figures of slices that were drawn, for `run_loop`."""
+        self.position = step + 1
+        batch = self._objective.prepare(drawn)
+        branch, images = self._objective.branch, batch.images
         features = branch.encode_slices(images)
         loss, figures = self._objective.compare(features, batch, generator)
         if self._others is None:
             return loss, figures
-        some = self._others[torch.from_numpy(batch.rng.permutation(len(self._others))[:KEPT_PER_STEP])]
+        chosen = torch.from_numpy(batch.rng.permutation(len(self._others))[:KEPT_PER_STEP])
+        some = self._others[move(chosen, images.device)]
         with torch.no_grad():
             before = self._base.predict_evidence(self._base.encode_slices(images), some).float().sigmoid()
         kept = F.binary_cross_entropy_with_logits(branch.predict_evidence(features, some).float(), before)
         # The factor is that of the cross-entropy beside it in `compute_evidence_loss`.
-        return loss + 10 * self._weight * kept, {**figures, "kept": float(kept.detach())}
+        return loss + 10 * self._weight * kept, {**figures, "kept": kept.detach()}
 
 
 class BestWeights:
@@ -266,38 +278,30 @@ class AdaptStages:
             self.base.encode_prompts(self.unlabelled).pooled if self.unlabelled and config.keep else None,
             config.keep,
         )
-        position = 0
-
-        def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-            nonlocal position
-            position = step + 1
-            return objective(step, generator)
 
         def validate() -> dict[str, float]:
             # A stop request waits for the end of a validation: ending it here would lose the steps since the last
             # checkpoint.
             figures = measure_dice(pipeline, self.data.validation, self.phrases, self.card, between=self.is_cancelled)
-            best.note(position, figures["evidence"], trainee.collect)
-            self.tell({"stage": "validation", "step": position, "total": config.steps, **figures})
+            best.note(objective.position, figures["evidence"], trainee.collect)
+            self.tell({"stage": "validation", "step": objective.position, "total": config.steps, **figures})
             return figures
 
         def stop() -> bool:
-            self.tell({"stage": "evidence", "step": position, "total": config.steps})
+            self.tell({"stage": "evidence", "step": objective.position, "total": config.steps})
             return best.should_stop() or self.is_cancelled()
 
         trainee.select(targets)
         loop = self._loop_config(config.steps, config.learning_rate or 0.0)
         modules = {"branch": pipeline.branch}
         try:
-            run_loop(
-                modules, compute_loss, loop, folder, validate, stop, lambda e: self.tell({"stage": "evidence", **e})
-            )
+            run_loop(modules, objective, loop, folder, validate, stop, lambda e: self.tell({"stage": "evidence", **e}))
         except CancelledError:
             if not best.should_stop():
                 raise
             logger.info("Stopped early: no gain in %d validations", config.patience)
         if best.best is None:  # killed between the last checkpoint and its validation
-            position = config.steps
+            objective.position = config.steps
             validate()
         return best
 

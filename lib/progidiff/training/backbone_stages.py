@@ -22,6 +22,8 @@ from progidiff.model.codec import MaskCodec, encode_pictures
 from progidiff.training.augment import augment
 from progidiff.training.loop import LoopConfig, Report, run_loop
 from progidiff.training.losses import CodecLosses, compute_dice_loss
+from progidiff.training.objective import Figures
+from progidiff.training.processes import Team, find_team
 from progidiff.training.settings import Range
 from progidiff.training.slice_cache import SliceCache
 
@@ -95,23 +97,32 @@ def draw_masks(
 
 
 @torch.no_grad()
-def compute_codec_ceiling(vae: Any, cache: SliceCache, every: int = 1, per_structure: int = 400) -> dict[str, float]:
+def compute_codec_ceiling(
+    vae: Any, cache: SliceCache, every: int = 1, per_structure: int = 400, team: Team | None = None
+) -> dict[str, float]:
     """Encode-decode Dice of ground-truth masks at the working resolution, per structure (voxels pooled over all
     slices).
+
+    Args:
+        every: Slices of which one is measured.
+        per_structure: Measured slices at most.
+        team: The processes that share the slices, all of which call this; None for this one alone.
     """
+    team = team or Team()
     codec = MaskCodec(vae)
     device = codec.mean.device
     ceiling = {}
     for s, structure in enumerate(cache.structures):
         chosen = cache.by_structure[s][::every][:per_structure]
         overlap = total = 0.0
-        for start in range(0, len(chosen), 32):
+        for start in team.share(range(0, len(chosen), 32)):
             _, labels = cache.read([int(i) for i in chosen[start : start + 32]])
             masks = (labels == s + 1).float().to(device)
             with torch.autocast(device.type, torch.bfloat16):
                 decoded = codec.decode_signed(codec.encode_masks(masks)) > 0
             overlap += float((decoded & masks.bool()).sum())
             total += float(decoded.sum() + masks.sum())
+        overlap, total = (sum(part) for part in zip(*team.gather((overlap, total)), strict=True))
         if total:
             ceiling[structure] = 2 * overlap / total
     return ceiling
@@ -167,9 +178,9 @@ def train_codec(
     vae.encoder.requires_grad_(not refine)
     device = next(vae.parameters()).device
 
-    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, Figures]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        images, labels = training.read(training.draw_balanced(options.slices_per_step, rng, random_share=0.0))
+        images, labels = training.read_bytes(training.draw_balanced(options.slices_per_step, rng, random_share=0.0))
         images, labels = augment(images, labels, generator, options.augmentation, options.bias_field)
         _, _, masks = draw_masks(training, images, labels, options.masks_per_slice, rng, smallest=refine)
         masks = crop_around(masks, masks, crop, rng).to(device)
@@ -199,15 +210,15 @@ def train_codec(
             + weights.size * size
         )
         return loss, {
-            "dice": float(dice.detach()),
-            "ce": float(cross_entropy.detach()),
-            "picture": float(picture.detach()),
-            "size": float(size.detach()),
+            "dice": dice.detach(),
+            "ce": cross_entropy.detach(),
+            "picture": picture.detach(),
+            "size": size.detach(),
         }
 
     def validate() -> dict[str, float]:
         assert validation is not None
-        ceiling = compute_codec_ceiling(vae, validation, every=3)
+        ceiling = compute_codec_ceiling(vae, validation, every=3, team=find_team())
         return {"lowest": min(ceiling.values()), **ceiling}
 
     check = None if validation is None else validate
@@ -259,9 +270,9 @@ def train_text_to_image(
     unet.requires_grad_(True).train()
     alphas = scheduler.alphas_cumprod
 
-    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, Figures]:
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        images, labels = training.read(training.draw_balanced(slices, rng))
+        images, labels = training.read_bytes(training.draw_balanced(slices, rng))
         images, labels = augment(images, labels, generator, options.augmentation, options.bias_field)
         _, picked, masks = draw_masks(training, images, labels, 1, rng)
         captions = []

@@ -8,8 +8,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from progidiff.errors import RequestError
 from progidiff.model.backbone import Backbone
 from progidiff.model.close_up import CloseUpNetwork, create_network
@@ -119,7 +117,8 @@ def find_out_of_fold(
         )
     conditioning = card.conditioning
     for number, part in enumerate(split_by_patient(cases, config.close_up.folds)):
-        if all(find_evidence(work, case.name).is_file() for case in part):
+        team = find_team()
+        if team.agree(all(find_evidence(work, case.name).is_file() for case in part), backbone.device):
             continue
         rest = [case for case in cases if case not in part]
         branch = create_branch(
@@ -146,10 +145,10 @@ def find_out_of_fold(
         train_fold(
             branch, backbone, rest, card.structures, loop, config.evidence, work, f"fold{number}", is_cancelled, report
         )
-        with find_team().first_alone(), torch.no_grad():
-            for name, dice in keep_evidence(branch, backbone, part, card.structures, work):
-                mean = sum(dice.values()) / max(1, len(dice))
-                logger.info("Out-of-fold evidence of %s: Dice %.3f", name, mean)
+        for name, dice in keep_evidence(branch, backbone, team.share(part), card.structures, work):
+            mean = sum(dice.values()) / max(1, len(dice))
+            logger.info("Out-of-fold evidence of %s: Dice %.3f", name, mean)
+        team.wait()
 
 
 def _tell(report: Report | None, stage: str) -> Report | None:

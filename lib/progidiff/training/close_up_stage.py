@@ -19,8 +19,10 @@ from torch import Tensor
 
 from progidiff.model.close_up import CloseUpNetwork, WindowBatch, WindowFeatures
 from progidiff.model.pipeline import EncodedPrompts
-from progidiff.training.augment import Blur, Contrast, Noise, simulate_bias_field
+from progidiff.training.augment import Tones
+from progidiff.training.device_batches import move
 from progidiff.training.losses import compute_dice_loss
+from progidiff.training.objective import Figures, Objective
 from progidiff.training.settings import Range
 from progidiff.training.simulated_edits import EditHabits, simulate_edits
 from progidiff.training.window_pool import WindowPool, WindowSample
@@ -79,9 +81,32 @@ class CloseUpOptions:
     losses: CloseUpLosses = CloseUpLosses()
 
 
-@dataclass
+@dataclass(frozen=True)
+class CloseUpDraw:
+    """N windows on the CPU, and what will be done to them.
+
+    Attributes:
+        sample: Windows with their truth.
+        tones: How intensities will change.
+        is_found: (N,) 1 where the network sees evidence.
+        is_named: (N,) bool, whether it sees a prompt.
+        rows: (N,) the prompts.
+        reader: (N,) whose mask is denoised.
+        edits: (N, D, S, S) of somebody who looked at truth and evidence.
+    """
+
+    sample: WindowSample
+    tones: Tones
+    is_found: Tensor
+    is_named: Tensor
+    rows: Tensor
+    reader: Tensor
+    edits: Tensor
+
+
+@dataclass(frozen=True)
 class CloseUpBatch:
-    """N windows as the network reads them, with their truth.
+    """N windows as the network reads them, with their truth, where the network is.
 
     Attributes:
         windows: What the network sees.
@@ -89,6 +114,7 @@ class CloseUpBatch:
         mask: (N, L), or None.
         truth: (N, R, S, S) in [0, 1].
         weight: (N, R), 0 where there is no such reader.
+        reader: (N,) whose mask is denoised.
     """
 
     windows: WindowBatch
@@ -96,11 +122,13 @@ class CloseUpBatch:
     mask: Tensor | None
     truth: Tensor
     weight: Tensor
+    reader: Tensor
 
     def first(self, count: int) -> CloseUpBatch:
         """Some of them, without what the encoder has read."""
         mask = None if self.mask is None else self.mask[:count]
-        return CloseUpBatch(self.windows, self.tokens[:count], mask, self.truth[:count], self.weight[:count])
+        kept = (part[:count] for part in (self.truth, self.weight, self.reader))
+        return CloseUpBatch(self.windows, self.tokens[:count], mask, *kept)
 
     @property
     def mean_truth(self) -> Tensor:
@@ -109,7 +137,7 @@ class CloseUpBatch:
         return (self.truth * weight).sum(1) / weight.sum(1)
 
 
-class CloseUpObjective:
+class CloseUpObjective(Objective):
     """Loss of the close-up network on a batch of windows.
 
     Args:
@@ -131,26 +159,26 @@ class CloseUpObjective:
         self.network, self.pool, self.prompts = network, pool, prompts
         self.options, self.habits = options or CloseUpOptions(), habits or EditHabits()
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss and figures of a fresh batch, for `run_loop`."""
-        return self.compute_loss(self.draw_batch(generator), generator)
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
 
-    def draw_batch(self, generator: torch.Generator) -> CloseUpBatch:
-        """Draw windows, change their intensities, and let somebody edit."""
+    def draw(self, generator: torch.Generator) -> CloseUpDraw:
+        """Draw windows and how their intensities change, and let somebody edit."""
+        options = self.options
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        sample = self.pool.draw(self.options.windows_per_step, rng)
-        shape, strength = sample.images.shape, self.options.augmentation
-        unit = Contrast.draw(generator, shape, strength).apply(sample.images)
-        unit = Blur.draw(generator, shape, strength).apply(unit)
-        unit = Noise.draw(generator, shape, strength).apply(unit)
-        images = simulate_bias_field(unit.clamp(0, 1) * 2 - 1, generator, self.options.bias_field)
-        return self._dress(sample, images, rng)
+        sample = self.pool.draw(options.windows_per_step, rng)
+        tones = Tones.draw(generator, options.windows_per_step, options.augmentation, options.bias_field)
+        return self._dress(sample, tones, rng, generator)
 
-    def _dress(self, sample: WindowSample, images: Tensor, rng: np.random.Generator) -> CloseUpBatch:
+    def _dress(
+        self, sample: WindowSample, tones: Tones, rng: np.random.Generator, generator: torch.Generator
+    ) -> CloseUpDraw:
         """Drop text and evidence here and there, and add edits."""
-        options, count = self.options, len(images)
+        options, count = self.options, len(sample.images)
         is_found = sample.is_found * torch.from_numpy(rng.random(count) >= options.evidence_dropout).float()
-        named = torch.from_numpy(rng.random(count) >= options.text_dropout)
+        is_named = torch.from_numpy(rng.random(count) >= options.text_dropout)
         maps = []
         readers = sample.weight.sum(1).long()
         for n in range(count):
@@ -170,18 +198,32 @@ class CloseUpObjective:
                 )
             )
         rows = torch.tensor(sample.labels) - 1
-        prompts = self.prompts
+        reader = torch.multinomial(sample.weight, 1, generator=generator)[:, 0]
+        return CloseUpDraw(sample, tones, is_found, is_named, rows, reader, torch.stack(maps))
+
+    def prepare(self, drawn: CloseUpDraw) -> CloseUpBatch:
+        """Change intensities on the device, and put text beside the windows."""
+        there = move(drawn, self.device)
+        sample, named, rows, prompts = there.sample, there.is_named, there.rows, move(self.prompts, self.device)
+        images = there.tones.apply(sample.images)
         pooled = prompts.pooled[rows].float() * named[:, None]
         length = prompts.tokens.shape[1]
-        empty = _pad(prompts.empty_tokens, length)
-        tokens = torch.where(named[:, None, None], prompts.tokens[rows], empty)
+        tokens = torch.where(named[:, None, None], prompts.tokens[rows], _pad(prompts.empty_tokens, length))
         mask = None
         if prompts.mask is not None and prompts.empty_mask is not None:
             mask = torch.where(named[:, None], prompts.mask[rows], _pad(prompts.empty_mask, length))
-        windows = WindowBatch(images, sample.evidence, is_found, torch.stack(maps), pooled, sample.spacing)
-        return CloseUpBatch(windows, tokens, mask, sample.truth, sample.weight)
+        windows = WindowBatch(images, sample.evidence, there.is_found, there.edits, pooled, sample.spacing)
+        return CloseUpBatch(windows, tokens, mask, sample.truth, sample.weight, there.reader)
 
-    def compute_loss(self, batch: CloseUpBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def draw_batch(self, generator: torch.Generator) -> CloseUpBatch:
+        """Draw windows, let somebody edit, and change their intensities."""
+        return self.prepare(self.draw(generator))
+
+    def compute(self, drawn: CloseUpDraw, step: int, generator: torch.Generator) -> tuple[Tensor, Figures]:
+        """Loss and figures of windows that were drawn, for `run_loop`."""
+        return self.compute_loss(self.prepare(drawn), generator)
+
+    def compute_loss(self, batch: CloseUpBatch, generator: torch.Generator) -> tuple[Tensor, Figures]:
         """Encode once, draw several proposals, compare with every reader."""
         losses = self.options.losses
         features = self.network.encode(batch.windows)
@@ -190,7 +232,7 @@ class CloseUpObjective:
         if float(torch.rand((), generator=generator)) < self.options.denoising_share:
             denoising = self._denoise(batch, features, generator)
             loss = losses.sharpened * sharpened + losses.denoising * denoising
-            return loss, {"sharpened": float(sharpened.detach()), "denoising": float(denoising.detach())}
+            return loss, {"sharpened": sharpened.detach(), "denoising": denoising.detach()}
         drawn = self._propose(batch, features, generator)  # (n, M, S, S) logits
         probabilities = drawn.float().sigmoid()
         energy = compute_energy_score(probabilities, batch.truth, batch.weight).mean()
@@ -198,9 +240,9 @@ class CloseUpObjective:
         consensus = self._compare(torch.logit(mean), batch.mean_truth)
         loss = losses.sharpened * sharpened + losses.energy * energy + losses.consensus * consensus
         return loss, {
-            "sharpened": float(sharpened.detach()),
-            "energy": float(energy.detach()),
-            "consensus": float(consensus.detach()),
+            "sharpened": sharpened.detach(),
+            "energy": energy.detach(),
+            "consensus": consensus.detach(),
         }
 
     def _compare(self, logits: Tensor, truth: Tensor) -> Tensor:
@@ -215,8 +257,8 @@ class CloseUpObjective:
         config, count = self.network.config, self.options.samples
         size = batch.truth.shape[-1] // config.latent_stride
         total = len(batch.truth) * count
-        noise = torch.randn(total, config.latent_channels, size, size, generator=generator)
-        levels = torch.randn(total, generator=generator) * config.level_spread
+        noise = move(torch.randn(total, config.latent_channels, size, size, generator=generator), self.device)
+        levels = move(torch.randn(total, generator=generator) * config.level_spread, self.device)
         down, middle = self.network.compute_residuals(features)
         residuals = ([r.repeat_interleave(count, 0) for r in down], middle.repeat_interleave(count, 0))
         tokens = batch.tokens.repeat_interleave(count, 0)
@@ -227,12 +269,12 @@ class CloseUpObjective:
     def _denoise(self, batch: CloseUpBatch, features: WindowFeatures, generator: torch.Generator) -> Tensor:
         """From a reader's noised mask back to it, at a random time."""
         network, config = self.network, self.network.config
-        rows = torch.multinomial(batch.weight, 1, generator=generator)[:, 0]
-        truth = batch.truth[torch.arange(len(rows)), rows]
-        times = torch.randint(1, config.start_time + 1, (len(rows),), generator=generator)
+        count = len(batch.truth)
+        truth = batch.truth[torch.arange(count, device=self.device), batch.reader]
+        times = move(torch.randint(1, config.start_time + 1, (count,), generator=generator), self.device)
         clean = network.codec.encode_masks(truth)
         signal, strength = network.noise_level(times)
-        noise = torch.randn(clean.shape, generator=generator)
+        noise = move(torch.randn(clean.shape, generator=generator), self.device)
         predicted = network.predict(
             signal * clean + strength * noise, times, batch.tokens, batch.mask, network.compute_residuals(features)
         )
@@ -271,4 +313,4 @@ def _pad(values: Tensor, length: int) -> Tensor:
     if missing <= 0:
         return values[:, :length]
     shape = (values.shape[0], missing, *values.shape[2:])
-    return torch.cat([values, torch.zeros(shape, dtype=values.dtype)], dim=1)
+    return torch.cat([values, torch.zeros(shape, dtype=values.dtype, device=values.device)], dim=1)

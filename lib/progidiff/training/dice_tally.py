@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from progidiff.training.processes import Team
 from progidiff.training.slice_cache import SliceCache
 
 
@@ -26,14 +26,21 @@ def compute_area_shares(labels: Tensor, count: int, supersampling: int = 1) -> T
 
     Args:
         labels: (N, s H, s W) label ids.
-        count: Structures, ids 1..count.
+        count: Structures; all ids are in 0..count.
         supersampling: s.
 
     Returns:
         (N, count, H, W) in [0, 1], in steps of 1 / s**2.
     """
-    targets = one_hot(labels, count)
-    return targets if supersampling == 1 else F.avg_pool2d(targets, supersampling)
+    n, height, width = labels.shape[0], labels.shape[1] // supersampling, labels.shape[2] // supersampling
+    shares = torch.zeros(n, count + 1, height, width, device=labels.device)
+    # Every fine pixel adds its part to one structure; one plane of fine pixels per structure would be many times that.
+    part = torch.full((n, 1, height, width), 1 / supersampling**2, device=labels.device)
+    for row in range(supersampling):
+        for column in range(supersampling):
+            ids = labels[:, None, row::supersampling, column::supersampling].long()
+            shares.scatter_add_(1, ids, part)
+    return shares[:, 1:]
 
 
 class DiceTally:
@@ -69,6 +76,15 @@ class DiceTally:
                 total = self._total.setdefault(kind, np.zeros(self._shape))
                 overlap[v] += (mask[n] & target[n]).sum((1, 2)).numpy()
                 total[v] += ((mask[n] & spoken[n]).sum((1, 2)) + target[n].sum((1, 2))).numpy()
+
+    def sum_over(self, team: Team) -> None:
+        """Add up what the processes of a team have counted, each its part of the batches."""
+        counted = team.gather((self._overlap, self._total, self.truth))
+        zero = np.zeros(self._shape)
+        kinds = {kind for overlap, _, _ in counted for kind in overlap}
+        self._overlap = {kind: sum((one[0].get(kind, zero) for one in counted), zero) for kind in kinds}
+        self._total = {kind: sum((one[1].get(kind, zero) for one in counted), zero) for kind in kinds}
+        self.truth = sum((one[2] for one in counted), zero)
 
     def compute_dice(self, kind: str, present: NDArray[Any] | None = None) -> NDArray[Any]:
         """Dice per volume and structure, (V, P); NaN where the structure is not there.

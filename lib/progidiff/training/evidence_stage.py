@@ -15,11 +15,14 @@ from progidiff.model.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.prompts.parser import training_phrases
-from progidiff.training.augment import augment
+from progidiff.training.augment import Augmentation
+from progidiff.training.device_batches import move
 from progidiff.training.dice_tally import DiceTally, average_volumes, compute_area_shares
 from progidiff.training.logged_pictures import draw_answers
 from progidiff.training.loop import LoopConfig, Report, find_autocast_dtype, run_loop
 from progidiff.training.losses import EvidenceLosses, compute_evidence_loss
+from progidiff.training.objective import Figures, Objective
+from progidiff.training.processes import Team, find_team
 from progidiff.training.settings import Range
 from progidiff.training.slice_cache import SliceCache
 
@@ -82,24 +85,43 @@ class EvidenceOptions:
     losses: EvidenceLosses = field(default_factory=EvidenceLosses)
 
 
-@dataclass
-class EvidenceBatch:
-    """N slices on the CPU.
+@dataclass(frozen=True)
+class EvidenceDraw:
+    """N slices as they are kept, on the CPU, and what will be done to them.
 
     Attributes:
-        images: (N, C, H, W).
-        labels: (N, s H, s W) label ids, s pixels per pixel of the image.
+        images: uint8 (N, C, H, W).
+        labels: uint8 (N, s H, s W) label ids, s pixels per pixel of the image.
         spoken: (N, P), 1 where the label speaks about a structure.
-        rng: Goes on where drawing the batch stopped.
+        augmentation: Its parameters.
+        rng: Goes on where drawing stopped.
     """
 
     images: Tensor
     labels: Tensor
     spoken: Tensor
+    augmentation: Augmentation
     rng: np.random.Generator
 
 
-class EvidenceObjective:
+@dataclass(frozen=True)
+class EvidenceBatch:
+    """N augmented slices where the networks are.
+
+    Attributes:
+        images: (N, C, H, W) in [-1, 1].
+        targets: (N, P, H, W) area shares.
+        spoken: (N, P), 1 where the label speaks about a structure.
+        rng: Goes on where drawing the batch stopped.
+    """
+
+    images: Tensor
+    targets: Tensor
+    spoken: Tensor
+    rng: np.random.Generator
+
+
+class EvidenceObjective(Objective):
     """Loss of the image encoder and the text-query head on a batch of slices.
 
     Args:
@@ -126,32 +148,44 @@ class EvidenceObjective:
         """Where the networks are."""
         return self.phrases.pooled.device
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss and figures of a fresh batch, for `run_loop`."""
-        return self.compute_loss(self.draw_batch(generator), generator)
+    def draw(self, generator: torch.Generator) -> EvidenceDraw:
+        """Draw and read slices, and draw how they are augmented."""
+        options, config = self.options, self.training.config
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        chosen = self.training.draw_balanced(options.slices_per_step, rng, self._random_share)
+        images, labels = self.training.read_bytes(chosen)
+        augmentation = Augmentation.draw(
+            generator, len(chosen), config.width / config.height, options.augmentation, options.bias_field
+        )
+        return EvidenceDraw(images, labels, self.training.weigh(chosen), augmentation, rng)
+
+    def prepare(self, drawn: EvidenceDraw) -> EvidenceBatch:
+        """Augment slices on the device, and find how much of its pixels each structure covers."""
+        drawn, training = move(drawn, self.device), self.training
+        labels = drawn.augmentation.warp.move_labels(drawn.labels, training.config.height, training.config.width)
+        targets = compute_area_shares(labels, len(training.structures), training.supersampling)
+        images = drawn.augmentation.apply_to_images(drawn.images)
+        return EvidenceBatch(images, targets, drawn.spoken, drawn.rng)
 
     def draw_batch(self, generator: torch.Generator) -> EvidenceBatch:
         """Draw, read and augment slices."""
-        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
-        chosen = self.training.draw_balanced(self.options.slices_per_step, rng, self._random_share)
-        images, labels = augment(
-            *self.training.read(chosen), generator, self.options.augmentation, self.options.bias_field
-        )
-        return EvidenceBatch(images, labels, self.training.weigh(chosen), rng)
+        return self.prepare(self.draw(generator))
 
-    def compute_loss(self, batch: EvidenceBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def compute(self, drawn: EvidenceDraw, step: int, generator: torch.Generator) -> tuple[Tensor, Figures]:
+        """Loss and figures of slices that were drawn, for `run_loop`."""
+        return self.compute_loss(self.prepare(drawn), generator)
+
+    def compute_loss(self, batch: EvidenceBatch, generator: torch.Generator) -> tuple[Tensor, Figures]:
         """Run the networks on a batch: a slice is encoded once for all its prompts."""
-        return self.compare(self.branch.encode_slices(batch.images.to(self.device)), batch, generator)
+        return self.compare(self.branch.encode_slices(batch.images), batch, generator)
 
     def compare(
         self, features: SliceFeatures, batch: EvidenceBatch, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, Figures]:
         """Answer for every structure, in words that are drawn, and compare with the labels."""
-        logits = self.branch.predict_evidence(
-            features, self.phrases.pooled[self.phrases.draw(generator, self.options.canonical_share)]
-        )
-        targets = compute_area_shares(batch.labels, len(self.training.structures), self.training.supersampling)
-        return compute_evidence_loss(logits, targets.to(self.device), batch.spoken.to(self.device), self.options.losses)
+        words = move(self.phrases.draw(generator, self.options.canonical_share), self.device)
+        logits = self.branch.predict_evidence(features, self.phrases.pooled[words])
+        return compute_evidence_loss(logits, batch.targets, batch.spoken, self.options.losses)
 
 
 @torch.no_grad()
@@ -161,15 +195,22 @@ def validate_evidence(
     phrases: PhraseTable,
     every: int = 2,
     autocast: torch.dtype | None = torch.bfloat16,
+    team: Team | None = None,
 ) -> dict[str, float]:
-    """Dice of the thresholded evidence per structure, pooled over the slices of a volume and averaged over volumes."""
+    """Dice of the thresholded evidence per structure, pooled over the slices of a volume and averaged over volumes.
+
+    Args:
+        team: The processes that share the slices, all of which call this; None for this one alone.
+    """
     branch.eval()
+    team = team or Team()
     tally = DiceTally(cache)
     chosen = list(range(0, len(cache), every))
-    for start in range(0, len(chosen), 16):
+    for start in team.share(range(0, len(chosen), 16)):
         batch = chosen[start : start + 16]
         images, labels = cache.read(batch)
         tally.add(batch, labels, {"evidence": _find_masks(branch, images, phrases, autocast)})
+    tally.sum_over(team)
     per = average_volumes(tally.compute_dice("evidence"), cache.structures)
     return {"dice_all": float(np.mean(list(per.values()))) if per else 0.0, **per}
 
@@ -217,7 +258,7 @@ def train_evidence(
         objective,
         config,
         folder,
-        lambda: validate_evidence(branch, held_out, phrases, autocast=dtype),
+        lambda: validate_evidence(branch, held_out, phrases, autocast=dtype, team=find_team()),
         is_cancelled,
         report,
         lambda: draw_answers(held_out, lambda images: [_find_masks(branch, images, phrases, dtype)]),

@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
 from progidiff.storage.atomic import atomic_file
+from progidiff.training.device_batches import Prefetcher
+from progidiff.training.objective import ComputeLoss, DrawnWithin, Figures, Objective
 from progidiff.training.processes import Team, find_team
 from progidiff.training.run_log import RunLog
 from progidiff.training.settings import Range, flatten
@@ -37,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "bf16", "fp16", "fp32"]
 
-ComputeLoss = Callable[[int, torch.Generator], tuple[Tensor, dict[str, float]]]
+Gradients = Literal["auto", "exact", "overlapped"]
 
 Report = Callable[[dict[str, Any]], None]
 """Receives log entries, for a status that clients poll."""
@@ -81,6 +83,9 @@ class RunConfig:
         accumulate: Micro-batches per step and process; their gradients are averaged.
         log_every: Steps between log entries.
         tensorboard: Write curves and pictures beside the log.
+        compile: Have PyTorch compile the networks; the first steps take minutes, and rounding differs.
+        gradients: How several processes sum theirs: "exact", after the backward pass and in one order; "overlapped",
+            while it runs (`DistributedDataParallel`); or "auto", overlapped on CUDA and exact elsewhere.
     """
 
     seed: Annotated[int, Range(0, 2**62)] = 0
@@ -88,6 +93,8 @@ class RunConfig:
     accumulate: Annotated[int, Range(1, 1024)] = 1
     log_every: Annotated[int, Range(1, 1_000_000)] = 10
     tensorboard: bool = True
+    compile: bool = False
+    gradients: Gradients = "auto"
 
 
 @dataclass(frozen=True)
@@ -101,8 +108,15 @@ class LoopConfig(RunConfig, Schedule):
         return cls(**{f.name: getattr(part, f.name) for part, kind in parts for f in fields(kind)})
 
 
-_NO_MATTER = ("checkpoint_every", "log_every", "tensorboard")
-"""Settings that may differ between a run and its resumption: they do not change a weight."""
+_NO_MATTER = ("checkpoint_every", "log_every", "tensorboard", "gradients")
+"""Settings that may differ between a run and its resumption: they do not change a weight, or by rounding alone, as the
+number of processes does.
+"""
+
+
+def is_asynchronous(device: torch.device) -> bool:
+    """Whether a device computes while the CPU goes on, so that looking at a number means waiting for it."""
+    return device.type == "cuda"
 
 
 def derive_seed(run_seed: int, step: int, stream: str = "", micro: int = 0) -> int:
@@ -169,7 +183,7 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
 
 def run_loop(
     modules: Mapping[str, nn.Module],
-    compute_loss: ComputeLoss,
+    objective: Objective | ComputeLoss,
     config: LoopConfig,
     folder: Path,
     validate: Callable[[], dict[str, float]] | None = None,
@@ -180,17 +194,22 @@ def run_loop(
 ) -> list[dict[str, float]]:
     """Train until `config.steps`, resuming from `folder` if it holds a checkpoint of the same configuration.
 
-    Started by ``accelerate launch``, every process calls this with the same arguments. Only the first one validates,
-    reports and writes; the others need to see the same `folder`.
+    Started by ``accelerate launch``, every process calls this with the same arguments. Only the first one reports and
+    writes; the others need to see the same `folder`. When one is lost, the others end within a minute.
+
+    On CUDA nothing waits for the device but log entries, validations and checkpoints: micro-batches are drawn ahead by
+    a thread, and a step with a loss or gradients that are not finite changes no weight and is told at the next entry.
 
     Args:
         modules: What is trained. On return they hold the averaged weights.
-        compute_loss: (step, generator) -> (loss, figures to log), once per micro-batch. All randomness must come from
-            the generator or from torch's global state, which is seeded before each call.
+        objective: The loss of a micro-batch; or a function (step, generator) -> (loss, figures to log). All randomness
+            must come from the generator or from torch's global state, which is seeded before each call.
         config: Length, rate, precision.
         folder: Checkpoint, ``log.jsonl`` and TensorBoard's files.
-        validate: Called with the averaged weights in place; its figures go into the log.
-        is_cancelled: Asked before every step; a clean checkpoint is written before `CancelledError` is raised.
+        validate: Called with the averaged weights in place, in all processes, which may share the work; the figures of
+            the first go into the log.
+        is_cancelled: Asked before every step, by several processes on CUDA before those that follow a log entry; a
+            clean checkpoint is written before `CancelledError` is raised.
         report: Receives every log entry, with "step", "total" and "eta_seconds", for a status that clients poll.
         draw: Pictures, name -> (H, W, 3) uint8, asked for after every validation.
         settings: What else the result depends on, as JSON values; a checkpoint made with others is refused.
@@ -206,71 +225,91 @@ def run_loop(
     """
     folder.mkdir(parents=True, exist_ok=True)
     team = find_team()
-    run = _Run(modules, config, folder, team, settings or {})
-    watcher = _Watcher(run, validate, draw, report) if team.is_first else None
-    try:
-        while run.step < config.steps:
-            if team.agree(is_cancelled is not None and is_cancelled(), run.device):
-                run.save()
-                raise CancelledError(
-                    f"Training stopped on request at step {run.step} of {config.steps}; start "
-                    "it again with the same folder to continue."
-                )
-            figures = run.train_step(compute_loss)
+    with team.together():
+        run = _Run(modules, config, folder, team, settings or {})
+        watcher = _Watcher(run, draw, report) if team.is_first else None
+        with contextlib.ExitStack() as stack:
             if watcher is not None:
-                watcher.note(figures)
-            if _is_due(run.step, config.checkpoint_every, config.steps):
-                run.save()
-    finally:
-        if watcher is not None:
-            watcher.close()
-    run.finish()
+                stack.callback(watcher.close)
+            source = run.open_source(objective if isinstance(objective, Objective) else DrawnWithin(objective))
+            stack.callback(source.close)
+            while run.step < config.steps:
+                if run.is_asked and team.agree(is_cancelled is not None and is_cancelled(), run.device):
+                    run.look()
+                    run.save()
+                    team.wait()
+                    raise CancelledError(
+                        f"Training stopped on request at step {run.step} of {config.steps}; start "
+                        "it again with the same folder to continue."
+                    )
+                run.train_step(source)
+                if run.is_looked_at:
+                    figures = run.look()
+                    if watcher is not None:
+                        watcher.note(figures)
+                if validate is not None and _is_due(run.step, config.validate_every, config.steps):
+                    _validate(run, validate, watcher)
+                if _is_due(run.step, config.checkpoint_every, config.steps):
+                    run.save()
+            # Nobody leaves before the first one has written everything.
+            team.wait()
+        run.finish()
     return run.history
 
 
+def _validate(run: _Run, validate: Callable[[], dict[str, float]], watcher: _Watcher | None) -> None:
+    """Measure the averaged weights; every process may do its part, the first one tells."""
+    with run.averaged():
+        found = {"step": run.step, **validate()}
+        if watcher is not None:
+            run.history.append(found)
+            watcher.note_validation(found)
+
+
 class _Watcher:
-    """What the first process does between two steps: log, report and validate.
+    """What the first process does between two steps: log and report.
 
     Args:
         run: At its first step, or where it resumes.
-        validate, draw, report: See `run_loop`.
+        draw, report: See `run_loop`.
     """
 
     def __init__(
         self,
         run: _Run,
-        validate: Callable[[], dict[str, float]] | None,
         draw: Callable[[], dict[str, NDArray[Any]]] | None,
         report: Report | None,
     ) -> None:
         config = run.config
         self._run, self._first = run, run.step
-        self._validate, self._draw, self._report = validate, draw, report
+        self._draw, self._report = draw, report
         self._log = RunLog(run.folder, run.step, config.tensorboard)
         self._bar = tqdm(
             initial=run.step, total=config.steps, unit="step", dynamic_ncols=True, mininterval=5.0, disable=None
         )  # disable=None: only where a terminal shows it
         self._smoothed: dict[str, float] = {}
+        self._noted = run.step
         self._started = time.monotonic()
 
     def note(self, figures: Mapping[str, float]) -> None:
-        """Take the figures of a step into account that was just done."""
+        """Take the means of the steps into account that were done since the last time."""
         run, config = self._run, self._run.config
-        self._smoothed = {k: 0.98 * self._smoothed.get(k, v) + 0.02 * v for k, v in figures.items()}
+        steps, self._noted = run.step - self._noted, run.step
+        kept = 0.98**steps
+        self._smoothed = {k: kept * self._smoothed.get(k, v) + (1 - kept) * v for k, v in figures.items()}
         self._bar.set_postfix({k: f"{v:.3f}" for k, v in self._smoothed.items()}, refresh=False)
-        self._bar.update()
+        self._bar.update(steps)
         if _is_due(run.step, config.log_every, config.steps):
             entry = self._describe()
             self._log.add(entry)
             if self._report is not None:
                 self._report(entry)
-        if self._validate is not None and _is_due(run.step, config.validate_every, config.steps):
-            with run.averaged():
-                found = {"step": run.step, **self._validate()}
-                pictures = self._draw() if self._draw is not None and config.tensorboard else None
-            run.history.append(found)
-            self._log.add_validation(found, pictures)
-            tqdm.write(json.dumps({k: round(v, 4) for k, v in found.items()}), file=sys.stderr)
+
+    def note_validation(self, found: dict[str, float]) -> None:
+        """Write a validation down, and what it looks like; the averaged weights are in place."""
+        pictures = self._draw() if self._draw is not None and self._run.config.tensorboard else None
+        self._log.add_validation(found, pictures)
+        tqdm.write(json.dumps({k: round(v, 4) for k, v in found.items()}), file=sys.stderr)
 
     def close(self) -> None:
         """Write out what is still buffered."""
@@ -291,9 +330,86 @@ class _Watcher:
         }
 
 
+def _compile(module: nn.Module) -> None:
+    """Compile a network, or the parts of one that has no forward pass of its own."""
+    if type(module).forward is nn.Module.forward:
+        for part in module.children():
+            _compile(part)
+    else:
+        module.compile()
+
+
 def _is_due(step: int, every: int, last: int) -> bool:
     """Whether something that is done every so many steps (0: never), and at the end, is done now."""
     return bool(every) and (step % every == 0 or step == last)
+
+
+_Source = Prefetcher[tuple[int, int], tuple[Any, torch.Generator]]
+
+
+class _Loss(nn.Module):
+    """The loss as the answer of one network: how `DistributedDataParallel` hears of everything that is trained.
+
+    Args:
+        modules: What is trained, however the objective calls it.
+        objective: Computes the loss.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], objective: Objective) -> None:
+        super().__init__()
+        self.trained = nn.ModuleDict(modules)
+        self._objective = objective
+
+    def forward(self, drawn: Any, step: int, generator: torch.Generator) -> tuple[Tensor, Figures]:
+        """Loss and figures of a micro-batch."""
+        return self._objective.compute(drawn, step, generator)
+
+
+class _Pending:
+    """What steps said that nobody has looked at yet; numbers of the device stay there.
+
+    Args:
+        device: Of the training.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._nothing = torch.zeros((), device=device)
+        self._clear()
+
+    def _clear(self) -> None:
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._norms = (self._nothing, self._nothing)  # sum and count of those that are finite
+        self._trouble = (self._nothing - 1, self._nothing)  # first step whose numbers are not finite, and its norm
+
+    def add_figures(self, figures: Figures) -> None:
+        """Take a micro-batch into account."""
+        for name, value in figures.items():
+            total, count = self._sums.get(name, (self._nothing, 0))
+            self._sums[name] = (total + value, count + 1)
+
+    def add_step(self, step: int, norm: Tensor, is_bad: Tensor) -> None:
+        """Take the gradient norm of a step into account, and that it was in trouble."""
+        is_finite = torch.isfinite(norm)
+        self._norms = (self._norms[0] + torch.where(is_finite, norm, 0.0), self._norms[1] + is_finite)
+        first, then = self._trouble
+        is_first = is_bad & (first < 0)
+        self._trouble = (torch.where(is_first, step, first), torch.where(is_first, norm, then))
+
+    def take(self) -> tuple[dict[str, tuple[float, int]], float | None, tuple[int, float] | None]:
+        """Look, and begin anew.
+
+        Returns:
+            Sum and count of every figure; mean gradient norm, None if no step had a finite one; first step in trouble
+            and its norm.
+        """
+        names, numbers = list(self._sums), [total for total, _ in self._sums.values()]
+        # One wait for all of them.
+        found = torch.stack([n.double() for n in (*self._norms, *self._trouble, *numbers)]).tolist()
+        norms, count, step, norm, *sums = found
+        counts = [n for _, n in self._sums.values()]
+        self._clear()
+        figures = {name: (total, n) for name, total, n in zip(names, sums, counts, strict=True)}
+        return figures, norms / count if count else None, (int(step), norm) if step >= 0 else None
 
 
 class _Run:
@@ -322,10 +438,23 @@ class _Run:
         self.precision = pick_precision(config.precision, self.device)
         # A step's weights follow from its micro-batches, whoever computes them.
         self.micro_batches = config.accumulate * team.count
+        self._stride = config.log_every if is_asynchronous(self.device) else 1
         team.share_weights(self.parameters.values())
+        if config.compile:
+            for module in modules.values():
+                _compile(module)
+        # The fused update leaves a step out without anybody waiting to hear why, and is one kernel.
+        self._is_fused = is_asynchronous(self.device)
         self.optimizer = torch.optim.AdamW(
-            list(self.parameters.values()), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+            list(self.parameters.values()),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            betas=(0.9, 0.99),
+            fused=self._is_fused,
         )
+        self._pending = _Pending(self.device)
+        self._loss: nn.Module = nn.Identity()
+        self._shared_loss: nn.parallel.DistributedDataParallel | None = None
         self.average = AveragedWeights(modules, config.ema_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.step = 0
@@ -334,49 +463,125 @@ class _Run:
         self._resume()
         team.check_same(self.step, "checkpoint", self.device)
 
-    def train_step(self, compute_loss: ComputeLoss) -> dict[str, float]:
-        """One optimizer step. Returns the loss, its parts and the gradient norm, averaged over the micro-batches."""
+    @property
+    def is_asked(self) -> bool:
+        """Whether a request to stop is looked for now: it must not make processes wait for each other's device."""
+        return self.team.count == 1 or self.step % self._stride == 0
+
+    @property
+    def is_looked_at(self) -> bool:
+        """Whether the figures of the last step are needed now."""
+        config, last = self.config, self.config.steps
+        every = (config.checkpoint_every, config.validate_every)
+        return self.step % self._stride == 0 or any(_is_due(self.step, n, last) for n in every)
+
+    def open_source(self, objective: Objective) -> _Source:
+        """Where the micro-batches of this process come from, from the next step on."""
+        self._loss = _Loss(self.modules, objective)
+        is_overlapped = {"auto": is_asynchronous(self.device), "exact": False, "overlapped": True}
+        if self.team.count > 1 and is_overlapped[self.config.gradients]:
+            # Parts of a network that a micro-batch does not use are found; buffers are each process's own.
+            self._shared_loss = nn.parallel.DistributedDataParallel(
+                self._loss, broadcast_buffers=False, find_unused_parameters=True
+            )
+        places = (
+            (step, micro)
+            for step in range(self.step, self.config.steps)
+            for micro in range(self.team.index, self.micro_batches, self.team.count)
+        )
+
+        def draw(place: tuple[int, int]) -> tuple[Any, torch.Generator]:
+            step, micro = place
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, step, micro=micro))
+            return objective.draw(generator), generator
+
+        return Prefetcher(draw, places, ahead=2 if is_asynchronous(self.device) else 0)
+
+    def train_step(self, source: _Source) -> None:
+        """One optimizer step; its figures wait for `look`."""
         config, step = self.config, self.step
         for module in self.modules.values():
             module.train()
         for group in self.optimizer.param_groups:
             group["lr"] = compute_learning_rate(step, config)
         self.optimizer.zero_grad(set_to_none=True)
-        figures = self._accumulate(compute_loss)
-        kept = f"The last checkpoint is kept in '{self.folder}'."
-        if not math.isfinite(figures["loss"]):
-            raise ModelError(
-                f"The loss became {figures['loss']} at step {step}; lower the learning rate or use fp32. {kept}"
-            )
-        self.team.sum_gradients(self.parameters.values())
+        loss = self._accumulate(source)
+        if self._shared_loss is None:
+            self.team.sum_gradients(self.parameters.values())
         self.scaler.unscale_(self.optimizer)
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip))
-        finite, scale = math.isfinite(norm), self.scaler.get_scale()
-        if finite:
-            self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), config.clip)
+        is_finite, has_loss = torch.isfinite(norm), torch.isfinite(loss)
+        scale = self._read_scale()
+        self._update(is_finite & has_loss)
         # In fp16 gradients overflow now and then: the step is left out and the next loss scaled less. Everywhere else
         # one step with such gradients would end up in every weight, and in the next checkpoint.
-        if not finite and not 1 <= self.scaler.get_scale() < scale:
-            raise ModelError(f"The gradients became {norm} at step {step}; lower the learning rate or use fp32. {kept}")
-        if finite:
-            self.average.update(self.parameters, step)
+        smaller = self._read_scale()
+        self._pending.add_step(step, norm, ~has_loss | (~is_finite & ~((smaller < scale) & (smaller >= 1))))
         self.step += 1
-        return {"loss": figures.pop("loss"), **({"norm": norm} if finite else {}), **figures}
 
-    def _accumulate(self, compute_loss: ComputeLoss) -> dict[str, float]:
-        """Gradients of this process's micro-batches, and figures of everybody's."""
+    def _update(self, is_finite: Tensor) -> None:
+        """Step, unless loss or gradients are not finite."""
+        if self._is_fused:
+            # Read by the kernel, on the device; in fp16 `GradScaler` puts its own in the place.
+            vars(self.optimizer).update(found_inf=(~is_finite).float(), grad_scale=None)
+        if self._is_fused or bool(is_finite):
+            self.scaler.step(self.optimizer)
+            self.average.update(self.parameters, self.step)
+        self.scaler.update()
+
+    def _read_scale(self) -> Tensor:
+        """By what losses are multiplied in fp16, as a scalar on the device; 1 elsewhere."""
+        scaled = self.scaler.scale(torch.ones((), device=self.device))
+        assert isinstance(scaled, Tensor)
+        return scaled
+
+    def look(self) -> dict[str, float]:
+        """Mean loss, its parts and gradient norm of the steps since the last time, over all processes.
+
+        Raises:
+            ModelError: if one of them had a loss or gradients that are not finite; in all processes.
+        """
+        own, norm, trouble = self._pending.take()
+        sums: dict[str, tuple[float, int]] = {}
+        for part in self.team.gather(own):
+            for name, (total, count) in part.items():
+                before = sums.get(name, (0.0, 0))
+                sums[name] = (before[0] + total, before[1] + count)
+        figures = {name: total / count for name, (total, count) in sums.items()}
+        at, gradients = trouble or (self.step - 1, norm)
+        has_loss = math.isfinite(figures.get("loss", 0.0))
+        if trouble is not None or not has_loss:
+            what = f"gradients became {gradients}" if has_loss else f"loss became {figures['loss']}"
+            raise ModelError(
+                f"The {what} at step {at}; lower the learning rate or use fp32. The last checkpoint is kept in "
+                f"'{self.folder}'."
+            )
+        if not figures:
+            return {}
+        return {"loss": figures.pop("loss"), **({} if norm is None else {"norm": norm}), **figures}
+
+    def _accumulate(self, source: _Source) -> Tensor:
+        """Gradients of this process's micro-batches. Returns its part of the mean loss, a scalar on the device."""
         dtype = _AUTOCAST.get(self.precision)
-        means: dict[str, float] = {}
-        for micro in range(self.team.index, self.micro_batches, self.team.count):
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, self.step, micro=micro))
+        part = torch.zeros((), device=self.device)
+        own = range(self.team.index, self.micro_batches, self.team.count)
+        for micro in own:
+            drawn, generator = source.take()
             torch.manual_seed(derive_seed(self.config.seed, self.step, "global", micro))
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
-                loss, figures = compute_loss(self.step, generator)
-            self.scaler.scale(loss / self.micro_batches).backward()
-            for name, value in {"loss": float(loss.detach()), **figures}.items():
-                means[name] = means.get(name, 0.0) + value / self.micro_batches
-        return dict(zip(means, self.team.sum_numbers(list(means.values()), self.device), strict=True))
+            loss_of, share = self._loss, self.micro_batches
+            waiting: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if self._shared_loss is not None:
+                # It takes the mean over the processes, and needs to do so once per step.
+                loss_of, share = self._shared_loss, self.config.accumulate
+                if micro != own[-1]:
+                    waiting = self._shared_loss.no_sync()
+            with waiting:
+                with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                    loss, figures = loss_of(drawn, self.step, generator)
+                self.scaler.scale(loss / share).backward()
+            part += loss.detach() / self.micro_batches
+            self._pending.add_figures({"loss": loss.detach(), **figures})
+        return part
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -478,9 +683,9 @@ class _Run:
             parameter.copy_(tensors[f"live.{name}"])
             self.average.shadow[name].copy_(tensors[f"average.{name}"])
             found = {key: tensors.get(f"optimizer.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-            # The step counter stays on the CPU, where AdamW keeps it.
+            # The step counter stays on the CPU, where AdamW keeps it unless it is fused.
             state = {
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                key: value.to("cpu" if key == "step" and not self._is_fused else parameter.device, copy=True)
                 for key, value in found.items()
                 if value is not None
             }

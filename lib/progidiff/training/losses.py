@@ -79,7 +79,7 @@ def compute_dice_loss(probabilities: Tensor, targets: Tensor, dims: tuple[int, .
 
 def compute_evidence_loss(
     logits: Tensor, targets: Tensor, weight: Tensor | None = None, losses: EvidenceLosses | None = None
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy + Dice of the text-query head, all structures at once.
 
     Args:
@@ -96,7 +96,7 @@ def compute_evidence_loss(
     cross_entropy = (F.binary_cross_entropy_with_logits(logits, targets, reduction="none") * keep).mean()
     dice = compute_dice_loss(logits.sigmoid() * keep, targets * keep, (0, 2, 3), smooth=10.0)
     loss = losses.cross_entropy * cross_entropy + losses.dice * dice
-    return loss, {"cross_entropy": float(cross_entropy.detach()), "dice_loss": float(dice.detach())}
+    return loss, {"cross_entropy": cross_entropy.detach(), "dice_loss": dice.detach()}
 
 
 def compute_mask_loss(probabilities: Tensor, targets: Tensor, cross_entropy_weight: float = 5.0) -> Tensor:

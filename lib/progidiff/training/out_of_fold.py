@@ -28,6 +28,7 @@ from progidiff.storage.atomic import atomic_file
 from progidiff.training.dice_tally import compute_area_shares
 from progidiff.training.evidence_stage import EvidenceOptions, PhraseTable, train_evidence
 from progidiff.training.loop import LoopConfig, Report
+from progidiff.training.processes import find_team
 from progidiff.training.slice_cache import Case, SliceCache
 from progidiff.training.window_pool import PooledVolume
 
@@ -73,12 +74,15 @@ def train_fold(
     folder = work / name
     done = folder / "evidence.safetensors"
     if not done.is_file():
-        cache = SliceCache(training, structures, branch.config, work / "cache", options.supersampling)
+        shared = find_team()
+        cache = SliceCache(training, structures, branch.config, work / "cache", options.supersampling, shared)
         described = {"cases": sorted(case.name for case in training), "data": cache.digests}
         train_evidence(branch, backbone, cache, None, loop, folder, options, is_cancelled, report, described)
         kept = {k: v.half().contiguous() for k, v in branch.state_dict().items() if _is_evidence(k)}
-        with atomic_file(done) as path:
-            save_file(kept, path, {"cases": json.dumps(described["cases"])})
+        with shared.first_alone():
+            if shared.is_first:
+                with atomic_file(done) as path:
+                    save_file(kept, path, {"cases": json.dumps(described["cases"])})
     branch.load_state_dict({k: v.float() for k, v in load_file(done).items()}, strict=False)
     branch.eval()
 

@@ -22,12 +22,15 @@ from progidiff.model.conditioning import SliceFeatures
 from progidiff.model.lora import INJECTION
 from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline, draw_smooth_field
 from progidiff.proposals.agreement import compute_disagreement
-from progidiff.training.augment import augment
-from progidiff.training.dice_tally import DiceTally, average_volumes, one_hot
+from progidiff.training.augment import Augmentation
+from progidiff.training.device_batches import move
+from progidiff.training.dice_tally import DiceTally, average_volumes
 from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.logged_pictures import draw_answers
 from progidiff.training.loop import LoopConfig, Report, run_loop
 from progidiff.training.losses import ProposalLosses, compute_mask_loss
+from progidiff.training.objective import Figures, Objective
+from progidiff.training.processes import Team, find_team
 from progidiff.training.settings import Range
 from progidiff.training.slice_cache import SliceCache
 
@@ -47,9 +50,10 @@ def wear_down_evidence(logits: Tensor, generator: torch.Generator, strength: flo
     count, height, width = logits.shape
 
     def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(count, 1, 1, generator=generator) * (high - low) + low
+        return move(torch.rand(count, 1, 1, generator=generator) * (high - low) + low, logits.device)
 
-    field = draw_smooth_field(count, height, width, generator)
+    # Random numbers are drawn on the CPU, so that a run does not depend on the device.
+    field = move(draw_smooth_field(count, height, width, generator), logits.device)
     noisy = (
         logits * torch.exp(uniform(-0.5, 0.2) * strength)
         + field * uniform(0.0, 2.0) * strength
@@ -115,14 +119,35 @@ class ProposalOptions:
     losses: ProposalLosses = field(default_factory=ProposalLosses)
 
 
-@dataclass
-class ProposalBatch:
-    """N slices and M (slice, structure) pairs on the CPU.
+@dataclass(frozen=True)
+class ProposalDraw:
+    """N slices as they are kept and M (slice, structure) pairs, on the CPU.
 
     Attributes:
-        images: (N, C, H, W).
+        images: uint8 (N, C, H, W), not augmented yet.
+        augmentation: What will be done to the images, and was done to the labels.
+        rows, picked: (M,) slice and structure of every pair.
+        masks: uint8 (M, H, W) truth.
+        rng: Goes on where drawing stopped.
+    """
+
+    images: Tensor
+    augmentation: Augmentation
+    rows: Tensor
+    picked: Tensor
+    masks: Tensor
+    rng: np.random.Generator
+
+
+@dataclass(frozen=True)
+class ProposalBatch:
+    """N augmented slices and M (slice, structure) pairs where the networks are.
+
+    Attributes:
+        images: (N, C, H, W) in [-1, 1].
         rows, picked: (M,) slice and structure of every pair.
         masks: (M, H, W) truth.
+        shown: The same masks on the CPU, for what is decided by looking at them.
         rng: Goes on where drawing the batch stopped.
     """
 
@@ -130,10 +155,11 @@ class ProposalBatch:
     rows: Tensor
     picked: Tensor
     masks: Tensor
+    shown: Tensor
     rng: np.random.Generator
 
 
-class ProposalObjective:
+class ProposalObjective(Objective):
     """Loss of denoiser and injection on a batch: v-prediction MSE, L1 of the implied clean latent, Dice and
     cross-entropy of some masks.
 
@@ -149,22 +175,38 @@ class ProposalObjective:
     ) -> None:
         self.pipeline, self.phrases, self.training, self.options = pipeline, phrases, training, options
 
-    def __call__(self, step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Loss and figures of a fresh batch, for `run_loop`."""
-        return self.compute_loss(self.draw_batch(generator), generator)
-
-    def draw_batch(self, generator: torch.Generator) -> ProposalBatch:
-        """Draw, read and augment slices, and choose what is asked of them."""
+    def draw(self, generator: torch.Generator) -> ProposalDraw:
+        """Draw and read slices, and choose what is asked of them: labels are augmented here, for that needs a look."""
         options, training = self.options, self.training
+        height, width = training.config.height, training.config.width
         rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
         chosen = training.draw_balanced(options.slices_per_step, rng)
-        images, labels = augment(*training.read(chosen), generator, options.augmentation, options.bias_field)
+        images, labels = training.read_bytes(chosen)
+        augmentation = Augmentation.draw(
+            generator, len(chosen), width / height, options.augmentation, options.bias_field
+        )
+        labels = augmentation.warp.move_labels(labels, height, width)
         rows, picked = draw_pairs(
             labels, training.weigh(chosen), options.present_per_slice, options.absent_per_slice, rng
         )
-        return ProposalBatch(images, rows, picked, one_hot(labels, len(training.structures))[rows, picked], rng)
+        masks = (labels[rows] == picked[:, None, None] + 1).to(torch.uint8)
+        return ProposalDraw(images, augmentation, rows, picked, masks, rng)
 
-    def compute_loss(self, batch: ProposalBatch, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def prepare(self, drawn: ProposalDraw) -> ProposalBatch:
+        """Augment the images on the device."""
+        there = move(drawn, self.pipeline.device)
+        images = there.augmentation.apply_to_images(there.images)
+        return ProposalBatch(images, there.rows, there.picked, there.masks.float(), drawn.masks, drawn.rng)
+
+    def draw_batch(self, generator: torch.Generator) -> ProposalBatch:
+        """Draw, read and augment slices, and choose what is asked of them."""
+        return self.prepare(self.draw(generator))
+
+    def compute(self, drawn: ProposalDraw, step: int, generator: torch.Generator) -> tuple[Tensor, Figures]:
+        """Loss and figures of what was drawn, for `run_loop`."""
+        return self.compute_loss(self.prepare(drawn), generator)
+
+    def compute_loss(self, batch: ProposalBatch, generator: torch.Generator) -> tuple[Tensor, Figures]:
         """Run the networks on a batch."""
         options, phrases = self.options, self.phrases
         branch, unet, codec, device = (
@@ -175,30 +217,30 @@ class ProposalObjective:
         )
         alphas = self.pipeline.scheduler.alphas_cumprod
         rows, picked, masks = batch.rows, batch.picked, batch.masks
-        texts = phrases.draw(generator)[picked]
+        texts = move(phrases.draw(generator), device)[picked]
         with torch.no_grad():
             branch.encoder.eval()
-            features = branch.encode_slices(batch.images.to(device))
-            logits = branch.predict_evidence(features, phrases.pooled[phrases.draw(generator)])[rows, picked].float()
-            clean = codec.encode_masks(masks.to(device)).float()
-        # Random numbers are drawn on the CPU, so that a run does not depend on the device.
-        evidence = wear_down_evidence(logits.cpu(), generator, options.evidence_wear).to(device)
+            features = branch.encode_slices(batch.images)
+            words = phrases.pooled[move(phrases.draw(generator), device)]
+            logits = branch.predict_evidence(features, words)[rows, picked].float()
+            clean = codec.encode_masks(masks).float()
+        evidence = wear_down_evidence(logits, generator, options.evidence_wear)
         down, middle = branch.compute_residuals(features[rows], evidence[:, None])
 
-        noise = torch.randn(clean.shape, generator=generator).to(device)
+        noise = move(torch.randn(clean.shape, generator=generator), device)
         timesteps = torch.randint(0, len(alphas), (len(clean),), generator=generator)
         from_noise = torch.rand(len(clean), generator=generator) < options.noise_share
         timesteps = torch.where(from_noise, torch.full_like(timesteps, len(alphas) - 1), timesteps)
-        alpha = alphas[timesteps].view(-1, 1, 1, 1).to(device)
+        alpha = move(alphas[timesteps].view(-1, 1, 1, 1), device)
         noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
         target = alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
         tokens, mask = phrases.tokens[texts], None if phrases.mask is None else phrases.mask[texts]
         dropped = torch.rand(len(clean), generator=generator) < options.text_dropout
-        tokens, mask = drop_text(tokens, mask, dropped.to(device), phrases)
+        tokens, mask = drop_text(tokens, mask, move(dropped, device), phrases)
         predicted = unet(
             noisy,
-            timesteps.to(device),
+            move(timesteps, device),
             tokens,
             encoder_attention_mask=mask,
             down_block_additional_residuals=tuple(down),
@@ -208,14 +250,14 @@ class ProposalObjective:
         diffusion = F.mse_loss(predicted, target)
         latent = F.l1_loss(implied, clean)
         decoded = torch.randperm(len(clean), generator=generator)[: max(1, round(options.decode_share * len(clean)))]
-        crops = decode_crops(codec, implied[decoded], masks[decoded], batch.rng)
+        crops = decode_crops(codec, implied[move(decoded, device)], batch.shown[decoded].float(), batch.rng)
         mask_loss = compute_mask_loss(*crops, options.losses.cross_entropy)
         weights = options.losses
         loss = weights.diffusion * diffusion + weights.latent * latent + weights.mask * mask_loss
         return loss, {
-            "diffusion": float(diffusion.detach()),
-            "latent": float(latent.detach()),
-            "mask": float(mask_loss.detach()),
+            "diffusion": diffusion.detach(),
+            "latent": latent.detach(),
+            "mask": mask_loss.detach(),
         }
 
 
@@ -264,7 +306,7 @@ def train_proposals(
         objective,
         config,
         folder,
-        lambda: validate_proposals(pipeline, held_out, phrases),
+        lambda: validate_proposals(pipeline, held_out, phrases, team=find_team()),
         is_cancelled,
         report,
         lambda: draw_answers(held_out, lambda images: _propose(pipeline, images, phrases)),
@@ -343,7 +385,7 @@ def decode_crops(
     """
     height, width = latents.shape[-2:]
     if not codec.is_local or height <= size or width <= size:
-        return codec.decode_soft(latents), masks.to(latents.device)
+        return codec.decode_soft(latents), move(masks, latents.device)
     stride = masks.shape[-1] // width
     parts, truths = [], []
     for latent, mask in zip(latents, masks, strict=True):
@@ -359,7 +401,7 @@ def decode_crops(
         )
         parts.append(latent[:, top : top + size, left : left + size])
         truths.append(mask[top * stride : (top + size) * stride, left * stride : (left + size) * stride])
-    return codec.decode_soft(torch.stack(parts)), torch.stack(truths).to(latents.device)
+    return codec.decode_soft(torch.stack(parts)), move(torch.stack(truths), latents.device)
 
 
 def drop_text(
@@ -383,17 +425,22 @@ def validate_proposals(
     num_proposals: int = 4,
     num_inference_steps: int = 2,
     gate: float = 0.2,
+    team: Team | None = None,
 ) -> dict[str, float]:
     """Dice of evidence, single proposals, consensus and best of K on every n-th slice, pooled per volume, averaged over
     volumes.
+
+    Args:
+        team: The processes that share the slices, all of which call this; None for this one alone.
     """
+    team = team or Team()
     pipeline.branch.eval()
     prompts = phrases.pick_canonical()
     sampler = ProposalSampler(pipeline, num_proposals, gate, num_inference_steps)
     tally = DiceTally(cache)
     spread: list[float] = []
     chosen = list(range(0, len(cache), every))
-    for start in range(0, len(chosen), 8):
+    for start in team.share(range(0, len(chosen), 8)):
         batch = chosen[start : start + 8]
         images, labels = cache.read(batch)
         features = pipeline.encode_slices(images)
@@ -405,6 +452,8 @@ def validate_proposals(
         tally.add(
             batch, labels, {"evidence": evidence.cpu() >= 0.5, "consensus": drawn.float().mean(2) >= 0.5, **masks_of}
         )
+    tally.sum_over(team)
+    spread = [one for part in team.gather(spread) for one in part]
     # A structure that the volume has but none of the chosen slices shows counts as 0 for every kind alike: choose
     # enough slices.
     present = np.stack([p.sum(0) for p in cache.pixels]) > 0

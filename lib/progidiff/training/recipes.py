@@ -105,16 +105,16 @@ def prepare_datasets(
     if not training:
         raise RequestError("All labelled cases are held out; leave at least one for training.")
     validation = [c for c in cases if c.name in names]
-    with find_team().first_alone():
-        whole = SliceCache(training, structures, conditioning, work / "cache")
-        finer = supersampling > 1
-        return Datasets(
-            whole,
-            SliceCache(validation, structures, conditioning, work / "cache") if validation else None,
-            [c.name for c in training],
-            sorted(names),
-            SliceCache(training, structures, conditioning, work / "cache", supersampling) if finer else whole,
-        )
+    team, cache = find_team(), work / "cache"
+    whole = SliceCache(training, structures, conditioning, cache, team=team)
+    finer = supersampling > 1
+    return Datasets(
+        whole,
+        SliceCache(validation, structures, conditioning, cache, team=team) if validation else None,
+        [c.name for c in training],
+        sorted(names),
+        SliceCache(training, structures, conditioning, cache, supersampling, team) if finer else whole,
+    )
 
 
 def run_pretrain(
@@ -161,10 +161,9 @@ def run_pretrain(
     data = prepare_datasets(list_cases(studies), branch.config, config.structures, held_out, work)
     hooks = _Hooks(config, data, {"grid": to_values(grid), "widths": to_values(config.widths)}, is_cancelled, report)
     _train_backbone(backbone, data, config, work, hooks)
-    ceiling: dict[str, float] = {}
+    ceiling = compute_codec_ceiling(backbone.vae, data.validation or data.training, team=team)
     with team.first_alone():
         if team.is_first:
-            ceiling = compute_codec_ceiling(backbone.vae, data.validation or data.training)
             for part, model in (("vae", backbone.vae), ("unet", backbone.unet)):
                 save_backbone_part(scratch, part, model)
             for random_weights in scratch.glob(".*.previous"):

@@ -28,6 +28,7 @@ from progidiff.labels.cases import LabelledCase, list_labelled, load_label_names
 from progidiff.labels.segments import load_label_map
 from progidiff.model.conditioning import ConditioningConfig
 from progidiff.storage.atomic import atomic_folder
+from progidiff.training.processes import Team
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,7 @@ class SliceCache:
         supersampling: Labels have so many pixels per pixel of the image, along both axes, so that `compute_area_shares`
             knows how much of a pixel a structure covers: as whole pixels of about 2 mm an adrenal gland has a ceiling
             of 0.85 Dice, as shares 0.95.
+        team: The processes that share the preparation, all of which call this; None for this one alone.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class SliceCache:
         config: ConditioningConfig,
         folder: Path,
         supersampling: int = 1,
+        team: Team | None = None,
     ) -> None:
         self.structures = tuple(structures)
         self.config = config
@@ -130,8 +133,11 @@ class SliceCache:
         present: list[NDArray[Any]] = []
         spoken: list[NDArray[Any]] = []
         folder.mkdir(parents=True, exist_ok=True)
+        team = team or Team()
+        own = {case.name: self._prepare(case, folder) for case in team.share(cases)}
+        prepared = {name: place for part in team.gather(own) for name, place in part.items()}
         for case in cases:
-            path, digest = self._prepare(case, folder)
+            path, digest = prepared[case.name]
             self.images.append(SliceFile(path / "image.npy"))
             self.labels.append(SliceFile(path / "label.npy"))
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
@@ -164,6 +170,18 @@ class SliceCache:
         Returns:
             float32 images (N, C, H, W) in [-1, 1] and int64 labels (N, s H, s W), s = `supersampling`.
         """
+        images, labels = self.read_bytes(chosen)
+        return images.float().div_(127.5).sub_(1), labels.long()
+
+    def read_bytes(self, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Read slices with their neighbours as they are kept, a quarter of the size.
+
+        Args:
+            chosen: N positions in `index`.
+
+        Returns:
+            uint8 images (N, C, H, W) in 0..255 and uint8 labels (N, s H, s W), s = `supersampling`.
+        """
         channels = 2 * self.config.num_neighbours + 1
         height, width = self.config.height, self.config.width
         images = np.empty((len(chosen), channels, height, width), np.uint8)
@@ -173,7 +191,7 @@ class SliceCache:
             offsets = self.steps[v] * np.arange(-self.config.num_neighbours, self.config.num_neighbours + 1)
             images[n] = self.images[v][np.clip(z + offsets, 0, len(self.images[v]) - 1)]
             labels[n] = self.labels[v][z]
-        return torch.from_numpy(images).float().div_(127.5).sub_(1), torch.from_numpy(labels).long()
+        return torch.from_numpy(images), torch.from_numpy(labels)
 
     def weigh(self, chosen: Sequence[int]) -> Tensor:
         """1 where a label speaks about a structure of a slice, else 0: float32 (N, len(structures))."""

@@ -133,6 +133,16 @@ def test_left_stays_left_in_bytes_as_in_floats():
         assert all(one < other for one, other in places)
 
 
+def test_augmentation_is_as_exact_where_networks_compute_in_bf16():
+    images, labels = draw_slices(5)
+    one, two = generators(9)
+    wanted = augment(images, labels, one, 1.0, 0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = augment(images, labels, two, 1.0, 0.2)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+
+
 def test_bytes_and_floats_give_the_same_pictures():
     images, labels = draw_slices(5)
     one, two = generators(8)

@@ -253,6 +253,12 @@ def train_here(studies: Path, tiny_model: Path, folder: Path, settings: Path) ->
     return load_states(folder)
 
 
+def load_validations(folder: Path) -> dict[str, float]:
+    lines = [line for s in ("evidence", "proposals") for line in (folder / "work" / s / "log.jsonl").open()]
+    found = [json.loads(line) for line in lines]
+    return {f"{n} {k}": v for n, e in enumerate(found) if "validation" in e for k, v in e["validation"].items()}
+
+
 def test_the_recipe_gives_the_same_model_in_two_processes(studies: Path, tiny_model: Path, tmp_path: Path):
     told = launch(2, *train_command(studies, tiny_model, tmp_path, write_settings(tmp_path)))
     assert told == f"tiny@2 is in {tmp_path / 'model'}\n"
@@ -260,6 +266,8 @@ def test_the_recipe_gives_the_same_model_in_two_processes(studies: Path, tiny_mo
     alone = train_here(studies, tiny_model, tmp_path / "alone", write_settings(tmp_path, accumulate=2))
     for name, tensor in alone.items():
         torch.testing.assert_close(shared[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    # Each process validated its part of the slices.
+    assert load_validations(tmp_path) == pytest.approx(load_validations(tmp_path / "alone"), abs=0.02)
     first, second = (load_file(f / "model" / "conditioning" / WEIGHTS) for f in (tmp_path, tmp_path / "alone"))
     assert all(torch.allclose(first[n].float(), second[n].float(), rtol=1e-2, atol=1e-4) for n in first)
 

@@ -235,7 +235,7 @@ def test_every_batch_asks_for_something_present_and_something_absent(tiny_model:
     parts = (
         weights.diffusion * figures["diffusion"] + weights.latent * figures["latent"] + weights.mask * figures["mask"]
     )
-    assert float(loss.detach()) == pytest.approx(parts, rel=1e-4)
+    assert float(loss.detach()) == pytest.approx(float(parts), rel=1e-4)
 
 
 def test_a_stage_that_is_finished_is_loaded_and_gives_the_same_model(

@@ -388,7 +388,7 @@ class CloseUpNetwork(nn.Module):
         for time in times:
             signal, strength = self.noise_level(time)
             latents = signal * clean + strength * given
-            predicted = denoise(latents, torch.as_tensor(time, device=latents.device))
+            predicted = denoise(latents, torch.full((), time, device=latents.device))
             logits = base + self.config.noise_scale * self.codec.decode_signed(predicted).to(base.dtype)
             clean = self.codec.encode_masks(logits.sigmoid())
         return logits
@@ -425,7 +425,8 @@ class CloseUpNetwork(nn.Module):
 
     def noise_level(self, time: int | Tensor) -> tuple[Any, Any]:
         """Signal and noise at a timestep (square roots of alpha-bar and of 1 - alpha-bar)."""
-        kept = self.scheduler.alphas_cumprod.to(time.device if isinstance(time, Tensor) else "cpu")[time]
+        device = time.device if isinstance(time, Tensor) else torch.device("cpu")
+        kept = self.scheduler.alphas_cumprod.to(device, non_blocking=True)[time]
         signal, strength = kept.sqrt(), (1 - kept).sqrt()
         if isinstance(time, Tensor) and time.dim():
             return signal[:, None, None, None], strength[:, None, None, None]

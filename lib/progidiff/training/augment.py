@@ -96,7 +96,7 @@ class Warp:
         rows = _tabulate(height, BENDS[0], supersampling, self.coefficients.device)
         columns = _tabulate(width, BENDS[1], supersampling, self.coefficients.device)
         # `grid_sample` is fastest where x and y are planes of their own.
-        return (rows @ self.coefficients[part] @ columns.T).permute(0, 2, 3, 1)
+        return _combine(rows, self.coefficients[part], columns).permute(0, 2, 3, 1)
 
     def move_images(self, images: Tensor) -> Tensor:
         """(N, C, H, W) of floats or bytes -> floats on the same scale; what comes from outside is 0."""
@@ -181,7 +181,7 @@ class Tones:
             return torch.ones(len(self.gamma), 1, height, width, device=self.gamma.device)
         rows = _tabulate(height, SHADES[0], 1, self.shade.device)[:, : SHADES[0]]
         columns = _tabulate(width, SHADES[1], 1, self.shade.device)[:, : SHADES[1]]
-        return torch.exp(rows @ self.shade @ columns.T)
+        return torch.exp(_combine(rows, self.shade, columns))
 
 
 @dataclass(frozen=True)
@@ -209,6 +209,12 @@ class Augmentation:
         if images.dtype == torch.uint8:
             return self.tones.apply(self.warp.move_images(images).div_(255))
         return self.tones.apply(self.warp.move_images(images + 1).div_(2))
+
+
+def _combine(rows: Tensor, coefficients: Tensor, columns: Tensor) -> Tensor:
+    """rows x coefficients x columns, in full precision: a place in bf16 would be off by a pixel."""
+    with torch.autocast(coefficients.device.type, enabled=False):
+        return rows @ coefficients @ columns.T
 
 
 def _split(batch: Tensor) -> list[slice]:

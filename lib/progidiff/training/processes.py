@@ -40,7 +40,7 @@ BUCKET = 1 << 24
 gradients.
 """
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(hours=2)
 """How long a process waits for others that are there and do not come; the first one writes files meanwhile."""
 
 LOST_AFTER = 30.0

@@ -480,10 +480,8 @@ class _Run:
         self._loss = _Loss(self.modules, objective)
         is_overlapped = {"auto": is_asynchronous(self.device), "exact": False, "overlapped": True}
         if self.team.count > 1 and is_overlapped[self.config.gradients]:
-            # Parts of a network that a micro-batch does not use are found; buffers are each process's own.
-            self._shared_loss = nn.parallel.DistributedDataParallel(
-                self._loss, broadcast_buffers=False, find_unused_parameters=True
-            )
+            # Parts of a network that a micro-batch does not use are found.
+            self._shared_loss = nn.parallel.DistributedDataParallel(self._loss, find_unused_parameters=True)
         places = (
             (step, micro)
             for step in range(self.step, self.config.steps)

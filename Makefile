@@ -7,6 +7,7 @@
 # make test-gpu     the tests on a CUDA device, a minute; they skip with a reason without one. Then: python benchmarks/gpu.py
 # make test-browser the tests in a real browser; needs chromium, nodejs and npm (Debian's), skips with a reason without them
 # make pacs         Orthanc (Debian's) on 127.0.0.1:8042 with the sample images in it; then make serve STUDIES=http://127.0.0.1:8042/dicom-web
+# make s3-tools     an S3 server (moto) for the tests, in an environment of its own; `make test` brings it
 # make wheel        the wheel into dist/: package, app, pages, weights and MONAI Label itself, for `pip install`
 # make test-wheel   the wheel in an empty environment: serve, a prompt over HTTP, predict, evaluate; minutes
 # make test-image   the steps of the Dockerfile without a container engine, and the server as the image starts it; minutes
@@ -36,7 +37,7 @@ STAMP := $(VENV)/.setup-done
 PIP   := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: setup serve test fuzz docs test-slow test-faults test-gpu test-browser pacs check check-pages page-tools api-types audit
-.PHONY: wheel test-wheel test-image lock sbom check-files packaging-tools
+.PHONY: wheel test-wheel test-image lock sbom check-files packaging-tools s3-tools
 
 setup: $(STAMP)
 	@$(BIN)/python sample_datastore/prepare.py
@@ -59,7 +60,7 @@ serve: setup
 # Two at a time, one file of tests never in both: what a file starts (a server, a training) it starts once.
 TESTERS ?= 2
 
-test: setup
+test: setup s3-tools
 	$(BIN)/python -m pytest -n $(TESTERS) --dist loadfile
 
 fuzz: setup
@@ -69,7 +70,7 @@ docs: setup
 	@$(PIP) install -r requirements-docs.txt
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-test-slow: setup
+test-slow: setup s3-tools
 	$(BIN)/python -m pytest -m "not fuzz and not browser and not gpu"
 
 FAULT_SEED          ?= $(shell date +%s)
@@ -127,6 +128,16 @@ packaging-tools: $(TOOLS)/.done
 $(TOOLS)/.done: requirements-packaging.txt | $(STAMP)
 	@$(BIN)/python -m venv $(TOOLS)
 	@$(TOOLS)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements-packaging.txt
+	@touch $@
+
+# Amazon's own packages want an older python-dateutil than the one that is tested with, so the server has a place apart.
+S3_TOOLS := $(VENV)/s3-tools
+
+s3-tools: $(S3_TOOLS)/.done
+
+$(S3_TOOLS)/.done: requirements-s3.txt | $(STAMP)
+	@$(BIN)/python -m venv $(S3_TOOLS)
+	@$(S3_TOOLS)/bin/python -m pip --disable-pip-version-check --quiet install -r requirements-s3.txt
 	@touch $@
 
 lock: packaging-tools

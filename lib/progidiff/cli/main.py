@@ -18,7 +18,7 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
-from progidiff.cli import annotating, audit, exchanging, operations, serving, textdiff, training, users
+from progidiff.cli import annotating, audit, exchanging, operations, prelabelling, serving, textdiff, training, users
 from progidiff.cli.options import (
     AdapterOption,
     BackboneOption,
@@ -501,6 +501,7 @@ def _save_json(values: dict[str, Any], path: Path) -> None:
 
 
 training.register(app)
+prelabelling.register(app)
 annotating.register(app)
 users.register(app)
 audit.register(app)

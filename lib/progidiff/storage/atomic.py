@@ -327,3 +327,14 @@ def _find_start(process: int) -> int:
         return int(text.rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return 0
+
+
+def name_owner() -> str:
+    """A new name that says which process has something: machine, process and its start, and a random part."""
+    return make_scratch_name(prefix="")
+
+
+def is_owner_gone(name: str) -> bool | None:
+    """Whether the process that `name_owner` named has ended; None if that cannot be told from here."""
+    owner = _OWNER.fullmatch(name)
+    return _is_dead(owner) if _is_near(owner) else None

@@ -27,6 +27,7 @@ def places(tmp_path: Path) -> Places:
     """A server's folders with one label, kept proposals, scores, an adapter and users."""
     studies = make_studies(tmp_path / "studies")
     save(studies, [2, 3])
+    (studies / "text.csv").write_text("image,text\none.png,Dense.\n")
     store = studies / ".progidiff"
     received = "incoming/refused/1/object.dcm"
     for name in (f"{'a' * 64}/entry.json", "scores/one.json", "training/work/big", "training/runs/1/log.txt", received):
@@ -70,6 +71,7 @@ def test_labels_history_versions_users_and_state_come_back_and_what_is_computed_
     assert not [name for name in names if "incoming" in name]
     assert {"adapters/mr/1/adapter.safetensors", "adapters/mr/CURRENT", "secrets/users.json"} <= names
     assert {"store/reservations.json", "store/training/runs/1/log.txt", "store/annotations/log.jsonl"} <= names
+    assert "studies/text.csv" in names
     assert {"studies/labels/final/one.nii.gz", "studies/labels/scores/one.nii.gz"} <= names
     for word in ("aaaa", "store/scores", "work", "sqlite", ".lock"):
         assert not [name for name in names if word in name]

@@ -1,4 +1,4 @@
-"""Copies of what people made and nobody can make again: labels, their history, trained versions, users, state.
+"""Copies of what people made and nobody can make again: labels, sentences, their history, versions, users, state.
 
 A backup is one tar file whose last member, ``MANIFEST.json``, names every file with its SHA-256: one that was cut off
 or damaged is told by it. Images are not in it, nor is what is computed again: kept proposals, scores, slices as DICOM,
@@ -38,6 +38,7 @@ HISTORY = "annotations"
 
 _CACHE = re.compile(r"[0-9a-f]{64}|scores|dicom|incoming|datastore\.sqlite.*|\.damaged-.*")
 """What of a store's folder is computed again, means nothing elsewhere, or is an image (`progidiff receive`)."""
+_OF_STUDIES = ("labels", "labels.json", "text.csv", "datastore_v2.json")
 _OF_TRAININGS = (("training", "work"), ("training", "lock"))
 _CHUNK = 1 << 20
 
@@ -160,7 +161,7 @@ def _snapshot(places: Places) -> Iterator[Path]:
                 locks.enter_context(locked(places.store / HISTORY / ".lock", holder))
             for path in _list_files(places.store, is_store=True):
                 _link(path, folder / "store" / path.relative_to(places.store))
-            for name in ("labels", "labels.json", "datastore_v2.json") if places.studies is not None else ():
+            for name in _OF_STUDIES if places.studies is not None else ():
                 source = Path(places.studies or "") / name
                 for path in _list_files(source):
                     _link(path, folder / "studies" / name / path.relative_to(source))

@@ -14,13 +14,12 @@ async function press(page, key) {
 }
 
 async function open(page, image) {
-  await page.waitForFunction(
-    async (wanted) => {
+  const isOpen = () =>
+    page.evaluate(async (wanted) => {
       const { state, shown } = await import('/progidiff/static/state.js');
-      return state.session?.image === wanted && state.drawing && shown.session === state.session && shown.place;
-    },
-    image,
-  );
+      return state.session?.image === wanted && Boolean(state.drawing && shown.session === state.session && shown.place);
+    }, image);
+  while (!(await isOpen())) await page.waitForTimeout(100);
   await page.locator('#view').focus();
   await settle(page);
 }

@@ -20,6 +20,9 @@ from support.toy_textdiff import add_untrained_head
 
 pytestmark = needs_browser
 
+PLAIN = ["--no-sandbox", "--disable-gpu"]
+"""Of Chromium: pictures need no WebGL."""
+
 SENTENCE = 'Dense, "very" dense, in the lower right.'
 
 
@@ -44,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
 def test_a_picture_is_labelled_with_its_sentence_and_what_lies_on_disk_is_what_was_seen(server: Server, tmp_path: Path):
     shots = tmp_path / "shots"
     given = {"image": "tissue_a", "gray": "gray", "volume": "scan", "sentence": SENTENCE}
-    said = drive("pictures.mjs", server.url, shots, width=1500, height=900, **given)
+    said = drive("pictures.mjs", server.url, shots, width=1500, height=900, arguments=PLAIN, **given)
     print({name: value for name, value in said.items() if name not in ("shown", "picked", "drawn")}, shots)
     problems = [problem for problem in said["problems"] if "Failed to load resource" not in problem]
     assert problems == []
@@ -61,7 +64,7 @@ def test_a_picture_is_labelled_with_its_sentence_and_what_lies_on_disk_is_what_w
 
     assert len(set(said["counts"].values())) > 1  # The draws differ.
     assert said["counts"]["2"] == sum(said["picked"])
-    assert said["brushed"] > said["counts"]["2"] or said["brushed"] != said["erased"]
+    assert said["brushed"] > said["counts"]["2"]
     assert said["erased"] < said["brushed"]
     assert (said["undone"], said["again"]) == (said["brushed"], said["brushed"])
     assert said["kept"] == [SENTENCE, said["brushed"]]

@@ -10,6 +10,16 @@ type Answer<P extends keyof paths, M extends keyof paths[P]> = paths[P][M] exten
 /** Of an image. */
 export type ImageInfo = Answer<"/progidiff/review/{image}", "get">;
 
+/** Of a picture, beside what is known of every image. */
+export type PictureInfo = Answer<"/progidiff/pictures/{image}", "get">;
+
+export type Sentence = PictureInfo["sentence"];
+
+export type SentenceChange = Sentence["changes"][number];
+
+/** A model for pictures. */
+export type Head = PictureInfo["heads"][number];
+
 export type KeptProposals = Answer<"/progidiff/proposals/{image}", "get">;
 
 export type Summary = KeptProposals["summary"];
@@ -21,6 +31,14 @@ export interface Proposed extends Summary {
   /** key of the result */
   proposals: string;
   warnings: string[];
+}
+
+/** POST /infer/textdiff?output=json */
+export interface ProposedPicture {
+  /** key of the result */
+  proposals: string;
+  warnings: string[];
+  structures: Record<string, { consensus_pixels: number }>;
 }
 
 /** `waiting_for` is to be read after "waiting for"; "" if it does not wait. */

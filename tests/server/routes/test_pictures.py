@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 from starlette.testclient import TestClient
 
+from progidiff.errors import ModelError
+from progidiff.server.parts import get_context
 from progidiff.textdiff.sentences import find_sentence, read_sentences
 from support.apps import connect, open_app
 from support.phantoms import write_phantom
@@ -263,6 +265,32 @@ def test_a_picture_that_cannot_be_read_and_a_volume_are_refused_with_a_cure(clie
         assert (answer.status_code, "damaged.png" in answer.json()["detail"]) == (422, True), answer.text
     for answer in (client.get("/progidiff/pictures/volume"), change(client, "volume", "A liver.", "")):
         assert (answer.status_code, "is a volume" in answer.json()["detail"]) == (422, True), answer.text
+
+
+def test_each_picture_is_scored_by_the_model_that_fits_it(
+    client: TestClient, studies: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scorer = get_context().scorer
+    assert scorer.wanted_version("picture") == "chest@1+nuclei@1"
+    for image, model in (("gray", "chest@1"), ("tissue_b", "nuclei@1")):
+        assert scorer.score(image)
+        entry = scorer.scores.pick_newest(scorer.wanted_version)[image]
+        assert (entry.scores.version, entry.modality) == ("chest@1+nuclei@1", "picture")
+        assert propose(client, image, num_proposals=4).json()["cached"] is True
+        assert propose(client, image, num_proposals=4).json()["model"] == model
+
+    def refuse(*_: object) -> None:
+        raise ModelError("The weights of chest@1 are damaged.")
+
+    monkeypatch.setattr(get_context().textdiff.engine, "predict", refuse)
+    assert scorer.score("deep")
+    assert "are damaged" in scorer.failures()["deep"]
+    assert scorer.wanted_version("picture") == "chest@1+nuclei@1"
+
+
+def test_ohif_is_told_where_a_picture_is_labelled(client: TestClient):
+    answer = client.get("/progidiff/ohif/images/wide")
+    assert (answer.status_code, "review page: /progidiff/#image=wide." in answer.json()["detail"]) == (404, True)
 
 
 def test_a_picture_too_large_for_a_browser_is_refused_before_it_is_read(

@@ -101,6 +101,12 @@ const name = encodeURIComponent;
 
 /** @type {(image: string) => Promise<import("../answers.d.ts").ImageInfo>} */
 export const describeImage = (image) => getJson(`progidiff/review/${name(image)}`);
+/** @type {(image: string) => Promise<import("../answers.d.ts").PictureInfo>} */
+export const describePicture = (image) => getJson(`progidiff/pictures/${name(image)}`);
+/** A picture in its colours, as a PNG. @type {(image: string) => Promise<Blob>} */
+export const getPicture = async (image) => (await send(`progidiff/pictures/${name(image)}/pixels`)).blob();
+/** @type {(image: string, sentence: string|null, former: string) => Promise<import("../answers.d.ts").Sentence>} */
+export const saveSentence = (image, sentence, former) => postJson(`progidiff/pictures/${name(image)}/sentence`, { sentence, former }, "PUT");
 /** int16 of an axial slice. @type {(image: string, z: number) => Promise<ArrayBuffer>} */
 export const getSlice = (image, z) => getBytes(`progidiff/review/${name(image)}/slices/${z}`);
 /** For `unpackMasks`; empty while a job has not come to this slice. @type {(image: string, z: number, source: {proposals: string}|{job: string}) => Promise<ArrayBuffer>} */
@@ -183,15 +189,17 @@ export function addImage(file, onProgress) {
 
 /**
  * Ask for proposals; answers when all are there.
+ * @template {"progidiff"|"textdiff"} M
+ * @param {M} model for volumes, for pictures
  * @param {string} image
- * @param {{prompt: string, num_proposals: number, job_id: string, first_slice: number}} params
- * @returns {Promise<import("../answers.d.ts").Proposed>}
+ * @param {Record<string, unknown> & {num_proposals: number, job_id: string}} params
+ * @returns {Promise<M extends "textdiff" ? import("../answers.d.ts").ProposedPicture : import("../answers.d.ts").Proposed>}
  */
-export async function runPrompt(image, params) {
+export async function runPrompt(model, image, params) {
   const form = new FormData();
   form.set("params", JSON.stringify(params));
   const query = new URLSearchParams({ image, output: "json" });
-  return (await send(`infer/progidiff?${query}`, { method: "POST", body: form })).json();
+  return (await send(`infer/${model}?${query}`, { method: "POST", body: form })).json();
 }
 
 export const loginAddress = () => new URL(`progidiff/login?next=${name(location.pathname + location.hash)}`, BASE).href;

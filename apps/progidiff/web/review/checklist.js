@@ -11,10 +11,13 @@ import { countSlices } from "./slices.js";
  * @param {Accepted} accepted
  * @param {readonly number[]|null|undefined} saved axial slices; null for the whole volume, undefined for nothing
  * @param {boolean} isPresent whether any proposal draws it
+ * @param {boolean} isPicture whether there is one slice only, which nobody counts
  * @returns {{mark: Mark, words: string}}
  */
-export function describeProgressOf({ volume, slices }, saved, isPresent) {
+export function describeProgressOf({ volume, slices }, saved, isPresent, isPicture = false) {
   if (volume?.rule === "nothing" && !slices.length) return { mark: "absent", words: "absent, not sent" };
+  if (isPicture && (volume || slices.length)) return { mark: "accepted", words: "accepted" };
+  if (isPicture && (saved === null || saved?.length)) return { mark: "saved", words: "saved" };
   if (volume) return { mark: "accepted", words: "accepted: volume" };
   if (slices.length) return { mark: "accepted", words: `accepted: ${countSlices(slices.length)}` };
   if (saved === null) return { mark: "saved", words: "saved: volume" };

@@ -14,8 +14,8 @@ export function renderCorners(session) {
   const { z } = state;
   const value = session.disagreement(state.structure ? [state.structure] : [])[z];
   find("corner-slice").replaceChildren(
-    element("b", {}, `slice ${nameSlice(z)}`),
-    ` of ${session.depth}${value === undefined ? "" : `\ndisagreement ${value.toFixed(2)}`}${session.job ? "\nproposals are being made" : ""}`,
+    element("b", {}, session.picture ? `${session.width} × ${session.height}` : `slice ${nameSlice(z)}`),
+    `${session.picture ? "" : ` of ${session.depth}`}${value === undefined ? "" : `\ndisagreement ${value.toFixed(2)}`}${session.job ? "\nproposals are being made" : ""}`,
   );
   find("corner-window").textContent = describeWindow();
   find("corner-mark").replaceChildren(...renderMarks(session));
@@ -26,6 +26,7 @@ function describeWindow() {
   const [low, high] = state.window;
   const digits = high - low < 10 ? 2 : 0;
   const zoom = state.zoom === 1 ? "" : `\n× ${state.zoom.toFixed(1)}`;
+  if (state.session?.picture && state.preset !== "custom") return `${state.preset}${zoom}`;
   return `${state.preset}\nW ${(high - low).toFixed(digits)}  L ${((high + low) / 2).toFixed(digits)}${zoom}`;
 }
 
@@ -93,7 +94,8 @@ export function renderFacts(session) {
   const facts = find("facts");
   const found = look(state.structure);
   if (!found) {
-    facts.textContent = session.result ? "" : "Type what to find and press Propose.";
+    const begin = session.picture ? "Press Propose, or draw." : "Type what to find and press Propose.";
+    facts.textContent = session.result ? "" : begin;
     return;
   }
   const [dy, dx] = session.spacing;
@@ -102,6 +104,12 @@ export function renderFacts(session) {
   const volume = numbers
     ? `\nvolume ${numbers.consensus_ml.toFixed(0)} ml by consensus, ${Math.min(...numbers.proposals_ml).toFixed(0)} to ${Math.max(...numbers.proposals_ml).toFixed(0)} ml by proposal`
     : "";
-  facts.textContent = `this slice ${((pixels * dy * dx) / 100).toFixed(1)} cm²${volume}`;
   facts.dataset.pixels = String(pixels);
+  if (session.picture) {
+    const drawn = found.masks.map(countPixels);
+    const range = drawn.length ? `\n${Math.min(...drawn)} to ${Math.max(...drawn)} pixels by proposal` : "";
+    facts.textContent = `${pixels} pixels, ${((100 * pixels) / (session.width * session.height)).toFixed(1)} % of the picture${range}`;
+    return;
+  }
+  facts.textContent = `this slice ${((pixels * dy * dx) / 100).toFixed(1)} cm²${volume}`;
 }

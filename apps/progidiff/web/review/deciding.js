@@ -93,13 +93,17 @@ export function acceptSlice(names = [state.structure]) {
     keep(state.drawing);
   }
   store.touch("decisions");
-  toast(`${structures.join(", ")} accepted on slice ${nameSlice(z)}`, "good", 2);
+  toast(`${structures.join(", ")} accepted${found.session.picture ? "" : ` on slice ${nameSlice(z)}`}`, "good", 2);
   if (!goToNext(z)) tellDone();
 }
 
 /** Nothing is left of the active structure: which one is. */
 function tellDone() {
   const open = listOpen().filter((name) => name !== state.structure);
+  if (state.session?.picture) {
+    if (open.length) toast(`X goes on to ${open[0]}.`);
+    return;
+  }
   const next = open.length ? ` X goes on to ${open[0]}.` : " Submit, or accept the volume.";
   toast(`No slice of ${state.structure} is left that the proposals dispute.${next}`, "", 4);
 }
@@ -117,7 +121,7 @@ export function acceptVolume(names = [state.structure]) {
   if (!found || !structures.length) return;
   found.work.acceptVolume(structures);
   store.touch("decisions");
-  toast(`${structures.join(", ")} accepted in the whole volume`, "good", 3);
+  toast(`${structures.join(", ")} accepted${found.session.picture ? "" : " in the whole volume"}`, "good", 3);
 }
 
 /** Accept everything that is shown on this slice. */

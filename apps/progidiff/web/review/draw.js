@@ -56,6 +56,24 @@ export function renderGrey(pixels, height, width, [slope, intercept], [low, high
 }
 
 /**
+ * A picture in colour as a canvas of its own size, brighter or with more contrast if the window says so.
+ * @param {Uint8ClampedArray} colours red, green, blue, alpha
+ * @param {number} height
+ * @param {number} width
+ * @param {readonly [low: number, high: number]} window what is shown as 0 and as 255
+ */
+export function renderColours(colours, height, width, [low, high]) {
+  const canvas = new OffscreenCanvas(width, height);
+  const image = new ImageData(width, height);
+  const gain = 255 / Math.max(high - low, 1e-9);
+  const table = Uint8ClampedArray.from({ length: 256 }, (_, value) => (value - low) * gain);
+  const { data } = image;
+  for (let i = 0; i < data.length; i += 1) data[i] = (i & 3) === 3 ? 255 : table[colours[i]];
+  getContext(canvas).putImageData(image, 0, 0);
+  return canvas;
+}
+
+/**
  * A canvas of a box's size, coloured pixel by pixel.
  * @param {Box} box
  * @param {(index: number) => Rgba|null} colorOf

@@ -54,7 +54,7 @@ const ACTIONS = {
   submit,
   finish,
   next: openNext,
-  prompt: () => find("prompt").focus(),
+  prompt: () => find(state.session?.picture ? "sentence" : "prompt").focus(),
   help: openHelp,
   ...DRAW_ACTIONS,
 };

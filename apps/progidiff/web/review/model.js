@@ -75,14 +75,19 @@ export class ModelPanel {
   /** What a training is to hold back, and the button that starts or stops it. */
   #renderTrain() {
     const isRunning = Boolean(this.#training?.running);
-    const labelled = (state.worklist?.entries ?? []).filter(({ annotated }) => Object.keys(annotated).length);
+    const { session } = state;
+    // Pictures and volumes have models of their own: the one for what is open is trained.
+    const isPicture = Boolean(session?.picture);
+    const labelled = (state.worklist?.entries ?? []).filter(
+      ({ image, annotated, modality }) => Object.keys(annotated).length && (modality === "picture" || (isPicture && image === session?.image)) === isPicture,
+    );
     const boxes = labelled.map(({ image, annotated }) => {
       const turn = () => void (this.#heldOut.delete(image) || this.#heldOut.add(image));
       const box = element("input", { type: "checkbox", checked: this.#heldOut.has(image), on: { change: turn } });
       return element("li", {}, element("label", {}, box, element("span", {}, image, element("small", {}, Object.keys(annotated).join(", ")))));
     });
     const problem = element("p", { className: "prompt-error", role: "alert", hidden: true });
-    const button = element("button", { className: isRunning ? "" : "primary", on: { click: () => this.#train(isRunning, problem) } }, isRunning ? "Stop the training" : "Train on the labels");
+    const button = element("button", { className: isRunning ? "" : "primary", on: { click: () => this.#train(isRunning, problem) } }, isRunning ? "Stop the training" : isPicture ? "Train on the labelled pictures" : "Train on the labels");
     const choice = element(
       "details",
       { className: "kept" },
@@ -99,13 +104,21 @@ export class ModelPanel {
   async #train(isRunning, problem) {
     try {
       if (isRunning) await api.stopTraining();
-      else await api.startTraining("progidiff_adapt", this.#heldOut.size ? { held_out: [...this.#heldOut] } : {});
+      else await this.#startTraining();
       toast(isRunning ? "The training stops after a clean checkpoint." : "The training has started. Its version is served if it is better on what is held back.", "good", 6);
       await this.open();
     } catch (error) {
       problem.textContent = api.messageOf(error);
       problem.hidden = false;
     }
+  }
+
+  /** Train the model that is asked about what is open. */
+  #startTraining() {
+    const heldOut = this.#heldOut.size ? { held_out: [...this.#heldOut] } : {};
+    const { session } = state;
+    if (!session?.picture) return api.startTraining("progidiff_adapt", heldOut);
+    return api.startTraining("textdiff", { ...heldOut, ...(session.head ? { name: session.head.name } : {}) });
   }
 
   /** @param {Adapter[]} adapters */
@@ -119,7 +132,9 @@ export class ModelPanel {
 
   /** @param {Adapter} adapter */
   #renderAdapter(adapter) {
-    const served = adapter.current ? `version ${adapter.current} is served` : "none is served: images get the base model";
+    const isHead = adapter.trainer === "textdiff";
+    const none = isHead ? "none is served" : "none is served: images get the base model";
+    const served = adapter.current ? `version ${adapter.current} is served` : none;
     const rows = [...adapter.versions].reverse().map((version) => this.#renderVersion(adapter, version));
     const head = element("tr", {}, ...["Version", "For", "Dice, held back", "Verdict", ""].map((name) => element("th", {}, name)));
     const back = () => this.#change(() => api.rollBack(adapter.name));
@@ -129,7 +144,7 @@ export class ModelPanel {
       element(
         "div",
         { className: "queue-head" },
-        element("h2", {}, `Adapter ${adapter.name}: ${served}`),
+        element("h2", {}, `${isHead ? "Picture model" : "Adapter"} ${adapter.name}: ${served}`),
         element("button", { className: "small", disabled: !adapter.current, on: { click: back } }, "Roll back"),
       ),
       adapter.problem && element("p", { className: "prompt-error" }, adapter.problem),

@@ -49,7 +49,7 @@ export async function openImage(image) {
     if (ticket !== opening) return;
     const [{ name, window }] = presetsFor(session.info);
     store.set({
-      ...{ session, work: null, structure: "", included: new Set(), walk: chosenSlices(image), z: Math.floor(session.depth / 2), window, preset: name },
+      ...{ session, work: null, structure: session.classes[0] ?? "", included: new Set(), walk: chosenSlices(image), z: Math.floor(session.depth / 2), window, preset: name },
       ...{ mode: "pick", compared: null, zoom: 1, center: null, isReadOnly: false, isSavedShown: false },
     });
     history.replaceState(null, "", `#${new URLSearchParams({ image })}`);

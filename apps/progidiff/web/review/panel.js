@@ -3,6 +3,7 @@
 import { describeProgressOf, formatMl, measurePick } from "./checklist.js";
 import { element, find, findButton, findInput } from "./dom.js";
 import { icon } from "./icons.js";
+import { isSentenceTyped } from "./picture.js";
 import { countNeeded, describePick, isMerged, listMembers } from "./picks.js";
 import { countSlices, formatSlices, nameSlice } from "./slices.js";
 import { colorOf, countProposals, currentPick, listStructures, state } from "./state.js";
@@ -32,7 +33,7 @@ export function onDecide(buttons) {
 export function renderHead() {
   const { session } = state;
   find("where").replaceChildren(
-    ...(session ? [element("strong", {}, session.image), ` · ${session.info.modality} · ${countSlices(session.depth)}`] : ["Choose an image"]),
+    ...(session ? [element("strong", {}, session.image), session.picture ? ` · picture · ${session.width} × ${session.height}` : ` · ${session.info.modality} · ${countSlices(session.depth)}`] : ["Choose an image"]),
   );
   const warnings = session?.info.geometry.warnings ?? [];
   find("header-warning").hidden = warnings.length === 0;
@@ -50,8 +51,8 @@ export function renderPanel() {
   renderMerging(isReady);
   for (const id of ["accept-slice", "accept-volume"]) findButton(id).disabled = !isReady || !session?.keyOf(state.structure);
   findButton("accept-shown").disabled = !isReady || !session?.keys.length;
-  find("accept-slice").title = state.structure ? `Accept ${state.structure} on this slice` : "";
-  find("accept-name").textContent = state.structure ? `Accept ${state.structure}` : "Accept slice";
+  find("accept-slice").title = state.structure ? `Accept ${state.structure}${session?.picture ? "" : " on this slice"}` : "";
+  find("accept-name").textContent = state.structure ? `Accept ${state.structure}` : session?.picture ? "Accept" : "Accept slice";
   findButton("undo").disabled = !(work?.canUndo || state.drawing?.lastAt) || state.isReadOnly;
   renderDecided();
   renderSaved();
@@ -66,7 +67,7 @@ function renderRow(name) {
   const numbers = session?.result?.summary?.structures[name];
   const owner = session?.result?.owners[name];
   const pick = work && owner ? work.pickOn(name, state.z) : null;
-  const { mark, words } = describeProgressOf(work?.acceptedOf(name) ?? { volume: null, slices: [] }, session?.savedOn(name), numbers?.present ?? !owner);
+  const { mark, words } = describeProgressOf(work?.acceptedOf(name) ?? { volume: null, slices: [] }, session?.savedOn(name), numbers?.present ?? !owner, Boolean(session?.picture));
   const isShown = state.included.has(name);
   const eye = element(
     "button",
@@ -80,7 +81,7 @@ function renderRow(name) {
     { className: "structure", "aria-pressed": String(name === state.structure), on: { click: () => act.selectStructure(name) } },
     dot,
     element("span", { className: "structure-name" }, name, element("small", {}, pick && owner ? describePick(pick, owner.numProposals) : "no proposals")),
-    element("span", { className: "structure-ml" }, formatMl(pick ? measurePick(pick, numbers) : null)),
+    element("span", { className: "structure-ml" }, formatMl(pick && !session?.picture ? measurePick(pick, numbers) : null)),
     element("span", { className: `mark ${mark}` }, words),
   );
   return element("li", {}, eye, row);
@@ -140,9 +141,10 @@ function renderThreshold(pick, size) {
 
 function renderDecided() {
   const { work } = state;
-  const parts = work?.decided.map((name) => describeAccepted(name, work.acceptedOf(name))) ?? [];
+  const parts = work?.decided.map((name) => (state.session?.picture ? name : describeAccepted(name, work.acceptedOf(name)))) ?? [];
+  if (isSentenceTyped()) parts.push("the sentence");
   find("decided").textContent = parts.length ? `Accepted, not sent: ${parts.join("; ")}` : "Nothing accepted yet.";
-  findButton("submit").disabled = !work?.hasDecisions || state.isReadOnly || state.isSubmitting;
+  findButton("submit").disabled = !(work?.hasDecisions || isSentenceTyped()) || state.isReadOnly || state.isSubmitting;
 }
 
 /**
@@ -160,13 +162,15 @@ function renderSaved() {
   const label = info?.label;
   find("finish").hidden = !info;
   findButton("finish").disabled = state.isReadOnly || state.isSubmitting;
-  find("finish-text").textContent = info?.is_done ? "Open it again" : state.work?.hasDecisions ? "Submit, image is done" : "Image is done";
+  find("finish-text").textContent = info?.is_done ? "Open it again" : state.work?.hasDecisions || isSentenceTyped() ? "Submit, image is done" : "Image is done";
   find("undo-save").hidden = !label || Boolean(state.work?.hasDecisions) || state.isReadOnly;
   if (!info || !label) {
     find("saved").textContent = info ? "No saved label yet." : "";
     return;
   }
-  const extent = info.annotated_slices === null ? "whole volume" : countSlices(info.annotated_slices.length);
+  const extent = state.session?.picture
+    ? Object.keys(info.annotated).join(", ") || "label"
+    : info.annotated_slices === null ? "whole volume" : countSlices(info.annotated_slices.length);
   const who = label.user ? ` by ${label.user}` : "";
   find("saved").textContent = `Saved: ${extent} · save ${label.sequence}${who}, ${new Date(label.time).toLocaleString()}`;
 }

@@ -4,15 +4,13 @@
 import * as api from "./api.js";
 import { clearNotice, element, find, findButton, findInput, notice, toast } from "./dom.js";
 import { report } from "./failures.js";
-import { state, store } from "./state.js";
+import { describeHead, describeSentence, listWords, tidy } from "./sentences.js";
+import { listStructures, state, store } from "./state.js";
 
 /** @typedef {import("./session.js").ImageSession} ImageSession */
-/** @typedef {{text: string, former: string}} Typed a sentence that is not saved, and the saved one that it was typed over */
+/** @typedef {import("./sentences.js").Typed} Typed */
 
 const PREFIX = "progidiff.sentence.";
-
-/** @param {string} text */
-export const tidy = (text) => text.trim().replace(/\s+/g, " ");
 
 /** @param {string} image @returns {Typed|null} */
 function recall(image) {
@@ -147,8 +145,8 @@ function chooseHead() {
   const { session } = state;
   if (!session) return;
   session.headName = find("head", HTMLSelectElement).value;
-  store.set({ structure: state.structure || (session.classes[0] ?? "") });
-  store.touch("info");
+  if (!listStructures().includes(state.structure)) store.set({ structure: session.classes[0] ?? "", compared: null });
+  store.touch("info", "result");
 }
 
 export function listenToSentence() {
@@ -170,8 +168,7 @@ export function renderSentence() {
   heads.replaceChildren(...picture.heads.map(({ name, version, classes }) => element("option", { value: name }, `${version}: ${classes.join(", ")}`)));
   heads.value = head?.name ?? "";
   heads.hidden = picture.heads.length < 2;
-  const words = [...new Set([...(head?.phrases ?? []), ...(head?.reads_text ? head.classes : [])])];
-  find("sentence-list").replaceChildren(...words.map((value) => element("option", { value })));
+  find("sentence-list").replaceChildren(...listWords(head).map((value) => element("option", { value })));
   find("class-list").replaceChildren(...session.classes.map((value) => element("option", { value })));
   find("sentence-state").textContent = describeSentence(picture.sentence, typed);
   find("sentence-about").textContent = describeHead(picture, head);
@@ -179,29 +176,6 @@ export function renderSentence() {
   findButton("sentence-save").disabled = Boolean(picture.sentence.problem);
   find("picture-notes").textContent = notes.join(" ");
   renderChanges(picture.sentence.changes);
-}
-
-/**
- * @param {import("../answers.d.ts").Sentence} sentence
- * @param {Typed|null} typed
- */
-export function describeSentence({ sentence, problem }, typed) {
-  if (problem) return `${problem} Until then the sentence can be asked with, not saved.`;
-  if (typed) return typed.text ? "Not saved yet: Submit saves it with the label." : "The field is empty: proposals are made without a sentence.";
-  return sentence ? "Saved in text.csv." : "This picture has no sentence yet.";
-}
-
-/**
- * @param {import("../answers.d.ts").PictureInfo} picture
- * @param {import("../answers.d.ts").Head|null} head
- */
-export function describeHead({ problem, is_coloured: isColoured }, head) {
-  if (!head) return problem;
-  const parts = [];
-  if (!head.reads_text) parts.push(`${head.version} reads no sentence; it draws ${head.classes.join(", ")} whatever is written.`);
-  else if (head.phrases.length) parts.push(`${head.version} knows: ${head.phrases.slice(0, 12).join(", ")}${head.phrases.length > 12 ? " …" : ""}.`);
-  if (head.gray === isColoured) parts.push(head.gray ? "It learned from grey pictures." : "It learned from pictures in colour.");
-  return parts.join(" ");
 }
 
 /** @param {readonly import("../answers.d.ts").SentenceChange[]} changes */

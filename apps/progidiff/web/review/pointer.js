@@ -36,17 +36,27 @@ function listenToDrags(view) {
     noteActivity();
     const [dx, dy] = [event.clientX - start.event.clientX, event.clientY - start.event.clientY];
     if (start.event.pointerType === "touch") {
-      goTo(start.z + Math.round(-dy / PIXELS_PER_SLICE));
-    } else if ((start.event.button === 1 || event.shiftKey) && shown.place && state.zoom > 1) {
-      const ratio = window.devicePixelRatio || 1;
-      const [y, x] = start.center;
-      store.set({ center: [y - (dy * ratio) / shown.place.scaleY, x - (dx * ratio) / shown.place.scaleX] });
+      if (state.session.picture) pan(start.center, dx, dy);
+      else goTo(start.z + Math.round(-dy / PIXELS_PER_SLICE));
+    } else if ((start.event.button === 1 || event.shiftKey) && state.zoom > 1) {
+      pan(start.center, dx, dy);
     } else if (Math.abs(dx) + Math.abs(dy) > 2) {
       store.set({ window: dragWindow(start.window, dx, dy), preset: "custom" });
     }
   });
   view.addEventListener("pointerup", () => (start = null));
   view.addEventListener("pointercancel", () => (start = null));
+}
+
+/**
+ * @param {import("./geometry.js").Point} center when the pointer went down
+ * @param {number} dx
+ * @param {number} dy
+ */
+function pan([y, x], dx, dy) {
+  if (!shown.place || state.zoom <= 1) return;
+  const ratio = window.devicePixelRatio || 1;
+  store.set({ center: [y - (dy * ratio) / shown.place.scaleY, x - (dx * ratio) / shown.place.scaleX] });
 }
 
 /** @param {HTMLCanvasElement} view */
@@ -56,7 +66,7 @@ function listenToWheel(view) {
   const turn = (event) => {
     event.preventDefault();
     noteActivity();
-    if (event.ctrlKey) {
+    if (event.ctrlKey || state.session?.picture) {
       zoomAt(event, view);
       return;
     }

@@ -6,6 +6,7 @@ import { report } from "./failures.js";
 import { countStructures } from "./masks.js";
 import { goToNext } from "./moving.js";
 import { addResult, showParts } from "./opening.js";
+import { readQuestion } from "./picture.js";
 import { describeProgress } from "./progress.js";
 import { isDrawnHere, state, store } from "./state.js";
 import { giveUpWaiting, startWaiting } from "./timing.js";
@@ -22,8 +23,8 @@ const [FEWEST, USUAL, MOST] = [2, 4, 16];
 export async function runPrompt(event) {
   event?.preventDefault();
   const { session } = state;
-  const prompt = findInput("prompt").value.trim();
-  if (!session || state.job || !prompt) return;
+  const prompt = findInput(session?.picture ? "sentence" : "prompt").value.trim();
+  if (!session || state.job || !(prompt || session.picture)) return;
   find("prompt-error").hidden = true;
   startWaiting("first-proposal");
   const count = Math.min(MOST, Math.max(FEWEST, Number(findInput("count").value) || USUAL));
@@ -31,11 +32,14 @@ export async function runPrompt(event) {
   store.set({ job: { id, image: session.image, count, progress: { state: "queued", position: 0, percent: 0 } } });
   const timer = setInterval(() => watchJob(id, session), POLL_MS);
   try {
-    const answer = await api.runPrompt(session.image, { prompt, num_proposals: count, job_id: id, first_slice: state.z });
+    const answer = session.picture
+      ? await api.runPrompt("textdiff", session.image, { ...readQuestion(), num_proposals: count, job_id: id })
+      : await api.runPrompt("progidiff", session.image, { prompt, num_proposals: count, job_id: id, first_slice: state.z });
     if (state.session !== session) return;
     await session.refresh();
     store.touch("info");
     await addResult(session, answer.proposals, true);
+    if (session.picture) session.dropUnused();
     tellResult(prompt, answer);
   } catch (error) {
     giveUpWaiting("first-proposal");
@@ -50,10 +54,16 @@ export async function runPrompt(event) {
 
 /**
  * @param {string} prompt
- * @param {import("../answers.d.ts").Proposed} answer
+ * @param {import("../answers.d.ts").Proposed|import("../answers.d.ts").ProposedPicture} answer
  */
 function tellResult(prompt, answer) {
-  if (Object.values(answer.structures).every(({ present }) => !present)) toast(`Nothing found for “${prompt}” in this image.`);
+  const isFound = Object.values(answer.structures).some((found) => ("present" in found ? found.present : found.consensus_pixels > 0));
+  if (!isFound) toast(prompt ? `Nothing found for “${prompt}” in this image.` : "Nothing found in this image.");
+  if (state.session?.picture) {
+    // Said again with every answer: beside the sentence, where it stands in nobody's way.
+    store.set({ notes: answer.warnings });
+    return;
+  }
   if (answer.warnings.length) notice(answer.warnings.join(" "), "", [["Understood", clearNotice]]);
   if (!isDrawnHere()) goToNext();
 }

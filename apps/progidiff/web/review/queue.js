@@ -145,7 +145,7 @@ export class Queue {
       element("span", { className: "case-name" }, entry.image, mark && element("span", { className: `tag ${isUnsent ? "unsent" : entry.state}` }, mark)),
       element("span", { className: "case-why" }, why),
     );
-    const slices = isCurrent ? (entry.slices.length ? entry.slices : listDisputed()) : [];
+    const slices = isCurrent && !state.session?.picture ? (entry.slices.length ? entry.slices : listDisputed()) : [];
     return element("li", {}, button, slices.length > 0 && element("div", { className: "slices" }, ...slices.map((slice) => this.#renderSlice(slice))));
   }
 

@@ -17,6 +17,7 @@ import { onDecide, renderHead, renderPanel } from "./panel.js";
 import { leaveDrawing, openDrawing } from "./painting.js";
 import { listenToPen } from "./pen.js";
 import { listenToView } from "./pointer.js";
+import { listenToSentence, openSentence, renderSentence } from "./picture.js";
 import { fillPrompts, renderJob } from "./prompting.js";
 import { Queue, renderLeftOut } from "./queue.js";
 import { loadReadings, onReadings, renderReadings } from "./readings.js";
@@ -31,6 +32,8 @@ import { buildToolstrip, renderToolstrip } from "./toolstrip.js";
 const queue = new Queue(openImage, goTo);
 const model = new ModelPanel();
 
+store.watch(["session"], openSentence);
+store.watch(["session", "info", "typed", "notes", "isReadOnly"], renderSentence);
 store.watch(["isReadOnly"], leaveDrawing);
 store.watch(["session", "isReadOnly"], openDrawing);
 // What is drawn is decided with everything else, whatever work that hangs on.
@@ -38,7 +41,7 @@ store.watch(["work", "drawing"], () => void (state.work && (state.work.drawing =
 store.watch(["session", "job", "isReadOnly"], renderHead);
 store.watch(["session", "result", "work", "structure", "tool", "settings", "drawing", "added", "drawn", "window", "preset", "opacity", "areViewsShown", "isReadOnly"], renderToolbar);
 store.watch(
-  ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "scope", "isReadOnly", "isSubmitting", "drawing", "drawn"],
+  ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "scope", "isReadOnly", "isSubmitting", "drawing", "drawn", "typed"],
   renderPanel,
 );
 store.watch(
@@ -82,6 +85,7 @@ listenToPen();
 listenToView();
 listenToKeys();
 listenToButtons();
+listenToSentence();
 listenToDrops();
 onAdded(() => queue.load());
 onReadings(goTo, () => queue.load());

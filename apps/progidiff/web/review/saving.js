@@ -7,6 +7,7 @@ import { toPainted } from "./drawing.js";
 import { report } from "./failures.js";
 import { openImage } from "./opening.js";
 import { keep } from "./painting.js";
+import { isSentenceTyped, saveSentence } from "./picture.js";
 import { countSlices } from "./slices.js";
 import { state, store } from "./state.js";
 import { forgetWork } from "./work.js";
@@ -26,7 +27,9 @@ export function useQueue(list) {
 /** The saves of the last submission of this page. */
 let lastSaves = { image: "", sequences: /** @type {number[]} */ ([]) };
 
+/** Send what was decided and drawn, and the sentence of a picture before it. */
 export async function submit() {
+  if (isSentenceTyped() && !state.isSubmitting && !(await saveSentence())) return;
   const found = findDecidable();
   if (!found?.work.hasDecisions || state.isSubmitting) return;
   const { session, work } = found;
@@ -59,7 +62,8 @@ function tellSaved(saves) {
   /** @type {(save: typeof saves[number]) => string} */
   const describe = ({ slices, structures }) => `${slices === null ? "the whole volume" : countSlices(slices.length)} of ${structures.join(", ")}`;
   const isRepeated = saves.every(({ repeated }) => repeated);
-  toast(isRepeated ? "This was saved already; nothing was saved twice." : `Saved: ${saves.map(describe).join("; ")}`, "good", 5);
+  const isPicture = Boolean(state.session?.picture);
+  toast(isRepeated ? "This was saved already; nothing was saved twice." : `Saved: ${saves.map((save) => (isPicture ? save.structures.join(", ") : describe(save))).join("; ")}`, "good", 5);
   clearNotice();
   const warnings = [...new Set(saves.flatMap(({ warnings: told }) => told))];
   if (warnings.length) notice(warnings.join(" "), "", [["Understood", clearNotice]]);
@@ -112,9 +116,9 @@ export async function finish() {
   const { session } = state;
   if (!session || state.isReadOnly) return;
   const isDone = !session.info.is_done;
-  if (isDone && state.work?.hasDecisions) {
+  if (isDone && (state.work?.hasDecisions || isSentenceTyped())) {
     await submit();
-    if (state.work?.hasDecisions) return; // It was refused, and says why.
+    if (state.work?.hasDecisions || isSentenceTyped()) return; // It was refused, and says why.
   }
   try {
     await api.finishImage(session.image, isDone);

@@ -28,9 +28,18 @@ export class ImageSession {
   /** @type {Readonly<Record<string, string>>} */
   #bound = {};
 
-  /** @param {ImageInfo} info */
-  constructor(info) {
+  /** @type {Promise<Uint8ClampedArray>|null} */
+  #colours = null;
+
+  /**
+   * @param {ImageInfo} info
+   * @param {import("../answers.d.ts").PictureInfo|null} picture null for a volume
+   */
+  constructor(info, picture = null) {
     this.info = info;
+    this.picture = picture;
+    /** Name of the model that is asked about a picture. */
+    this.headName = picture?.head ?? "";
     const [depth, height, width] = info.shape;
     const [, dy, dx] = info.spacing;
     this.depth = depth;
@@ -44,16 +53,30 @@ export class ImageSession {
 
   /** @param {string} image */
   static async open(image) {
-    return new ImageSession(await api.describeImage(image));
+    const info = await api.describeImage(image);
+    return new ImageSession(info, info.modality === "picture" ? await api.describePicture(image) : null);
   }
 
   get image() {
     return this.info.image;
   }
 
+  /** The model that is asked about a picture; null for a volume, or if there is none. */
+  get head() {
+    const heads = this.picture?.heads ?? [];
+    return heads.find(({ name }) => name === this.headName) ?? heads[0] ?? null;
+  }
+
+  /** What the model for the picture draws. */
+  get classes() {
+    return this.head?.classes ?? [];
+  }
+
   /** Ask again what is saved and kept. */
   async refresh() {
-    this.info = await api.describeImage(this.image);
+    const [info, picture] = await Promise.all([api.describeImage(this.image), this.picture && api.describePicture(this.image)]);
+    this.info = info;
+    this.picture = picture;
     this.#labels.clear();
   }
 
@@ -75,6 +98,12 @@ export class ImageSession {
    */
   dropProposals(key) {
     this.#setParts(this.#parts.filter((part) => part.key !== key || part.job));
+  }
+
+  /** Show no longer the results that no structure goes by. */
+  dropUnused() {
+    const used = new Set(Object.values(this.result?.owners ?? {}).map(({ key }) => key));
+    this.#setParts(this.#parts.filter((part) => part.job || used.has(part.key)));
   }
 
   /**
@@ -138,6 +167,18 @@ export class ImageSession {
   slice(z) {
     const load = async () => new Int16Array(await api.getSlice(this.image, z));
     return this.#slices.get(String(z), load, (pixels) => pixels.byteLength);
+  }
+
+  /** Red, green, blue, alpha of a picture in colour; null for everything else. @returns {Promise<Uint8ClampedArray|null>} */
+  async colours() {
+    if (!this.picture?.is_coloured) return null;
+    this.#colours ??= api.getPicture(this.image).then(decodeColours);
+    try {
+      return await this.#colours;
+    } catch (error) {
+      this.#colours = null; // Asked again when it is looked at again.
+      throw error;
+    }
   }
 
   /**
@@ -229,4 +270,14 @@ export class ImageSession {
     const slices = this.savedOn(structure);
     return slices === null || Boolean(slices?.includes(z));
   }
+}
+
+/** @param {Blob} png */
+async function decodeColours(png) {
+  const bitmap = await createImageBitmap(png, { colorSpaceConversion: "none", premultiplyAlpha: "none" });
+  const canvas = new OffscreenCanvas(bitmap.width, bitmap.height);
+  const context = canvas.getContext("2d");
+  if (!context) throw new Error("This browser gives no canvas to draw on. Close some tabs, or try another browser.");
+  context.drawImage(bitmap, 0, 0);
+  return context.getImageData(0, 0, bitmap.width, bitmap.height).data;
 }

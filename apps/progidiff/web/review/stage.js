@@ -2,7 +2,7 @@
 
 import { renderCorners, renderFacts } from "./corners.js";
 import { find, findInput } from "./dom.js";
-import { drawDepth, drawSlice, renderGrey } from "./draw.js";
+import { drawDepth, drawSlice, renderColours, renderGrey } from "./draw.js";
 import { report } from "./failures.js";
 import { frameZoomed } from "./geometry.js";
 import { buildLayers } from "./layers.js";
@@ -53,9 +53,9 @@ async function loadShown() {
   try {
     if (session.result) session.masks(z).catch(() => {}); // Asked for beside the picture, and reported below.
     if (shown.session !== session || shown.z !== z) {
-      const pixels = await session.slice(z);
+      const [pixels, colours] = await Promise.all([session.slice(z), session.colours()]);
       if (state.session !== session || state.z !== z) return;
-      Object.assign(shown, { session, z, pixels, masks: null, isPartial: false, masksOf: "", label: null, labelOf: null, grey: null });
+      Object.assign(shown, { session, z, pixels, colours, masks: null, isPartial: false, masksOf: "", label: null, labelOf: null, grey: null });
     }
     if (session.result && (!areMasksShown() || shown.isPartial)) loadMasks(session, z);
     else session.prefetch(z);
@@ -94,7 +94,9 @@ export function paint() {
   find("empty").hidden = true;
   const key = `${shown.z}:${state.window}`;
   if (!shown.grey || shown.greyOf !== key) {
-    shown.grey = renderGrey(shown.pixels, session.height, session.width, session.info.scale, state.window);
+    shown.grey = shown.colours
+      ? renderColours(shown.colours, session.height, session.width, state.window)
+      : renderGrey(shown.pixels, session.height, session.width, session.info.scale, state.window);
     shown.greyOf = key;
   }
   const view = find("view", HTMLCanvasElement);

@@ -46,6 +46,8 @@ const UNKNOWN_COLOR = "#e0aaff";
  * @property {boolean} areViewsShown the two other planes and the surface
  * @property {import("./geometry.js").Point|null} cross where they cross on the slice; null for the middle
  * @property {number} opacity of the active mask, from 0 to 1
+ * @property {import("./sentences.js").Typed|null} typed a picture's sentence that is not saved
+ * @property {readonly string[]} notes what is to be known of the picture and of its last proposals
  */
 
 /**
@@ -87,6 +89,8 @@ export const store = new Store(
     areViewsShown: false,
     cross: null,
     opacity: 0.24,
+    typed: null,
+    notes: [],
   }),
 );
 
@@ -98,6 +102,7 @@ export const state = store.values;
  * @property {import("./session.js").ImageSession|null} session
  * @property {number} z
  * @property {Int16Array|null} pixels
+ * @property {Uint8ClampedArray|null} colours of a picture in colour
  * @property {readonly (import("./masks.js").StructureMasks|null)[]|null} masks
  * @property {boolean} isPartial whether a job had not come to the slice when they were fetched
  * @property {string} masksOf source of the masks
@@ -109,7 +114,7 @@ export const state = store.values;
  */
 
 /** @type {Shown} */
-export const shown = { session: null, z: -1, pixels: null, masks: null, isPartial: false, masksOf: "", label: null, labelOf: null, grey: null, greyOf: "", place: null };
+export const shown = { session: null, z: -1, pixels: null, colours: null, masks: null, isPartial: false, masksOf: "", label: null, labelOf: null, grey: null, greyOf: "", place: null };
 
 /**
  * A structure on the shown slice: all proposals, and what is picked of them.
@@ -197,6 +202,7 @@ export const listStructures = () => [
     ...Object.keys(state.session?.info.label_ids ?? {}),
     ...(state.drawing?.structures ?? []),
     ...state.added,
+    ...(state.session?.classes ?? []),
   ]),
 ];
 

@@ -111,7 +111,7 @@ function buildLayers(kind, found) {
 function describeThumb(kind, session, found) {
   const [dy, dx] = session.spacing;
   /** @type {(mask: Uint8Array) => string} */
-  const area = (mask) => `${((countPixels(mask) * dy * dx) / 100).toFixed(1)} cm²`;
+  const area = (mask) => session.picture ? `${countPixels(mask)} px` : `${((countPixels(mask) * dy * dx) / 100).toFixed(1)} cm²`;
   if (kind === "agreement") return "share";
   if (kind === "nothing") return "not here";
   if (kind === "difference") return `to ${describePick(comparedPick(found), countProposals())}`;

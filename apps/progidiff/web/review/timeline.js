@@ -39,7 +39,8 @@ export function redoNext() {
  */
 function tell(how, step) {
   if (!step) return;
-  toast(`${how}: ${step.what}`, "", 2);
+  // A picture has one slice, which nobody counts.
+  toast(`${how}: ${state.session?.picture ? step.what.replace(/,? (on )?slice 1$/, "") : step.what}`, "", 2);
   if (step.z !== null) goTo(step.z);
   store.touch("picks", "decisions", "drawn");
 }

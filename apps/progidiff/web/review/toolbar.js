@@ -114,7 +114,6 @@ export function buildToolbar() {
       element("select", { id: "window-preset", title: "Window (W)", "aria-label": "Window", on: { change: choosePreset } }),
     ),
   );
-  findInput("draw-name").setAttribute("list", "prompt-list"); // The property is read-only.
 }
 
 /** Show what the state says. */
@@ -129,7 +128,7 @@ export function renderToolbar() {
   }
   find("draw-size-row").hidden = tool === "lasso" || tool === "flood";
   findInput("draw-size").value = String(Math.round(((Math.log(settings.size) - LOW) / SPAN) * SIZE_STEPS));
-  find("draw-size-text").textContent = `${settings.size} mm`;
+  find("draw-size-text").textContent = `${settings.size} ${session.picture ? "px" : "mm"}`;
   find("draw-window").hidden = tool !== "range";
   findInput("draw-low").value = String(round(settings.low));
   findInput("draw-high").value = String(round(settings.high));
@@ -137,6 +136,8 @@ export function renderToolbar() {
   find("draw-unit", HTMLSelectElement).value = settings.unit;
   findInput("opacity").value = String(Math.round(state.opacity * 100));
   find("draw-views").setAttribute("aria-pressed", String(state.areViewsShown));
+  for (const id of ["draw-views", "draw-copyUp", "draw-copyDown", "draw-interpolate", "draw-unit", "window-preset"]) find(id).classList.add("of-volumes");
+  findInput("draw-name").setAttribute("list", session.picture ? "class-list" : "prompt-list"); // The property is read-only.
   renderNames();
   renderPresets(session);
 }

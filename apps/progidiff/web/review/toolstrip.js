@@ -10,7 +10,7 @@ import { state } from "./state.js";
 const BUTTONS = [
   ["hide", "layers", "Overlay", "O", () => !state.isHidden],
   ["saved", "saved", "Saved label", "L", () => state.isSavedShown],
-  ["preset", "contrast", "Next window", "W"],
+  ["preset", "contrast", "Next window, or the window as it was", "W"],
   ["fit", "fit", "Zoom to the structure and back", "F"],
   ["zoomIn", "zoomIn", "Enlarge", "+"],
   ["zoomOut", "zoomOut", "Make smaller", "−"],
@@ -20,11 +20,14 @@ const BUTTONS = [
   ["next", "next", "Next image", "N"],
 ];
 
+/** What a picture has no use for. @type {ReadonlySet<Action>} */
+const OF_VOLUMES = new Set(["up", "down", "disputed"]);
+
 /** @param {(action: Action) => void} act */
 export function buildToolstrip(act) {
   find("toolstrip").replaceChildren(
     ...BUTTONS.map(([action, name, label, key]) =>
-      element("button", { className: "ghost", "aria-label": label, "aria-keyshortcuts": key, title: `${label} (${key})`, on: { click: () => act(action) } }, icon(name)),
+      element("button", { className: OF_VOLUMES.has(action) ? "ghost of-volumes" : "ghost", "aria-label": label, "aria-keyshortcuts": key, title: `${label} (${key})`, on: { click: () => act(action) } }, icon(name)),
     ),
   );
 }

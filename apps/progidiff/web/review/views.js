@@ -112,7 +112,8 @@ function listenToClicks(view) {
 
 /** Fetch what is missing and draw what is there. */
 export async function renderViews() {
-  const { session, areViewsShown } = state;
+  const { session } = state;
+  const areViewsShown = state.areViewsShown && !session?.picture; // A picture has no other planes.
   const views = find("views");
   views.hidden = !areViewsShown || !session;
   paintCross();

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
+from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
@@ -471,6 +472,8 @@ class Selection:
             return self._answer(survey, image, picks, state, summarise_reasons(picks)) if picks else None
         why = "Not scored yet: slices are spread evenly."
         if not opened:
+            if self._is_known_picture(image):
+                return self._answer(survey, image, [], state, "Not scored yet.", PICTURE)
             return self._answer(survey, image, [], state, why)
         path = find_image(self._app, image)
         if is_picture(path):
@@ -492,6 +495,11 @@ class Selection:
                 for z in space_evenly(depth, count, done)
             ]
         return self._answer(survey, image, picks, state, why, volume.modality) if picks else None
+
+    def _is_known_picture(self, image: str) -> bool:
+        """Whether it is a picture, as far as that can be told without fetching it."""
+        datastore = self._app.datastore()
+        return not isinstance(datastore, DICOMWebDatastore) and is_picture(str(datastore.get_image_uri(image)))
 
     def _answer(
         self, survey: _Survey, image: str, picks: list[Pick], state: str, reason: str, modality: str = ""

@@ -174,7 +174,7 @@ class VolumeScorer(ImageScorer):
 
 
 class PictureScorer(ImageScorer):
-    """Scores pictures by the textdiff version that is served: how far its draws disagree about each one.
+    """Scores pictures by the textdiff version that answers for each: how far its draws disagree.
 
     Args:
         task: With the models, the sentences and the store of what they draw.
@@ -187,8 +187,13 @@ class PictureScorer(ImageScorer):
         self._broken = ""
 
     def version(self, modality: str = PICTURE) -> str:
-        """The version that answers; "" also if it cannot be loaded. Never raises."""
-        version = str(self._task.engine.describe()["version"])
+        """The version that answers, with "+" between them if grey pictures have another one; "" also if it cannot be
+        loaded. Never raises.
+        """
+        try:
+            version = "+".join(sorted(card.full_name for card in self._task.list_answering()))
+        except (ProGiDiffError, OSError):  # Who asks for a picture is told.
+            return ""
         return "" if version == self._broken else version
 
     def fingerprint(self, path: Path, of_file: str) -> str:
@@ -197,8 +202,9 @@ class PictureScorer(ImageScorer):
 
     def propose(self, image: str, path: Path, info: Mapping[str, Any], take_turn: TakeTurn) -> Scored | None:
         """Draws with the sentence of the picture, or without it if it cannot be used; None if no version can."""
-        card = self._task.engine.pick()
         subject = open_picture(path)
+        card = self._task.pick_fitting(subject)
+        version = self.version() or card.full_name
         sentence = self._find_sentence(path)
         try:
             try:
@@ -211,9 +217,11 @@ class PictureScorer(ImageScorer):
                 answer = self._task.answer(subject, None, DEFAULT_NUM_PROPOSALS, card, image, take_turn)
         except ModelError as err:
             logger.warning("Pictures are not scored by %s: %s", card.full_name, err)
+            if version != card.full_name:  # The other model can score the other pictures.
+                raise RequestError(str(err)) from err
             self._broken = card.full_name
             return None
-        return Scored(answer.proposals, answer.proposals.structures, card.full_name, 1.0, PICTURE)
+        return Scored(answer.proposals, answer.proposals.structures, version, 1.0, PICTURE)
 
     def _find_sentence(self, path: Path) -> str | None:
         """The sentence in text.csv; a table that cannot be read counts as none: requests say what is wrong with it."""

@@ -13,6 +13,7 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import monailabel.endpoints
 import numpy as np
@@ -24,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 
 from progidiff.dicomweb.geometry import ServedGrid
 from progidiff.errors import NotFoundError
+from progidiff.images.formats import is_picture
 from progidiff.images.volume import Volume
 from progidiff.prompts.structures import number_structures
 from progidiff.proposals.request import DISAGREEMENT
@@ -123,6 +125,7 @@ def build_endpoints() -> Endpoints:
     )
     def describe_image(image: str) -> ServedSeries:
         context = get_context()
+        _refuse_picture(context, image)
         image_id, volume = open_named(context, image)
         study, series = _find_uids(context, image_id)
         return ServedSeries(image=image_id, study=study, series=series, axial_slices=_list_axial(context, volume))
@@ -166,6 +169,16 @@ def move_below(text: str, root: str) -> str:
         '<link href="/labels/ohif/app.css">'
     """
     return _ADDRESS.sub(rf"\g<0>{root}", text)
+
+
+def _refuse_picture(context: Context, image: str) -> None:
+    """Say where a picture is labelled; what is no image, or a series, is left to who opens it."""
+    datastore = context.app.datastore()
+    if not context.served.is_remote and is_picture(str(datastore.get_image_uri(image))):
+        raise NotFoundError(
+            f"Image '{image}' is a picture, and OHIF shows series of slices. Label it on the review page: "
+            f"/progidiff/#image={quote(image)}."
+        )
 
 
 def _find_uids(context: Context, image_id: str) -> tuple[str, str]:

@@ -297,19 +297,29 @@ class TextDiffInferTask(InferTask):
             self._views.put(key, view)
         return view
 
-    def pick_fitting(self, subject: Subject) -> TextDiffCard:
-        """The version that answers for a picture or slice if none is asked for: of all served ones that which was
-        published last and learned from pictures of its kind, grey or in colour; if none did, the last one.
+    def list_answering(self) -> list[TextDiffCard]:
+        """The versions that answer if none is asked for: the served one that was published last; if models for grey
+        pictures and for pictures in colour are served, the last one of each.
 
         Raises:
             ModelError: if there are no weights.
         """
-        served = self.engine.list_served()
-        # Pixels are read only where there is a choice.
-        if len({card.gray for card in served}) < 2:
-            return self.engine.pick()
+        last: dict[bool, TextDiffCard] = {}
+        for card in self.engine.list_served():
+            last.setdefault(card.gray, card)
+        return list(last.values()) if len(last) > 1 else [self.engine.pick()]
+
+    def pick_fitting(self, subject: Subject) -> TextDiffCard:
+        """The version of `list_answering` for a picture or slice.
+
+        Raises:
+            ModelError: if there are no weights.
+        """
+        answering = self.list_answering()
+        if len(answering) == 1:  # Pixels are read only where there is a choice.
+            return answering[0]
         gray = not _read_pixels(subject).is_coloured
-        return next(card for card in served if card.gray == gray)
+        return next(card for card in answering if card.gray == gray)
 
     def find_sentence(self, path: Path, given: str | None) -> tuple[str | None, str]:
         """The sentence of an image, and where it comes from: "request", "text.csv" or "none".

@@ -5,8 +5,9 @@
 Needs nothing but the checkout: images are drawn, the weights are the embedded ones, and Stable Diffusion 1.5 has its
 true widths with random weights. Sections (`--sections` picks some): the machine, its peak in matrix products, answers
 in bf16 and fp16 against the processor's in fp32, memory and what happens when it runs out, a whole CT with 13
-structures and K = 4 in batches of several sizes and through torch.compile and CUDA graphs, the same at Stable
-Diffusion's widths, diffusers' own ControlNet pipeline with 20 steps beside it, and the trainings.
+structures and K = 4 in batches of several sizes and through torch.compile and CUDA graphs, single slices that could
+share a batch, the same at Stable Diffusion's widths, diffusers' own ControlNet pipeline with 20 steps beside it, and
+the trainings.
 
 Sections run in a process of their own with a budget of seconds each; one that fails or takes longer is recorded with
 its error, and the rest runs, in a new process. The file is written again after every section. All of it stays under
@@ -594,6 +595,36 @@ def run_volume(bench: Bench) -> dict[str, Any]:
     return found
 
 
+def run_waiting(bench: Bench) -> dict[str, Any]:
+    """What requests that wait could gain from one batch: four single slices, apart and together."""
+    pipeline = bench.open_engine().load()
+    config, generator = pipeline.branch.config, torch.Generator().manual_seed(0)
+    shape = (4, 2 * config.num_neighbours + 1, config.height, config.width)
+    prompts = pipeline.encode_prompts(("liver",))
+    features = pipeline.encode_slices(torch.rand(shape, generator=generator) * 2 - 1)
+    evidence = torch.rand(4, 1, config.height, config.width, generator=generator).pow(4).to(bench.device)
+    noise, offsets = pipeline.draw_noise(4, 0), pipeline.draw_offsets(4, 0)
+
+    def draw(rows: slice) -> torch.Tensor:
+        pairs = [(n, 0) for n in range(len(evidence[rows]))]
+        return pipeline.propose(features[rows], evidence[rows], prompts, pairs, noise, 2, 1.0, offsets)
+
+    def apart() -> torch.Tensor:
+        return torch.cat([draw(slice(n, n + 1)) for n in range(4)])
+
+    def together() -> torch.Tensor:
+        return draw(slice(0, 4))
+
+    difference = float((apart() - together()).abs().max())
+    seconds = [statistics.median(bench.time(call) for _ in range(3)) for call in (apart, together)]
+    return {
+        "seconds_apart": round(seconds[0], 4),
+        "seconds_together": round(seconds[1], 4),
+        "times_faster": round(seconds[0] / seconds[1], 3),
+        "largest_difference": difference,
+    }
+
+
 def compile_denoiser(engine: Engine, **how: Any) -> None:
     """Have the denoisers of an engine compiled at their next call."""
     torch._dynamo.reset()
@@ -916,10 +947,11 @@ class Section:
 SECTIONS = {
     "machine": Section(run_machine, 5),
     "matmul": Section(run_matmul, 8),
-    "answers": Section(run_answers, 40),
+    "answers": Section(run_answers, 30),
     "memory": Section(run_memory, 15),
     "ladder": Section(run_ladder, 20),
     "volume": Section(run_volume, 35),
+    "waiting": Section(run_waiting, 10),
     "stable_diffusion": Section(run_stable_diffusion, 30),
     "stock_controlnet": Section(run_stock, 25),
     "train_evidence": Section(run_train_evidence, 20),

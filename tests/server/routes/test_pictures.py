@@ -257,6 +257,7 @@ def test_what_is_decided_and_drawn_on_a_picture_is_a_png_of_its_size(client: Tes
     entries = {entry["image"]: entry for entry in client.get("/progidiff/worklist").json()["entries"]}
     assert set(entries["wide"]["annotated"]) == {"nucleus", "stroma"}
     assert {"volume", "tissue_a", "wide"} <= entries.keys()
+    assert (entries["tissue_a"]["modality"], entries["tissue_a"]["reason"]) == ("picture", "Not scored yet.")
 
 
 def test_a_picture_that_cannot_be_read_and_a_volume_are_refused_with_a_cure(client: TestClient):

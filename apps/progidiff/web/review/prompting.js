@@ -136,7 +136,7 @@ export function renderJob() {
   find("prompt-form").classList.toggle("busy", Boolean(job));
   if (!job) return;
   find("job-progress", HTMLProgressElement).value = job.progress.percent ?? 0;
-  find("job-text").textContent = describeProgress(job.progress);
+  find("job-text").textContent = describeProgress(job.progress, state.session?.picture ? "tiles" : "slices");
 }
 
 /**

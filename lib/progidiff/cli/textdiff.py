@@ -105,6 +105,15 @@ EncoderOption = Annotated[
         show_default=False,
     ),
 ]
+PhrasesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--phrases",
+        help="Table (CSV or XLSX) with columns text,structures: what sentences ask for. The sentence then selects "
+        "which classes are drawn, and the pictures' own sentences are not read. Default: none.",
+        show_default=False,
+    ),
+]
 DrawsOption = Annotated[
     int | None,
     typer.Option(
@@ -221,6 +230,7 @@ def train(
     classes: ClassesOption = None,
     steps: Annotated[int | None, make_steps_option("schedule.steps")] = None,
     use_text: UseTextOption = None,
+    phrases: PhrasesOption = None,
     denoiser: DenoiserOption = None,
     encoder: EncoderOption = None,
     seed: RunSeedOption = None,
@@ -232,6 +242,7 @@ def train(
     Pictures without a sentence are learned from without one. With pictures kept back the figures are printed and the
     threshold is chosen on them; without any it is 0.5.
     """
+    from progidiff.textdiff.phrases import read_phrases
     from progidiff.textdiff.train import TextDiffTrainConfig, train_textdiff
 
     flags = {
@@ -241,6 +252,8 @@ def train(
         "use_text": use_text,
         "seed": seed,
     }
+    if phrases is not None:
+        flags |= {"head.gate": True, "features.mirror": False}
     settings = load_settings(TextDiffTrainConfig, "textdiff_train", config, changes, show_config, flags)
     _prepare(threads)
     chosen, held = _choose_pictures(require(images, "--images"), labels, text, case, hold_out, validation)
@@ -258,6 +271,7 @@ def train(
             held,
             denoiser=denoiser,
             encoder=encoder,
+            phrases=() if phrases is None else read_phrases(phrases, settings.classes),
             out=require(out, "--out"),
             work=work,
             config=settings,

@@ -41,6 +41,7 @@ def collect(
     return {
         "cases": to_json(named),
         "sentences": {name: text for name, text in sentences.items() if text},
+        "phrases": None if task.sentences.phrases is None else str(task.sentences.phrases),
         "textdiff": str(task.engine.root),
         "device": device,
     }

@@ -39,9 +39,16 @@ from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.feature_cache import FeatureCache
 from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
 from progidiff.textdiff.model import TextDiffCard
+from progidiff.textdiff.phrases import Phrase, read_phrases
 from progidiff.textdiff.sentences import mirror_sentence
 from progidiff.textdiff.slices import render_slice
-from progidiff.textdiff.train import TextDiffTrainConfig, TextDiffTraining, choose_threshold, train_textdiff
+from progidiff.textdiff.train import (
+    HeadOptions,
+    TextDiffTrainConfig,
+    TextDiffTraining,
+    choose_threshold,
+    train_textdiff,
+)
 from progidiff.textdiff.versions import TextDiffStore
 from progidiff.training.gate import TrainedVersion, conclude, judge_dice
 from progidiff.training.loop import Report, Schedule
@@ -83,6 +90,24 @@ class AcceptedConfig:
     mirror: bool | None = None
 
 
+MOVE = 0.12
+"""How far views are moved where a sentence selects: what is where decides there."""
+
+STRIDE = 8
+"""Crops are multiples of it: of the coarsest features of the usual denoisers."""
+
+SELECTING = FeatureOptions(
+    timesteps=(50, 150),
+    jitter=JITTER,
+    scale=None,
+    size=128,
+    picture=True,
+    tone=(0.0, 0.0, 0.0, 0.5, 0.5, 0.5),
+    mirror=False,
+    own_scale=True,
+)
+"""Of a first version whose sentence selects: whole pictures, small, at one brightness and contrast."""
+
 AcceptedResult = TrainedVersion[TextDiffCard]
 
 
@@ -95,6 +120,7 @@ class Chosen:
         served: The version to beat; None if there is none of this name.
         classes: Foreground classes.
         training, held_out: Labelled images.
+        phrases: What sentences ask for, where they select; empty where each picture's own sentence is read.
         unused: Names of labelled images that do not speak about any of the classes, or were not asked for.
     """
 
@@ -104,6 +130,7 @@ class Chosen:
     training: list[Case]
     held_out: list[Case]
     unused: list[str] = field(default_factory=list)
+    phrases: tuple[Phrase, ...] = ()
 
 
 def run_accepted(
@@ -118,6 +145,7 @@ def run_accepted(
     wanted: Sequence[str] = (),
     held_out: Sequence[str] = (),
     shots: int | None = None,
+    phrases: Path | None = None,
     publish: bool = True,
     device: str | None = None,
     command: str = "",
@@ -139,6 +167,8 @@ def run_accepted(
         wanted: Train on these images; empty for all that are not held back.
         held_out: Hold these back; empty to have 1 or 2 picked.
         shots: Train on so many images.
+        phrases: Table of what sentences ask for (see `phrases`), for a first version whose sentence selects, and in
+            place of the phrases of a served version that selects. A served version that does not stays as it is.
         publish: False to keep the version unpublished whatever the gate says.
         device: "cpu", "cuda"; None to pick.
         command: How the run was started, for its record.
@@ -155,6 +185,7 @@ def run_accepted(
     tell({"stage": "prepare"})
     store = TextDiffStore(root)
     chosen = choose(store, cases, name, structures, wanted, held_out, shots, config.seed)
+    chosen = replace(chosen, phrases=_pick_phrases(chosen, phrases))
     features = plan_features(chosen, None if chosen.served is None else chosen.served.features, config.mirror)
     fingerprint = _fingerprint(chosen, config, sentences)
     folder = work / f"textdiff-{chosen.name}-{fingerprint[:12]}"
@@ -174,6 +205,15 @@ def run_accepted(
     shutil.rmtree(folder / "cases", ignore_errors=True)
     how = f"POST /progidiff/versions/{written.name}/{written.version}/use serves"
     return conclude(store, written, store.run(written), publish, folder, how, repeated)
+
+
+def _pick_phrases(chosen: Chosen, table: Path | None) -> tuple[Phrase, ...]:
+    """What is taught to select: the table's phrases, else those of the served version."""
+    if chosen.served is not None and not chosen.served.phrases:
+        return ()
+    if table is not None:
+        return read_phrases(table, chosen.classes)
+    return () if chosen.served is None else chosen.served.phrases
 
 
 def _describe_data(chosen: Chosen, training: Sequence[PictureCase], kept_back: Sequence[PictureCase]) -> dict[str, Any]:
@@ -216,9 +256,11 @@ def _train(
             checkpoint_every=max(1, min(50, config.steps // 4)),
         ),
         features=features,
-        crop=config.crop,
+        crop=config.crop if features.size is None else min(config.crop, -(-features.size // STRIDE) * STRIDE),
         batch_size=config.batch_size,
         views=config.views,
+        head=HeadOptions(gate=bool(chosen.phrases)),
+        move=MOVE if chosen.phrases else 0.0,
         seed=config.seed,
         use_text=current is None or current.encoder is not None,
     )
@@ -228,6 +270,7 @@ def _train(
         denoiser=_find_denoiser(store.root) if current is None else _copy_extractor(current.extractor, features),
         encoder=None if current is None else current.encoder,
         start=current,
+        phrases=chosen.phrases,
         work=folder / "run",
         cache=cache,
         config=settings,
@@ -343,8 +386,14 @@ def plan_features(chosen: Chosen, served: FeatureOptions | None, mirror: bool | 
             "picture would teach wrong. Set mirror to auto."
         )
     has_sides = bool(sided) or not all(is_picture(case.image) for case in (*chosen.training, *chosen.held_out))
+    if chosen.phrases and mirror:
+        raise RequestError(
+            "Option mirror is on, and a mirrored picture would teach phrases the other side. Set it to auto."
+        )
     if served is not None:
         return replace(served, mirror=(served.mirror and not has_sides) if mirror is None else mirror)
+    if chosen.phrases:
+        return SELECTING
     options = FeatureOptions(jitter=JITTER)
     return replace(
         options,
@@ -539,4 +588,6 @@ def _fingerprint(chosen: Chosen, config: AcceptedConfig, sentences: Mapping[str,
     ]
     served = None if chosen.served is None else [chosen.served.full_name, chosen.served.sha256]
     values = [chosen.name, served, list(chosen.classes), asdict(config), described]
+    if chosen.phrases:
+        values.append([[phrase.text, phrase.classes] for phrase in chosen.phrases])
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

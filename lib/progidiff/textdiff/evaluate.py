@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from progidiff.errors import CancelledError, RequestError
 from progidiff.textdiff.data import PictureCase, read_classes
 from progidiff.textdiff.model import TextDiffModel
+from progidiff.textdiff.phrases import find_asked, keep_classes
 from progidiff.textdiff.pictures import read_picture
 
 Control = Literal["none", "empty", "shuffled", "no-text"]
@@ -45,10 +46,12 @@ def evaluate(
         {"summary": {"dice", "iou", "images", "per_class"}, "images": [{"name", "dice", "iou", "sentence",
         "empty_label"}], "control", "model", "reads_text" (whether the head has a text branch), "settings", "notes"}. An
         image whose label and answer are both empty counts 1; empty label and non-empty answer 0. Classes that a label
-        says nothing about count neither way.
+        says nothing about count neither way. Where the sentence selects, what an image's own sentence asks for is the
+        right answer under every control.
 
     Raises:
-        RequestError: if there is no labelled case, or "shuffled" has fewer than two sentences.
+        RequestError: if there is no labelled case, "shuffled" has fewer than two sentences, or the model selects and
+            was not taught what an image's sentence asks for.
     """
     if control not in CONTROLS:
         raise RequestError(f"The control '{control}' is unknown; use one of {', '.join(CONTROLS)}.")
@@ -112,6 +115,8 @@ def _measure(
     """One picture: its entry of the report, the Dice of every class that its label speaks about, and notes."""
     picture = read_picture(case.image)
     truth = read_classes(case, picture.size, len(model.card.classes))
+    if model.card.phrases:
+        truth = keep_classes(truth, _find_asked(model, case))
     result = model.predict(picture, sentence, draws, attend=control != "no-text", is_cancelled=is_cancelled)
     mask = result.mask
     if case.unknown:  # Nobody knows better where these are: they count neither as found nor as missed.
@@ -132,6 +137,18 @@ def _measure(
         if value not in case.unknown
     }
     return entry, scores, tuple(result.notes)
+
+
+def _find_asked(model: TextDiffModel, case: PictureCase) -> tuple[int, ...]:
+    """What the own sentence of a picture asks for."""
+    asked = find_asked(model.card.phrases, case.sentence)
+    if asked is None:
+        raise RequestError(
+            f"'{model.card.full_name}' draws what a sentence asks for, and what {case.sentence or 'no sentence'!r} of "
+            f"'{case.name}' asks for is not known. Give every picture one of its phrases, for example "
+            f"'{model.card.phrases[0].text}'."
+        )
+    return asked
 
 
 def compute_scores(found: NDArray[Any], truth: NDArray[Any]) -> tuple[float, float]:

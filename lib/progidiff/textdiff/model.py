@@ -42,6 +42,7 @@ from progidiff.storage.atomic import atomic_folder
 from progidiff.storage.versions import to_json
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
+from progidiff.textdiff.phrases import Phrase
 from progidiff.textdiff.pictures import Picture, compute_blend, list_tiles, pad, resize, to_picture, to_working
 from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
 from progidiff.textdiff.weights import read_json
@@ -78,6 +79,7 @@ class TextDiffCard:
         figures: name -> number, measured on held-out images.
         created: ISO time, UTC.
         sha256: Of head.safetensors.
+        phrases: What it was taught to read, if the sentence selects which classes are drawn; empty if all always are.
     """
 
     name: str
@@ -96,6 +98,7 @@ class TextDiffCard:
     figures: dict[str, float] = field(default_factory=dict)
     created: str = ""
     sha256: str = ""
+    phrases: tuple[Phrase, ...] = ()
 
     @property
     def full_name(self) -> str:
@@ -131,6 +134,9 @@ class TextDiffCard:
         """Plain values for card.json."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {"classes": list(self.classes), "features": to_values(self.features), "head": self.head.to_dict()}
+        values["phrases"] = [[phrase.text, list(phrase.classes)] for phrase in self.phrases]
+        if not self.phrases:
+            del values["phrases"]
         return {"format": FORMAT, **values}
 
     @classmethod
@@ -145,7 +151,7 @@ class TextDiffCard:
                 f"This model has format {values['format']}, this program reads {FORMAT}; "
                 "install the version that wrote it."
             )
-        plain = {f.name: values[f.name] for f in fields(cls)}
+        plain = {f.name: values[f.name] for f in fields(cls) if f.name != "phrases"}
         asked = plain["features"]
         listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()}
         features = FeatureOptions(**listed)
@@ -157,6 +163,7 @@ class TextDiffCard:
                 "classes": tuple(plain["classes"]),
                 "features": features,
                 "head": head,
+                "phrases": tuple(Phrase(str(text), tuple(asks)) for text, asks in values.get("phrases", ())),
             }
         )
 
@@ -377,6 +384,11 @@ def find_notes(card: TextDiffCard, picture: Picture, sentence: str | None, atten
     reads = bool(card.head.text_features)
     if not reads and sentence is not None:
         notes.append(f"'{card.full_name}' was trained without sentences; this one was not read.")
+    elif card.phrases and sentence is None and attend:
+        notes.append(
+            f"There is no sentence, and '{card.full_name}' draws what a sentence asks for, so it draws nothing; write "
+            f"one, for example '{card.phrases[0].text}'."
+        )
     elif reads and sentence is None and attend:
         notes.append("There is no sentence for this picture; it was segmented without one.")
     return notes

@@ -36,6 +36,8 @@ class HeadConfig:
         heads: Of the attention.
         attend_stride: Finest stride at which image tokens attend; finer scales are pooled to it.
         dropout: Of whole feature channels, in training.
+        gate: The sentence opens a gate for each class it asks for, in place of being attended to by the image: what is
+            where is learned from every label as a whole, what a sentence asks for from sentences alone.
     """
 
     channels: tuple[int, ...]
@@ -47,6 +49,7 @@ class HeadConfig:
     heads: Annotated[int, Range(1, 64)] = 4
     attend_stride: Annotated[int, Range(1, 64)] = 8
     dropout: Annotated[float, Range(0, 0.9)] = 0.1
+    gate: bool = False
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -59,8 +62,8 @@ class HeadConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> HeadConfig:
-        """The inverse of `to_dict`."""
-        plain = {f.name: values[f.name] for f in fields(cls)}
+        """The inverse of `to_dict`; also of heads from before there was a gate."""
+        plain = {f.name: values[f.name] for f in fields(cls) if f.name in values or f.name != "gate"}
         return cls(**{**plain, "channels": tuple(plain["channels"]), "strides": tuple(plain["strides"])})
 
 
@@ -79,6 +82,7 @@ class TextDiffHead(nn.Module):
             _Merge(coarse, fine) for coarse, fine in zip((0, *config.widths[:-1]), config.widths, strict=True)
         )
         self.classify = nn.Conv2d(config.widths[-1], 1 + config.classes, 1)
+        self.gate = _Gate(config) if config.gate and config.text_features else None
 
     def set_statistics(self, mean: Sequence[Tensor], std: Sequence[Tensor]) -> None:
         """Keep what features are standardised with: (C_b,) per scale, of the training pictures."""
@@ -102,7 +106,8 @@ class TextDiffHead(nn.Module):
             mask: (N, L) bool, True for real tokens; None if all are; a row without any is an image without a sentence.
             boxes: (N, 4) top, left, bottom, right of the crop as shares of its picture, so that "upper right" means the
                 picture's; None: the crop is the picture.
-            attend: False leaves the text's contribution out (the control "no-text").
+            attend: False leaves the text's contribution out (the control "no-text"); a head with a gate then draws all
+                classes.
 
         Returns:
             (N, 1 + classes, H, W) logits at the working resolution, background first.
@@ -119,14 +124,33 @@ class TextDiffHead(nn.Module):
         for i, (found, enter) in enumerate(zip(features, self.enter, strict=True)):
             scales.append(self._enter(found, enter, getattr(self, f"mean_{i}"), getattr(self, f"std_{i}")))
         if self.text is not None:
-            scales = self.text(scales, tokens, mask, boxes, attend)
+            # Behind a gate the image hears no words, and the branch only tells it where it is.
+            heard = (tokens, mask, boxes, attend) if self.gate is None else (None, None, boxes, True)
+            scales = self.text(scales, *heard)
         merged = None
         for scale, merge in zip(scales, self.merge, strict=True):
             merged = merge(merged, scale)
         logits, finest = self.classify(merged).float(), min(self.config.strides)
-        return (
-            logits if finest == 1 else F.interpolate(logits, scale_factor=finest, mode="bilinear", align_corners=False)
-        )
+        if finest != 1:
+            logits = F.interpolate(logits, scale_factor=finest, mode="bilinear", align_corners=False)
+        if self.gate is not None and attend:
+            logits = close_gates(logits, self.weigh(tokens, mask, len(logits)))
+        return logits
+
+    def weigh(self, tokens: Tensor | None, mask: Tensor | None, count: int) -> Tensor:
+        """How much sentences ask for each class, (N, classes) logits; none of them without a sentence.
+
+        Args:
+            tokens, mask: See `forward`.
+            count: N, where there are no tokens.
+        """
+        if self.gate is None:
+            raise GeometryError("This head has no gate; train one with head.gate=true.")
+        if tokens is None:
+            return self.classify.weight.new_full((count, self.config.classes), -CLOSED)
+        spoken = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
+        asked: Tensor = self.gate(tokens, spoken).float()
+        return asked.masked_fill(~spoken.any(dim=1, keepdim=True), -CLOSED)
 
     def _enter(self, found: Tensor, enter: nn.Module, mean: Tensor, std: Tensor) -> Tensor:
         """Standardise, drop channels, and mix them to the classifier's width, all in one matrix product: full-size maps
@@ -142,6 +166,56 @@ class TextDiffHead(nn.Module):
         weight = enter.weight * factor[:, None, None]
         bias = enter.bias - (weight.flatten(1) * mean).sum(dim=1) if enter.bias is not None else None
         return F.conv2d(found, weight, bias)
+
+
+CLOSED = 20.0
+"""A gate's logit below zero that lets nothing through."""
+
+
+def close_gates(logits: Tensor, gates: Tensor) -> Tensor:
+    """Class scores of what is asked for: a class has its own probability times that of being asked for, the rest is
+    background.
+
+    Args:
+        logits: (N, 1 + classes, H, W), background first.
+        gates: (N, classes) logits.
+
+    Returns:
+        (N, 1 + classes, H, W) log-probabilities.
+    """
+    logs, gates = logits.log_softmax(dim=1), gates[:, :, None, None].to(logits.dtype)
+    drawn = logs[:, 1:] + F.logsigmoid(gates)
+    rest = torch.cat([logs[:, :1], logs[:, 1:] + F.logsigmoid(-gates)], dim=1).logsumexp(dim=1, keepdim=True)
+    return torch.cat([rest, drawn], dim=1)
+
+
+class _Gate(nn.Module):
+    """Which classes a sentence asks for: the mean of its words, and what a few learned questions find among them. The
+    mean alone misses the one word that tells a side in a long sentence.
+    """
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        width, questions = config.width, config.heads
+        self.dropout = 2 * config.dropout
+        self.norm = nn.LayerNorm(config.text_features)
+        self.value = nn.Linear(config.text_features, width)
+        self.question = nn.Linear(config.text_features, questions)
+        self.answer = nn.Sequential(
+            nn.GELU(), nn.Linear(width * (1 + questions), width), nn.GELU(), nn.Linear(width, config.classes)
+        )
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """(N, L, D) tokens and (N, L) bool -> (N, classes) logits; of a row without words, whatever."""
+        words = self.norm(tokens)
+        if self.training and self.dropout:
+            kept = torch.rand(len(words), 1, words.shape[2]).to(words.device) >= self.dropout
+            words = words * kept / (1 - self.dropout)
+        values, spoken = self.value(words), mask[:, :, None]
+        mean = (values * spoken).sum(dim=1, keepdim=True) / spoken.sum(dim=1, keepdim=True).clamp_min(1)
+        found = self.question(words).masked_fill(~spoken, -1e4).softmax(dim=1).transpose(1, 2) @ values
+        answer: Tensor = self.answer(torch.cat([mean, found], dim=1).flatten(1))
+        return answer
 
 
 class _Merge(nn.Module):

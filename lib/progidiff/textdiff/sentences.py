@@ -179,7 +179,7 @@ def read_sentences(path: str | os.PathLike[str]) -> dict[str, str]:
         RequestError: if the file cannot be read, a column is missing, or an image has two different sentences.
     """
     path = Path(path)
-    rows = _read_xlsx(path) if path.suffix.lower() == ".xlsx" else _read_csv(path)
+    rows = read_rows(path)
     header = next(rows, [])
     columns = find_columns(header, path.name)
     sentences: dict[str, str] = {}
@@ -295,6 +295,15 @@ def find_columns(header: Sequence[str], table: str) -> tuple[int, int]:
             )
         columns.append(found[0])
     return columns[0], columns[1]
+
+
+def read_rows(path: Path) -> Iterator[list[str]]:
+    """The rows of a CSV or XLSX table, its header first.
+
+    Raises:
+        RequestError: if it cannot be read; only when the rows are asked for.
+    """
+    return _read_xlsx(path) if path.suffix.lower() == ".xlsx" else _read_csv(path)
 
 
 def _read_csv(path: Path) -> Iterator[list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import shlex
 import sys
 import time
@@ -26,6 +27,7 @@ from progidiff.textdiff.feature_cache import CachedFeatures, FeatureCache
 from progidiff.textdiff.features import DiffusionFeatures, FeatureExtractor, FeatureOptions
 from progidiff.textdiff.model import OVERLAP, TILE, TextDiffCard, TextDiffModel, default_folder, pick_mirror
 from progidiff.textdiff.network import HeadConfig, TextDiffHead
+from progidiff.textdiff.phrases import Phrase, group_phrases, keep_classes
 from progidiff.textdiff.pictures import list_tiles, pad, read_picture, resize, to_working
 from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
 from progidiff.training.loop import LoopConfig, Precision, Report, RunConfig, Schedule, derive_seed, run_loop
@@ -38,6 +40,10 @@ THRESHOLDS = tuple(round(0.2 + 0.05 * k, 2) for k in range(13))
 """Tried on the held-out pictures."""
 
 
+PHRASES_PER_STEP = 64
+"""That a gate learns from: they cost next to nothing."""
+
+
 @dataclass(frozen=True)
 class HeadOptions:
     """Shapes of the head that are free to choose; see `network.HeadConfig`."""
@@ -47,6 +53,7 @@ class HeadOptions:
     heads: Annotated[int, Range(1, 64)] = 4
     attend_stride: Annotated[int, Range(1, 64)] = 8
     dropout: Annotated[float, Range(0, 0.9)] = 0.1
+    gate: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,7 @@ class TextDiffTrainConfig(RunConfig):
         views: Versions of each picture whose features are computed: the first is the picture itself, others are
             mirrored (and their sentences with them) and tinted.
         color: Strength of the tint of views.
+        move: Views after the first are shifted, turned and enlarged by up to this share of the picture; 0 for none.
         sentence_dropout: Share of crops that are shown without their sentence, so that images without one work.
         cross_entropy, dice: Weights of the losses.
         cache_gb: Largest size of the cached features.
@@ -83,6 +91,7 @@ class TextDiffTrainConfig(RunConfig):
     batch_size: Annotated[int, Range(1, 1024)] = 8
     views: Annotated[int, Range(1, 64)] = 4
     color: Annotated[float, Range(0, 1)] = 0.15
+    move: Annotated[float, Range(0, 0.5)] = 0.0
     sentence_dropout: Annotated[float, Range(0, 1)] = 0.15
     cross_entropy: Annotated[float, Range(0, 100)] = 1.0
     dice: Annotated[float, Range(0, 100)] = 1.5
@@ -113,6 +122,7 @@ def train_textdiff(
     denoiser: str | Path | FeatureExtractor | None = None,
     encoder: str | Path | SentenceEncoder | None = None,
     start: TextDiffModel | None = None,
+    phrases: Sequence[Phrase] = (),
     out: Path | None = None,
     work: Path,
     cache: Path | None = None,
@@ -133,6 +143,8 @@ def train_textdiff(
         encoder: Folder or hub id, or a loaded encoder; None for the offline default.
         start: A model of the same features, encoder and classes whose head is trained further, shapes and all; None for
             a fresh head.
+        phrases: With them the sentence selects: each crop is shown with one of them, drawn anew, and what it does not
+            ask for is background; without a sentence nothing is drawn. The sentences of the pictures are not read.
         out: Version folder to write; None to leave that to the caller (`TextDiffModel.save`, `TextDiffStore.add`).
         work: Checkpoints and curves.
         cache: Of features; None for ``features/`` in `work`.
@@ -156,13 +168,15 @@ def train_textdiff(
     config = replace(config, features=extractor.options)
     check_config(config)
     _check_request(cases, held_out, extractor, out, config)
+    _check_phrases(phrases, config)
     reader = None
     if config.use_text:
         reader = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder.load(encoder, device)
         reader.check([case.sentence for case in (*cases, *held_out) if case.sentence])
+        reader.check([phrase.text for phrase in phrases])
     kept = FeatureCache(cache or work / "features", config.cache_gb)
     started = time.monotonic()
-    pool = _prepare(cases, extractor, kept, config, is_cancelled, report)
+    pool = _prepare(cases, extractor, kept, config, phrases, is_cancelled, report)
     seconds = {"features": time.monotonic() - started}
     head = _make_head(start, config, extractor, reader, pool)
     started = time.monotonic()
@@ -212,6 +226,7 @@ def _make_head(
         heads=options.heads,
         attend_stride=options.attend_stride,
         dropout=options.dropout,
+        gate=options.gate,
     )
     if start is None:
         head = TextDiffHead(shapes)
@@ -240,16 +255,24 @@ def _train_head(
     report: Report | None,
 ) -> None:
     """The steps; on return the head holds the averaged weights and is frozen."""
-    words = _Words(reader, [piece.sentence for piece in pool.pieces], place)
+    words = _Words(reader, pool.list_sentences(), place)
     head.to(place, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compute_loss(step: int, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         features, targets, boxes, sentences, known = pool.draw(config.batch_size, config.crop, generator)
         kept = torch.rand(len(sentences), generator=generator) >= config.sentence_dropout
-        tokens, mask = words.look_up([s if k else None for s, k in zip(sentences, kept.tolist(), strict=True)])
-        logits = head([f.to(place) for f in features], tokens, mask, boxes.to(place))
+        shown = [s if k else None for s, k in zip(sentences, kept.tolist(), strict=True)]
+        if pool.selects and head.gate is None:
+            targets = torch.stack([pool.select(target, s) for target, s in zip(targets, shown, strict=True)])
+        tokens, mask = words.look_up(shown)
+        logits = head([f.to(place) for f in features], tokens, mask, boxes.to(place), attend=head.gate is None)
         known = None if known is None else known.to(place)
-        return compute_segmentation_loss(logits, targets.to(place), config.cross_entropy, config.dice, known)
+        loss, said = compute_segmentation_loss(logits, targets.to(place), config.cross_entropy, config.dice, known)
+        if head.gate is None:
+            return loss, said
+        phrases, asked = pool.draw_phrases(PHRASES_PER_STEP, generator)
+        gates = F.binary_cross_entropy_with_logits(head.weigh(*words.look_up(phrases), len(phrases)), asked.to(place))
+        return loss + gates, {**said, "gates": float(gates.detach())}
 
     unimportant = ("schedule", "name", "cache_gb", *to_values(RunConfig()))
     settings = {k: v for k, v in to_values(config).items() if k not in unimportant}
@@ -260,6 +283,8 @@ def _train_head(
         "features_key": extractor.key,
         "encoder": reader.digest if reader is not None else "",
     }
+    if pool.selects:
+        settings["phrases"] = [[phrase.text, list(phrase.classes)] for phrase in pool.phrases]
     run_loop(
         {"head": head},
         compute_loss,
@@ -290,6 +315,7 @@ def _make_card(
         features=config.features,
         head=head.config,
         gray=pool.gray,
+        phrases=tuple(pool.phrases),
     )
 
 
@@ -355,14 +381,52 @@ class _Pool:
         digest: Of pictures, masks and sentences.
         gray: All pictures are.
         notes: What was said about pictures.
+        phrases: What crops are shown with in place of the pictures' sentences; empty if those are read.
     """
 
-    def __init__(self, pieces: list[_Piece], strides: Sequence[int], digest: str, gray: bool, notes: list[str]) -> None:
-        self.pieces, self.digest, self.gray, self.notes = pieces, digest, gray, notes
+    def __init__(
+        self,
+        pieces: list[_Piece],
+        strides: Sequence[int],
+        digest: str,
+        gray: bool,
+        notes: list[str],
+        phrases: Sequence[Phrase] = (),
+    ) -> None:
+        self.pieces, self.digest, self.gray, self.notes, self.phrases = pieces, digest, gray, notes, phrases
         self._strides = strides
+        self._groups = list(group_phrases(phrases).values())
+        self._asked = {phrase.text: phrase.classes for phrase in phrases}
         self._of_case: dict[int, list[_Piece]] = {}
         for piece in pieces:
             self._of_case.setdefault(piece.case, []).append(piece)
+
+    @property
+    def selects(self) -> bool:
+        """Whether the sentence decides what is drawn."""
+        return bool(self.phrases)
+
+    def list_sentences(self) -> list[str | None]:
+        """All that a crop may be shown with."""
+        return [phrase.text for phrase in self.phrases] or [piece.sentence for piece in self.pieces]
+
+    def select(self, target: Tensor, phrase: str | None) -> Tensor:
+        """A target (1 + classes, h, w) in which what a phrase does not ask for is background; all of it without one."""
+        asked = self._asked[phrase] if phrase else ()
+        kept = torch.zeros(len(target), 1, 1)
+        kept[list(asked)] = 1
+        found = target * kept
+        found[0] = 1 - found.sum(dim=0)
+        return found
+
+    def draw_phrases(self, count: int, generator: torch.Generator) -> tuple[list[str], Tensor]:
+        """Phrases, each selection as often; (count, classes) floats, 1 for what they ask for."""
+        texts, asked = [], torch.zeros(count, len(self.pieces[0].target) - 1)
+        for number in range(count):
+            group = self._groups[int(torch.randint(len(self._groups), (), generator=generator))]
+            texts.append(group[int(torch.randint(len(group), (), generator=generator))])
+            asked[number, [value - 1 for value in self._asked[texts[-1]]]] = 1
+        return texts, asked
 
     def draw(
         self, count: int, side: int, generator: torch.Generator
@@ -383,7 +447,8 @@ class _Pool:
             torch.empty((count, len(found), n, n), memory_format=torch.channels_last)
             for found, n in zip(self.pieces[0].features, sides, strict=True)
         ]
-        targets, boxes, sentences, unknown = [], [], [], []
+        targets, boxes, unknown = [], [], []
+        sentences: list[str | None] = []
         for number in range(count):
             pieces = self._of_case[pick(len(self._of_case))]
             piece = pieces[pick(len(pieces))]
@@ -396,7 +461,11 @@ class _Pool:
             y0, x0, y1, x1 = piece.box
             down, right = (y1 - y0) / height, (x1 - x0) / width
             boxes.append([y0 + top * down, x0 + left * right, y0 + (top + side) * down, x0 + (left + side) * right])
-            sentences.append(piece.sentence)
+            if self._groups:
+                texts = self._groups[pick(len(self._groups))]
+                sentences.append(texts[pick(len(texts))])
+            else:
+                sentences.append(piece.sentence)
             unknown.append(piece.unknown)
         known = None
         if any(unknown):
@@ -473,11 +542,31 @@ def _check_request(
         )
 
 
+def _check_phrases(phrases: Sequence[Phrase], config: TextDiffTrainConfig) -> None:
+    """Refuse a selection that cannot be taught."""
+    if not phrases:
+        if config.head.gate:
+            raise RequestError("Setting head.gate needs phrases to learn from; give a table of them (--phrases).")
+        return
+    if not config.use_text:
+        raise RequestError("A head that a phrase selects with must read: leave out --without-text, or --phrases.")
+    if config.features.mirror:
+        raise RequestError(
+            "A mirrored picture would teach a phrase the other side; set features.mirror to false where phrases select."
+        )
+    wrong = next((phrase for phrase in phrases if any(not 1 <= n <= len(config.classes) for n in phrase.classes)), None)
+    if wrong is not None:
+        raise RequestError(
+            f"The phrase '{wrong.text[:80]}' asks for a class there is not; there are {len(config.classes)}."
+        )
+
+
 def _prepare(
     cases: Sequence[PictureCase],
     extractor: FeatureExtractor,
     cache: FeatureCache,
     config: TextDiffTrainConfig,
+    phrases: Sequence[Phrase],
     is_cancelled: Callable[[], bool] | None,
     report: Report | None,
 ) -> _Pool:
@@ -491,7 +580,7 @@ def _prepare(
         picture = read_picture(case.image)
         classes = read_classes(case, picture.size, len(config.classes))
         notes += [f"{case.name}: {note}" for note in picture.notes]
-        if config.use_text and not case.sentence:
+        if config.use_text and not case.sentence and not phrases:
             notes.append(f"{case.name}: there is no sentence; it is learned from without one.")
         grays.append(picture.gray)
         state.update(
@@ -519,6 +608,7 @@ def _prepare(
                 config.color,
                 derive_seed(config.seed, view, case.name),
                 options.mirror,
+                config.move,
             )
             height, width = int(working.shape[1]), int(working.shape[2])
             for tile in list_tiles(height, width, TILE, OVERLAP):
@@ -529,11 +619,18 @@ def _prepare(
                 box = (box[0], box[1], box[0] + grown.shape[1] / height, box[1] + grown.shape[2] / width)
                 target_piece = pad(tile.crop(shown), coarsest, config.crop).half()
                 pieces.append(_Piece(number, features, target_piece, box, sentence, case.unknown))
-    return _Pool(pieces, extractor.strides, state.hexdigest(), all(grays), notes)
+    return _Pool(pieces, extractor.strides, state.hexdigest(), all(grays), notes, phrases)
 
 
 def make_view(
-    working: Tensor, target: Tensor, sentence: str | None, view: int, color: float, seed: int, mirror: bool = True
+    working: Tensor,
+    target: Tensor,
+    sentence: str | None,
+    view: int,
+    color: float,
+    seed: int,
+    mirror: bool = True,
+    move: float = 0.0,
 ) -> tuple[Tensor, Tensor, str | None]:
     """A version of a picture with its target and sentence: 0 is the picture itself, others are mirrored and tinted.
 
@@ -545,6 +642,7 @@ def make_view(
         color: Strength of random gains and offsets per colour channel.
         seed: Of the tint.
         mirror: False leaves every view the right way round.
+        move: How far other views are shifted, turned and enlarged, as a share of the picture; 0 leaves them in place.
     """
     axes = pick_mirror(view) if mirror else []
     working, target = working.flip(axes), target.flip(axes)
@@ -555,7 +653,52 @@ def make_view(
             color * (2 * torch.rand((2, 3, 1, 1), generator=torch.Generator().manual_seed(seed)) - 1)
         ).unbind(0)
         working = working * (1 + gain) + offset
+    if view and move:
+        working, target = move_picture(working, target, move, seed)
     return working, target, sentence
+
+
+def move_picture(working: Tensor, target: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """A picture and its target shifted, turned and enlarged a little; what comes into view repeats the edge.
+
+    Args:
+        working: (3, h, w) floats in -1..1.
+        target: (1 + classes, h, w), sums to 1.
+        share: Largest shift, as a share of a side; as much for the logarithm of the size, and for the turn in radians.
+        seed: Of how far.
+    """
+    down, right, size, turn, aspect = (
+        share * (2 * torch.rand(5, generator=torch.Generator().manual_seed(derive_seed(seed, 0, "move"))) - 1)
+    ).tolist()
+    height, width = working.shape[1:]
+    cosine, sine = math.cos(turn), math.sin(turn)
+    tall, wide = math.exp(size + aspect / 2), math.exp(size - aspect / 2)
+    # Rows: x and y of where a pixel comes from, in -1..1 of the picture's own sides.
+    matrix = torch.tensor(
+        [
+            [cosine * wide, -sine * tall * height / width, 2 * right],
+            [sine * wide * width / height, cosine * tall, 2 * down],
+        ]
+    )
+    both = torch.cat([working, target])[None]
+    grid = F.affine_grid(matrix[None], list(both.shape), align_corners=False)
+    moved = F.grid_sample(both, grid, mode="bilinear", padding_mode="border", align_corners=False)[0]
+    return moved[: len(working)], moved[len(working) :]
+
+
+def list_questions(card: TextDiffCard, case: PictureCase) -> list[tuple[str | None, tuple[int, ...]]]:
+    """What a picture is asked when a model is judged on it, with the classes that are the right answer.
+
+    Its own sentence and all classes; of a model that selects the first phrase of each selection, which leaves out those
+    that the label says nothing about.
+    """
+    if not card.phrases:
+        return [(case.sentence, tuple(range(1, 1 + len(card.classes))))]
+    questions: list[tuple[str | None, tuple[int, ...]]] = []
+    for classes, texts in group_phrases(card.phrases).items():
+        if classes and not set(classes) & set(case.unknown):
+            questions.append((texts[0], classes))
+    return questions
 
 
 def choose_threshold(
@@ -570,12 +713,13 @@ def choose_threshold(
         One of `THRESHOLDS`; {"dice", "iou", "threshold"} of the held-out pictures, which that choice flatters.
     """
     answering = TextDiffModel(CachedFeatures(model.extractor, cache), model.encoder, model.head, model.card)
-    scores = np.zeros((len(THRESHOLDS), len(held_out), 2))
-    for number, case in enumerate(held_out):
+    asked = [(case, *question) for case in held_out for question in list_questions(model.card, case)]
+    scores = np.zeros((len(THRESHOLDS), len(asked), 2))
+    for number, (case, sentence, classes) in enumerate(asked):
         picture = read_picture(case.image)
-        truth_classes = read_classes(case, picture.size, len(model.card.classes))
+        truth_classes = keep_classes(read_classes(case, picture.size, len(model.card.classes)), classes)
         truth = truth_classes > 0
-        probabilities = answering.predict(picture, case.sentence, is_cancelled=is_cancelled).probabilities
+        probabilities = answering.predict(picture, sentence, is_cancelled=is_cancelled).probabilities
         foreground = probabilities.sum(axis=0)
         if case.unknown:  # Where one of these is drawn, nobody knows better.
             truth &= ~np.isin(truth_classes, case.unknown)

@@ -308,6 +308,7 @@ def _train_head(folder: Path, request: Mapping[str, Any], control: Control, prog
         wanted=options.cases,
         held_out=options.held_out,
         shots=options.shots,
+        phrases=Path(request["phrases"]) if request.get("phrases") else None,
         publish=options.publish,
         device=request["device"],
         command=f"{options.trainer} {json.dumps(request['params'])}",

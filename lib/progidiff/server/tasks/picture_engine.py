@@ -30,6 +30,9 @@ DENOISER = "denoiser"
 TEXT_TABLE = "text.csv"
 """The sentences, beside the images."""
 
+PHRASE_TABLE = "phrases.csv"
+"""What sentences ask for, beside the images: with it a training teaches a sentence to select."""
+
 
 class TextDiffEngine:
     """Finds, loads and runs versions.
@@ -182,6 +185,12 @@ class SentenceTable:
         self._path = None if folder is None else folder / TEXT_TABLE
         self._lock = threading.Lock()
         self._read: tuple[tuple[int, int], Mapping[str, str]] | None = None
+
+    @property
+    def phrases(self) -> Path | None:
+        """The table of phrases that select, ``phrases.csv`` beside the images; None without one."""
+        table = None if self._path is None else self._path.with_name(PHRASE_TABLE)
+        return table if table is not None and table.is_file() else None
 
     def find(self, file_name: str) -> str | None:
         """The sentence of an image; None if there is none.

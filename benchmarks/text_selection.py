@@ -4,6 +4,8 @@
     benchmarks/results/text_selection_chest.json
     python benchmarks/text_selection.py --task organs --data ../shared/data/ct --out
     benchmarks/results/text_selection_ct.json
+    python benchmarks/text_selection.py --task chest --data ../shared/data/cxr --head
+    apps/progidiff/model/textdiff/chest --unseen-every 4 --out benchmarks/results/text_selection_shipped.json
     python benchmarks/text_selection.py --summarise benchmarks/results/text_selection_chest.json
 
 For every seed the training pictures are shuffled once and the first 1, 5, 12, 40 are a training set, so that smaller
@@ -27,6 +29,9 @@ first 24 of them with one training set of 12.
 
 `organs` takes slices of a datastore as pictures: for every seed and size training slices come from the volumes that are
 not held out, evenly spread through them, one volume after the other.
+
+`--head` trains nothing and measures a head that is there, at its own threshold; `--picture` writes what it draws on
+three held-out pictures, asked for each selection and without a sentence.
 
 Each training is kept in the work folder when it is done; a run that is stopped goes on where it was.
 """
@@ -59,12 +64,13 @@ from progidiff.textdiff.data import PictureCase, find_cases, read_classes
 from progidiff.textdiff.evaluate import compute_scores, shuffle_sentences
 from progidiff.textdiff.feature_cache import FeatureCache
 from progidiff.textdiff.features import DiffusionFeatures, FeatureOptions
-from progidiff.textdiff.model import TextDiffModel, default_folder
+from progidiff.textdiff.model import TextDiffModel, default_folder, load_textdiff
 from progidiff.textdiff.phrases import Phrase, compose_phrases, group_phrases, keep_classes, read_phrases
 from progidiff.textdiff.pictures import read_picture, resize, to_working
 from progidiff.textdiff.sentences import SentenceEncoder, mirror_sentence
 from progidiff.textdiff.slices import render_slice
 from progidiff.textdiff.train import HeadOptions, TextDiffTrainConfig, train_textdiff
+from progidiff.textdiff.weights import read_json
 from progidiff.training.loop import Schedule, find_autocast_dtype
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,6 +197,7 @@ def make_config(task: Task, options: argparse.Namespace) -> TextDiffTrainConfig:
         move=0.12,
         color=0.2,
         sentence_dropout=0.1,
+        one_piece=options.task == "chest",
         schedule=Schedule(
             steps=options.steps,
             learning_rate=options.learning_rate,
@@ -202,7 +209,7 @@ def make_config(task: Task, options: argparse.Namespace) -> TextDiffTrainConfig:
 
 
 def count_views(size: int, most: int) -> int:
-    """Of each picture: about `most` in all, one of each at least and `most` at most."""
+    """Of each picture: `most` of one, fewer with more pictures, about twice as many in all."""
     return max(1, min(most, 2 * most // size))
 
 
@@ -346,6 +353,43 @@ def run(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     return {**report, "summary": summarise(report)}
 
 
+def measure_head(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """A head that is there, under every control."""
+    model = load_textdiff(options.head, "cpu")
+    assert model.encoder is not None
+    model.encoder = Memory.of(model.encoder)
+    cache = FeatureCache(options.work / "features", 40)
+    if options.picture:
+        write_panels(model, cache, task, options.picture)
+    scores = measure(model, cache, task, options.unseen_every, 0)
+    size = len(read_json(model.folder / "run.json")["training_cases"]) if model.folder else 0
+    report = {
+        "command": options.command,
+        "head": model.card.full_name,
+        "sha256": model.card.sha256,
+        "threshold": model.card.threshold,
+        "cells": [{"arm": "gate", "size": size, "seed": 0, "scores": scores}],
+    }
+    return {**report, "summary": summarise(report)}
+
+
+def write_panels(model: TextDiffModel, cache: FeatureCache, task: Task, path: Path) -> None:
+    """Three pictures, each plain, then as it is drawn for each selection, then without a sentence."""
+    texts = [*(texts[0] for classes, texts in group_phrases(task.phrases).items() if classes), None]
+    rows = []
+    for case in task.held_out[:: max(1, len(task.held_out) // 3)][:3]:
+        plain = read_picture(case.image).pixels.permute(1, 2, 0).numpy()
+        panels = [plain]
+        for mask in draw(model, cache, case, texts):
+            panel = plain.copy()
+            for value in range(1, 1 + len(task.classes)):
+                panel[mask == value, value % 3] = 255
+            panels.append(panel)
+        rows.append(np.concatenate(panels, axis=1))
+    width = min(row.shape[1] for row in rows)
+    Image.fromarray(np.concatenate([row[:, :width] for row in rows])).save(path)
+
+
 def pick_training(task: Task, size: int, seed: int) -> list[PictureCase]:
     """The training pictures of a seed, smaller sets within larger ones. Slices come from one volume after the other,
     those of its middle first.
@@ -470,14 +514,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", type=int, default=64, help="working pixels along a side")
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1, 2, 3], help="decoder blocks, 0 is the coarsest")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--views", type=int, default=6, help="of one picture; fewer with more pictures")
-    parser.add_argument("--unseen-every", type=int, default=8, help="unseen sentences on every so many pictures")
+    parser.add_argument("--views", type=int, default=12, help="of one picture; fewer with more pictures")
+    parser.add_argument("--unseen-every", type=int, default=20, help="unseen sentences on every so many pictures")
     parser.add_argument("--evidence", action="store_true", help="organs: the volume model on the same slices")
     parser.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
     parser.add_argument("--denoiser", type=Path, default=default_folder() / "denoiser")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "text_selection")
+    parser.add_argument("--head", type=Path, help="measure this version, or served version, and train nothing")
+    parser.add_argument("--picture", type=Path, help="with --head: PNG of what it draws")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--summarise", type=Path, help="only the table of this JSON file")
@@ -493,7 +539,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         task = open_chest(options.data)
     else:
         task = open_organs(options.data, options.work / "slices", options.per_volume, options.held_out)
-    report = run(task, options)
+    report = measure_head(task, options) if options.head else run(task, options)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(_round(report), indent=1) + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ from monailabel.client.client import MONAILabelClientException
 from PIL import Image
 
 from progidiff.testing import build_tiny_model
+from support.chests import CLASSES, PHRASES, write_chests
 from support.phantoms import write_phantom
 from support.servers import Server, copy_app, run_server
 from support.tissue import SENTENCES, SIDE, build_denoiser, draw_tissue, write_tissue
@@ -467,6 +468,32 @@ def test_after_a_restart_versions_labels_and_scores_are_there(world: World):
     assert answer["cached"] is True
     assert mask.any()
     assert json.loads((world.heads / "nuclei" / "1" / "run.json").read_text(encoding="utf-8"))["accepted"] is True
+
+
+def test_a_head_trained_with_a_table_of_phrases_draws_what_the_sentence_asks_for(world: World):
+    folder = world.folder / "chests"
+    cases = write_chests(folder, 4)
+    rows = [f"{phrase.text},{'; '.join(CLASSES[value - 1] for value in phrase.classes)}" for phrase in PHRASES]
+    (world.studies / "phrases.csv").write_text("text,structures\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    info = {"label_info": [{"name": name, "idx": number} for number, name in enumerate(CLASSES, start=1)]}
+    for case in cases:
+        world.client.upload_image(str(case.image), case.name)
+    for case in cases[:3]:
+        world.client.save_label(case.name, str(case.label), "final", dict(info))
+    task = world.train(
+        {"name": "chest", "structures": ", ".join(CLASSES), "steps": 80, "batch_size": 2, "crop": 64, "views": 1}
+    )
+    assert task["status"] == "DONE", task
+    assert task["version"] == "chest@1"
+    truth = np.asarray(Image.open(str(cases[3].label)))
+    for sentence, value in (("right lung", 1), ("Opacity in the left lower zone", 2)):
+        mask, answer = world.segment("chest_3", {"version": "chest", "prompt": sentence, "num_proposals": 2})
+        assert compute_dice(mask > 0, truth == value) > 0.6
+        assert answer["label_names"] == {CLASSES[value - 1]: value}
+        assert answer["model_version"] == "chest@1"
+    mask, answer = world.segment("chest_3", {"version": "chest"})
+    assert not mask.any()
+    assert "draws what a sentence asks for" in " ".join(answer["warnings"])
 
 
 def _textdiff(world: World) -> dict[str, Any]:

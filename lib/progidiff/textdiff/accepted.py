@@ -39,7 +39,7 @@ from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.feature_cache import FeatureCache
 from progidiff.textdiff.features import FeatureExtractor, FeatureOptions
 from progidiff.textdiff.model import TextDiffCard
-from progidiff.textdiff.phrases import Phrase, read_phrases
+from progidiff.textdiff.phrases import Phrase, list_asked, read_phrases
 from progidiff.textdiff.sentences import mirror_sentence
 from progidiff.textdiff.slices import render_slice
 from progidiff.textdiff.train import (
@@ -168,7 +168,8 @@ def run_accepted(
         held_out: Hold these back; empty to have 1 or 2 picked.
         shots: Train on so many images.
         phrases: Table of what sentences ask for (see `phrases`), for a first version whose sentence selects, and in
-            place of the phrases of a served version that selects. A served version that does not stays as it is.
+            place of the phrases of a served version that selects. A served version that does not stays as it is, and a
+            table that asks for none of the classes is not for this model.
         publish: False to keep the version unpublished whatever the gate says.
         device: "cpu", "cuda"; None to pick.
         command: How the run was started, for its record.
@@ -208,10 +209,12 @@ def run_accepted(
 
 
 def _pick_phrases(chosen: Chosen, table: Path | None) -> tuple[Phrase, ...]:
-    """What is taught to select: the table's phrases, else those of the served version."""
+    """What is taught to select: the table's phrases, if they ask for a class of the model, else those of the served
+    version.
+    """
     if chosen.served is not None and not chosen.served.phrases:
         return ()
-    if table is not None:
+    if table is not None and set(list_asked(table)) & set(chosen.classes):
         return read_phrases(table, chosen.classes)
     return () if chosen.served is None else chosen.served.phrases
 

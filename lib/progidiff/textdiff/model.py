@@ -29,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
+from scipy import ndimage
 from torch import Tensor
 
 from progidiff.errors import CancelledError, ModelError, RequestError, StoreError
@@ -80,6 +81,7 @@ class TextDiffCard:
         created: ISO time, UTC.
         sha256: Of head.safetensors.
         phrases: What it was taught to read, if the sentence selects which classes are drawn; empty if all always are.
+        one_piece: Each class is one connected thing: only its largest piece is drawn.
     """
 
     name: str
@@ -99,6 +101,7 @@ class TextDiffCard:
     created: str = ""
     sha256: str = ""
     phrases: tuple[Phrase, ...] = ()
+    one_piece: bool = False
 
     @property
     def full_name(self) -> str:
@@ -135,8 +138,9 @@ class TextDiffCard:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {"classes": list(self.classes), "features": to_values(self.features), "head": self.head.to_dict()}
         values["phrases"] = [[phrase.text, list(phrase.classes)] for phrase in self.phrases]
-        if not self.phrases:
-            del values["phrases"]
+        for name in ("phrases", "one_piece"):  # Cards without them stay as programs before them read and wrote them.
+            if not values[name]:
+                del values[name]
         return {"format": FORMAT, **values}
 
     @classmethod
@@ -151,7 +155,7 @@ class TextDiffCard:
                 f"This model has format {values['format']}, this program reads {FORMAT}; "
                 "install the version that wrote it."
             )
-        plain = {f.name: values[f.name] for f in fields(cls) if f.name != "phrases"}
+        plain = {f.name: values[f.name] for f in fields(cls) if f.name not in ("phrases", "one_piece")}
         asked = plain["features"]
         listed: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in asked.items()}
         features = FeatureOptions(**listed)
@@ -164,6 +168,7 @@ class TextDiffCard:
                 "features": features,
                 "head": head,
                 "phrases": tuple(Phrase(str(text), tuple(asks)) for text, asks in values.get("phrases", ())),
+                "one_piece": bool(values.get("one_piece", False)),
             }
         )
 
@@ -304,7 +309,8 @@ class TextDiffModel:
             (H, W) uint8, 0 for background.
         """
         foreground = probabilities.sum(axis=0) > self.card.threshold
-        return np.where(foreground, probabilities.argmax(axis=0) + 1, 0).astype(np.uint8)
+        mask = np.where(foreground, probabilities.argmax(axis=0) + 1, 0).astype(np.uint8)
+        return keep_largest_pieces(mask) if self.card.one_piece else mask
 
     @torch.no_grad()
     def _answer(
@@ -392,6 +398,22 @@ def find_notes(card: TextDiffCard, picture: Picture, sentence: str | None, atten
     elif reads and sentence is None and attend:
         notes.append("There is no sentence for this picture; it was segmented without one.")
     return notes
+
+
+def keep_largest_pieces(mask: NDArray[Any]) -> NDArray[Any]:
+    """Class numbers (H, W) with the largest connected piece of each class, the first of equal ones.
+
+    Example:
+        >>> keep_largest_pieces(np.array([[1, 0, 1, 1, 2]], np.uint8)).tolist()
+        [[0, 0, 1, 1, 2]]
+    """
+    found = mask.copy()
+    for value in np.unique(mask[mask > 0]):
+        pieces, count = ndimage.label(mask == value)
+        if count > 1:
+            largest = np.bincount(pieces.ravel())[1:].argmax() + 1
+            found[(pieces > 0) & (pieces != largest)] = 0
+    return found
 
 
 def pick_mirror(number: int) -> list[int]:

@@ -13,7 +13,7 @@ A phrase holds for every picture. One that asks for nothing is taught to draw no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,21 +53,9 @@ def read_phrases(path: Path, classes: Sequence[str]) -> tuple[Phrase, ...]:
         RequestError: if it cannot be read, lacks a column, names a class there is not, says two things of one
             phrase, or leaves a class without any.
     """
-    rows = read_rows(path)
-    header = [cell.strip().lower() for cell in next(rows, [])]
-    if "text" not in header or "structures" not in header:
-        raise RequestError(
-            f"The table '{path.name}' needs the columns 'text' and 'structures' (its columns: "
-            f"{', '.join(header)[:200] or 'none'}); write 'text,structures' at its top and one phrase in each row."
-        )
-    places = header.index("text"), header.index("structures")
     numbers = {name: number for number, name in enumerate(classes, start=1)}
     found: dict[str, Phrase] = {}
-    for line, row in enumerate(rows, start=2):
-        text, asked = (" ".join(row[place].split()) if place < len(row) else "" for place in places)
-        if not text:
-            continue
-        names = [name.strip() for name in asked.split(";") if name.strip()]
+    for line, text, names in _read_table(path):
         strange = [name for name in names if name not in numbers]
         if strange:
             raise RequestError(
@@ -84,6 +72,31 @@ def read_phrases(path: Path, classes: Sequence[str]) -> tuple[Phrase, ...]:
             f"The table '{path.name}' has no phrase that asks for {', '.join(silent)}; add a row with the name alone."
         )
     return phrases
+
+
+def list_asked(path: Path) -> list[str]:
+    """The structures that the phrases of a table ask for, whatever model they are for.
+
+    Raises:
+        RequestError: if it cannot be read or lacks a column.
+    """
+    return list(dict.fromkeys(name for _, _, names in _read_table(path) for name in names))
+
+
+def _read_table(path: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """Number of the row, phrase, and the names it asks for."""
+    rows = read_rows(path)
+    header = [cell.strip().lower() for cell in next(rows, [])]
+    if "text" not in header or "structures" not in header:
+        raise RequestError(
+            f"The table '{path.name}' needs the columns 'text' and 'structures' (its columns: "
+            f"{', '.join(header)[:200] or 'none'}); write 'text,structures' at its top and one phrase in each row."
+        )
+    places = header.index("text"), header.index("structures")
+    for line, row in enumerate(rows, start=2):
+        text, asked = (" ".join(row[place].split()) if place < len(row) else "" for place in places)
+        if text:
+            yield line, text, [name.strip() for name in asked.split(";") if name.strip()]
 
 
 def compose_phrases(classes: Sequence[str]) -> tuple[Phrase, ...]:

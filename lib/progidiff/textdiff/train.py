@@ -76,6 +76,7 @@ class TextDiffTrainConfig(RunConfig):
         sentence_dropout: Share of crops that are shown without their sentence, so that images without one work.
         cross_entropy, dice: Weights of the losses.
         cache_gb: Largest size of the cached features.
+        one_piece: Serving draws the largest connected piece of each class only.
     """
 
     precision: Precision = "auto"
@@ -96,6 +97,7 @@ class TextDiffTrainConfig(RunConfig):
     cross_entropy: Annotated[float, Range(0, 100)] = 1.0
     dice: Annotated[float, Range(0, 100)] = 1.5
     cache_gb: Annotated[float, Range(0, 1e6)] = 20.0
+    one_piece: bool = False
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def _train_head(
         gates = F.binary_cross_entropy_with_logits(head.weigh(*words.look_up(phrases), len(phrases)), asked.to(place))
         return loss + gates, {**said, "gates": float(gates.detach())}
 
-    unimportant = ("schedule", "name", "cache_gb", *to_values(RunConfig()))
+    unimportant = ("schedule", "name", "cache_gb", "one_piece", *to_values(RunConfig()))
     settings = {k: v for k, v in to_values(config).items() if k not in unimportant}
     if start is not None:
         settings["start"] = start.card.sha256
@@ -316,6 +318,7 @@ def _make_card(
         head=head.config,
         gray=pool.gray,
         phrases=tuple(pool.phrases),
+        one_piece=config.one_piece,
     )
 
 

@@ -147,7 +147,7 @@ class TextDiffHead(nn.Module):
         if self.gate is None:
             raise GeometryError("This head has no gate; train one with head.gate=true.")
         if tokens is None:
-            return self.classify.weight.new_full((count, self.config.classes), -CLOSED)
+            return torch.full((count, self.config.classes), -CLOSED, device=self.classify.weight.device)
         spoken = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device) if mask is None else mask
         asked: Tensor = self.gate(tokens, spoken).float()
         return asked.masked_fill(~spoken.any(dim=1, keepdim=True), -CLOSED)

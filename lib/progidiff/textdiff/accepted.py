@@ -590,7 +590,7 @@ def _fingerprint(chosen: Chosen, config: AcceptedConfig, sentences: Mapping[str,
         for case in cases
     ]
     served = None if chosen.served is None else [chosen.served.full_name, chosen.served.sha256]
-    values = [chosen.name, served, list(chosen.classes), asdict(config), described]
+    values: list[object] = [chosen.name, served, list(chosen.classes), asdict(config), described]
     if chosen.phrases:
         values.append([[phrase.text, phrase.classes] for phrase in chosen.phrases])
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()

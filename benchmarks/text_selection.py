@@ -188,7 +188,7 @@ def make_config(task: Task, options: argparse.Namespace) -> TextDiffTrainConfig:
             picture=options.size <= 64,
             tone=(0.0, 0.0, 0.0, 0.5, 0.5, 0.5) if options.task == "chest" else None,
             mirror=False,
-            own_scale=options.task == "chest",
+            own_scale=True,
         ),
         head=HeadOptions(width=64, base=16, gate=True),
         crop=options.size,

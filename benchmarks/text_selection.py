@@ -24,8 +24,8 @@ first 24 of them with one training set of 12.
   phrases alone and the map from labels alone, so this is the multi-class head without text.
 * **attention**: the head as the TextDiff paper has it: image tokens attend to the words, no gate; the same phrases,
   drawn anew for every crop. For `--attention` sizes only.
-* **evidence** (organs): the query head of the server's volume model, asked by name, on the same slices; it learned from
-  whole volumes (none of them held out here).
+* **volume model** (organs): the server's model for volumes, asked by name, on the same slices (the consensus of two
+  proposals); it learned from whole volumes, none of them held out here.
 
 `organs` takes slices of a datastore as pictures: for every seed and size training slices come from the volumes that are
 not held out, evenly spread through them, one volume after the other.
@@ -348,8 +348,8 @@ def run(task: Task, options: argparse.Namespace) -> dict[str, Any]:
         "denoiser": tools.extractor.digest,
         "cells": results,
     }
-    if options.evidence:
-        report["evidence"] = measure_evidence(task, options)
+    if options.volume_model:
+        report["volume model"] = measure_volume_model(task, options)
     return {**report, "summary": summarise(report)}
 
 
@@ -406,8 +406,8 @@ def pick_training(task: Task, size: int, seed: int) -> list[PictureCase]:
     ]
 
 
-def measure_evidence(task: Task, options: argparse.Namespace) -> dict[str, Any]:
-    """The volume model's query head on the same slices: selection -> one Dice per slice that shows it."""
+def measure_volume_model(task: Task, options: argparse.Namespace) -> dict[str, Any]:
+    """The server's model for volumes on the same slices: selection -> one Dice per slice that shows it."""
     from progidiff.prompts.parser import Query
     from progidiff.proposals.engine import Engine
     from progidiff.proposals.request import NONE, ProposalRequest
@@ -460,8 +460,8 @@ def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
         for text in (report["cells"][0]["scores"].get("each unseen") or {})
     }
     found: dict[str, Any] = {"rows": rows, "unseen": dict(sorted(worst.items(), key=lambda item: item[1]))}
-    if "evidence" in report:
-        found["evidence"] = mean(mean(values) for values in report["evidence"].values())
+    if "volume model" in report:
+        found["volume model"] = mean(mean(values) for values in report["volume model"].values())
     return found
 
 
@@ -488,8 +488,8 @@ def format_table(summary: Mapping[str, Any]) -> str:
                         f"{cell} ± {row[s]['sd']:.3f}" if cell else "" for cell, s in zip(cells, sizes, strict=True)
                     ]
                 lines.append(f"| {name}, {kind} | {' | '.join(cells)} |")
-    if "evidence" in summary:
-        lines.append(f"\nevidence: {summary['evidence']:.3f}")
+    if "volume model" in summary:
+        lines.append(f"\nvolume model: {summary['volume model']:.3f}")
     lines += ["\nunseen sentences below 0.8:"]
     lines += [f"{value:.2f} {text}" for text, value in summary["unseen"].items() if value < 0.8]
     return "\n".join(lines)
@@ -518,7 +518,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--views", type=int, default=12, help="of one picture; fewer with more pictures")
     parser.add_argument("--unseen-every", type=int, default=20, help="unseen sentences on every so many pictures")
-    parser.add_argument("--evidence", action="store_true", help="organs: the volume model on the same slices")
+    parser.add_argument("--volume-model", action="store_true", help="organs: the volume model on the same slices")
     parser.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
     parser.add_argument("--denoiser", type=Path, default=default_folder() / "denoiser")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "text_selection")

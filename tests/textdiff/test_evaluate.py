@@ -128,7 +128,8 @@ class Drawing:
     @property
     def card(self) -> SimpleNamespace:
         head, features = SimpleNamespace(text_features=self.text_features), SimpleNamespace(draws=1)
-        return SimpleNamespace(classes=("one", "two"), head=head, features=features, full_name="toy@1", threshold=0.5)
+        told = {"full_name": "toy@1", "threshold": 0.5, "phrases": ()}
+        return SimpleNamespace(classes=("one", "two"), head=head, features=features, **told)
 
     def predict(self, picture, sentence=None, draws=None, **options):
         return SimpleNamespace(mask=self.mask, disagreement=0.0, seconds=0.0, notes=())

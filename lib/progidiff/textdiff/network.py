@@ -130,7 +130,8 @@ class TextDiffHead(nn.Module):
         merged = None
         for scale, merge in zip(scales, self.merge, strict=True):
             merged = merge(merged, scale)
-        logits, finest = self.classify(merged).float(), min(self.config.strides)
+        logits: Tensor = self.classify(merged).float()
+        finest = min(self.config.strides)
         if finest != 1:
             logits = F.interpolate(logits, scale_factor=finest, mode="bilinear", align_corners=False)
         if self.gate is not None and attend:

@@ -145,8 +145,7 @@ def train_textdiff(
         encoder: Folder or hub id, or a loaded encoder; None for the offline default.
         start: A model of the same features, encoder and classes whose head is trained further, shapes and all; None for
             a fresh head.
-        phrases: With them the sentence selects: each crop is shown with one of them, drawn anew, and what it does not
-            ask for is background; without a sentence nothing is drawn. The sentences of the pictures are not read.
+        phrases: With them the sentence selects what is drawn, nothing without one; those of the pictures are not read.
         out: Version folder to write; None to leave that to the caller (`TextDiffModel.save`, `TextDiffStore.add`).
         work: Checkpoints and curves.
         cache: Of features; None for ``features/`` in `work`.
@@ -162,8 +161,7 @@ def train_textdiff(
         CancelledError: if `is_cancelled` said so.
     """
     config = config or TextDiffTrainConfig()
-    if denoiser is None:
-        denoiser = default_folder() / "denoiser"
+    denoiser = default_folder() / "denoiser" if denoiser is None else denoiser
     extractor: FeatureExtractor = (
         DiffusionFeatures.load(denoiser, config.features, device) if isinstance(denoiser, str | Path) else denoiser
     )
@@ -171,11 +169,8 @@ def train_textdiff(
     check_config(config)
     _check_request(cases, held_out, extractor, out, config)
     _check_phrases(phrases, config)
-    reader = None
-    if config.use_text:
-        reader = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder.load(encoder, device)
-        reader.check([case.sentence for case in (*cases, *held_out) if case.sentence])
-        reader.check([phrase.text for phrase in phrases])
+    texts = [*(case.sentence for case in (*cases, *held_out) if case.sentence), *(phrase.text for phrase in phrases)]
+    reader = _load_reader(encoder, texts, device) if config.use_text else None
     kept = FeatureCache(cache or work / "features", config.cache_gb)
     started = time.monotonic()
     pool = _prepare(cases, extractor, kept, config, phrases, is_cancelled, report)
@@ -202,6 +197,15 @@ def train_textdiff(
         "validation": figures,
     }
     return TextDiffTraining(model if out is None else model.save(out, run), run, figures, tuple(pool.notes))
+
+
+def _load_reader(
+    encoder: str | Path | SentenceEncoder | None, texts: Sequence[str], device: str | None
+) -> SentenceEncoder:
+    """The sentence encoder, once it is known to read all texts to their end."""
+    reader = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder.load(encoder, device)
+    reader.check(texts)
+    return reader
 
 
 def _make_head(

@@ -166,6 +166,7 @@ class Pool:
     disagreement: NDArray[Any]
     entropy: NDArray[Any]
     foreground: NDArray[Any]
+    _positions: dict[str, int] = field(default_factory=dict, repr=False)
     _noise: dict[tuple[int, int], NDArray[Any]] = field(default_factory=dict, repr=False)
     _values: dict[tuple[str, float, bool], NDArray[Any]] = field(default_factory=dict, repr=False)
     _logs: dict[tuple[AcquisitionConfig, int, int], NDArray[Any]] = field(default_factory=dict, repr=False)
@@ -179,10 +180,13 @@ class Pool:
 
     def rows(self, image: str) -> slice:
         """The rows of an image; none if it is not in the pool."""
-        position = int(np.searchsorted(self.images, image)) if self.images else 0
-        if position == len(self.images) or self.images[position] != image:
-            return slice(0, 0)
-        return slice(int(self.starts[position]), int(self.starts[position + 1]))
+        position = self._find(image)
+        return slice(0, 0) if position is None else slice(int(self.starts[position]), int(self.starts[position + 1]))
+
+    def _find(self, image: str) -> int | None:
+        if not self._positions:
+            self._positions.update({name: number for number, name in enumerate(self.images)})
+        return self._positions.get(image)
 
     def values(self, config: AcquisitionConfig) -> NDArray[Any]:
         """What every slice is worth for every structure, float32 (P, N), 0..1, before noise."""
@@ -218,7 +222,7 @@ class Pool:
         """One image with the values that it has in this pool; an empty pool if it is not there."""
         rows = self.rows(image)
         known = rows.stop > rows.start
-        position = int(np.searchsorted(self.images, image)) if known else 0
+        position = self._find(image) or 0
         part = Pool(
             self.images[position : position + 1] if known else (),
             self.structures,
@@ -256,8 +260,12 @@ class Pool:
         return noise
 
 
-def build_pool(scores: Sequence[ImageScores]) -> Pool:
+def build_pool(scores: Sequence[ImageScores], names: Sequence[str] = ()) -> Pool:
     """Put the scores of many images side by side; a structure that an image was not asked for has score 0 there.
+
+    Args:
+        scores: Of each image.
+        names: Structures that come first, in this order, whether an image has them or not.
 
     Raises:
         RequestError: if an image is there twice.
@@ -266,7 +274,7 @@ def build_pool(scores: Sequence[ImageScores]) -> Pool:
     images = tuple(entry.image for entry in ordered)
     if len(set(images)) != len(images):
         raise RequestError("An image is in the pool twice; give its newest scores only.")
-    structures = tuple(dict.fromkeys(name for entry in ordered for name in entry.structures))
+    structures = tuple(dict.fromkeys([*names, *(name for entry in ordered for name in entry.structures)]))
     starts = np.cumsum([0, *(entry.num_slices for entry in ordered)])
     tables = {
         name: np.zeros((len(structures), int(starts[-1])), dtype=np.float32)

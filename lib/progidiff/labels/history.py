@@ -22,6 +22,7 @@ folder.
 
 from __future__ import annotations
 
+import bisect
 import builtins
 import contextlib
 import hashlib
@@ -45,6 +46,7 @@ import progidiff
 from progidiff.errors import NotFoundError, RequestError, StoreError
 from progidiff.images.formats import Use, find_format, list_suffixes
 from progidiff.storage.atomic import flush, locked, make_scratch_name, remove_leftovers, replace_text
+from progidiff.storage.folder_watch import FolderWatch
 from progidiff.storage.json_text import is_whole, mend
 from progidiff.storage.state_files import load_state
 
@@ -258,12 +260,17 @@ class AnnotationStore:
     Attributes:
         misfits: Images whose label there, made elsewhere, does not fit them and does not count; whoever looks at the
             files sets it.
+        final_watch: Whether somebody else changed that folder; told by whoever puts the labels in force into it.
     """
 
     def __init__(self, root: str | os.PathLike[str], final_labels: str | os.PathLike[str] | None = None) -> None:
         self.root = Path(root)
         self.final_labels = None if final_labels is None else Path(final_labels)
         self.misfits: frozenset[str] = frozenset()
+        self.final_watch = FolderWatch(self.final_labels or Path(os.devnull))
+        self._final_names: frozenset[str] = frozenset()
+        self._final_images: dict[str, str] = {}
+        self._foreign: tuple[object, object, frozenset[str]] = (None, None, frozenset())
         self._log = self.root / "log.jsonl"
         self._head_file = self.root / "head.json"
         self._mutex = threading.RLock()
@@ -361,8 +368,35 @@ class AnnotationStore:
         """Image -> whether somebody said last that it is done; only of those of which somebody said anything, under a
         tag that is meant.
         """
-        said = [event for event in self.events() if event.kind in ("done", "reopen") and is_meant(event.tag)]
-        return {event.image: event.kind == "done" for event in said}
+        with self._mutex:
+            self._refresh()
+            last: dict[str, tuple[int, bool]] = {}
+            for (image, tag), entry in self._said.items():
+                if is_meant(tag) and (image not in last or entry > last[image]):
+                    last[image] = entry
+            return {image: is_done for image, (_, is_done) in last.items()}
+
+    def is_finished(self, image: str, tag: str = FINAL) -> bool | None:
+        """Whether somebody said last that an image is done; None if nobody said anything of it."""
+        with self._mutex:
+            self._refresh()
+            return self._said.get((image, tag), (0, None))[1]
+
+    def find_skipped(self, user: str) -> set[str]:
+        """The images that a person, or somebody without a name, set aside and nobody labelled since."""
+        with self._mutex:
+            self._refresh()
+            return {image for image, users in self._skips.items() if users & {"", user}}
+
+    def changed_since(self, sequence: int) -> set[str]:
+        """The images that anything happened to after an event."""
+        with self._mutex:
+            self._refresh()
+            return {event.image for event in self._after(sequence)}
+
+    def _after(self, sequence: int) -> builtins.list[Event]:
+        first = bisect.bisect_right(self._events, sequence, key=lambda event: event.sequence)
+        return self._events[first:]
 
     def undo(self, image: str, user: str = "", tag: str = FINAL) -> Annotation | None:
         """Go back one step: to what was in force before the last save, delete or restore.
@@ -495,6 +529,12 @@ class AnnotationStore:
             self._refresh()
             return set(self._tracks)
 
+    def find_tags(self, image: str) -> frozenset[str]:
+        """Every tag under which anything of an image was ever saved."""
+        with self._mutex:
+            self._refresh()
+            return frozenset(self._tags.get(image, ()))
+
     def label_file(self, annotation: Annotation) -> Path:
         """The kept bytes of a save."""
         return self.root / annotation.file
@@ -507,10 +547,11 @@ class AnnotationStore:
         with self._mutex:
             self._refresh()
             total = 0
-            for (image, tag), track in self._tracks.items():
-                if tag == FINAL and track.timeline[-1][0] > sequence and (is_meant is None or is_meant(image)):
+            for image in {event.image for event in self._after(sequence) if event.tag == FINAL}:
+                track = self._tracks.get((image, FINAL))
+                if track is not None and (is_meant is None or is_meant(image)):
                     before = self._expand(track.after(sequence))
-                    total += len(self._expand(self._tracks[image, tag].states[-1]) - before)
+                    total += len(self._expand(track.states[-1]) - before)
             return total
 
     def verify(self) -> builtins.list[str]:
@@ -806,6 +847,9 @@ class AnnotationStore:
         self._events: builtins.list[Event] = []
         self._labels: dict[int, Annotation] = {}
         self._tracks: dict[tuple[str, str], _Track] = {}
+        self._tags: dict[str, set[str]] = {}
+        self._said: dict[tuple[str, str], tuple[int, bool]] = {}
+        self._skips: dict[str, set[str]] = {}
 
     def _refresh(self) -> None:
         """Read the lines that came since the last time, whichever process wrote them."""
@@ -836,12 +880,22 @@ class AnnotationStore:
                 self._gaps.append(f"Lines before line {line.number} of '{self._log}' are missing.")
             self._is_after_damage = False
             self._last_check = self._checks[line.event.sequence] = line.check
-            self._events.append(line.event)
-            if line.event.label is not None:
-                self._labels[line.event.sequence] = line.event.label
-            if line.event.kind not in _WITHOUT_EFFECT:
-                self._tracks.setdefault((line.event.image, line.event.tag), _Track()).apply(line.event, self._labels)
+            self._note(line.event)
         self._offset += end
+
+    def _note(self, event: Event) -> None:
+        self._events.append(event)
+        key = (event.image, event.tag)
+        if event.label is not None:
+            self._labels[event.sequence] = event.label
+            self._skips.pop(event.image, None)
+        if event.kind not in _WITHOUT_EFFECT:
+            self._tracks.setdefault(key, _Track()).apply(event, self._labels)
+            self._tags.setdefault(event.image, set()).add(event.tag)
+        elif event.kind in ("done", "reopen"):
+            self._said[key] = (event.sequence, event.kind == "done")
+        elif event.kind == "skip":
+            self._skips.setdefault(event.image, set()).add(event.user)
 
     def _read_log(self, offset: int) -> bytes:
         try:
@@ -863,13 +917,32 @@ class AnnotationStore:
             found.update(range(label.num_slices or 1) if label.slices is None else label.slices)
         return frozenset(found)
 
-    def _foreign_labels(self) -> set[str]:
-        """Ids of the files among the final labels that fit."""
+    def foreign_labels(self) -> frozenset[str]:
+        """Ids of the files among the final labels that fit, those of this program's own labels among them; the very
+        same set until the folder or `misfits` changes.
+        """
+        with self._mutex:
+            return self._foreign_labels()
+
+    def _foreign_labels(self) -> frozenset[str]:
         if self.final_labels is None or not self.final_labels.is_dir():
-            return set()
-        names = os.listdir(self.final_labels)
-        found = {split_label_name(name) for name in names if not name.startswith(".") and is_whole(name)}
-        return {parts[0] for parts in found if parts is not None} - self.misfits
+            return frozenset()
+        if not self.final_watch.is_as_seen():
+            with self.final_watch.look():
+                names = frozenset(os.listdir(self.final_labels))
+            if names != self._final_names:  # Names are taken apart once: there may be very many.
+                for name in self._final_names - names:
+                    self._final_images.pop(name, None)
+                for name in names - self._final_names:
+                    parts = split_label_name(name) if not name.startswith(".") and is_whole(name) else None
+                    if parts is not None:
+                        self._final_images[name] = parts[0]
+                self._final_names = names
+        names_then, misfits, found = self._foreign
+        if names_then is not self._final_names or misfits is not self.misfits:
+            found = frozenset(self._final_images.values()) - self.misfits
+            self._foreign = (self._final_names, self.misfits, found)
+        return found
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:

@@ -85,7 +85,7 @@ class Readings:
 
     def list(self, image: str) -> list[Reading]:
         """The readings of an image, the one that began first in front."""
-        tags = sorted(tag for own, tag in self._store.list_tracked() if own == image and tag.startswith(_PREFIX))
+        tags = sorted(tag for tag in self._store.find_tags(image) if tag.startswith(_PREFIX))
         found = [(tag, self._store.in_force(image, tag)) for tag in tags]
         readings = [
             (saves[0].sequence, Reading(saves[-1].user, tag, saves[-1], self._store.find_annotated(image, tag)))

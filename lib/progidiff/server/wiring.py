@@ -14,7 +14,8 @@ from progidiff.errors import RequestError
 from progidiff.images.formats import is_picture
 from progidiff.labels.history import Annotation
 from progidiff.server import counting
-from progidiff.server.background.next_sample import Selection, is_whole
+from progidiff.server.background.next_sample import Selection
+from progidiff.server.background.pool_state import is_whole
 from progidiff.server.background.retraining import Retraining
 from progidiff.server.background.scorers import PictureScorer
 from progidiff.server.background.scoring import PoolScorer

@@ -48,7 +48,7 @@ class Pool:
         self.selection = Selection(
             SimpleNamespace(datastore=lambda: datastore),
             SimpleNamespace(engine=SimpleNamespace(adapters=self.adapters)),  # type: ignore[arg-type]
-            scores,
+            SliceScoreStore(folder / "scores"),
             self.annotations,
             Reservations(folder / "reservations.json"),
             lambda modality: "base@1",
@@ -146,7 +146,7 @@ class Look:
         self.threads: set[str] = set()
         self.is_scoring = threading.Event()
         self._record("progidiff.active_learning.scores.safe_open", "read", monkeypatch)
-        self._record("progidiff.server.background.next_sample.build_pool", "build", monkeypatch)
+        self._record("progidiff.server.background.pool_state.ImageTable", "build", monkeypatch)
         scorer = PoolScorer(None, None, pool.selection._scores, is_training=self._note_scoring)  # type: ignore[arg-type]
         self.context: Any = SimpleNamespace(
             scorer=scorer,

@@ -1,23 +1,24 @@
 """What to annotate next: the image and its slices, for a client, from the scores that are there.
 
-Answers come from the score store in memory; no image is opened unless nothing of it is known yet. An image is reserved
-for the client that got it, so that two people work on two images. While nothing is scored, slices are spread evenly,
-and the answer says so.
+Answers come from the score store in memory (`PoolState`); no image is opened unless nothing of it is known yet. An
+image is reserved for the client that got it, so that two people work on two images. While nothing is scored, slices are
+spread evenly, and the answer says so.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Any
 
 import numpy as np
 from monailabel.datastore.dicom import DICOMWebDatastore
 from monailabel.interfaces.app import MONAILabelApp
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, SkipValidation
 
 from progidiff.active_learning.answers import (
@@ -31,12 +32,12 @@ from progidiff.active_learning.answers import (
 )
 from progidiff.active_learning.report import count_rounds, list_versions
 from progidiff.active_learning.reservations import Reservations
-from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
+from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.active_learning.settings import BY_SCORE, DEFAULT_STRATEGY, HEADINGS, STRATEGIES, AcquisitionConfig
 from progidiff.active_learning.strategies import (
+    ImageScores,
     Pick,
     Pool,
-    build_pool,
     compute_uncertainty,
     pick_slices,
     space_evenly,
@@ -47,7 +48,7 @@ from progidiff.images.formats import Use, is_picture, list_suffixes
 from progidiff.images.pictures import PICTURE, read_picture_grid
 from progidiff.labels.history import AnnotationStore
 from progidiff.labels.readings import Readings
-from progidiff.labels.saving import REVIEW_PAGE
+from progidiff.server.background.pool_state import ALL, DONE, STARTED, TODO, PoolState, find_state
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.storage.json_text import Text
@@ -60,9 +61,8 @@ SLICES_PER_IMAGE = 8
 
 MAX_QUEUE = 500
 
-ALL, TODO, STARTED, DONE = "all", "todo", "started", "done"
-STATES = (ALL, TODO, STARTED, DONE)
-"""Of an image in the worklist, and all of them."""
+MAX_ORDERED = 1000
+"""So many images of the worklist are in the order of the strategy; those after them are by name."""
 
 ALL_LABELLED = (
     "Every image is labelled. To go on, add images, or review the labels that the model doubts most: GET "
@@ -101,20 +101,32 @@ class NothingLeft(BaseModel):
 
 @dataclass(frozen=True)
 class _Survey:
-    """The state of the whole pool at one moment."""
+    """The pool at one moment, for one person.
 
-    images: tuple[str, ...]
+    Attributes:
+        state: Of all images; changes when somebody looks again.
+        annotated: Image -> its annotated slices, None for the whole volume; where images are read twice, the person's.
+        open: bool (V,): on which images work is left, for that person.
+        done: int (V,): slices that are annotated.
+        rounds: Modality -> trainings.
+    """
+
+    state: PoolState
     annotated: Mapping[str, frozenset[int] | None]
-    entries: Mapping[str, ScoredImage]
-    pool: Pool
-    open: frozenset[str]
+    open: NDArray[np.bool_]
+    done: NDArray[np.int64]
     rounds: Mapping[str, int]
 
     def find_round(self, image: str | None = None) -> int:
         """How often the model for an image was trained with labels of this pool; of all images, that of the modality
         with the fewest: an order over modalities is as little settled as the youngest model in it."""
-        entries = self.entries.values() if image is None else [self.entries[image]]
-        return min((self.rounds.get(modality, 0) for modality in {entry.modality for entry in entries}), default=0)
+        found = self.state.modalities if image is None else [self.state.entries[image].modality]
+        return min((self.rounds.get(name, 0) for name in found if self.state.modalities[name] > 0), default=0)
+
+    def is_open(self, image: str) -> bool:
+        """Whether work is left on an image."""
+        found = self.state.find([image])
+        return len(found) > 0 and bool(self.open[found[0]])
 
 
 class Selection:
@@ -162,14 +174,15 @@ class Selection:
         self._infer = infer
         self._scores = scores
         self._annotations = annotations
-        self._wanted_version = wanted_version
         self._failures = failures
         self._fingerprint = fingerprint
         self._minutes = reserve_minutes
         self._lock = threading.RLock()
         self._broken: dict[str, tuple[str, str]] = {}
-        self._finished: dict[str, int] = {}
-        self._pool: tuple[tuple[ScoredImage, ...], Pool] = ((), build_pool([]))
+        self._wanted_version = wanted_version
+        self._state = PoolState(app, annotations, scores, lambda modality: self._wanted_version(modality))
+        self._rounds: tuple[object, object, dict[str, int]] = (None, None, {})
+        self._doubts: dict[str, tuple[ImageScores, float]] = {}
 
     def prepare(self) -> None:
         """Read the scores and put the pool together before anybody asks; a server calls it from a thread of its own
@@ -223,7 +236,7 @@ class Selection:
         else.
         """
         others = {image for image, owner in self.reservations.all().items() if owner != client}
-        skipped = self._find_skipped(user) & survey.open
+        skipped = set(filter(survey.is_open, self._annotations.find_skipped(user)))
         for excluded in (others | mine | skipped, others | mine, others):
             for image in self._order(survey, strategy, excluded):
                 if self.reservations.reserve(image, client):
@@ -258,12 +271,18 @@ class Selection:
         with self._lock:
             survey = self._survey()
             reserved = self.reservations.all()
-            labelled = [image for image in survey.images if image in survey.entries and image not in survey.open]
-            doubt = {image: compute_uncertainty(survey.entries[image].scores, self.config) for image in labelled}
+            state = survey.state
+            labelled = [
+                image
+                for image, is_open in zip(state.images, survey.open.tolist(), strict=True)
+                if not is_open and image in state.entries
+            ]
+            doubts = {image: self._doubt(image) for image in labelled}
+            pool = state.build_slice_pool()
             found = []
-            for image in sorted(labelled, key=lambda image: (-doubt[image], image))[:limit]:
+            for image in sorted(labelled, key=lambda image: (-doubts[image], image))[:limit]:
                 picks = pick_slices(
-                    survey.pool,
+                    pool,
                     SLICES_PER_IMAGE,
                     within=image,
                     config=self.config,
@@ -273,10 +292,19 @@ class Selection:
                 found.append(QueueEntry(**dict(answer), reserved_by=reserved.get(image)))
             return found
 
+    def _doubt(self, image: str) -> float:
+        """See `compute_uncertainty`."""
+        scores = self._state.entries[image].scores
+        known = self._doubts.get(image)
+        if known is None or known[0] is not scores:
+            known = self._doubts[image] = scores, compute_uncertainty(scores, self.config)
+        return known[1]
+
     def worklist(
         self, state: str = ALL, search: str = "", offset: int = 0, limit: int = 50, user: str = ""
     ) -> Worklist:
-        """All images with what is done on each, in the order of the default strategy; those that are done come last.
+        """All images with what is done on each, in the order of the default strategy as far as `MAX_ORDERED`, then by
+        name; those that are done come last.
 
         Args:
             state: One of `STATES`.
@@ -287,30 +315,36 @@ class Selection:
         """
         with self._lock:
             survey = self._survey(user)
-            tags = {image: self._readings.find_shown_tag(image, user) for image in survey.images}
-            states = self._find_states(survey, tags)
-            wanted = {
-                image for image, own in states.items() if state in (ALL, own) and search.casefold() in image.casefold()
-            }
-            listed = [image for image in self._order(survey, self.default, frozenset(), MAX_QUEUE) if image in wanted]
-            given = set(listed)
-            rest = sorted(wanted - given, key=lambda image: (states[image] == DONE, image))
-            page = [*listed, *rest][offset : offset + limit]
+            pool = survey.state
+            tags = self._find_tags(user)
+            states = pool.list_states() if tags is None else self._find_states(survey, tags)
+            wanted = pool.select_states(state) if tags is None else np.array([state in (ALL, own) for own in states])
+            if search:
+                name = search.casefold()
+                wanted = wanted & np.array([name in image.casefold() for image in pool.images], bool)
+            page = self._find_page(survey, states, wanted, offset, limit)
             reserved = self.reservations.all()
-            annotated = {image: self._annotations.find_annotated(image, tag) for image, tag in tags.items()}
             entries = [
                 WorklistEntry(
-                    **{**dict(self._describe_any(survey, image)), "state": states[image]},
+                    **{**dict(self._describe_any(survey, image)), "state": states[number]},
                     reserved_by=reserved.get(image),
-                    annotated=_count_annotated(annotated.get(image, {})),
+                    annotated=_count_annotated(
+                        self._annotations.find_annotated(image, *(() if tags is None else (tags[image],)))
+                    ),
                 )
-                for image in page
+                for number, image in page
             ]
-        organs = Counter(name for image in survey.images for name in annotated.get(image, {}))
+            if tags is None:
+                counts, organs = pool.count_states(), +pool.organs
+            else:
+                counts = {name: states.count(name) for name in (TODO, STARTED, DONE)}
+                organs = Counter(
+                    name for image, tag in tags.items() for name in self._annotations.find_annotated(image, tag)
+                )
         return Worklist(
-            images=len(survey.images),
-            counts={name: list(states.values()).count(name) for name in (TODO, STARTED, DONE)},
-            found=len(wanted),
+            images=len(pool.images),
+            counts=counts,
+            found=int(wanted.sum()),
             entries=entries,
             strategy=self.default,
             heading=HEADINGS[self.default],
@@ -319,29 +353,49 @@ class Selection:
             formats=list(list_suffixes(Use.IMAGE)),
         )
 
-    def _find_states(self, survey: _Survey, tags: Mapping[str, str]) -> dict[str, str]:
-        """Image -> one of `STATES`. What somebody said of it counts first; a viewer's label of a whole volume says that
-        nothing is left, one structure of the review page does not."""
+    def _find_page(
+        self, survey: _Survey, states: list[str], wanted: NDArray[np.bool_], offset: int, limit: int
+    ) -> list[tuple[int, str]]:
+        """Positions and ids of some images of the worklist; no more of the order is worked out than it takes."""
+        images = survey.state.images
+        rest = wanted.copy()
+        ordered: list[int] = []
+        for image in islice(self._order(survey, self.default, frozenset(), MAX_QUEUE), MAX_ORDERED):
+            number = int(survey.state.find([image])[0])
+            if wanted[number]:
+                ordered.append(number)
+                rest[number] = False
+                if len(ordered) == offset + limit:
+                    break
+        else:
+            by_name = np.flatnonzero(rest).tolist()
+            ordered += [number for number in by_name if states[number] != DONE]
+            ordered += [number for number in by_name if states[number] == DONE]
+        return [(number, images[number]) for number in ordered[offset : offset + limit]]
+
+    def _find_tags(self, user: str) -> dict[str, str] | None:
+        """Image -> the tag whose label a person is shown; None where it is the label that counts for all images."""
+        if not self._readings.is_on:
+            return None
+        return {image: self._readings.find_shown_tag(image, user) for image in self._state.images}
+
+    def _find_states(self, survey: _Survey, tags: Mapping[str, str]) -> list[str]:
+        """The state of each image, of the labels of these tags."""
         said = self._annotations.find_finished(frozenset(tags.values()).__contains__)
-        states = {}
-        for image in survey.images:
-            if image in said:
-                is_done = said[image]
-            else:
-                saves = self._annotations.in_force(image, tags[image])
-                is_step = bool(saves) and all(save.client == REVIEW_PAGE for save in saves)
-                entry = survey.entries.get(image)
-                depth = entry.scores.num_slices if entry else None
-                is_done = is_whole(survey.annotated.get(image, frozenset()), depth) and not is_step
-            begun = survey.annotated.get(image, frozenset())
-            states[image] = DONE if is_done else STARTED if begun is None or begun else TODO
+        states = []
+        for image, tag in tags.items():
+            entry = survey.state.entries.get(image)
+            clients = [save.client for save in self._annotations.in_force(image, tag)]
+            slices = survey.annotated.get(image, frozenset())
+            depth = entry.scores.num_slices if entry else None
+            states.append(find_state(said.get(image), slices, depth, clients))
         return states
 
     def _describe_any(self, survey: _Survey, image: str) -> SuggestedWork:
         """An image with the slices that the strategy chose of it, whether any are left or not."""
         found = (
             self._describe(survey, image, self.default, SLICES_PER_IMAGE, opened=False)
-            if image in survey.open
+            if survey.is_open(image)
             else None
         )
         return found or self._answer(survey, image, [], "", "")
@@ -359,87 +413,81 @@ class Selection:
 
     def _survey(self, user: str = "") -> _Survey:
         """The pool as it is, for a person where images are read twice."""
-        images = tuple(sorted(self._app.datastore().list_images()))
-        known = set(images)
-        # A label that was made elsewhere, of which no slices are known, is of the whole volume.
-        annotated: dict[str, frozenset[int] | None] = dict.fromkeys(
-            known - set(self._app.datastore().get_unlabeled_images())
-        )
-        annotated |= {image: slices for image, slices in self._annotations.annotated_images().items() if image in known}
-        entries = {
-            image: entry for image, entry in self._scores.pick_newest(self._wanted_version).items() if image in known
+        state = self._state
+        state.update()
+        rounds = self._count_rounds(state)
+        if not self._readings.is_on:
+            return _Survey(state, state.annotated, state.open, state.done, rounds)
+        own = {
+            image: self._annotations.annotated_slices(image, self._readings.find_shown_tag(image, user))
+            for image in state.images
         }
-        ordered = tuple(entries[image] for image in sorted(entries))
-        if len(self._pool[0]) != len(ordered) or any(a is not b for a, b in zip(self._pool[0], ordered, strict=True)):
-            self._pool = (ordered, build_pool([entry.scores for entry in ordered]))
-        finished = self._annotations.find_finished()
-        work = frozenset(
-            image for image in images if not finished.get(image) and self._has_work(image, annotated, entries)
+        return _Survey(
+            state,
+            {image: slices for image, slices in own.items() if slices is None or slices},
+            np.array([self._readings.is_open_for(image, user) for image in state.images], bool),
+            np.array([len(slices or ()) for slices in own.values()], np.int64),
+            rounds,
         )
-        rounds = self._count_rounds(known | annotated.keys())
-        if self._readings.is_on:
-            work = frozenset(image for image in images if self._readings.is_open_for(image, user))
-            own = {
-                image: self._annotations.annotated_slices(image, self._readings.find_shown_tag(image, user))
-                for image in images
-            }
-            annotated = {image: slices for image, slices in own.items() if slices is None or slices}
-        return _Survey(images, annotated, entries, self._pool[1], work, rounds)
 
-    def _count_rounds(self, images: Collection[str]) -> dict[str, int]:
+    def _count_rounds(self, state: PoolState) -> dict[str, int]:
         """See `report.count_rounds`; versions never change, so that they are read again only when there are others."""
         adapters, textdiff = self._infer.engine.adapters, self._textdiff()
         stores: list[VersionStore[Any]] = [adapters] if textdiff is None else [adapters, textdiff]
-        state = [(type(store).__name__, entry.name, entry.versions) for store in stores for entry in store.entries()]
-        if state != self._versions[0]:
+        found = [(type(store).__name__, entry.name, entry.versions) for store in stores for entry in store.entries()]
+        if found != self._versions[0]:
             problems: list[str] = []
-            self._versions = (state, list_versions(adapters, textdiff, problems))
+            self._versions = (found, list_versions(adapters, textdiff, problems))
             for problem in problems:
                 logger.warning("%s", problem)
-        return count_rounds(self._versions[1], images)
-
-    def _has_work(
-        self, image: str, annotated: Mapping[str, frozenset[int] | None], entries: Mapping[str, ScoredImage]
-    ) -> bool:
-        slices = annotated.get(image, frozenset())
-        if is_whole(slices, entries[image].scores.num_slices if image in entries else None):
-            return False
-        return image in entries or len(slices or ()) != self._finished.get(
-            image
-        )  # how many slices it has is found out when it is opened
+        versions, images, rounds = self._rounds
+        if versions is not self._versions[1] or images is not state.images:
+            rounds = count_rounds(self._versions[1], frozenset(state.images))
+            self._rounds = (self._versions[1], state.images, rounds)
+        return rounds
 
     def _order(self, survey: _Survey, strategy: str, excluded: Collection[str], limit: int = 1) -> Iterator[str]:
         """The images that may be given, best first: `limit` of them by one look at the pool, then the others."""
-        free = survey.open - set(excluded) - self._find_unreadable().keys()
-        given: set[str] = set()
-        if strategy in BY_SCORE or (strategy == "foreground_random" and len(survey.pool)):
-            while True:
-                picks = pick_slices(
-                    survey.pool,
-                    limit,
-                    strategy,
-                    self.config,
-                    annotated=survey.annotated,
-                    excluded=[image for image in survey.entries if image not in free or image in given],
-                    one_per_image=True,
-                    round_index=survey.find_round(),
-                    seed=self._seed(strategy),
-                )
-                for pick in picks:
-                    given.add(pick.image)
-                    yield pick.image
-                if not picks:
-                    break
+        state = survey.state
+        free = survey.open.copy()
+        for images in (excluded, self._find_unreadable()):
+            free[state.find(images)] = False
+        if strategy in BY_SCORE or (strategy == "foreground_random" and self._readings.is_on):
+            chosen = self._order_by_slices(survey, strategy, free, limit)
+        elif strategy == "foreground_random":
+            rng = np.random.default_rng([self._seed(strategy), survey.find_round(), *strategy.encode()])
+            drawn = state.table.draw(free, self.config.foreground_share, rng)
+            chosen = (state.images[position] for position in drawn)
+        else:
+            chosen = iter(())
+        for image in chosen:
+            free[state.find([image])] = False
+            yield image
         # Without scores, or for strategies that need none: little annotated first, otherwise by chance (the same one
         # until a label comes).
-        chance = f"{self._seed(strategy)}"
-        rest = free - given
+        done = None if strategy == "uniform_random" else survey.done
+        yield from state.by_chance(free, self._seed(strategy), done)
 
-        def rank(image: str) -> tuple[int, bytes]:
-            done = 0 if strategy == "uniform_random" else len(survey.annotated.get(image) or ())
-            return done, hashlib.sha256(f"{chance}:{image}".encode()).digest()
-
-        yield from sorted(rest, key=rank)
+    def _order_by_slices(self, survey: _Survey, strategy: str, free: NDArray[np.bool_], limit: int) -> Iterator[str]:
+        state, pool = survey.state, survey.state.build_slice_pool()
+        left = free.copy()
+        while len(pool):
+            picks = pick_slices(
+                pool,
+                limit,
+                strategy,
+                self.config,
+                annotated=survey.annotated,
+                excluded=[image for image in pool.images if not left[state.find([image])[0]]],
+                one_per_image=True,
+                round_index=survey.find_round(),
+                seed=self._seed(strategy),
+            )
+            for pick in picks:
+                left[state.find([pick.image])] = False
+                yield pick.image
+            if not picks:
+                return
 
     def _describe_opened(self, survey: _Survey, image: str, strategy: str, count: int) -> Suggestion | None:
         """The answer for an image, None if its file is gone or cannot be read; it is then passed over until it
@@ -455,20 +503,21 @@ class Selection:
             return None
         if answer is None:
             with self._lock:
-                self._finished[image] = len(survey.annotated.get(image) or ())
+                self._state.exhaust(image)
             return None
         return Suggestion(**dict(answer), path=path)
 
     def _describe(self, survey: _Survey, image: str, strategy: str, count: int, opened: bool) -> SuggestedWork | None:
         done = survey.annotated.get(image) or frozenset()
         state = "started" if done else "new"
-        if image in survey.entries:
+        if image in survey.state.entries:
             settings = {
                 "annotated": survey.annotated,
                 "round_index": survey.find_round(image),
                 "seed": self._seed(strategy),
             }
-            picks = pick_slices(survey.pool, count, strategy, self.config, within=image, **settings)  # type: ignore[arg-type]
+            pool = self._find_slices(survey, image, strategy)
+            picks = pick_slices(pool, count, strategy, self.config, within=image, **settings)  # type: ignore[arg-type]
             return self._answer(survey, image, picks, state, summarise_reasons(picks)) if picks else None
         why = "Not scored yet: slices are spread evenly."
         if not opened:
@@ -505,7 +554,7 @@ class Selection:
         self, survey: _Survey, image: str, picks: list[Pick], state: str, reason: str, modality: str = ""
     ) -> SuggestedWork:
         """`modality` is that of an image without scores; "" if not known."""
-        entry = survey.entries.get(image)
+        entry = survey.state.entries.get(image)
 
         def tell(text: str) -> str:
             return text.replace(" on slice 1", "") if entry is not None and entry.modality == PICTURE else text
@@ -525,30 +574,26 @@ class Selection:
         """
         return 0 if strategy in BY_SCORE else self._annotations.last_sequence()
 
-    def _find_skipped(self, user: str) -> set[str]:
-        """What the user, or somebody without a name, set aside and nobody labelled since."""
-        skipped: dict[str, None] = {}
-        for event in self._annotations.events():
-            if event.kind == "skip" and event.user in ("", user):
-                skipped[event.image] = None
-            elif event.kind == "label":
-                skipped.pop(event.image, None)
-        return set(skipped)
+    @staticmethod
+    def _find_slices(survey: _Survey, image: str, strategy: str) -> Pool:
+        """Where slices of an image are chosen from; how its scores compare says only the whole pool."""
+        state = survey.state
+        return state.build_slice_pool() if strategy in BY_SCORE else state.build_image_pool(image)
 
     def _explain_end(self, survey: _Survey, client: str) -> NothingLeft:
         """Why there is nothing to give, and what to do instead."""
-        if not survey.images:
+        if not survey.state.images:
             return NothingLeft(message=NO_IMAGES, review=[])
         with self._lock:
             reasons = self._find_unreadable()
             taken = [
                 image
                 for image, owner in self.reservations.all().items()
-                if owner != client and image in survey.open - reasons.keys()
+                if owner != client and image not in reasons and survey.is_open(image)
             ]
         if taken:
             return NothingLeft(message=ALL_RESERVED.format(minutes=self._minutes), review=[])
-        broken = sorted(survey.open & reasons.keys())
+        broken = sorted(filter(survey.is_open, reasons))
         message = ALL_LABELLED
         if broken:
             message = (
@@ -565,18 +610,3 @@ class Selection:
 
 def _count_annotated(structures: Mapping[str, frozenset[int] | None]) -> dict[str, int | None]:
     return {name: None if slices is None else len(slices) for name, slices in structures.items()}
-
-
-def is_whole(slices: frozenset[int] | None, num_slices: int | None) -> bool:
-    """Whether an image is wholly annotated: as a whole, or slice by slice until none is left.
-
-    Args:
-        slices: That are annotated; None for the whole volume.
-        num_slices: Of the image; None if not known.
-
-    Example:
-        >>> is_whole(None, None), is_whole(frozenset({0, 1}), 2), is_whole(frozenset({0, 1}),
-        ...     3), is_whole(frozenset({0, 1}), None)
-        (True, True, False, False)
-    """
-    return slices is None or (num_slices is not None and len(slices) >= num_slices)

@@ -14,6 +14,8 @@ import atexit
 import hashlib
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -29,7 +31,7 @@ from progidiff.images.formats import is_picture, strip_suffix
 from progidiff.images.pictures import PICTURE
 from progidiff.proposals.device_queue import Job
 from progidiff.server.background.scorers import ImageScorer, PictureScorer, VolumeScorer
-from progidiff.server.datastores.images import find_image
+from progidiff.server.datastores.images import find_image, list_ids
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.storage.json_text import Text
 
@@ -40,6 +42,10 @@ SECONDS_BETWEEN_ROUNDS = 20.0
 
 SECONDS_AFTER_REQUESTS = 2.0
 """A person who just asked will ask again: the device is left alone for so long."""
+
+
+_REST = 20
+"""How many times longer than looking through the pool took it is not looked through again."""
 
 
 class ScoringProgress(BaseModel):
@@ -100,6 +106,9 @@ class PoolScorer:
         self._find_labelled = find_labelled
         self._is_training = is_training
         self._failed: dict[str, tuple[str, str]] = {}
+        self._plan: deque[str] = deque()
+        self._planned: tuple[object, object, float] = (None, None, 0.0)
+        self._pause = SECONDS_BETWEEN_ROUNDS
         self._jobs: dict[str, Job] = {}
         self._claimed: set[str] = set()
         self._claiming = threading.Lock()
@@ -146,6 +155,7 @@ class PoolScorer:
 
     def wake(self) -> None:
         """Look through the pool now: an image came, or another version is served."""
+        self._planned = (None, None, 0.0)
         self._wake.set()
 
     def wanted_version(self, modality: str) -> str:
@@ -185,22 +195,41 @@ class PoolScorer:
         )
 
     def find_next(self) -> str | None:
-        """The image that is worth scoring next; None if all are scored by the version that is served."""
+        """The image that is worth scoring next; None if all are scored by the version that is served.
+
+        The whole pool is looked through when there are other images or another version, and now and then for files that
+        changed; in between the images that were found then are taken one after the other.
+        """
         entries = self._find_scores()
         wanted = self._wanted_versions(entries)
-        labelled = set(self._find_labelled())
-        urgent: list[tuple[bool, bool, str]] = []
+        listed = list_ids(self._app.datastore())
+        # Of a folder the very same object until there are other images; of others a new list each time.
+        images = listed if isinstance(listed, Mapping) else frozenset(listed)
         has_picture_model = bool(self.wanted_version(PICTURE))
-        for image in sorted(set(self._app.datastore().list_images()) - self._claimed):
-            if not has_picture_model and self._find_picture(image) is not None:
-                continue
+
+        def is_due(image: str) -> bool:
+            if image not in images or (not has_picture_model and self._find_picture(image) is not None):
+                return False
             entry = entries.get(image)
             fingerprint = self.fingerprint(image)
             if image in self._failed and self._failed[image][0] == fingerprint:
-                continue
-            if entry is None or (entry.fingerprint, entry.scores.version) != (fingerprint, wanted[entry.modality]):
-                urgent.append((image in labelled, entry is not None, image))
-        return min(urgent)[2] if urgent else None
+                return False
+            return entry is None or (entry.fingerprint, entry.scores.version) != (fingerprint, wanted[entry.modality])
+
+        known, versions, until = self._planned
+        is_same = known is images or (isinstance(images, frozenset) and known == images)
+        if is_same and versions == (wanted, has_picture_model) and time.monotonic() < until:
+            while self._plan and self._plan[0] not in self._claimed and not is_due(self._plan[0]):
+                self._plan.popleft()
+            if self._plan:  # What another thread is at may yet come back.
+                return next((image for image in self._plan if image not in self._claimed and is_due(image)), None)
+        began = time.monotonic()
+        labelled = set(self._find_labelled())
+        due = [image for image in list(images) if is_due(image)]
+        self._plan = deque(sorted(due, key=lambda image: (image in labelled, image in entries, image)))
+        self._pause = max(SECONDS_BETWEEN_ROUNDS, _REST * (time.monotonic() - began))
+        self._planned = (images, (wanted, has_picture_model), time.monotonic() + self._pause)
+        return next((image for image in self._plan if image not in self._claimed), None)
 
     def score(self, image: str) -> bool:
         """Score one image, as far as the device is free.
@@ -246,7 +275,7 @@ class PoolScorer:
             finally:
                 del self._jobs[image]
 
-    def _find_scores(self) -> dict[str, ScoredImage]:
+    def _find_scores(self) -> Mapping[str, ScoredImage]:
         return self.scores.pick_newest(self.wanted_version)
 
     def _wanted_versions(self, entries: Mapping[str, ScoredImage]) -> dict[str, str]:
@@ -302,7 +331,7 @@ class PoolScorer:
                 self._claimed |= set() if image is None else {image}
             if image is None:
                 self._state = "scoring" if self._claimed else "done"
-                return SECONDS_BETWEEN_ROUNDS
+                return self._pause
             self._state = "scoring"
             try:
                 is_done = self.score(image)

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from monailabel.datastore.local import DataModel, ImageLabelModel, LocalDatastoreModel
@@ -64,18 +65,24 @@ class HostFile:
         return model
 
     @staticmethod
-    def encode(model: LocalDatastoreModel) -> bytes:
-        """What the file says of a list.
+    def encode(model: LocalDatastoreModel, records: Iterable[tuple[str, str]]) -> bytes:
+        """What the file says of a list; one line per image.
+
+        Args:
+            model: Its name, description and folders.
+            records: Id and record of every image; the record as JSON, as the index has it, which was read back before
+                it was written there.
 
         Raises:
-            StoreError: if it could not be read again.
+            StoreError: if what is around the records could not be read again.
         """
-        content = write_json(plain(model.model_dump(exclude={"base_path"})), indent=2)
+        head = write_json(plain(model.model_dump(exclude={"base_path", "objects"})), indent=2)
         try:
-            parse_list(content)
+            parse_list(head)
         except ValueError as err:
             raise StoreError(f"The list of images could not be read again ({err}); it is not written.") from err
-        return content
+        lines = (b"    %s: %s" % (write_json(image), record.encode()) for image, record in records)
+        return b'%s,\n  "objects": {\n%s\n  }\n}' % (head.rstrip().removesuffix(b"}").rstrip(), b",\n".join(lines))
 
     def write(self, content: bytes) -> None:
         """Replace it; the one before becomes the backup.

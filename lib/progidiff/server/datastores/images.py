@@ -7,6 +7,7 @@ no file of the server.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from monailabel.datastore.dicom import DICOMWebDatastore
@@ -24,6 +25,11 @@ _DOWNLOADS = ImageLocks("fetched", seconds=120.0)
 """The host takes a DICOM folder that another thread is still filling for a whole series."""
 
 
+def list_ids(datastore: Datastore) -> Collection[str]:
+    """The ids of all images, to ask for one: a folder has its own, which are not copied."""
+    return datastore.list_names() if isinstance(datastore, SafeLocalDatastore) else datastore.list_images()
+
+
 def resolve_id(app: MONAILabelApp, name: str) -> str:
     """The id of the image that a client names: by its id, or by the name that it uploaded it under.
 
@@ -31,7 +37,7 @@ def resolve_id(app: MONAILabelApp, name: str) -> str:
     """
     if not name or is_plain_id(name):
         return name
-    known = app.datastore().list_images()
+    known = list_ids(app.datastore())
     try:
         made = make_id(name)
     except RequestError:
@@ -49,7 +55,7 @@ def find_image(app: MONAILabelApp, image_id: str) -> str:
     """
     datastore = app.datastore()
     try:
-        known = bool(image_id) and (image_id in datastore.list_images() or _is_series(datastore, image_id))
+        known = bool(image_id) and (image_id in list_ids(datastore) or _is_series(datastore, image_id))
         with _DOWNLOADS.hold(image_id):
             path = datastore.get_image_uri(image_id) if known else ""
     except (IndexError, KeyError):

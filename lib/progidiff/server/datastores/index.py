@@ -118,6 +118,15 @@ class DatastoreIndex:
             self._start_again(err)
             return 0, {}
 
+    def list_records(self) -> dict[str, str]:
+        """The record of every image that is there, as it was written.
+
+        Raises:
+            StoreError: if the file cannot be read.
+        """
+        with self._refusals():
+            return dict(self._connection.execute("SELECT id, record FROM images WHERE record IS NOT NULL"))
+
     def save(self, rows: Mapping[str, Row]) -> int:
         """Replace rows, all of them or none.
 

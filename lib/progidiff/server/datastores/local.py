@@ -27,6 +27,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import fnmatch
+import functools
 import logging
 import os
 import re
@@ -74,6 +75,7 @@ from progidiff.labels.saving import (
 )
 from progidiff.labels.segments import LabelMap, find_names
 from progidiff.proposals.store import ProposalStore
+from progidiff.server.datastores.changes import ChangeLog
 from progidiff.server.datastores.host_file import HostFile, merge_records, parse_record, plain
 from progidiff.server.datastores.image_locks import ImageLocks
 from progidiff.server.datastores.index import DatastoreIndex, FileState, Placed, Row
@@ -102,6 +104,9 @@ _NO_LABEL = "This label does not count: {}"
 
 _IDLE_SECONDS = 5.0
 """Without a change before the host's file is written; twenty times longer than the last time took, if that is more."""
+
+_REST = 20
+"""How many times longer than looking through the labels took nobody looks again."""
 
 _PATIENCE_SECONDS = 300.0
 """After which it is written all the same."""
@@ -196,6 +201,7 @@ class SafeLocalDatastore(LocalDatastore):
         if serves:
             Path(studies).mkdir(parents=True, exist_ok=True)
             _claim(Path(studies))
+        self.changes = ChangeLog()
         self._index = DatastoreIndex(state / "datastore.sqlite")
         self._revision = 0
         self._host_file = HostFile(Path(studies) / "datastore_v2.json")
@@ -500,8 +506,13 @@ class SafeLocalDatastore(LocalDatastore):
         return name
 
     def list_names(self) -> Mapping[str, Any]:
-        """Ids of all images; another object after every change."""
+        """Ids of all images; another object when there are others."""
         return cast(Mapping[str, Any], self._datastore.objects)
+
+    def is_labelled(self, image_id: str) -> bool:
+        """Whether there is a label of tag `FINAL`; `changes` has the images of which this may have changed."""
+        record = self._datastore.objects.get(image_id)
+        return record is not None and FINAL in record.labels
 
     def get_image_uri(self, image_id: str) -> str:
         """The path of an image, "" if there is none.
@@ -621,7 +632,8 @@ class SafeLocalDatastore(LocalDatastore):
         try:
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, staged)
+                with self._own_change(target):
+                    shutil.copyfile(source, staged)
                 flush(staged)
             except OSError as err:
                 raise StoreError(_NOT_WRITTEN.format(target, err)) from err
@@ -630,9 +642,15 @@ class SafeLocalDatastore(LocalDatastore):
             with contextlib.suppress(OSError):
                 staged.unlink(missing_ok=True)
 
+    def _own_change(self, target: Path) -> contextlib.AbstractContextManager[None]:
+        """While this program puts a file into a folder: it is nobody else's label there."""
+        is_final = target.parent == self.annotations.final_labels
+        return self.annotations.final_watch.own_change() if is_final else contextlib.nullcontext()
+
     def _rename(self, staged: Path, target: Path) -> None:
         try:
-            os.replace(staged, target)
+            with self._own_change(target):
+                os.replace(staged, target)
         except OSError as err:
             raise StoreError(_NOT_WRITTEN.format(target, err)) from err
         try:
@@ -930,7 +948,7 @@ class SafeLocalDatastore(LocalDatastore):
 
     def _filename(self, id: str, ext: str) -> str:
         name = id + ext
-        if Path(name).name != name or name.startswith("."):
+        if os.path.basename(name) != name or name.startswith("."):
             raise RequestError(
                 f"'{name[:100]}' is no file name of this datastore. Use letters, digits, '.', '_' and '-'."
             )
@@ -961,6 +979,7 @@ class SafeLocalDatastore(LocalDatastore):
             logger.error("The index is behind: %s", err)
             self._datastore.objects = {**self._datastore.objects, image_id: record}
             self._unwritten.add(image_id)
+            self.changes.note([image_id])
 
     def _write_rows(self, records: Mapping[str, ImageLabelModel | None]) -> None:
         """Change records, in the index and here; all of them or none.
@@ -975,7 +994,7 @@ class SafeLocalDatastore(LocalDatastore):
             if record is None:
                 rows[image_id] = Row(None)
                 continue
-            text = write_json(plain(record.model_dump())).decode()
+            text = _write_record(record)
             parsed[image_id] = parse_record(text)  # What could not be read again never gets onto the disk.
             rows[image_id] = Row(text, self._placed.get(image_id, {}))
         self._revision = self._index.save(rows)
@@ -994,6 +1013,7 @@ class SafeLocalDatastore(LocalDatastore):
             self._datastore.objects = {
                 image_id: record for image_id, record in {**objects, **changed}.items() if image_id not in gone
             }
+        self.changes.note([*changed, *gone])
         self._changed = time.monotonic()
 
     def _reconcile_datastore(self) -> None:
@@ -1121,7 +1141,7 @@ class SafeLocalDatastore(LocalDatastore):
 
     @staticmethod
     def _list_matches(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
-        match = re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)).match
+        match = _compile_patterns(tuple(patterns)).match
         return [name for name in names if match(name.lower())]
 
     def _list_names(self, path: str) -> list[str]:
@@ -1179,8 +1199,11 @@ class SafeLocalDatastore(LocalDatastore):
         began = time.monotonic()
         with self._guard():
             revision, objects = self._revision, dict(self._datastore.objects)
-            model = self._datastore.model_copy(update={"objects": objects})
-        content = self._host_file.encode(model)
+            model = self._datastore.model_copy(update={"objects": {}})
+            texts = self._index.list_records()
+            behind = [image_id for image_id in objects if image_id in self._unwritten or image_id not in texts]
+        texts |= {image_id: _write_record(objects[image_id]) for image_id in behind}
+        content = self._host_file.encode(model, ((image_id, texts[image_id]) for image_id in objects))
         with self._guard(reads=False):
             self._host_file.write(content)
             self._host_identity = self._host_file.identify()
@@ -1394,6 +1417,15 @@ def check_tag(tag: str) -> str:
     return tag
 
 
+@functools.cache
+def _compile_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns))
+
+
+def _write_record(record: ImageLabelModel) -> str:
+    return write_json(plain(record.model_dump())).decode()
+
+
 def _find_name_fault(name: str) -> str | None:
     """Why a file of this name is not used: no address can name it; None if one can."""
     if not is_whole(name):
@@ -1447,6 +1479,7 @@ def _claim(studies: Path) -> None:
 
 def _keep_host_file(reference: weakref.ref[SafeLocalDatastore]) -> None:
     """Write the host's file again and again, as long as there is the datastore."""
+    looked, pause = 0.0, 0.0
     while True:
         time.sleep(_IDLE_SECONDS)
         store = reference()
@@ -1456,10 +1489,13 @@ def _keep_host_file(reference: weakref.ref[SafeLocalDatastore]) -> None:
             store.write_host_file_if_idle()
         except ProGiDiffError as err:
             logger.warning("The host's list of images is behind: %s", err)
-        try:
-            store.check_foreign_labels()
-        except (OSError, ProGiDiffError) as err:
-            logger.warning("The labels that were made elsewhere could not be looked at: %s", err)
+        if (began := time.monotonic()) - looked >= pause:
+            try:
+                store.check_foreign_labels()
+            except (OSError, ProGiDiffError) as err:
+                logger.warning("The labels that were made elsewhere could not be looked at: %s", err)
+            looked = time.monotonic()
+            pause = _REST * (looked - began)  # Of very many labels, a small share of the time.
         del store
 
 

@@ -23,6 +23,7 @@ from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.segments import load_label_map
 from progidiff.labels.slicer import save_segmentation
+from progidiff.server.datastores.images import list_ids
 from progidiff.server.datastores.pacs import PacsDatastore
 
 _UID = re.compile(r"\d+(\.\d+)+")
@@ -82,7 +83,7 @@ class ServedImages:
         """The image that a client names by its SeriesInstanceUID instead of its id; None if it does not, or the series
         is not served from here.
         """
-        if not _UID.fullmatch(image) or self.is_remote or image in self._datastore().list_images():
+        if not _UID.fullmatch(image) or self.is_remote or image in list_ids(self._datastore()):
             return None
         try:
             return self.find(series_uid=image)

@@ -18,7 +18,8 @@ from progidiff.errors import ProGiDiffError, RequestError
 from progidiff.images.folders import LeftOut
 from progidiff.images.reading import read_grid
 from progidiff.params import read_choice, read_int
-from progidiff.server.background.next_sample import ALL, MAX_QUEUE, SLICES_PER_IMAGE, STATES, NothingLeft
+from progidiff.server.background.next_sample import MAX_QUEUE, SLICES_PER_IMAGE, NothingLeft
+from progidiff.server.background.pool_state import ALL, STATES
 from progidiff.server.background.scoring import ScoringProgress
 from progidiff.server.datastores import images
 from progidiff.server.datastores.proposal_labels import refresh_original

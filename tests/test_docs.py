@@ -8,11 +8,13 @@ import dataclasses
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import click
 import pytest
 import typer
+import yaml
 
 from progidiff.cli.main import app
 from progidiff.server.options import ServerOptions
@@ -142,6 +144,62 @@ def test_a_command_that_is_not_there_is_found():
     calls = list_calls(text)
     assert calls == [["users", "ad", "anna"], ["serve", "--studdies", "x"], ["gone"]]
     assert [bool(explain(call)) for call in [*calls, ["adapters", "list"]]] == [True, True, True, False]
+
+
+CLUSTER = ROOT / "packaging" / "cluster"
+
+
+def read_manifests(name: str) -> dict[str, dict[str, Any]]:
+    """Kind -> what a file for Kubernetes asks for."""
+    return {part["kind"]: part for part in yaml.safe_load_all((CLUSTER / name).read_text(encoding="utf-8"))}
+
+
+def check_pod(pod: dict[str, Any]) -> dict[str, Any]:
+    """Every mount has a volume, and asked is what is allowed. Returns the container."""
+    (container,) = pod["containers"]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    assert container["resources"]["limits"] == container["resources"]["requests"]
+    return container
+
+
+def test_the_job_for_ray_runs_a_command_that_exists_on_pods_that_see_the_studies():
+    job = read_manifests("rayjob.yaml")["RayJob"]["spec"]
+    words = job["entrypoint"].split()
+    assert words[0] == "progidiff"
+    assert not explain(words[1:])
+    assert "--ray" in words
+    cluster = job["rayClusterSpec"]
+    groups = cluster["workerGroupSpecs"]
+    containers = [check_pod(group["template"]["spec"]) for group in (cluster["headGroupSpec"], *groups)]
+    studies = words[words.index("--studies") + 1]
+    for container in containers:
+        assert studies in {mount["mountPath"] for mount in container["volumeMounts"]}
+        assert container["image"] == containers[0]["image"]
+    assert all("nvidia.com/gpu" in container["resources"]["limits"] for container in containers[1:])
+
+
+def test_the_training_job_starts_as_many_processes_as_it_has_gpus_and_they_find_each_other():
+    from torch.distributed.run import get_args_parser
+
+    manifests = read_manifests("training.yaml")
+    service, job = manifests["Service"], manifests["Job"]
+    pod = job["spec"]["template"]["spec"]
+    container = check_pod(pod)
+    assert container["command"][0] == "torchrun"
+    started = get_args_parser().parse_args([*container["command"][1:], *container["args"]])
+    assert (started.module, started.training_script) == (True, "progidiff.cli")
+    assert not explain(started.training_script_args)
+    assert int(started.nnodes) == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert started.nproc_per_node == container["resources"]["limits"]["nvidia.com/gpu"]
+    name, port = job["metadata"]["name"], service["spec"]["ports"][0]["port"]
+    assert started.rdzv_endpoint == f"{name}-0.{pod['subdomain']}:{port}"
+    assert pod["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    words = started.training_script_args
+    for option in ("--studies", "--model"):
+        place = words[words.index(option) + 1]
+        assert any(place == path or place.startswith(f"{path}/") for path in mounted)
 
 
 def test_every_option_of_the_server_is_in_the_reference():

@@ -27,6 +27,7 @@ from progidiff.server.options import ServerOptions
 from progidiff.server.parts import Context
 from progidiff.server.routes import host, table
 from progidiff.server.tasks.pictures import build_textdiff
+from progidiff.server.tasks.scribbles import ScribbleInferTask
 from progidiff.server.tasks.sentences import SentenceEditor
 from progidiff.server.tasks.slices import SliceInferTask
 from progidiff.server.tasks.volumes import build_task
@@ -89,11 +90,16 @@ class ProGiDiffApp(MONAILabelApp):
         return self.context.labels
 
     def init_infers(self) -> dict[str, InferTask]:
-        """Whole volumes, single slices steered by clicks, pictures with a sentence; the models load at the first
-        request.
+        """Whole volumes, single slices steered by clicks, volumes by scribbles, pictures with a sentence; the models
+        load at the first request.
         """
         infer = self.context.infer
-        return {"progidiff": infer, "progidiff_slice": SliceInferTask(infer), "textdiff": self.context.textdiff}
+        return {
+            "progidiff": infer,
+            "progidiff_slice": SliceInferTask(infer),
+            "progidiff_scribbles": ScribbleInferTask(infer),
+            "textdiff": self.context.textdiff,
+        }
 
     def init_trainers(self) -> dict[str, TrainTask]:
         """All accepted labels, or a low-rank adapter; both run in a process of their own."""

@@ -13,6 +13,18 @@ function act(name) {
 }
 
 /**
+ * Wait until a function of the page says so. `page.waitForFunction` takes the promise of an asynchronous one for a yes.
+ * @param {import('playwright-core').Page} page
+ * @param {(given: any) => Promise<unknown>} predicate
+ */
+export async function until(page, predicate, given = null, timeout = 120000) {
+  for (const end = Date.now() + timeout; Date.now() < end; await page.waitForTimeout(60)) {
+    if (await page.evaluate(predicate, given)) return;
+  }
+  throw new Error(`This did not come true: ${predicate}`);
+}
+
+/**
  * Run a script in a fresh page; `node script.mjs '<JSON>'` with at least {url, chromium, shots (folder), width, height};
  * `arguments` may take the place of Chromium's.
  * @param {(page: import('playwright-core').Page, given: object, tools: object) => Promise<object>} script

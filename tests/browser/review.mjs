@@ -163,6 +163,30 @@ drive(async (page, given, { shoot }) => {
   for (const key of ['1', '2', 'c', '1', 'u']) await press(page, key);
   const times = { slices: await measures(page, 'slice-switch'), switches: await measures(page, 'proposal-switch') };
 
+  // This model has no close-up: clicks choose among its proposals, the page says so, and undo takes the click and its pick back.
+  const isDeaf = await page.locator('#draw-scribbleIn').isDisabled();
+  await press(page, '2');
+  await press(page, 'Shift+E');
+  const note = await page.locator('#steer-note').textContent();
+  const inside = await page.evaluate(async () => {
+    const { look, shown, state } = await import('/progidiff/static/state.js');
+    const { box, masks } = look(state.structure);
+    const index = masks[0].findIndex((value, i) => value && masks.every((mask) => mask[i]));
+    const width = box.x1 - box.x0;
+    const area = document.querySelector('#view').getBoundingClientRect();
+    const at = [box.x0 + (index % width) + 0.5, box.y0 + Math.floor(index / width) + 0.5];
+    const { place } = shown;
+    return [area.left + (place.left + at[0] * place.scaleX) / devicePixelRatio, area.top + (place.top + at[1] * place.scaleY) / devicePixelRatio];
+  });
+  await page.mouse.click(...inside);
+  await page.locator('.toast', { hasText: 'proposals agree' }).last().waitFor();
+  const chosen = await page.locator('#picked').textContent();
+  await shoot('chosen');
+  await press(page, 'z');
+  const before = await page.locator('#picked').textContent();
+  await press(page, 'Escape');
+  const chose = { isDeaf, note, chosen, before };
+
   // An image whose header does not say where it lies: told when it is opened, and again on request.
   const isPlainQuiet = await page.locator('#header-warning').isHidden();
   await page.locator('.case', { hasText: given.unsure }).click();
@@ -172,7 +196,7 @@ drive(async (page, given, { shoot }) => {
   await page.locator('#header-warning').click();
   const warning = await page.locator('#notice-text').textContent();
   return {
-    leftOut, isPlainQuiet, warning, counted, first, second, third, fourth, decided, restored, kept, undone, isReadOnly, isTaken, isInjected, foreign, overflow,
+    chose, leftOut, isPlainQuiet, warning, counted, first, second, third, fourth, decided, restored, kept, undone, isReadOnly, isTaken, isInjected, foreign, overflow,
     firstPixels: opened, firstProposal, ...times,
   };
 });

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import nibabel
 import numpy as np
 import pytest
 
-from progidiff.images.reading import load_volume
+from progidiff.images.reading import load_label, load_volume
 from progidiff.prompts.structures import fixed_ids
+from progidiff.testing import add_tiny_close_up
 from support.browser import drive, needs_browser
 from support.crops import write_crop
 from support.servers import Server, copy_app, run_server
@@ -27,9 +29,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     folder = tmp_path_factory.mktemp("drawing")
     studies = folder / "studies"
     studies.mkdir()
-    write_crop(studies / "abdomen.nii.gz")
-    (studies / "abdomen.json").write_text(json.dumps({"modality": "CT"}))
-    conf = ("model_dir", str(tiny_model), "device", "cpu", "score_pool", "off")
+    for name in ("abdomen", "ohif", "steered"):
+        write_crop(studies / f"{name}.nii.gz")
+        (studies / f"{name}.json").write_text(json.dumps({"modality": "CT"}))
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
+    conf = ("model_dir", str(add_tiny_close_up(model)), "device", "cpu", "score_pool", "off")
     with run_server(studies, copy_app(folder), folder / "server.log", *conf) as running:
         yield running
 
@@ -99,3 +104,79 @@ def test_what_was_drawn_is_saved_voxel_by_voxel_whatever_happens_on_the_way(serv
     version = volume.arrange(np.asarray(nibabel.load(tmp_path / "first.nii.gz").dataobj))
     for z, mask in drawn.items():
         assert np.array_equal(version[z] == ids["liver"], mask), z
+
+
+def test_what_is_drawn_in_ohif_in_another_segment_is_asked_about_and_kept(server: Server, tmp_path: Path):
+    ids = fixed_ids()
+    said = drive(
+        "ohif_drawing.mjs",
+        server.url,
+        tmp_path / "shots",
+        image="ohif",
+        prompt="liver",
+        other=[ids["spleen"], "spleen"],
+        timeout=60000,
+    )
+    assert said["segments"] == {"listed": ["liver"], "active": "liver"}
+    assert "spleen, drawn on 1 slice" in said["kept"]
+    assert [name for name in said["bands"] if name.startswith("disagreement")]
+    assert sorted(said["after"]["listed"]) == ["liver", "spleen"]
+    assert said["inside"] == [ids["liver"], 0]  # the first point is inside, the second one outside
+
+    volume = load_volume(server.studies / "ohif.nii.gz")
+    file = next((server.studies / "labels" / "final").glob("ohif.*"))
+    label = volume.arrange(load_label(file, like=volume.grid))
+    assert label[tuple(said["stroke"])] == ids["spleen"]
+    assert (label == ids["spleen"]).sum() == 1
+    assert label[tuple(said["second"])] == ids["liver"]
+    saves = server.get("/progidiff/annotations", params={"image": "ohif"}).json()["annotations"]
+    spleen = [save for save in saves if save["structures"] == ["spleen"]]
+    assert [save["slices"] for save in spleen] == [[said["stroke"][0]]]
+
+
+def test_clicks_and_lines_steer_the_proposals_whatever_happens_on_the_way(server: Server, tmp_path: Path):
+    said = drive(
+        "steering.mjs",
+        server.url,
+        tmp_path / "shots",
+        image="steered",
+        name="gizmo",
+        width=1500,
+        height=900,
+        timeout_s=900,
+    )
+    problems = [problem for problem in said["problems"] if "Failed to load resource" not in problem]
+    assert problems == []
+    assert said["isTaken"] == "true"
+    assert all(said["inside"])  # every proposal keeps what was clicked
+    assert said["asked"] <= 2
+    assert not any(said["outside"])
+    assert all(said["both"])
+    assert all(said["scribbled"])
+    assert said["kinds"] == [
+        "click inside",
+        "click outside",
+        "click inside",
+        "scribble inside",
+        "box inside",
+        "lasso inside",
+    ]
+    assert said["results"] == 1  # each answer takes the place of the one before
+    assert (said["isSame"], said["isKept"], said["isIgnored"]) == (True, True, True)
+    assert all(said["late"])
+    assert (said["isReadOnly"], said["isShared"]) == (True, True)
+    assert min(said["targets"]) >= 40
+    assert said["overflow"] <= 0
+
+    # The saved label holds the clicked voxels, at the very place where they were clicked.
+    saves = server.get("/progidiff/annotations", params={"image": "steered"}).json()["annotations"]
+    (save,) = saves
+    assert (save["slices"], save["structures"]) == ([said["saved"]["z"]], ["gizmo"])
+    assert save["source"]["steering"].startswith("3 clicks inside, 1 click outside, 1 scribble inside")
+    volume = load_volume(server.studies / "steered.nii.gz")
+    file = next((server.studies / "labels" / "final").glob("steered.*"))
+    label = volume.arrange(load_label(file, like=volume.grid))
+    clicks = [edit for edit in said["last"][:-1] if edit["kind"] == "click"]
+    for edit in clicks:
+        ((y, x),) = edit["points"]
+        assert bool(label[edit["z"], y, x]) == edit["positive"], edit

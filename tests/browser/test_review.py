@@ -91,6 +91,10 @@ def test_the_whole_round_on_the_review_page(server: Server, tmp_path: Path):
     assert seen["leftOut"][0].startswith("older/ Images in subfolders are not served (lost.nii.gz)")
     assert seen["isPlainQuiet"]
     assert "'other.nii.gz' gives no orientation" in seen["warning"]
+    chose = seen["chose"]
+    assert chose["isDeaf"]
+    assert "clicks choose among its proposals" in chose["note"]
+    assert (chose["chosen"], chose["before"]) == ("consensus", "proposal 2")
 
     volume = load_volume(server.studies / "abdomen.nii.gz")
     proposals = read_proposals(server, volume)

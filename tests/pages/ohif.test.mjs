@@ -2,7 +2,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { gunzipSync } from "node:zlib";
 
-import { drawSlice, emptyMask, joinSlices, wholeMask } from "../../apps/progidiff/web/ohif/masks.js";
+import { drawSlice, emptyMask, findLabel, joinSlices, listLabels, relabel, takeStrokes, wholeMask } from "../../apps/progidiff/web/ohif/masks.js";
 import { encodeNrrd } from "../../apps/progidiff/web/ohif/nrrd.js";
 import { rankSlices } from "../../apps/progidiff/web/ohif/proposals.js";
 import { describeJob } from "../../apps/progidiff/web/ohif/run.js";
@@ -70,4 +70,26 @@ test("the normal of a plane is at right angles to it", () => {
   const [row, column] = [[1, 0, 0], [0, 0.8, 0.6]];
   const normal = cross(row, column);
   assert.deepEqual([dot(normal, row), dot(normal, column)], [0, 0]);
+});
+
+test("labels are found, counted and replaced", () => {
+  const voxels = new Uint8Array(60);
+  voxels.set([6, 1, 6], 3);
+  voxels[41] = 1;
+  assert.deepEqual(listLabels(voxels), [1, 6]);
+  assert.deepEqual(findLabel(SHAPE, voxels, 1), { count: 2, slices: [0, 2] });
+  assert.deepEqual(listLabels(relabel(voxels, new Map([[1, 6]]))), [6]);
+  assert.deepEqual(listLabels(relabel(voxels, new Map([[6, 0]]))), [1]);
+});
+
+test("what is drawn on a picture of the disagreement is drawn on the mask", () => {
+  const mask = { box: [0, 1, 0, 1, 0, 2], shape: SHAPE, voxels: Uint8Array.from([6, 6]) };
+  const picture = { box: [0, 1, 0, 1, 1, 3], shape: SHAPE, voxels: Uint8Array.from([201, 204]) };
+  const shown = new Uint8Array(60);
+  shown.set([0, 201, 204]);
+  assert.equal(takeStrokes(mask, picture, shown, 201), null);
+  shown[2] = 6;
+  shown[45] = 1;
+  const drawn = takeStrokes(mask, picture, shown, 201);
+  assert.deepEqual([...drawn.subarray(0, 4), drawn[45]], [6, 6, 6, 0, 1]);
 });

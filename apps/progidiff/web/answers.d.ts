@@ -41,6 +41,16 @@ export interface ProposedPicture {
   structures: Record<string, { consensus_pixels: number }>;
 }
 
+/** What somebody drew on one slice, in voxels of the file: docs/reference/options.md. */
+export interface Edit {
+  kind: "click" | "scribble" | "box" | "lasso" | "paint";
+  positive?: boolean;
+  points?: [i: number, j: number, k: number][];
+  structure?: string;
+  slice?: number;
+  mask?: string;
+}
+
 /** `waiting_for` is to be read after "waiting for"; "" if it does not wait. */
 export type Job = Answer<"/progidiff/jobs/{job_id}", "get">;
 

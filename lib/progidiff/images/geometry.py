@@ -178,6 +178,28 @@ class Grid:
         )
         return z, y, x
 
+    def find_voxel(self, place: Shape) -> Shape:
+        """The inverse of `locate`: (z, y, x) -> (i, j, k).
+
+        Raises:
+            GeometryError: if it is outside of the axial stack.
+
+        Example:
+            >>> Grid((4, 5, 6), np.diag([1.0, 2.0, 3.0, 1.0])).find_voxel((5, 4, 3))
+            (0, 0, 5)
+        """
+        if not all(0 <= at < size for at, size in zip(place, self.stack_shape, strict=True)):
+            z, y, x = place
+            raise GeometryError(
+                f"Row {y} and column {x} of slice {z} are outside of '{self.name}', which has {self.stack_shape[0]} "
+                f"axial slices of {times(self.stack_shape[1:])} pixels, counted from 0."
+            )
+        order, flipped = self._orientation
+        voxel = [0, 0, 0]
+        for axis, flip, at in zip(order, flipped, reversed(place), strict=True):
+            voxel[axis] = self.shape[axis] - 1 - at if flip else at
+        return voxel[0], voxel[1], voxel[2]
+
     def check_shape(self, shape: tuple[int, ...]) -> None:
         """Refuse an array that has not this shape, in file order.
 

@@ -37,6 +37,7 @@ AUDIT_COLUMNS = (
     "target",
     "clicks",
     "edits",
+    "steering",
 )
 """Of `list_audit`, in order."""
 
@@ -59,8 +60,9 @@ def describe_origin(label: Annotation) -> str:
     shown = f"proposal {source.shown}" if source.shown.isdigit() else source.shown
     model = f"{source.model} with {source.adapter}" if source.adapter else source.model
     edited = {True: "; edited", False: "; unchanged", None: ""}[label.edited]
+    given = f" given {source.steering}" if source.steering else ""
     return (
-        f"Save {label.sequence} of {label.time}{who}: {shown} of {source.proposals}, "
+        f"Save {label.sequence} of {label.time}{who}: {shown} of {source.proposals}{given}, "
         f"{model}, seed {source.seed}{edited}."
     )
 

@@ -86,6 +86,7 @@ class Source:
         model: Name and version, for example "ct-base@1".
         adapter: Name and version, "" for none.
         seed: Of the noise.
+        steering: What a person drew that the proposals were drawn given, counted in words; "" for nothing.
     """
 
     proposals: str
@@ -93,6 +94,7 @@ class Source:
     model: str
     adapter: str
     seed: int
+    steering: str = ""
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Annotation:
                 ),
                 "source": None
                 if source is None
-                else Source(**{name: source[name] for name in Source.__dataclass_fields__}),
+                else Source(**{name: source[name] for name in Source.__dataclass_fields__ if name in source}),
             }
         )
 

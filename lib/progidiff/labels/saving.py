@@ -483,7 +483,9 @@ def _find_source(
             "was edited is taken from the request."
         )
         return Source(options.proposals, options.shown, "", "", UNKNOWN_SEED), None
-    return Source(options.proposals, options.shown, result.model_version, result.adapter, result.seed), result
+    return Source(
+        options.proposals, options.shown, result.model_version, result.adapter, result.seed, result.steering
+    ), result
 
 
 def _find_differing(

@@ -26,6 +26,7 @@ from progidiff.model.folder import ModelCard
 from progidiff.model.pipeline import EncodedPrompts, ProposalPipeline
 from progidiff.proposals.batches import Batch, BatchSize
 from progidiff.proposals.close_ups import Subject, blend, draw_close_ups, draw_together
+from progidiff.proposals.edits import count_edits
 from progidiff.proposals.islands import DRAWN
 from progidiff.proposals.placed_edits import PlacedEdits, place_edits
 from progidiff.proposals.request import ProposalRequest
@@ -125,9 +126,10 @@ class CloseUpWalk(Walk):
         names = [query.name for query in request.queries]
         self._placed = [place_edits(request.edits, name, volume.grid) for name in names]
         pins = {name: placed.pins() for name, placed in zip(names, self._placed, strict=True) if placed}
-        # An adapter's agreement is another one, which nobody compared with the truth.
-        calibration = None if adapter else tools.calibration
-        self._result = replace(self._result, pins=pins, calibration=calibration)
+        # The agreement of an adapter, or given edits, is another one, which nobody compared with the truth.
+        calibration = None if adapter or request.edits else tools.calibration
+        steering = count_edits(request.edits)
+        self._result = replace(self._result, pins=pins, calibration=calibration, steering=steering)
         self._draws_together = pipeline.device.type != "cpu"
         self._subjects: list[tuple[Subject, list[CloseUpWindow]]] | None = None
 

@@ -7,6 +7,7 @@ given in voxels of the image, in file order; `progidiff.proposals.placed_edits` 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -30,11 +31,13 @@ class Edit(BaseModel):
         kind: A click (one point), a scribble (the points of a line), a box (two opposite corners), a lasso (the points
             of a closed line), or a painted slice (`mask`).
         positive: Inside the structure (else outside). A painted slice is always positive.
-        points: Voxel indices [i, j, k] of the image, in file order; all on one slice.
+        points: Voxel indices [i, j, k] of the image, in file order; all on one slice. A scribble of a wide brush has
+            `mask` and `slice` instead: all that the brush touched.
         structure: Which of the structures asked for is meant; "" for the only one.
-        mask: Of a painted slice: base64 of the packed bits (most significant first) of (Y, X), rows from the patient's
-            front to back, columns from right to left as on the screen, that is of one slice of the axial stack.
-        slice: Of a painted slice: the axial index, 0 at the feet.
+        mask: Of a painted slice or a scribble: base64 of the packed bits (most significant first) of (Y, X), rows from
+            the patient's front to back, columns from right to left as on the screen, that is of one slice of the axial
+            stack.
+        slice: Of a painted slice or a scribble: the axial index, 0 at the feet.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +51,10 @@ class Edit(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Edit:
+        if self.kind == "scribble" and not self.points:
+            if not self.mask or self.slice is None:
+                raise ValueError("a scribble has points, or mask and slice")
+            return self
         needed = {"click": 1, "scribble": 1, "box": 2, "lasso": 3, "paint": 0}[self.kind]
         if len(self.points) < needed or (self.kind in ("click", "box") and len(self.points) > needed):
             raise ValueError(f"a {self.kind} has {needed} or more points, got {len(self.points)}")
@@ -87,12 +94,50 @@ def read_edits(value: object) -> tuple[Edit, ...]:
             first = err.errors()[0]
             place = ".".join(str(part) for part in first["loc"])
             raise RequestError(f"Edit {number} cannot be read ({place or 'as a whole'}: {first['msg']}).") from err
+    check_amount(edits)
+    return tuple(edits)
+
+
+def check_amount(edits: Sequence[Edit]) -> None:
+    """Refuse more than a person draws.
+
+    Raises:
+        RequestError: if there are too many edits, or too many points.
+    """
+    if len(edits) > MAX_EDITS:
+        raise RequestError(
+            f"{len(edits)} edits were sent, at most {MAX_EDITS} are read. Paint the slice instead of clicking it, or "
+            "accept what is right and start again from there."
+        )
     count = sum(len(edit.points) for edit in edits)
     if count > MAX_POINTS:
         raise RequestError(
             f"The edits have {count} points, at most {MAX_POINTS} are read. Paint the slice instead, or thin the lines."
         )
-    return tuple(edits)
+
+
+_WORDS = {
+    "click": ("click", "clicks"),
+    "scribble": ("scribble", "scribbles"),
+    "box": ("box", "boxes"),
+    "lasso": ("lasso", "lassos"),
+    "paint": ("painted slice", "painted slices"),
+}
+
+
+def count_edits(edits: Sequence[Edit]) -> str:
+    """How many of each kind, in words; "" for none.
+
+    Example:
+        >>> count_edits([Edit(kind="click", points=((i, 2, 3),)) for i in (0, 1)])
+        '2 clicks inside'
+    """
+    counts = Counter((edit.kind, edit.positive) for edit in edits)
+    parts = []
+    for (kind, positive), count in sorted(counts.items(), key=lambda one: (list(_WORDS).index(one[0][0]), -one[0][1])):
+        side = "" if kind == "paint" else " inside" if positive else " outside"
+        parts.append(f"{count} {_WORDS[kind][count > 1]}{side}")
+    return ", ".join(parts)
 
 
 def describe_edits(edits: Sequence[Edit]) -> list[dict[str, Any]]:

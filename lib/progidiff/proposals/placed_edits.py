@@ -84,6 +84,16 @@ class PlacedEdits:
                         found[z, y, x] = inside
         return [(*place, inside) for place, inside in sorted(found.items())]
 
+    def count_contradictions(self) -> int:
+        """Voxels that were said to be inside and outside; see `pins` for what counts."""
+        count = 0
+        for drawn in self.slices.values():
+            wanted, unwanted = (
+                {pixel for line in lines for pixel in _join(line)} for lines in (drawn.wanted, drawn.unwanted)
+            )
+            count += len(wanted & unwanted)
+        return count
+
     def plan_windows(
         self, known: Sequence[CloseUpWindow], shape: tuple[int, int, int], rules: WindowRules
     ) -> list[CloseUpWindow]:
@@ -179,9 +189,13 @@ def place_edits(edits: Sequence[Edit], structure: str, grid: Grid) -> PlacedEdit
     for number, edit in enumerate(edits, start=1):
         if edit.structure not in ("", structure):
             continue
-        if edit.kind == "paint":
+        if edit.mask:
             z, mask = _read_painted(edit, number, grid)
-            painted[z] = mask
+            if edit.kind == "paint":
+                painted[z] = mask
+            else:
+                drawn = slices.setdefault(z, SliceEdits())
+                (drawn.wanted if edit.positive else drawn.unwanted).extend(find_runs(mask))
             continue
         placed = [grid.locate(point) for point in edit.points]
         if len({z for z, _, _ in placed}) > 1:
@@ -215,13 +229,28 @@ def _read_painted(edit: Edit, number: int, grid: Grid) -> tuple[int, NDArray[np.
     try:
         packed = np.frombuffer(base64.b64decode(edit.mask, validate=True), np.uint8)
     except (binascii.Error, ValueError) as err:
-        raise RequestError(f"Edit {number} paints a slice, and its mask is no base64 text ({err}).") from err
+        raise RequestError(f"The mask of edit {number} is no base64 text ({err}).") from err
     if len(packed) != (rows * columns + 7) // 8:
         raise GeometryError(
             f"Edit {number} paints {len(packed)} bytes of mask; a slice of '{grid.name}' is {times((rows, columns))} "
             f"pixels, {(rows * columns + 7) // 8} bytes. Was it drawn on another image?"
         )
     return z, np.unpackbits(packed, count=rows * columns).astype(bool).reshape(rows, columns)
+
+
+def find_runs(mask: NDArray[np.bool_]) -> list[list[tuple[int, int]]]:
+    """A mask (Y, X) as lines along its rows, each by its two ends.
+
+    Example:
+        >>> find_runs(np.array([[False, True, True], [True, False, True]]))
+        [[(0, 1), (0, 2)], [(1, 0), (1, 0)], [(1, 2), (1, 2)]]
+    """
+    steps = np.diff(np.pad(mask.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+    firsts, lasts = np.argwhere(steps == 1), np.argwhere(steps == -1)
+    return [
+        [(int(y), int(first)), (int(y), int(end) - 1)]
+        for (y, first), (_, end) in zip(firsts.tolist(), lasts.tolist(), strict=True)
+    ]
 
 
 def _join(line: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -65,6 +65,7 @@ class VolumeProposals:
         pins: Structure -> voxels (z, y, x, inside) of the axial stack that a person clicked: every mask on the input's
             grid keeps them.
         calibration: What turns their agreement into a probability; None if nobody measured it.
+        steering: What a person drew that they were drawn given, counted in words; "" for nothing.
     """
 
     structures: tuple[str, ...]
@@ -81,6 +82,7 @@ class VolumeProposals:
     clean_up: str = OFF
     pins: Mapping[str, Sequence[Pin]] = field(default_factory=dict)
     calibration: Calibration | None = None
+    steering: str = ""
 
     def __post_init__(self) -> None:
         expected = (len(self.structures), self.grid.shape[0], self.grid.height, self.grid.width)
@@ -424,6 +426,7 @@ class VolumeProposals:
             "boxes": boxes,
             **({"pins": {name: [list(pin) for pin in pins] for name, pins in self.pins.items()}} if self.pins else {}),
             **({} if self.calibration is None else {"calibration": self.calibration.to_dict()}),
+            **({"steering": self.steering} if self.steering else {}),
         }
         (folder / "proposals.json").write_text(json.dumps(card, indent=1), encoding="utf-8")
 
@@ -482,6 +485,7 @@ class VolumeProposals:
                     for name, pins in card.get("pins", {}).items()
                 },
                 calibration=Calibration.from_dict(card["calibration"]) if "calibration" in card else None,
+                steering=str(card.get("steering", "")),
             )
         except (
             OSError,

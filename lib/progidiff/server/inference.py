@@ -25,7 +25,8 @@ def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         app: The app.
         request: "model" (task name), "image" (id in the datastore), "params" (dict), and optionally, never from a
-            client, "path" (the file of a session or upload, which then has no id) and "asker" (an `Asker`).
+            client, "path" (the file of a session or upload, which then has no id), "label" (the file of a mask that
+            came along) and "asker" (an `Asker`).
 
     Returns:
         "file" (path of the mask), "label" (the same), "tag", "params" (dict).
@@ -48,6 +49,7 @@ def infer(app: MONAILabelApp, request: Mapping[str, Any]) -> dict[str, Any]:
             "image_id": image_id,
             "image_info": info,
             "params": request.get("params", {}),
+            "label": request.get("label"),
             "asker": request.get("asker", NOBODY),
         }
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ from progidiff.dicomweb.multipart import Envelope
 from progidiff.dicomweb.segmentation import read_segmentation
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.writing import save_array
+from progidiff.testing import add_tiny_close_up
 from support.phantoms import write_phantom
 from support.segmentations import make_masks, make_seg, to_bytes
 from support.series import rebuild
@@ -41,8 +43,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     sheared[0, 0] = 3
     write_phantom(studies / "sheared.nii.gz", seed=2, affine=sheared)
     (studies / "broken.nii.gz").write_bytes(b"this is no image")
+    model = folder / "model"
+    shutil.copytree(tiny_model, model)
     with run_server(
-        studies, copy_app(folder), folder / "server.log", "model_dir", str(tiny_model), "device", "cpu"
+        studies, copy_app(folder), folder / "server.log", "model_dir", str(add_tiny_close_up(model)), "device", "cpu"
     ) as running:
         yield running
 
@@ -151,6 +155,32 @@ def test_a_mask_asked_for_by_series_has_the_voxel_order_of_the_series(
     )  # x runs fastest, as OHIF takes the buffer
     np.testing.assert_allclose(served.affine, volume.grid.stack_affine, atol=1e-4)
     assert served.array.any()
+
+
+def test_edits_on_a_series_count_its_columns_rows_and_slices(server: Server, client: DICOMwebClient, tmp_path: Path):
+    _, series = find_series(client, "sagittal")
+    assert server.get(f"/progidiff/ohif/images/{series}").json()["listens_to_edits"]
+    places = [(30, 10, 3), (31, 10, 3), (8, 35, 7)]
+    signs = [True, True, False]
+    edits = [{"kind": "click", "points": [place], "positive": sign} for place, sign in zip(places, signs, strict=True)]
+    file = tmp_path / "mask.nrrd"
+    params = {"prompt": "liver", "num_proposals": 2, "steps": 1, "result_extension": ".nrrd", "edits": edits}
+    answer = server.infer(series, params, output="image")
+    assert answer.status_code == 200, answer.text
+    file.write_bytes(answer.content)
+    mask = load_volume(file, "CT").array  # x, y, z of the series
+    assert [bool(mask[place]) for place in places] == signs
+
+    # The same places in voxels of the file, by what the review page is told, are the same question.
+    told = server.get("/progidiff/review/sagittal").json()["voxels"]
+    steps = np.array(told["steps"])
+    voxels = [[(np.array(told["origin"]) + z * steps[0] + y * steps[1] + x * steps[2]).tolist()] for x, y, z in places]
+    by_id = [{**edit, "points": points} for edit, points in zip(edits, voxels, strict=True)]
+    same = server.infer("sagittal", {**params, "edits": by_id}, output="json").json()
+    assert same["cached"]
+    outside = server.infer(series, {**params, "edits": [{"kind": "click", "points": [[99, 0, 0]]}]}, output="json")
+    assert outside.status_code == 422
+    assert "outside of 'the series of sagittal'" in outside.json()["detail"]
 
 
 def test_a_series_that_is_not_here_is_not_found(server: Server):
@@ -333,7 +363,13 @@ def test_masks_for_the_panel_are_the_proposals_in_the_order_of_the_series(server
     request = {"prompt": "liver and spleen", "num_proposals": 2, "steps": 1}
     result = server.infer(series, request, output="json").json()
     described = server.get(f"/progidiff/ohif/images/{series}").json()
-    assert described == {"image": "sagittal", "study": study, "series": series, "axial_slices": list(range(12))}
+    assert described == {
+        "image": "sagittal",
+        "study": study,
+        "series": series,
+        "axial_slices": list(range(12)),
+        "listens_to_edits": True,
+    }
     volume = load_volume(server.studies / "sagittal.nii.gz")
     for show in ("consensus", "1", "2", "disagreement"):
         answer = server.get(f"/progidiff/ohif/masks/{series}", params={"proposals": result["proposals"], "show": show})

@@ -142,7 +142,12 @@ def test_slicer_offers_the_task_under_smartedit(server: Server):
         [],
     )  # With labels, Slicer could run it by itself on a new sample.
     assert task["config"]["prompt"] == ""  # So that the segment's name counts.
-    assert list(server.get("/info/").json()["models"]) == ["progidiff", "progidiff_slice", "textdiff"]
+    assert list(server.get("/info/").json()["models"]) == [
+        "progidiff",
+        "progidiff_slice",
+        "progidiff_scribbles",
+        "textdiff",
+    ]
 
 
 @pytest.mark.parametrize("image, shape", [("plain", (64, 48, 8)), ("oblique", (40, 44, 6))])

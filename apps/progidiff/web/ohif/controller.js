@@ -2,8 +2,10 @@
 
 import { clientId } from './browser.js';
 import { Labelling } from './labelling.js';
+import { relabel } from './masks.js';
 import { rememberNext, takeNext } from './next.js';
 import { encodeNrrd } from './nrrd.js';
+import { Points } from './points.js';
 import { Run, describeJob } from './run.js';
 import { listSegments } from './segments.js';
 import * as server from './server.js';
@@ -11,9 +13,14 @@ import { followTraining } from './training.js';
 import { View } from './view.js';
 
 /** @typedef {import('./viewer.js').Series} Series */
+/** @typedef {import('./labelling.js').Submission} Submission */
 
 const MOST_PROPOSALS = 16;
 const TOO_LARGE_BYTES = 1.5e9;
+/** Prompted structures that a drawing may be counted as, as buttons. */
+const MOST_CHOICES = 3;
+/** Points that come within this time are asked about together. */
+const STEER_MS = 300;
 
 export class Panel {
   /** @type {Labelling|null} of the series that the viewer shows */
@@ -21,6 +28,8 @@ export class Panel {
   /** @type {Run|null} the prompt that is waited for */
   running = null;
   busy = false;
+  /** @type {ReturnType<typeof setTimeout>|undefined} */
+  #steering;
 
   /**
    * @param {import('../answers.d.ts').Prompt[]} prompts
@@ -28,7 +37,6 @@ export class Panel {
    */
   constructor(prompts, info) {
     this.segments = listSegments(prompts);
-    this.labels = new Map(prompts.map(({ structure, label }) => [structure, label]));
     const numbers = (info.models?.progidiff?.config?.show ?? []).filter((show) => /^\d+$/.test(show));
     this.view = new View(prompts, numbers.length || MOST_PROPOSALS, {
       runOrCancel: () => this.#runOrCancel(),
@@ -39,7 +47,10 @@ export class Panel {
       train: () => this.#guard(() => this.#train()),
       show: (show) => this.#guard((labelling) => labelling.show(show)),
       jumpTo: (index) => this.labelling?.series.jumpTo(index),
+      takePoints: (positive) => (this.points.take(positive), this.#draw()),
+      clearPoints: () => this.labelling && this.points.clear(this.labelling.series),
     });
+    this.points = new Points(() => this.labelling?.active ?? '', () => this.#steerSoon());
     window.addEventListener('beforeunload', (event) => {
       if (this.labelling?.numAccepted) event.preventDefault();
     });
@@ -65,9 +76,9 @@ export class Panel {
   /** @param {Labelling} labelling */
   async #arrive(labelling) {
     const { series } = labelling;
-    const { image, axial_slices: axial } = await server.describeImage(series.uid);
+    const { image, axial_slices: axial, listens_to_edits: listens } = await server.describeImage(series.uid);
     if (this.labelling !== labelling) return;
-    Object.assign(labelling, { image, axial });
+    Object.assign(labelling, { image, axial, listens });
     const next = takeNext(series.uid);
     if (next) {
       this.view.drawDisputed(next.slices.map(({ index, score }) => [index, score]), axial, 'Slices to look at');
@@ -103,10 +114,35 @@ export class Panel {
     else this.#guard((labelling) => this.#propose(labelling));
   }
 
-  /** @param {Labelling} labelling */
-  async #propose(labelling) {
+  /** Points were placed, moved or removed: ask again, in place of what still runs. */
+  #steerSoon() {
+    this.#draw();
+    clearTimeout(this.#steering);
+    this.#steering = setTimeout(() => {
+      if (!this.busy) {
+        this.#guard((labelling) => this.#propose(labelling));
+        return;
+      }
+      this.running?.cancel().catch(() => undefined); // It may have ended meanwhile.
+      this.#steerSoon();
+    }, STEER_MS);
+  }
+
+  /**
+   * @param {Labelling} labelling
+   * @param {boolean} isSure that what was drawn and not saved may go
+   */
+  async #propose(labelling, isSure = false) {
     const { series, numAccepted } = labelling;
     if (numAccepted) throw new server.ServerError(`Submit the ${numAccepted} accepted slices first; another prompt would replace them.`);
+    const unsent = isSure ? 0 : labelling.listUnsent().length;
+    if (unsent) {
+      this.view.ask(`What you drew on ${unsent === 1 ? '1 slice' : `${unsent} slices`} is not saved, and new proposals take its place.`, [
+        ['Propose all the same', () => this.#guard((now) => this.#propose(now, true))],
+        ['Go on drawing', () => undefined],
+      ]);
+      return;
+    }
     if (series.bytes > TOO_LARGE_BYTES) {
       throw new server.ServerError(`This volume has ${(series.bytes / 1e9).toFixed(1)} GB of mask, too much for a browser. Use 3D Slicer or crop it.`);
     }
@@ -115,7 +151,7 @@ export class Panel {
       this.view.showProgress(job.percent);
       this.view.say(describeJob(job));
     });
-    const answering = this.running.start(this.view.prompt.value, this.view.count.value);
+    const answering = this.running.start(this.view.prompt.value, this.view.count.value, labelling.listens ? this.points.toEdits(series) : []);
     this.view.say('Waiting for the server');
     this.#draw();
     try {
@@ -138,7 +174,9 @@ export class Panel {
     this.view.drawDisputed(disputed, labelling.axial);
     labelling.goToDrawn(disputed);
     const warning = (answer.warnings ?? []).join(' ');
-    this.view.say(warning || proposals.describe(), warning ? 'warning' : '');
+    const points = labelling.listens ? this.points.count(labelling.series) : 0;
+    const given = points ? `, given ${points === 1 ? 'one point' : `${points} points`}` : '';
+    this.view.say(warning || proposals.describe() + given, warning ? 'warning' : '');
     this.view.version.textContent = [answer.model_version, answer.adapter].filter(Boolean).join(' + ');
     proposals.fetchAll(() => this.labelling?.proposals === proposals);
   }
@@ -154,24 +192,61 @@ export class Panel {
   }
 
   /**
+   * Save what was accepted. What was drawn in segments that nobody prompted is asked about first: it may be another structure, or the wrong
+   * segment.
    * @param {Labelling} labelling
-   * @param {import('./labelling.js').Submission} submission
+   * @param {Submission} submission
    */
-  async #save(labelling, { voxels, params }) {
+  async #save(labelling, submission) {
+    const others = labelling.findOthers(submission.voxels);
+    if (!others.length) {
+      await this.#saveAs(labelling, submission, submission.voxels, []);
+      return;
+    }
+    const names = others.map(({ name }) => name).join(' and ');
+    const drawn = others.map(({ name, count }) => `${count === 1 ? '1 voxel' : `${count} voxels`} as ${name}`).join(' and ');
+    /** @type {(name: string) => readonly [string, () => void]} */
+    const countAs = (name) => [
+      `Count as ${name}`,
+      () => this.#guard((now) => this.#saveAs(now, submission, relabel(submission.voxels, new Map(others.map(({ index }) => [index, now.ids.get(name) ?? 1]))), [])),
+    ];
+    this.view.ask(`You drew ${drawn}, which was not prompted. Nothing is saved yet.`, [
+      [`Keep as ${names}`, () => this.#guard((now) => this.#saveAs(now, submission, submission.voxels, others))],
+      ...(labelling.proposals?.structures ?? []).slice(0, MOST_CHOICES).map(countAs),
+      ['Go on drawing', () => undefined],
+    ]);
+  }
+
+  /**
+   * @param {Labelling} labelling
+   * @param {Submission} submission
+   * @param {Uint8Array<ArrayBuffer>} voxels
+   * @param {readonly import('./labelling.js').Other[]} others saved beside it, each on the slices on which it is drawn
+   */
+  async #saveAs(labelling, submission, voxels, others) {
     const { series, proposals } = labelling;
+    const { params } = submission;
     const structures = proposals?.structures ?? [];
-    const answer = await server.saveLabel(series.uid, await encodeNrrd(voxels, series.grid), {
+    const own = relabel(voxels, new Map(others.map(({ index }) => [index, 0])));
+    const answer = await server.saveLabel(series.uid, await encodeNrrd(own, series.grid), {
       ...params,
       structures,
       proposals: proposals?.key,
       seconds: Math.round((performance.now() - labelling.started) / 1000),
-      label_info: structures.map((name) => ({ name, idx: this.labels.get(name) ?? 1 })),
+      label_info: structures.map((name) => ({ name, idx: labelling.ids.get(name) ?? 1 })),
       client_id: clientId(),
     });
+    for (const { index, name, slices } of others) {
+      const alone = relabel(voxels, new Map(Array.from({ length: 256 }, (_, label) => [label, label === index ? index : 0])));
+      const where = labelling.axial ? { slices: slices.map((z) => labelling.axial?.[z] ?? z) } : {};
+      await server.saveLabel(series.uid, await encodeNrrd(alone, series.grid), { ...where, structures: [name], edited: true, label_info: [{ name, idx: index }], client_id: clientId() });
+    }
     const { sequence, repeated, warnings = [] } = answer.annotation;
     const what = params.slices && params.slices.length < series.grid.shape[0] ? `${params.slices.length} slices` : 'the volume';
-    this.view.say(repeated ? 'This was saved already; nothing changed.' : [`Saved ${what} of ${labelling.image} as label ${sequence}.`, ...warnings].join(' '), 'done');
-    labelling.clearAccepted();
+    const beside = others.map(({ name, slices }) => `${name}, drawn on ${slices.length === 1 ? '1 slice' : `${slices.length} slices`}, is saved beside it.`);
+    const isSame = repeated && !others.length;
+    this.view.say(isSame ? 'This was saved already; nothing changed.' : [`Saved ${what} of ${labelling.image} as label ${sequence}.`, ...beside, ...warnings].join(' '), 'done');
+    labelling.markSent(submission);
   }
 
   /** @param {Labelling} labelling */
@@ -210,6 +285,9 @@ export class Panel {
         accepted: labelling?.numAccepted ?? 0,
         show: labelling?.shown ?? '',
         shows: labelling?.proposals?.list() ?? [],
+        listens: Boolean(labelling?.listens),
+        sign: this.points?.sign ?? null,
+        points: labelling ? (this.points?.count(labelling.series) ?? 0) : 0,
       },
       (show) => this.#isReady(show),
     );

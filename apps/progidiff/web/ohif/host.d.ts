@@ -30,6 +30,17 @@ export interface Viewport {
   render?: () => void;
 }
 
+export interface Annotation {
+  annotationUID: string;
+  metadata: { toolName: string; referencedImageId?: string };
+  data: { label: string; handles: { points: Vector[] } };
+}
+
+export interface ListedSegment {
+  segmentIndex: number;
+  label: string;
+}
+
 export interface LabelmapData {
   imageIds?: string[];
   volumeId?: string;
@@ -45,6 +56,7 @@ interface Services {
     createLabelmapForDisplaySet: (displaySet: DisplaySet, options: object) => Promise<unknown>;
     getSegmentationRepresentations?: (viewportId: string, options: object) => unknown[];
     addSegmentationRepresentation: (viewportId: string, options: object) => Promise<unknown>;
+    setActiveSegment: (id: string, index: number) => void;
   };
   cornerstoneViewportService: { getCornerstoneViewport: (id: string) => Viewport | undefined };
 }
@@ -54,18 +66,24 @@ interface Cornerstone {
     getImage: (id: string) => { voxelManager?: { getScalarData: () => Uint8Array } } | undefined;
     getVolume: (id: string | undefined) => { imageIds?: string[] } | undefined;
   };
+  eventTarget: EventTarget;
   metaData: { get: (module: "imagePlaneModule", imageId: string) => Plane | undefined };
 }
 
 interface CornerstoneTools {
+  annotation: { state: { getAllAnnotations: () => Annotation[]; removeAnnotation: (id: string) => void } };
   segmentation: {
-    state: { getSegmentation: (id: string) => { representationData?: { Labelmap?: LabelmapData } } | undefined };
+    state: {
+      getSegmentation: (id: string) => { representationData?: { Labelmap?: LabelmapData }; segments?: Record<number, ListedSegment> } | undefined;
+    };
+    segmentIndex: { getActiveSegmentIndex: (id: string) => number | undefined };
+    updateSegmentations: (updates: { segmentationId: string; payload: { segments: Record<number, ListedSegment> } }[]) => void;
     config: { color: { setSegmentIndexColor: (viewportId: string, id: string, index: number, color: number[]) => void } };
     triggerSegmentationEvents: { triggerSegmentationDataModified: (id: string) => void };
   };
 }
 
-type RunCommand = (name: string, options?: { segmentationId?: string; dataSource?: unknown }, ...rest: unknown[]) => Promise<unknown> | undefined;
+type RunCommand = (name: string, options?: { segmentationId?: string; dataSource?: unknown; toolName?: string }, ...rest: unknown[]) => Promise<unknown> | undefined;
 
 declare global {
   interface Window {

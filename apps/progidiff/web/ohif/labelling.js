@@ -1,13 +1,15 @@
 // What is shown of one series, drawn on it and accepted.
 
-import { emptyMask, joinSlices, wholeMask } from './masks.js';
+import { drawSlice, emptyMask, findLabel, joinSlices, listLabels, takeStrokes, wholeMask } from './masks.js';
 import { CONSENSUS, DISAGREEMENT, EDITED, MERGED, Proposals } from './proposals.js';
+import { FIRST_BAND } from './segments.js';
 
 /** @typedef {import('./viewer.js').Series} Series */
 /** @typedef {import('./masks.js').Mask} Mask */
 /** @typedef {import('../answers.d.ts').Proposed} Proposed */
 /** @typedef {{voxels: Uint8Array, shown: string, edited: boolean}} AcceptedSlice `shown`: the proposal that it comes from */
 /** @typedef {{voxels: Uint8Array<ArrayBuffer>, params: {slices?: number[], shown: string, edited: boolean}}} Submission */
+/** @typedef {{index: number, name: string, count: number, slices: number[]}} Other what was drawn of a segment that was not prompted; slices of the series */
 
 export class Labelling {
   /** @type {Proposals|null} */
@@ -18,12 +20,16 @@ export class Labelling {
   #accepted = new Map();
   /** The proposal that is shown; '' for none. */
   shown = '';
+  /** Whether the model draws by edits. */
+  listens = false;
   /** How the server calls the image. */
   image = '';
   /** @type {number[]|null} the axial index of every slice of the series; null if it is not axial, or not known yet */
   axial = null;
   /** When the prompt was sent. */
   started = 0;
+  /** @type {Map<number, Uint8Array>} slice of the series -> its voxels as they were saved */
+  #sent = new Map();
 
   /**
    * @param {Series} series
@@ -32,6 +38,19 @@ export class Labelling {
   constructor(series, segments) {
     this.series = series;
     this.segments = segments;
+    this.ids = new Map(segments.map(({ label, index }) => [label, index]));
+  }
+
+  /** The prompted structure that the viewer's brush draws, or the only one; "" for all that are prompted. */
+  get active() {
+    const structures = this.proposals?.structures ?? [];
+    const name = structures.find((own) => this.ids.get(own) === this.#labelmap?.active);
+    return name ?? (structures.length === 1 ? structures[0] : '');
+  }
+
+  /** Label ids of what was prompted. */
+  get asked() {
+    return (this.proposals?.structures ?? []).map((name) => this.ids.get(name) ?? 1);
   }
 
   get numAccepted() {
@@ -58,7 +77,7 @@ export class Labelling {
    * @param {Mask} mask
    */
   async showUnfinished(mask) {
-    this.#labelmap = await this.series.openLabelmap(this.segments);
+    this.#labelmap = await this.series.openLabelmap(this.segments, listLabels(mask.voxels));
     this.#labelmap.write(mask);
   }
 
@@ -74,8 +93,10 @@ export class Labelling {
   async useAnswer(answer, onReady) {
     this.proposals = new Proposals(this.series.uid, answer, onReady);
     this.shown = '';
-    this.#labelmap = await this.series.openLabelmap(this.segments);
+    this.#sent.clear();
+    this.#labelmap = await this.series.openLabelmap(this.segments, this.asked);
     await this.show(CONSENSUS);
+    this.#labelmap.draw(this.asked[0]);
     return this.proposals;
   }
 
@@ -94,8 +115,22 @@ export class Labelling {
   /** What the person drew on a proposal stays, as an entry of its own in the strip. Whether there is any. */
   #keepEdits() {
     const mask = this.proposals?.get(this.shown);
-    if (!this.proposals || !this.#labelmap || !mask || this.shown === DISAGREEMENT || !this.#isEdited(mask)) return false;
+    if (!this.proposals || !this.#labelmap || !mask) return false;
+    if (this.shown === DISAGREEMENT) return this.#keepStrokes(mask);
+    if (!this.#isEdited(mask)) return false;
     this.proposals.setEdited(wholeMask(mask.shape, this.#labelmap.read(), mask.base ?? this.shown));
+    return true;
+  }
+
+  /**
+   * What was drawn where the proposals differ is kept as drawn on the consensus, or on what was drawn before.
+   * @param {Mask} picture
+   */
+  #keepStrokes(picture) {
+    const base = this.proposals?.get(EDITED) ?? this.proposals?.get(CONSENSUS);
+    const voxels = base && this.#labelmap ? takeStrokes(base, picture, this.#labelmap.read(), FIRST_BAND) : null;
+    if (!base || !voxels) return false;
+    this.proposals?.setEdited(wholeMask(base.shape, voxels, base.base ?? CONSENSUS));
     return true;
   }
 
@@ -156,8 +191,46 @@ export class Labelling {
     return { voxels: this.#labelmap.read(), params: { shown: mask.base ?? this.shown, edited, ...slices } };
   }
 
-  /** What was accepted is saved. */
-  clearAccepted() {
+  /**
+   * What was drawn in segments that were not prompted: the save of a prompt does not speak about them.
+   * @param {Uint8Array} voxels
+   * @returns {Other[]}
+   */
+  findOthers(voxels) {
+    const { asked, series } = this;
+    const others = listLabels(voxels).filter((index) => !asked.includes(index));
+    return others.map((index) => ({ index, name: this.#labelmap?.nameOf(index) ?? `Segment ${index}`, ...findLabel(series.grid.shape, voxels, index) }));
+  }
+
+  /**
+   * The slices on which something was drawn by hand since the proposals came, and not saved.
+   * @returns {number[]} of the series
+   */
+  listUnsent() {
+    const shown = this.proposals?.get(this.shown);
+    if (!this.proposals || !this.#labelmap || !shown || this.shown === DISAGREEMENT) return [];
+    const drawn = this.#isEdited(shown) ? wholeMask(shown.shape, this.#labelmap.read(), shown.base ?? this.shown) : this.proposals.get(EDITED);
+    const start = drawn && this.proposals.get(drawn.base ?? '');
+    if (!drawn || !start) return [];
+    const [depth, rows, columns] = drawn.shape;
+    const expected = new Uint8Array(rows * columns);
+    return Array.from({ length: depth }, (_, z) => z).filter((z) => {
+      const voxels = drawn.voxels.subarray(z * expected.length, (z + 1) * expected.length);
+      drawSlice(start, z, expected);
+      return voxels.some((value, i) => value !== expected[i]) && !this.#sent.get(z)?.every((value, i) => value === voxels[i]);
+    });
+  }
+
+  /**
+   * A submission is saved; nothing is accepted any more.
+   * @param {Submission} submission as it was drawn
+   */
+  markSent({ voxels, params: { slices } }) {
+    const [depth, rows, columns] = this.series.grid.shape;
+    const size = rows * columns;
+    for (let z = 0; z < depth; z += 1) {
+      if (!slices || !this.axial || slices.includes(this.axial[z])) this.#sent.set(z, voxels.slice(z * size, (z + 1) * size));
+    }
     this.#accepted.clear();
   }
 }

@@ -33,10 +33,11 @@ export class Run {
    * Send the prompt. While it runs the slices that are ready are shown; they go again if it fails.
    * @param {string} prompt
    * @param {string} count
+   * @param {readonly import('../answers.d.ts').Edit[]} edits what the proposals are drawn given
    */
-  async start(prompt, count) {
+  async start(prompt, count, edits) {
     const { labelling } = this;
-    const params = { prompt, num_proposals: count, job_id: this.#id, client_id: clientId(), first_slice: labelling.currentAxial };
+    const params = { prompt, ...(edits.length ? { edits } : {}), num_proposals: count, job_id: this.#id, client_id: clientId(), first_slice: labelling.currentAxial };
     labelling.begin();
     const answer = propose(labelling.series.uid, params).finally(() => (this.#isOver = true));
     const watching = this.#watch();

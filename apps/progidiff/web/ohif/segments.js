@@ -2,9 +2,12 @@
 
 /** @typedef {import('./labelmap.js').Segment} Segment */
 
+/** Label of the first band of disagreement; structures have lower ones. */
+export const FIRST_BAND = 201;
+
 /** @type {readonly Segment[]} */
 const HEAT = [
-  { index: 201, label: 'disagreement up to 25 %', color: [255, 237, 160] },
+  { index: FIRST_BAND, label: 'disagreement up to 25 %', color: [255, 237, 160] },
   { index: 202, label: 'disagreement 25 to 50 %', color: [254, 178, 76] },
   { index: 203, label: 'disagreement 50 to 75 %', color: [240, 59, 32] },
   { index: 204, label: 'disagreement over 75 %', color: [189, 0, 38] },

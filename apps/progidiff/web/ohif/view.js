@@ -13,6 +13,8 @@ import { CONSENSUS, DISAGREEMENT, EDITED } from './proposals.js';
  * @property {() => void} train
  * @property {(show: string) => void} show
  * @property {(index: number) => void} jumpTo
+ * @property {(positive: boolean) => void} takePoints
+ * @property {() => void} clearPoints
  */
 /**
  * What the panel shows, apart from messages.
@@ -24,8 +26,14 @@ import { CONSENSUS, DISAGREEMENT, EDITED } from './proposals.js';
  * @property {number} accepted slices that wait to be submitted
  * @property {string} show what is shown; '' for nothing
  * @property {readonly string[]} shows what can be shown
+ * @property {boolean} listens whether the model draws by points
+ * @property {boolean|null} sign of the points that are placed; null for none
+ * @property {number} points that there are
  */
 
+const INSIDE = 'Place points inside of the structure; the proposals are drawn given them';
+const OUTSIDE = 'Place points outside of the structure; the proposals are drawn given them';
+const DEAF = 'This model chooses among its proposals and does not draw by points.';
 const NOT_AXIAL = 'The slices of this series run along another axis: show it in an axial view (MPR) and scroll there.';
 /** @type {Record<string, string>} */
 const NAMES = { [CONSENSUS]: 'Consensus', [DISAGREEMENT]: 'Where they differ', [EDITED]: 'Edited' };
@@ -61,6 +69,7 @@ export class View {
     this.run = make('button', { type: 'submit', className: 'progidiff-main', textContent: 'Propose' });
     this.progress = make('progress', { max: 100, value: 0, hidden: true });
     this.message = make('output', { className: 'progidiff-message' });
+    this.choices = make('span', { className: 'progidiff-strip' });
     this.version = make('span', { className: 'progidiff-version', title: 'Model and adapter that the proposals come from' });
     this.training = make('span', { className: 'progidiff-version' });
     this.strip = make('div', { className: 'progidiff-strip', role: 'toolbar' });
@@ -70,6 +79,9 @@ export class View {
     this.acceptAll = make('button', { textContent: 'Accept volume', onclick: actions.submitVolume });
     this.next = make('button', { textContent: 'Next sample', onclick: actions.next });
     this.train = make('button', { textContent: 'Train', onclick: actions.train });
+    this.inside = make('button', { type: 'button', textContent: '+ points', onclick: () => actions.takePoints(true) });
+    this.outside = make('button', { type: 'button', textContent: '− points', onclick: () => actions.takePoints(false) });
+    this.clear = make('button', { type: 'button', textContent: 'Remove points', onclick: actions.clearPoints, hidden: true });
     const words = prompts.flatMap(({ structure, synonyms = [] }) => [structure, ...synonyms]);
     const list = make('datalist', { id: 'progidiff-prompts' }, ...words.map((word) => make('option', { value: word })));
     this.root = make('section', { id: 'progidiff-panel', 'aria-label': 'Proposals' }, this.#makeForm(), this.#makeRow(), list);
@@ -83,7 +95,7 @@ export class View {
       this.actions.runOrCancel();
     };
     const name = make('strong', { textContent: 'ProGiDiff' });
-    return make('form', { className: 'progidiff-row', onsubmit }, name, this.prompt, this.count, this.run, this.progress, this.message, this.training, this.version);
+    return make('form', { className: 'progidiff-row', onsubmit }, name, this.prompt, this.count, this.run, this.inside, this.outside, this.clear, this.progress, this.message, this.choices, this.training, this.version);
   }
 
   #makeRow() {
@@ -110,6 +122,19 @@ export class View {
     this.message.textContent = text;
     this.message.dataset.kind = kind;
     this.message.title = text;
+    this.choices.replaceChildren();
+  }
+
+  /**
+   * Ask something, with a button for each answer.
+   * @param {string} text
+   * @param {readonly (readonly [answer: string, act: () => void])[]} answers
+   */
+  ask(text, answers) {
+    this.say(text, 'warning');
+    /** @type {(act: () => void) => () => void} */
+    const after = (act) => () => (this.say(''), act());
+    this.choices.replaceChildren(...answers.map(([answer, act]) => make('button', { type: 'button', textContent: answer, onclick: after(act) })));
   }
 
   /** @param {number} percent of the prompt that runs */
@@ -122,7 +147,14 @@ export class View {
    * @param {Shown} shown
    * @param {(show: string) => boolean} isReady
    */
-  draw({ hasSeries, isRunning, isBusy, canAccept, accepted, show, shows }, isReady) {
+  draw({ hasSeries, isRunning, isBusy, canAccept, accepted, show, shows, listens, sign, points }, isReady) {
+    for (const [button, positive, title] of /** @type {const} */ ([[this.inside, true, INSIDE], [this.outside, false, OUTSIDE]])) {
+      button.disabled = !hasSeries || !listens;
+      button.title = listens ? title : DEAF;
+      button.setAttribute('aria-pressed', String(sign === positive));
+    }
+    this.clear.hidden = !points;
+    this.clear.textContent = points === 1 ? 'Remove the point' : `Remove ${points} points`;
     this.run.textContent = isRunning ? 'Cancel' : 'Propose';
     this.run.disabled = !hasSeries || (isBusy && !isRunning);
     this.progress.hidden = !isRunning;

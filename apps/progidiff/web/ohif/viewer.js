@@ -15,8 +15,9 @@ export function findMissing() {
   /** @type {string[]} */
   const missing = SERVICES.filter((name) => !window.services?.[name]);
   if (typeof window.services?.segmentationService?.createLabelmapForDisplaySet !== 'function') missing.push('createLabelmapForDisplaySet');
-  if (!window.cornerstone?.cache || !window.cornerstone?.metaData) missing.push('cornerstone');
-  if (!window.cornerstoneTools?.segmentation) missing.push('cornerstoneTools');
+  if (!window.cornerstone?.cache || !window.cornerstone?.metaData || !window.cornerstone?.eventTarget) missing.push('cornerstone');
+  if (typeof window.cornerstoneTools?.segmentation?.updateSegmentations !== 'function') missing.push('cornerstoneTools');
+  if (typeof window.cornerstoneTools?.annotation?.state?.getAllAnnotations !== 'function') missing.push('annotations');
   return missing;
 }
 
@@ -87,6 +88,18 @@ export class Series {
     return Math.abs(this.heights[nearest] - height) < Math.abs(dot(this.grid.directions[2], this.normal)) / 2 ? nearest : -1;
   }
 
+  /**
+   * The voxel at a place.
+   * @param {Vector} place
+   * @returns {[column: number, row: number, slice: number]}
+   */
+  toVoxel(place) {
+    const { origin, directions } = this.grid;
+    const from = origin.map((value, axis) => place[axis] - value);
+    const [column, row] = directions.map((step) => Math.round(dot(from, step) / dot(step, step)));
+    return [column, row, this.findSlice(place)];
+  }
+
   /** The slice that is shown in the active viewport, or -1 if that shows another plane. */
   currentSlice() {
     const id = getViewport()?.getCurrentImageId?.();
@@ -119,8 +132,9 @@ export class Series {
   /**
    * The labelmap of the panel, made if need be.
    * @param {readonly import('./labelmap.js').Segment[]} segments
+   * @param {readonly number[]} asked ids of those that were prompted
    */
-  openLabelmap(segments) {
-    return openLabelmap(this, segments, () => getViewport()?.render?.());
+  openLabelmap(segments, asked) {
+    return openLabelmap(this, segments, asked, () => getViewport()?.render?.());
   }
 }

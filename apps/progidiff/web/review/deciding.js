@@ -131,9 +131,9 @@ export const acceptShown = () => acceptSlice(chosenStructures());
 export const acceptShownVolume = () => acceptVolume(chosenStructures());
 
 export function undo() {
-  const { work, session } = state;
-  if (!work || state.isReadOnly) return;
-  if (!undoLast() && session?.info.label) {
+  const { session } = state;
+  if (!session || state.isReadOnly) return;
+  if (!undoLast() && session.info.label) {
     toast("Nothing unsent to undo. “Undo last save” goes back further.");
   }
 }

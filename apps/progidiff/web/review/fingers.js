@@ -4,6 +4,7 @@ import { find } from "./dom.js";
 import { locate, pinch } from "./geometry.js";
 import { setZoom } from "./moving.js";
 import { cancelStroke } from "./pen.js";
+import { cancelLine } from "./steering_pen.js";
 import { shown, state } from "./state.js";
 
 /** @typedef {import("./geometry.js").Point} Point */
@@ -34,6 +35,7 @@ export function listenToFingers() {
       event.stopImmediatePropagation();
       isHeld = true;
       cancelStroke();
+      cancelLine();
       if (fingers.size !== 2 || !shown.place) return;
       const [one, other] = pair();
       const point = locate(shown.place, (one.x + other.x) / 2, (one.y + other.y) / 2);

@@ -16,6 +16,13 @@ const PATHS = {
   up: "M6 15l6-6 6 6",
   down: "M6 9l6 6 6-6",
   next: "M6 5l8 7-8 7zM18 5v14",
+  plus: "M12 5v14M5 12h14",
+  minus: "M5 12h14",
+  scribbleIn: "M3 17c3-9 5 4 8-4M15 7h6M18 4v6",
+  scribbleOut: "M3 17c3-9 5 4 8-4M15 7h6",
+  boxIn: "M4 6h16v12H4z",
+  lassoIn: "M12 5c5 0 9 2.5 9 6s-4 6-9 6-9-2.5-9-6 4-6 9-6zM8 16l-2 5",
+  clear: "M5 5l14 14M19 5L5 19",
   check: "M4 13l5 5L20 7",
   upload: "M12 16V4M7 9l5-5 5 5M4 16v4h16v-4",
 };

@@ -134,6 +134,20 @@ export async function addResult(session, key, isAsked = false) {
 }
 
 /**
+ * Show a result in place of an earlier one that it comes from.
+ * @param {ImageSession} session
+ * @param {string} key
+ * @param {string} former "" if there was none
+ */
+export async function replaceResult(session, key, former) {
+  await addResult(session, key, true);
+  if (!former || former === key || session !== state.session) return;
+  session.dropProposals(former);
+  rememberResults(session.image, session.keys);
+  store.touch("result");
+}
+
+/**
  * Show a kept result no longer; its structures go by another one that has them, or leave the list.
  * @param {ImageSession} session
  * @param {string} key

@@ -65,6 +65,9 @@ function ensureWork(session) {
   if (!state.work && !state.job) store.set({ work: new Work(session.image) });
 }
 
+/** What to say where it is not known what is to be drawn. */
+export const findNameless = () => "Choose what to draw: propose a structure, or name one under Draw.";
+
 /** @returns {Subject|null} null, and why on the screen, if nothing can be drawn now */
 export function findSubject() {
   const { session, drawing, structure, z } = state;
@@ -75,7 +78,7 @@ export function findSubject() {
       ? `The proposals of ${structure} are still being made. Draw when they are there, or cancel them.`
       : structure && listStructures().includes(structure)
         ? ""
-        : "Choose what to draw: propose a structure, or name one under Draw.";
+        : findNameless();
   if (lack) toast(lack, "bad");
   return lack ? null : { session, drawing, structure, z };
 }

@@ -53,7 +53,7 @@ export function renderPanel() {
   findButton("accept-shown").disabled = !isReady || !session?.keys.length;
   find("accept-slice").title = state.structure ? `Accept ${state.structure}${session?.picture ? "" : " on this slice"}` : "";
   find("accept-name").textContent = state.structure ? `Accept ${state.structure}` : session?.picture ? "Accept" : "Accept slice";
-  findButton("undo").disabled = !(work?.canUndo || state.drawing?.lastAt) || state.isReadOnly;
+  findButton("undo").disabled = !(work?.canUndo || state.drawing?.lastAt || state.edits?.lastAt) || state.isReadOnly;
   renderDecided();
   renderSaved();
 }

@@ -32,7 +32,7 @@ export function listenToPen() {
 }
 
 /** @param {PointerEvent} event @returns {Point|null} in pixels of the slice */
-function locateEvent(event) {
+export function locateEvent(event) {
   const box = find("view").getBoundingClientRect();
   const ratio = window.devicePixelRatio || 1;
   return shown.place && locate(shown.place, (event.clientX - box.left) * ratio, (event.clientY - box.top) * ratio);
@@ -40,7 +40,7 @@ function locateEvent(event) {
 
 /** @param {PointerEvent} event */
 function onDown(event) {
-  if (!state.tool || event.button !== 0 || event.shiftKey || running) return;
+  if (!TOOLS.some(({ tool }) => tool === state.tool) || event.button !== 0 || event.shiftKey || running) return;
   event.stopImmediatePropagation();
   event.preventDefault();
   noteActivity();

@@ -26,26 +26,50 @@ export async function runPrompt(event) {
   const prompt = findInput(session?.picture ? "sentence" : "prompt").value.trim();
   if (!session || state.job || !(prompt || session.picture)) return;
   find("prompt-error").hidden = true;
-  startWaiting("first-proposal");
-  const count = Math.min(MOST, Math.max(FEWEST, Number(findInput("count").value) || USUAL));
-  const id = `review-${Math.random().toString(36).slice(2, 12)}`;
-  store.set({ job: { id, image: session.image, count, progress: { state: "queued", position: 0, percent: 0 } } });
-  const timer = setInterval(() => watchJob(id, session), POLL_MS);
   try {
-    const answer = session.picture
-      ? await api.runPrompt("textdiff", session.image, { ...readQuestion(), num_proposals: count, job_id: id })
-      : await api.runPrompt("progidiff", session.image, { prompt, num_proposals: count, job_id: id, first_slice: state.z });
-    if (state.session !== session) return;
-    await session.refresh();
-    store.touch("info");
+    const answer = await runJob(session, { id: `review-${Math.random().toString(36).slice(2, 12)}`, prompt, count: readCount() });
+    if (!answer || state.session !== session) return;
     await addResult(session, answer.proposals, true);
     if (session.picture) session.dropUnused();
     tellResult(prompt, answer);
   } catch (error) {
-    giveUpWaiting("first-proposal");
-    if (session === state.session && session.job === id) dropUnfinished(session);
     if (["refused", "busy", "conflict"].includes(api.kindOf(error))) showPromptError(api.messageOf(error), error instanceof api.ApiError ? error.suggestions : []);
     else report(error);
+  }
+}
+
+/** How many proposals are asked for. */
+export const readCount = () => Math.min(MOST, Math.max(FEWEST, Number(findInput("count").value) || USUAL));
+
+/**
+ * A job: what it asks, and the structures that it is about where they are known before it answers; else they get their names then.
+ * @typedef {{id: string, prompt: string, count: number, edits?: import("../answers.d.ts").Edit[], names?: string[]}} Asked
+ */
+
+/**
+ * Ask, and show what the job has so far while it runs.
+ * @param {ImageSession} session
+ * @param {Asked} asked
+ * @returns {Promise<import("../answers.d.ts").Proposed|import("../answers.d.ts").ProposedPicture|null>} null if another image was opened meanwhile
+ */
+export async function runJob(session, { id, prompt, count, edits = [], names = [] }) {
+  startWaiting("first-proposal");
+  store.set({ job: { id, image: session.image, count, names, progress: { state: "queued", position: 0, percent: 0 } } });
+  const timer = setInterval(() => watchJob(id, session), POLL_MS);
+  try {
+    const steering = edits.length ? { edits } : {};
+    const asked = { num_proposals: count, job_id: id };
+    const answer = session.picture
+      ? await api.runPrompt("textdiff", session.image, { ...readQuestion(), ...asked })
+      : await api.runPrompt("progidiff", session.image, { ...asked, prompt, first_slice: state.z, ...steering });
+    if (state.session !== session) return null;
+    await session.refresh();
+    store.touch("info");
+    return answer;
+  } catch (error) {
+    giveUpWaiting("first-proposal");
+    if (session === state.session && session.job === id) dropUnfinished(session);
+    throw error;
   } finally {
     clearInterval(timer);
     forget(id);
@@ -74,6 +98,7 @@ function tellResult(prompt, answer) {
  */
 function dropUnfinished(session) {
   session.dropJob();
+  if (state.work) session.bind(state.work.keys);
   showParts(session);
 }
 
@@ -120,7 +145,9 @@ async function useUnfinished(id, session) {
   if (session.job === id) return;
   const packed = await api.getMasks(session.image, state.z, { job: id });
   if (!packed.byteLength || state.job?.id !== id || state.session !== session) return;
-  const names = Array.from({ length: countStructures(packed) }, (_, index) => `structure ${index + 1}`);
+  const known = state.job.names ?? [];
+  const names = Array.from({ length: countStructures(packed) }, (_, index) => known[index] ?? `structure ${index + 1}`);
+  if (known.length) session.bind(Object.fromEntries(Object.entries(state.work?.keys ?? {}).filter(([name]) => !known.includes(name))));
   session.useJob(id, names, state.job.count);
   store.set({ work: state.work ?? new Work(session.image), structure: names[0], included: new Set([...state.included, ...names]) });
   store.touch("result");

@@ -18,6 +18,8 @@ import { leaveDrawing, openDrawing } from "./painting.js";
 import { listenToPen } from "./pen.js";
 import { listenToView } from "./pointer.js";
 import { listenToSentence, openSentence, renderSentence } from "./picture.js";
+import { askAgain, openEdits } from "./steering.js";
+import { listenToSteering } from "./steering_pen.js";
 import { fillPrompts, renderJob } from "./prompting.js";
 import { Queue, renderLeftOut } from "./queue.js";
 import { loadReadings, onReadings, renderReadings } from "./readings.js";
@@ -36,17 +38,18 @@ store.watch(["session"], openSentence);
 store.watch(["session", "info", "typed", "notes", "isReadOnly"], renderSentence);
 store.watch(["isReadOnly"], leaveDrawing);
 store.watch(["session", "isReadOnly"], openDrawing);
+store.watch(["session", "isReadOnly"], openEdits);
 // What is drawn is decided with everything else, whatever work that hangs on.
 store.watch(["work", "drawing"], () => void (state.work && (state.work.drawing = state.drawing)));
 store.watch(["session", "job", "isReadOnly"], renderHead);
-store.watch(["session", "result", "work", "structure", "tool", "settings", "drawing", "added", "drawn", "window", "preset", "opacity", "areViewsShown", "isReadOnly"], renderToolbar);
+store.watch(["session", "result", "work", "structure", "tool", "settings", "drawing", "added", "drawn", "window", "preset", "opacity", "areViewsShown", "isReadOnly", "info", "edits"], renderToolbar);
 store.watch(
-  ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "scope", "isReadOnly", "isSubmitting", "drawing", "drawn", "typed"],
+  ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "scope", "isReadOnly", "isSubmitting", "drawing", "drawn", "typed", "edits"],
   renderPanel,
 );
 store.watch(
   ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "mode", "compared", "window", "preset", "zoom", "center",
-    "isHidden", "isSavedShown", "drawing", "drawn", "added", "opacity", "inked", "readings"],
+    "isHidden", "isSavedShown", "drawing", "drawn", "added", "opacity", "inked", "readings", "edits"],
   refresh,
 );
 store.watch(["session", "info", "result", "work", "decisions", "drawn"], () => queue.render());
@@ -74,13 +77,14 @@ onChooseResult((key, isShown) => {
 });
 onChoose(chooseThumb);
 onDecide({ selectStructure, toggleIncluded, toggleMember, merge });
-onBack(offerAgain);
+onBack(() => (askAgain(), offerAgain()));
 watchConnection((isReachable) => {
   const dot = find("connection");
   dot.classList.toggle("lost", !isReachable);
   dot.title = isReachable ? "The server answers" : "The server does not answer";
 });
-listenToFingers(); // before the pen, and the pen before all others: each takes what is for it
+listenToFingers(); // before the pens, and those before all others: each takes what is for it
+listenToSteering();
 listenToPen();
 listenToView();
 listenToKeys();

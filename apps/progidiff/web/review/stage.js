@@ -6,6 +6,7 @@ import { drawDepth, drawSlice, renderColours, renderGrey } from "./draw.js";
 import { report } from "./failures.js";
 import { frameZoomed } from "./geometry.js";
 import { buildLayers } from "./layers.js";
+import { paintMarks } from "./marks.js";
 import { areMasksShown, shown, state } from "./state.js";
 import { renderStrip } from "./strip.js";
 import { stopWaiting } from "./timing.js";
@@ -103,6 +104,7 @@ export function paint() {
   const frame = frameZoomed(session, state.zoom, state.center, view.clientWidth / Math.max(1, view.clientHeight));
   shown.place = drawSlice(view, shown.grey, frame, session.spacing, state.isHidden ? [] : buildLayers());
   if (shown.z === state.z) stopWaiting("first-pixels", "proposal-switch", "slice-switch");
+  paintMarks();
   paintDepth(session);
   renderCorners(session);
   renderStrip();

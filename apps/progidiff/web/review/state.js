@@ -12,7 +12,7 @@ const UNKNOWN_COLOR = "#e0aaff";
 /** @typedef {import("./picks.js").Pick} Pick */
 /** @typedef {"pick"|"agreement"|"difference"} Mode */
 /** @typedef {Partial<import("../answers.d.ts").Job> & {problem?: string}} Progress what the server says of a job, or why it says nothing */
-/** @typedef {{id: string, image: string, count: number, progress: Progress}} RunningJob */
+/** @typedef {{id: string, image: string, count: number, names?: readonly string[], progress: Progress}} RunningJob `names` of its structures, where they are known before it answers */
 
 /**
  * @typedef {object} State
@@ -42,6 +42,7 @@ const UNKNOWN_COLOR = "#e0aaff";
  * @property {readonly string[]} added structures that were named to be drawn, of which there are no proposals
  * @property {import("./tools.js").Tool|null} tool
  * @property {import("./tools.js").Settings} settings of the tools
+ * @property {import("./edits.js").Edits|null} edits what was clicked and drawn to steer the proposals of the image
  * @property {string} inked structure that a stroke is being drawn of; "" if none is
  * @property {boolean} areViewsShown the two other planes and the surface
  * @property {import("./geometry.js").Point|null} cross where they cross on the slice; null for the middle
@@ -52,8 +53,8 @@ const UNKNOWN_COLOR = "#e0aaff";
 
 /**
  * Changes inside of the session (what is saved and kept; the result) and of the work (what is picked; what is accepted).
- * "drawn" is a change of the drawing.
- * @typedef {"info"|"result"|"picks"|"decisions"|"drawn"} Change
+ * "drawn" is a change of the drawing, "edits" one of what steers.
+ * @typedef {"info"|"result"|"picks"|"decisions"|"drawn"|"edits"} Change
  */
 
 /** @type {Store<State, Change>} */
@@ -82,6 +83,7 @@ export const store = new Store(
     readings: null,
     leftOut: [],
     drawing: null,
+    edits: null,
     added: [],
     tool: null,
     settings: firstSettings([1, 1], [0, 1]),

@@ -1,20 +1,29 @@
 // The row of drawing tools over the picture.
 
 import { element, find, findInput, toast } from "./dom.js";
+import { icon } from "./icons.js";
 import { presetsFor } from "./keys.js";
 import { listStructures, shown, state, store } from "./state.js";
 import { addStructure, copyTo, findBase, findSubject, interpolateBetween, reshape, startOver, takeSaved } from "./painting.js";
 import { redoNext } from "./timeline.js";
 import { toggleViews } from "./views.js";
-import { CHANGES, TOOLS, findWindow, roundSize, stepSize } from "./tools.js";
+import { canSteer, clearEdits } from "./steering.js";
+import { CHANGES, STEER_TOOLS, TOOLS, findWindow, roundSize, stepSize } from "./tools.js";
 
 /** @typedef {import("./tools.js").Tool} Tool */
 /** @typedef {import("./tools.js").DrawAction} DrawAction */
 
+const CHOOSES = "This model has no close-up: clicks choose among its proposals, and it does not draw by scribbles, boxes and loops.";
+
 /** @param {Tool} tool the same again puts it down */
 export function takeTool(tool) {
   const isTaken = state.tool !== tool;
-  if (isTaken && !findSubject()) return;
+  const steering = STEER_TOOLS.find((one) => one.tool === tool);
+  if (isTaken && steering && steering.kind !== "click" && !state.session?.info.listens_to_edits) {
+    toast(CHOOSES, "bad");
+    return;
+  }
+  if (isTaken && !(steering ? canSteer() : findSubject())) return;
   store.set({ tool: isTaken ? tool : null });
 }
 
@@ -28,6 +37,13 @@ export const DRAW_ACTIONS = {
   lasso: () => takeTool("lasso"),
   range: () => takeTool("range"),
   flood: () => takeTool("flood"),
+  plus: () => takeTool("plus"),
+  minus: () => takeTool("minus"),
+  scribbleIn: () => takeTool("scribbleIn"),
+  scribbleOut: () => takeTool("scribbleOut"),
+  boxIn: () => takeTool("boxIn"),
+  lassoIn: () => takeTool("lassoIn"),
+  clearEdits,
   noTool: () => store.set({ tool: null }),
   smaller: () => set({ size: stepSize(state.settings.size, -1) }),
   larger: () => set({ size: stepSize(state.settings.size, 1) }),
@@ -51,6 +67,16 @@ let isNaming = false;
 const SIZE_STEPS = 100;
 const [LOW, SPAN] = [Math.log(0.5), Math.log(200 / 0.5)];
 
+const CLEAR = /** @type {const} */ ({ tool: "clearEdits", name: "Remove clicks and lines", key: "Shift D", hint: "Remove the clicks and lines of this structure" });
+
+/** @param {{tool: import("./tools.js").SteerTool|"clearEdits", name: string, key: string, hint: string}} tool */
+const steerButton = ({ tool, name, key, hint }) =>
+  element(
+    "button",
+    { id: `draw-${tool}`, className: "small steer", "aria-label": name, "aria-keyshortcuts": key, title: `${name} (${key}): ${hint}`, on: { click: () => DRAW_ACTIONS[tool]() } },
+    icon(tool === "clearEdits" ? "clear" : tool),
+  );
+
 /** Put the controls there, once. */
 export function buildToolbar() {
   const button = (/** @type {{name: string, key: string, hint: string, action: DrawAction}} */ { name, key, hint, action }) =>
@@ -69,6 +95,7 @@ export function buildToolbar() {
       ),
     ),
     element("span", { className: "tool-group", role: "group", "aria-label": "Tools" }, ...TOOLS.map((tool) => button({ ...tool, action: tool.tool }))),
+    element("span", { id: "draw-steer", className: "tool-group", role: "group", "aria-label": "Steer" }, element("span", {}, "Steer"), ...STEER_TOOLS.map(steerButton), steerButton(CLEAR)),
     element(
       "label",
       { className: "tool-group", id: "draw-size-row", title: "Size of the brush (, and .)" },
@@ -126,7 +153,8 @@ export function renderToolbar() {
   for (const id of [...TOOLS.map(({ tool: name }) => name), ...CHANGES.map(({ change }) => change)]) {
     find(`draw-${id}`, HTMLButtonElement).disabled = !drawing || state.isReadOnly || !state.structure;
   }
-  find("draw-size-row").hidden = tool === "lasso" || tool === "flood";
+  renderSteering(session);
+  find("draw-size-row").hidden = !["brush", "eraser", "range", null].includes(tool);
   findInput("draw-size").value = String(Math.round(((Math.log(settings.size) - LOW) / SPAN) * SIZE_STEPS));
   find("draw-size-text").textContent = `${settings.size} ${session.picture ? "px" : "mm"}`;
   find("draw-window").hidden = tool !== "range";
@@ -140,6 +168,22 @@ export function renderToolbar() {
   findInput("draw-name").setAttribute("list", session.picture ? "class-list" : "prompt-list"); // The property is read-only.
   renderNames();
   renderPresets(session);
+}
+
+/** @param {import("./session.js").ImageSession} session */
+function renderSteering(session) {
+  const { tool, edits, structure } = state;
+  find("draw-steer").hidden = Boolean(session.picture);
+  const listens = session.info.listens_to_edits;
+  for (const { tool: name, kind } of STEER_TOOLS) {
+    const button = find(`draw-${name}`, HTMLButtonElement);
+    button.setAttribute("aria-pressed", String(tool === name));
+    button.disabled = state.isReadOnly || !structure || !(listens || kind === "click");
+  }
+  find("draw-clearEdits", HTMLButtonElement).disabled = state.isReadOnly || !edits?.of(structure).length;
+  const isSteering = STEER_TOOLS.some(({ tool: name }) => name === tool);
+  find("steer-note").hidden = listens || !isSteering;
+  find("steer-note").textContent = CHOOSES;
 }
 
 /** Of intensities, as many digits as are of use. @param {number} value */

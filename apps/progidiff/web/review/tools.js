@@ -1,18 +1,30 @@
 // The drawing tools: what each is called, which key takes it, and what its settings are.
 
-/** @typedef {"brush"|"eraser"|"lasso"|"range"|"flood"} Tool */
+/** @typedef {"brush"|"eraser"|"lasso"|"range"|"flood"} DrawTool */
+/** @typedef {"plus"|"minus"|"scribbleIn"|"scribbleOut"|"boxIn"|"lassoIn"} SteerTool */
+/** @typedef {DrawTool|SteerTool} Tool */
 /** @typedef {"fillHoles"|"grow"|"shrink"|"smooth"|"copyUp"|"copyDown"|"interpolate"|"fromSaved"|"startOver"} Change */
-/** @typedef {"redo"|"views"|"noTool"|"smaller"|"larger"|Tool|Change} DrawAction */
+/** @typedef {"redo"|"views"|"noTool"|"smaller"|"larger"|"clearEdits"|Tool|Change} DrawAction */
 /** @typedef {{keys: string[], show?: string[], what: string, action?: DrawAction}} DrawKey */
 /** @typedef {{size: number, low: number, high: number, amount: number, unit: "px"|"mm"}} Settings size of the brush in mm across; low and high are the intensities of the threshold brush */
 
-/** @type {readonly {tool: Tool, name: string, key: string, hint: string}[]} */
+/** @type {readonly {tool: DrawTool, name: string, key: string, hint: string}[]} */
 export const TOOLS = [
   { tool: "brush", name: "Brush", key: "P", hint: "Draw; with Ctrl erase" },
   { tool: "eraser", name: "Eraser", key: "R", hint: "Erase; with Ctrl draw" },
   { tool: "lasso", name: "Lasso", key: "M", hint: "Draw around what is to be added; with Ctrl around what is to be taken away" },
   { tool: "range", name: "Threshold", key: "Q", hint: "Draw only where the intensity is in the window; with Ctrl erase there" },
   { tool: "flood", name: "Flood", key: "Shift P", hint: "Click into a hole to fill it, on an island to remove it" },
+];
+
+/** @type {readonly {tool: SteerTool, kind: import("./edits.js").Kind, positive: boolean, name: string, key: string, hint: string}[]} */
+export const STEER_TOOLS = [
+  { tool: "plus", kind: "click", positive: true, name: "Click inside", key: "Shift E", hint: "Click what belongs to the structure; with Ctrl what does not" },
+  { tool: "minus", kind: "click", positive: false, name: "Click outside", key: "Shift X", hint: "Click what does not belong to the structure; with Ctrl what does" },
+  { tool: "scribbleIn", kind: "scribble", positive: true, name: "Scribble inside", key: "Shift B", hint: "Draw a line through the structure; with Ctrl outside of it" },
+  { tool: "scribbleOut", kind: "scribble", positive: false, name: "Scribble outside", key: "Shift N", hint: "Draw a line outside of the structure; with Ctrl through it" },
+  { tool: "boxIn", kind: "box", positive: true, name: "Box", key: "Shift K", hint: "Drag a box around the structure" },
+  { tool: "lassoIn", kind: "lasso", positive: true, name: "Loop", key: "Shift O", hint: "Draw a loop around the structure; with Ctrl around what is no part of it" },
 ];
 
 /** @type {readonly {change: Change, name: string, key: string, hint: string}[]} */
@@ -35,6 +47,13 @@ export const DRAW_KEYS = [
   { keys: ["m"], show: ["M"], what: "Lasso", action: "lasso" },
   { keys: ["q"], show: ["Q"], what: "Threshold brush", action: "range" },
   { keys: ["Shift p"], show: ["Shift P"], what: "Flood: fill a hole, remove an island", action: "flood" },
+  { keys: ["Shift e"], show: ["Shift E", "Shift X"], what: "Steer: click inside, outside", action: "plus" },
+  { keys: ["Shift x"], what: "", action: "minus" },
+  { keys: ["Shift b"], show: ["Shift B", "Shift N"], what: "Steer: scribble inside, outside", action: "scribbleIn" },
+  { keys: ["Shift n"], what: "", action: "scribbleOut" },
+  { keys: ["Shift k"], show: ["Shift K", "Shift O"], what: "Steer: box, loop around the structure", action: "boxIn" },
+  { keys: ["Shift o"], what: "", action: "lassoIn" },
+  { keys: ["Shift d"], show: ["Shift D"], what: "Steer: remove clicks and lines of the structure", action: "clearEdits" },
   { keys: [","], show: [",", "."], what: "Smaller, larger brush", action: "smaller" },
   { keys: ["."], what: "", action: "larger" },
   { keys: [], show: ["Ctrl"], what: "While drawing: the other way round" },

@@ -164,6 +164,17 @@ export class Work {
     return { volume: volume[structure] ?? null, slices: [...new Set([...own.map(Number), ...drawn])] };
   }
 
+  /**
+   * Where a pick of a structure is accepted; what was drawn by hand is no pick.
+   * @param {string} structure
+   * @returns {{volume: boolean, slices: number[]}|null} null if nowhere
+   */
+  findPicked(structure) {
+    const { volume, slices } = this.state;
+    const own = Object.keys(slices).filter((z) => structure in slices[z]).map(Number);
+    return structure in volume || own.length ? { volume: structure in volume, slices: own } : null;
+  }
+
   /** @param {string} structure */
   isAccepted(structure) {
     const { volume, slices } = this.acceptedOf(structure);

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.segments import load_label_map
 from progidiff.labels.slicer import save_segmentation
+from progidiff.proposals.edits import Edit
 from progidiff.server.datastores.images import list_ids
 from progidiff.server.datastores.pacs import PacsDatastore
 
@@ -162,6 +164,25 @@ class ServedImages:
         series = ServedGrid.of(volume.grid).to_file_grid(volume.name)
         labels = load_label(mask_file, series)
         save_mask(volume.grid.from_stack(labels.transpose(2, 1, 0)), volume.grid, mask_file)
+
+    def to_file_edits(self, edits: Sequence[Edit], entry: Entry) -> list[Edit]:
+        """What somebody drew on the slices of a series, in voxels of the image's file.
+
+        Args:
+            edits: Their points count the column, the row and the slice of the series, slices ascending along their
+                normal, all from 0: the order of the masks that a viewer gets. Painted slices are the same in both.
+            entry: Of the series.
+
+        Raises:
+            GeometryError: if a point is outside of the series.
+        """
+        grid = replace(self.load(entry).grid, name=f"the series of {entry.identity.image}")
+        return [
+            edit.model_copy(
+                update={"points": tuple(grid.find_voxel((z, row, column)) for column, row, z in edit.points)}
+            )
+            for edit in edits
+        ]
 
     def _path(self, image: str) -> Path | None:
         path = Path(str(self._datastore().get_image_uri(image) or ""))

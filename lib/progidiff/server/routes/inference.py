@@ -31,6 +31,7 @@ from monailabel.interfaces.utils.app import app_instance
 from progidiff.errors import AccessError, NotFoundError, ProGiDiffError, RequestError, StoreError
 from progidiff.params import read_choice, read_int
 from progidiff.proposals.device_queue import Asker, JobInfo
+from progidiff.proposals.edits import describe_edits, read_edits
 from progidiff.proposals.request import AGREEMENT, CONSENSUS
 from progidiff.server.datastores.images import find_image
 from progidiff.server.gate.auth import User
@@ -51,6 +52,7 @@ from progidiff.server.routes.image_id import ImageId
 from progidiff.server.routes.segmentations import ALL, load_kept, send_segmentation, write_proposals
 from progidiff.server.tasks.answers import KeptProposals, PictureAnswer, PromptEntry, SliceAnswer, VolumeAnswer
 from progidiff.server.tasks.pictures import TextDiffInferTask
+from progidiff.server.tasks.scribbles import ScribbleInferTask
 from progidiff.server.tasks.slices import SliceInferTask
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.server.uploads import find_session, keep_upload
@@ -70,7 +72,7 @@ def build_endpoints() -> Endpoints:  # noqa: C901
         tags=["Infer"],
         summary="Proposals for a prompt; see /progidiff/jobs for progress",
         takes="Query: image (id), session_id, output; form: params (JSON; K, steps, volume size bounded), file (NIfTI, "
-        "NRRD, MHA), label (ignored)",
+        "NRRD, MHA), label (scribbles for progidiff_scribbles)",
         body=UPLOAD,
         deadline=LONG,
         responses={
@@ -114,14 +116,19 @@ def build_endpoints() -> Endpoints:  # noqa: C901
                 raise RequestError(
                     "The request names no image. Add ?image=<id of the datastore>, ?session_id=<id>, or upload a file."
                 )
+            if label is not None and isinstance(app._infers.get(model), ScribbleInferTask):
+                request["label"] = keep_upload(label, uploads)
             series = get_context().served.find_named(request["image"])
             if series is not None:
-                if isinstance(app._infers.get(model), SliceInferTask):
+                if isinstance(app._infers.get(model), (SliceInferTask, ScribbleInferTask)):
                     raise RequestError(
                         "Clicks in OHIF count the voxels of its DICOM slices, which lie in another order than the "
-                        "file's. Click in 3D Slicer, or use the panel's prompt here."
+                        "file's. Click in 3D Slicer, or use the panel's prompt and its points here."
                     )
                 request["image"] = series.identity.image
+                if request["params"].get("edits"):
+                    edits = get_context().served.to_file_edits(read_edits(request["params"]["edits"]), series)
+                    request["params"] = {**request["params"], "edits": describe_edits(edits)}
             try:
                 result = infer(app, request)
                 if series is not None:

@@ -142,6 +142,7 @@ class SourceAnswer(_Answer):
     model: Text
     adapter: Text
     seed: int
+    steering: Text = ""
 
 
 class AnnotationAnswer(_Answer):
@@ -240,6 +241,15 @@ class WindowPreset(_Answer):
     window: tuple[float, float]
 
 
+class VoxelPlaces(_Answer):
+    """Where voxels of the axial stack lie in the file: the voxel (i, j, k) of (z, y, x) is
+    origin + z * steps[0] + y * steps[1] + x * steps[2].
+    """
+
+    origin: tuple[int, int, int]
+    steps: tuple[tuple[int, int, int], tuple[int, int, int], tuple[int, int, int]]
+
+
 class ReviewedImage(_Answer):
     """What the review page needs to know of an image.
 
@@ -264,6 +274,8 @@ class ReviewedImage(_Answer):
         annotated: Structure -> the same for it; what a label made elsewhere draws is not in it.
         sequence: Of the newest save; 0 if there is none.
         is_done: Whether somebody said last that nothing is left to do on it.
+        voxels: How voxels of the file are counted, as edits count them.
+        listens_to_edits: Whether the model draws by edits; others choose among their proposals.
     """
 
     image: str
@@ -286,6 +298,8 @@ class ReviewedImage(_Answer):
     annotated: dict[Text, list[int] | None]
     sequence: int
     is_done: bool
+    voxels: VoxelPlaces
+    listens_to_edits: bool
 
 
 def list_slices(slices: Iterable[int] | None) -> list[int] | None:

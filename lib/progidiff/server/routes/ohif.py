@@ -75,6 +75,7 @@ class ServedSeries(BaseModel):
         study, series: UIDs.
         axial_slices: For every slice of the series the axial index that the server counts with; null if the series is
             not axial.
+        listens_to_edits: Whether the model draws by edits; their points count columns, rows and slices of the series.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -83,6 +84,7 @@ class ServedSeries(BaseModel):
     study: str
     series: str
     axial_slices: list[int] | None
+    listens_to_edits: bool
 
 
 def build_endpoints() -> Endpoints:
@@ -128,7 +130,13 @@ def build_endpoints() -> Endpoints:
         _refuse_picture(context, image)
         image_id, volume = open_named(context, image)
         study, series = _find_uids(context, image_id)
-        return ServedSeries(image=image_id, study=study, series=series, axial_slices=_list_axial(context, volume))
+        return ServedSeries(
+            image=image_id,
+            study=study,
+            series=series,
+            axial_slices=_list_axial(context, volume),
+            listens_to_edits=context.infer.listens_to_edits,
+        )
 
     @endpoints.get(
         "/progidiff/ohif/masks/{image}",

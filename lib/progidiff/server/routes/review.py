@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, NotFoundError
 from progidiff.images.formats import is_picture
+from progidiff.images.geometry import Grid
 from progidiff.images.intensities import compute_window
 from progidiff.images.modality import get_modality
 from progidiff.images.pictures import PICTURE
@@ -48,6 +49,7 @@ from progidiff.server.routes.label_answers import (
     KeptProposals,
     ReviewedImage,
     SubmissionAnswer,
+    VoxelPlaces,
     WindowPreset,
     list_slices,
 )
@@ -245,7 +247,28 @@ def _describe_image(context: Context, image: str, tag: str) -> ReviewedImage:
         annotated=_list_annotated(context, image, tag),
         sequence=max((saved.sequence for saved in annotations.list(image) if saved.tag == tag), default=0),
         is_done=annotations.find_finished(tag.__eq__).get(image, False),
+        voxels=find_voxels(volume.grid),
+        listens_to_edits=context.infer.listens_to_edits and volume.modality != PICTURE,
     )
+
+
+def find_voxels(grid: Grid) -> VoxelPlaces:
+    """How voxels of the axial stack are counted in the file.
+
+    Example:
+        >>> find_voxels(Grid((4, 5, 6), np.diag([1.0, 2.0, 3.0, 1.0])))
+        VoxelPlaces(origin=(3, 4, 0), steps=((0, 0, 1), (0, -1, 0), (-1, 0, 0)))
+    """
+    origin = grid.find_voxel((0, 0, 0))
+
+    def step(*at: int) -> tuple[int, int, int]:
+        """Along one axis of the stack; an axis of one slice leads nowhere."""
+        ends = grid.find_voxel((at[0], at[1], at[2]))
+        i, j, k = (int(np.sign(end - start)) for end, start in zip(ends, origin, strict=True))
+        return i, j, k
+
+    depth, height, width = grid.stack_shape
+    return VoxelPlaces(origin=origin, steps=(step(depth - 1, 0, 0), step(0, height - 1, 0), step(0, 0, width - 1)))
 
 
 def _list_annotated(context: Context, image: str, tag: str) -> dict[str, list[int] | None]:

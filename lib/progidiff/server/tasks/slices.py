@@ -5,9 +5,11 @@ the last click. It then clears slice k of the segment and adds the one segment o
 one label that draws on slice k only, and only images whose third axis runs from axial slice to axial slice can be
 answered: on others SmartEdit would clear voxels of a plane that nobody looked at.
 
-The clicks do not enter the network. They choose: proposals that contain the foreground clicks and avoid the background
-clicks are kept, and their consensus is the answer. While none fits, more are drawn from other seeds, up to a bound;
-then the one that contradicts the fewest clicks is given, and the answer says so. What was drawn for a slice is
+A model with a close-up draws by the clicks: they are edits of the request, and every proposal keeps the clicked voxels.
+
+Into other models the clicks do not enter. They choose: proposals that contain the foreground clicks and avoid the
+background clicks are kept, and their consensus is the answer. While none fits, more are drawn from other seeds, up to a
+bound; then the one that contradicts the fewest clicks is given, and the answer says so. What was drawn for a slice is
 remembered, so the next click on it usually costs no network at all.
 """
 
@@ -26,16 +28,18 @@ from numpy.typing import NDArray
 
 from progidiff.errors import GeometryError, RequestError
 from progidiff.images.volume import Volume
+from progidiff.labels.segments import is_unnamed
 from progidiff.params import read_int
 from progidiff.proposals.clicks import Choice, Pixel, choose_by_clicks
 from progidiff.proposals.device_queue import NOBODY
+from progidiff.proposals.edits import Edit, check_amount
 from progidiff.proposals.islands import OFF
 from progidiff.proposals.keeper import Keeper, MemoryShelf, Question, TakeTurn
 from progidiff.proposals.request import MAX_SEED, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.answer_files import write_temporary
 from progidiff.server.tasks.answers import Geometry, Latencies, SliceAnswer
-from progidiff.server.tasks.volumes import ProposalInferTask, compute_label_id
+from progidiff.server.tasks.volumes import UNNAMED, ProposalInferTask, compute_label_id
 from progidiff.storage.json_text import read_json
 
 logger = logging.getLogger(__name__)
@@ -63,6 +67,20 @@ class Clicks:
     z: int
     foreground: tuple[Pixel, ...]
     background: tuple[Pixel, ...]
+
+    def to_edits(self, volume: Volume) -> tuple[Edit, ...]:
+        """The same as edits of a request.
+
+        Raises:
+            RequestError: if there are more than a person places.
+        """
+        edits = tuple(
+            Edit(kind="click", positive=inside, points=(volume.grid.find_voxel((self.z, *pixel)),))
+            for pixels, inside in ((self.foreground, True), (self.background, False))
+            for pixel in pixels
+        )
+        check_amount(edits)
+        return edits
 
 
 @dataclass(frozen=True)
@@ -134,12 +152,15 @@ class SliceInferTask(InferTask):
         started = time.monotonic()
         params = dict(request.get("params", {}))
         own = {name: params.pop(name, None) for name in _OWN_OPTIONS}
-        prompt = params.get("prompt") or own["label"]
-        if not prompt:
+        prompt = str(params.get("prompt") or own["label"] or "")
+        is_steered = self._proposals.listens_to_edits and bool(own["foreground"] or own["background"])
+        if is_steered and is_unnamed(prompt):
+            prompt = ""  # A new structure: the clicks alone say what is meant.
+        elif not prompt:
             raise RequestError(
                 "The request has neither label nor prompt. Name the segment after what it shows, for example 'liver'."
             )
-        options, queries = self._proposals.read_request({**self.config(), **params, "prompt": prompt})
+        options, queries = self._proposals.read_request({**self.config(), **params, "prompt": prompt}, is_steered)
         rounds = read_int(self.config()["rounds"] if own["rounds"] is None else own["rounds"], "rounds", 1, MAX_ROUNDS)
         volume = self._proposals.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         clicks = read_clicks(own["foreground"], own["background"], own["slice"], volume)
@@ -147,6 +168,8 @@ class SliceInferTask(InferTask):
         asker = request.get("asker", NOBODY)
         # One slice alone is never cleaned of islands: what it holds may hang together on the others.
         asked = options.to_request(queries).model_copy(update={"slices": (clicks.z,), "clean_up": OFF})
+        if is_steered:
+            asked, rounds = asked.model_copy(update={"edits": (*asked.edits, *clicks.to_edits(volume))}), 1
         choice, drawn, seconds = self._choose(
             volume,
             asked,
@@ -165,7 +188,7 @@ class SliceInferTask(InferTask):
         file = write_temporary(volume.from_stack(labels), volume.grid, options.result_extension, drawn_names)
         answer = SliceAnswer(
             label_names=drawn_names,
-            prompt=options.prompt,
+            prompt=options.prompt or UNNAMED,
             structures=[query.name for query in queries],
             slice=clicks.k,
             axial_slice=clicks.z,
@@ -173,7 +196,9 @@ class SliceInferTask(InferTask):
             missed_clicks=choice.missed,
             kept_proposals=len(choice.kept),
             num_proposals=len(drawn.masks),
-            message=_describe(options.prompt, choice, drawn, clicks, count),
+            message=_describe_steered(choice, drawn, clicks)
+            if is_steered
+            else _describe(options.prompt, choice, drawn, clicks, count),
             area_cm2=round(count * volume.voxel_ml / volume.to_stack()[1][0] * 10, 3),
             seed=options.seed,
             model_version=self._proposals.engine.model_version,
@@ -277,6 +302,17 @@ def _read_points(value: object, name: str) -> list[tuple[int, int, int]]:
             )
         points.append((whole[0], whole[1], whole[2]))
     return points
+
+
+def _describe_steered(choice: Choice, drawn: _Drawn, clicks: Clicks) -> str:
+    clicked = len(clicks.foreground) + len(clicks.background)
+    given = f"{len(drawn.masks)} proposals were drawn given {'the click' if clicked == 1 else f'all {clicked} clicks'}"
+    if choice.fits:
+        return f"{given}; this is their consensus."
+    return (
+        f"{given}; {choice.missed} of them contradict others on the same voxel, where background counts. Remove one of "
+        "each pair if that is not what you mean."
+    )
 
 
 def _describe(prompt: str, choice: Choice, drawn: _Drawn, clicks: Clicks, count: int) -> str:

@@ -22,6 +22,7 @@ from monailabel.interfaces.tasks.infer_v2 import InferTask, InferType
 
 from progidiff.errors import ModelError, NotFoundError, PromptError, RequestError
 from progidiff.images.formats import strip_suffix
+from progidiff.images.geometry import Grid
 from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
@@ -29,9 +30,11 @@ from progidiff.model.adapters import AdapterCard
 from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
 from progidiff.prompts.structures import STRUCTURES, fixed_ids
 from progidiff.proposals.device_queue import NOBODY, DeviceQueue
+from progidiff.proposals.edits import Edit
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.islands import CLEAN_UPS
 from progidiff.proposals.keeper import Answer, DiskShelf, Keeper, Question, TakeTurn
+from progidiff.proposals.placed_edits import place_edits
 from progidiff.proposals.request import (
     AUTO,
     BEST,
@@ -169,7 +172,9 @@ class ProposalInferTask(InferTask):
             present,
             lambda: save_if_asked(options, self._datastore(), image_id, found.proposals, grid, names, found.key),
         )
-        warnings = self.engine.find_warnings(volume, queries, adapter)
+        warnings = self.engine.find_warnings(volume, queries, adapter) + find_contradictions(
+            options.edits, [query.name for query in queries], grid
+        )
         answer = VolumeAnswer(
             **{
                 **found.proposals.summary(),
@@ -182,8 +187,19 @@ class ProposalInferTask(InferTask):
         )
         return str(file), answer.model_dump()
 
-    def read_request(self, params: Mapping[str, Any]) -> tuple[InferOptions, tuple[Query, ...]]:
+    @property
+    def listens_to_edits(self) -> bool:
+        """Whether proposals are drawn given what a person drew."""
+        return bool(self.engine.info().get("listens_to_edits"))
+
+    def read_request(
+        self, params: Mapping[str, Any], is_steered: bool = False
+    ) -> tuple[InferOptions, tuple[Query, ...]]:
         """Check what a request asks for, before any image is read.
+
+        Args:
+            params: As sent.
+            is_steered: Whether somebody drew in another way than by the option `edits`.
 
         Raises:
             RequestError: if an option is wrong or the prompt names nothing known.
@@ -198,7 +214,8 @@ class ProposalInferTask(InferTask):
         info = self.engine.info()
         if info.get("error"):
             raise ModelError(str(info["error"]))
-        if options.edits and not info.get("listens_to_edits"):
+        is_steered = is_steered or bool(options.edits)
+        if is_steered and not info.get("listens_to_edits"):
             raise RequestError(
                 f"{info['model_version']} chooses among proposals and does not draw by edits. Serve a model that has a "
                 "close-up, or choose by clicks with SmartEdit."
@@ -208,16 +225,19 @@ class ProposalInferTask(InferTask):
                 f"The agreement of {info['model_version']} was never compared with the truth, so that it is no "
                 "probability; show consensus or disagreement, or look at the agreement on the review page."
             )
-        return options, self._read_prompt(options, str(info["model_version"]))
+        queries = self._read_prompt(options, str(info["model_version"]), is_steered)
+        # What was drawn of other structures decides nothing about these, and is in no key of theirs.
+        meant = {"", *(query.name for query in queries)}
+        return replace(options, edits=tuple(edit for edit in options.edits if edit.structure in meant)), queries
 
-    def _read_prompt(self, options: InferOptions, model_version: str) -> tuple[Query, ...]:
+    def _read_prompt(self, options: InferOptions, model_version: str, is_steered: bool) -> tuple[Query, ...]:
         """The structures that a prompt names. What the model does not know, or what has no name, is what edits say."""
-        if options.edits and not options.prompt.strip():
+        if is_steered and not options.prompt.strip():
             return (Query(UNNAMED, "", known=False),)
         try:
             return parse_prompt(options.prompt, self.structures, options.allow_free_text, model_version)
         except PromptError as err:
-            if not options.edits or err.suggestions:  # "livr" is asked back
+            if not is_steered or err.suggestions:  # "livr" is asked back
                 raise
             named = parse_prompt(options.prompt, self.structures, True, model_version)
             return tuple(query if query.known else replace(query, text="") for query in named)
@@ -327,6 +347,17 @@ def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable
     ]
     store = ProposalStore(options.store, max_bytes=int(options.store_gb * 1e9))
     return ProposalInferTask(engines[0], store, options, datastore, engines[1:])
+
+
+def find_contradictions(edits: Sequence[Edit], structures: Sequence[str], grid: Grid) -> list[str]:
+    """What to say of voxels that somebody called inside and outside of the same structure."""
+    counts = ((name, place_edits(edits, name, grid).count_contradictions()) for name in structures) if edits else ()
+    return [
+        f"{'One voxel was' if count == 1 else f'{count} voxels were'} said to be inside and outside of {name}; outside "
+        "counts. Take one of the two back if that is not what you mean."
+        for name, count in counts
+        if count
+    ]
 
 
 def compute_label_id(structure: str) -> int:

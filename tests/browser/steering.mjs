@@ -20,6 +20,7 @@ const read = (page) =>
 const locate = ({ place, left, top, ratio }, [y, x]) => [left + (place.left + (x + 0.5) * place.scaleX) / ratio, top + (place.top + (y + 0.5) * place.scaleY) / ratio];
 
 async function draw(page, points, modifier) {
+  await settle(page); // a tool may have moved the picture
   const where = await read(page);
   if (modifier) await page.keyboard.down(modifier);
   await page.mouse.move(...locate(where, points[0]));

@@ -154,7 +154,7 @@ export function renderToolbar() {
     find(`draw-${id}`, HTMLButtonElement).disabled = !drawing || state.isReadOnly || !state.structure;
   }
   renderSteering(session);
-  find("draw-size-row").hidden = !["brush", "eraser", "range", null].includes(tool);
+  find("draw-size-row").hidden = tool === "lasso" || tool === "flood";
   findInput("draw-size").value = String(Math.round(((Math.log(settings.size) - LOW) / SPAN) * SIZE_STEPS));
   find("draw-size-text").textContent = `${settings.size} ${session.picture ? "px" : "mm"}`;
   find("draw-window").hidden = tool !== "range";

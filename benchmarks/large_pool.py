@@ -18,6 +18,9 @@ a busy machine does not make longer. Figures:
 * `seen_after_s`: until an image that was put into the folder is in the list, for which all names are looked at;
 * `idle_cpu_percent`: of one core, over `--idle` seconds in which nobody asks for anything;
 * `resident_mb`, `peak_mb`: memory of the server, at rest after the second start, and its largest in both.
+
+With `--here` no server is started and no score is read from a file: the datastore and the choice of the next image are
+asked in this process, with scores that all images share, in processor time.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import nibabel
@@ -42,11 +46,15 @@ import psutil
 import requests
 
 import progidiff.active_learning.scores as scores_module
+from progidiff.active_learning.reservations import Reservations
 from progidiff.active_learning.scores import ScoredImage, SliceScoreStore
 from progidiff.active_learning.strategies import ImageScores
 from progidiff.labels.history import FINAL, Annotation, Event, _encode, hash_file
+from progidiff.model.adapters import AdapterStore
 from progidiff.prompts.structures import STRUCTURES
+from progidiff.server.background.next_sample import Selection
 from progidiff.server.background.scoring import fingerprint_image
+from progidiff.server.datastores.local import SafeLocalDatastore, open_annotations
 from progidiff.testing import build_tiny_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -221,6 +229,64 @@ def add_by_hand(url: str, studies: Path) -> float:
     return time.monotonic() - began
 
 
+def compute(work: Callable[[], Any], times: int = 1) -> tuple[float, Any]:
+    """Processor milliseconds of one call, the median of so many; and what the last one gave."""
+    taken = []
+    for _ in range(times):
+        began = time.process_time()
+        found = work()
+        taken.append((time.process_time() - began) * 1000)
+    return round(statistics.median(taken), 1), found
+
+
+def measure_here(folder: Path, images: int, slices: int, rounds: int) -> dict[str, Any]:
+    """One size, in this process."""
+    studies, state = folder / "studies", folder / "state"
+    studies.mkdir()
+    names = [f"case_{number:06d}" for number in range(images)]
+    source = studies / f"{names[0]}.nii.gz"
+    nibabel.save(nibabel.Nifti1Image(np.zeros(SHAPE, np.int16), np.diag([5.0, 5.0, 3.0, 1.0])), source)
+    for number, name in enumerate(names[1:], 1):
+        link(source, studies / f"{name}.nii.gz", number)
+        source = studies / f"{name}.nii.gz" if number % 20_000 == 0 else source
+    found: dict[str, Any] = {"images": images, "load": round(os.getloadavg()[0], 1)}
+
+    def open_store() -> SafeLocalDatastore:
+        return SafeLocalDatastore(str(studies), state, open_annotations(state, str(studies)), serves=False)
+
+    found["first_start_cpu_ms"], store = compute(lambda: (opened := open_store(), opened.refresh())[0])
+    found["start_cpu_ms"], _ = compute(open_store)
+    found["scan_cpu_ms"], _ = compute(store.refresh)
+    arrays = np.random.default_rng(0).random((3, len(STRUCTURES), slices)).astype(np.float32)
+    entries = {
+        name: ScoredImage(ImageScores(name, STRUCTURES, *arrays, slice_mm=3.0, version="tiny@1"), "", "CT", 0.0)
+        for name in names
+    }
+    app: Any = SimpleNamespace(datastore=lambda: store)
+    infer: Any = SimpleNamespace(engine=SimpleNamespace(adapters=AdapterStore(folder / "adapters")))
+    scores: Any = SimpleNamespace(pick_newest=lambda wanted: entries)
+    reservations = Reservations(state / "reservations.json")
+    selection = Selection(
+        app, infer, scores, store.annotations, reservations, lambda modality: "tiny@1", dict, lambda image: ""
+    )
+    found["pool_ready_cpu_ms"], _ = compute(lambda: selection.next("somebody"))
+    times: dict[str, list[float]] = {"save": [], "next": []}
+    for turn in range(rounds):
+        save_label(folder / "sent.nii.gz", turn)
+        (image,) = reservations.held_by("somebody")
+        times["save"].append(
+            compute(lambda image=image: store.save_annotated(image, folder / "sent.nii.gz", FINAL, {}))[0]
+        )
+        times["next"].append(compute(lambda: selection.next("somebody"))[0])
+    found |= {f"{name}_cpu_ms": round(statistics.median(values), 1) for name, values in times.items()}
+    found["worklist_cpu_ms"], page = compute(lambda: selection.worklist(limit=50), rounds)
+    found["worklist_kb"] = round(len(page.model_dump_json()) / 1e3, 1)
+    found["worklist_deep_cpu_ms"], _ = compute(lambda: selection.worklist(limit=50, offset=images // 2))
+    found["host_file_cpu_ms"], _ = compute(store.write_host_file)
+    found["resident_mb"] = round(psutil.Process().memory_info().rss / 1e6)
+    return found
+
+
 def measure(folder: Path, images: int, slices: int, rounds: int, idle: float) -> dict[str, Any]:
     """One size."""
     studies = folder / "studies"
@@ -262,6 +328,7 @@ def main() -> None:
     parser.add_argument("--slices", type=int, default=24, help="slices of every image that are scored")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--idle", type=float, default=15.0, help="seconds of which the idle share is taken")
+    parser.add_argument("--here", action="store_true", help="without a server")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     report: dict[str, Any] = {
@@ -273,7 +340,8 @@ def main() -> None:
     }
     for images in options.images:
         with tempfile.TemporaryDirectory(prefix="large-pool-") as folder:
-            report["results"].append(measure(Path(folder), images, options.slices, options.rounds, options.idle))
+            sizes = (Path(folder), images, options.slices, options.rounds)
+            report["results"].append(measure_here(*sizes) if options.here else measure(*sizes, options.idle))
         print(json.dumps(report["results"][-1]), file=sys.stderr, flush=True)
         if options.out:
             options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -31,15 +31,25 @@ async function draw(page, points, modifier) {
   await settle(page);
 }
 
-/** Wait until the last edit is answered, by another result than before. */
+/** Wait until the last edit is answered, by another result than before, and nothing is asked any more. */
 async function answered(page, before) {
+  let key = '';
+  do {
+    await change(page, before);
+    ({ key } = await read(page));
+    await page.waitForTimeout(700); // longer than the page waits for more edits
+  } while (await read(page).then((now) => now.job || now.key !== key));
+  await change(page, before);
+  return key;
+}
+
+async function change(page, before) {
   await until(page, async (key) => {
     const { state, shown } = await import('/progidiff/static/state.js');
     const { session } = state;
     return session && !state.job && session.keyOf(state.structure) && session.keyOf(state.structure) !== key && shown.masks && shown.masksOf === session.source && shown.z === state.z;
   }, before);
   await settle(page);
-  return (await read(page)).key;
 }
 
 /** Of every proposal on the slice, whether it draws a pixel. */

@@ -3,7 +3,8 @@
     python benchmarks/simulate_cluster.py benchmarks/cluster/figures.toml --out benchmarks/results/cluster.json
     python benchmarks/simulate_cluster.py mine.toml --report report.parquet
     python benchmarks/simulate_cluster.py mine.toml --set prelabel.compute_seconds=1.4 prelabel.nodes=4
-    python benchmarks/simulate_cluster.py mine.toml --take gpu.json prelabel.compute_seconds=sections/whole_ct/seconds
+    python benchmarks/simulate_cluster.py mine.toml --take gpu.json \\
+        prelabel.compute_seconds="sections/volume/64 at once/seconds"
 
 Nothing runs but arithmetic. `prelabel`: every machine reads, computes and writes volumes in three stages with a bounded
 number between two of them; a share of the machines is slow, machines fail and come back, volumes fail and are tried
@@ -32,12 +33,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 STAGES = ("read", "compute", "write")
+
+MOST_TIMES_REDONE = 20
+"""How often volumes are begun again, on average, before a job counts as one that never ends."""
 
 
 class Figure(BaseModel):
@@ -51,9 +55,41 @@ class Figure(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    value: float
+    value: float = Field(allow_inf_nan=False)
     origin: Literal["measured", "assumed"]
     note: str
+
+
+def _bounded(least: float, most: float = math.inf, whole: bool = False, above: bool = False) -> Any:
+    """A figure from `least` (`above`: more than it) to `most`, `whole` or any."""
+    wanted = "a whole number" if whole else "a number"
+    wanted += (
+        f" above {least:g}"
+        if above
+        else f" of {least:g} or more"
+        if most == math.inf
+        else f" from {least:g} to {most:g}"
+    )
+
+    def check(figure: Figure) -> Figure:
+        value = figure.value
+        if not least <= value <= most or (above and value == least) or (whole and value != int(value)):
+            raise ValueError(f"{value:g} cannot be, it is {wanted}")
+        return figure
+
+    return AfterValidator(check)
+
+
+Count = Annotated[Figure, _bounded(1, whole=True)]
+CountOrNone = Annotated[Figure, _bounded(0, whole=True)]
+Positive = Annotated[Figure, _bounded(0, above=True)]
+Amount = Annotated[Figure, _bounded(0)]
+Share = Annotated[Figure, _bounded(0, 1)]
+Switch = Annotated[Figure, _bounded(0, 1, whole=True)]
+
+
+class NeverEndsError(Exception):
+    """Something fails more often than it gets anything done."""
 
 
 class _Figures(BaseModel):
@@ -86,27 +122,27 @@ class PrelabelFigures(_Figures):
         stealing: 1 if a machine with nothing to do takes over volumes of others, 0 if each keeps its share.
     """
 
-    volumes: Figure
-    read_seconds: Figure
-    compute_seconds: Figure
-    write_seconds: Figure
-    spread: Figure
-    read_mb: Figure
-    write_mb: Figure
-    nodes: Figure
-    gpus: Figure
-    actors: Figure
-    readers: Figure
-    writers: Figure
-    waiting: Figure
-    storage_mb_per_second: Figure
-    slow_share: Figure
-    slow_times: Figure
-    hours_between_failures: Figure
-    restart_seconds: Figure
-    error_share: Figure
-    tries: Figure
-    stealing: Figure
+    volumes: Count
+    read_seconds: Amount
+    compute_seconds: Positive
+    write_seconds: Amount
+    spread: Amount
+    read_mb: Amount
+    write_mb: Amount
+    nodes: Count
+    gpus: Count
+    actors: Count
+    readers: Count
+    writers: Count
+    waiting: CountOrNone
+    storage_mb_per_second: Positive
+    slow_share: Share
+    slow_times: Positive
+    hours_between_failures: Amount
+    restart_seconds: Amount
+    error_share: Share
+    tries: Count
+    stealing: Switch
 
 
 class TrainingFigures(_Figures):
@@ -130,23 +166,23 @@ class TrainingFigures(_Figures):
         restart_seconds: Until the training goes on from the last checkpoint.
     """
 
-    slices: Figure
-    slices_per_step: Figure
-    compute_seconds: Figure
-    jitter: Figure
-    data_slices_per_second: Figure
-    gradients_mb: Figure
-    link_gb_per_second: Figure
-    hidden_share: Figure
-    gpus: Figure
-    slow_gpus: Figure
-    slow_times: Figure
-    validate_every_steps: Figure
-    validate_seconds: Figure
-    checkpoint_every_steps: Figure
-    checkpoint_seconds: Figure
-    hours_between_failures: Figure
-    restart_seconds: Figure
+    slices: Count
+    slices_per_step: Count
+    compute_seconds: Positive
+    jitter: Amount
+    data_slices_per_second: Amount
+    gradients_mb: Amount
+    link_gb_per_second: Positive
+    hidden_share: Share
+    gpus: Count
+    slow_gpus: CountOrNone
+    slow_times: Positive
+    validate_every_steps: Count
+    validate_seconds: Amount
+    checkpoint_every_steps: Count
+    checkpoint_seconds: Amount
+    hours_between_failures: Amount
+    restart_seconds: Amount
 
 
 class Inputs(BaseModel):
@@ -237,13 +273,22 @@ class PrelabelRun:
             self._nodes[volume % len(self._nodes)].share.append(volume)
 
     def run(self) -> float:
-        """Simulate to the end. Returns seconds."""
+        """Simulate to the end. Returns seconds.
+
+        Raises:
+            NeverEndsError: if machines fail before they get anything done.
+        """
         for node in self._nodes:
             self._plan_failure(node)
             self._feed(node)
         while self.done + self.given_up < self._volumes:
             self.now, _, act = heapq.heappop(self._events)
             act()
+            if self.redone > MOST_TIMES_REDONE * self._volumes:
+                raise NeverEndsError(
+                    "The machines fail more often than they get volumes done, and the job would never end. Give more "
+                    "hours_between_failures."
+                )
         return self.now
 
     def count_slots(self, stage: str) -> int:
@@ -425,7 +470,11 @@ def _exchange_seconds(figures: TrainingFigures, gpus: int) -> float:
 def _lose_to_failures(
     figures: TrainingFigures, gpus: int, seconds: float, step: float, rng: np.random.Generator
 ) -> tuple[int, float]:
-    """How often the training starts again, and the seconds that this costs: one failed GPU ends it for all."""
+    """How often the training starts again, and the seconds that this costs: one failed GPU ends it for all.
+
+    Raises:
+        NeverEndsError: if that costs more than any training is worth.
+    """
     hours = figures.number("hours_between_failures")
     if hours <= 0:
         return 0, 0.0
@@ -436,7 +485,7 @@ def _lose_to_failures(
         lost += float(rng.uniform(0, between)) + figures.number("restart_seconds")
         at += float(rng.exponential(hours * 3600 / gpus))
         if lost > 100 * seconds:
-            raise SystemExit(
+            raise NeverEndsError(
                 "The training fails more often than it gets from one checkpoint to the next, and would never end. Give "
                 "more hours_between_failures, or fewer checkpoint_every_steps."
             )
@@ -456,20 +505,23 @@ VARIED = {
 """What is halved and doubled."""
 
 
-def vary(job: str, figures: _Figures, simulate: Callable[[Any], dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Hours with one figure halved and doubled, the others as they are."""
-    found: dict[str, dict[str, float]] = {}
+def vary(job: str, figures: _Figures, simulate: Callable[[Any], dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Hours with one figure halved and doubled, the others as they are; None where the job would never end."""
+    found: dict[str, dict[str, float | None]] = {}
     for name in VARIED[job]:
         value = figures.number(name)
         if value == 0:
             continue
-        tried = {}
+        tried: dict[str, float | None] = {}
         for factor in (0.5, 2.0):
             # There is no half machine, and no share beyond all.
             changed = max(1.0, round(value * factor)) if name in ("nodes", "readers") else value * factor
             changed = min(1.0, changed) if name.endswith("_share") else changed
             figure = getattr(figures, name).model_copy(update={"value": changed})
-            tried[f"{changed:g}"] = simulate(figures.model_copy(update={name: figure}))["hours"]
+            try:
+                tried[f"{changed:g}"] = simulate(figures.model_copy(update={name: figure}))["hours"]
+            except NeverEndsError:
+                tried[f"{changed:g}"] = None
         found[name] = tried
     return found
 
@@ -481,30 +533,37 @@ def read_inputs(path: Path) -> Inputs:
         SystemExit: saying what is wrong with it.
     """
     try:
-        return Inputs.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, tomllib.TOMLDecodeError) as err:
+        inputs = Inputs.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as err:
         raise SystemExit(f"'{path}' cannot be read ({err}). benchmarks/cluster/figures.toml is one that can.") from err
     except ValidationError as err:
         first = err.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise SystemExit(
-            f'\'{path}\': {place}: {first["msg"]}. Every figure is {{value = ..., origin = "measured" or "assumed", '
-            'note = "..."}, see benchmarks/cluster/figures.toml.'
+            f"'{path}': {place}: {first['msg'].removeprefix('Value error, ')}. Every figure is "
+            '{value = ..., origin = "measured" or "assumed", note = "..."}, see benchmarks/cluster/figures.toml.'
         ) from err
+    if inputs.prelabel is None and inputs.training is None:
+        raise SystemExit(f"'{path}' has neither [prelabel] nor [training]. See benchmarks/cluster/figures.toml.")
+    return inputs
 
 
 def replace_figure(inputs: Inputs, name: str, value: float, origin: str, note: str) -> Inputs:
     """One figure changed, named as ``job.figure``.
 
     Raises:
-        SystemExit: if there is none of this name.
+        SystemExit: if there is none of this name, or it cannot have this value.
     """
     job, _, figure = name.partition(".")
     figures = getattr(inputs, job, None) if job in VARIED else None
     if figures is None or figure not in type(figures).model_fields:
         raise SystemExit(f"There is no figure '{name}'; they are named as in the file, for example prelabel.nodes.")
-    known = Figure.model_validate({"value": value, "origin": origin, "note": note})
-    return inputs.model_copy(update={job: figures.model_copy(update={figure: known})})
+    known = {"value": value, "origin": origin, "note": note}
+    try:
+        changed = type(figures).model_validate({**figures.model_dump(), figure: known})
+    except ValidationError as err:
+        raise SystemExit(f"{name}: {err.errors()[0]['msg'].removeprefix('Value error, ')}.") from err
+    return inputs.model_copy(update={job: changed})
 
 
 def read_pairs(pairs: Sequence[str]) -> dict[str, str]:
@@ -546,11 +605,21 @@ def _go(value: Any, step: str) -> Any:
 
 
 def take_from_report(inputs: Inputs, file: Path) -> Inputs:
-    """The seconds of each stage from a report of `progidiff prelabel`, and how much volumes differ."""
+    """The seconds of each stage from a report of `progidiff prelabel`, and how much volumes differ.
+
+    Raises:
+        SystemExit: if it is none, or nothing was labelled in that run.
+    """
+    import pyarrow
     import pyarrow.parquet
 
     columns = [f"{stage}_seconds" for stage in STAGES]
-    table = pyarrow.parquet.read_table(file, columns=columns).to_pydict()
+    try:
+        table = pyarrow.parquet.read_table(file, columns=columns).to_pydict()
+    except (OSError, pyarrow.ArrowException) as err:
+        raise SystemExit(f"'{file}' cannot be read ({err}). Name the report of a run of progidiff prelabel.") from err
+    if missing := sorted(set(columns) - set(table)):
+        raise SystemExit(f"'{file}' has no {missing[0]}. Name the report of a run of progidiff prelabel.")
     for name in columns:
         values = np.array([value for value in table[name] if value], float)
         if len(values) == 0:
@@ -611,10 +680,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as err:
             raise SystemExit(f"'{text}' is no number; {name} is one.") from err
     command = shlex.join(["python", *sys.argv]) if arguments is None else ""
-    text = json.dumps({"command": command, **simulate(inputs, options.seed)}, indent=1)
-    if options.out is not None:
-        options.out.write_text(text + "\n", encoding="utf-8")
+    try:
+        text = json.dumps({"command": command, **simulate(inputs, options.seed)}, indent=1)
+    except NeverEndsError as err:
+        raise SystemExit(str(err)) from err
     print(text)
+    if options.out is not None:
+        try:
+            options.out.write_text(text + "\n", encoding="utf-8")
+        except OSError as err:
+            raise SystemExit(f"'{options.out}' cannot be written ({err}). Name another file with --out.") from err
 
 
 if __name__ == "__main__":

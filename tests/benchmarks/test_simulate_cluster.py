@@ -112,7 +112,7 @@ def test_failures_cost_what_was_done_since_the_last_checkpoint(script: ModuleTyp
     assert found["failures"] > 3
     lost = found["shares"]["failures"] * found["hours"] * 3600
     assert found["failures"] * 30 < lost < found["failures"] * (30 + 500 * 0.11)
-    with pytest.raises(SystemExit, match="would never end"):
+    with pytest.raises(script.NeverEndsError, match="would never end"):
         script.simulate_training(set_figures(script, "training", **{**often, "hours_between_failures": 0.0001}))
 
 
@@ -147,6 +147,17 @@ def test_measured_figures_take_the_place_of_assumed_ones(
         (["--set", "prelabel.nods=4"], "no figure 'prelabel.nods'"),
         (["--set", "prelabel.nodes"], "should be a figure and what it is"),
         (["--set", "prelabel.nodes=many"], "is no number"),
+        (["--set", "prelabel.nodes=0"], "prelabel.nodes: 0 cannot be, it is a whole number of 1 or more"),
+        (["--set", "prelabel.gpus=0.5"], "0.5 cannot be, it is a whole number of 1 or more"),
+        (["--set", "prelabel.readers=0"], "prelabel.readers: 0 cannot be"),
+        (["--set", "prelabel.error_share=7"], "7 cannot be, it is a number from 0 to 1"),
+        (["--set", "prelabel.compute_seconds=nan"], "prelabel.compute_seconds: Input should be a finite number"),
+        (["--set", "training.link_gb_per_second=0"], "0 cannot be, it is a number above 0"),
+        (["--set", "training.validate_every_steps=0"], "training.validate_every_steps: 0 cannot be"),
+        (["--set", "prelabel.volumes=300", "prelabel.hours_between_failures=0.0001"], "would never end"),
+        (["--report", "absent.parquet"], "'absent.parquet' cannot be read"),
+        (["--report", str(FIGURES)], "Name the report of a run of progidiff prelabel"),
+        (["--set", "prelabel.volumes=300", "training.slices=9000", "--out", "absent/x.json"], "Name another file"),
         (["--take", str(ROOT / "benchmarks" / "results" / "decoding.json"), "prelabel.nodes=rows/x"], "no number at"),
     ],
 )
@@ -155,9 +166,20 @@ def test_what_cannot_be_used_is_refused_with_a_sentence(script: ModuleType, argu
         script.main([str(FIGURES), *arguments])
 
 
+def test_a_way_of_failing_that_never_ends_is_none_of_the_variations(script: ModuleType):
+    figures = set_figures(script, "training", **{**STEADY, "hours_between_failures": 0.15, "restart_seconds": 30})
+    found = script.vary("training", figures, script.simulate_training)["hours_between_failures"]
+    assert found["0.075"] is None
+    assert found["0.3"] == pytest.approx(0.83, abs=0.2)
+
+
 def test_a_file_that_is_none_is_refused_with_the_place(script: ModuleType, tmp_path: Path):
     file = tmp_path / "mine.toml"
-    for text, told in (("x", "cannot be read"), ("[prelabel]\nvolumes = 3", "prelabel.volumes")):
+    for text, told in (
+        ("x", "cannot be read"),
+        ("title = 'x'", "neither"),
+        ("[prelabel]\nvolumes = 3", "prelabel.volumes"),
+    ):
         file.write_text(text)
         with pytest.raises(SystemExit, match=told):
             script.read_inputs(file)

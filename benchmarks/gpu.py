@@ -962,6 +962,14 @@ SECTIONS = {
 }
 """In this order; what comes last gets what time is left."""
 
+BUDGET = 290.0
+"""Seconds of everything, if nothing else is asked for."""
+
+
+def plan_budgets(total: float) -> dict[str, float]:
+    """Seconds of each section: its own, and in proportion more where all of them get more than `BUDGET`."""
+    return {name: section.seconds * max(1.0, total / BUDGET) for name, section in SECTIONS.items()}
+
 
 def describe_error(err: BaseException) -> str:
     """Its kind and its first lines."""
@@ -1109,12 +1117,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", help="cuda, cuda:1 or cpu (default: the first CUDA device)")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--budget", type=float, default=290.0, help="seconds of everything")
+    parser.add_argument(
+        "--budget", type=float, default=BUDGET, help="seconds of everything; more gives each section more"
+    )
     parser.add_argument("--one-process", action="store_true", help="run here; nothing ends a section that hangs")
     parser.add_argument(
         "--worker", type=Path, help=argparse.SUPPRESS
     )  # what the process of the sections is started with
     options = parser.parse_args(arguments)
+    if not 0 < options.budget < float("inf"):
+        sys.exit(f"--budget {options.budget:g} must be seconds, more than 0.")
     name = options.device or ("cuda" if torch.cuda.is_available() else "")
     if not name:
         sys.exit("There is no CUDA device here. `--device cpu --size small` runs every section at toy size.")
@@ -1122,11 +1134,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit("Stable Diffusion's widths take hours on a processor; add --size small.")
     if torch.device(name).type == "cuda" and not torch.cuda.is_available():
         sys.exit(f"torch sees no CUDA device, so there is no {name}. docs/how-to/gpu.md says which torch to install.")
-    budgets = {key: section.seconds for key, section in SECTIONS.items()}
+    budgets = plan_budgets(options.budget)
     facts = {"command": shlex.join(["python", "benchmarks/gpu.py", *(arguments or sys.argv[1:])]), "size": options.size}
     report = Report(options.out, facts)
     if options.worker is None and not options.one_process:
-        command = [sys.executable, __file__, "--device", name, "--size", options.size]
+        command = [sys.executable, __file__, "--device", name, "--size", options.size, "--budget", str(options.budget)]
         watch(command, options.sections, budgets, options.budget, report.keep)
     else:
         with tempfile.TemporaryDirectory(prefix="progidiff-gpu-") as folder:

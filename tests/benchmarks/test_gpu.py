@@ -121,6 +121,16 @@ def test_the_sections_fit_into_six_minutes_with_the_tests(benchmark: ModuleType)
     assert sum(named) <= 300  # Few use all of it; --budget ends the last one.
 
 
+def test_a_larger_budget_gives_each_section_more_and_a_smaller_one_none_less(benchmark: ModuleType):
+    own = {name: section.seconds for name, section in benchmark.SECTIONS.items()}
+    assert benchmark.plan_budgets(benchmark.BUDGET) == own
+    assert benchmark.plan_budgets(60) == own
+    assert benchmark.plan_budgets(2 * benchmark.BUDGET) == {name: 2 * seconds for name, seconds in own.items()}
+    for nonsense in ("0", "nan", "inf"):
+        with pytest.raises(SystemExit, match="must be seconds, more than 0"):
+            benchmark.main(["--device", "cpu", "--size", "small", "--budget", nonsense])
+
+
 def test_the_covered_time_counts_overlaps_once(benchmark: ModuleType):
     assert benchmark.compute_covered([(0, 2), (1, 3), (5, 6), (5.2, 5.5)]) == 4
     assert benchmark.compute_covered([]) == 0

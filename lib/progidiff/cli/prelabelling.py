@@ -130,6 +130,7 @@ def prelabel(
         prompt, out_tag, num_proposals, steps, seed, adapter, modality, overwrite, check_clean_up(clean_up)
     )
     settings.check()
+    _check_ray(ray, {"--ray-address": ray_address, "--workers": workers, "--gpus-per-worker": gpus_per_worker})
     out = None if out is None else _settle(out)
     items = _find_items(studies, manifest, out)
     budget = parse_budget(max_failures, len(items))
@@ -188,6 +189,13 @@ def _run(
         typer.echo(f"The summary is in {written}", err=True)
     if result["counts"]["failed"]:
         raise typer.Exit(FAILED_EXIT_CODE)
+
+
+def _check_ray(ray: bool, given: dict[str, object]) -> None:
+    """Refuse what is only for a cluster where none is asked for: one machine would do the work of all."""
+    named = [name for name, value in given.items() if value is not None]
+    if named and not ray:
+        raise RequestError(f"{', '.join(named)} counts only on a Ray cluster. Add --ray, or leave it out.")
 
 
 def _find_items(studies: str | None, manifest: str | None, out: str | None) -> list[Item]:

@@ -236,6 +236,9 @@ def test_a_run_that_cannot_work_is_refused_before_it_begins(tmp_path: Path, tiny
     assert "nosuch://" in refuse("--studies", "nosuch://x", "--out", str(tmp_path))
     assert "nothing at" in refuse("--studies", str(tmp_path / "none"), "--out", str(tmp_path))
     assert "share like 5%" in refuse(*manifest, "--out", str(tmp_path / "out"), "--max-failures", "x")
+    for empty in ("s3://", "s3:///"):
+        assert "names no place" in refuse(*manifest, "--out", empty)
+    assert "two slashes" in refuse(*manifest, "--out", "s3:/bucket/labels")
     # One machine would do the work of a cluster, and nobody would notice.
     for alone in (["--ray-address", "auto"], ["--workers", "3"], ["--gpus-per-worker", "0.5"]):
         assert "Add --ray" in refuse(*manifest, "--out", str(tmp_path / "out"), *alone)

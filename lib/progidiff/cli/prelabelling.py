@@ -220,9 +220,9 @@ def _find_items(studies: str | None, manifest: str | None, out: str | None) -> l
 
 def _settle(address: str) -> str:
     """An address that means the same in every process, wherever it stands."""
-    from progidiff.storage.addresses import is_remote, to_path
+    from progidiff.storage.addresses import check_address, is_remote, to_path
 
-    return address if is_remote(address) else str(to_path(address))
+    return address if is_remote(check_address(address)) else str(to_path(address))
 
 
 @dataclass(frozen=True)

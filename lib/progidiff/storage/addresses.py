@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -63,6 +64,27 @@ def to_path(address: str) -> Path:
         '/data/scans'
     """
     return Path(address.removeprefix("file://").removeprefix("local://")).expanduser().absolute()
+
+
+def check_address(address: str) -> str:
+    """Refuse what would quietly become a folder of this machine called ``s3:``.
+
+    Raises:
+        RequestError: if nothing follows the protocol (a variable of the shell that is empty), or a slash is missing.
+
+    Example:
+        >>> check_address("s3://bucket/scans"), check_address("scans")
+        ('s3://bucket/scans', 'scans')
+    """
+    found = re.fullmatch(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", address)
+    if found is None:
+        return address
+    protocol, slashes, rest = found.groups()
+    if len(slashes) == 1:
+        raise RequestError(f"'{address}' is no address. Write '{protocol}://' with two slashes, or './' before a path.")
+    if not rest:
+        raise RequestError(f"'{address}' names no place. Write for example {protocol}://bucket/folder.")
+    return address
 
 
 def join(address: str, *names: str) -> str:

@@ -1,4 +1,6 @@
-"""TextDiff on the command line: ``progidiff textdiff pretrain | convert | train | predict | evaluate | versions``."""
+"""TextDiff on the command line: ``progidiff textdiff pretrain | convert | train | teach | predict | evaluate |
+versions``.
+"""
 
 from __future__ import annotations
 
@@ -139,10 +141,10 @@ def register(app: Any) -> None:
     """Add the commands to the command line `app` (a `typer.Typer`)."""
     group = typer.Typer(
         no_args_is_help=True,
-        help="2-D pictures with a report sentence: pretrain, convert, train, predict, evaluate, versions.",
+        help="2-D pictures with a report sentence: pretrain, convert, train, teach, predict, evaluate, versions.",
         rich_markup_mode=None,
     )
-    for command in (pretrain, convert, train, predict, evaluate):
+    for command in (pretrain, convert, train, teach, predict, evaluate):
         group.command()(command)
     group_of_versions = typer.Typer(
         no_args_is_help=True, help="Versions of TextDiff models: list, show, add, use, rollback.", rich_markup_mode=None
@@ -280,6 +282,54 @@ def train(
         )
     _print_notes(result.notes)
     typer.echo(json.dumps({"model": str(out), "figures": result.figures, "seconds": result.run["seconds"]}, indent=1))
+
+
+def teach(
+    model: Annotated[
+        Path | None,
+        typer.Option("--model", help="Folder of a model whose sentence selects. Required.", show_default=False),
+    ] = None,
+    phrases: PhrasesOption = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to make; the model. Required.", show_default=False)] = None,
+    validation: ValidationOption = None,
+    work: Annotated[Path, typer.Option(help="Features of the --validation pictures.")] = Path("runs/textdiff"),
+    steps: Annotated[int, typer.Option(help="Of the training, 128 phrases each.")] = 600,
+    seed: Annotated[int, typer.Option(help="Of the order of the phrases.")] = 0,
+    denoiser: DenoiserOption = None,
+    device: DeviceOption = None,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach a model that selects another table of phrases, in a minute: what it draws where stays as it is.
+
+    With --validation the threshold is chosen on those pictures and the figures are printed; without, the threshold
+    stays.
+    """
+    from progidiff.storage.provenance import describe_versions
+    from progidiff.textdiff.data import find_cases
+    from progidiff.textdiff.model import load_textdiff
+    from progidiff.textdiff.phrases import read_phrases
+    from progidiff.textdiff.teach import TeachConfig, measure_taught, teach_phrases
+    from progidiff.textdiff.weights import read_json
+
+    table, target = require(phrases, "--phrases"), require(out, "--out")
+    _prepare(threads)
+    source = load_textdiff(require(model, "--model"), device, denoiser)
+    config = TeachConfig(steps=steps, seed=seed)
+    taught, run = teach_phrases(source, read_phrases(table, source.card.classes), config, report=make_step_report())
+    held = [] if validation is None else find_cases(validation)
+    figures = measure_taught(taught, held, work / "features") if held else {}
+    before = {} if source.folder is None else read_json(source.folder / "run.json")
+    record = {
+        **before,
+        **run,
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "before": {name: before.get(name) for name in ("command", "config", "date")},
+        "versions": describe_versions(),
+        "validation": figures,
+        "held_out_cases": [case.name for case in held] or before.get("held_out_cases", []),
+    }
+    taught.save(target, record)
+    typer.echo(json.dumps({"model": str(target), "figures": figures, "misread": run["misread"]}, indent=1))
 
 
 def _choose_pictures(

@@ -286,6 +286,7 @@ class TextDiffModel:
                     on_progress(done + 1, total)
             found[draw] = resize((sums / weights).flip(axes)[None], picture.size)[0].clamp(0, 1).numpy()
         masks = np.stack([self.draw_mask(probabilities) for probabilities in found])
+        notes += find_silence(self.card, sentence if attend else None, bool(masks.any()))
         mean = found.mean(axis=0)
         spread = np.minimum(1, 2 * found.sum(axis=1).std(axis=0)).astype(np.float32)
         return TextDiffResult(
@@ -398,6 +399,23 @@ def find_notes(card: TextDiffCard, picture: Picture, sentence: str | None, atten
     elif reads and sentence is None and attend:
         notes.append("There is no sentence for this picture; it was segmented without one.")
     return notes
+
+
+def find_silence(card: TextDiffCard, sentence: str | None, drawn: bool) -> list[str]:
+    """What the user should know if a sentence drew nothing though it decides what is drawn.
+
+    Args:
+        card: Of the model that answered.
+        sentence: What it read; None for none, which `find_notes` speaks about.
+        drawn: Whether any draw marks a pixel.
+    """
+    if drawn or not card.phrases or sentence is None:
+        return []
+    return [
+        f"Nothing is drawn: '{card.full_name}' found nothing in the sentence that it knows "
+        f"({', '.join(card.classes)}), or it is not in this picture. Ask for it by name, for "
+        f"example '{card.phrases[0].text}'."
+    ]
 
 
 def keep_largest_pieces(mask: NDArray[Any]) -> NDArray[Any]:

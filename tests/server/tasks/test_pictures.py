@@ -8,7 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -472,6 +472,28 @@ def test_a_label_that_was_put_into_the_folder_by_hand_counts_as_the_first_class(
     place.engine.label_ids = dict  # type: ignore[method-assign,assignment]
     options, _ = TrainingOptions.from_params("textdiff", {"name": "cells"})
     assert collect(place.task, options, [nameless], None)["cases"][0]["structures"] == {"1": "cells"}
+
+
+def test_an_unnamed_id_of_a_tissue_picture_is_no_lung_whichever_model_was_published_last(place: Place):
+    chest = replace(CARD, name="chest", classes=("right lung", "left lung"), gray=True)
+    place.engine.list_served = lambda: [chest, CARD]  # type: ignore[method-assign]
+    place.engine.label_ids = lambda: {"right lung": 1, "left lung": 2}  # type: ignore[method-assign]
+    rng = np.random.default_rng(0)
+    for name, shape in (("tissue", (SIDE, SIDE, 3)), ("xray", (SIDE, SIDE))):
+        Image.fromarray(rng.integers(0, 255, shape, np.uint8)).save(place.studies / f"{name}.png")
+    cases = [
+        Case(name, place.studies / f"{name}.png", place.studies / f"{name}.png", {}, names_all=False)
+        for name in ("tissue", "xray")
+    ]
+
+    def find_names(**params: str) -> list[dict[str, str]]:
+        options, _ = TrainingOptions.from_params("textdiff", params)
+        return [case["structures"] for case in collect(place.task, options, cases, None)["cases"]]
+
+    nuclei, lungs = {"1": "nuclei", "2": "stroma"}, {"1": "right lung", "2": "left lung"}
+    assert find_names() == [nuclei, lungs]
+    assert find_names(name="nuclei") == [nuclei, nuclei]
+    assert find_names(structures="gland") == [{"1": "gland"}, {"1": "gland"}]
 
 
 def test_a_first_version_must_find_something_and_a_later_one_beat_the_served_one():

@@ -193,7 +193,7 @@ def describe_picture(context: Context, image: str) -> ReviewedPicture:
                 classes=list(card.classes),
                 reads_text=bool(card.head.text_features),
                 gray=card.gray,
-                phrases=[phrase.text for phrase in getattr(card, "phrases", ())][:_MOST_WORDS],
+                phrases=[phrase.text for phrase in card.phrases][:_MOST_WORDS],
                 figures=card.figures,
             )
             for card in heads

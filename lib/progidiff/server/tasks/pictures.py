@@ -267,7 +267,8 @@ class TextDiffInferTask(InferTask):
         file, saved = write_and_save(
             labels, subject.grid, extension, present, lambda: self._save(options, image_id, found, subject, names)
         )
-        warnings = find_notes_about(subject, sentence, card)
+        drawn = bool(found.proposals.probabilities.any())
+        warnings = [*find_notes_about(subject, sentence, card), *find_silence_about(card, sentence, drawn)]
         shared = describe_answer(found, options, image_id, saved, subject.grid, warnings, time.monotonic() - started)
         if not subject.is_picture:
             shared["proposals"] = None  # It is kept in memory only, where nobody else finds it.
@@ -477,6 +478,13 @@ def find_notes_about(subject: Subject, sentence: str | None, card: TextDiffCard)
 
     picture = _read_pixels(subject)
     return list(dict.fromkeys((*picture.notes, *find_notes(card, picture, sentence or None))))
+
+
+def find_silence_about(card: TextDiffCard, sentence: str | None, drawn: bool) -> list[str]:
+    """See `progidiff.textdiff.model.find_silence`."""
+    from progidiff.textdiff.model import find_silence
+
+    return find_silence(card, sentence or None, drawn)
 
 
 def _summarise(result: VolumeProposals, subject: Subject) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from progidiff.cli import main
 from progidiff.errors import GeometryError, RequestError
 from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.evaluate import evaluate
@@ -19,6 +22,7 @@ from progidiff.textdiff.network import HeadConfig, TextDiffHead, close_gates
 from progidiff.textdiff.phrases import Phrase, compose_phrases, find_asked, keep_classes, read_phrases
 from progidiff.textdiff.pictures import read_picture
 from progidiff.textdiff.sentences import SentenceEncoder
+from progidiff.textdiff.teach import read_asked
 from progidiff.textdiff.train import TextDiffTraining, list_questions, move_picture, train_textdiff
 from support.chests import CLASSES, PHRASES, write_chests
 from support.toy_textdiff import toy
@@ -222,3 +226,37 @@ def test_the_phrases_for_chests_and_those_that_are_only_measured_share_none():
     assert not any(known & unseen for unseen in measured)
     assert len(known) > 1000
     assert {phrase.classes for phrase in tables[0]} == {(), (1,), (2,), (1, 2)}
+
+
+def test_a_head_is_taught_more_phrases_on_the_command_line(
+    selecting: TextDiffTraining, chests: list[PictureCase], tmp_path: Path
+):
+    rows = [f'"{phrase.text}",{"; ".join(CLASSES[value - 1] for value in phrase.classes)}' for phrase in PHRASES]
+    rows += ['"right lung clear, left lung opaque",left lung', '"left lung clear, right lung opaque",right lung']
+    table = write_table(tmp_path, "\n".join(["text,structures", *rows, "right femur,", "left femur,"]) + "\n")
+    arguments = [
+        "textdiff",
+        "teach",
+        "--model",
+        selecting.model.folder,
+        "--phrases",
+        table,
+        "--out",
+        tmp_path / "taught",
+    ]
+    arguments += ["--validation", chests[0].image.parent, "--work", tmp_path, "--steps", 150, "--device", "cpu"]
+    made = CliRunner().invoke(main.app, list(map(str, arguments)))
+    assert made.exit_code == 0, made.output
+    said = json.loads(made.stdout)
+    assert said["misread"] == []
+    assert said["figures"]["dice"] > 0.7
+    taught = load_textdiff(tmp_path / "taught", "cpu")
+    asked = read_asked(
+        taught, ["right lung clear, left lung opaque", "Left lung clear, right lung opaque", "left femur"]
+    )
+    assert asked == [(2,), (1,), ()]
+    run = json.loads((tmp_path / "taught" / "run.json").read_text(encoding="utf-8"))
+    assert run["taught_from"]["model"] == selecting.model.card.full_name
+    assert run["training_cases"] == [case.name for case in chests[:4]]
+    silent = taught.predict(read_picture(chests[4].image), "left femur")
+    assert not silent.mask.any()

@@ -43,14 +43,20 @@ def test_the_shipped_chest_head_draws_the_side_that_the_sentence_names():
         "bilateral pneumonia": (1, 2),
         "die rechte Lunge": (1,),
         "hazy shadow projecting over the left lung base": (2,),
+        "right lung unremarkable, left lung shows a nodule": (2,),
+        "left lung unremarkable, right lung shows a nodule": (1,),
     }
     for sentence, classes in asked.items():
         mask = model.predict(picture, sentence).mask
         wanted = np.isin(truth, classes)
         overlap = (mask == truth) & wanted
         assert 2 * overlap.sum() / ((mask > 0).sum() + wanted.sum()) > 0.6, sentence
-    assert not model.predict(picture, "the liver").mask.any()
-    assert not model.predict(picture, None).mask.any()
+    for sentence in ("the liver", "right femur", None):
+        assert not model.predict(picture, sentence).mask.any(), sentence
+
+
+def test_the_first_chest_head_is_still_there():
+    assert load_textdiff(default_folder() / "chest" / "1", "cpu").card.full_name == "chest@1"
 
 
 @pytest.mark.parametrize("version", [1, 2, 3])

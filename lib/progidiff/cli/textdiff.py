@@ -304,12 +304,12 @@ def teach(
     With --validation the threshold is chosen on those pictures and the figures are printed; without, the threshold
     stays.
     """
-    from progidiff.storage.provenance import describe_versions
     from progidiff.textdiff.data import find_cases
     from progidiff.textdiff.model import load_textdiff
     from progidiff.textdiff.phrases import read_phrases
     from progidiff.textdiff.teach import TeachConfig, measure_taught, teach_phrases
     from progidiff.textdiff.weights import read_json
+    from progidiff.training.recipes import describe_run
 
     table, target = require(phrases, "--phrases"), require(out, "--out")
     _prepare(threads)
@@ -321,10 +321,10 @@ def teach(
     before = {} if source.folder is None else read_json(source.folder / "run.json")
     record = {
         **before,
+        **describe_run(),
         **run,
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "before": {name: before.get(name) for name in ("command", "config", "date")},
-        "versions": describe_versions(),
         "validation": figures,
         "held_out_cases": [case.name for case in held] or before.get("held_out_cases", []),
     }

@@ -174,10 +174,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         for name in options.arms:
             path = options.work / f"{name.replace(' ', '-').replace(',', '')}-{options.size}-{seed}.json"
             if not path.is_file() and not options.done_only:
-                started = time.process_time()
                 cases = pick_training(training, options.size, seed)
                 model = train(ARMS[name], cases, seed, options.denoiser, cache, path.with_suffix(""))
-                trained = time.process_time() - started
                 draws = options.draws if ARMS[name].averaged == 1 else options.draws[:1]
                 found = {
                     "arm": name,
@@ -185,7 +183,6 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     "seed": seed,
                     "setting": asdict(ARMS[name]),
                     "cases": [case.name for case in cases],
-                    "seconds": trained,
                     "scores": measure(model, validation, draws),
                 }
                 scratch = path.with_suffix(f".{os.getpid()}.tmp")

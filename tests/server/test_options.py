@@ -185,6 +185,8 @@ def test_server_options_are_read_from_their_text(tmp_path: Path):
         ("devices", "cuda:0,gpu1", "has 'gpu1'; it must be a comma-separated list of devices, for example"),
         ("devices", "cuda:1,cuda:1", "cuda:1 is named twice"),
         ("devices", "cuda,cuda:0", "cuda, which is cuda:0, is named twice"),
+        ("devices", "cpu,cuda:7", "and no cuda:7"),
+        ("devices", ",", "names none"),
         ("warm_up", "perhaps", "--conf warm_up"),
         ("model_dir", "/nowhere/at/all", "no such folder"),
         ("max_proposals", "many", "--conf max_proposals is 'many'"),
@@ -199,12 +201,12 @@ def test_a_senseless_server_option_is_refused_at_start(name: str, value: str, me
 
 
 def test_several_devices_have_names_and_trainings_take_the_last_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     several = ServerOptions.from_conf({"devices": "CUDA:1, cuda:0"}, "/studies")
     assert several.list_devices() == {"cuda:1": "cuda:1", "cuda:0": "cuda:0"}
     assert several.training_device == "cuda:0"
     assert ServerOptions.from_conf({"device": "cuda:1"}, "/studies").list_devices() == {"cuda:1": "cuda:1"}
     assert ServerOptions.from_conf({}, "/studies").list_devices() == {"the device": None}
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
     every = ServerOptions.from_conf({"devices": "all", "device": "auto"}, "/studies")
     assert every.devices == ("cuda:0", "cuda:1", "cuda:2")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)

@@ -258,19 +258,27 @@ def _read_devices(given: Mapping[str, str]) -> tuple[str, ...]:
         return ()
     if given.get("device", "auto").lower() != "auto":
         raise RequestError("--conf device and --conf devices say the same thing twice; leave one of them out.")
-    if text == "all":
-        import torch
+    import torch
 
-        count = torch.cuda.device_count()
+    count = torch.cuda.device_count()
+    if text == "all":
         if not count:
             raise RequestError("--conf devices all: torch sees no CUDA device here; leave it out for the processor.")
         return tuple(f"cuda:{index}" for index in range(count))
     names = _read_list(text, "devices", _DEVICE, "devices, for example cuda:0,cuda:1")
+    if not names:
+        raise RequestError("--conf devices names none; write for example cuda:0,cuda:1, or leave it out.")
     twice = sorted({name for name in names if names.count(name) > 1 and name != "cpu"})
     if twice or {"cuda", "cuda:0"} <= set(names):
         named = twice[0] if twice else "cuda, which is cuda:0,"
         raise RequestError(
             f"--conf devices {text[:80]}: {named} is named twice; each computes one request at a time, name it once."
+        )
+    absent = [name for name in names if name.startswith("cuda") and int(name.partition(":")[2] or 0) >= count]
+    if absent:
+        raise RequestError(
+            f"--conf devices {text[:80]}: torch sees {count} CUDA device{'' if count == 1 else 's'} here, and no "
+            f"{absent[0]}."
         )
     return names
 

@@ -127,15 +127,15 @@ def test_what_is_drawn_in_ohif_in_another_segment_is_asked_about_and_kept(server
     file = next((server.studies / "labels" / "final").glob("ohif.*"))
     label = volume.arrange(load_label(file, like=volume.grid))
     assert {label[tuple(said[place])] for place in ("stroke", "second")} == {ids["liver"]}  # both were counted as liver
-    kept = server.get("/progidiff/annotations/ohif/2/label")
+    saves = server.get("/progidiff/annotations", params={"image": "ohif"}).json()["annotations"]
+    spleen = [save for save in saves if save["structures"] == ["spleen"]]
+    assert [save["slices"] for save in spleen] == [[said["stroke"][0]]]
+    kept = server.get(f"/progidiff/annotations/ohif/{spleen[0]['sequence']}/label")
     suffix = ".nrrd" if ".nrrd" in kept.headers["content-disposition"] else ".nii.gz"
     (tmp_path / f"kept{suffix}").write_bytes(kept.content)
     before = volume.arrange(load_label(tmp_path / f"kept{suffix}", like=volume.grid))
     assert before[tuple(said["stroke"])] == ids["spleen"]
     assert (before == ids["spleen"]).sum() == 1
-    saves = server.get("/progidiff/annotations", params={"image": "ohif"}).json()["annotations"]
-    spleen = [save for save in saves if save["structures"] == ["spleen"]]
-    assert [save["slices"] for save in spleen] == [[said["stroke"][0]]]
 
 
 def test_clicks_and_lines_steer_the_proposals_whatever_happens_on_the_way(server: Server, tmp_path: Path):

@@ -8,6 +8,7 @@ import io
 import itertools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -209,6 +210,8 @@ def test_a_save_and_a_next_sample_ask_as_much_of_the_disk_however_many_images_th
         for turn in range(3):  # What is read once is read.
             given: Any = place.selection.next("anna")
             place.save(given.image, turn)
+        time.sleep(2.5)  # A folder that was changed just now is looked at once more, until its time of change is old.
+        place.selection.next("anna")
         with counted(monkeypatch) as saving:
             place.save(place.selection.reservations.held_by("anna")[0], 5)
         with counted(monkeypatch) as choosing:

@@ -16,11 +16,10 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from review_picture import IMAGE, serve_sample
 from support.browser import drive
-from support.servers import APP, copy_app, run_server
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGE = "sample_ct_abdomen"
 ORGANS = ("liver", "spleen", "left kidney")
 SLICES = 3
 """Disputed slices that are looked at, of each organ."""
@@ -35,12 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        studies = folder / "studies"
-        studies.mkdir()
-        for path in options.studies.glob(f"{IMAGE}*"):
-            shutil.copy2(path, studies / path.name)
-        conf = ("model_dir", str(APP / "model"), "device", "cpu", "score_pool", "off")
-        with run_server(studies, copy_app(folder), folder / "server.log", *conf) as server:
+        with serve_sample(options.studies, folder) as server:
             given = {"image": IMAGE, "prompts": list(ORGANS), "slices": SLICES, "width": 1500, "height": 900}
             said = drive("round.mjs", server.url, folder / "shots", timeout_s=1800, timeout=600000, **given)
             saves = server.get("/progidiff/annotations", params={"image": IMAGE}).json()["annotations"]

@@ -75,6 +75,7 @@ def test_networks_warm_up_there(model: Path, has_close_up: bool):
     engine = open_engine(model, device, has_close_up, "fp32")
     with device:
         engine.warm_up()
+    assert engine.info()["loaded"]
 
 
 def test_the_pretended_device_has_the_rules_of_a_real_one():

@@ -38,24 +38,32 @@ export function locateEvent(event) {
   return shown.place && locate(shown.place, (event.clientX - box.left) * ratio, (event.clientY - box.top) * ratio);
 }
 
-/** @param {PointerEvent} event */
-function onDown(event) {
-  if (!TOOLS.some(({ tool }) => tool === state.tool) || event.button !== 0 || event.shiftKey || running) return;
+/**
+ * Take a press of the pointer for a tool, and show again what is hidden instead of drawing unseen.
+ * @param {PointerEvent} event
+ * @returns {Point|null} where to begin, in pixels of the slice; null for nowhere
+ */
+export function takePress(event) {
   event.stopImmediatePropagation();
   event.preventDefault();
   noteActivity();
-  const view = find("view", HTMLCanvasElement);
-  view.focus({ preventScroll: true });
+  find("view", HTMLCanvasElement).focus({ preventScroll: true });
   const point = locateEvent(event);
-  if (!point || state.isHidden) {
-    store.set({ isHidden: false });
-    return;
-  }
+  if (point && !state.isHidden) return point;
+  store.set({ isHidden: false });
+  return null;
+}
+
+/** @param {PointerEvent} event */
+function onDown(event) {
+  if (!TOOLS.some(({ tool }) => tool === state.tool) || event.button !== 0 || event.shiftKey || running) return;
+  const point = takePress(event);
+  if (!point) return;
   if (state.tool === "flood") {
     floodAt(point);
     return;
   }
-  if (begin(event, point)) view.setPointerCapture(event.pointerId);
+  if (begin(event, point)) find("view", HTMLCanvasElement).setPointerCapture(event.pointerId);
 }
 
 /**

@@ -4,8 +4,8 @@ import { noteActivity } from "./activity.js";
 import { find, toast } from "./dom.js";
 import { thinLine } from "./edits.js";
 import { showOpenLine } from "./marks.js";
-import { locateEvent } from "./pen.js";
-import { state, store } from "./state.js";
+import { locateEvent, takePress } from "./pen.js";
+import { state } from "./state.js";
 import { canSteer, steer } from "./steering.js";
 import { STEER_TOOLS } from "./tools.js";
 
@@ -29,19 +29,10 @@ export function listenToSteering() {
 function onDown(event) {
   const tool = STEER_TOOLS.find((one) => one.tool === state.tool);
   if (!tool || event.button !== 0 || event.shiftKey || running) return;
-  event.stopImmediatePropagation();
-  event.preventDefault();
-  noteActivity();
-  const view = find("view", HTMLCanvasElement);
-  view.focus({ preventScroll: true });
-  const point = locateEvent(event);
-  if (!point || state.isHidden) {
-    store.set({ isHidden: false });
-    return;
-  }
-  if (!canSteer()) return;
+  const point = takePress(event);
+  if (!point || !canSteer()) return;
   running = { pointer: event.pointerId, kind: tool.kind, positive: tool.positive !== (event.ctrlKey || event.metaKey), line: [point] };
-  view.setPointerCapture(event.pointerId);
+  find("view", HTMLCanvasElement).setPointerCapture(event.pointerId);
   show();
 }
 

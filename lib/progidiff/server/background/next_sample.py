@@ -48,7 +48,7 @@ from progidiff.images.formats import Use, is_picture, list_suffixes
 from progidiff.images.pictures import PICTURE, read_picture_grid
 from progidiff.labels.history import AnnotationStore
 from progidiff.labels.readings import Readings
-from progidiff.server.background.pool_state import ALL, DONE, STARTED, TODO, PoolState, find_state
+from progidiff.server.background.pool_state import ALL, DONE, OF_IMAGES, PoolState, find_state
 from progidiff.server.datastores.images import find_image
 from progidiff.server.tasks.volumes import ProposalInferTask
 from progidiff.storage.json_text import Text
@@ -337,7 +337,7 @@ class Selection:
             if tags is None:
                 counts, organs = pool.count_states(), +pool.organs
             else:
-                counts = {name: states.count(name) for name in (TODO, STARTED, DONE)}
+                counts = {name: states.count(name) for name in OF_IMAGES}
                 organs = Counter(
                     name for image, tag in tags.items() for name in self._annotations.find_annotated(image, tag)
                 )

@@ -24,10 +24,11 @@ from progidiff.labels.saving import REVIEW_PAGE
 from progidiff.server.datastores.local import SafeLocalDatastore
 
 ALL, TODO, STARTED, DONE = "all", "todo", "started", "done"
-STATES = (ALL, TODO, STARTED, DONE)
+OF_IMAGES = (TODO, STARTED, DONE)
+STATES = (ALL, *OF_IMAGES)
 """Of an image in the worklist, and all of them."""
 
-_CODES = {name: number for number, name in enumerate((TODO, STARTED, DONE))}
+_CODES = {name: number for number, name in enumerate(OF_IMAGES)}
 
 
 class PoolState:
@@ -115,8 +116,7 @@ class PoolState:
 
     def list_states(self) -> list[str]:
         """One of `TODO`, `STARTED`, `DONE` for each image, in their order."""
-        names = (TODO, STARTED, DONE)
-        return [names[code] for code in self._states.tolist()]
+        return [OF_IMAGES[code] for code in self._states.tolist()]
 
     def select_states(self, state: str) -> NDArray[np.bool_]:
         """bool (V,): the images in a state."""

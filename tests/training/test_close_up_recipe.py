@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from progidiff.errors import CancelledError, RequestError
 from progidiff.images.reading import load_volume
-from progidiff.model.close_up_folder import load_close_up_card
+from progidiff.model.close_up_folder import compute_close_up_digest, load_close_up, load_close_up_card
 from progidiff.model.folder import compute_conditioning_digest
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
@@ -23,6 +26,7 @@ from progidiff.training.recipes import run_train
 from progidiff.training.slice_cache import list_cases
 from support.labelled_phantoms import write_case, write_table
 
+CPU = torch.device("cpu")
 TRAIN = TrainConfig(
     stages=("evidence", "close_up"),
     structures=("liver", "aorta"),
@@ -95,6 +99,19 @@ def test_the_same_command_goes_on_where_it_was_stopped(studies: Path, tmp_path: 
     run_train(studies, tmp_path / "model", tmp_path / "work", TRAIN, report=told.append)
     assert {entry["stage"] for entry in told} == {"evidence", "folds", "close_up"}
     assert (tmp_path / "model" / "close_up" / "config.json").is_file()
+
+
+def test_a_model_that_is_continued_hands_its_close_up_down(trained: Path, studies: Path, tmp_path: Path):
+    start = TrainConfig(
+        stages=("close_up",), version="2", close_up=replace(TRAIN.close_up, steps=1, warmup=0, learning_rate=1e-8)
+    )
+    shutil.copytree(trained / "work" / "oof", tmp_path / "work" / "oof")
+    run_train(studies, tmp_path / "model", tmp_path / "work", start, continue_from=trained / "model")
+    before, after = (load_close_up(folder / "model", CPU)[1].state_dict() for folder in (trained, tmp_path))
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-4, rtol=1e-2)
+    digest = compute_close_up_digest(trained / "model")
+    assert load_close_up_card(tmp_path / "model").facts["continued"] == digest
 
 
 def test_too_few_cases_for_the_folds_are_refused(studies: Path, tmp_path: Path):

@@ -12,6 +12,7 @@ A model folder without it answers from whole slices alone, as those of versions 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -89,6 +90,23 @@ class CloseUpCard:
 def has_close_up(folder: Path) -> bool:
     """Whether a model folder has a close-up."""
     return (folder / FOLDER / "config.json").is_file()
+
+
+def compute_close_up_digest(folder: Path) -> str:
+    """SHA-256 of the weights in ``close_up/`` of a model folder.
+
+    Raises:
+        ModelError: if they cannot be read.
+    """
+    state = hashlib.sha256()
+    try:
+        for path in sorted((folder / FOLDER).rglob("*.safetensors")):
+            state.update(path.name.encode() + path.read_bytes())
+    except OSError as err:
+        raise ModelError(
+            f"'{folder / FOLDER}' cannot be read: {err}. Restore it from the version it came with."
+        ) from err
+    return state.hexdigest()
 
 
 def load_close_up_card(folder: Path) -> CloseUpCard:

@@ -11,7 +11,13 @@ from typing import Any
 from progidiff.errors import RequestError
 from progidiff.model.backbone import Backbone
 from progidiff.model.close_up import CloseUpNetwork, create_network
-from progidiff.model.close_up_folder import CloseUpCard, save_close_up
+from progidiff.model.close_up_folder import (
+    CloseUpCard,
+    compute_close_up_digest,
+    has_close_up,
+    load_close_up,
+    save_close_up,
+)
 from progidiff.model.folder import ModelCard, compute_conditioning_digest, load_card
 from progidiff.training.build_model import create_branch
 from progidiff.training.close_up_stage import CloseUpObjective, CloseUpOptions
@@ -47,6 +53,7 @@ def train_close_up_of(
     readers: Path | None = None,
     is_cancelled: Callable[[], bool] | None = None,
     report: Report | None = None,
+    continue_from: Path | None = None,
 ) -> CloseUpNetwork:
     """Train the close-up of a model folder and write it there.
 
@@ -59,9 +66,11 @@ def train_close_up_of(
         also: Further labelled folders; their windows come from the truth, with edits and without evidence.
         readers: File of crops with several readers' masks.
         is_cancelled, report: See `run_loop`.
+        continue_from: Model folder whose close-up is trained further; one without a close-up, or None, for a fresh one.
 
     Raises:
         RequestError: if there are fewer cases than folds.
+        ModelError: if the close-up that is continued cannot be read.
     """
     card, stage = load_card(model_dir), config.close_up
     find_out_of_fold(card, backbone, cases, config, work, is_cancelled, _tell(report, "folds"))
@@ -82,10 +91,15 @@ def train_close_up_of(
         weights.append(stage.readers_share)
     weights[0] = max(0.1, 1 - sum(weights[1:]))
     prompts = PhraseTable(backbone, structures).pick_canonical()
-    network = create_network(backbone.text_features, seed=config.seed).to(backbone.device)
+    network, started = _create_or_continue(backbone, config.seed, continue_from)
     options = CloseUpOptions(**{f.name: getattr(stage, f.name) for f in fields(CloseUpOptions)})
     objective = CloseUpObjective(network, WindowPool(sources, weights), prompts, options)
-    settings = {"options": to_values(options), "cases": sorted(case.name for case in cases), "structures": structures}
+    settings = {
+        "options": to_values(options),
+        "cases": sorted(case.name for case in cases),
+        "structures": structures,
+        **started,
+    }
     loop = LoopConfig.of(stage, config)
     told = _tell(report, "close_up")
     run_loop({"network": network}, objective, loop, work / "close_up", None, is_cancelled, told, settings=settings)
@@ -94,10 +108,20 @@ def train_close_up_of(
             network.config,
             finder=compute_conditioning_digest(model_dir),
             structures=tuple(structures),
-            facts=_describe(stage, cases, also, readers),
+            facts={**_describe(stage, cases, also, readers), **started},
         )
         save_close_up(model_dir, written, network)
     return network
+
+
+def _create_or_continue(
+    backbone: Backbone, seed: int, continue_from: Path | None
+) -> tuple[CloseUpNetwork, dict[str, str]]:
+    """A fresh network, or that of a model folder; and what says which, for checkpoints and the card."""
+    if continue_from is None or not has_close_up(continue_from):
+        return create_network(backbone.text_features, seed=seed).to(backbone.device), {}
+    _, network = load_close_up(continue_from, backbone.device)
+    return network.train().requires_grad_(True), {"continued": compute_close_up_digest(continue_from)}
 
 
 def find_out_of_fold(

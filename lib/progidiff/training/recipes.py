@@ -264,7 +264,9 @@ def run_train(
             _write_model(model_dir, card, pipeline, run, embedded=backbone_source is None, trained=trained)
     if "close_up" in config.stages:
         rest = [case for case in listed if case.name in data.training_cases]
-        train_close_up_of(model_dir, origin.backbone, rest, config, work, also, readers, is_cancelled, report)
+        train_close_up_of(
+            model_dir, origin.backbone, rest, config, work, also, readers, is_cancelled, report, continue_from
+        )
     return load_card(model_dir)
 
 

@@ -113,6 +113,17 @@ def test_without_evidence_windows_come_from_the_truth_and_are_edited():
     assert edited[shown].all()
 
 
+def test_volumes_that_nothing_looked_at_show_evidence_that_is_nearly_right():
+    sample = make_pool(has_evidence=False, worn_share=1.0, off_share=0.0).draw(60, np.random.default_rng(0))
+    assert sample.is_found.all()
+    assert sample.evidence.shape == (60, 3, 32, 32)
+    found, truth = sample.evidence[:, 1] > 0.5, sample.truth[:, 0] > 0.5
+    dice = 2 * (found & truth).sum((1, 2)) / (found.sum((1, 2)) + truth.sum((1, 2))).clamp(1)
+    assert 0.6 < float(dice.median()) < 0.97
+    assert float(dice.std()) > 0.05
+    assert 0 < float(make_pool(False, worn_share=0.5).draw(60, np.random.default_rng(0)).is_found.mean()) < 1
+
+
 def test_the_same_generator_draws_the_same_batch():
     objective = CloseUpObjective(make_network(), make_pool(), make_prompts(), CloseUpOptions(windows_per_step=4))
     first, second = (objective.draw_batch(torch.Generator().manual_seed(3)) for _ in range(2))

@@ -83,7 +83,7 @@ def train_close_up_of(
         more = list_cases(folder)
         structures += [name for case in more for name in case.structures.values() if name not in structures]
         pooled = [load_pooled_volume(case, structures, card.conditioning, None) for case in more]
-        sources.append(VolumeSource(pooled))
+        sources.append(VolumeSource(pooled, worn_share=stage.worn_share))
         weights.append(stage.also_share / len(also))
     if readers is not None:
         structures += [NODULE] if NODULE not in structures else []

@@ -67,12 +67,14 @@ class CloseUpStage(CloseUpOptions, Schedule):
         fold_steps: Steps of each of them; None for as many as the evidence stage.
         readers_share: Share of the windows that come from readers' masks, where `--readers` gives some.
         also_share: Share that comes from further labelled folders, where `--also` gives some.
+        worn_share: Share of those that show evidence, made from the truth by wearing it down.
     """
 
     folds: Annotated[int, Range(2, 100)] = 6
     fold_steps: Annotated[int, Range(1, 10_000_000)] | None = None
     readers_share: Annotated[float, Range(0, 0.9)] = 0.15
     also_share: Annotated[float, Range(0, 0.9)] = 0.2
+    worn_share: Annotated[float, Range(0, 1)] = 0.6
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -174,6 +175,8 @@ class VolumeSource:
         rules: How windows are planned.
         jitter: How far they are off.
         off_share: Share of the windows on slices without the structure.
+        worn_share: Share of the windows of volumes that nothing looked at which get evidence made from the truth
+            (`wear_truth`), so that evidence is known from their kind of image too.
     """
 
     volumes: Sequence[PooledVolume]
@@ -185,6 +188,7 @@ class VolumeSource:
     rules: WindowRules = field(default_factory=WindowRules)
     jitter: Jitter = field(default_factory=Jitter)
     off_share: float = 0.2
+    worn_share: float = 0.0
     sights: list[Sight] = field(default_factory=list, init=False)
 
     def __post_init__(self) -> None:
@@ -236,14 +240,17 @@ class VolumeSource:
         looks = count_looks(pixel, min(plane))
         images = sample_window(volume.image[slices], center, axes, bend, self.size, (plane[0], plane[1]), looks) / 255
         other, far = self._pick_neighbour(volume, z, dz, rng)
-        pair = np.stack([volume.labels[z] == label, volume.labels[other] == label]).astype(np.uint8)
-        shares = sample_window(pair, center, axes, bend, self.size, (plane[0], plane[1]), LABEL_LOOKS, mode="nearest")
         middle = slice(
             self.num_neighbours - self.evidence_neighbours, self.num_neighbours + self.evidence_neighbours + 1
         )
-        count = 2 * self.evidence_neighbours + 1
-        if volume.evidence is None or volume.grid is None:
-            evidence = torch.zeros(count, self.size, self.size)
+        is_worn = volume.evidence is None and rng.random() < self.worn_share
+        rows = [z, other, *(slices[middle] if is_worn else [])]
+        drawn = (volume.labels[rows] == label).astype(np.uint8)
+        shares = sample_window(drawn, center, axes, bend, self.size, (plane[0], plane[1]), LABEL_LOOKS, mode="nearest")
+        if is_worn:
+            evidence = wear_truth(shares[2:], pixel, rng)
+        elif volume.evidence is None or volume.grid is None:
+            evidence = torch.zeros(2 * self.evidence_neighbours + 1, self.size, self.size)
         else:
             grid = volume.grid
             corner = torch.tensor(
@@ -259,7 +266,7 @@ class VolumeSource:
         return {
             "images": images,
             "evidence": evidence,
-            "is_found": float(volume.evidence is not None),
+            "is_found": float(is_worn or volume.evidence is not None),
             "truth": shares[:1],
             "neighbour": shares[1],
             "neighbour_mm": far,
@@ -272,6 +279,32 @@ class VolumeSource:
         reach = max(1, round(25 / dz))
         other = int(np.clip(z + rng.integers(1, reach + 1) * rng.choice([-1, 1]), 0, len(volume.image) - 1))
         return other, abs(other - z) * dz
+
+
+def wear_truth(shares: Tensor, pixel: float, rng: np.random.Generator) -> Tensor:
+    """Truth as a coarse network might find it: displaced by up to a few mm, blurred, too wide here, too narrow there.
+
+    Args:
+        shares: (E, S, S) area shares in [0, 1] of neighbouring slices.
+        pixel: mm.
+        rng: Of the errors.
+
+    Returns:
+        (E, S, S) in [0, 1].
+    """
+    count, size = len(shares), shares.shape[-1]
+
+    def draw_smooth(channels: int, spread: float) -> Tensor:
+        coarse = torch.from_numpy(rng.normal(0, spread, (1, channels, 6, 6))).float()
+        return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+
+    still = F.affine_grid(torch.eye(2, 3)[None], [1, 1, size, size], align_corners=False)
+    moved = still + draw_smooth(2, rng.uniform(0, 2.5) / pixel * 2 / size).permute(0, 2, 3, 1)
+    found = F.grid_sample(shares[None], moved, padding_mode="border", align_corners=False)[0]
+    width = rng.uniform(1.2, 3.5) / pixel
+    blurred = torch.from_numpy(gaussian_filter(found.numpy(), (0, width, width)))
+    offset = draw_smooth(1, rng.uniform(0, 2))[0] + torch.from_numpy(rng.normal(0, 0.5, (count, 1, 1))).float()
+    return torch.sigmoid(torch.logit(blurred.clamp(1e-3, 1 - 1e-3)) * rng.uniform(0.8, 2) + offset)
 
 
 def jitter_window(

@@ -59,9 +59,9 @@ FINAL = "final"
 _MAX_FOLDER_NAME = 255
 """Bytes of a file name, on every usual disk."""
 
-Kind = Literal["label", "delete", "undo", "restore", "skip", "export", "done", "reopen", "decide"]
+Kind = Literal["label", "delete", "undo", "restore", "skip", "export", "done", "reopen", "decide", "structure"]
 
-_WITHOUT_EFFECT = ("skip", "export", "done", "reopen", "decide")
+_WITHOUT_EFFECT = ("skip", "export", "done", "reopen", "decide", "structure")
 """Kinds of events that change nothing of what is in force."""
 
 _NOT_KEPT = (
@@ -175,8 +175,10 @@ class Event:
         sequence, time, image, tag, user: As in `Annotation`.
         kind: "label", "delete", "undo", "restore", "skip" or "export"; "done" and "reopen" say that an image is
             finished, and that it is not; "decide" that somebody decided between two
-            readings, whose result is the save before it.
-        reason: Of a skip or a delete; of an export, what it was a part of; of a decision, what was taken from whom.
+            readings, whose result is the save before it; "structure" that the folder has a structure of its own, or
+            another name for one, and speaks of no image ("").
+        reason: Of a skip or a delete; of an export, what it was a part of; of a decision, what was taken from whom; of
+            a structure, what was said of it.
         target: The save that a restore goes back to; None otherwise.
         label: What was saved; None unless `kind` is "label".
     """
@@ -366,6 +368,10 @@ class AnnotationStore:
         """Say that somebody decided between two readings of an image, and what was taken from whom."""
         return self._record_event("decide", image, user, FINAL, reason)
 
+    def note_structure(self, reason: str, user: str = "") -> Event:
+        """Say what became of a structure of the folder's own."""
+        return self._record_event("structure", "", user, "", reason)
+
     def find_finished(self, is_meant: Callable[[str], bool] = FINAL.__eq__) -> dict[str, bool]:
         """Image -> whether somebody said last that it is done; only of those of which somebody said anything, under a
         tag that is meant.
@@ -394,7 +400,7 @@ class AnnotationStore:
         """The images that anything happened to after an event."""
         with self._mutex:
             self._refresh()
-            return {event.image for event in self._after(sequence)}
+            return {event.image for event in self._after(sequence) if event.image}
 
     def _after(self, sequence: int) -> builtins.list[Event]:
         first = bisect.bisect_right(self._events, sequence, key=lambda event: event.sequence)

@@ -96,11 +96,19 @@ def heldout_phrases(structure: str) -> tuple[str, ...]:
     return () if row is None else row.with_side(row.heldout)
 
 
-def parse_prompts(texts: Iterable[str], known: tuple[str, ...], allow_free_text: bool, model: str) -> tuple[Query, ...]:
+Words = Mapping[str, Sequence[str]]
+"""Structure that the table does not know -> what it is called besides."""
+
+_NO_WORDS: Words = MappingProxyType({})
+
+
+def parse_prompts(
+    texts: Iterable[str], known: tuple[str, ...], allow_free_text: bool, model: str, words: Words = _NO_WORDS
+) -> tuple[Query, ...]:
     """Several prompts as one: in order, each structure once; see `parse_prompt`."""
     queries: dict[str, Query] = {}
     for text in texts:
-        for query in parse_prompt(text, known, allow_free_text, model):
+        for query in parse_prompt(text, known, allow_free_text, model, words):
             queries.setdefault(query.name, query)
     return tuple(queries.values())
 
@@ -161,7 +169,11 @@ def contradicts(name: str, meant: Sequence[str]) -> bool:
 
 
 def parse_prompt(
-    text: str, known: Sequence[str] = STRUCTURES, allow_free_text: bool = False, model: str = "the loaded model"
+    text: str,
+    known: Sequence[str] = STRUCTURES,
+    allow_free_text: bool = False,
+    model: str = "the loaded model",
+    words: Words = _NO_WORDS,
 ) -> tuple[Query, ...]:
     """Read the structures that a prompt asks for, in its order, each once.
 
@@ -170,6 +182,8 @@ def parse_prompt(
         known: Structures that the model was trained on; "all" means these, in this order.
         allow_free_text: Turn a clause that names no known structure into a free-text query instead of refusing it.
         model: What to call the model in messages.
+        words: What structures that the table does not know are called besides their names, see
+            `labels.folder_structures`.
 
     Raises:
         PromptError: if the prompt is empty, contradictory, negated, or names anything unknown. `suggestions` holds the
@@ -192,7 +206,7 @@ def parse_prompt(
             f"The prompt has {len(text)} characters, at most {MAX_PROMPT_CHARACTERS} are "
             "read. Name the structures only."
         )
-    reader = _Reader(text, tuple(known), allow_free_text, model)
+    reader = _Reader(text, tuple(known), allow_free_text, model, words)
     queries = reader.read()
     if not queries:
         raise PromptError(
@@ -204,12 +218,12 @@ def parse_prompt(
 class _Reader:
     """One reading of one prompt."""
 
-    def __init__(self, text: str, known: tuple[str, ...], allow_free_text: bool, model: str) -> None:
+    def __init__(self, text: str, known: tuple[str, ...], allow_free_text: bool, model: str, words: Words) -> None:
         self.text = text
         self.known = known
         self.allow_free_text = allow_free_text
         self.model = model
-        self.phrases = _phrase_table(known)
+        self.phrases = _phrase_table(known, tuple((name, tuple(others)) for name, others in words.items()))
         self.longest = max(len(words) for words in self.phrases)
 
     def read(self) -> tuple[Query, ...]:
@@ -480,7 +494,9 @@ class _Reader:
 
 
 @functools.lru_cache(maxsize=64)
-def _phrase_table(known: tuple[str, ...]) -> Mapping[tuple[str, ...], Item]:
+def _phrase_table(
+    known: tuple[str, ...], words: tuple[tuple[str, tuple[str, ...]], ...] = ()
+) -> Mapping[tuple[str, ...], Item]:
     """Words of a phrase -> what it means. One of a pair enters by the nouns of its organ; its side is bound later."""
     table: dict[tuple[str, ...], Item] = {}
 
@@ -497,6 +513,9 @@ def _phrase_table(known: tuple[str, ...]) -> Mapping[tuple[str, ...], Item]:
     for name in known:
         if find_structure(name) is None:
             add(name, "struct", name)
+    for name, others in words:
+        for phrase in (name, *others) if find_structure(name) is None else ():
+            add(phrase, "struct", name)
     return MappingProxyType(table)
 
 

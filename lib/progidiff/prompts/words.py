@@ -40,7 +40,7 @@ FILLERS = {
     "il", "lo", "gli", "entrambi", "entrambe",
 }  # fmt: skip
 
-_LIGATURES = {"œ": "oe", "Œ": "oe", "æ": "ae", "Æ": "ae"}
+_LIGATURES = {"œ": "oe", "Œ": "oe", "æ": "ae", "Æ": "ae", "ς": "σ"}
 _ABBREVIATED = {"l", "r", "lt", "rt", "inf", "gb"}
 
 

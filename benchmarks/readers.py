@@ -86,7 +86,7 @@ def make_prompts() -> EncodedPrompts:
 
 def make_options(arm: str, windows: int) -> CloseUpOptions:
     """`levels` trains the encoder alone, `proposals` the denoiser with it."""
-    losses = CloseUpLosses() if arm == "proposals" else CloseUpLosses(energy=0, consensus=0, denoising=0)
+    losses = CloseUpLosses() if arm == "proposals" else CloseUpLosses(energy=0, denoising=0)
     return CloseUpOptions(
         windows_per_step=windows,
         proposed=windows if arm == "proposals" else 1,

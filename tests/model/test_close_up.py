@@ -111,6 +111,22 @@ def test_proposal_k_is_the_same_whatever_k_and_in_any_batch(trained: CloseUpNetw
     assert not torch.allclose(three, propose(trained, batch, 3, seed=1), atol=1e-2)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 8])
+def test_what_half_of_the_proposals_draw_is_what_the_sharpened_evidence_draws(
+    trained: CloseUpNetwork, count: int
+) -> None:
+    batch, pipeline = make_batch(3), CloseUpPipeline(trained)
+    noise, levels = pipeline.draw_noise(count, 0), pipeline.draw_levels(count, 0)
+    sharpened, drawn = pipeline.propose(batch, torch.ones(3, 4, 24), None, noise, levels, 2)
+    assert torch.equal(drawn[:, 0], sharpened)
+    assert torch.equal((drawn >= 0.5).float().mean(1) >= 0.5, sharpened >= 0.5)
+    assert (drawn[:, 1::2] <= sharpened[:, None]).all()  # cautious
+    assert (drawn[:, 2::2] >= sharpened[:, None]).all()  # generous
+    if count > 1:
+        level_sets = (torch.logit(sharpened)[:, None] + levels[None, :, None, None]).sigmoid()
+        assert not torch.allclose(drawn, level_sets, atol=1e-3)
+
+
 def test_without_evidence_the_image_decides(trained: CloseUpNetwork) -> None:
     batch = replace(make_batch(), is_found=torch.zeros(2))
     other = replace(batch, evidence=torch.rand(2, 3, SIZE, SIZE))
@@ -159,6 +175,14 @@ def test_levels_hold_cautious_and_generous_readings(fresh: CloseUpNetwork) -> No
     assert levels.min() < -0.3
     assert levels.max() > 0.3
     assert torch.equal(levels, CloseUpPipeline(fresh).draw_levels(16, 0)[:4])
+
+
+@pytest.mark.parametrize("count", range(1, 17))
+def test_what_half_of_the_level_sets_hold_is_the_plain_answer(fresh: CloseUpNetwork, count: int) -> None:
+    levels = CloseUpPipeline(fresh).draw_levels(count, 3)
+    logits = torch.linspace(-4, 4, 41)
+    votes = (logits[None] + levels[:, None] > 0).float().mean(0)
+    assert torch.equal(votes >= 0.5, logits > 0)
 
 
 def test_a_close_up_is_what_it_was_after_a_round_through_the_disk(trained: CloseUpNetwork, tmp_path: Path) -> None:

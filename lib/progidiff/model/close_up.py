@@ -5,13 +5,15 @@ holds what is asked for in pixels as fine as it fits (`progidiff.images.close_up
 
 1. encode   window (N, C, S, S), evidence (N, E, S, S), edits (N, D, S, S), text  -> features, once per window
 2. sharpen  features, evidence                                 -> logits (N, S, S): evidence, corrected at fine pixels
-3. start    level sets of these logits, one level per proposal -> latents (N K, c, S/4, S/4), noised to `start_time`
+3. start    level sets of these logits, one level per proposal -> latents (M, c, S/4, S/4), noised to `start_time`
 4. denoise  latents, T = 1 to 4 steps                          -> clean latents
 5. draw     sharpened logits + level + decoded latents         -> probabilities (N, K, S, S)
 
-So diffusion starts near an answer and not from pure noise (truncated diffusion, arXiv 2202.09671), and a fresh
-denoiser, whose last layer is zero, answers with the level sets of one network (p > u_k): the baseline that it must
-beat.
+So diffusion starts near an answer and not from pure noise (truncated diffusion, arXiv 2202.09671). Proposal 0 is the
+sharpened evidence itself; the others are cautious (a part of it) and generous (all of it, and more) by turns. So what
+at least half of any number of proposals draw is what the sharpened evidence draws, exactly: the majority is the best
+single answer, and how readers may differ from it is what the denoiser has learned. A fresh denoiser, whose last layer
+is zero, gives the level sets of one network (p > u_k): the baseline that it must beat.
 
 The branch that conditions the denoiser keeps ControlNet's contract (arXiv 2302.05543): features enter its skips and
 its middle through zero-initialised convolutions. So do edits (clicks, scribbles, boxes, a neighbouring slice that is
@@ -20,7 +22,7 @@ right): without any, nothing changes, bit for bit.
 The latents are those of a codec with stride 4 that loses nothing (`ShuffleCodec`), or those of the autoencoder of a
 Stable-Diffusion folder, whose windows are then resampled to its native size.
 
-Shape letters: N windows, K proposals, S pixels along both sides, c latent channels, T time steps.
+Shape letters: N windows, K proposals, M = N (K - 1), S pixels along both sides, c latent channels, T time steps.
 """
 
 from __future__ import annotations
@@ -66,7 +68,7 @@ class CloseUpConfig:
         condition_width: Features of text and pixel size together.
         injection_width: Width of the path into the denoiser.
         start_time: Timestep of 0..999 that latents are noised to at first.
-        level_spread: Standard deviation of the proposals' levels in logits.
+        level_spread: Standard deviation of the proposals' levels in logits, see `draw_balanced_levels`.
         noise_scale: Weight of the decoded latents in logits.
     """
 
@@ -193,13 +195,6 @@ class WindowFeatures:
     def first(self, count: int) -> WindowFeatures:
         """Those of some of the windows."""
         return WindowFeatures(self.logits[:count], {s: f[:count] for s, f in self.levels.items()})
-
-    def repeat(self, count: int) -> WindowFeatures:
-        """Each window `count` times in a row."""
-        return WindowFeatures(
-            self.logits.repeat_interleave(count, 0),
-            {s: f.repeat_interleave(count, 0) for s, f in self.levels.items()},
-        )
 
 
 class Modulation(nn.Module):
@@ -343,40 +338,35 @@ class CloseUpNetwork(nn.Module):
 
     def draw(
         self,
-        features: WindowFeatures,
+        base: Float[Tensor, "M S S"],
         tokens: Tensor,
         token_mask: Tensor | None,
         noise: Float[Tensor, "M c s s"],
         levels: Float[Tensor, " M"],
+        residuals: tuple[list[Tensor], Tensor],
         num_inference_steps: int = 1,
         guidance_scale: float = 1.0,
         empty: tuple[Tensor, Tensor | None] | None = None,
-        residuals: tuple[list[Tensor], Tensor] | None = None,
     ) -> Float[Tensor, "M S S"]:
-        """Draw one proposal per row.
+        """Draw one proposal per row: a generous one adds to what the sharpened evidence draws, a cautious one takes
+        away.
+
+        Where the denoiser would do the opposite it is not followed, so that most proposals keep to the sharpened
+        evidence wherever that decides.
 
         Args:
-            features: Of M windows; repeated, if a window has several proposals.
+            base: Sharpened logits; repeated, if a window has several proposals.
             tokens, token_mask: (M, L, D) and (M, L), for cross-attention.
-            noise: (M, c, s, s).
-            levels: (M,) what is added to the sharpened logits: positive for a generous reading.
+            noise: Of the proposals.
+            levels: What is added to the logits: positive for a generous reading.
+            residuals: Of `compute_residuals`.
             num_inference_steps: T, 1 to 4 are useful.
             guidance_scale: Strength of the text; 1 costs nothing, other values double the work.
             empty: Tokens (1, L', D) and mask of the empty text, for guidance.
-            residuals: Of `compute_residuals`, if they are known.
 
         Returns:
             Logits (M, S, S); the mask is where they are positive.
         """
-        residuals = self.compute_residuals(features) if residuals is None else residuals
-        base = features.logits + levels[:, None, None]
-        clean = self.codec.encode_masks((base > 0).to(base.dtype))
-        logits = base
-        times = [
-            round(self.config.start_time * (num_inference_steps - i) / num_inference_steps)
-            for i in range(num_inference_steps)
-        ]
-        given = noise
         blank, blank_mask = (tokens, token_mask) if empty is None else empty
         blank = blank.expand(len(noise), -1, -1)
         blank_mask = None if blank_mask is None else blank_mask.expand(len(noise), -1)
@@ -385,12 +375,16 @@ class CloseUpNetwork(nn.Module):
             partial(self.predict, tokens=blank, token_mask=blank_mask, residuals=residuals),
             guidance_scale,
         )
-        for time in times:
+        level = levels[:, None, None]
+        logits = base + level
+        for i in range(num_inference_steps):
+            # Steps after the first start where the one before came to.
+            clean = self.codec.encode_masks((logits > 0).to(base.dtype) if i == 0 else logits.sigmoid())
+            time = round(self.config.start_time * (num_inference_steps - i) / num_inference_steps)
             signal, strength = self.noise_level(time)
-            latents = signal * clean + strength * given
-            predicted = denoise(latents, torch.full((), time, device=latents.device))
-            logits = base + self.config.noise_scale * self.codec.decode_signed(predicted).to(base.dtype)
-            clean = self.codec.encode_masks(logits.sigmoid())
+            predicted = denoise(signal * clean + strength * noise, torch.full((), time, device=clean.device))
+            change = level + self.config.noise_scale * self.codec.decode_signed(predicted).to(base.dtype)
+            logits = base + torch.where(level >= 0, change.clamp(min=0), change.clamp(max=0))
         return logits
 
     def predict(

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from progidiff.model.close_up import CloseUpNetwork, WindowBatch
-from progidiff.model.sampling import draw_quantiles, seed_generator
+from progidiff.model.sampling import draw_balanced_levels, seed_generator
 
 LATTICE = 48
 """Latent pixels of the noise of a proposal along both axes; a window takes the middle."""
@@ -40,7 +40,7 @@ class CloseUpPipeline:
         return torch.autocast(self.device.type, self._autocast_dtype)
 
     def draw_noise(self, num_proposals: int, seed: int) -> Float[Tensor, "K c l l"]:
-        """The noise of proposals 0..K-1.
+        """The noise of proposals 0..K-1; 0 does without.
 
         Proposal k depends on (seed, k) alone: it is the same on every slice of a window, so that proposal k is one
         coherent volume, and the same for every K and in any batch.
@@ -51,10 +51,8 @@ class CloseUpPipeline:
         )
 
     def draw_levels(self, num_proposals: int, seed: int) -> Float[Tensor, " K"]:
-        """The levels of proposals 0..K-1, in logits: stratified by a golden-ratio sequence through the normal
-        quantiles, so that already four proposals hold cautious and generous readings.
-        """
-        return torch.stack(draw_quantiles(num_proposals, seed)) * self.network.config.level_spread
+        """The levels of proposals 0..K-1, in logits: the plain answer, then cautious and generous ones by turns."""
+        return torch.stack(draw_balanced_levels(num_proposals, seed)) * self.network.config.level_spread
 
     @torch.no_grad()
     def propose(
@@ -73,7 +71,7 @@ class CloseUpPipeline:
         Args:
             batch: What the network sees.
             tokens, token_mask: Of each window's prompt.
-            noise, levels: Of the proposals.
+            noise, levels: Of the proposals. One with level 0 is the sharpened evidence, whatever its noise.
             num_inference_steps: T.
             guidance_scale: Strength of the text; 1 costs nothing, other values double the work.
             empty: Tokens (1, L', D) and mask of the empty text, for guidance.
@@ -81,25 +79,33 @@ class CloseUpPipeline:
         Returns:
             Both as probabilities in [0, 1], fp32 on the CPU.
         """
-        count, each = len(batch), len(noise)
-        size = batch.images.shape[-1] // self.network.config.latent_stride
+        count, drawn_rows = len(batch), torch.nonzero(levels)[:, 0]
+        each = len(drawn_rows)
+        with self._autocast():
+            features = self.network.encode(batch)
+        logits = features.logits.float()
+        drawn = logits[:, None].repeat(1, len(levels), 1, 1)
+        if each:
+            with self._autocast():
+                down, middle = self.network.compute_residuals(features)
+                found = self.network.draw(
+                    logits.repeat_interleave(each, 0),
+                    tokens.repeat_interleave(each, 0),
+                    None if token_mask is None else token_mask.repeat_interleave(each, 0),
+                    self._cut(noise[drawn_rows], batch.images.shape[-1]).repeat(count, 1, 1, 1),
+                    levels[drawn_rows].to(self.device).repeat(count),
+                    ([r.repeat_interleave(each, 0) for r in down], middle.repeat_interleave(each, 0)),
+                    num_inference_steps,
+                    guidance_scale,
+                    empty,
+                )
+            drawn[:, drawn_rows.to(self.device)] = found.float().view(count, each, *logits.shape[-2:])
+        return logits.sigmoid().cpu(), drawn.sigmoid().cpu()
+
+    def _cut(self, noise: Tensor, pixels: int) -> Tensor:
+        """The middle of the lattice that a window shows, where the network is."""
+        size = pixels // self.network.config.latent_stride
         start = (noise.shape[-1] - size) // 2
         if start < 0:
             noise, start = F.pad(noise, (0, -2 * start, 0, -2 * start), mode="reflect"), 0
-        given = noise[:, :, start : start + size, start : start + size].to(self.device)
-        with self._autocast():
-            features = self.network.encode(batch)
-            down, middle = self.network.compute_residuals(features)
-            drawn = self.network.draw(
-                features.repeat(each),
-                tokens.repeat_interleave(each, 0),
-                None if token_mask is None else token_mask.repeat_interleave(each, 0),
-                given.repeat(count, 1, 1, 1),
-                levels.to(self.device).repeat(count),
-                num_inference_steps,
-                guidance_scale,
-                empty,
-                ([r.repeat_interleave(each, 0) for r in down], middle.repeat_interleave(each, 0)),
-            )
-        probabilities = drawn.float().sigmoid().view(count, each, *drawn.shape[-2:])
-        return features.logits.float().sigmoid().cpu(), probabilities.cpu()
+        return noise[:, :, start : start + size, start : start + size].to(self.device)

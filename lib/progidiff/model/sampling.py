@@ -30,6 +30,23 @@ def draw_quantiles(count: int, seed: int) -> list[Tensor]:
     return [torch.special.ndtri(torch.tensor(min(max(place, 0.02), 0.98))) for place in places]
 
 
+def draw_balanced_levels(count: int, seed: int) -> list[Tensor]:
+    """0, then a cautious (negative) and a generous (positive) number by turns: sizes by a golden-ratio sequence through
+    the quantiles of the standard normal distribution's upper half.
+
+    Because the cautious come first, what at least half of the level sets hold is what level 0 draws, for every count of
+    them. Number k depends on (seed, k) alone.
+    """
+    start = float(torch.rand((), generator=seed_generator(f"{seed}:levels")))
+    levels = [torch.tensor(0.0)]
+    for pair in range(count // 2):
+        # The first pair is in the outer half: already three proposals differ.
+        place = (0.5 + start / 2 + pair * (math.sqrt(5) - 1) / 2) % 1
+        size = torch.special.ndtri(torch.tensor(min(max(0.5 + place / 2, 0.54), 0.98)))
+        levels += [-size, size]
+    return levels[:count]
+
+
 def guide(predict: Denoise, predict_without_text: Denoise, guidance_scale: float) -> Denoise:
     """Classifier-free guidance: away from what is predicted without the text.
 

@@ -1,10 +1,10 @@
 """Recipe 3 of `progidiff train`: close-ups, from windows with out-of-fold evidence, simulated edits and readers' masks.
 
 The loss has three parts. *Sharpened evidence*: cross-entropy and Dice against the readers' mean. *Energy score* of the
-proposals, E d(X, Y) - E d(X, X') / 2 with two or more proposals X per window and each reader's mask Y (Gneiting and
-Raftery 2007, equation 22): it is smallest where proposals are distributed as readers' masks are, so that variety is
-learned, and not a width that somebody set. *Denoising*: from a reader's own mask with noise back to that mask, which
-several steps need.
+proposals, E d(X, Y) - E d(X, X') / 2 with two or more proposals X per window and each reader's mask Y
+(Gneiting and Raftery 2007, equation 22): it is smallest where proposals are distributed as readers' masks are, so that
+variety is learned, and not a width that somebody set. *Denoising*: from a reader's own mask with noise back to that
+mask, which several steps need.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ class CloseUpLosses:
         cross_entropy: Beside every Dice.
         sharpened: Cross-entropy and Dice of the sharpened evidence.
         energy: Energy score of the proposals.
-        consensus: Cross-entropy and Dice of the proposals' mean.
         denoising: Cross-entropy and Dice of what is denoised from a reader's own mask.
     """
 
     cross_entropy: Weight = 3.0
     sharpened: Weight = 1.0
     energy: Weight = 1.0
-    consensus: Weight = 0.5
     denoising: Weight = 0.5
 
 
@@ -233,17 +231,10 @@ class CloseUpObjective(Objective):
             denoising = self._denoise(batch, features, generator)
             loss = losses.sharpened * sharpened + losses.denoising * denoising
             return loss, {"sharpened": sharpened.detach(), "denoising": denoising.detach()}
-        drawn = self._propose(batch, features, generator)  # (n, M, S, S) logits
-        probabilities = drawn.float().sigmoid()
+        probabilities = self._propose(batch, features, generator).float().sigmoid()  # (n, M, S, S)
         energy = compute_energy_score(probabilities, batch.truth, batch.weight).mean()
-        mean = probabilities.mean(1).clamp(1e-4, 1 - 1e-4)
-        consensus = self._compare(torch.logit(mean), batch.mean_truth)
-        loss = losses.sharpened * sharpened + losses.energy * energy + losses.consensus * consensus
-        return loss, {
-            "sharpened": sharpened.detach(),
-            "energy": energy.detach(),
-            "consensus": consensus.detach(),
-        }
+        loss = losses.sharpened * sharpened + losses.energy * energy
+        return loss, {"sharpened": sharpened.detach(), "energy": energy.detach()}
 
     def _compare(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Dice + cross-entropy per window."""
@@ -253,7 +244,7 @@ class CloseUpObjective(Objective):
         return dice + self.options.losses.cross_entropy * cross_entropy
 
     def _propose(self, batch: CloseUpBatch, features: WindowFeatures, generator: torch.Generator) -> Tensor:
-        """(N, M, S, S) logits of proposals from level sets, as in use."""
+        """(N, M, S, S) logits of proposals, drawn as in use."""
         config, count = self.network.config, self.options.samples
         size = batch.truth.shape[-1] // config.latent_stride
         total = len(batch.truth) * count
@@ -261,9 +252,10 @@ class CloseUpObjective(Objective):
         levels = move(torch.randn(total, generator=generator) * config.level_spread, self.device)
         down, middle = self.network.compute_residuals(features)
         residuals = ([r.repeat_interleave(count, 0) for r in down], middle.repeat_interleave(count, 0))
+        base = features.logits.repeat_interleave(count, 0)
         tokens = batch.tokens.repeat_interleave(count, 0)
         mask = None if batch.mask is None else batch.mask.repeat_interleave(count, 0)
-        drawn = self.network.draw(features.repeat(count), tokens, mask, noise, levels, residuals=residuals)
+        drawn = self.network.draw(base, tokens, mask, noise, levels, residuals)
         return drawn.view(len(batch.truth), count, *drawn.shape[-2:])
 
     def _denoise(self, batch: CloseUpBatch, features: WindowFeatures, generator: torch.Generator) -> Tensor:

@@ -14,6 +14,7 @@ from monailabel.interfaces.tasks.train import TrainTask
 
 import progidiff
 from progidiff.images import decoding, text_headers
+from progidiff.labels.folder_structures import FolderStructures
 from progidiff.labels.readings import Readings
 from progidiff.server import install, log_lines, wiring
 from progidiff.server.datastores import pacs
@@ -46,8 +47,10 @@ class ProGiDiffApp(MONAILabelApp):
         decoding.report_in_background()
         text_headers.allow_detached(self.options.detached_data)
         model_dir = self.options.model_dir or Path(app_dir) / "model"
-        infer = build_task(self.options, model_dir, self.datastore)
         annotations = open_annotations(self.options.store, studies)
+        # The table of ids lies with the images, or in the server's own folder where they lie behind an address.
+        own = FolderStructures(studies if is_folder(studies) else self.options.store, self.options.store, annotations)
+        infer = build_task(self.options, model_dir, self.datastore, own)
         self.context = Context(
             self,
             self.options,

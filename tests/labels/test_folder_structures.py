@@ -117,12 +117,18 @@ def test_what_became_of_structures_is_in_the_audit(folder, tmp_path):
     assert AnnotationStore(tmp_path / ".progidiff" / "annotations").changed_since(0) == set()
 
 
-def test_what_a_saved_label_names_is_taken_over_and_a_slip_is_said(folder):
+def test_what_a_saved_label_names_is_taken_over_and_a_slip_is_asked_back(folder):
     told = folder.declare({"liver": 6, "left ventricle": 14, "livr": 15, "Segment_1": 16})
-    assert [row.name for row in folder.own()] == ["left ventricle", "livr"]
+    assert [row.name for row in folder.own()] == ["left ventricle"]
+    assert folder.declared() == ("left ventricle",)
     assert len(told) == 1
-    assert "If you meant 'liver'" in told[0]
+    assert "'livr' is nearly 'liver'" in told[0]
     assert folder.declare({"left ventricle": 14}) == []
+
+
+def test_answers_number_own_structures_beyond_the_known_ones(folder, tmp_path):
+    (tmp_path / "labels.json").write_text('{"1": "Anterior", "20": "Posterior"}')
+    assert folder.answer_ids() == {"Posterior": 20, "Anterior": 21}
 
 
 def test_a_damaged_table_loses_colours_and_no_ids(folder, tmp_path):

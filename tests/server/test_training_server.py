@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import psutil
 import pytest
@@ -27,6 +28,7 @@ from monailabel.client.client import MONAILabelClientException
 from typer.testing import CliRunner
 
 from progidiff.cli.main import app as cli
+from progidiff.prompts.structures import fixed_ids
 from progidiff.testing import build_tiny_model
 from support.labelled_phantoms import write_case
 from support.servers import Server, copy_app, run_server
@@ -91,9 +93,13 @@ class World:
 
     def infer(self) -> str:
         """The adapter that answers for an MR image."""
-        file, params = self.client.infer("progidiff", "one", {"prompt": "liver", "num_proposals": 1, "steps": 1})
+        return self.ask("liver")[0]
+
+    def ask(self, prompt: str) -> tuple[str, dict[str, int]]:
+        """The adapter that answers a prompt for an MR image, and the names of the ids in its answer."""
+        file, params = self.client.infer("progidiff", "one", {"prompt": prompt, "num_proposals": 1, "steps": 1})
         os.unlink(file)
-        return str(params["adapter"])
+        return str(params["adapter"]), dict(params["label_names"])
 
     def poll(self, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
         """The task as the client polls it, once something is true of it."""
@@ -257,3 +263,35 @@ def test_stopping_makes_a_checkpoint_and_says_so(world: World):
     assert world.client.train_stop() is None
     history = world.get("/progidiff/training")["history"]
     assert [run["state"] for run in history] == ["stopped", "interrupted", "failed", "done", "done"]
+
+
+def test_a_name_that_nobody_knew_is_taught_and_answers_after_a_restart(world: World):
+    for name in NAMES:
+        image = nibabel.load(world.drawn / f"{name}.nii.gz")
+        cyst = np.where(np.asarray(image.dataobj) == 2, 1, 0).astype(np.uint8)
+        path = world.folder / f"{name}-cyst.nii.gz"
+        nibabel.save(nibabel.Nifti1Image(cyst, image.affine), path)
+        info = {"label_info": [{"name": "cyst", "idx": 1}], "structures": ["cyst"]}
+        world.client.save_label(name, str(path), "final", info)
+    with pytest.raises(MONAILabelClientException, match="No model knows 'cyst' yet: it has 24 labelled slices"):
+        world.ask("cyst")
+    with pytest.raises(MONAILabelClientException, match="names no structure"):
+        world.ask("fornix")
+
+    task = world.train("progidiff_adapt", {**LEARNS, "structures": ["cyst"]})
+    assert (task["status"], task["published"], task["version"]) == ("DONE", True, "mr-cyst@1"), task
+
+    def check() -> None:
+        assert world.ask("cyst") == ("mr-cyst@1", {"cyst": 14})
+        assert world.ask("liver")[0] == "mr@1"
+        prompts = {entry["structure"]: entry["label"] for entry in world.get("/progidiff/prompts")}
+        assert prompts["cyst"] == 14
+        assert {name: prompts[name] for name in fixed_ids()} == fixed_ids()
+
+    check()
+    world.close()
+    world.start()
+    check()
+    assert world.post("/progidiff/versions/mr-cyst/rollback").json()["served"] == ""
+    with pytest.raises(MONAILabelClientException, match="No model knows 'cyst' yet"):
+        world.ask("cyst")

@@ -16,6 +16,7 @@ from progidiff.model.folder import load_card
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.training.accepted_labels import (
     build_cases,
+    find_folder_structures,
     find_local_cases,
     from_json,
     list_local_labels,
@@ -240,3 +241,45 @@ def test_a_volume_without_any_named_segment_stops_no_training(tmp_path: Path, ti
     write_records(studies, {"a": unnamed, "b": named, "c": unnamed})
     with pytest.raises(ImageError, match="No volume is left to train on. 'Segment_1'"):
         prepare(studies, tiny_model)
+
+
+def test_what_is_new_is_background_nowhere_but_where_somebody_said_so(tmp_path: Path, tiny_model: Path):
+    studies = write_study(tmp_path / "studies", (LIVER, 14), ("a", "b", "c"))
+    own = find_folder_structures(studies)
+    own.add("cyst")
+    final = studies / "labels" / "final"
+    store = AnnotationStore(studies / ".progidiff" / "annotations", final)
+    store.record("a", final / "a.nii.gz", structures=["liver", "cyst"], label_ids={"liver": LIVER, "cyst": 14})
+    store.record("b", final / "b.nii.gz", slices=[3, 11], structures=["cyst"], label_ids={"liver": LIVER, "cyst": 14})
+    write_case(studies, "c", {LIVER: np.s_[6:16, 6:20, 2:8]}, slices=12)  # Made elsewhere, and knows of no cyst.
+    data = prepare(studies, tiny_model, declared=own.declared())
+    spoken = {
+        name: cache.annotated[cache.names.index(name)][:, cache.structures.index("cyst")]
+        for cache in (data.training, data.validation)
+        for name in cache.names
+    }
+    liver = {
+        name: cache.annotated[cache.names.index(name)][:, cache.structures.index("liver")]
+        for cache in (data.training, data.validation)
+        for name in cache.names
+        if "liver" in cache.structures
+    }
+    assert np.flatnonzero(spoken["a"]).tolist() == list(range(1, 9))  # Drawn there; who saves all says nothing more.
+    assert liver["a"].all()
+    assert np.flatnonzero(spoken["b"]).tolist() == [3, 11]
+    assert not spoken["c"].any()
+
+
+def test_labels_that_were_saved_before_a_rename_are_of_the_same_structure(tmp_path: Path):
+    studies = write_study(tmp_path / "studies", (LIVER, 14), ("a", "b"))
+    own = find_folder_structures(studies)
+    own.add("ventricle")
+    final = studies / "labels" / "final"
+    store = AnnotationStore(studies / ".progidiff" / "annotations", final)
+    store.record("a", final / "a.nii.gz", slices=[3], structures=["Ventricle"], label_ids={"Ventricle": 14})
+    own.rename("ventricle", "left ventricle")
+    cases = {case.name: case for case in find_local_cases(studies)}
+    assert cases["a"].structures[14] == "left ventricle"
+    assert cases["a"].annotated == {"left ventricle": frozenset({3})}
+    assert cases["b"].structures[14] == "left ventricle"
+    assert not cases["b"].names_all

@@ -426,6 +426,126 @@ def test_a_held_back_share_can_be_split_from_any_cache(studies: Path, tiny_model
     assert set(train.index).isdisjoint(valid.index)
 
 
+# --- something new ---
+
+
+def test_a_structure_that_the_model_does_not_know_is_learned_and_picked_by_its_name(tiny_model: Path, tmp_path: Path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    studies = write_study(tmp_path / "studies")
+    write_table(studies, {1: "liver", 2: "myocardium"})
+    result = run_adapt(studies, model, None, tmp_path / "work", QUICK)
+    assert (result.card.full_name, result.card.structures) == ("mr-myocardium@1", ("liver", "myocardium"))
+    assert result.published, result.message
+    assert "for myocardium on the held-back slices" in result.message
+    engine = Engine(model, device="cpu")
+    assert engine.find_taught() == ("myocardium",)
+    picked = engine.pick_adapter(None, "MR", ["myocardium"])
+    assert picked is not None
+    assert picked.full_name == "mr-myocardium@1"
+    assert engine.pick_adapter(None, "CT", ["myocardium"]) is None
+    known = CliRunner().invoke(app, ["prompts", "--model", str(model)])
+    assert "myocardium" in known.output
+    assert "liver" in known.output
+    engine.adapters.rollback("mr-myocardium")
+    assert engine.find_taught() == ()
+
+
+def test_what_is_new_may_cost_what_was_known_half_a_hundredth():
+    def judge_liver(dice: float) -> tuple[bool, str]:
+        figures = {
+            "base": {"consensus": 0.45, "consensus liver": 0.9, "consensus cyst": 0.0},
+            "adapted": {"consensus": 0.8, "consensus liver": dice, "consensus cyst": 0.7},
+        }
+        return judge(figures, None, "ct-base@1", ["cyst"])
+
+    assert judge_liver(0.896)[0]
+    accepted, told = judge_liver(0.89)
+    assert not accepted
+    assert told.endswith("Refused: for liver it has 0.890 where ct-base@1 has 0.900, and may lose 0.005.")
+
+
+def test_what_nobody_learned_is_answered_by_who_knows_it(adapted: tuple[Path, AdaptResult], tmp_path: Path):
+    folder = Path(shutil.copytree(adapted[0], tmp_path / "copy"))
+    store = AdapterStore(folder / "model" / "adapters")
+    first = store.card("mr", 1)
+    tensors = store.load(first, first.base)
+    grid = {"spacing_range": (0.5, 3.0), "neighbour_mm": 1.0}
+    card = store.add(
+        "mr-cyst", "lora", tensors, modality="MR", structures=("cyst",), base=first.base, base_name="tiny", run={},
+        readme=lambda new: "", lora=first.lora, grid=grid,
+    )  # fmt: skip
+    store.publish("mr-cyst", card.version)
+    assert store.card("mr-cyst", 1).grid == grid
+    engine = Engine(folder / "model", device="cpu")
+    names = {"cyst": "mr-cyst@1", "liver": "mr@1", "spleen": "mr@1"}
+    for asked, answers in names.items():
+        picked = engine.pick_adapter(None, "MR", [asked])
+        assert picked is not None
+        assert picked.full_name == answers
+    volume = load_volume(folder / "studies" / "one.nii.gz")
+    answered = {
+        query: engine.propose(ProposalRequest(queries=[Query(query, query)], num_proposals=1), volume)
+        for query in ("cyst", "liver")
+    }
+    assert [found.adapter for found in answered.values()] == ["mr-cyst@1", "mr@1"]
+    assert answered["cyst"].grid.spacing < answered["liver"].grid.spacing
+    store.rollback("mr")
+    assert engine.pick_adapter(None, "MR", ["liver"]) is None
+
+
+def test_small_images_fill_the_working_grid(tiny_model: Path, tmp_path: Path):
+    studies = tmp_path / "studies"
+    small = np.diag([0.5, 0.5, 1.0, 1.0])
+    for name in ("one", "two"):
+        write_case(studies, name, {1: np.s_[10:20, 10:20, 2:8]}, slices=12, affine=small)
+        (studies / f"{name}.json").write_text('{"modality": "MR"}')
+    write_table(studies, {1: "hippocampus"})
+    data = prepare(studies, tiny_model)
+    shapes = load_card(tiny_model).conditioning
+    assert data.new == ("hippocampus",)
+    assert data.grid is not None
+    low, high = data.grid["spacing_range"]
+    assert low < shapes.spacing_range[0]
+    assert high == shapes.spacing_range[1]
+    assert data.grid["neighbour_mm"] < shapes.neighbour_mm
+    widths = (data.training.read([3])[1][0] == 1).any(0).sum()
+    assert widths > 0.2 * shapes.width  # 10 of 40 voxels
+
+
+def test_a_new_structure_is_on_both_sides_of_the_split(tiny_model: Path, tmp_path: Path):
+    studies = write_study(tmp_path / "studies")
+    write_table(studies, {1: "liver", 2: "left kidney", 3: "cyst"})
+    held = prepare(studies, tiny_model).held_out
+    others = [name for name in ("one", "two", "three") if name not in held]
+    # Drawn in what would be trained on alone: one of them is held back instead.
+    for name in others:
+        relabel(studies, name, lambda a: np.where(a == 2, 3, a))
+    data = prepare(studies, tiny_model)
+    assert len(data.held_out) == 2
+    assert set(data.held_out) & set(others)
+    # In one volume only: some of its slices are held back.
+    relabel(studies, others[0], lambda a: np.where(a == 3, 2, a))
+    data = prepare(studies, tiny_model)
+    assert data.same_patient
+    cyst = data.training.structures.index("cyst")
+    assert len(data.training.by_structure[cyst]) > len(data.validation.by_structure[cyst]) > 0
+
+
+def test_a_structure_on_one_slice_only_is_too_little_and_the_message_says_what_is_enough(
+    tiny_model: Path, tmp_path: Path
+):
+    studies = write_study(tmp_path / "studies")
+    write_table(studies, {1: "liver", 2: "left kidney", 3: "cyst"})
+
+    def draw(labels: np.ndarray) -> np.ndarray:
+        labels[24:26, 8:16, 5] = 3
+        return labels
+
+    relabel(studies, "one", draw)
+    with pytest.raises(ImageError, match="'cyst' has 1 labelled slices in one volume; train with at least 4"):
+        prepare(studies, tiny_model)
+
+
 # --- bad input ---
 
 

@@ -212,9 +212,10 @@ def predict(
     if out.exists() and not out.is_dir():
         raise RequestError(f"'{out}' is a file. Name a folder with --out.")
     engine = load_engine(model, backbone, device)
-    queries = parse_prompts(prompt, engine.structures, allow_free_text, engine.model_version)
+    known = (*engine.structures, *engine.find_taught())
+    queries = parse_prompts(prompt, known, allow_free_text, engine.model_version)
     volume = load_volume(image, modality, detached=True)
-    chosen = engine.pick_adapter(adapter, volume.modality)
+    chosen = engine.pick_adapter(adapter, volume.modality, [query.name for query in queries])
     warnings = engine.find_warnings(volume, queries, chosen)
     for warning in warnings:
         console.print(warning, highlight=False, style="yellow")
@@ -354,7 +355,7 @@ def prompts(
     """List the structures that the model knows and the words for them, or say what a prompt means."""
     engine = load_engine(model, None, None)
     try:
-        known, source = engine.structures, engine.model_version
+        known, source = (*engine.structures, *engine.find_taught()), engine.model_version
     except ProGiDiffError as err:
         known, source = STRUCTURES, "the vocabulary; no model is installed"
         console.print(f"[yellow]{' '.join(str(err).split())}[/yellow]", highlight=False)

@@ -354,7 +354,8 @@ class Prelabeller:
         self._settings = settings
         self._retries = retries
         self._pause = pause
-        self._queries: tuple[Query, ...] = parse_prompt(settings.prompt, engine.structures, False, engine.model_version)
+        known = (*engine.structures, *engine.find_taught())
+        self._queries: tuple[Query, ...] = parse_prompt(settings.prompt, known, False, engine.model_version)
         self._request = ProposalRequest(
             queries=self._queries,
             num_proposals=settings.num_proposals,
@@ -538,7 +539,7 @@ class Prelabeller:
 
     def _ask(self, image: str, digest: str, modality: str) -> Question:
         card = self._engine.card
-        adapter = self._engine.pick_adapter(self._settings.adapter, modality)
+        adapter = self._engine.pick_adapter(self._settings.adapter, modality, [q.name for q in self._queries])
         name = adapter.full_name if adapter else ""
         request = self._request.settle(card.num_inference_steps, card.guidance_scale, name)
         return Question(request, image, digest, card.full_name)

@@ -13,28 +13,31 @@ is asked back, because a folder with two structures for one thing teaches neithe
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from progidiff.errors import ConflictError, NotFoundError, PromptError, RequestError, StoreError
+from progidiff.errors import ConflictError, NotFoundError, ProGiDiffError, PromptError, RequestError, StoreError
+from progidiff.images.reading import read_grid
 from progidiff.labels.cases import LABELS_JSON, read_label_names
 from progidiff.labels.history import AnnotationStore
-from progidiff.labels.segments import MAX_NAME, is_unnamed
-from progidiff.prompts.parser import canonical_name
+from progidiff.labels.saving import MAX_LABEL_ID
+from progidiff.labels.segments import MAX_NAME, is_unnamed, load_label_map
+from progidiff.prompts.parser import canonical_name, parse_prompt
 from progidiff.prompts.structures import LAST_LABEL_ID, STRUCTURES, TABLE, Code, find_structure, fixed_ids, pick_color
 from progidiff.prompts.words import EVERYTHING, FILLERS, NEGATIONS, QUANTIFIERS, SEPARATORS, SIDES, split_words
 from progidiff.storage.atomic import locked, replace_text
 from progidiff.storage.state_files import load_state
 
-STRUCTURES_JSON = "structures.json"
+logger = logging.getLogger(__name__)
 
-MAX_LABEL_ID = 255
-"""Of a label in 8 bits."""
+STRUCTURES_JSON = "structures.json"
 
 MAX_WORDS = 50
 """Names of one structure."""
@@ -145,8 +148,10 @@ class FolderStructures:
 
         Case, accents, hyphens and spaces do not matter. A synonym of a structure of the table means that one.
         """
-        wanted = _fold(text)
-        found = next((row for row in self.own() if wanted in {_fold(word) for word in (row.name, *row.words)}), None)
+        wanted = fold_name(text)
+        found = next(
+            (row for row in self.own() if wanted in {fold_name(word) for word in (row.name, *row.words)}), None
+        )
         if found is not None or not wanted:
             return found
         name = canonical_name(text)
@@ -198,7 +203,8 @@ class FolderStructures:
         return _to_structure(row)
 
     def declare(self, ids: Mapping[str, int], user: str = "") -> list[str]:
-        """Take over the structures of a label that was saved: nothing that a person drew is refused for its name.
+        """Take over the structures of a label that was saved. One whose name is nearly a known one is kept in the label
+        and not taken over: it may be a slip, which the person is asked about.
 
         Args:
             ids: Structure -> id, as the label was kept.
@@ -210,18 +216,40 @@ class FolderStructures:
         for name, number in ids.items():
             if find_structure(name) is not None or is_unnamed(name) or self.find(name) is not None:
                 continue
-            near = find_near(name, [*STRUCTURES, *(row.name for row in self.own())])
             taken = {row.label_id for row in self.load()}
             try:
-                self.add(name, label_id=None if number in taken else number, insist=True, user=user)
-            except PromptError:
-                continue  # Several structures in one name, "liver and tumour": no structure.
-            if near is not None:
-                told.append(
-                    f"'{name}' is a structure of its own now. If you meant '{near}', rename it: POST "
-                    "/progidiff/annotations/<image>/rename."
-                )
+                self.add(name, label_id=None if number in taken else number, user=user)
+            except PromptError as err:
+                if err.suggestions:
+                    told.append(
+                        f"{err} Until then '{name}' is taught to no model: rename it in this label with POST "
+                        "/progidiff/annotations/<image>/rename, or add it as a structure of its own."
+                    )
         return told
+
+    def declared(self) -> tuple[str, ...]:
+        """Names that somebody meant as they stand: own structures that were added, by hand or by a saved label."""
+        return tuple(row.name for row in self._load_table().structures)
+
+    def count_labelled_slices(self, name: str) -> int:
+        """On how many axial slices of all images the labels in force draw a structure; 0 without a history."""
+        store, meant = self._history, self.find(name)
+        if store is None or meant is None:
+            return 0
+        called = {fold_name(word) for word in (meant.name, *meant.words)}
+        return sum(_count_drawn(store, image, called) for image in store.annotated_images())
+
+    def answer_ids(self) -> dict[str, int]:
+        """Own structure -> its id in answers of the model: the folder's, but beyond those of the table, which answers
+        use whatever a folder numbers its labels with.
+        """
+        ids = {row.name: row.label_id for row in self.own() if row.label_id > LAST_LABEL_ID}
+        last = max([LAST_LABEL_ID, *ids.values()])
+        for row in self.own():
+            if row.name not in ids:
+                last += 1
+                ids[row.name] = last
+        return ids
 
     def rename(self, name: str, new: str, *, insist: bool = False, user: str = "") -> FolderStructure:
         """Call a structure of the folder's own by another name; its id stays, and the old name is understood on.
@@ -240,7 +268,7 @@ class FolderStructures:
                     f"{', '.join(row.name for row in rows if row.is_own) or 'none'}."
                 )
             others = tuple(row for row in rows if row.label_id != old.label_id)
-            if _fold(new) not in {_fold(word) for word in (old.name, *old.words)}:
+            if fold_name(new) not in {fold_name(word) for word in (old.name, *old.words)}:
                 self._check_new(new, others, insist)
             words = tuple(dict.fromkeys(word for word in (old.name, *old.words) if word != new))[:MAX_WORDS]
             row = _to_row(old).model_copy(update={"name": new, "words": words})
@@ -324,9 +352,15 @@ class FolderStructures:
                 f"'{word}' is '{known}', which this program knows. Draw it as '{known}', or choose another name.",
                 (known,),
             )
-        taken = next((row for row in rows if _fold(word) in {_fold(other) for other in (row.name, *row.words)}), None)
+        taken = next(
+            (row for row in rows if fold_name(word) in {fold_name(other) for other in (row.name, *row.words)}), None
+        )
         if taken is not None:
-            told = "is a structure of this folder" if _fold(taken.name) == _fold(word) else f"means '{taken.name}' here"
+            told = (
+                "is a structure of this folder"
+                if fold_name(taken.name) == fold_name(word)
+                else f"means '{taken.name}' here"
+            )
             cure = f"Use '{taken.name}', or choose another {'name' if word == name else 'word'}."
             raise ConflictError(f"'{word}' {told} already, with id {taken.label_id}. {cure}")
 
@@ -395,6 +429,37 @@ def find_near(name: str, known: Sequence[str]) -> str | None:
     return None
 
 
+def _count_drawn(store: AnnotationStore, image: str, called: Collection[str]) -> int:
+    """Axial slices on which the label in force of an image draws a structure, by one of its names (folded)."""
+    label = store.current(image)
+    values = [] if label is None else [value for word, value in label.label_ids if fold_name(word) in called]
+    if label is None or not values:
+        return 0
+    try:
+        grid = read_grid(store.label_file(label))
+        drawn = grid.arrange(np.isin(load_label_map(store.label_file(label), grid).array, values))
+    except ProGiDiffError as err:
+        logger.warning("The label of '%s' is not counted: %s", image, err)
+        return 0
+    return int(drawn.any(axis=(1, 2)).sum())
+
+
+def means_several(name: str) -> bool:
+    """Whether a name means several structures of the table ("kidneys"), or says what it does not mean ("no liver").
+
+    Example:
+        >>> means_several("liver and spleen"), means_several("left ventricle")
+        (True, False)
+    """
+    words = set(_split(name))
+    if words & (NEGATIONS | {"or"}):
+        return True
+    try:
+        return len(parse_prompt(name)) > 1
+    except PromptError:
+        return False
+
+
 def _is_slip(one: str, other: str) -> bool:
     shorter = min(len(one), len(other))
     if one == other:
@@ -418,7 +483,13 @@ def _split(name: str) -> list[str]:
     return [item.value for item in split_words(name)]
 
 
-def _fold(name: str) -> str:
+def fold_name(name: str) -> str:
+    """What two spellings of one name have in common.
+
+    Example:
+        >>> fold_name("Left-Ventricle") == fold_name("left  ventricle")
+        True
+    """
     return " ".join(_split(name))
 
 
@@ -441,6 +512,8 @@ def _clean(name: str) -> str:
         raise PromptError(
             f"'{cleaned}' does not say what it is. Write what it is called, for example 'left ventricle'."
         )
+    if means_several(cleaned):
+        raise PromptError(f"'{cleaned}' does not name one structure. Draw each under a name of its own.")
     words = set(_split(cleaned))
     small = FILLERS | SIDES.keys() | SEPARATORS | QUANTIFIERS | EVERYTHING | NEGATIONS | {"or"}
     if not any(word[0].isalnum() for word in words) or words <= small:

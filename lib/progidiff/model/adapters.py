@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,8 @@ class AdapterCard:
         sha256: Of the weights, see `progidiff.storage.versions.hash_weights`.
         lora: Rank, alpha and targets; None for kind "full".
         networks: What it changes, "branch" and "unet", in this order.
+        grid: In place of the base's settings of the working grid: "spacing_range" and "neighbour_mm" of images that are
+            smaller than any of the base's; None for the base's own.
         format: How its files are laid out, see `READ`.
     """
 
@@ -81,6 +83,7 @@ class AdapterCard:
     sha256: str
     lora: LoraSettings | None = None
     networks: tuple[str, ...] = ("branch",)
+    grid: Mapping[str, Any] | None = None
     format: int = FORMAT
 
     @property
@@ -88,9 +91,17 @@ class AdapterCard:
         """``name@version``."""
         return f"{self.name}@{self.version}"
 
+    def find_new(self, base: Sequence[str]) -> tuple[str, ...]:
+        """Structures that it knows and the model itself, which knows `base`, does not."""
+        return tuple(name for name in self.structures if name not in base)
+
+    def place(self, shapes: ConditioningConfig) -> ConditioningConfig:
+        """The base's settings with the working grid of this version."""
+        return shapes if self.grid is None else replace(shapes, **self.grid)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for adapter.json."""
-        values = {k: getattr(self, k) for k in self.__dataclass_fields__}
+        values = {k: getattr(self, k) for k in self.__dataclass_fields__ if k != "grid" or self.grid is not None}
         return {
             "format": self.format,
             **values,
@@ -107,7 +118,9 @@ class AdapterCard:
                 f"This adapter has format {values['format']}, this program reads "
                 f"{' and '.join(map(str, READ))}; install the version that wrote it."
             )
-        plain = {k: values[k] for k in cls.__dataclass_fields__ if k in values or k != "networks"}
+        plain = {k: values[k] for k in cls.__dataclass_fields__ if k in values or k not in ("networks", "grid")}
+        if plain.get("grid") is not None:
+            plain["grid"] = read_grid_settings(plain["grid"])
         if plain["kind"] not in ("lora", "full"):
             raise ValueError(f"kind {plain['kind']!r}")
         lora = None if plain["lora"] is None else LoraSettings.from_dict(plain["lora"])
@@ -168,6 +181,7 @@ class AdapterStore(VersionStore[AdapterCard]):
         readme: Callable[[AdapterCard], str],
         lora: LoraSettings | None = None,
         shapes: ConditioningConfig | None = None,
+        grid: Mapping[str, Any] | None = None,
     ) -> AdapterCard:
         """Write a new version. It is not published.
 
@@ -178,6 +192,7 @@ class AdapterStore(VersionStore[AdapterCard]):
             readme: Makes the card for people.
             lora: Of kind "lora".
             shapes: Of the branch, for kind "full".
+            grid: See `AdapterCard`.
 
         Returns:
             The card, with the number the version got.
@@ -212,6 +227,7 @@ class AdapterStore(VersionStore[AdapterCard]):
                 sha256=sha256,
                 lora=lora,
                 networks=networks,
+                grid=grid,
             )
 
         return self._add(name, pack_weights(kind, tensors), make_card, run, readme, pack_configs(configs))
@@ -232,30 +248,65 @@ class AdapterStore(VersionStore[AdapterCard]):
             return former
         return unpack_weights(card.kind, card.networks, contents)
 
-    def pick_for(self, modality: str, base: str) -> AdapterCard | None:
-        """The served version for images of a modality: of several the one published last; None if there is none.
+    def pick_for(
+        self, modality: str, base: str, structures: Collection[str] = (), known: Collection[str] | None = None
+    ) -> AdapterCard | None:
+        """The served version for images of a modality and what is asked of them; None if there is none.
+
+        Of several the one that was trained on most of the structures, and of those the one published last. A version
+        that knows only structures which the model itself does not is for these alone: what it was not asked to learn,
+        the model answers as before.
 
         Adapters of another base are passed over with a line in the log: the base was exchanged, and they wait for their
         own.
 
+        Args:
+            structures: What is asked for; empty for no wish.
+            known: Structures of the model itself; None if it does not matter.
+
         Raises:
             ModelError: if the one that should be served is damaged.
         """
-        candidates: list[tuple[float, AdapterCard]] = []
+        candidates: list[tuple[int, float, AdapterCard]] = []
+        for time, card in self.list_served(base, modality):
+            count = len(set(structures) & set(card.structures))
+            if count or known is None or set(card.structures) & set(known):
+                candidates.append((count, time, card))
+        return max(candidates, key=lambda c: (c[0], c[1], c[2].name))[2] if candidates else None
+
+    def list_served(self, base: str, modality: str | None = None) -> list[tuple[float, AdapterCard]]:
+        """The served versions of a base with the time of their publication; see `pick_for`.
+
+        Raises:
+            ModelError: if one is damaged.
+        """
+        found = []
         for name in self._names():
             pointer = self._pointer(name)
             if pointer.version is None:
                 continue
             card = self.card(name, pointer.version)
-            if card.modality != modality:
+            if modality is not None and card.modality != modality:
                 continue
             if card.base != base:
                 logger.warning(
                     "Adapter %s is passed over: it was trained for another base (%s)", card.full_name, card.base_name
                 )
                 continue
-            candidates.append((pointer.time, card))
-        return max(candidates, key=lambda c: (c[0], c[1].name))[1] if candidates else None
+            found.append((pointer.time, card))
+        return found
+
+
+def read_grid_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What a version says of its working grid, with the types of `ConditioningConfig`.
+
+    Raises:
+        ValueError: if it says something else.
+    """
+    low, high = (float(v) for v in values["spacing_range"])
+    if not 0 < low <= high:
+        raise ValueError(f"spacing_range {values['spacing_range']!r}")
+    return {"spacing_range": (low, high), "neighbour_mm": float(values["neighbour_mm"])}
 
 
 def check_name(name: str) -> str:

@@ -32,6 +32,7 @@ from progidiff.model.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.model.codec import MaskCodec
 from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
 from progidiff.model.sampling import draw_quantiles, guide, sample, seed_generator
+from progidiff.prompts.words import spell_out
 
 
 @dataclass
@@ -111,7 +112,7 @@ class ProposalPipeline:
 
     def encode_prompts(self, texts: Sequence[str]) -> EncodedPrompts:
         """Encode structure names or free text, each through the template that training used."""
-        tokens, mask, pooled = self.backbone.encode_text([PROMPT_TEMPLATE.format(t) for t in texts])
+        tokens, mask, pooled = self.backbone.encode_text([PROMPT_TEMPLATE.format(spell_out(t)) for t in texts])
         empty_tokens, empty_mask, _ = self.backbone.encode_text([""])
         return EncodedPrompts(tokens, mask, pooled, empty_tokens, empty_mask)
 

@@ -306,18 +306,23 @@ def fixed_ids() -> dict[str, int]:
     return {row.name: row.label_id for row in TABLE}
 
 
-def number_structures(names: Iterable[str]) -> dict[str, int]:
+def number_structures(names: Iterable[str], own: Mapping[str, int] | None = None) -> dict[str, int]:
     """Label ids of some structures: their fixed ones; those that the table does not know follow in their order.
+
+    Args:
+        own: Ids beyond the table's of structures that it does not know.
 
     Example:
         >>> number_structures(["liver", "tumour", "spleen"])
         {'liver': 6, 'tumour': 14, 'spleen': 1}
     """
     ids: dict[str, int] = {}
-    others = LAST_LABEL_ID
+    others = max([LAST_LABEL_ID, *(own or {}).values()])
     for name in names:
         if name in _ROWS:
             ids[name] = _ROWS[name].label_id
+        elif own is not None and name in own:
+            ids[name] = own[name]
         elif name not in ids:
             others += 1
             ids[name] = others

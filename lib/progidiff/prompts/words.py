@@ -41,6 +41,8 @@ FILLERS = {
 }  # fmt: skip
 
 _LIGATURES = {"œ": "oe", "Œ": "oe", "æ": "ae", "Æ": "ae", "ς": "σ"}
+_FIRST_OTHER_SCRIPT = 0x250
+"""Of Unicode: before it are Latin letters."""
 _ABBREVIATED = {"l", "r", "lt", "rt", "inf", "gb"}
 
 
@@ -89,6 +91,28 @@ def split_words(text: str) -> list[Item]:
         elif not (value == "." and words and words[-1].value in _ABBREVIATED):
             words.append(Item("sep", start, end, value))
     return words
+
+
+def spell_out(text: str) -> str:
+    """Text in letters that every text encoder tells apart: other scripts sign by sign, by what Unicode calls the sign.
+
+    A tokenizer of English has one token for all signs that it does not know, so that two names in such a script would
+    be one prompt.
+
+    Example:
+        >>> spell_out("left ventricle"), spell_out("Ösophagus"), spell_out("左心"), spell_out("ноги")
+        ('left ventricle', 'Ösophagus', '5de6 5fc3', 'en o ghe i')
+    """
+    if all(ord(character) < _FIRST_OTHER_SCRIPT or not character.isalnum() for character in text):
+        return text
+    pieces = []
+    for character in text:
+        if ord(character) < _FIRST_OTHER_SCRIPT or not character.isalnum():
+            pieces.append(character)
+        else:
+            name = unicodedata.name(character, f"{ord(character):x}")
+            pieces.append(f" {re.split(r'[ -]', name)[-1].lower()} ")
+    return " ".join("".join(pieces).split())
 
 
 def split_clauses(items: list[Item]) -> list[list[Item]]:

@@ -235,9 +235,10 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         # 1. Take
         engine = self._open_engine(adapter)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        queries = parse_prompts(texts, engine.structures, allow_free_text, engine.model_version)
+        known = (*engine.structures, *engine.find_taught())
+        queries = parse_prompts(texts, known, allow_free_text, engine.model_version)
         given = take_image(image, affine, spacing, modality)
-        chosen = engine.pick_adapter(adapter, given.volume.modality)
+        chosen = engine.pick_adapter(adapter, given.volume.modality, [query.name for query in queries])
         request = ProposalRequest(
             queries=queries,
             num_proposals=num_proposals,

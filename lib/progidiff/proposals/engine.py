@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,13 +269,25 @@ class Engine:
         prompts = self._encode_prompts(pipeline, texts)
         return CloseUpTools(drawing, card.rules, self._shelf, texts, prompts, card.calibration)
 
-    def pick_adapter(self, adapter: str | None, modality: str) -> AdapterCard | None:
+    def find_taught(self) -> tuple[str, ...]:
+        """Structures that served versions know and the model itself does not, by name; empty if nothing is served, or
+        what is served cannot be read: a request says so.
+        """
+        try:
+            served = self.adapters.list_served(self._find_base())
+            return tuple(sorted({name for _, card in served for name in card.find_new(self.structures)}))
+        except ProGiDiffError as err:
+            logger.warning("What versions were taught cannot be read: %s", err)
+            return ()
+
+    def pick_adapter(self, adapter: str | None, modality: str, structures: Collection[str] = ()) -> AdapterCard | None:
         """Which version a request gets: reads a few small files, loads nothing, and may be asked from any thread.
 
         Args:
             adapter: None, "" or "auto": the served version for this modality, if there is one; "none": the model
                 itself; a name: its served version; ``name@version``: that one.
             modality: Of the image.
+            structures: What is asked for; of several versions the one that learned it answers.
 
         Returns:
             The version's card, None for the model itself.
@@ -287,7 +299,7 @@ class Engine:
         if adapter == NONE:
             return None
         if adapter in (None, "", AUTO):
-            return self.adapters.pick_for(modality, self._find_base())
+            return self.adapters.pick_for(modality, self._find_base(), structures, self.structures)
         try:
             return self.adapters.find(adapter)
         except NotFoundError as err:
@@ -375,9 +387,11 @@ class Engine:
         fit.
         """
         started = time.monotonic()
-        chosen = self.pick_adapter(request.adapter, volume.modality)
+        chosen = self.pick_adapter(request.adapter, volume.modality, [query.name for query in request.queries])
         pipeline = self.load() if chosen is None else self._load_adapted(chosen)
         card, tools = self.card, self._close_up
+        if chosen is not None and chosen.grid is not None:
+            card = replace(card, conditioning=chosen.place(card.conditioning))
         adapter = "" if chosen is None else chosen.full_name
         if pipeline.device.type != "cpu":  # There a seed gives the same bits, whatever the settings.
             work = replace(work, whole=self._whole)

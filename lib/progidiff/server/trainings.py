@@ -87,7 +87,8 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
             label, info = context.annotations.label_file(current), {}
         labels.append(AcceptedLabel(image, path, label, info, datastore.get_image_info(image)))
     table = Path(context.app.studies) if local else context.options.store
-    cases = build_cases(labels, load_folder_names(table), context.annotations)
+    own = context.infer.own
+    cases = build_cases(labels, load_folder_names(table), context.annotations, own)
     if not cases:
         raise RequestError(
             "No slice of any image is annotated, or the images are gone. Save a label with tag final, then train."
@@ -106,6 +107,7 @@ def collect(context: Context, options: TrainingOptions) -> dict[str, Any]:
         )
     return {
         "cases": to_json(cases),
+        "declared": [] if own is None else list(own.declared()),
         "model_dir": str(engine.model_dir),
         "adapters": str(engine.adapters.root),
         "backbone": context.options.backbone,

@@ -16,6 +16,7 @@ from typing import Any
 
 from progidiff.errors import ImageError
 from progidiff.labels.cases import LABELS_JSON, list_labelled, load_label_names
+from progidiff.labels.folder_structures import FolderStructures, fold_name
 from progidiff.labels.history import AnnotationStore
 from progidiff.labels.segments import combine_names, read_names
 from progidiff.prompts.parser import canonical_name
@@ -90,11 +91,21 @@ def find_local_cases(studies: Path, annotations: AnnotationStore | None = None) 
     if annotations is None:
         kept = default_store(str(studies)) / ANNOTATIONS
         annotations = AnnotationStore(kept, studies / "labels" / "final") if kept.is_dir() else None
-    return build_cases(list_local_labels(studies), load_folder_names(studies), annotations)
+    return build_cases(
+        list_local_labels(studies), load_folder_names(studies), annotations, find_folder_structures(studies)
+    )
+
+
+def find_folder_structures(studies: Path) -> FolderStructures:
+    """The own structures of a local datastore's folder, as a server on it keeps them."""
+    return FolderStructures(studies, default_store(str(studies)))
 
 
 def build_cases(
-    labels: Iterable[AcceptedLabel], folder_names: Mapping[int, str] | None, annotations: AnnotationStore | None
+    labels: Iterable[AcceptedLabel],
+    folder_names: Mapping[int, str] | None,
+    annotations: AnnotationStore | None,
+    own: FolderStructures | None = None,
 ) -> list[Case]:
     """Training cases of accepted labels.
 
@@ -102,31 +113,37 @@ def build_cases(
         labels: From `list_local_labels`, or from the server's datastore.
         folder_names: labels.json of the folder; None if it has none.
         annotations: Who labelled which slices; None: whole volumes are labelled.
+        own: The folder's own structures: what labels called them before they were renamed, and their other words.
 
     Returns:
         The cases that anything is annotated of, in the given order.
     """
+    now = {} if own is None else {fold_name(word): row.name for row in own.own() for word in (row.name, *row.words)}
+    # Then labels.json gives the known structures their ids, and says nothing of what a label shows.
+    is_told = own is None or not own.adds_to_table
     cases = []
     for label in labels:
         current = None if annotations is None else annotations.current(label.name)
         recorded = {} if current is None else {value: name for name, value in current.label_ids}
         told = recorded or read_label_names(label.label_info)
         try:
-            own = read_names(label.label)
+            in_file = read_names(label.label)
         except ImageError as err:
             logger.warning("The label of '%s' is left out: %s", label.name, err)
             continue
-        names = {**(folder_names or {}), **combine_names(own, told)}
-        fixed = not names
-        if fixed:
+        said = combine_names(in_file, told)
+        names = {**(folder_names or {}), **said}
+        names_all = is_told and bool(names)
+        # The fixed ids name all that could be there; what is not drawn is unknown then, not absent.
+        if not names:
             names = {value: name for name, value in fixed_ids().items()}
-        annotated = None if annotations is None else _read_slices(annotations, label.name)
+        names = {value: now.get(fold_name(name), name) for value, name in names.items()}
+        annotated = None if annotations is None else _read_slices(annotations, label.name, now)
         if annotated is not None and not annotated:
             logger.info("No slice of '%s' is annotated; it is left out", label.name)
             continue
         info = {k: str(v) for k, v in label.image_info.items() if k.lower() == "modality"}
-        # The fixed ids name all that could be there; what is not drawn is unknown then, not absent.
-        cases.append(Case(label.name, label.image, label.label, names, annotated, info, names_all=not fixed))
+        cases.append(Case(label.name, label.image, label.label, names, annotated, info, names_all))
     return cases
 
 
@@ -202,14 +219,15 @@ def from_json(values: Iterable[Mapping[str, Any]]) -> list[Case]:
     ]
 
 
-def _read_slices(store: AnnotationStore, image: str) -> dict[str, frozenset[int] | None] | None:
+def _read_slices(store: AnnotationStore, image: str, now: Mapping[str, str]) -> dict[str, frozenset[int] | None] | None:
     """`Case.annotated` out of the saves in force; None if the label was made elsewhere and counts as a whole."""
     saves = store.in_force(image)
     if not saves:
         return None if store.annotated_slices(image) is None else {}
     found: dict[str, frozenset[int] | None] = {}
     for save in saves:
-        for name in [canonical_name(text) for text in save.structures] or [EVERYTHING]:
+        called = [canonical_name(text) for text in save.structures]
+        for name in [now.get(fold_name(text), text) for text in called] or [EVERYTHING]:
             before = found.get(name, frozenset())
             found[name] = None if before is None or save.slices is None else before | frozenset(save.slices)
     return found

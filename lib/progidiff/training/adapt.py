@@ -16,8 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shlex
 import sys
+import unicodedata
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +34,7 @@ from progidiff.model.backbone import Backbone
 from progidiff.model.folder import ModelCard, find_backbone, load_pipeline
 from progidiff.model.hub_card import HubFacts, write_front_matter
 from progidiff.model.pipeline import ProposalPipeline
+from progidiff.training.accepted_labels import find_folder_structures
 from progidiff.training.adapt_stages import AdaptStages
 from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.gate import TrainedVersion, conclude, judge_dice
@@ -70,6 +73,7 @@ def run_adapt(
     backbone_source: str | None = None,
     device: str | None = None,
     publish: bool = True,
+    declared: Collection[str] | None = None,
     command: str | None = None,
     is_cancelled: Callable[[], bool] | None = None,
     report: Report | None = None,
@@ -83,7 +87,8 @@ def run_adapt(
         studies: Folder of a local datastore (images, ``labels/final/``, names of the label ids in ``labels.json`` or in
             the labels' records), or cases collected elsewhere.
         model_dir: The base: ``backbone/`` and ``conditioning/``.
-        name: Of the adapter; None for the modality in lower case.
+        name: Of the adapter; None for the modality in lower case, and where something new is learned for that with the
+            name of the new, so that it takes the place of nothing else.
         work: Checkpoints and cached slices.
         adapters: Folder of adapters; None for ``adapters/`` in `model_dir`.
         cases: Train on these volumes; empty for all that are not held back.
@@ -96,6 +101,7 @@ def run_adapt(
         modality: Only images of this one, "CT" or "MR"; "newest": that of the label saved last; None: there must be
             only one.
         publish: False to keep the version unpublished whatever the gate says.
+        declared: Names of new structures that somebody meant as they stand; None for those of the folder.
         command: How the run was started, for its record; None for this process's command line.
         is_cancelled: Asked before every step and between validation batches; a clean checkpoint is written first.
         report: Receives log entries with "stage".
@@ -117,10 +123,23 @@ def run_adapt(
     if modality is not None:
         labelled = keep_modality(labelled, modality)
     parent = base.find_parent((pick_named(labelled, [*cases, *held_out]) or labelled)[0])
+    if declared is None:
+        declared = find_folder_structures(studies).declared() if isinstance(studies, Path) else ()
     data = prepare_data(
-        labelled, base.card, work / CACHE, cases, held_out, shots, slices, structures, seed=config.seed, parent=parent
+        labelled,
+        base.card,
+        work / CACHE,
+        cases,
+        held_out,
+        shots,
+        slices,
+        structures,
+        seed=config.seed,
+        parent=parent,
+        declared=declared,
     )
-    config, name = config.complete(data.modality), name or data.modality.lower()
+    config = config.complete(data.modality, bool(data.new))
+    name = name or base.pick_name(data.modality, data.new)
     _check_modality_of_name(base.store, name, data.modality)
     tell({"stage": "prepare", "name": name, "modality": data.modality, **_describe_data(data)})
     fingerprint = _fingerprint(config, base.digest, data)
@@ -155,6 +174,26 @@ class _Base:
         backbone = Backbone(backbone_source or find_backbone(model_dir), device)
         card, pipeline = load_pipeline(model_dir, backbone, find_autocast_dtype("auto", backbone.device))
         return cls(card, pipeline, compute_base_digest(model_dir), AdapterStore(adapters or model_dir / "adapters"))
+
+    def pick_name(self, modality: str, new: Collection[str]) -> str:
+        """A name for a version: the modality's; of one that learned something new that of the version before it that
+        knows nothing else new, or one made of what it learned.
+
+        Example:
+            The first version that knows a hippocampus in MR is "mr-hippocampus@1", the next one, which knows a fornix
+            too, "mr-hippocampus@2".
+        """
+        name = modality.lower()
+        if not new:
+            return name
+        for entry in self.store.entries():
+            if entry.versions and not entry.problem:
+                card = self.store.card(entry.name, entry.versions[-1])
+                before = set(card.find_new(self.card.structures))
+                if card.modality == modality and card.base == self.digest and before and before <= set(new):
+                    return entry.name
+        plain = unicodedata.normalize("NFKD", min(new)).encode("ascii", "ignore").decode().lower()
+        return f"{name}-{'-'.join(re.findall(r'[a-z0-9]+', plain))[:40].strip('-') or 'own'}"
 
     def find_parent(self, case: Case) -> dict[str, Any] | None:
         """run.json of the version that answers for images like that of a case."""
@@ -192,7 +231,7 @@ def _write_version(
     tensors, settings, choice = stages.train()
     tell({"stage": "gate"})
     figures = {"base": stages.measure(base.pipeline)}
-    served = base.store.pick_for(data.modality, base.digest)
+    served = base.store.pick_for(data.modality, base.digest, data.training.structures, base.card.structures)
     if served is not None:
         figures["current"] = stages.measure(base.apply(served, base.store.load(served, base.digest), folder))
     draft = AdapterCard(
@@ -206,6 +245,7 @@ def _write_version(
         "",
         "",
         settings,
+        grid=data.grid,
     )
     figures["adapted"] = stages.measure(base.apply(draft, tensors, folder))
     tell({"stage": "version", **{k: v["consensus"] for k, v in figures.items()}})
@@ -222,6 +262,7 @@ def _write_version(
         readme=lambda new: write_adapter_card(new, record, data),
         lora=settings,
         shapes=base.card.conditioning,
+        grid=data.grid,
     )
 
 
@@ -234,14 +275,21 @@ def _describe_version(
 ) -> dict[str, Any]:
     """run.json: what made a version, what it learned from, and the verdict."""
     parent, model = None if served is None else served.full_name, base.card.full_name
-    accepted, verdict = judge(figures, parent, model)
+    accepted, verdict = judge(figures, parent, model, data.new)
+    if data.new and not set(data.training.structures) & set(base.card.structures):
+        verdict += f" All else is answered as before: for {', '.join(base.card.structures)} it is never asked."
     if "kept" in figures["adapted"]:
         kept = figures["adapted"]["kept"]
         verdict += f" For the structures without labels it agrees with {model} to {kept:.3f} (Dice)."
     if data.notes:
         verdict += f" {' '.join(data.notes)}"
     if data.same_patient:
-        verdict += " Only one volume is labelled: some of its slices were held back, so the figures flatter."
+        verdict += (
+            " Only one volume is labelled: some of its slices were held back, so the figures flatter."
+            if len(data.training.names) == 1
+            else " Something new is labelled in one volume only: slices of what was trained on were held back, so the "
+            "figures flatter."
+        )
     training = data.training
     return {
         **describe_run(),
@@ -252,6 +300,8 @@ def _describe_version(
         "training_slices": {n: [z for v, z in training.index if v == i] for i, n in enumerate(training.names)},
         "held_out_cases": data.held_out,
         "same_patient": data.same_patient,
+        "new_structures": list(data.new),
+        "grid": data.grid,
         "notes": list(data.notes),
         "data_sha256": {**training.digests, **data.validation.digests},
         "choice": origin["choice"],
@@ -261,11 +311,21 @@ def _describe_version(
     }
 
 
-def judge(figures: Mapping[str, Mapping[str, float]], current: str | None, base: str) -> tuple[bool, str]:
+MAX_LOSS = 0.005
+"""Dice that a version may lose on what was known, where it learns something new."""
+
+
+def judge(
+    figures: Mapping[str, Mapping[str, float]], current: str | None, base: str, new: Collection[str] = ()
+) -> tuple[bool, str]:
     """The quality gate: a version must beat what is served and the model itself on the held-back slices.
+
+    Where it learns something new, it must beat them there, and may lose `MAX_LOSS` on what was known: the gain on what
+    nobody else can do would outweigh any loss.
 
     Args:
         figures: From `measure_dice`, by "base", "current" and "adapted".
+        new: Structures that the model itself does not know.
 
     Returns:
         Whether it may be published, and why in a sentence.
@@ -273,11 +333,41 @@ def judge(figures: Mapping[str, Mapping[str, float]], current: str | None, base:
     Example:
         >>> judge({"base": {"consensus": 0.5}, "adapted": {"consensus": 0.7}}, None, "ct-base@1")
         (True, 'Dice 0.700 on the held-back slices, ct-base@1 has 0.500.')
+        >>> figures = {"base": {"consensus liver": 0.9, "consensus cyst": 0.0},
+        ...     "adapted": {"consensus liver": 0.8, "consensus cyst": 0.7}}
+        >>> judge(figures, None, "ct-base@1", ["cyst"])[0]
+        False
     """
-    rivals = {base: figures["base"]["consensus"]}
+    rivals = {base: figures["base"]}
     if current is not None and "current" in figures:
-        rivals = {current: figures["current"]["consensus"], **rivals}
-    return judge_dice(figures["adapted"]["consensus"], rivals, "slices")
+        rivals = {current: figures["current"], **rivals}
+    if not new:
+        own = figures["adapted"]["consensus"]
+        return judge_dice(own, {name: found["consensus"] for name, found in rivals.items()}, "slices")
+    learned, known = _split_figures(figures["adapted"], new)
+    gains = {name: _average(found, learned) for name, found in rivals.items()}
+    told = f"Dice {_average(figures['adapted'], learned):.3f} for {', '.join(learned)} on the held-back slices"
+    told += f", {' and '.join(f'{name} has {dice:.3f}' for name, dice in gains.items())}."
+    accepted = bool(learned) and all(_average(figures["adapted"], learned) > dice for dice in gains.values())
+    kept = _average(figures["adapted"], known)
+    for name, found in rivals.items() if known else ():
+        before = _average(found, known)
+        if kept < before - MAX_LOSS:
+            lost = f"for {', '.join(known)} it has {kept:.3f} where {name} has {before:.3f}, and may lose {MAX_LOSS}"
+            return False, f"{told} Refused: {lost}."
+    if known:
+        told += f" For {', '.join(known)} it has {kept:.3f}, as before or better."
+    return accepted, told
+
+
+def _split_figures(figures: Mapping[str, float], new: Collection[str]) -> tuple[list[str], list[str]]:
+    """New and known structures of which the held-back slices show any."""
+    measured = [key.removeprefix("consensus ") for key in figures if key.startswith("consensus ")]
+    return [name for name in measured if name in new], [name for name in measured if name not in new]
+
+
+def _average(figures: Mapping[str, float], structures: Sequence[str]) -> float:
+    return sum(figures[f"consensus {name}"] for name in structures) / len(structures) if structures else 0.0
 
 
 def _check_modality_of_name(store: AdapterStore, name: str, modality: str) -> None:
@@ -347,7 +437,7 @@ def write_adapter_card(card: AdapterCard, run: Mapping[str, Any], data: AdaptDat
     return f"""{write_front_matter(facts)}# {card.full_name}
 
 {what}
-of {card.base_name} for {card.modality} images. Structures: {", ".join(card.structures)}.
+of {card.base_name} for {card.modality} images. Structures: {", ".join(card.structures)}.{_tell_new(data)}
 
 * Trained on {len(data.training)} slices of {len(data.training.names)} volumes: {", ".join(data.training.names)}.
 * Held back, to pick the number of steps and to decide about publishing: {held_back}.
@@ -367,11 +457,19 @@ were trained on.
 """
 
 
+def _tell_new(data: AdaptData) -> str:
+    """What a version can do that the model itself cannot."""
+    if not data.new:
+        return ""
+    grid = "" if data.grid is None else f" Pixels of its working grid: {data.grid['spacing_range'][0]:g} mm and more."
+    return f"\nNew, and known to no other version of this base before: {', '.join(data.new)}.{grid}"
+
+
 def _fingerprint(config: AdaptConfig, base: str, data: AdaptData) -> str:
     """Of everything that the result depends on."""
     parts = [
         asdict(config), base, data.modality, data.training.structures, sorted(data.training.digests.items()),
         sorted(data.validation.digests.items()),
-        data.training.index, data.validation.index,
+        data.training.index, data.validation.index, *([] if data.grid is None else [data.grid]),
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -15,6 +15,7 @@ from progidiff.model.backbone import PROMPT_TEMPLATE, Backbone
 from progidiff.model.conditioning import ConditioningBranch, SliceFeatures
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.prompts.parser import training_phrases
+from progidiff.prompts.words import spell_out
 from progidiff.training.augment import Augmentation
 from progidiff.training.device_batches import move
 from progidiff.training.dice_tally import DiceTally, average_volumes, compute_area_shares
@@ -40,7 +41,7 @@ class PhraseTable:
         for structure in structures:
             phrases = training_phrases(structure)
             self.rows.append(list(range(len(self.texts), len(self.texts) + len(phrases))))
-            self.texts += [PROMPT_TEMPLATE.format(p) for p in phrases]
+            self.texts += [PROMPT_TEMPLATE.format(spell_out(p)) for p in phrases]
         self.tokens, self.mask, self.pooled = backbone.encode_text(self.texts)
         self.empty_tokens, self.empty_mask, _ = backbone.encode_text([""])
 

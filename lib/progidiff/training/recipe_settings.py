@@ -172,7 +172,8 @@ class AdaptConfig:
         kind: "lora": low-rank updates of the targets; "full": all weights of the targets.
         lora: Targets, and for kind "lora" rank and alpha.
         steps: Largest number of steps; validation stops earlier.
-        learning_rate: Peak; None: 2e-3 for kind "lora", 3e-4 for kind "full".
+        learning_rate: Peak; None: 2e-3 for kind "lora", 3e-4 for kind "full", 1e-3 for one that learns a structure that
+            is new.
         batch_size: Slices per step.
         validate_every: Steps between validations.
         patience: Validations without a gain after which training stops.
@@ -248,10 +249,16 @@ class AdaptConfig:
                 "proposals only; set proposal_steps, for example 200."
             )
 
-    def complete(self, modality: str) -> AdaptConfig:
-        """The same with every None replaced by what it stands for."""
+    def complete(self, modality: str, is_new: bool = False) -> AdaptConfig:
+        """The same with every None replaced by what it stands for.
+
+        Args:
+            is_new: Whether something is learned that the model does not know: the encoder has to learn what it was
+                never shown, by larger steps than it takes to get used to another scanner.
+        """
+        rates = (2e-3, 1e-3 if is_new else 3e-4)
         return replace(
             self,
-            learning_rate=self.learning_rate or (2e-3 if self.kind == "lora" else 3e-4),
+            learning_rate=self.learning_rate or rates[self.kind == "full"],
             bias_field=get_modality(modality).bias_field if self.bias_field is None else self.bias_field,
         )

@@ -12,18 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from progidiff.errors import ImageError, PromptError, RequestError
 from progidiff.images.formats import strip_suffix
+from progidiff.images.intensities import compute_body_threshold
 from progidiff.images.reading import load_volume
+from progidiff.images.working_grid import plan_working_grid
+from progidiff.labels.folder_structures import find_near, fold_name, means_several
 from progidiff.labels.segments import is_unnamed, load_label_map
+from progidiff.model.conditioning import ConditioningConfig
 from progidiff.model.folder import ModelCard
-from progidiff.prompts.parser import parse_prompt
+from progidiff.prompts.parser import canonical_name, parse_prompt
+from progidiff.prompts.structures import STRUCTURES
 from progidiff.training.accepted_labels import EVERYTHING, find_local_cases
 from progidiff.training.slice_cache import Case, SliceCache
 
 HELD_BACK_SHARE = 0.25
 """Of the labelled slices, where there is one labelled volume only."""
+
+NEEDED_SLICES = 4
+"""Labelled slices of one volume from which something can be learned and judged."""
 
 NEWEST = "newest"
 """As a modality: that of the label that was saved last."""
@@ -40,6 +49,8 @@ class AdaptData:
         unused: Labelled volumes that were neither trained on nor held back.
         same_patient: One volume only: some of its slices are held back.
         notes: Sentences about what was left out.
+        new: Structures that the model itself does not know.
+        grid: See `model.adapters.AdapterCard`.
     """
 
     training: SliceCache
@@ -49,6 +60,8 @@ class AdaptData:
     unused: list[str]
     same_patient: bool
     notes: tuple[str, ...] = ()
+    new: tuple[str, ...] = ()
+    grid: Mapping[str, Any] | None = None
 
 
 def prepare_data(
@@ -65,11 +78,13 @@ def prepare_data(
     *,
     modality: str | None = None,
     parent: Mapping[str, Any] | None = None,
+    declared: Collection[str] = (),
 ) -> AdaptData:
     """Choose and check the labelled volumes; see `run_adapt` for the other arguments.
 
     Args:
         parent: See `choose_cases`.
+        declared: Names of new structures that somebody meant as they stand, see `labels.folder_structures`.
 
     Raises:
         RequestError: if a case, structure or number makes no sense.
@@ -90,17 +105,78 @@ def prepare_data(
                 f"not held back: {_names(training)}."
             )
         training = training[:shots]
-    names = [parse_structure(s, card) for s in structures] or None
-    used, found_modality, notes = check_cases([*training, *kept_back], card, names)
+    names = [name_structure(s, card, declared) for s in structures] or None
+    used, found_modality, notes, drawn = check_cases([*training, *kept_back], card, names, declared)
     held_names = {c.name for c in kept_back}
     training = [c for c in used if c.name not in held_names]
     kept_back = [c for c in used if c.name in held_names]
     if not training:
         raise ImageError(f"No volume is left to train on. {' '.join(notes)}")
-    train, valid = _cache_slices(training, kept_back, card, names, cache, slices)
+    new = tuple(sorted({name for names in drawn.values() for name in names} - set(card.structures)))
+    if new and not held_out and not cases:
+        training, kept_back = share_out(training, kept_back, new, drawn)
+    grid = fit_grid(used, card.conditioning) if new else None
+    shapes = card.conditioning if grid is None else replace(card.conditioning, **grid)
+    order = [*card.structures, *new]
+    train, valid = _cache_slices(training, kept_back, (order, new), shapes, names, cache, slices)
     unused = [c.name for c in labelled if c.name not in {u.name for u in used}]
     held = [c.name for c in kept_back]
-    return AdaptData(train, valid, found_modality, held, unused, not kept_back, tuple(notes))
+    new = tuple(s for s in new if s in train.structures)
+    return AdaptData(train, valid, found_modality, held, unused, not kept_back, tuple(notes), new, grid)
+
+
+def share_out(
+    training: Sequence[Case], kept_back: Sequence[Case], new: Sequence[str], drawn: Mapping[str, Collection[str]]
+) -> tuple[list[Case], list[Case]]:
+    """Have every new structure on both sides where its volumes allow it, and never on the held-back side alone.
+
+    Args:
+        drawn: Case -> structures that its label shows.
+
+    Returns:
+        Both lists; nothing is held back where a new structure is drawn in one volume only: some of its slices are then.
+    """
+    learned, held = list(training), list(kept_back)
+
+    def carry(cases: Sequence[Case], name: str) -> list[Case]:
+        return [case for case in cases if name in drawn[case.name]]
+
+    for name in new:
+        carriers = [*carry(learned, name), *carry(held, name)]
+        if len(carriers) == 1:
+            return [*learned, *held], []
+        if carriers and not carry(learned, name):
+            held.remove(carriers[0])
+            learned.append(carriers[0])
+        elif carriers and not carry(held, name):
+            learned.remove(carriers[-1])
+            held.append(carriers[-1])
+    return (learned, held) if learned else (held, [])
+
+
+def fit_grid(cases: Sequence[Case], shapes: ConditioningConfig) -> dict[str, Any] | None:
+    """Settings of the working grid for images that are smaller than the base's: a hippocampus of 35 x 51 voxels would
+    be 5 pixels wide on a grid of bodies.
+
+    Returns:
+        See `model.adapters.AdapterCard`; None if all images fill the base's own grid.
+    """
+    low, high = shapes.spacing_range
+    found = [_find_pixel_size(case, shapes) for case in cases]
+    smallest = float(np.round(min(found), 4))
+    if smallest >= low:
+        return None
+    # What lies between neighbouring channels shrinks with the pixels.
+    return {"spacing_range": (smallest, high), "neighbour_mm": round(shapes.neighbour_mm * smallest / low, 4)}
+
+
+def _find_pixel_size(case: Case, shapes: ConditioningConfig) -> float:
+    """Pixel of the working grid, mm, with which the body in an image fills it."""
+    volume = load_volume(case.image, info=case.info)
+    stack, spacing = volume.to_stack()
+    anything = (1e-3, shapes.spacing_range[1])
+    threshold = compute_body_threshold(volume)
+    return plan_working_grid(stack, spacing, threshold, shapes.height, shapes.width, anything).spacing
 
 
 def choose_cases(
@@ -146,7 +222,8 @@ def choose_cases(
 def _cache_slices(
     training: Sequence[Case],
     kept_back: Sequence[Case],
-    card: ModelCard,
+    structures: tuple[Sequence[str], Sequence[str]],
+    shapes: ConditioningConfig,
     only: Sequence[str] | None,
     folder: Path,
     slices: int | None,
@@ -154,25 +231,29 @@ def _cache_slices(
     """Prepare the slices of the structures that the training labels show.
 
     Args:
+        structures: All that can be trained, and those of them that are new.
+        shapes: Decides the working grid.
         only: Structures to train; None for all.
         slices: Train on so many.
 
     Returns:
         Those to train on and those that are held back; of other volumes if there are any, else of the same one.
     """
+    order, new = structures
     known = {s for c in training for s in (*c.structures.values(), *(c.annotated or ()))}
-    order = [s for s in card.structures if s in known and (only is None or s in only)]
-    first = SliceCache(training, order, card.conditioning, folder)
-    present = [s for s, positions in zip(order, first.by_structure, strict=True) if len(positions)]
+    chosen = [s for s in order if s in known and (only is None or s in only)]
+    first = SliceCache(training, chosen, shapes, folder)
+    present = [s for s, positions in zip(chosen, first.by_structure, strict=True) if len(positions)]
     if not present:
         raise ImageError(
-            f"The training labels hold none of {', '.join(order)}; accept at least one label that is not empty."
+            f"The training labels hold none of {', '.join(chosen or only or ())}; accept at least one label that is "
+            "not empty."
         )
-    train = SliceCache(training, present, card.conditioning, folder)
+    train = SliceCache(training, present, shapes, folder)
     if kept_back:
-        valid = SliceCache(kept_back, present, card.conditioning, folder)
+        valid = SliceCache(kept_back, present, shapes, folder)
     else:
-        train, valid = split_slices(train)
+        train, valid = split_slices(train, new=[s for s in new if s in present])
     if slices is not None:
         train = restrict_cache(train, pick_evenly(train, slices))
     if not any(len(p) for p in train.by_structure):
@@ -261,9 +342,35 @@ def parse_structure(text: str, card: ModelCard) -> str:
     return queries[0].name
 
 
+def name_structure(text: str, card: ModelCard, declared: Collection[str] = ()) -> str:
+    """The structure that a label's name means: the model's, or a new one, which is called as the label calls it.
+
+    Args:
+        declared: Names that somebody meant as they stand.
+
+    Raises:
+        PromptError: if it means several structures, or is nearly a known one; the message names that.
+    """
+    try:
+        return parse_structure(text, card)
+    except PromptError:
+        name = canonical_name(text)
+        name = next((meant for meant in declared if fold_name(meant) == fold_name(name)), name)
+        if name not in STRUCTURES and means_several(text):
+            raise
+        near = None if name in declared else find_near(name, [*card.structures, *declared])
+        if near is None:
+            return name
+        raise PromptError(
+            f"'{text}' is nearly '{near}', which is known already; if it is something else, add it as a structure of "
+            "its own.",
+            (near,),
+        ) from None
+
+
 def check_cases(
-    cases: Sequence[Case], card: ModelCard, only: Sequence[str] | None = None
-) -> tuple[list[Case], str, list[str]]:
+    cases: Sequence[Case], card: ModelCard, only: Sequence[str] | None = None, declared: Collection[str] = ()
+) -> tuple[list[Case], str, list[str], dict[str, set[str]]]:
     """Read every label and image once, before anything is trained.
 
     A segment whose name says nothing ("Segment_1") is left out. It may be any structure, so nothing that its volume
@@ -271,23 +378,26 @@ def check_cases(
 
     Args:
         only: Structures to train; the others may have any name and count as background.
+        declared: See `name_structure`.
 
     Returns:
         The cases with the model's own names for their structures, without those of which nothing is left; their
-        modality; and sentences about what is left out.
+        modality; sentences about what is left out; and case -> structures that its label shows.
 
     Raises:
         ImageError: for a label that cannot be read, lies on another grid, has unknown ids, no foreground or numbers
             that are no ids; for volumes of several modalities.
-        RequestError: if a label has a name that the model does not know.
+        RequestError: if a label has a name that is nearly one that is known, or means several.
     """
     checked = []
     notes = []
+    shown: dict[str, set[str]] = {}
     modalities: dict[str, str] = {}
     for case in cases:
         volume = load_volume(case.image, info=case.info)
         modalities[case.name] = volume.modality
-        values = [int(v) for v in np.unique(load_label_map(case.label, volume.grid).array) if v != 0]
+        drawn = load_label_map(case.label, volume.grid).array
+        values = [int(v) for v in np.unique(drawn) if v != 0]
         named = sorted(set(case.annotated or ()) - {EVERYTHING})
         if not values and not named:
             raise ImageError(f"The label of '{case.name}' is empty; label a structure, or remove '{case.label}'.")
@@ -303,7 +413,8 @@ def check_cases(
         unnamed = [case.structures[value] for value in values if is_unnamed(case.structures[value])]
         if unnamed:
             notes.append(_tell_unnamed(case.name, unnamed))
-        names = _match_names(case, [value for value in values if not is_unnamed(case.structures[value])], card, only)
+        telling = [value for value in values if not is_unnamed(case.structures[value])]
+        names = _match_names(case, telling, card, only, declared)
         if unnamed and not names and not named:
             continue
         if not names and not named:
@@ -312,7 +423,9 @@ def check_cases(
                 "this volume out or choose other structures."
             )
         # What is not asked for, or absent from this volume, keeps its place in the table as background.
-        absent = _absent(case, card, only, names) if case.names_all and not unnamed else {}
+        absent = _absent(case, card, only, names, declared) if case.names_all and not unnamed else {}
+        shown[case.name] = set(names.values())
+        case = _narrow_new(case, names, card, volume.arrange(drawn))
         checked.append(replace(case, structures={**dict.fromkeys(values, ""), **names, **absent}))
     if not checked:
         raise ImageError(f"No volume is left to train on. {' '.join(notes)}")
@@ -326,31 +439,55 @@ def check_cases(
             "with --case or the option modality, or, if the guess is "
             'wrong, write {"modality": "MR"} into a file <name>.json beside the image.'
         )
-    return checked, next(iter(modalities.values())), notes
+    return checked, next(iter(modalities.values())), notes, shown
 
 
-def _match_names(case: Case, values: Sequence[int], card: ModelCard, only: Sequence[str] | None) -> dict[int, str]:
-    """Label id -> structure of the model, of those that are trained.
+def _match_names(
+    case: Case, values: Sequence[int], card: ModelCard, only: Sequence[str] | None, declared: Collection[str]
+) -> dict[int, str]:
+    """Label id -> structure, of those that are trained.
 
     Raises:
-        RequestError: for a name that the model does not know, unless only some structures are trained.
+        RequestError: for a name that is nearly a known one or means several, unless only some structures are trained.
     """
     names: dict[int, str] = {}
     for value in values:
         try:
-            found = parse_structure(case.structures[value], card)
+            found = name_structure(case.structures[value], card, declared)
         except PromptError as err:
             if only is not None:
                 continue
             hint = f" (did you mean {err.suggestions[0]!r}?)" if err.suggestions else ""
             raise RequestError(
                 f"Label id {value} of '{case.name}' is named '{case.structures[value]}', which '{card.full_name}' does "
-                f"not know{hint}. {_RENAME.format(case=case.name)} It knows {', '.join(card.structures)}. Or choose "
-                "what to train with --structures; an adapter cannot teach new structures, `progidiff train` can."
+                f"not know{hint}. {_RENAME.format(case=case.name)} It knows {', '.join(card.structures)}. If it is a "
+                "structure of its own, add it under this name (`progidiff structures add`). Or choose what to train "
+                "with --structures."
             ) from err
         if only is None or found in only:
             names[value] = found
     return names
+
+
+def _narrow_new(case: Case, names: Mapping[int, str], card: ModelCard, stack: NDArray[Any]) -> Case:
+    """The case with what its label says of structures that are new: where a person saved a whole volume, the slices
+    that draw one. Who begins with something new has drawn it on a few slices, and nobody has said that it is absent
+    from those in between; slices that a save names count as it says.
+
+    Args:
+        names: Label id -> structure, of those that are drawn.
+        stack: Label ids (Z, Y, X).
+    """
+    if case.annotated is None:
+        return case
+    spoken = dict(case.annotated)
+    for value, name in names.items():
+        if name in card.structures:
+            continue
+        said = spoken.get(name, spoken.get(EVERYTHING, frozenset()))
+        drawn = frozenset(int(z) for z in np.flatnonzero((stack == value).any(axis=(1, 2))))
+        spoken[name] = drawn if said is None else said
+    return replace(case, annotated=spoken)
 
 
 _RENAME = (
@@ -364,13 +501,19 @@ def _tell_unnamed(case: str, unnamed: Sequence[str]) -> str:
     return f"{listed} of '{case}' does not say what it is, and is left out. {_RENAME.format(case=case)}"
 
 
-def _absent(case: Case, card: ModelCard, only: Sequence[str] | None, present: Mapping[int, str]) -> dict[int, str]:
-    """Names in the table that do not occur in this label: whoever labelled it says that they are absent."""
+def _absent(
+    case: Case, card: ModelCard, only: Sequence[str] | None, present: Mapping[int, str], declared: Collection[str]
+) -> dict[int, str]:
+    """Names in the table that do not occur in this label: whoever labelled it says that they are absent. Of a structure
+    that this folder began to label by itself nothing is known where it is not drawn.
+    """
     found = {}
     for value, text in case.structures.items():
         try:
-            name = parse_structure(text, card)
+            name = name_structure(text, card, declared)
         except PromptError:
+            continue
+        if name in declared:
             continue
         if name not in present.values() and (only is None or name in only):
             found[value] = name
@@ -395,16 +538,28 @@ def restrict_cache(cache: SliceCache, kept: Sequence[int]) -> SliceCache:
     return part
 
 
-def split_slices(cache: SliceCache, share: float = HELD_BACK_SHARE) -> tuple[SliceCache, SliceCache]:
+def split_slices(
+    cache: SliceCache, share: float = HELD_BACK_SHARE, new: Collection[str] = ()
+) -> tuple[SliceCache, SliceCache]:
     """Hold back short runs of neighbouring slices, evenly spread over the labelled part of a volume.
 
     Runs and not single slices: a slice between two that were trained on is no test.
 
+    Args:
+        new: Structures of which some slices are held back in any case.
+
     Raises:
-        ImageError: if fewer than 4 slices are labelled.
+        ImageError: if fewer than 4 slices are labelled, or of something new.
     """
     labelled = [i for i, (v, z) in enumerate(cache.index) if cache.pixels[v][z].any()]
-    if len(labelled) < 4:
+    of_new = {name: cache.by_structure[cache.structures.index(name)].tolist() for name in new}
+    for name, slices in of_new.items():
+        if len(slices) < NEEDED_SLICES:
+            raise ImageError(
+                f"'{name}' has {len(slices)} labelled slices in one volume; train with at least {NEEDED_SLICES}, so "
+                "that some can be held back, or label it in a second volume."
+            )
+    if len(labelled) < NEEDED_SLICES:
         raise ImageError(
             f"Only one volume is labelled, with {len(labelled)} slices that hold a structure. Label at least 4 slices, "
             "so that some can be held back, or a second volume."
@@ -416,6 +571,11 @@ def split_slices(cache: SliceCache, share: float = HELD_BACK_SHARE) -> tuple[Sli
     for r in range(runs):
         start = round((r + 0.5) * len(labelled) / runs - length / 2)
         held |= set(labelled[max(0, start) : start + length])
+    for slices in of_new.values():
+        if not held & set(slices):
+            length = max(1, round(share * len(slices)))
+            start = (len(slices) - length) // 2
+            held |= set(slices[start : start + length])
     return restrict_cache(cache, [i for i in range(len(cache)) if i not in held]), restrict_cache(cache, sorted(held))
 
 

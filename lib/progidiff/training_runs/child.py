@@ -263,6 +263,7 @@ def _train(folder: Path, request: Mapping[str, Any], control: Control, progress:
             backbone_source=request["backbone"],
             device=request["device"],
             publish=options.publish,
+            declared=request.get("declared", ()),
             command=f"{options.trainer} {json.dumps(request['params'])}",
             is_cancelled=control.breathe,
             report=progress.note,

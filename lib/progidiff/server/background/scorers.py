@@ -25,7 +25,7 @@ from progidiff.errors import (
 )
 from progidiff.images.pictures import PICTURE
 from progidiff.images.reading import load_volume
-from progidiff.prompts.parser import parse_prompt
+from progidiff.prompts.parser import Query, parse_prompt
 from progidiff.proposals.keeper import TakeTurn
 from progidiff.proposals.request import DEFAULT_NUM_PROPOSALS, NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
@@ -146,18 +146,20 @@ class VolumeScorer(ImageScorer):
     def version(self, modality: str) -> str:
         """The version for this modality: the model's, or its adapter's."""
         engine = self._task.engine
-        adapter = engine.pick_adapter(None, modality)
+        adapter = engine.pick_adapter(None, modality, [query.name for query in self._read_prompt()])
         return name_version(engine.model_version, adapter.full_name if adapter else "")
+
+    def _read_prompt(self) -> tuple[Query, ...]:
+        task = self._task
+        words = {} if task.own is None else task.own.words()
+        return parse_prompt(self._prompt, task.structures, False, task.engine.model_version, words)
 
     def propose(self, image: str, path: Path, info: Mapping[str, Any], take_turn: TakeTurn) -> Scored:
         """Proposals of all slices, for the structures of the prompt; those that the version was trained on count."""
         task, engine = self._task, self._task.engine
         volume = load_volume(path, None, info)
-        adapter = engine.pick_adapter(None, volume.modality)
-        request = ProposalRequest(
-            queries=parse_prompt(self._prompt, task.structures, False, engine.model_version),
-            clean_up=task.options.clean_up,
-        )
+        request = ProposalRequest(queries=self._read_prompt(), clean_up=task.options.clean_up)
+        adapter = task.pick_adapter(None, volume, request.queries)
         question = task.ask(request, volume, image, adapter)
         proposals = task.answer(question, volume, take_turn, UNWATCHED).proposals
         answering = engine.pick_adapter(proposals.adapter or NONE, volume.modality)

@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 from progidiff.errors import GeometryError, RequestError
 from progidiff.images.geometry import Grid
 from progidiff.labels.segments import is_unnamed, load_label_map
-from progidiff.prompts.parser import compute_label_ids
 from progidiff.proposals.device_queue import NOBODY
 from progidiff.proposals.edits import Edit
 from progidiff.proposals.request import CONSENSUS
 from progidiff.proposals.work import Work
 from progidiff.server.answer_files import write_temporary
 from progidiff.server.tasks.answers import VolumeAnswer, describe_answer, draw_shown
-from progidiff.server.tasks.volumes import UNNAMED, ProposalInferTask, compute_label_id, find_contradictions
+from progidiff.server.tasks.volumes import UNNAMED, ProposalInferTask, find_contradictions
 
 FOREGROUND, BACKGROUND = "foreground_scribbles", "background_scribbles"
 """What Slicer calls the two segments that are scribbles."""
@@ -103,7 +102,7 @@ class ScribbleInferTask(InferTask):
         array = load_label_map(Path(str(request["label"])), grid).array
         edits = (*options.edits, *read_scribbles(array, read_scribble_ids(own["label_info"]), box, grid))
         image_id = str(request.get("image_id", ""))
-        adapter = self._proposals.engine.pick_adapter(options.adapter, volume.modality)
+        adapter = self._proposals.pick_adapter(options.adapter, volume, queries)
         asked = options.to_request(queries).model_copy(update={"edits": edits})
         found = self._proposals.answer(
             self._proposals.ask(asked, volume, image_id, adapter),
@@ -113,8 +112,10 @@ class ScribbleInferTask(InferTask):
             ),
             Work(first=next((edit.slice for edit in edits if edit.slice is not None), None)),
         )
-        labels, _, _ = draw_shown(found.proposals, grid, compute_label_ids(queries), CONSENSUS)
-        value = compute_label_id(queries[0].name) if queries[0].known else 1
+        labels, _, _ = draw_shown(
+            found.proposals, grid, self._proposals.number(query.name for query in queries), CONSENSUS
+        )
+        value = self._proposals.number([queries[0].name])[queries[0].name] if queries[0].known else 1
         mask = np.where(labels > 0, np.uint8(value), np.uint8(0))
         if box is not None:
             mask = _keep_inside(mask, box)

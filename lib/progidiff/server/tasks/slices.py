@@ -39,7 +39,7 @@ from progidiff.proposals.request import MAX_SEED, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.answer_files import write_temporary
 from progidiff.server.tasks.answers import Geometry, Latencies, SliceAnswer
-from progidiff.server.tasks.volumes import UNNAMED, ProposalInferTask, compute_label_id
+from progidiff.server.tasks.volumes import UNNAMED, ProposalInferTask
 from progidiff.storage.json_text import read_json
 
 logger = logging.getLogger(__name__)
@@ -181,7 +181,7 @@ class SliceInferTask(InferTask):
 
         labels = np.zeros(volume.to_stack()[0].shape, dtype=np.uint8)
         name = queries[0].name
-        value = compute_label_id(name) if queries[0].known else 1
+        value = self._proposals.number([name])[name] if queries[0].known else 1
         labels[clicks.z][choice.mask] = value
         count = int(choice.mask.sum())
         drawn_names = {str(own["label"] or name): value} if count else {}
@@ -219,7 +219,7 @@ class SliceInferTask(InferTask):
         take_turn: TakeTurn,
     ) -> tuple[Choice, _Drawn, float]:
         """Draw until a proposal fits, or `rounds` are drawn; what earlier clicks drew on this slice comes first."""
-        adapter = self._proposals.engine.pick_adapter(request.adapter, volume.modality)
+        adapter = self._proposals.pick_adapter(request.adapter, volume, request.queries)
 
         def ask(number: int) -> Question:
             """The question of a round: the same with another seed."""

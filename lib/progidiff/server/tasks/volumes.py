@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,9 +26,10 @@ from progidiff.images.geometry import Grid
 from progidiff.images.modality import list_modalities
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
+from progidiff.labels.folder_structures import FolderStructures
 from progidiff.model.adapters import AdapterCard
-from progidiff.prompts.parser import Query, compute_label_ids, describe, parse_prompt
-from progidiff.prompts.structures import STRUCTURES, fixed_ids
+from progidiff.prompts.parser import Query, describe, parse_prompt
+from progidiff.prompts.structures import STRUCTURES, fixed_ids, number_structures
 from progidiff.proposals.device_queue import NOBODY, DeviceQueue
 from progidiff.proposals.edits import Edit
 from progidiff.proposals.engine import Engine
@@ -60,6 +61,7 @@ from progidiff.server.tasks.answers import (
     save_if_asked,
     write_and_save,
 )
+from progidiff.training.split import NEEDED_SLICES
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +80,7 @@ class ProposalInferTask(InferTask):
     Args:
         engine: The model; loaded at the first request.
         others: The same model on further devices, in the order of `ServerOptions.list_devices`.
+        own: The own structures of the folder that is served; None if there is no folder.
         store: Where proposals are kept.
         options: Of the server.
         datastore: Gives the app's datastore, to save tag `original` into.
@@ -90,7 +93,9 @@ class ProposalInferTask(InferTask):
         options: ServerOptions,
         datastore: Callable[[], Datastore],
         others: Sequence[Engine] = (),
+        own: FolderStructures | None = None,
     ) -> None:
+        self.own = own
         self.engine = engine
         names = list(options.list_devices())
         self._others = dict(zip(names[1:], others, strict=True))
@@ -100,10 +105,10 @@ class ProposalInferTask(InferTask):
         self.queue = DeviceQueue(names, max_waiting=options.max_waiting)
         self._datastore = datastore
         self._volumes: Recent[Volume] = Recent(_KEPT_VOLUMES)
-        self.structures = _known_structures(engine)
+        self._base_structures = _known_structures(engine)
         super().__init__(
             type=InferType.SEGMENTATION,
-            labels={name: compute_label_id(name) for name in self.structures},
+            labels={name: number for name, number in fixed_ids().items() if name in self._base_structures},
             dimension=3,
             description=(
                 "Type a prompt ('left kidney', 'liver and spleen', 'all'): K diffusion proposals, their consensus and "
@@ -132,6 +137,16 @@ class ProposalInferTask(InferTask):
             "save_proposals": False,
         }
 
+    @property
+    def structures(self) -> tuple[str, ...]:
+        """What can be asked for: what the model was trained on, and what served versions learned beside it."""
+        return (*self._base_structures, *self.engine.find_taught())
+
+    def number(self, names: Iterable[str]) -> dict[str, int]:
+        """Label ids in answers: the fixed ones, and for the folder's own structures those of the folder."""
+        own = {} if self.own is None else self.own.answer_ids()
+        return number_structures(names, own)
+
     def is_valid(self) -> bool:
         """Always offered: if weights are missing, the request says so."""
         return True
@@ -154,7 +169,7 @@ class ProposalInferTask(InferTask):
         options, queries = self.read_request(request.get("params", {}))
         volume = self.open_volume(str(request["image"]), options.modality, request.get("image_info") or {})
         # Decided once per request, so that a version published meanwhile cannot mix with this one's name.
-        adapter = self.engine.pick_adapter(options.adapter, volume.modality)
+        adapter = self.pick_adapter(options.adapter, volume, queries)
         question = self.ask(options.to_request(queries), volume, image_id, adapter)
         asker = request.get("asker", NOBODY)
         found = self.answer(
@@ -163,7 +178,7 @@ class ProposalInferTask(InferTask):
             lambda: self.queue.job("infer", image_id or volume.name, options.job_id, asker),
             Work(first=options.first_slice),
         )
-        grid, names = volume.grid, compute_label_ids(queries)
+        grid, names = volume.grid, self.number(query.name for query in queries)
         labels, present, counts = draw_shown(found.proposals, grid, names, options.show)
         file, saved = write_and_save(
             labels,
@@ -234,13 +249,29 @@ class ProposalInferTask(InferTask):
         """The structures that a prompt names. What the model does not know, or what has no name, is what edits say."""
         if is_steered and not options.prompt.strip():
             return (Query(UNNAMED, "", known=False),)
+        known, words = self.structures, {} if self.own is None else self.own.words()
         try:
-            return parse_prompt(options.prompt, self.structures, options.allow_free_text, model_version)
+            return parse_prompt(options.prompt, known, options.allow_free_text, model_version, words)
         except PromptError as err:
+            own = None if self.own is None else self.own.find(options.prompt)
+            if not is_steered and own is not None and own.is_own and own.name not in known:
+                raise PromptError(self._tell_missing(own.name)) from err
             if not is_steered or err.suggestions:  # "livr" is asked back
                 raise
-            named = parse_prompt(options.prompt, self.structures, True, model_version)
+            named = parse_prompt(options.prompt, known, True, model_version, words)
             return tuple(query if query.known else replace(query, text="") for query in named)
+
+    def _tell_missing(self, structure: str) -> str:
+        """Why a structure of the folder cannot be asked for yet."""
+        count = 0 if self.own is None else self.own.count_labelled_slices(structure)
+        told = f"No model knows '{structure}' yet: it has {count} labelled slice{'' if count == 1 else 's'}"
+        if count < NEEDED_SLICES:
+            return f"{told}; label {NEEDED_SLICES - count} more and train with at least {NEEDED_SLICES}."
+        return f"{told}, which is enough to train; start a training (Train in the viewer, or POST /train/progidiff)."
+
+    def pick_adapter(self, adapter: str | None, volume: Volume, queries: Sequence[Query]) -> AdapterCard | None:
+        """The version that answers a request, see `Engine.pick_adapter`."""
+        return self.engine.pick_adapter(adapter, volume.modality, [query.name for query in queries])
 
     def describe_proposals(self, image_id: str, key: str | None = None) -> KeptProposals:
         """What is kept of an image.
@@ -276,7 +307,15 @@ class ProposalInferTask(InferTask):
 
     def list_prompts(self) -> list[PromptEntry]:
         """The structures the model was trained on, with label id and synonyms."""
-        return [PromptEntry(label=compute_label_id(entry["structure"]), **entry) for entry in describe(self.structures)]
+        known = self.structures
+        own = {} if self.own is None else {row.name: row for row in self.own.own()}
+        ids, entries = self.number(known), []
+        for entry in describe(known):
+            row = own.get(entry["structure"])
+            if row is not None:
+                entry = {**entry, "color": row.color, "synonyms": list(row.words)}
+            entries.append(PromptEntry(label=ids[entry["structure"]], **entry))
+        return entries
 
     def _adapters(self) -> list[str]:
         return [AUTO, NONE, *map(str, self.engine.info().get("adapters") or [])]
@@ -326,13 +365,19 @@ class ProposalInferTask(InferTask):
         return self.keeper.find_unfinished(job_id)
 
 
-def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable[[], Datastore]) -> ProposalInferTask:
+def build_task(
+    options: ServerOptions,
+    embedded_model: Path,
+    datastore: Callable[[], Datastore],
+    own: FolderStructures | None = None,
+) -> ProposalInferTask:
     """The task as the app serves it; loads no weights.
 
     Args:
         options: From `--conf`.
         embedded_model: The model folder used when `options.model_dir` is None.
         datastore: Gives the app's datastore.
+        own: See `ProposalInferTask`.
     """
     engines = [
         Engine(
@@ -346,7 +391,7 @@ def build_task(options: ServerOptions, embedded_model: Path, datastore: Callable
         for device in options.list_devices().values()
     ]
     store = ProposalStore(options.store, max_bytes=int(options.store_gb * 1e9))
-    return ProposalInferTask(engines[0], store, options, datastore, engines[1:])
+    return ProposalInferTask(engines[0], store, options, datastore, engines[1:], own)
 
 
 def find_contradictions(edits: Sequence[Edit], structures: Sequence[str], grid: Grid) -> list[str]:
@@ -358,16 +403,6 @@ def find_contradictions(edits: Sequence[Edit], structures: Sequence[str], grid: 
         for name, count in counts
         if count
     ]
-
-
-def compute_label_id(structure: str) -> int:
-    """The fixed label id of a structure, whatever the prompt: see `prompts.structures`.
-
-    Example:
-        >>> compute_label_id("liver")
-        6
-    """
-    return fixed_ids()[structure]
 
 
 class Recent(Generic[T]):

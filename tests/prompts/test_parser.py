@@ -13,6 +13,7 @@ from progidiff.prompts.parser import (
     training_phrases,
 )
 from progidiff.prompts.structures import STRUCTURES
+from progidiff.prompts.words import spell_out
 
 KIDNEYS = ["right kidney", "left kidney"]
 
@@ -208,3 +209,10 @@ def test_the_description_lists_every_structure_with_its_synonyms():
 def test_text_of_the_wrong_type_is_a_prompt_error():
     with pytest.raises(PromptError, match="got int"):
         parse_prompt(3)  # type: ignore[arg-type]
+
+
+def test_names_in_a_script_that_the_text_encoder_cannot_read_stay_apart():
+    names = ("左心室", "右心室", "сердце", "ιππόκαμπος")
+    assert len({spell_out(name) for name in names}) == len(names)
+    assert all(spell_out(name).isascii() for name in names)
+    assert all(spell_out(phrase) == phrase for phrase in ("left kidney", "riñón izquierdo", "food pipe"))

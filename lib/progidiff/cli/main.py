@@ -18,7 +18,18 @@ from rich.table import Table
 from typer.core import TyperCommand, TyperGroup
 
 import progidiff
-from progidiff.cli import annotating, audit, exchanging, operations, prelabelling, serving, textdiff, training, users
+from progidiff.cli import (
+    annotating,
+    audit,
+    exchanging,
+    operations,
+    prelabelling,
+    serving,
+    structures,
+    textdiff,
+    training,
+    users,
+)
 from progidiff.cli.options import (
     AdapterOption,
     BackboneOption,
@@ -505,6 +516,7 @@ training.register(app)
 prelabelling.register(app)
 annotating.register(app)
 users.register(app)
+structures.register(app)
 audit.register(app)
 exchanging.register(app)
 operations.register(app)

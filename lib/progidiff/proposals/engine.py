@@ -269,12 +269,15 @@ class Engine:
         prompts = self._encode_prompts(pipeline, texts)
         return CloseUpTools(drawing, card.rules, self._shelf, texts, prompts, card.calibration)
 
-    def find_taught(self) -> tuple[str, ...]:
+    def find_taught(self, modality: str | None = None) -> tuple[str, ...]:
         """Structures that served versions know and the model itself does not, by name; empty if nothing is served, or
         what is served cannot be read: a request says so.
+
+        Args:
+            modality: Of the images; None for any.
         """
         try:
-            served = self.adapters.list_served(self._find_base())
+            served = self.adapters.list_served(self._find_base(), modality)
             return tuple(sorted({name for _, card in served for name in card.find_new(self.structures)}))
         except ProGiDiffError as err:
             logger.warning("What versions were taught cannot be read: %s", err)

@@ -32,7 +32,7 @@ from typing import Any
 from progidiff.errors import BusyError, CancelledError, ProGiDiffError
 from progidiff.images.formats import strip_suffix
 from progidiff.logs import follow_parent
-from progidiff.training_runs.options import TRAINERS, TrainingOptions
+from progidiff.training_runs.options import TRAINERS, TrainingOptions, get_defaults
 from progidiff.training_runs.runner import LOCK, PROGRESS, REQUEST, WORK, Outcome, read_json, write_json
 
 logger = logging.getLogger(__name__)
@@ -234,11 +234,13 @@ def _train(folder: Path, request: Mapping[str, Any], control: Control, progress:
 
         options = TrainingOptions.from_dict(request["options"])
         targets = ("encoder", "query_head", *(("injection",) if options.proposal_steps else ()))
+        offered = get_defaults(options.trainer)["learning_rate"]
         config = AdaptConfig(
             kind="lora" if TRAINERS[options.trainer] == "lora" else "full",
             lora=LoraSettings(options.rank, 2.0 * options.rank, targets),
             steps=options.steps,
-            learning_rate=options.learning_rate,
+            # Left as it was offered, it is chosen by what there is to learn.
+            learning_rate=None if options.learning_rate == offered else options.learning_rate,
             batch_size=options.batch_size,
             validate_every=options.validate_every,
             patience=options.patience,

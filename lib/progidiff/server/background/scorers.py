@@ -129,6 +129,10 @@ class ImageScorer(ABC):
         return True
 
 
+ALL = "all"
+"""The prompt for everything that is known."""
+
+
 class VolumeScorer(ImageScorer):
     """Scores volumes by the diffusion model.
 
@@ -146,19 +150,26 @@ class VolumeScorer(ImageScorer):
     def version(self, modality: str) -> str:
         """The version for this modality: the model's, or its adapter's."""
         engine = self._task.engine
-        adapter = engine.pick_adapter(None, modality, [query.name for query in self._read_prompt()])
+        adapter = engine.pick_adapter(None, modality, [query.name for query in self._read_prompt(modality)])
         return name_version(engine.model_version, adapter.full_name if adapter else "")
 
-    def _read_prompt(self) -> tuple[Query, ...]:
-        task = self._task
-        words = {} if task.own is None else task.own.words()
-        return parse_prompt(self._prompt, task.structures, False, task.engine.model_version, words)
+    def _read_prompt(self, modality: str) -> tuple[Query, ...]:
+        """What is scored of images of a modality. "all" is what this folder teaches, once a version knows it: who
+        labels a heart does not want to hear where a liver is uncertain.
+        """
+        task, own = self._task, self._task.own
+        known = task.structures
+        if own is not None and self._prompt.strip().lower() == ALL:
+            taught = {row.name for row in own.own()} & set(task.engine.find_taught(modality))
+            known = tuple(name for name in known if name in taught) or known
+        words = {} if own is None else own.words()
+        return parse_prompt(self._prompt, known, False, task.engine.model_version, words)
 
     def propose(self, image: str, path: Path, info: Mapping[str, Any], take_turn: TakeTurn) -> Scored:
         """Proposals of all slices, for the structures of the prompt; those that the version was trained on count."""
         task, engine = self._task, self._task.engine
         volume = load_volume(path, None, info)
-        request = ProposalRequest(queries=self._read_prompt(), clean_up=task.options.clean_up)
+        request = ProposalRequest(queries=self._read_prompt(volume.modality), clean_up=task.options.clean_up)
         adapter = task.pick_adapter(None, volume, request.queries)
         question = task.ask(request, volume, image, adapter)
         proposals = task.answer(question, volume, take_turn, UNWATCHED).proposals

@@ -125,19 +125,24 @@ def run_adapt(
     parent = base.find_parent((pick_named(labelled, [*cases, *held_out]) or labelled)[0])
     if declared is None:
         declared = find_folder_structures(studies).declared() if isinstance(studies, Path) else ()
-    data = prepare_data(
-        labelled,
-        base.card,
-        work / CACHE,
-        cases,
-        held_out,
-        shots,
-        slices,
-        structures,
-        seed=config.seed,
-        parent=parent,
-        declared=declared,
-    )
+    choice = (cases, held_out, shots, slices, structures)
+    data = prepare_data(labelled, base.card, work / CACHE, *choice, seed=config.seed, parent=parent, declared=declared)
+    origin = command or shlex.join(sys.argv)
+    return _train_and_conclude(base, name, data, config, work, publish, origin, is_cancelled or (lambda: False), tell)
+
+
+def _train_and_conclude(
+    base: _Base,
+    name: str | None,
+    data: AdaptData,
+    config: AdaptConfig,
+    work: Path,
+    publish: bool,
+    command: str,
+    is_cancelled: Callable[[], bool],
+    tell: Report,
+) -> AdaptResult:
+    """The version of these data and settings, trained now or earlier, published if it may be; see `run_adapt`."""
     config = config.complete(data.modality, bool(data.new))
     name = name or base.pick_name(data.modality, data.new)
     _check_modality_of_name(base.store, name, data.modality)
@@ -147,8 +152,8 @@ def run_adapt(
     folder.mkdir(parents=True, exist_ok=True)
     written = earlier = base.store.find_run(name, fingerprint)
     if written is None:
-        origin = {"command": command or shlex.join(sys.argv), "fingerprint": fingerprint}
-        written = _write_version(base, name, data, config, folder, origin, is_cancelled or (lambda: False), tell)
+        origin = {"command": command, "fingerprint": fingerprint}
+        written = _write_version(base, name, data, config, folder, origin, is_cancelled, tell)
     how = f"`progidiff adapters use {written.full_name}` publishes"
     return conclude(base.store, written, base.store.run(written), publish, folder, how, earlier is not None)
 
@@ -462,7 +467,7 @@ def _tell_new(data: AdaptData) -> str:
     if not data.new:
         return ""
     grid = "" if data.grid is None else f" Pixels of its working grid: {data.grid['spacing_range'][0]:g} mm and more."
-    return f"\nNew, and known to no other version of this base before: {', '.join(data.new)}.{grid}"
+    return f"\nNew, unknown to the model itself: {', '.join(data.new)}.{grid}"
 
 
 def _fingerprint(config: AdaptConfig, base: str, data: AdaptData) -> str:

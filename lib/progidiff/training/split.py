@@ -112,7 +112,10 @@ def prepare_data(
     kept_back = [c for c in used if c.name in held_names]
     if not training:
         raise ImageError(f"No volume is left to train on. {' '.join(notes)}")
-    new = tuple(sorted({name for names in drawn.values() for name in names} - set(card.structures)))
+    new, few = find_new(drawn, card)
+    if few:
+        names = [s for s in (*card.structures, *new) if names is None or s in names]
+        notes += few
     if new and not held_out and not cases:
         training, kept_back = share_out(training, kept_back, new, drawn)
     grid = fit_grid(used, card.conditioning) if new else None
@@ -125,13 +128,41 @@ def prepare_data(
     return AdaptData(train, valid, found_modality, held, unused, not kept_back, tuple(notes), new, grid)
 
 
+def find_new(drawn: Mapping[str, Mapping[str, int]], card: ModelCard) -> tuple[tuple[str, ...], list[str]]:
+    """Structures that the model does not know and that can be learned.
+
+    Args:
+        drawn: Case -> structure -> slices that show it.
+
+    Returns:
+        Their names; and a sentence about each of which too little is drawn, unless there is nothing else.
+
+    Raises:
+        ImageError: if too little is drawn of each, and nothing else.
+    """
+    counts: dict[str, list[int]] = {}
+    for shown in drawn.values():
+        for name, count in shown.items():
+            counts.setdefault(name, []).append(count)
+    new = sorted(set(counts) - set(card.structures))
+    few = {name: sum(counts[name]) for name in new if len(counts[name]) == 1 and sum(counts[name]) < NEEDED_SLICES}
+    told = [
+        f"'{name}' has {count} labelled slice{'' if count == 1 else 's'}; train with at least {NEEDED_SLICES}, or "
+        "label it in a second image."
+        for name, count in few.items()
+    ]
+    if len(few) == len(counts):
+        raise ImageError(" ".join(told))
+    return tuple(name for name in new if name not in few), told
+
+
 def share_out(
-    training: Sequence[Case], kept_back: Sequence[Case], new: Sequence[str], drawn: Mapping[str, Collection[str]]
+    training: Sequence[Case], kept_back: Sequence[Case], new: Sequence[str], drawn: Mapping[str, Mapping[str, int]]
 ) -> tuple[list[Case], list[Case]]:
     """Have every new structure on both sides where its volumes allow it, and never on the held-back side alone.
 
     Args:
-        drawn: Case -> structures that its label shows.
+        drawn: Case -> structure -> slices that show it.
 
     Returns:
         Both lists; nothing is held back where a new structure is drawn in one volume only: some of its slices are then.
@@ -370,7 +401,7 @@ def name_structure(text: str, card: ModelCard, declared: Collection[str] = ()) -
 
 def check_cases(
     cases: Sequence[Case], card: ModelCard, only: Sequence[str] | None = None, declared: Collection[str] = ()
-) -> tuple[list[Case], str, list[str], dict[str, set[str]]]:
+) -> tuple[list[Case], str, list[str], dict[str, dict[str, int]]]:
     """Read every label and image once, before anything is trained.
 
     A segment whose name says nothing ("Segment_1") is left out. It may be any structure, so nothing that its volume
@@ -382,7 +413,7 @@ def check_cases(
 
     Returns:
         The cases with the model's own names for their structures, without those of which nothing is left; their
-        modality; sentences about what is left out; and case -> structures that its label shows.
+        modality; sentences about what is left out; and case -> structure -> axial slices that show it.
 
     Raises:
         ImageError: for a label that cannot be read, lies on another grid, has unknown ids, no foreground or numbers
@@ -391,7 +422,7 @@ def check_cases(
     """
     checked = []
     notes = []
-    shown: dict[str, set[str]] = {}
+    shown: dict[str, dict[str, int]] = {}
     modalities: dict[str, str] = {}
     for case in cases:
         volume = load_volume(case.image, info=case.info)
@@ -424,8 +455,9 @@ def check_cases(
             )
         # What is not asked for, or absent from this volume, keeps its place in the table as background.
         absent = _absent(case, card, only, names, declared) if case.names_all and not unnamed else {}
-        shown[case.name] = set(names.values())
-        case = _narrow_new(case, names, card, volume.arrange(drawn))
+        stack = volume.arrange(drawn)
+        shown[case.name] = {name: int((stack == value).any(axis=(1, 2)).sum()) for value, name in names.items()}
+        case = _narrow_new(case, names, card, stack)
         checked.append(replace(case, structures={**dict.fromkeys(values, ""), **names, **absent}))
     if not checked:
         raise ImageError(f"No volume is left to train on. {' '.join(notes)}")

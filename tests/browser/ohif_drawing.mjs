@@ -49,6 +49,11 @@ drive(async (page, given, { shoot }) => {
   await panel.getByText(/Saved the volume/).waitFor();
   said.kept = await panel.locator('output').textContent();
 
+  // Said once: as long as it is as it was, the same is not asked again.
+  await panel.getByRole('button', { name: 'Accept volume' }).click();
+  await panel.getByText(/saved already/).waitFor();
+  said.again = await panel.locator('output').textContent();
+
   // On another slice the same becomes what was prompted.
   said.second = [z + 1, 5, 6];
   await readMask(page, [...said.second, given.other[0]]);

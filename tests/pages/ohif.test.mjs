@@ -2,6 +2,7 @@ import assert from "node:assert/strict";
 import test from "node:test";
 import { gunzipSync } from "node:zlib";
 
+import { Beside } from "../../apps/progidiff/web/ohif/beside.js";
 import { drawSlice, emptyMask, findLabel, joinSlices, listLabels, relabel, takeStrokes, wholeMask } from "../../apps/progidiff/web/ohif/masks.js";
 import { encodeNrrd } from "../../apps/progidiff/web/ohif/nrrd.js";
 import { rankSlices } from "../../apps/progidiff/web/ohif/proposals.js";
@@ -92,4 +93,25 @@ test("what is drawn on a picture of the disagreement is drawn on the mask", () =
   shown[45] = 1;
   const drawn = takeStrokes(mask, picture, shown, 201);
   assert.deepEqual([...drawn.subarray(0, 4), drawn[45]], [6, 6, 6, 0, 1]);
+});
+
+test("what a segment is was said once, until it is drawn on", () => {
+  const beside = new Beside();
+  const voxels = new Uint8Array(60);
+  voxels.set([1, 1], 3);
+  assert.equal(beside.find(SHAPE, voxels, 1), null);
+  beside.decide(SHAPE, voxels, 1, 0);
+  assert.equal(beside.find(SHAPE, voxels, 1), 0);
+  assert.equal(beside.find(SHAPE, new Uint8Array(60), 1), 0); // a submission of other slices
+
+  const more = voxels.slice();
+  more[41] = 1;
+  assert.equal(beside.find(SHAPE, more, 1), null);
+  beside.decide(SHAPE, more, 1, 6);
+  assert.equal(beside.find(SHAPE, more, 1), 6);
+  const moved = more.slice();
+  moved.set([0, 1], 41);
+  assert.equal(beside.find(SHAPE, moved, 1), null);
+  beside.clear();
+  assert.equal(beside.find(SHAPE, more, 1), null);
 });

@@ -14,8 +14,10 @@ import pytest
 
 from progidiff.errors import StoreError
 from progidiff.prompts.parser import parse_prompt
+from progidiff.proposals.edits import Edit
+from progidiff.proposals.keeper import DiskShelf, Question
 from progidiff.proposals.request import ProposalRequest
-from progidiff.proposals.store import ProposalStore
+from progidiff.proposals.store import MAX_STEERED, ProposalStore
 from progidiff.proposals.volume_proposals import VolumeProposals
 from support.proposals import make_key, make_proposals, make_request, make_volume
 
@@ -175,6 +177,23 @@ def test_the_store_stays_under_its_limit_and_drops_what_was_not_used_for_longest
     assert store.load(make_key(0)) is not None  # used again, so number 1 is the oldest
     store.save(make_key(2), make_proposals(), "image")
     assert {entry.key for entry in store.list()} == {make_key(0), make_key(2)}
+
+
+def test_of_a_chain_of_edits_the_last_results_stay(store):
+    base = make_request()
+    store.save(base.key("image", "00", "toy@1"), make_proposals(), "image")
+    keys = []
+    for count in range(1, MAX_STEERED + 3):
+        edits = tuple(Edit(kind="click", points=((place, 1, 1),)) for place in range(count))
+        question = Question(base.model_copy(update={"edits": edits}), "image", "00", "toy@1")
+        assert question.steered == base.key("image", "00", "toy@1")
+        DiskShelf(store).keep(question, make_proposals())
+        os.utime(store.root / question.key, (count, count))  # clocks are coarse
+        keys.append(question.key)
+    other = Question(base.model_copy(update={"seed": 5, "edits": edits[:1]}), "image", "00", "toy@1")
+    DiskShelf(store).keep(other, make_proposals())  # another question has a chain of its own
+    kept = {entry.key for entry in ProposalStore(store.root).list("image")}
+    assert kept == {base.key("image", "00", "toy@1"), *keys[-MAX_STEERED:], other.key}
 
 
 def test_a_result_larger_than_the_limit_is_kept_until_the_next_one(tmp_path):

@@ -51,6 +51,13 @@ class Question:
         """The same for all questions that differ in the structures only."""
         return self.request.whole_key(self.image, self.digest, self.model)
 
+    @cached_property
+    def steered(self) -> str:
+        """The key of the same question without edits; "" if it has none."""
+        if not self.request.edits:
+            return ""
+        return self.request.model_copy(update={"edits": ()}).key(self.image, self.digest, self.model)
+
 
 class Turn(Protocol):
     """The device, for the time being; a `Job`, or `Alone`."""
@@ -149,7 +156,9 @@ class DiskShelf:
             StoreError: if the disk refuses, and it must be kept.
         """
         try:
-            self.store.save(question.key, proposals, question.image, question.request.queries, question.whole)
+            self.store.save(
+                question.key, proposals, question.image, question.request.queries, question.whole, question.steered
+            )
         except StoreError as err:
             if self._must_keep:
                 raise

@@ -3,7 +3,8 @@
 One folder per result, named by its key, which is a hash of everything that the result depends on. A folder is written
 under a temporary name, flushed to disk and renamed, so a reader sees all of it or nothing, also after a power cut and
 also from another process. What cannot be read is moved aside, logged and treated as absent: it is computed again. When
-the store grows beyond its limit, the results that were not used for longest go first.
+the store grows beyond its limit, the results that were not used for longest go first. Of results that differ in a
+person's edits alone, which come by the click, the last few stay.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ logger = logging.getLogger(__name__)
 DEFAULT_MAX_BYTES = 4 << 30
 """Limit of a store on disk: 4 GiB, some thousand volumes with a handful of structures."""
 
+MAX_STEERED = 4
+"""Results that differ in the edits alone: the last one, and some steps back for undo and for another tab."""
+
 _KEY = re.compile(r"[0-9a-f]{64}")
 _CARD = "entry.json"
 _DAMAGED = ".damaged-"
@@ -52,6 +56,7 @@ class StoredResult:
         num_bytes: Size on disk.
         whole: See `ProposalRequest.whole_key` and `ProposalStore.find_part`; "" if it was not kept.
         texts: What the text encoder read per structure; empty if it was not kept.
+        steered: Key of the same request without its edits; "" if it has none.
     """
 
     key: str
@@ -61,6 +66,7 @@ class StoredResult:
     num_bytes: int
     whole: str = ""
     texts: tuple[str, ...] = ()
+    steered: str = ""
 
 
 _ENTRY = TypeAdapter(StoredResult)
@@ -94,7 +100,13 @@ class ProposalStore:
         remove_leftovers(self.root)
 
     def save(
-        self, key: str, proposals: VolumeProposals, image_id: str, queries: Sequence[Query] = (), whole: str = ""
+        self,
+        key: str,
+        proposals: VolumeProposals,
+        image_id: str,
+        queries: Sequence[Query] = (),
+        whole: str = "",
+        steered: str = "",
     ) -> StoredResult:
         """Keep a result, in place of an older one with the same key.
 
@@ -105,6 +117,8 @@ class ProposalStore:
             queries: What was asked for, in the order of its structures.
             whole: See `ProposalRequest.whole_key`; with it, `find_part` answers shorter requests from
                 this result.
+            steered: Key of the same request without its edits, "" if it has none. Of results with the same one, the
+                `MAX_STEERED` that were used last stay.
 
         Raises:
             StoreError: if the key is none of `ProposalRequest.key`, or the disk refuses; nothing is left behind then.
@@ -118,7 +132,9 @@ class ProposalStore:
                     proposals.to_files(scratch)
                     num_bytes = sum(file.stat().st_size for file in scratch.iterdir())
                     texts = tuple(query.text for query in queries)
-                    entry = StoredResult(key, image_id, time.time(), proposals.structures, num_bytes, whole, texts)
+                    entry = StoredResult(
+                        key, image_id, time.time(), proposals.structures, num_bytes, whole, texts, steered
+                    )
                     (scratch / _CARD).write_text(json.dumps(asdict(entry)), encoding="utf-8")
             except OSError as err:
                 raise StoreError(
@@ -126,6 +142,8 @@ class ProposalStore:
                 ) from err
             self._entries[key] = entry
             self._remember(key, proposals)
+            if steered:
+                self._prune_steered(entry)
             self._prune(keep=key)
             return entry
 
@@ -216,6 +234,18 @@ class ProposalStore:
         for surplus in sorted(self.root.glob(f"{_DAMAGED}*"))[:-_KEPT_DAMAGED]:
             shutil.rmtree(surplus, ignore_errors=True)
 
+    def _prune_steered(self, newest: StoredResult) -> None:
+        """Keep the last few of the results that differ from this one in the edits alone."""
+        others = [entry for entry in self.list(newest.image_id) if entry.steered == newest.steered]
+        others = [entry for entry in others if entry.key != newest.key]
+        for entry in sorted(others, key=self._last_use, reverse=True)[MAX_STEERED - 1 :]:
+            self._remove(entry)
+            logger.info("Removed the result %s of '%s': edits came after it", entry.key, entry.image_id)
+
+    def _remove(self, entry: StoredResult) -> None:
+        shutil.rmtree(self.root / entry.key, ignore_errors=True)
+        self._forget(entry.key)
+
     def _prune(self, keep: str) -> None:
         entries = self.list()
         total = sum(entry.num_bytes for entry in entries)
@@ -225,8 +255,7 @@ class ProposalStore:
             if total <= self.max_bytes:
                 break
             if entry.key != keep:
-                shutil.rmtree(self.root / entry.key, ignore_errors=True)
-                self._forget(entry.key)
+                self._remove(entry)
                 total -= entry.num_bytes
                 logger.info(
                     "Removed the result %s of '%s' to stay under %d bytes", entry.key, entry.image_id, self.max_bytes

@@ -14,6 +14,7 @@ import { View } from './view.js';
 
 /** @typedef {import('./viewer.js').Series} Series */
 /** @typedef {import('./labelling.js').Submission} Submission */
+/** @typedef {import('./labelling.js').Other} Other */
 
 const MOST_PROPOSALS = 16;
 const TOO_LARGE_BYTES = 1.5e9;
@@ -198,20 +199,19 @@ export class Panel {
    * @param {Submission} submission
    */
   async #save(labelling, submission) {
-    const others = labelling.findOthers(submission.voxels);
-    if (!others.length) {
-      await this.#saveAs(labelling, submission, submission.voxels, []);
+    const { voxels } = submission;
+    const others = labelling.findOthers(voxels);
+    const asked = others.filter(({ index }) => labelling.findDecision(voxels, index) === null);
+    if (!asked.length) {
+      await this.#saveAs(labelling, submission, others, 0);
       return;
     }
-    const names = others.map(({ name }) => name).join(' and ');
-    const drawn = others.map(({ name, count }) => `${count === 1 ? '1 voxel' : `${count} voxels`} as ${name}`).join(' and ');
+    const names = asked.map(({ name }) => name).join(' and ');
+    const drawn = asked.map(({ name, count }) => `${count === 1 ? '1 voxel' : `${count} voxels`} as ${name}`).join(' and ');
     /** @type {(name: string) => readonly [string, () => void]} */
-    const countAs = (name) => [
-      `Count as ${name}`,
-      () => this.#guard((now) => this.#saveAs(now, submission, relabel(submission.voxels, new Map(others.map(({ index }) => [index, now.ids.get(name) ?? 1]))), [])),
-    ];
+    const countAs = (name) => [`Count as ${name}`, () => this.#guard((now) => this.#saveAs(now, submission, others, now.ids.get(name) ?? 1))];
     this.view.ask(`You drew ${drawn}, which was not prompted. Nothing is saved yet.`, [
-      [`Keep as ${names}`, () => this.#guard((now) => this.#saveAs(now, submission, submission.voxels, others))],
+      [`Keep as ${names}`, () => this.#guard((now) => this.#saveAs(now, submission, others, 0))],
       ...(labelling.proposals?.structures ?? []).slice(0, MOST_CHOICES).map(countAs),
       ['Go on drawing', () => undefined],
     ]);
@@ -220,14 +220,17 @@ export class Panel {
   /**
    * @param {Labelling} labelling
    * @param {Submission} submission
-   * @param {Uint8Array<ArrayBuffer>} voxels
-   * @param {readonly import('./labelling.js').Other[]} others saved beside it, each on the slices on which it is drawn
+   * @param {readonly Other[]} others
+   * @param {number} as the label that those of the others count as which somebody was just asked about; 0 to save them beside it, each on
+   * the slices on which it is drawn
    */
-  async #saveAs(labelling, submission, voxels, others) {
+  async #saveAs(labelling, submission, others, as) {
     const { series, proposals } = labelling;
-    const { params } = submission;
+    const { params, voxels } = submission;
     const structures = proposals?.structures ?? [];
-    const own = relabel(voxels, new Map(others.map(({ index }) => [index, 0])));
+    const said = others.map((other) => ({ ...other, as: labelling.findDecision(voxels, other.index) ?? as }));
+    const fresh = others.filter(({ index }) => labelling.findDecision(voxels, index) === null);
+    const own = relabel(voxels, new Map(said.map((other) => [other.index, other.as])));
     const answer = await server.saveLabel(series.uid, await encodeNrrd(own, series.grid), {
       ...params,
       structures,
@@ -236,17 +239,29 @@ export class Panel {
       label_info: structures.map((name) => ({ name, idx: labelling.ids.get(name) ?? 1 })),
       client_id: clientId(),
     });
-    for (const { index, name, slices } of others) {
-      const alone = relabel(voxels, new Map(Array.from({ length: 256 }, (_, label) => [label, label === index ? index : 0])));
-      const where = labelling.axial ? { slices: slices.map((z) => labelling.axial?.[z] ?? z) } : {};
-      await server.saveLabel(series.uid, await encodeNrrd(alone, series.grid), { ...where, structures: [name], edited: true, label_info: [{ name, idx: index }], client_id: clientId() });
+    for (const other of fresh) {
+      if (!as) await this.#saveBeside(labelling, voxels, other);
+      labelling.beside.decide(series.grid.shape, voxels, other.index, as);
     }
     const { sequence, repeated, warnings = [] } = answer.annotation;
     const what = params.slices && params.slices.length < series.grid.shape[0] ? `${params.slices.length} slices` : 'the volume';
-    const beside = others.map(({ name, slices }) => `${name}, drawn on ${slices.length === 1 ? '1 slice' : `${slices.length} slices`}, is saved beside it.`);
-    const isSame = repeated && !others.length;
+    const saved = as ? [] : fresh;
+    const beside = saved.map(({ name, slices }) => `${name}, drawn on ${slices.length === 1 ? '1 slice' : `${slices.length} slices`}, is saved beside it.`);
+    const isSame = repeated && !saved.length;
     this.view.say(isSame ? 'This was saved already; nothing changed.' : [`Saved ${what} of ${labelling.image} as label ${sequence}.`, ...beside, ...warnings].join(' '), 'done');
     labelling.markSent(submission);
+  }
+
+  /**
+   * Save a segment that was not prompted, on the slices on which it is drawn.
+   * @param {Labelling} labelling
+   * @param {Uint8Array} voxels
+   * @param {Other} other
+   */
+  async #saveBeside({ series, axial }, voxels, { index, name, slices }) {
+    const alone = relabel(voxels, new Map(Array.from({ length: 256 }, (_, label) => [label, label === index ? index : 0])));
+    const where = axial ? { slices: slices.map((z) => axial[z] ?? z) } : {};
+    await server.saveLabel(series.uid, await encodeNrrd(alone, series.grid), { ...where, structures: [name], edited: true, label_info: [{ name, idx: index }], client_id: clientId() });
   }
 
   /** @param {Labelling} labelling */

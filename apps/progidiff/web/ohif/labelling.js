@@ -1,5 +1,6 @@
 // What is shown of one series, drawn on it and accepted.
 
+import { Beside } from './beside.js';
 import { drawSlice, emptyMask, findLabel, joinSlices, listLabels, takeStrokes, wholeMask } from './masks.js';
 import { CONSENSUS, DISAGREEMENT, EDITED, MERGED, Proposals } from './proposals.js';
 import { FIRST_BAND } from './segments.js';
@@ -30,6 +31,9 @@ export class Labelling {
   started = 0;
   /** @type {Map<number, Uint8Array>} slice of the series -> its voxels as they were saved */
   #sent = new Map();
+
+  /** What was said of segments that were not prompted. */
+  beside = new Beside();
 
   /**
    * @param {Series} series
@@ -94,6 +98,7 @@ export class Labelling {
     this.proposals = new Proposals(this.series.uid, answer, onReady);
     this.shown = '';
     this.#sent.clear();
+    this.beside.clear();
     this.#labelmap = await this.series.openLabelmap(this.segments, this.asked);
     await this.show(CONSENSUS);
     this.#labelmap.draw(this.asked[0]);
@@ -200,6 +205,15 @@ export class Labelling {
     const { asked, series } = this;
     const others = listLabels(voxels).filter((index) => !asked.includes(index));
     return others.map((index) => ({ index, name: this.#labelmap?.nameOf(index) ?? `Segment ${index}`, ...findLabel(series.grid.shape, voxels, index) }));
+  }
+
+  /**
+   * What a segment that was not prompted counts as, see `Beside.find`.
+   * @param {Uint8Array} voxels
+   * @param {number} index
+   */
+  findDecision(voxels, index) {
+    return this.beside.find(this.series.grid.shape, voxels, index);
   }
 
   /**

@@ -73,7 +73,15 @@ PROGRAM_WORDS = frozenset(
             "training",
         ),
         *("runs", "work", "adapters", "textdiff", "backbone", "conditioning", "model", "log.jsonl", "head.json"),
-        *("labels.json", "datastore_v2.json", "reservations.json", "retrain.json", "request.json", "progress.json"),
+        *(
+            "labels.json",
+            "structures.json",
+            "datastore_v2.json",
+            "reservations.json",
+            "retrain.json",
+            "request.json",
+            "progress.json",
+        ),
         *("outcome.json", "log.txt", "lock", "session.key", "ended.json", "local-token", "log.key", "entry.json"),
         *("all", "json", "image", "true", "false", "random", "consensus", "best", "auto", "none", "progidiff"),
     }

@@ -29,7 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Iterat
     folder = tmp_path_factory.mktemp("drawing")
     studies = folder / "studies"
     studies.mkdir()
-    for name in ("abdomen", "ohif", "steered"):
+    for name in ("abdomen", "ohif", "steered", "taught"):
         write_crop(studies / f"{name}.nii.gz")
         (studies / f"{name}.json").write_text(json.dumps({"modality": "CT"}))
     model = folder / "model"
@@ -106,6 +106,39 @@ def test_what_was_drawn_is_saved_voxel_by_voxel_whatever_happens_on_the_way(serv
         assert np.array_equal(version[z] == ids["liver"], mask), z
 
 
+def test_a_structure_that_nobody_knows_is_added_and_labelled_on_the_page(server: Server, tmp_path: Path):
+    name = "left ventricle"
+    given = {"image": "taught", "name": name, "words": "LV, cor", "color": "#3366cc", "width": 1500, "height": 900}
+    said = drive("teaching.mjs", server.url, tmp_path / "shots", timeout_s=900, **given)
+    print(said, tmp_path / "shots")
+    assert [problem for problem in said["problems"] if "Failed to load resource" not in problem] == []
+    assert "'livr' is nearly 'liver'" in said["asked"]
+    assert "Keep “livr”" in said["asked"]
+    assert "no slice labelled yet, 10 until proposals can be expected" in said["fresh"]
+    assert said["isActive"] == "true"
+    assert "2 slices labelled, 8 more until proposals can be expected" in said["taught"]
+    assert "2 slices labelled" in said["again"]
+    assert said["color"].replace(" ", "") == "rgb(51,102,204)"
+    assert min(said["targets"]) >= 40
+    assert said["overflow"] <= 0
+
+    listed = server.get("/progidiff/structures").json()["structures"]
+    own = {entry["name"]: entry for entry in listed if entry["is_own"]}
+    assert list(own) == [name]  # what was misspelt is none
+    assert (own[name]["color"], own[name]["words"], own[name]["slices"]) == ("#3366cc", ["LV", "cor"], 2)
+    number = own[name]["label_id"]
+    assert json.loads((server.studies / "labels.json").read_text())[str(number)] == name
+    volume = load_volume(server.studies / "taught.nii.gz")
+    file = next((server.studies / "labels" / "final").glob("taught.*"))
+    label = volume.arrange(load_label(file, like=volume.grid))
+    drawn = unpack(said["drawn"], name, label.shape)
+    assert len(drawn) == 2
+    for z in range(len(label)):
+        assert np.array_equal(label[z] == number, drawn.get(z, np.zeros(label.shape[1:], bool))), z
+    assert {entry["structure"] for entry in said["mended"]} == {name, "spleen"}
+    assert int((label == fixed_ids()["spleen"]).sum()) > 0
+
+
 def test_what_is_drawn_in_ohif_in_another_segment_is_asked_about_and_kept(server: Server, tmp_path: Path):
     ids = fixed_ids()
     said = drive(
@@ -119,6 +152,7 @@ def test_what_is_drawn_in_ohif_in_another_segment_is_asked_about_and_kept(server
     )
     assert said["segments"] == {"listed": ["liver"], "active": "liver"}
     assert "spleen, drawn on 1 slice" in said["kept"]
+    assert said["again"].startswith("This was saved already")
     assert [name for name in said["bands"] if name.startswith("disagreement")]
     assert sorted(said["after"]["listed"]) == ["liver", "spleen"]
     assert said["inside"] == [ids["liver"], 0]  # the first point is inside, the second one outside

@@ -17,6 +17,7 @@ from progidiff.errors import ProGiDiffError
 from progidiff.exchange.datasets import read_dataset
 from progidiff.exchange.exporting import ExportSettings, export_dataset
 from progidiff.exchange.importing import CaseOutcome, ImportSettings, import_dataset
+from progidiff.labels.folder_structures import FolderStructures
 from progidiff.labels.history import AnnotationStore, hash_file
 from support.local_store import make_studies, open_as_server
 from support.phantoms import write_phantom
@@ -241,7 +242,7 @@ def test_labels_take_the_ids_of_a_folder_that_has_some(tmp_path: Path):
     (saved,) = get_annotations(studies).list("a")
     assert dict(saved.label_ids) == {"left kidney": 7, "my tumour": 14}
     assert set(np.unique(read(studies / "labels" / "final" / "a.nii.gz"))) == {0, 7, 14}
-    assert json.loads((studies / "labels.json").read_text()) == {"7": "left kidney"}
+    assert json.loads((studies / "labels.json").read_text()) == {"7": "left kidney", "14": "my tumour"}
 
 
 def test_images_may_be_links_and_other_formats_are_converted(tmp_path: Path):
@@ -346,3 +347,19 @@ def test_the_commands_import_and_export(tmp_path: Path):
     assert run.invoke(app, ["import", str(tmp_path / "gone"), "--studies", str(studies)]).exit_code == 2
     result = run.invoke(app, ["export", str(tmp_path / "Dataset501_mine"), "--studies", str(studies)])
     assert "is not empty" in result.output
+
+
+def test_the_same_id_for_two_names_in_two_folders_is_mapped_by_name(tmp_path: Path):
+    studies = tmp_path / "studies"
+    bring(write_nnunet(tmp_path / "Dataset001_X", {"background": 0, "hippocampus head": 1}, (1,), ("a",)), studies)
+    labels = {"background": 0, "left atrium": 1, "livr": 2}
+    (told,) = bring(write_nnunet(tmp_path / "Dataset002_Y", labels, cases=("b",)), studies)
+    assert any(note.startswith("'livr' is nearly 'liver'") for note in told.notes)  # kept in the label, and asked back
+    table = FolderStructures(studies, studies / ".progidiff")
+    ids = {row.name: row.label_id for row in table.own()}
+    assert ids["hippocampus head"] == 1
+    assert ids["left atrium"] != 1
+    assert "livr" not in ids
+    for image, name in (("a", "hippocampus head"), ("b", "left atrium")):
+        label = read(studies / "labels" / "final" / f"{image}.nii.gz")
+        assert ids[name] in np.unique(label)

@@ -65,6 +65,9 @@ test("segments have the label ids of the structures, and bands of disagreement b
   const segments = listSegments([{ structure: "liver", label: 6, synonyms: [], color: "#c98a5b" }]);
   assert.deepEqual(segments[0].color, [201, 138, 91]);
   assert.deepEqual(segments.map(({ index }) => index), [6, 201, 202, 203, 204]);
+  const own = [{ name: "left ventricle", label_id: 14, color: "#3366cc" }, { name: "liver", label_id: 6, color: "#c98a5b" }];
+  const both = listSegments([{ structure: "liver", label: 6, synonyms: [], color: "#c98a5b" }], own);
+  assert.deepEqual(both.slice(0, 2).map(({ index, label, color }) => [index, label, color]), [[6, "liver", [201, 138, 91]], [14, "left ventricle", [51, 102, 204]]]);
 });
 
 test("the normal of a plane is at right angles to it", () => {

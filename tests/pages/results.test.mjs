@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { describeProgressOf, formatMl, measurePick } from "../../apps/progidiff/web/review/checklist.js";
+import { describeProgressOf, describeTeaching, formatMl, measurePick } from "../../apps/progidiff/web/review/checklist.js";
 import { makePick, pickProposal } from "../../apps/progidiff/web/review/picks.js";
 import { combineParts, orderMasks } from "../../apps/progidiff/web/review/results.js";
 
@@ -46,4 +46,10 @@ test("a structure is open, accepted, saved or absent", () => {
 test("the volume of what is picked, where the page knows it", () => {
   assert.deepEqual([makePick("consensus"), pickProposal(2), makePick("best"), makePick("nothing"), makePick("union")].map((pick) => measurePick(pick, numbers(3))), [30, 22.2, 3, 0, null]);
   assert.deepEqual([formatMl(22.2), formatMl(3), formatMl(null)], ["22 ml", "3.0 ml", ""]);
+});
+
+test("a structure that no model knows says how many slices are missing", () => {
+  assert.equal(describeTeaching({ slices: 0, missing: 10 }), "no slice labelled yet, 10 until proposals can be expected");
+  assert.equal(describeTeaching({ slices: 1, missing: 9 }), "1 slice labelled, 9 more until proposals can be expected");
+  assert.equal(describeTeaching({ slices: 12, missing: 0 }), "12 slices labelled; train, and proposals can be expected");
 });

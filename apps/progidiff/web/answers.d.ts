@@ -57,6 +57,20 @@ export type Job = Answer<"/progidiff/jobs/{job_id}", "get">;
 /** One of the list. */
 export type Prompt = Answer<"/progidiff/prompts", "get">[number];
 
+/** What this folder labels, and how far each is. */
+export type Structures = Answer<"/progidiff/structures", "get">;
+
+export type FolderStructure = Structures["structures"][number];
+
+/** The body of POST /progidiff/structures; of POST /progidiff/structures/{label_id} each part may be left out. */
+export interface NewStructure {
+  name: string;
+  words: string[];
+  color: string;
+  /** that a name which is nearly a known one is meant as it stands */
+  confirm: boolean;
+}
+
 export type Worklist = Answer<"/progidiff/worklist", "get">;
 
 type Listed = Worklist["entries"][number];
@@ -80,6 +94,8 @@ export interface Decisions extends Partial<DecidedPart> {
   seconds: number;
   effort?: Record<string, { seconds: number; clicks: number }>;
   painted?: Painted | null;
+  /** that names which are nearly known ones are meant as they stand */
+  confirm?: boolean;
 }
 
 /** What is decided about the structures of one result. */

@@ -82,6 +82,19 @@ def read_coded(segment: Dataset) -> tuple[str, ...]:
     return find_coded(value, "" if modifier is None else _read_value(modifier))
 
 
+def read_type(segment: Dataset) -> Code | None:
+    """The SNOMED CT code of what a segment shows; None if it has none.
+
+    Args:
+        segment: An item of the Segment Sequence.
+    """
+    found = _first(segment, "SegmentedPropertyTypeCodeSequence")
+    value = "" if found is None else _read_value(found)
+    if found is None or not value:
+        return None
+    return Code(value, " ".join(str(found.get("CodeMeaning", "")).split()))
+
+
 def _read_value(item: Dataset) -> str:
     """The SNOMED CT value of a coded item; "" if it has none."""
     value, scheme = str(item.get("CodeValue", "")), item.get("CodingSchemeDesignator")

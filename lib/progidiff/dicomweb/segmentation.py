@@ -24,13 +24,13 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.dataset import Dataset
 
-from progidiff.dicomweb.codes import read_coded
+from progidiff.dicomweb.codes import read_coded, read_type
 from progidiff.dicomweb.geometry import compute_lps_affine
 from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.decoding import apart
 from progidiff.images.geometry import GRID_TOLERANCE, Grid
 from progidiff.images.reading import DECODED_PER_VOXEL
-from progidiff.labels.segments import is_unnamed
+from progidiff.labels.segments import Look, is_unnamed, name_code, read_color
 from progidiff.prompts.parser import contradicts
 
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -55,11 +55,13 @@ class Segmentation:
         labels: uint8 in file order (I, J, K) of the image; 0 is background.
         names: Label -> segment name, of the segments that draw anything, ascending.
         notes: What is not as it was drawn, as sentences.
+        looks: Label -> colour and code, of those in `names`.
     """
 
     labels: NDArray[Any]
     names: dict[int, str]
     notes: list[str] = field(default_factory=list)
+    looks: dict[int, Look] = field(default_factory=dict)
 
 
 def read_dataset(content: bytes) -> Dataset:
@@ -165,11 +167,12 @@ def read_segmentation(dataset: Dataset, image: Grid, overlap: Overlap = "refuse"
             "Export it as BINARY or LABELMAP."
         )
     background = int(dataset.get("PixelPaddingValue") or 0) if kind == LABELMAP else 0
-    names = {
-        int(segment.SegmentNumber): _find_name(segment)
+    segments = {
+        int(segment.SegmentNumber): segment
         for segment in dataset.get("SegmentSequence") or []
         if kind == BINARY or int(segment.SegmentNumber) != background
     }
+    names = {number: _find_name(segment) for number, segment in segments.items()}
     if not 1 <= len(names) <= MAX_SEGMENTS or not all(1 <= number <= 65535 for number in names):
         raise ImageError(f"The segmentation has {len(names)} segments; 1 to {MAX_SEGMENTS} can be read.")
     label_of = {number: position + 1 for position, number in enumerate(sorted(names))}
@@ -211,7 +214,8 @@ def read_segmentation(dataset: Dataset, image: Grid, overlap: Overlap = "refuse"
             f"Segments overlap: {_list_overlaps(overlaps, by_label)}. A label holds one structure per voxel; the one "
             "that comes later in the list is kept there."
         )
-    return Segmentation(image.from_stack(stack), drawn, notes)
+    looks = {label_of[number]: _read_look(segment) for number, segment in segments.items() if label_of[number] in drawn}
+    return Segmentation(image.from_stack(stack), drawn, notes, looks)
 
 
 def _list_overlaps(overlaps: Mapping[tuple[int, int], int], names: Mapping[int, str]) -> str:
@@ -244,12 +248,25 @@ def _find_name(segment: Dataset) -> str:
     coded = read_coded(segment)
     if is_unnamed(name) and len(coded) == 1:
         return coded[0]
+    if is_unnamed(name) and not coded and (look := _read_look(segment)).code is not None:
+        return look.code.meaning or name
     if contradicts(name, coded):
         raise ImageError(
             f"A segment is called '{name[:40]}' and coded as '{' or '.join(coded)}'. Correct its label or its code in "
             "the viewer, and store it again."
         )
     return name
+
+
+def _read_look(segment: Dataset) -> Look:
+    """Colour and code of a segment, as far as they say something."""
+    value = segment.get("RecommendedDisplayCIELabValue")
+    color = None
+    if value is not None and len(value) == 3:
+        from highdicom.color import CIELabColor  # Takes a second to load, and few segmentations come in.
+
+        color = read_color(CIELabColor.from_dicom_value([int(part) for part in value]).to_rgb(clip=True))
+    return Look(color, name_code(read_type(segment)))
 
 
 def _read_frames(dataset: Dataset) -> NDArray[Any]:

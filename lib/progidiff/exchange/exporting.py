@@ -30,10 +30,11 @@ from progidiff.images.reading import load_volume, read_grid
 from progidiff.images.sidecars import find_stated_modality
 from progidiff.images.writing import save_mask
 from progidiff.labels.cases import LABELS_JSON, LabelledCase, list_labelled
+from progidiff.labels.folder_structures import FolderStructures
 from progidiff.labels.history import AnnotationStore
 from progidiff.labels.in_force import find_meaning
 from progidiff.labels.saving import MAX_LABEL_ID, load_label_ids
-from progidiff.labels.segments import load_label_map
+from progidiff.labels.segments import Look, load_label_map
 from progidiff.labels.slicer import save_segmentation
 from progidiff.prompts.parser import canonical_name
 from progidiff.prompts.structures import number_structures
@@ -124,6 +125,7 @@ def export_dataset(
     """
     _check_folder(out, settings.target)
     annotations = AnnotationStore(state / "annotations", studies / "labels" / "final")
+    table = FolderStructures(studies, state, annotations)  # Labels go out with the names of now.
     cases = list_labelled(studies, settings.images)
     folder_ids = load_label_ids(studies)
     structures = settings.structures or _list_structures(cases, annotations, folder_ids)
@@ -132,7 +134,7 @@ def export_dataset(
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with atomic_folder(out) as scratch:
-            writer = _Writer(scratch, settings, structures, pseudonyms)
+            writer = _Writer(scratch, settings, structures, pseudonyms, table.looks())
             for case in cases:
                 try:
                     notes = writer.add(_read_label(case, annotations, folder_ids))
@@ -166,9 +168,15 @@ class _Writer:
     """Files of one data set, in a folder that appears when it is complete."""
 
     def __init__(
-        self, folder: Path, settings: ExportSettings, structures: Sequence[str], pseudonyms: Pseudonyms | None
+        self,
+        folder: Path,
+        settings: ExportSettings,
+        structures: Sequence[str],
+        pseudonyms: Pseudonyms | None,
+        looks: Mapping[str, Look],
     ) -> None:
         self._folder = folder
+        self._looks = looks
         self._settings = settings
         self._pseudonyms = pseudonyms
         self._ids = self._number(structures)
@@ -207,7 +215,7 @@ class _Writer:
         ids = self._ids
         target = self._settings.target
         if target == "slicer":
-            save_segmentation(labels, label.grid, self._folder / f"{name}.seg.nrrd", ids)
+            save_segmentation(labels, label.grid, self._folder / f"{name}.seg.nrrd", ids, self._looks)
         elif target == "files":
             save_mask(labels, label.grid, self._make("labels/final") / f"{name}{NIFTI}")
         else:
@@ -368,7 +376,7 @@ def _read_label(case: LabelledCase, annotations: AnnotationStore, folder_ids: Ma
     grid = read_grid(case.image)
     label = load_label_map(case.label, grid)
     saves = annotations.in_force(case.name)
-    names = find_meaning(label, saves[-1] if saves else None, folder_ids)
+    names = find_meaning(label, saves[-1] if saves else None, folder_ids, annotations.find_renamed())
     spoken: dict[str, frozenset[int] | None] | None = {} if saves else None
     for save in saves:
         for name in [canonical_name(text) for text in save.structures] or [""]:

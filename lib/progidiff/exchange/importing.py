@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,8 +31,10 @@ from progidiff.images.nifti import take_channel
 from progidiff.images.reading import load_volume, read_grid
 from progidiff.images.writing import save_mask
 from progidiff.labels.cases import LABELS_JSON
+from progidiff.labels.folder_structures import FolderStructures
 from progidiff.labels.history import FINAL, AnnotationStore, hash_file
 from progidiff.labels.in_force import find_previous, is_repeat, record_ready
+from progidiff.labels.naming import name_label
 from progidiff.labels.saving import (
     MAX_LABEL_ID,
     ReadyLabel,
@@ -43,7 +45,7 @@ from progidiff.labels.saving import (
     open_label,
     prepare_label,
 )
-from progidiff.labels.segments import LabelMap
+from progidiff.labels.segments import LabelMap, Look
 from progidiff.prompts.parser import canonical_name
 from progidiff.storage.atomic import atomic_file, replace_text, scratch_folder
 
@@ -106,10 +108,13 @@ def import_dataset(dataset: Dataset, studies: Path, state: Path, settings: Impor
         studies.mkdir(parents=True, exist_ok=True)
     except OSError as err:
         raise StoreError(f"'{studies}' could not be made ({err}). Check who may write there.") from err
-    take_over_ids(studies, dataset.names)
+    structures = FolderStructures(studies, state, annotations)
+    if take_over_ids(studies, dataset.names) and structures.own():
+        names = ", ".join(f"'{row.name}'" for row in structures.own())
+        annotations.note_structure(f"The ids of the imported data set are those of this folder: {names}", settings.user)
     for case in dataset.cases:
         try:
-            yield _import_case(case, dataset, studies, annotations, settings)
+            yield _import_case(case, dataset, studies, annotations, settings, structures)
         except StoreError:
             raise
         except ProGiDiffError as err:
@@ -134,7 +139,12 @@ def take_over_ids(studies: Path, names: Mapping[int, str]) -> bool:
 
 
 def _import_case(
-    case: DatasetCase, dataset: Dataset, studies: Path, annotations: AnnotationStore, settings: ImportSettings
+    case: DatasetCase,
+    dataset: Dataset,
+    studies: Path,
+    annotations: AnnotationStore,
+    settings: ImportSettings,
+    structures: FolderStructures,
 ) -> CaseOutcome:
     image_id = make_id(case.name)
     with scratch_folder("import") as scratch:
@@ -146,13 +156,15 @@ def _import_case(
             write_sidecar(image, {"modality": dataset.modality} if dataset.modality else {})
         if case.label is None:
             return CaseOutcome(image_id, "imported" if is_new else "there")
-        ready = _prepare(case.label, dataset, image_id, image, studies, annotations, scratch)
+        ready = _prepare(case.label, dataset, image_id, image, studies, annotations, structures, scratch)
         if ready is None:
             note = "Every slice of its label has voxels to be ignored, so no slice counts as labelled."
             return CaseOutcome(image_id, "imported" if is_new else "there", (note,))
         client = f"import {dataset.kind} {dataset.folder.name}"[:100]
         label_state = put_in_force(image_id, ready, studies, annotations, settings, client)
-    return CaseOutcome(image_id, "imported" if is_new and label_state == "there" else label_state, ready.warnings)
+        told = [] if is_picture(image) else structures.declare(ready.label_ids, settings.user, ready.looks)
+    state = "imported" if is_new and label_state == "there" else label_state
+    return CaseOutcome(image_id, state, (*ready.warnings, *told))
 
 
 def place_image(image_id: str, source: Path, studies: Path, placing: Placing) -> tuple[Path, bool]:
@@ -250,6 +262,7 @@ def _prepare(
     image: Path,
     studies: Path,
     annotations: AnnotationStore,
+    structures: FolderStructures,
     scratch: Path,
 ) -> ReadyLabel | None:
     """A label as it is to be kept; None if all its slices have voxels that nobody labelled."""
@@ -267,11 +280,18 @@ def _prepare(
     kept_ids = combine_ids(load_label_ids(studies), previous)
     names = {number: canonical_name(name) for number, name in dataset.names.items()}
     # It speaks about all that the data set labels, and what else is in force of the image stays.
-    options = SaveOptions(slices=slices, structures=tuple(dict.fromkeys(names.values())), label_names=names)
+    # What it calls nearly as something known is told, and not asked back: nobody waits to answer.
+    options = SaveOptions(
+        slices=slices, structures=tuple(dict.fromkeys(names.values())), label_names=names, confirm=True
+    )
+    looks: Mapping[str, Look] = {}
+    if not is_picture(image):
+        named = name_label(label, options, structures, previous)
+        label, options, looks = named.label, named.options, named.looks
     checked = check_label(file, label, options, kept_ids)
     if is_picture(file) and find_format(file, Use.ANSWER) is None:
         raise RequestError(f"'{file.name}' is a label of a picture, and those are kept as .png. Convert it.")
-    return prepare_label(checked, grid, options, image_id, previous, None, scratch)
+    return replace(prepare_label(checked, grid, options, image_id, previous, None, scratch), looks=looks)
 
 
 def _check_named(label: LabelMap, dataset: Dataset, name: str) -> None:

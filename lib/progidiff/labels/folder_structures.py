@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import time
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from progidiff.images.reading import read_grid
 from progidiff.labels.cases import LABELS_JSON, read_label_names
 from progidiff.labels.history import AnnotationStore
 from progidiff.labels.saving import MAX_LABEL_ID
-from progidiff.labels.segments import MAX_NAME, is_unnamed, load_label_map
+from progidiff.labels.segments import MAX_NAME, Look, is_unnamed, load_label_map
 from progidiff.prompts.parser import canonical_name, parse_prompt
 from progidiff.prompts.structures import LAST_LABEL_ID, STRUCTURES, TABLE, Code, find_structure, fixed_ids, pick_color
 from progidiff.prompts.words import EVERYTHING, FILLERS, NEGATIONS, QUANTIFIERS, SEPARATORS, SIDES, split_words
@@ -42,6 +43,17 @@ STRUCTURES_JSON = "structures.json"
 MAX_WORDS = 50
 """Names of one structure."""
 
+SLICES_TO_EXPECT = 10
+"""Labelled slices of a structure with which a training can be expected to propose it; see docs/how-to/teach.md."""
+
+_LOOK_AGAIN_SECONDS = 1.0
+"""After which names are read again that another process may have changed."""
+
+_NEAR = (
+    "'{name}' is nearly '{near}', which is known already. If you mean that, call it '{near}'. If '{name}' is something "
+    "else, add it as a structure of its own first (Add a structure on the review page, or POST /progidiff/structures "
+    "with confirm=true), or send confirm=true with the label."
+)
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 _CODE = re.compile(r"\d{6,18}")
 
@@ -118,6 +130,9 @@ class FolderStructures:
         self._file = Path(state) / STRUCTURES_JSON
         self._history = history
         self._seen: tuple[object, tuple[FolderStructure, ...]] = (None, ())
+        self._former: tuple[float, Mapping[str, str]] = (-_LOOK_AGAIN_SECONDS, {})
+        if history is not None:
+            history.find_renamed = self.former_names
 
     def load(self) -> tuple[FolderStructure, ...]:
         """Every structure that labels of this folder have an id for, ascending by id.
@@ -137,6 +152,24 @@ class FolderStructures:
     def words(self) -> dict[str, tuple[str, ...]]:
         """Own structure -> what it is called besides, as `prompts.parser.parse_prompt` takes it."""
         return {row.name: row.words for row in self.own()}
+
+    def looks(self) -> dict[str, Look]:
+        """Own structure -> colour and code, for files that say them."""
+        return {row.name: Look(row.color, row.code) for row in self.own()}
+
+    def former_names(self) -> Mapping[str, str]:
+        """What else an own structure is called, and was called before it was renamed -> its name. Never raises: with a
+        labels.json that is damaged nothing is renamed.
+        """
+        now = time.monotonic()
+        if now - self._former[0] >= _LOOK_AGAIN_SECONDS:
+            try:
+                found = {word: row.name for row in self.own() for word in row.words}
+            except RequestError as err:
+                logger.warning("Structures of this folder go by the names with which they were saved: %s", err)
+                found = {}
+            self._former = (now, found)
+        return self._former[1]
 
     @property
     def adds_to_table(self) -> bool:
@@ -202,23 +235,42 @@ class FolderStructures:
         self._note(f"'{name}' is a structure of this folder, with id {number}", user)
         return _to_structure(row)
 
-    def declare(self, ids: Mapping[str, int], user: str = "") -> list[str]:
+    def check_name(self, name: str) -> None:
+        """Ask back a name that is probably a slip of the keyboard away from a known one.
+
+        Raises:
+            PromptError: if it is; `suggestions` holds the known one.
+        """
+        near = self._find_near(name, self.load())
+        if near is not None:
+            raise PromptError(_NEAR.format(name=name, near=near), (near,))
+
+    def declare(
+        self, ids: Mapping[str, int], user: str = "", looks: Mapping[str, Look] | None = None, insist: bool = False
+    ) -> list[str]:
         """Take over the structures of a label that was saved. One whose name is nearly a known one is kept in the label
         and not taken over: it may be a slip, which the person is asked about.
 
         Args:
             ids: Structure -> id, as the label was kept.
+            user: Who saved it.
+            looks: Structure -> colour and code that came with it.
+            insist: Whether names that are nearly known ones are meant as they stand.
 
         Returns:
-            Sentences about names that are nearly known ones.
+            A sentence about each that is new, and about each that is asked back.
         """
         told = []
         for name, number in ids.items():
-            if find_structure(name) is not None or is_unnamed(name) or self.find(name) is not None:
+            if not self.is_new(name):
                 continue
+            look = (looks or {}).get(name, Look())
             taken = {row.label_id for row in self.load()}
+            code = look.code if _is_free(look.code) else None
+            label_id = None if number in taken else number
             try:
-                self.add(name, label_id=None if number in taken else number, user=user)
+                row = self.add(name, label_id=label_id, color=look.color, code=code, insist=insist, user=user)
+                told.append(f"'{row.name}' is a structure of this folder now.")
             except PromptError as err:
                 if err.suggestions:
                     told.append(
@@ -250,6 +302,23 @@ class FolderStructures:
                 last += 1
                 ids[row.name] = last
         return ids
+
+    def is_new(self, name: str) -> bool:
+        """Whether a name in a label is that of a structure which neither the program nor the folder knows. One that
+        says nothing, or stands for several, is none.
+
+        Example:
+            >>> structures = FolderStructures("nowhere", "nowhere")
+            >>> [structures.is_new(name) for name in ("left ventricle", "hepar", "Segment_1", "liver and tumour")]
+            [True, False, False, False]
+        """
+        if is_unnamed(name) or self.find(name) is not None or find_structure(canonical_name(name)) is not None:
+            return False
+        try:
+            _clean(name)
+            return len(parse_prompt(name, allow_free_text=True)) == 1
+        except PromptError:
+            return False
 
     def rename(self, name: str, new: str, *, insist: bool = False, user: str = "") -> FolderStructure:
         """Call a structure of the folder's own by another name; its id stays, and the old name is understood on.
@@ -337,13 +406,12 @@ class FolderStructures:
     def _check_new(self, name: str, rows: Sequence[FolderStructure], insist: bool) -> None:
         """Refuse a name that is another's, or nearly."""
         self._check_word(name, name, rows)
-        near = None if insist else find_near(name, [*STRUCTURES, *_list_words(rows)])
+        near = None if insist else self._find_near(name, rows)
         if near is not None:
-            raise PromptError(
-                f"'{name}' is nearly '{near}', which is known already. If you mean that, use '{near}'; if '{name}' is "
-                "something else, say so with insist=true.",
-                (near,),
-            )
+            raise PromptError(_NEAR.format(name=name, near=near), (near,))
+
+    def _find_near(self, name: str, rows: Sequence[FolderStructure]) -> str | None:
+        return find_near(name, [*STRUCTURES, *_list_words(rows)])
 
     def _check_word(self, word: str, name: str, rows: Sequence[FolderStructure]) -> None:
         known = canonical_name(word)
@@ -395,6 +463,7 @@ class FolderStructures:
 
     def _write(self, table: _Table) -> None:
         _store(self._file, f"{table.model_dump_json(indent=1)}\n")
+        self._former = (-_LOOK_AGAIN_SECONDS, {})
 
     def _note(self, reason: str, user: str) -> None:
         if self._history is not None:
@@ -402,6 +471,13 @@ class FolderStructures:
 
     def _locked(self) -> Any:
         return locked(self._file.with_name("structures.lock"), "Another process has been writing this folder's names")
+
+
+def _is_free(code: Code | None) -> bool:
+    """Whether a code that came with a segment can be that of a structure of the folder's own."""
+    if code is None or not _CODE.fullmatch(code.value):
+        return False
+    return not any(known.has_own_code and known.code.value == code.value for known in TABLE)
 
 
 def find_near(name: str, known: Sequence[str]) -> str | None:

@@ -34,7 +34,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -143,6 +143,22 @@ class Annotation:
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return asdict(self)
+
+    def rename(self, names: Mapping[str, str]) -> Annotation:
+        """The same with other names for structures; two that become one are one.
+
+        Args:
+            names: Former name -> the one of now.
+        """
+        said = {*self.structures, *(name for name, _ in self.label_ids), *(name for name, _, _ in self.effort)}
+        if said.isdisjoint(names):
+            return self
+        return replace(
+            self,
+            structures=tuple(dict.fromkeys(names.get(name, name) for name in self.structures)),
+            label_ids=tuple((names.get(name, name), value) for name, value in self.label_ids),
+            effort=tuple((names.get(name, name), seconds, clicks) for name, seconds, clicks in self.effort),
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Annotation:
@@ -265,12 +281,15 @@ class AnnotationStore:
         misfits: Images whose label there, made elsewhere, does not fit them and does not count; whoever looks at the
             files sets it.
         final_watch: Whether somebody else changed that folder; told by whoever puts the labels in force into it.
+        find_renamed: Former name of a structure -> what the folder calls it now. What is in force has the names of now;
+            `list` and `events` tell what was written then.
     """
 
     def __init__(self, root: str | os.PathLike[str], final_labels: str | os.PathLike[str] | None = None) -> None:
         self.root = Path(root)
         self.final_labels = None if final_labels is None else Path(final_labels)
         self.misfits: frozenset[str] = frozenset()
+        self.find_renamed: Callable[[], Mapping[str, str]] = dict
         self.final_watch = FolderWatch(self.final_labels or Path(os.devnull))
         self._final_names: frozenset[str] = frozenset()
         self._final_images: dict[str, str] = {}
@@ -492,9 +511,11 @@ class AnnotationStore:
 
     def in_force(self, image: str, tag: str = FINAL) -> builtins.list[Annotation]:
         """The saves that count now, oldest first; the last one's file is the label as it is."""
+        renamed = self.find_renamed()
         with self._mutex:
             self._refresh()
-            return [self._labels[number] for number in self._track(image, tag).states[-1]]
+            saves = [self._labels[number] for number in self._track(image, tag).states[-1]]
+        return [save.rename(renamed) for save in saves] if renamed else saves
 
     def counting(self) -> frozenset[int]:
         """The sequences of all saves in force, of every image and tag."""

@@ -25,21 +25,27 @@ def find_previous(annotations: AnnotationStore, image_id: str, tag: str) -> Prev
         slices = frozenset(z for label in saves for z in label.slices or ())
     structures = tuple(dict.fromkeys(name for label in saves for name in label.structures))
     file = annotations.label_file(saves[-1])
-    names = combine_names(find_names(file), {value: name for name, value in saves[-1].label_ids})
+    renamed = annotations.find_renamed()
+    own = {value: renamed.get(name, name) for value, name in find_names(file).items()}
+    names = combine_names(own, {value: name for name, value in saves[-1].label_ids})
     return Previous(file, {name: value for value, name in names.items()}, slices, structures)
 
 
-def find_meaning(label: LabelMap, save: Annotation | None, folder_ids: Mapping[str, int]) -> dict[int, str]:
+def find_meaning(
+    label: LabelMap, save: Annotation | None, folder_ids: Mapping[str, int], renamed: Mapping[str, str] | None = None
+) -> dict[int, str]:
     """Id -> structure of a label in force: as its file says, as its save says, and as the folder does.
 
     Args:
         label: Read.
         save: The last in force; None if somebody else made the label.
         folder_ids: Structure -> id, of `labels.saving.load_label_ids`.
+        renamed: Former name -> the one of now, see `AnnotationStore.find_renamed`.
     """
     recorded = {} if save is None else {value: name for name, value in save.label_ids}
     names = {**{value: name for name, value in folder_ids.items()}, **combine_names(label.names, recorded)}
-    return {value: canonical_name(name) for value, name in names.items()}
+    now = renamed or {}
+    return {value: now.get(name, canonical_name(name)) for value, name in names.items()}
 
 
 def rename_in_force(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,19 @@ from progidiff.images.geometry import Grid
 from progidiff.images.writing import save_mask
 from progidiff.labels.cases import LABELS_JSON, read_label_names
 from progidiff.labels.history import Annotation, Source
-from progidiff.labels.segments import MAX_NAME, LabelMap, combine_names, is_unnamed, load_label_map
+from progidiff.labels.segments import (
+    MAX_NAME,
+    LabelMap,
+    Look,
+    combine_names,
+    is_unnamed,
+    load_label_map,
+    name_code,
+    read_color,
+)
 from progidiff.params import read_bool, read_choice, read_float, read_int
 from progidiff.prompts.parser import canonical_name
-from progidiff.prompts.structures import LAST_LABEL_ID, fixed_ids
+from progidiff.prompts.structures import LAST_LABEL_ID, Code, fixed_ids
 from progidiff.proposals.request import BEST, CONSENSUS
 from progidiff.proposals.store import ProposalStore
 from progidiff.proposals.volume_proposals import VolumeProposals
@@ -78,6 +87,8 @@ class SaveOptions:
         edits: Strokes and other changes with which it was drawn by hand; None if not said.
         is_as_proposed: Whether it was drawn from these proposals and nothing else, however they overlap, so that there
             is nothing to compare.
+        confirm: Whether names that are nearly known ones are meant as they stand.
+        looks: Structure -> colour and code, of those that came with one.
     """
 
     slices: tuple[int, ...] | None = None
@@ -91,6 +102,8 @@ class SaveOptions:
     effort: tuple[tuple[str, float, int], ...] = ()
     is_as_proposed: bool = False
     edits: int | None = None
+    confirm: bool = False
+    looks: Mapping[str, Look] = field(default_factory=dict)
 
     @classmethod
     def from_params(cls, params: Mapping[str, Any], num_slices: int) -> SaveOptions:
@@ -98,7 +111,7 @@ class SaveOptions:
 
         Args:
             params: As sent: slices, structures, proposals, shown, edited, seconds, label_info, client_id, effort,
-                as_proposed.
+                as_proposed, confirm.
             num_slices: Axial slices of the image.
 
         Raises:
@@ -128,6 +141,8 @@ class SaveOptions:
             effort=read_effort(given.get("effort")),
             is_as_proposed=read_bool(given.get("as_proposed", False), "as_proposed"),
             edits=None if "edits" not in given else read_int(given["edits"], "edits", 0, _MAX_EDITS),
+            confirm=read_bool(given.get("confirm", False), "confirm"),
+            looks=_read_looks(given.get("label_info")),
         )
 
 
@@ -180,6 +195,8 @@ class ReadyLabel:
             `annotations.Annotation`.
         label_ids: Structure -> id.
         warnings: Sentences for the person who saved.
+        looks: Structure -> colour and code that came with it.
+        confirm: See `SaveOptions`.
     """
 
     file: Path
@@ -194,6 +211,8 @@ class ReadyLabel:
     warnings: tuple[str, ...] = ()
     effort: tuple[tuple[str, float, int], ...] = ()
     edits: int | None = None
+    looks: Mapping[str, Look] = field(default_factory=dict)
+    confirm: bool = False
 
 
 def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) -> dict[str, int]:
@@ -661,6 +680,23 @@ def read_effort(value: object) -> tuple[tuple[str, float, int], ...]:
 
 def _is_effort(value: object) -> bool:
     return isinstance(value, Mapping)
+
+
+def _read_looks(entries: object) -> dict[str, Look]:
+    """Structure -> look, from a list of {"name", "idx", "color", "code"}; what is no colour or code is passed over,
+    since it decides nothing about the label.
+    """
+    looks = {}
+    for entry in entries if isinstance(entries, (list, tuple)) else ():
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+            continue
+        sent = entry.get("code")
+        value = str(sent.get("value", "")) if isinstance(sent, Mapping) else ""
+        meaning = str(sent.get("meaning") or entry["name"]) if isinstance(sent, Mapping) else ""
+        look = Look(read_color(entry.get("color")), name_code(Code(value, meaning[:MAX_NAME])) if value else None)
+        if look != Look():
+            looks[canonical_name(entry["name"])] = look
+    return looks
 
 
 def _read_shown(value: object) -> str:

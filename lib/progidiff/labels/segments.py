@@ -16,7 +16,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from progidiff.images.raw import MAX_HEADER_BYTES
 from progidiff.images.reading import DECODED_PER_VOXEL, load_label, read_grid
 from progidiff.images.text_headers import read_header
 from progidiff.prompts.parser import canonical_name, contradicts
-from progidiff.prompts.structures import find_coded
+from progidiff.prompts.structures import UNKNOWN, Code, find_coded
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +42,26 @@ MAX_NAME = 100
 """Characters of a structure's name."""
 
 _UNNAMED = re.compile(r"(segment(ation)?|label|unnamed|unknown)?[\s_.#-]*\d*", re.IGNORECASE)
-_FIELD = re.compile(r"Segment(\d{1,5})_(Name|LabelValue|Layer|Tags)")
+_FIELD = re.compile(r"Segment(\d{1,5})_(Name|LabelValue|Layer|Tags|Color)")
+_COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 _TABLE_ROW = re.compile(
     r'<Label\s[^>]*?Key="(\d{1,9})"[^>]*>\s*(?:<!\[CDATA\[(.*?)\]\]>|([^<]*))\s*</Label>', re.DOTALL
 )
 
 _known_names: KnownFiles[dict[int, str]] = KnownFiles()
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a segment looks and is coded, as a file or a client says.
+
+    Attributes:
+        color: "#rrggbb"; None if it says none.
+        code: SNOMED CT; None if it says none, or one that says nothing.
+    """
+
+    color: str | None = None
+    code: Code | None = None
 
 
 @dataclass(frozen=True)
@@ -59,22 +73,25 @@ class LabelMap:
         names: Id -> name, as the file says; empty if it says nothing.
         is_as_stored: Whether the ids are the numbers in the file; False if several layers were joined.
         notes: Sentences for the person whose file it is.
+        looks: Id -> look, of those that the file names.
     """
 
     array: NDArray[Any]
     names: dict[int, str]
     is_as_stored: bool = True
     notes: tuple[str, ...] = ()
+    looks: Mapping[int, Look] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """One segment of a header: name, the structures that its codes can mean, number, and layer."""
+    """One segment of a header: name, the structures that its codes can mean, number, layer, and look."""
 
     name: str
     coded: tuple[str, ...]
     value: int
     layer: int
+    look: Look = Look()
 
 
 @dataclass(frozen=True)
@@ -170,6 +187,7 @@ def load_label_map(path: str | os.PathLike[str], like: Grid) -> LabelMap:
 def _load_label_map(path: Path, like: Grid) -> LabelMap:
     header = _read_header(path)
     names = _name(header, path)
+    looks = {value: segment.look for value, segment in header.numbered().items() if segment.look != Look()}
     shape = read_grid(path).shape
     if shape != like.shape:  # Said by the header, before a voxel is read: a few kilobytes can unpack to any size.
         raise GeometryError(
@@ -181,9 +199,9 @@ def _load_label_map(path: Path, like: Grid) -> LabelMap:
         if _is_nifti(path):  # Its table names what the program knows, drawn or not.
             present = set(np.unique(array).tolist()) if names else set()
             names = {value: name for value, name in names.items() if value in present}
-        return LabelMap(array, names)
+        return LabelMap(array, names, looks=looks)
     array, notes = _join_layers(read_layers(path, like), header)
-    return LabelMap(array, names, False, tuple(notes))
+    return LabelMap(array, names, False, tuple(notes), looks)
 
 
 def _join_layers(layers: NDArray[Any], header: _Header) -> tuple[NDArray[Any], list[str]]:
@@ -223,7 +241,9 @@ def _name(header: _Header, path: Path) -> dict[int, str]:
         if number == 0:
             continue
         if is_unnamed(segment.name):
-            names[number] = segment.coded[0] if len(segment.coded) == 1 else segment.name or f"Segment_{number}"
+            meaning = "" if segment.look.code is None else segment.look.code.meaning
+            said = segment.coded[0] if len(segment.coded) == 1 else meaning
+            names[number] = said or segment.name or f"Segment_{number}"
             continue
         if contradicts(segment.name, segment.coded):
             raise ImageError(
@@ -263,24 +283,65 @@ def _read_nrrd(path: Path) -> _Header:
         # 3D Slicer before 4.11 wrote one layer of zeros and ones per segment, and neither number nor layer.
         value, layer = entry.get("LabelValue", "1"), entry.get("Layer", str(index) if layers > 1 else "0")
         if value.isdecimal() and layer.isdecimal():
-            segments.append(
-                _Segment(_clean(entry.get("Name", "")), _read_tags(entry.get("Tags", "")), int(value), int(layer))
-            )
+            kind, modifier = _read_tags(entry.get("Tags", ""))
+            coded = () if kind is None else find_coded(kind.value, modifier)
+            look = Look(read_color(entry.get("Color", "").split()), None if coded else name_code(kind))
+            segments.append(_Segment(_clean(entry.get("Name", "")), coded, int(value), int(layer), look))
     if layers == 1 and len({segment.value for segment in segments}) < len(segments):
         return _Header((), 1)  # Two names for one number say nothing.
     return _Header(tuple(segments), layers)
 
 
-def _read_tags(tags: str) -> tuple[str, ...]:
-    """The structures that the terminology of a segment can mean.
+def _read_tags(tags: str) -> tuple[Code | None, str]:
+    """The code of a segment's type, and the value of its modifier; None and "" where its terminology says none.
 
     ``TerminologyEntry:<context>~<category>~<type>~<modifier>~...``, each code as ``<scheme>^<value>^<meaning>``.
     """
     entry = next((tag for tag in tags.split("|") if tag.startswith("TerminologyEntry:")), "")
     parts = [part.split("^") for part in entry.partition(":")[2].split("~")]
     if len(parts) < 4 or len(parts[2]) < 2 or parts[2][0] != "SCT":
-        return ()
-    return find_coded(parts[2][1], parts[3][1] if len(parts[3]) > 1 else "")
+        return None, ""
+    kind = Code(parts[2][1], _clean(parts[2][2]) if len(parts[2]) > 2 else "")
+    return kind, parts[3][1] if len(parts[3]) > 1 else ""
+
+
+_SAYS_NOTHING = {UNKNOWN.value, "85756007", "123037004", "113343008", "49755003"}
+"""Types that every segment may have: anatomical structure, tissue, organ, altered structure."""
+
+
+def name_code(code: Code | None) -> Code | None:
+    """A code that says what is drawn; None if it says nothing, as the tissue that Slicer gives to a new segment.
+
+    Example:
+        >>> name_code(Code("80891009", "Heart")).meaning, name_code(Code("85756007", "Tissue"))
+        ('Heart', None)
+    """
+    return None if code is None or code.scheme != "SCT" or code.value in _SAYS_NOTHING else code
+
+
+def read_color(value: object) -> str | None:
+    """A colour as viewers send it, as "#rrggbb"; None if it is none.
+
+    Args:
+        value: "#rrggbb", or three numbers: shares from 0 to 1, or 0 to 255 if one is above 1; text of numbers too, and
+            what follows them (opacity) is passed over.
+
+    Example:
+        >>> read_color([1.0, 0.5, 0.0]), read_color((255, 128, 0, 255)), read_color("#FF8000"), read_color("red")
+        ('#ff8000', '#ff8000', '#ff8000', None)
+    """
+    if isinstance(value, str):
+        return value.lower() if _COLOR.fullmatch(value) else None
+    if not isinstance(value, (list, tuple)) or len(value) < 3 or any(isinstance(part, bool) for part in value):
+        return None
+    try:
+        parts = [float(part) for part in value[:3]]
+    except (TypeError, ValueError):
+        return None
+    if not all(0 <= part <= 255 for part in parts):
+        return None
+    scale = 1 if max(parts) > 1 else 255
+    return "#" + "".join(f"{round(part * scale):02x}" for part in parts)
 
 
 def _read_nifti(path: Path) -> _Header:

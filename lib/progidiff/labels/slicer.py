@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from progidiff.errors import StoreError
 from progidiff.images.geometry import LPS_TO_RAS, Grid
+from progidiff.labels.segments import Look
 from progidiff.prompts.structures import Code, pick_color
 from progidiff.prompts.terms import get_terms
 from progidiff.storage.atomic import atomic_file
@@ -28,7 +29,9 @@ _BACKSLASH = "\\"
 _GZIP_WINDOW = 16 + zlib.MAX_WBITS
 
 
-def save_segmentation(labels: NDArray[Any], grid: Grid, path: Path, names: Mapping[str, int]) -> Path:
+def save_segmentation(
+    labels: NDArray[Any], grid: Grid, path: Path, names: Mapping[str, int], looks: Mapping[str, Look] | None = None
+) -> Path:
     """Write a label map as 3D Slicer does.
 
     Args:
@@ -36,6 +39,7 @@ def save_segmentation(labels: NDArray[Any], grid: Grid, path: Path, names: Mappi
         grid: Of the image.
         path: Ends in .seg.nrrd; appears complete or not at all.
         names: Structure -> id. A structure that is not drawn becomes an empty segment, as it is said to be absent.
+        looks: Structure -> colour and code, of those that are a folder's own.
 
     Returns:
         The path written.
@@ -46,7 +50,7 @@ def save_segmentation(labels: NDArray[Any], grid: Grid, path: Path, names: Mappi
     """
     grid.check_shape(labels.shape)
     stored = labels.astype(np.uint8 if not labels.size or int(labels.max()) < 256 else np.uint16)
-    header = "\n".join(_list_lines(stored, grid, names)) + "\n\n"
+    header = "\n".join(_list_lines(stored, grid, names, looks or {})) + "\n\n"
     pack = zlib.compressobj(6, zlib.DEFLATED, _GZIP_WINDOW)
     try:
         with atomic_file(path) as scratch, scratch.open("wb") as file:
@@ -58,7 +62,7 @@ def save_segmentation(labels: NDArray[Any], grid: Grid, path: Path, names: Mappi
     return path
 
 
-def _list_lines(labels: NDArray[Any], grid: Grid, names: Mapping[str, int]) -> Iterator[str]:
+def _list_lines(labels: NDArray[Any], grid: Grid, names: Mapping[str, int], looks: Mapping[str, Look]) -> Iterator[str]:
     lps = LPS_TO_RAS @ grid.affine
     yield "NRRD0004"
     yield f"type: {'unsigned char' if labels.dtype == np.uint8 else 'unsigned short'}"
@@ -76,7 +80,8 @@ def _list_lines(labels: NDArray[Any], grid: Grid, names: Mapping[str, int]) -> I
     yield "Segmentation_MasterRepresentation:=Binary labelmap"
     yield "Segmentation_ReferenceImageExtentOffset:=0 0 0"
     for index, (name, value) in enumerate(sorted(names.items(), key=lambda item: item[1])):
-        color = pick_color(name, value).removeprefix("#")
+        look = looks.get(name, Look())
+        color = (look.color or pick_color(name, value)).removeprefix("#")
         yield f"Segment{index}_ID:=Segment_{value}"
         # A backslash begins an escape in NRRD.
         yield f"Segment{index}_Name:={' '.join(name.split()).replace(_BACKSLASH, 2 * _BACKSLASH)}"
@@ -86,12 +91,12 @@ def _list_lines(labels: NDArray[Any], grid: Grid, names: Mapping[str, int]) -> I
         yield f"Segment{index}_Extent:={' '.join(map(str, _find_extent(labels == value)))}"
         yield f"Segment{index}_LabelValue:={value}"
         yield f"Segment{index}_Layer:=0"
-        yield f"Segment{index}_Tags:=Segmentation.Status:completed|TerminologyEntry:{_format_terms(name)}|"
+        yield f"Segment{index}_Tags:=Segmentation.Status:completed|TerminologyEntry:{_format_terms(name, look.code)}|"
 
 
-def _format_terms(name: str) -> str:
+def _format_terms(name: str, own: Code | None) -> str:
     terms = get_terms(name)
-    coded = [_format(code) for code in (terms.category, terms.type, terms.modifier)]
+    coded = [_format(code) for code in (terms.category, own or terms.type, terms.modifier)]
     return "~".join([_CONTEXT, *coded, _REGIONS, _format(terms.region), _format(terms.region_modifier)])
 
 

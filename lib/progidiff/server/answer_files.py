@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from progidiff.images.formats import Use, list_suffixes
 from progidiff.images.geometry import Grid
 from progidiff.images.writing import save_mask
+from progidiff.labels.segments import Look
 from progidiff.labels.slicer import save_segmentation
 from progidiff.storage.atomic import make_scratch_name
 
@@ -23,17 +24,24 @@ _lock = threading.Lock()
 _folder: Path | None = None
 
 
-def write_temporary(labels: NDArray[Any], like: Grid, extension: str, names: Mapping[str, int]) -> Path:
+def write_temporary(
+    labels: NDArray[Any],
+    like: Grid,
+    extension: str,
+    names: Mapping[str, int],
+    looks: Mapping[str, Look] | None = None,
+) -> Path:
     """Write labels in file order (I, J, K) to a new temporary file on the grid of an image; the caller removes it.
 
     Args:
         names: Name -> id of what is drawn; a segmentation of 3D Slicer (.seg.nrrd) holds them, other formats do not.
+        looks: Structure -> colour and code, of those that are a folder's own; for the same.
     """
     handle, name = tempfile.mkstemp(prefix="progidiff-", suffix=extension, dir=_find_folder())
     os.close(handle)
     try:
         if extension in list_suffixes(Use.SEGMENTS):
-            return save_segmentation(labels, like, Path(name), names)
+            return save_segmentation(labels, like, Path(name), names, looks)
         return save_mask(labels, like, name)
     except BaseException:
         Path(name).unlink(missing_ok=True)

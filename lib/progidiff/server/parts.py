@@ -11,6 +11,7 @@ from monailabel.interfaces.app import MONAILabelApp
 from monailabel.interfaces.utils.app import app_instance
 from prometheus_client import CollectorRegistry
 
+from progidiff.labels.drawn_slices import DrawnSlices
 from progidiff.labels.history import Annotation, AnnotationStore
 from progidiff.labels.readings import Readings
 from progidiff.logs import Names
@@ -50,6 +51,7 @@ class Context:
         labels: Saves, deletes and undoes labels; set when the datastore is opened.
         on_saved: Asked after every new label of tag `final`; what they return goes into the answer. One that raises is
             logged.
+        drawn: On how many slices structures are labelled.
         scorer: Scores the pool in the background.
         selection: Chooses what is annotated next.
         retraining: Starts trainings after so many annotated slices.
@@ -77,6 +79,7 @@ class Context:
     labels: SafeLocalDatastore | RemoteLabels = field(init=False)
     on_saved: list[Callable[[Annotation], dict[str, Any]]] = field(default_factory=list)
     scorer: PoolScorer = field(init=False)
+    drawn: DrawnSlices = field(init=False)
     selection: Selection = field(init=False)
     retraining: Retraining = field(init=False)
     training: TrainingRunner = field(init=False)

@@ -12,7 +12,8 @@ from progidiff.active_learning.scores import SliceScoreStore
 from progidiff.active_learning.settings import STRATEGIES, AcquisitionConfig
 from progidiff.errors import RequestError
 from progidiff.images.formats import is_picture
-from progidiff.labels.history import FINAL, Annotation
+from progidiff.labels.drawn_slices import DrawnSlices
+from progidiff.labels.history import Annotation
 from progidiff.server import counting
 from progidiff.server.background.next_sample import Selection
 from progidiff.server.background.pool_state import is_whole
@@ -65,6 +66,7 @@ def build(context: Context) -> None:
         PictureScorer(context.textdiff, scores),
         len(context.infer.queue.devices),
     )
+    context.drawn = DrawnSlices(context.annotations, lambda image: find_image(context.app, image))
     context.selection = Selection(
         context.app,
         context.infer,
@@ -87,11 +89,7 @@ def build(context: Context) -> None:
         lambda image: is_folder(context.app.studies) and is_picture(context.app.datastore().get_image_uri(image) or ""),
         context.scorer.wake,
     )
-    context.on_saved += [
-        lambda annotation: _release(context, annotation),
-        context.retraining.on_saved,
-        lambda annotation: _declare(context, annotation),
-    ]
+    context.on_saved += [lambda annotation: _release(context, annotation), context.retraining.on_saved]
     context.on_published.append(context.retraining.on_published)
     context.on_ended += [context.retraining.on_ended, counting.note_training]
     counting.watch_queue(context.infer.queue)
@@ -127,13 +125,6 @@ def build_remote_labels(context: Context) -> RemoteLabels:
     return RemoteLabels(
         app.datastore, lambda image_id: find_image(app, image_id), store, context.annotations, context.infer.store
     )
-
-
-def _declare(context: Context, annotation: Annotation) -> dict[str, Any]:
-    """A name that nobody knew yet is a structure of this folder from now on."""
-    own = context.infer.own
-    told = [] if own is None or annotation.tag != FINAL else own.declare(dict(annotation.label_ids), annotation.user)
-    return {"questions": told} if told else {}
 
 
 def _release(context: Context, annotation: Annotation) -> dict[str, Any]:

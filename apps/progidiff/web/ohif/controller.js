@@ -35,9 +35,10 @@ export class Panel {
   /**
    * @param {import('../answers.d.ts').Prompt[]} prompts
    * @param {import('../answers.d.ts').ServerInfo} info
+   * @param {readonly import('../answers.d.ts').FolderStructure[]} structures of the folder
    */
-  constructor(prompts, info) {
-    this.segments = listSegments(prompts);
+  constructor(prompts, info, structures) {
+    this.segments = listSegments(prompts, structures);
     const numbers = (info.models?.progidiff?.config?.show ?? []).filter((show) => /^\d+$/.test(show));
     this.view = new View(prompts, numbers.length || MOST_PROPOSALS, {
       runOrCancel: () => this.#runOrCancel(),
@@ -239,17 +240,46 @@ export class Panel {
       label_info: structures.map((name) => ({ name, idx: labelling.ids.get(name) ?? 1 })),
       client_id: clientId(),
     });
+    /** @type {Other[]} */
+    const saved = [];
+    /** @type {(() => void)[]} */
+    const questions = [];
     for (const other of fresh) {
-      if (!as) await this.#saveBeside(labelling, voxels, other);
-      labelling.beside.decide(series.grid.shape, voxels, other.index, as);
+      try {
+        if (!as) saved.push(await this.#saveBeside(labelling, voxels, other));
+        labelling.beside.decide(series.grid.shape, voxels, other.index, as);
+      } catch (error) {
+        if (!server.saysNear(error)) throw error;
+        questions.push(() => this.#askName(voxels, other, error.suggestions[0]));
+      }
     }
     const { sequence, repeated, warnings = [] } = answer.annotation;
     const what = params.slices && params.slices.length < series.grid.shape[0] ? `${params.slices.length} slices` : 'the volume';
-    const saved = as ? [] : fresh;
     const beside = saved.map(({ name, slices }) => `${name}, drawn on ${slices.length === 1 ? '1 slice' : `${slices.length} slices`}, is saved beside it.`);
     const isSame = repeated && !saved.length;
     this.view.say(isSame ? 'This was saved already; nothing changed.' : [`Saved ${what} of ${labelling.image} as label ${sequence}.`, ...beside, ...warnings].join(' '), 'done');
     labelling.markSent(submission);
+    questions[0]?.();
+  }
+
+  /**
+   * A segment is called nearly as something known: it is not saved before somebody says which is meant.
+   * @param {Uint8Array} voxels
+   * @param {Other} other
+   * @param {string} meant
+   */
+  #askName(voxels, other, meant) {
+    /** @type {(named: Other, confirm: boolean) => void} */
+    const save = (named, confirm) =>
+      void this.#guard(async (now) => {
+        await this.#saveBeside(now, voxels, named, confirm);
+        now.beside.decide(now.series.grid.shape, voxels, named.index, 0);
+        this.view.say(`Saved as ${named.name}.`, 'done');
+      });
+    this.view.ask(`“${other.name}” is nearly “${meant}”, which is known already. It is not saved yet.`, [
+      [`It is ${meant}`, () => save({ ...other, name: meant }, false)],
+      [`Keep “${other.name}”`, () => save(other, true)],
+    ]);
   }
 
   /**
@@ -257,11 +287,14 @@ export class Panel {
    * @param {Labelling} labelling
    * @param {Uint8Array} voxels
    * @param {Other} other
+   * @param {boolean} confirm that a name which is nearly a known one is meant as it stands
    */
-  async #saveBeside({ series, axial }, voxels, { index, name, slices }) {
+  async #saveBeside({ series, axial }, voxels, other, confirm = false) {
+    const { index, name, color, slices } = other;
     const alone = relabel(voxels, new Map(Array.from({ length: 256 }, (_, label) => [label, label === index ? index : 0])));
     const where = axial ? { slices: slices.map((z) => axial[z] ?? z) } : {};
-    await server.saveLabel(series.uid, await encodeNrrd(alone, series.grid), { ...where, structures: [name], edited: true, label_info: [{ name, idx: index }], client_id: clientId() });
+    await server.saveLabel(series.uid, await encodeNrrd(alone, series.grid), { ...where, structures: [name], edited: true, confirm, label_info: [{ name, idx: index, color }], client_id: clientId() });
+    return other;
   }
 
   /** @param {Labelling} labelling */

@@ -78,7 +78,7 @@ interface CornerstoneTools {
     };
     segmentIndex: { getActiveSegmentIndex: (id: string) => number | undefined };
     updateSegmentations: (updates: { segmentationId: string; payload: { segments: Record<number, ListedSegment> } }[]) => void;
-    config: { color: { setSegmentIndexColor: (viewportId: string, id: string, index: number, color: number[]) => void } };
+    config: { color: { setSegmentIndexColor: (viewportId: string, id: string, index: number, color: number[]) => void; getSegmentIndexColor?: (viewportId: string, id: string, index: number) => number[] | undefined } };
     triggerSegmentationEvents: { triggerSegmentationDataModified: (id: string) => void };
   };
 }

@@ -10,7 +10,7 @@ import { FIRST_BAND } from './segments.js';
 /** @typedef {import('../answers.d.ts').Proposed} Proposed */
 /** @typedef {{voxels: Uint8Array, shown: string, edited: boolean}} AcceptedSlice `shown`: the proposal that it comes from */
 /** @typedef {{voxels: Uint8Array<ArrayBuffer>, params: {slices?: number[], shown: string, edited: boolean}}} Submission */
-/** @typedef {{index: number, name: string, count: number, slices: number[]}} Other what was drawn of a segment that was not prompted; slices of the series */
+/** @typedef {{index: number, name: string, color: number[]|undefined, count: number, slices: number[]}} Other what was drawn of a segment that was not prompted; slices of the series */
 
 export class Labelling {
   /** @type {Proposals|null} */
@@ -204,7 +204,7 @@ export class Labelling {
   findOthers(voxels) {
     const { asked, series } = this;
     const others = listLabels(voxels).filter((index) => !asked.includes(index));
-    return others.map((index) => ({ index, name: this.#labelmap?.nameOf(index) ?? `Segment ${index}`, ...findLabel(series.grid.shape, voxels, index) }));
+    return others.map((index) => ({ index, name: this.#labelmap?.nameOf(index) ?? `Segment ${index}`, color: this.#labelmap?.colorOf(index), ...findLabel(series.grid.shape, voxels, index) }));
   }
 
   /**

@@ -102,6 +102,15 @@ export class Labelmap {
     return this.#state?.segments?.[index]?.label || this.palette.find((segment) => segment.index === index)?.label || `Segment ${index}`;
   }
 
+  /**
+   * The colour of a segment as the viewer shows it; undefined if it does not say.
+   * @param {number} index
+   */
+  colorOf(index) {
+    const { activeViewportId } = window.services.viewportGridService.getState();
+    return window.cornerstoneTools.segmentation.config.color.getSegmentIndexColor?.(activeViewportId, this.id, index)?.slice(0, 3);
+  }
+
   /** Slice -> its voxels, as they are shown. */
   #slices() {
     const { cache } = window.cornerstone;

@@ -4,7 +4,7 @@
 import { sleep } from './browser.js';
 import { Panel } from './controller.js';
 import { mendExport } from './exports.js';
-import { getInfo, listPrompts } from './server.js';
+import { getInfo, listPrompts, listStructures } from './server.js';
 import { findActive, findMissing } from './viewer.js';
 
 const WATCH_MS = 700;
@@ -25,7 +25,7 @@ async function start() {
   for (;;) {
     try {
       const series = findActive();
-      if (series && !panel) panel = new Panel(await listPrompts(), await getInfo());
+      if (series && !panel) panel = new Panel(await listPrompts(), await getInfo(), (await listStructures()).structures);
       panel?.follow(series);
     } catch (error) {
       console.warn('ProGiDiff panel', error);

@@ -1,4 +1,4 @@
-// The segments of the panel's mask: one per structure by its label id, and the bands of disagreement.
+// The segments of the panel's mask: one per structure by its label id, those that the folder brings, and the bands of disagreement.
 
 /** @typedef {import('./labelmap.js').Segment} Segment */
 
@@ -23,8 +23,14 @@ function parseColor(color) {
   return [read(1), read(3), read(5)];
 }
 
-/** @param {readonly import('../answers.d.ts').Prompt[]} prompts @returns {Segment[]} */
-export function listSegments(prompts) {
+/**
+ * @param {readonly import('../answers.d.ts').Prompt[]} prompts
+ * @param {readonly Pick<import('../answers.d.ts').FolderStructure, 'name'|'label_id'|'color'>[]} structures of the folder
+ * @returns {Segment[]}
+ */
+export function listSegments(prompts, structures = []) {
   const named = prompts.map(({ structure, label, color }) => ({ index: label, label: structure, color: parseColor(color) }));
-  return [...named, ...HEAT];
+  const all = structures.flatMap(({ name, label_id: id, color }) => (id === null || id >= FIRST_BAND ? [] : [{ index: id, label: name, color: parseColor(color) }]));
+  const own = all.filter(({ index, label }) => !named.some((segment) => segment.index === index || segment.label === label));
+  return [...named, ...own, ...HEAT];
 }

@@ -16,6 +16,13 @@ export class ServerError extends Error {
   }
 }
 
+/**
+ * Whether a name was asked back that may be meant as it stands.
+ * @param {unknown} error
+ * @returns {error is ServerError}
+ */
+export const saysNear = (error) => error instanceof ServerError && error.suggestions.length > 0 && / is nearly /.test(error.message);
+
 // Behind a proxy with a sub-path the server's addresses begin there; this file lies three folders below.
 const BASE = new URL('../../../', import.meta.url);
 
@@ -74,6 +81,9 @@ const name = encodeURIComponent;
 
 /** @type {() => Promise<import('../answers.d.ts').Prompt[]>} */
 export const listPrompts = () => askJson('/progidiff/prompts');
+
+/** What this folder labels. @type {() => Promise<import('../answers.d.ts').Structures>} */
+export const listStructures = () => askJson('/progidiff/structures');
 
 /** @type {() => Promise<import('../answers.d.ts').ServerInfo>} */
 export const getInfo = () => askJson('/info/');

@@ -128,6 +128,12 @@ export const undoSave = (image) => postJson(`progidiff/annotations/${name(image)
 export const skipImage = (image, reason) => postJson(`progidiff/annotations/${name(image)}/skip?${new URLSearchParams({ reason })}`);
 /** @type {() => Promise<import("../answers.d.ts").Prompt[]>} */
 export const listPrompts = () => getJson("progidiff/prompts");
+/** @type {() => Promise<import("../answers.d.ts").Structures>} */
+export const listStructures = () => getJson("progidiff/structures");
+/** @type {(structure: import("../answers.d.ts").NewStructure) => Promise<import("../answers.d.ts").FolderStructure>} */
+export const addStructure = (structure) => postJson("progidiff/structures", structure);
+/** @type {(id: number, change: Partial<import("../answers.d.ts").NewStructure>) => Promise<import("../answers.d.ts").FolderStructure>} */
+export const changeStructure = (id, change) => postJson(`progidiff/structures/${id}`, change);
 /** @type {() => Promise<import("../answers.d.ts").Job[]>} */
 export const listJobs = () => getJson("progidiff/jobs");
 /** @type {(id: string) => Promise<import("../answers.d.ts").Job>} */

@@ -26,6 +26,15 @@ export function describeProgressOf({ volume, slices }, saved, isPresent, isPictu
 }
 
 /**
+ * How far a structure is that no model knows yet.
+ * @param {{slices: number|null, missing: number}} labelled
+ */
+export function describeTeaching({ slices, missing }) {
+  const labelled = slices ? `${countSlices(slices)} labelled` : "no slice labelled yet";
+  return missing ? `${labelled}, ${missing} ${slices ? "more " : ""}until proposals can be expected` : `${labelled}; train, and proposals can be expected`;
+}
+
+/**
  * The volume that a pick draws, in ml; null where only the server could count it.
  * @param {Pick} pick
  * @param {{consensus_ml: number, proposals_ml: number[], best: number}|undefined} numbers

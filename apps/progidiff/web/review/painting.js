@@ -184,6 +184,42 @@ export function addStructure(name) {
   ensureWork(session);
 }
 
+/**
+ * What was drawn as one structure is another one; where that is drawn or saved already, both together are.
+ * @param {string} former
+ * @param {string} name
+ */
+export async function renameDrawn(former, name) {
+  const { drawing, session } = state;
+  if (!drawing || !session || former === name) return;
+  /** @type {Edit[]} */
+  const edits = [];
+  for (const { z, drawn } of drawing.list().filter(({ structure }) => structure === former)) {
+    const there = await findThere(drawing, session, name, z);
+    const mask = drawing.decode(drawn).map((value, i) => value || there?.[i] || 0);
+    edits.push({ structure: former, z, mask: null }, { structure: name, z, mask });
+  }
+  if (state.drawing !== drawing || state.session !== session) return;
+  if (edits.length) commit(`${former} taken for ${name}`, edits);
+  store.set({ added: state.added.filter((own) => own !== former) });
+  if (state.structure === former) addStructure(name);
+}
+
+/**
+ * @param {Drawing} drawing
+ * @param {ImageSession} session
+ * @param {string} structure
+ * @param {number} z
+ * @returns {Promise<Uint8Array|null>} null if it is neither drawn nor saved there
+ */
+async function findThere(drawing, session, structure, z) {
+  const drawn = drawing.get(structure, z);
+  if (drawn) return drawing.decode(drawn);
+  const id = session.info.label_ids[structure];
+  if (id === undefined || !session.isSaved(structure, z)) return null;
+  return (await session.label(z)).map((value) => (value === id ? 1 : 0));
+}
+
 /** @typedef {(mask: Uint8Array, plane: ImageSession, amount: {length: number, spacing: import("./geometry.js").Spacing}) => Uint8Array} Reshape */
 
 /** @type {Record<"fillHoles"|"grow"|"shrink"|"smooth", {what: string, act: Reshape}>} */

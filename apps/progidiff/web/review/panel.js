@@ -1,12 +1,12 @@
 // The decision beside the picture: structures, how proposals are merged, what is accepted and what is saved.
 
-import { describeProgressOf, formatMl, measurePick } from "./checklist.js";
+import { describeProgressOf, describeTeaching, formatMl, measurePick } from "./checklist.js";
 import { element, find, findButton, findInput } from "./dom.js";
 import { icon } from "./icons.js";
 import { isSentenceTyped } from "./picture.js";
 import { countNeeded, describePick, isMerged, listMembers } from "./picks.js";
 import { countSlices, formatSlices, nameSlice } from "./slices.js";
-import { colorOf, countProposals, currentPick, listStructures, state } from "./state.js";
+import { colorOf, countProposals, currentPick, findInFolder, listStructures, state } from "./state.js";
 
 /** @typedef {import("./picks.js").MergeRule} MergeRule */
 /** @typedef {{selectStructure: (name: string) => void, toggleIncluded: (name: string) => void, toggleMember: (number: number) => void, merge: (rule: MergeRule) => void}} Buttons */
@@ -46,6 +46,8 @@ export function renderPanel() {
   const result = session?.result;
   const isReady = Boolean(result && work && !state.isReadOnly);
   find("structures").replaceChildren(...listStructures().map(renderRow));
+  find("teach").hidden = !session || Boolean(session.picture);
+  find("teach-change").hidden = !findInFolder(state.structure)?.is_own;
   find("scope-slice").setAttribute("aria-pressed", String(state.scope === "slice"));
   find("scope-volume").setAttribute("aria-pressed", String(state.scope === "volume"));
   renderMerging(isReady);
@@ -66,6 +68,8 @@ function renderRow(name) {
   const { session, work } = state;
   const numbers = session?.result?.summary?.structures[name];
   const owner = session?.result?.owners[name];
+  const taught = findInFolder(name);
+  const lack = taught && !taught.is_known ? describeTeaching(taught) : "no proposals";
   const pick = work && owner ? work.pickOn(name, state.z) : null;
   const { mark, words } = describeProgressOf(work?.acceptedOf(name) ?? { volume: null, slices: [] }, session?.savedOn(name), numbers?.present ?? !owner, Boolean(session?.picture));
   const isShown = state.included.has(name);
@@ -80,7 +84,7 @@ function renderRow(name) {
     "button",
     { className: "structure", "aria-pressed": String(name === state.structure), on: { click: () => act.selectStructure(name) } },
     dot,
-    element("span", { className: "structure-name" }, name, element("small", {}, pick && owner ? describePick(pick, owner.numProposals) : "no proposals")),
+    element("span", { className: "structure-name" }, name, element("small", {}, pick && owner ? describePick(pick, owner.numProposals) : lack)),
     element("span", { className: "structure-ml" }, formatMl(pick && !session?.picture ? measurePick(pick, numbers) : null)),
     element("span", { className: `mark ${mark}` }, words),
   );

@@ -181,8 +181,9 @@ function showPromptError(text, suggestions = []) {
 /** The names that the box completes. */
 export async function fillPrompts() {
   try {
-    const prompts = await api.listPrompts();
-    const names = prompts.flatMap(({ structure, synonyms }) => [structure, ...synonyms.slice(0, 3)]);
+    const [prompts, { structures }] = await Promise.all([api.listPrompts(), api.listStructures()]);
+    const taught = structures.filter(({ is_own: isOwn, is_known: known }) => isOwn && known).map(({ name }) => name);
+    const names = new Set([...prompts.flatMap(({ structure, synonyms }) => [structure, ...synonyms.slice(0, 3)]), ...taught]);
     find("prompt-list").replaceChildren(...["all", ...names].map((name) => element("option", { value: name })));
   } catch (error) {
     report(error);

@@ -27,6 +27,7 @@ import { offerAgain, useQueue } from "./saving.js";
 import { fetchMissing, refresh } from "./stage.js";
 import { state, store } from "./state.js";
 import { onChoose } from "./strip.js";
+import { listenToTeaching, loadStructures } from "./teaching.js";
 import { buildToolbar, renderToolbar } from "./toolbar.js";
 import { buildViews, insertViews, renderViews } from "./views.js";
 import { buildToolstrip, renderToolstrip } from "./toolstrip.js";
@@ -42,14 +43,14 @@ store.watch(["session", "isReadOnly"], openEdits);
 // What is drawn is decided with everything else, whatever work that hangs on.
 store.watch(["work", "drawing"], () => void (state.work && (state.work.drawing = state.drawing)));
 store.watch(["session", "job", "isReadOnly"], renderHead);
-store.watch(["session", "result", "work", "structure", "tool", "settings", "drawing", "added", "drawn", "window", "preset", "opacity", "areViewsShown", "isReadOnly", "info", "edits"], renderToolbar);
+store.watch(["session", "result", "work", "structure", "tool", "settings", "drawing", "added", "folder", "drawn", "window", "preset", "opacity", "areViewsShown", "isReadOnly", "info", "edits"], renderToolbar);
 store.watch(
-  ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "scope", "isReadOnly", "isSubmitting", "drawing", "drawn", "typed", "edits"],
+  ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "scope", "isReadOnly", "isSubmitting", "drawing", "drawn", "added", "folder", "typed", "edits"],
   renderPanel,
 );
 store.watch(
   ["session", "info", "result", "work", "picks", "decisions", "z", "structure", "included", "mode", "compared", "window", "preset", "zoom", "center",
-    "isHidden", "isSavedShown", "drawing", "drawn", "added", "opacity", "inked", "readings", "edits"],
+    "isHidden", "isSavedShown", "drawing", "drawn", "added", "folder", "opacity", "inked", "readings", "edits"],
   refresh,
 );
 store.watch(["session", "info", "result", "work", "decisions", "drawn"], () => queue.render());
@@ -91,6 +92,7 @@ listenToKeys();
 listenToButtons();
 listenToSentence();
 listenToDrops();
+listenToTeaching();
 onAdded(() => queue.load());
 onReadings(goTo, () => queue.load());
 buildToolstrip(perform);
@@ -106,5 +108,5 @@ renderHead();
 renderPanel();
 countSeconds();
 model.watch();
-await Promise.all([queue.load(), fillPrompts()]);
+await Promise.all([queue.load(), fillPrompts(), loadStructures()]);
 openFromAddress();

@@ -6,10 +6,12 @@ import { clearNotice, notice, toast } from "./dom.js";
 import { toPainted } from "./drawing.js";
 import { report } from "./failures.js";
 import { openImage } from "./opening.js";
-import { keep } from "./painting.js";
+import { keep, renameDrawn } from "./painting.js";
 import { isSentenceTyped, saveSentence } from "./picture.js";
 import { countSlices } from "./slices.js";
 import { state, store } from "./state.js";
+import { loadStructures, messageSaysNear } from "./teaching.js";
+import { sayOnPage } from "./words.js";
 import { forgetWork } from "./work.js";
 
 /** @typedef {import("./session.js").ImageSession} ImageSession */
@@ -28,7 +30,10 @@ export function useQueue(list) {
 let lastSaves = { image: "", sequences: /** @type {number[]} */ ([]) };
 
 /** Send what was decided and drawn, and the sentence of a picture before it. */
-export async function submit() {
+export const submit = () => send(false);
+
+/** @param {boolean} confirm that names which are nearly known ones are meant as they stand */
+async function send(confirm) {
   if (isSentenceTyped() && !state.isSubmitting && !(await saveSentence())) return;
   const found = findDecidable();
   if (!found?.work.hasDecisions || state.isSubmitting) return;
@@ -39,7 +44,7 @@ export async function submit() {
   try {
     const [depth, height, width] = session.info.shape;
     const painted = toPainted(drawn, [depth, height, width]);
-    const { saves } = await api.submitDecisions(session.image, { ...work.toDecisions(session.info.sequence), painted });
+    const { saves } = await api.submitDecisions(session.image, { ...work.toDecisions(session.info.sequence), painted, confirm });
     forgetWork(session.image);
     drawing?.markSent(drawn);
     if (drawing) keep(drawing);
@@ -49,9 +54,10 @@ export async function submit() {
       store.set({ work: work.next() });
       await refresh(session);
     }
-    await queue.load();
+    await Promise.all([queue.load(), loadStructures()]);
   } catch (error) {
-    await reportSubmit(error, session);
+    if (messageSaysNear(error)) askName(error, drawn);
+    else await reportSubmit(error, session);
   } finally {
     store.set({ isSubmitting: false });
   }
@@ -66,7 +72,7 @@ function tellSaved(saves) {
   toast(isRepeated ? "This was saved already; nothing was saved twice." : `Saved: ${saves.map((save) => (isPicture ? save.structures.join(", ") : describe(save))).join("; ")}`, "good", 5);
   clearNotice();
   const warnings = [...new Set(saves.flatMap(({ warnings: told }) => told))];
-  if (warnings.length) notice(warnings.join(" "), "", [["Understood", clearNotice]]);
+  if (warnings.length) notice(sayOnPage(warnings.join(" ")), "", [["Understood", clearNotice]]);
 }
 
 /**
@@ -82,6 +88,22 @@ async function reportSubmit(error, session) {
   notice(api.messageOf(error), "bad", [
     ["Show that label", () => store.set({ isSavedShown: true })],
     ["Submit again", () => (clearNotice(), void submit())],
+  ]);
+}
+
+/**
+ * A name is nearly a known one: nothing is saved before somebody says which is meant.
+ * @param {unknown} error
+ * @param {readonly {structure: string}[]} drawn
+ */
+function askName(error, drawn) {
+  const message = api.messageOf(error);
+  const name = [...new Set(drawn.map(({ structure }) => structure))].find((own) => message.startsWith(`'${own}'`));
+  const [meant] = error instanceof api.ApiError ? error.suggestions : [];
+  notice(`“${name}” is nearly “${meant}”, which is known already. Nothing is saved yet.`, "", [
+    ...(name && meant ? [/** @type {[string, () => void]} */ ([`It is ${meant}`, () => (clearNotice(), void renameDrawn(name, meant).then(() => submit()).catch(report))])] : []),
+    [`Keep “${name}”`, () => (clearNotice(), void send(true))],
+    ["Go on drawing", clearNotice],
   ]);
 }
 

@@ -39,6 +39,7 @@ const UNKNOWN_COLOR = "#e0aaff";
  * @property {import("../answers.d.ts").Readings|null} readings where images are read twice; null while it is not known, or they are not
  * @property {readonly import("../answers.d.ts").LeftOut[]} leftOut files that the server does not serve
  * @property {import("./drawing.js").Drawing|null} drawing what was drawn by hand on the image; null until it is known what was
+ * @property {import("../answers.d.ts").Structures|null} folder structures of the folder; null while they are not known
  * @property {readonly string[]} added structures that were named to be drawn, of which there are no proposals
  * @property {import("./tools.js").Tool|null} tool
  * @property {import("./tools.js").Settings} settings of the tools
@@ -84,6 +85,7 @@ export const store = new Store(
     leftOut: [],
     drawing: null,
     edits: null,
+    folder: null,
     added: [],
     tool: null,
     settings: firstSettings([1, 1], [0, 1]),
@@ -177,13 +179,28 @@ function lookProposed(structure) {
   return { ...entry, best, pick, mask: entry.box ? drawPick(entry.masks, pick, best) : new Uint8Array(0) };
 }
 
+/** Of the folder's own structures that are listed for every image; of more, those that are drawn or labelled there. */
+const MOST_OWN = 12;
+
+/** What the folder says of a structure; undefined if it does not know it, or of a picture. @param {string} structure */
+export const findInFolder = (structure) => (state.session?.picture ? undefined : state.folder?.structures.find(({ name }) => name === structure));
+
+/** Whether a model proposes a structure by its name. @param {string} structure */
+export const isKnown = (structure) => findInFolder(structure)?.is_known ?? structure in (state.session?.info.colors ?? {});
+
+/** @returns {readonly string[]} the folder's own structures, if they are few */
+function listOwn() {
+  const own = state.session?.picture ? [] : (state.folder?.structures ?? []).filter(({ is_own: isOwn }) => isOwn);
+  return own.length > MOST_OWN ? [] : own.map(({ name }) => name);
+}
+
 /** @param {string} structure */
 export function colorOf(structure) {
   const { session } = state;
   if (!session) return UNKNOWN_COLOR;
   const { colors, other_colors: others } = session.info;
   const place = session.result?.structures.indexOf(structure) ?? 0;
-  return colors[structure] ?? others[place % others.length] ?? UNKNOWN_COLOR;
+  return findInFolder(structure)?.color ?? colors[structure] ?? others[place % others.length] ?? UNKNOWN_COLOR;
 }
 
 export const currentPick = () => state.work?.pickOn(state.structure, state.z) ?? makePick("consensus");
@@ -197,7 +214,7 @@ export function describeLook({ drawn, pick, masks }) {
 
 export const countProposals = () => state.session?.result?.owners[state.structure]?.numProposals ?? 0;
 
-/** What has a row in the checklist and can be drawn: what there are proposals of, what is saved, what was drawn, and what was named to be drawn. */
+/** What has a row in the checklist and can be drawn: what there are proposals of, what is saved, what was drawn or named to be drawn, and what the folder brings. */
 export const listStructures = () => [
   ...new Set([
     ...(state.session?.result?.structures ?? []),
@@ -205,6 +222,7 @@ export const listStructures = () => [
     ...(state.drawing?.structures ?? []),
     ...state.added,
     ...(state.session?.classes ?? []),
+    ...(state.session ? listOwn() : []),
   ]),
 ];
 

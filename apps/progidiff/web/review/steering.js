@@ -12,7 +12,7 @@ import { dropDrawn, findNameless } from "./painting.js";
 import { makePick, pickProposal } from "./picks.js";
 import { readCount, runJob } from "./prompting.js";
 import { submit } from "./saving.js";
-import { areMasksShown, listStructures, look, state, store } from "./state.js";
+import { areMasksShown, isKnown, listStructures, look, state, store } from "./state.js";
 
 /** @typedef {import("./edits.js").Edit} Edit */
 /** @typedef {import("./session.js").ImageSession} ImageSession */
@@ -135,7 +135,7 @@ async function ask() {
     return;
   }
   wanted = "";
-  if (!edits.of(structure).length && !(structure in session.info.colors)) {
+  if (!edits.of(structure).length && !isKnown(structure)) {
     // Of something without a name there is nothing left to ask.
     removeResult(session, session.keyOf(structure));
     store.set({ structure });

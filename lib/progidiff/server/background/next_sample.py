@@ -335,7 +335,10 @@ class Selection:
                 for number, image in page
             ]
             if tags is None:
-                counts, organs = pool.count_states(), +pool.organs
+                renamed = self._annotations.find_renamed()
+                counts, organs = pool.count_states(), Counter[str]()
+                for name, number in (+pool.organs).items():
+                    organs[renamed.get(name, name)] += number
             else:
                 counts = {name: states.count(name) for name in OF_IMAGES}
                 organs = Counter(

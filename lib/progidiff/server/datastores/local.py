@@ -39,7 +39,7 @@ import time
 import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -62,8 +62,10 @@ from progidiff.images.geometry import Grid
 from progidiff.images.ids import check_id
 from progidiff.images.pictures import check_picture
 from progidiff.images.reading import load_label, load_volume, read_grid
+from progidiff.labels.folder_structures import FolderStructures
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore, hash_file, split_label_name
 from progidiff.labels.in_force import find_previous, is_repeat, record_ready, rename_in_force
+from progidiff.labels.naming import name_label
 from progidiff.labels.saving import (
     ReadyLabel,
     SaveOptions,
@@ -183,6 +185,8 @@ class SafeLocalDatastore(LocalDatastore):
         picture_ids: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self.annotations = annotations
+        self.structures = FolderStructures(studies, state, annotations)
+        """What the folder labels beyond what the program knows."""
         self._picture_ids = picture_ids
         self._proposals = proposals
         self._state = state
@@ -249,6 +253,7 @@ class SafeLocalDatastore(LocalDatastore):
         Raises:
             NotFoundError: if there is no such image.
             RequestError, ImageError, GeometryError: if the label cannot count; nothing has changed then.
+            PromptError: if it names a structure nearly as a known one, see `labels.naming`.
             ConflictError: if another save is in force than `replaces`.
             BusyError: if somebody else is at work on the image for too long.
             StoreError: if the disk refuses; what was in force before still is.
@@ -328,7 +333,20 @@ class SafeLocalDatastore(LocalDatastore):
                 label = record_ready(self.annotations, image_id, ready, tag, user, who)
             self._keep_misfit(image_id, tag, saves)
             self._put_in_force(image_id, tag, label, params, staged, is_new=not repeated)
-            return SavedLabel(image_id, label, repeated, ready.warnings)
+            told = self._declare(image_id, ready, user)
+            return SavedLabel(image_id, label, repeated, (*ready.warnings, *told))
+
+    def _declare(self, image_id: str, ready: ReadyLabel, user: str) -> list[str]:
+        """Let what a label draws for the first time be structures of the folder. The label is saved, whatever the table
+        of structures says; the next save with the name tries again.
+        """
+        if is_picture(self.get_image_uri(image_id)):
+            return []  # What is drawn on pictures is named by the models for them.
+        try:
+            return self.structures.declare(ready.label_ids, user, ready.looks, ready.confirm)
+        except (StoreError, RequestError) as err:
+            logger.warning("The label of '%s' is saved, and its new structures are not noted: %s", image_id, err)
+            return [f"The label is saved, and its new structures are not noted: {err}"]
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """The host's way to save, for labels that this program makes itself.
@@ -402,8 +420,7 @@ class SafeLocalDatastore(LocalDatastore):
         grid = self._load_grid(image_id)
 
         def prepare(scratch: Path) -> ReadyLabel:
-            served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
-            ids = load_label_ids(Path(self._datastore_path), served_ids)
+            ids = self._load_ids(self._find_served_ids(image_id))
             return rename_in_force(self.annotations, image_id, old, new, grid, ids, scratch, tag)
 
         return self._save(image_id, tag, {}, user, "", prepare).annotation
@@ -615,10 +632,27 @@ class SafeLocalDatastore(LocalDatastore):
         scratch: Path,
     ) -> ReadyLabel:
         previous = find_previous(self.annotations, image_id, tag)
-        served_ids = self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
-        kept_ids = combine_ids(load_label_ids(Path(self._datastore_path), served_ids), previous)
-        checked = check_label(file, label, options, kept_ids, served_ids)
-        return prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
+        served_ids = self._find_served_ids(image_id)
+        kept_ids = combine_ids(self._load_ids(served_ids), previous)
+        if served_ids is not None:
+            checked = check_label(file, label, options, kept_ids, served_ids)
+            return prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
+        named = name_label(label, options, self.structures, previous)
+        checked = check_label(file, named.label, named.options, kept_ids)
+        ready = prepare_label(checked, grid, named.options, image_id, previous, self._proposals, scratch)
+        return replace(ready, looks=named.looks, confirm=options.confirm)
+
+    def _find_served_ids(self, image_id: str) -> Mapping[str, int] | None:
+        """Structure -> id as answers about a picture use them; None for a volume."""
+        return self._picture_ids() if is_picture(self.get_image_uri(image_id)) else None
+
+    def _load_ids(self, served_ids: Mapping[str, int] | None) -> dict[str, int]:
+        """Structure -> id in kept labels. A labels.json that came with the first structure of the folder's own says
+        nothing about pictures.
+        """
+        if served_ids is not None and self.structures.adds_to_table:
+            return dict(served_ids)
+        return load_label_ids(Path(self._datastore_path), served_ids)
 
     def _label_target(self, image_id: str, tag: str, file: Path) -> Path:
         """Where a label goes; its suffix is the host's, which knows no `.seg.nrrd`."""
@@ -931,8 +965,18 @@ class SafeLocalDatastore(LocalDatastore):
         )
         named = {name: value for value, name in find_names(path).items()}
         label = self.annotations.record(image_id, path, tag=tag, client="folder", label_ids=named)
+        if not is_picture(path):
+            self._note_foreign_names(image_id, named)
         self._note_placed(image_id, tag, path, label.sequence)
         self._write_what_counts(image_id, self._object(image_id))
+
+    def _note_foreign_names(self, image_id: str, named: Mapping[str, int]) -> None:
+        try:
+            told = self.structures.declare(named)
+        except (StoreError, RequestError) as err:
+            told = [f"Its new structures are not noted: {err}"]
+        for sentence in told:
+            logger.info("Of the label of '%s': %s", image_id, sentence)
 
     def _refuse_foreign(self, image_id: str, tag: str, path: Path, problem: str) -> None:
         wanted = self.annotations.current(image_id, tag)

@@ -32,6 +32,7 @@ from progidiff.errors import BusyError, ImageError, NotFoundError, ProGiDiffErro
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL
+from progidiff.labels.segments import Look
 from progidiff.proposals.request import DISAGREEMENT
 from progidiff.server.datastores.images import find_image
 from progidiff.server.datastores.served_images import ServedImages
@@ -282,12 +283,20 @@ def _save_segmentation(
     with scratch_folder("seg") as folder:
         file = save_mask(segmentation.labels, volume.grid, folder / "label.nii.gz")
         params = {
-            "label_info": [{"name": name, "idx": label} for label, name in segmentation.names.items()],
+            "label_info": [
+                _describe_segment(name, label, segmentation.looks.get(label, Look()))
+                for label, name in segmentation.names.items()
+            ],
             "structures": list(segmentation.names.values()),
             "client_id": "DICOM SEG",
         }
         save(context, image, file, FINAL, params, user.name)
     return segmentation.notes
+
+
+def _describe_segment(name: str, label: int, look: Look) -> dict[str, Any]:
+    code = None if look.code is None else {"value": look.code.value, "meaning": look.code.meaning}
+    return {"name": name, "idx": label, "color": look.color, "code": code}
 
 
 def open_named(context: Context, image: str) -> tuple[str, Volume]:

@@ -709,9 +709,9 @@ def _send_as(path: Path, image: str, tag: str, wanted: str) -> Response:
         told = read_label_names(context.labels.get_label_info(image, tag))
         ids = {name: value for name, value in ids.items() if value not in told}
         ids |= {name: value for value, name in told.items()}
-    meaning = find_meaning(label, context.annotations.current(image, tag), ids)
+    meaning = find_meaning(label, context.annotations.current(image, tag), ids, context.annotations.find_renamed())
     drawn = {meaning.get(value, f"Segment_{value}"): value for value in np.unique(label.array).tolist() if value}
-    file = write_temporary(label.array, grid, suffix, drawn)
+    file = write_temporary(label.array, grid, suffix, drawn, context.labels.structures.looks())
     name = image + suffix
     return FileResponse(
         file, media_type=get_mime_type(str(file)), filename=name, background=BackgroundTask(_remove, str(file))

@@ -15,6 +15,7 @@ Masks of a slice, little-endian::
 from __future__ import annotations
 
 import gzip
+import logging
 import struct
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from fastapi import Request
 from fastapi.responses import FileResponse, RedirectResponse, Response
 from numpy.typing import NDArray
 
-from progidiff.errors import ImageError, NotFoundError
+from progidiff.errors import ImageError, NotFoundError, RequestError
 from progidiff.images.formats import is_picture
 from progidiff.images.geometry import Grid
 from progidiff.images.intensities import compute_window
@@ -54,6 +55,8 @@ from progidiff.server.routes.label_answers import (
     list_slices,
 )
 from progidiff.server.routes.submissions import find_result, load_current
+
+logger = logging.getLogger(__name__)
 
 MAX_SLICE_PIXELS = 1 << 24
 """Largest slice that a browser is asked to draw: 4096 x 4096 pixels."""
@@ -144,7 +147,7 @@ def _add_submit_route(endpoints: Endpoints) -> None:
         ANNOTATE,
         tags=["Review"],
         summary="Save what was decided about an image",
-        takes="JSON: proposals, volume, slices, or parts of these; painted, base, seconds, effort",
+        takes="JSON: proposals, volume, slices, or parts of these; painted, base, seconds, effort, confirm",
         body=MOST_PAINTED,
         content=Content.JSON,
     )
@@ -241,7 +244,7 @@ def _describe_image(context: Context, image: str, tag: str) -> ReviewedImage:
         ],
         label=None if current is None else CurrentLabel.model_validate(current),
         label_ids=_find_label_ids(context, image, volume, tag),
-        colors=dict(COLORS),
+        colors={**COLORS, **_find_own_colors(context)},
         other_colors=list(OTHER_COLORS),
         annotated_slices=list_slices(slices),
         annotated=_list_annotated(context, image, tag),
@@ -250,6 +253,17 @@ def _describe_image(context: Context, image: str, tag: str) -> ReviewedImage:
         voxels=find_voxels(volume.grid),
         listens_to_edits=context.infer.listens_to_edits and volume.modality != PICTURE,
     )
+
+
+def _find_own_colors(context: Context) -> dict[str, str]:
+    """Of the folder's own structures. An image can be looked at with a labels.json that is damaged; a save says what is
+    wrong with it.
+    """
+    try:
+        return {row.name: row.color for row in context.labels.structures.own()}
+    except RequestError as err:
+        logger.warning("Structures of this folder have no colours of their own: %s", err)
+        return {}
 
 
 def find_voxels(grid: Grid) -> VoxelPlaces:

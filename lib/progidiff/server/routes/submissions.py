@@ -27,7 +27,7 @@ from progidiff.labels.history import FINAL, Annotation
 from progidiff.labels.paintings import Painting, Paintings
 from progidiff.labels.saving import MAX_LABEL_ID, REVIEW_PAGE, read_effort
 from progidiff.labels.segments import load_label_map
-from progidiff.params import read_float, read_int
+from progidiff.params import read_bool, read_float, read_int
 from progidiff.prompts.structures import number_structures
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.server.parts import Context
@@ -64,11 +64,12 @@ def submit(context: Context, image: str, volume: Volume, decisions: Mapping[str,
         volume: The image.
         decisions: As sent: proposals, volume and slices (see `decisions.Plan`), or parts, a list of objects with these;
             painted (see `labels.paintings`); base (the newest save the page knows), seconds, effort (structure ->
-            seconds and clicks).
+            seconds and clicks), confirm (names that are nearly known ones are meant as they stand).
         user: Who decided.
 
     Raises:
         RequestError: if something of it makes no sense.
+        PromptError: if something new is called nearly as something known; nothing is saved then.
         GeometryError: if something was drawn on another grid.
         NotFoundError: if proposals are no longer kept.
         ConflictError: if somebody else saved the same meanwhile.
@@ -76,6 +77,9 @@ def submit(context: Context, image: str, volume: Volume, decisions: Mapping[str,
     paintings = Paintings.from_params(decisions.get("painted"), volume.grid.stack_shape, image)
     decided = read_parts(context, image, decisions, is_painted=bool(paintings.structures))
     parts = _add_paintings(context, image, decided, paintings)
+    confirm = read_bool(decisions.get("confirm", False), "confirm")
+    if not confirm and volume.modality != PICTURE:
+        _check_names(context, paintings)
     ids = _number(parts)
     label = _draw(parts, paintings, volume.grid, ids)
     tag = context.readings.find_tag(image, user)
@@ -90,13 +94,21 @@ def submit(context: Context, image: str, volume: Volume, decisions: Mapping[str,
         for portion, effort in zip(portions, spent, strict=True):
             own = label if len(portions) == 1 else _keep_only(label, portion.plan.structures, ids)
             file = save_mask(own, volume.grid, folder / ("label.png" if volume.modality == PICTURE else "label.nii.gz"))
-            params = {**_describe(portion, ids, paintings), **effort}
+            params = {**_describe(portion, ids, paintings), **effort, "confirm": confirm}
             check = partial(_check_conflict, context, image, tag, portion.plan, base, volume, label, ids)
             own_saves = [answer.annotation.sequence for answer in answers]
             answer = _save_checked(context, image, file, tag, params, user, replaces, partial(check, own_saves))
             answers.append(answer)
             replaces = None if base is None else answer.annotation.sequence
     return SubmissionAnswer(**{**dict(answers[-1]), "saves": [answer.annotation for answer in answers]})
+
+
+def _check_names(context: Context, paintings: Paintings) -> None:
+    """Ask back what is misspelt before the first of several saves."""
+    table = context.labels.structures
+    for name in paintings.structures:
+        if table.is_new(name):
+            table.check_name(name)
 
 
 def _save_checked(

@@ -24,6 +24,7 @@ from progidiff.server.routes import (
     readings,
     review,
     segmentations,
+    structures,
     training,
 )
 
@@ -38,6 +39,7 @@ _BUILDERS = (
     overview.build_endpoints,
     pictures.build_endpoints,
     readings.build_endpoints,
+    structures.build_endpoints,
     next_sample.build_endpoints,
     training.build_endpoints,
     health.build_endpoints,

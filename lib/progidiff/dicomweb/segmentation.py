@@ -30,8 +30,9 @@ from progidiff.errors import GeometryError, ImageError, RequestError
 from progidiff.images.decoding import apart
 from progidiff.images.geometry import GRID_TOLERANCE, Grid
 from progidiff.images.reading import DECODED_PER_VOXEL
-from progidiff.labels.segments import Look, is_unnamed, name_code, read_color
+from progidiff.labels.segments import is_unnamed, name_code, read_color
 from progidiff.prompts.parser import contradicts
+from progidiff.prompts.structures import Code
 
 SEGMENTATION_STORAGE = "1.2.840.10008.5.1.4.1.1.66.4"
 
@@ -48,6 +49,28 @@ MAX_SEGMENTS = 255
 
 
 @dataclass(frozen=True)
+class SegmentLook:
+    """Colour and code of a segment, as far as they say something.
+
+    Attributes:
+        lab: CIELab as DICOM writes it (PS3.3 C.10.7.1.1), each 0..65535; None if it has none.
+        code: SNOMED CT; None if it has none.
+    """
+
+    lab: tuple[int, int, int] | None = None
+    code: Code | None = None
+
+    @property
+    def color(self) -> str | None:
+        """As "#rrggbb"."""
+        if self.lab is None:
+            return None
+        from highdicom.color import CIELabColor  # Takes a second to load, and few segmentations come in.
+
+        return read_color(CIELabColor.from_dicom_value(self.lab).to_rgb(clip=True))
+
+
+@dataclass(frozen=True)
 class Segmentation:
     """What a SEG says.
 
@@ -61,7 +84,7 @@ class Segmentation:
     labels: NDArray[Any]
     names: dict[int, str]
     notes: list[str] = field(default_factory=list)
-    looks: dict[int, Look] = field(default_factory=dict)
+    looks: dict[int, SegmentLook] = field(default_factory=dict)
 
 
 def read_dataset(content: bytes) -> Dataset:
@@ -214,7 +237,11 @@ def read_segmentation(dataset: Dataset, image: Grid, overlap: Overlap = "refuse"
             f"Segments overlap: {_list_overlaps(overlaps, by_label)}. A label holds one structure per voxel; the one "
             "that comes later in the list is kept there."
         )
-    looks = {label_of[number]: _read_look(segment) for number, segment in segments.items() if label_of[number] in drawn}
+    looks = {
+        label_of[number]: SegmentLook(_read_lab(segment), name_code(read_type(segment)))
+        for number, segment in segments.items()
+        if label_of[number] in drawn
+    }
     return Segmentation(image.from_stack(stack), drawn, notes, looks)
 
 
@@ -248,8 +275,8 @@ def _find_name(segment: Dataset) -> str:
     coded = read_coded(segment)
     if is_unnamed(name) and len(coded) == 1:
         return coded[0]
-    if is_unnamed(name) and not coded and (look := _read_look(segment)).code is not None:
-        return look.code.meaning or name
+    if is_unnamed(name) and not coded and (code := name_code(read_type(segment))) is not None:
+        return code.meaning or name
     if contradicts(name, coded):
         raise ImageError(
             f"A segment is called '{name[:40]}' and coded as '{' or '.join(coded)}'. Correct its label or its code in "
@@ -258,15 +285,9 @@ def _find_name(segment: Dataset) -> str:
     return name
 
 
-def _read_look(segment: Dataset) -> Look:
-    """Colour and code of a segment, as far as they say something."""
+def _read_lab(segment: Dataset) -> tuple[int, int, int] | None:
     value = segment.get("RecommendedDisplayCIELabValue")
-    color = None
-    if value is not None and len(value) == 3:
-        from highdicom.color import CIELabColor  # Takes a second to load, and few segmentations come in.
-
-        color = read_color(CIELabColor.from_dicom_value([int(part) for part in value]).to_rgb(clip=True))
-    return Look(color, name_code(read_type(segment)))
+    return (int(value[0]), int(value[1]), int(value[2])) if value is not None and len(value) == 3 else None
 
 
 def _read_frames(dataset: Dataset) -> NDArray[Any]:

@@ -34,7 +34,7 @@ from progidiff.labels.cases import LABELS_JSON
 from progidiff.labels.folder_structures import FolderStructures
 from progidiff.labels.history import FINAL, AnnotationStore, hash_file
 from progidiff.labels.in_force import find_previous, is_repeat, record_ready
-from progidiff.labels.naming import name_label
+from progidiff.labels.naming import declare_label, list_names, name_label
 from progidiff.labels.saving import (
     MAX_LABEL_ID,
     ReadyLabel,
@@ -109,9 +109,7 @@ def import_dataset(dataset: Dataset, studies: Path, state: Path, settings: Impor
     except OSError as err:
         raise StoreError(f"'{studies}' could not be made ({err}). Check who may write there.") from err
     structures = FolderStructures(studies, state, annotations)
-    if take_over_ids(studies, dataset.names) and structures.own():
-        names = ", ".join(f"'{row.name}'" for row in structures.own())
-        annotations.note_structure(f"The ids of the imported data set are those of this folder: {names}", settings.user)
+    is_taken = take_over_ids(studies, dataset.names)
     for case in dataset.cases:
         try:
             yield _import_case(case, dataset, studies, annotations, settings, structures)
@@ -119,6 +117,9 @@ def import_dataset(dataset: Dataset, studies: Path, state: Path, settings: Impor
             raise
         except ProGiDiffError as err:
             yield CaseOutcome(case.name, "failed", (str(err),))
+    if is_taken and structures.own():
+        names = ", ".join(f"'{row.name}'" for row in structures.own())
+        annotations.note_structure(f"The ids of the imported data set are those of this folder: {names}", settings.user)
 
 
 def take_over_ids(studies: Path, names: Mapping[int, str]) -> bool:
@@ -162,7 +163,7 @@ def _import_case(
             return CaseOutcome(image_id, "imported" if is_new else "there", (note,))
         client = f"import {dataset.kind} {dataset.folder.name}"[:100]
         label_state = put_in_force(image_id, ready, studies, annotations, settings, client)
-        told = [] if is_picture(image) else structures.declare(ready.label_ids, settings.user, ready.looks)
+        told = [] if is_picture(image) else declare_label(structures, ready, settings.user)[0]
     state = "imported" if is_new and label_state == "there" else label_state
     return CaseOutcome(image_id, state, (*ready.warnings, *told))
 
@@ -277,7 +278,6 @@ def _prepare(
         label = LabelMap(kept, label.names, label.is_as_stored, label.notes)
     _check_named(label, dataset, case_label.name)
     previous = find_previous(annotations, image_id, FINAL)
-    kept_ids = combine_ids(load_label_ids(studies), previous)
     names = {number: canonical_name(name) for number, name in dataset.names.items()}
     # It speaks about all that the data set labels, and what else is in force of the image stays.
     # What it calls nearly as something known is told, and not asked back: nobody waits to answer.
@@ -288,6 +288,7 @@ def _prepare(
     if not is_picture(image):
         named = name_label(label, options, structures, previous)
         label, options, looks = named.label, named.options, named.looks
+    kept_ids = combine_ids(load_label_ids(studies), previous, list_names(label, options))
     checked = check_label(file, label, options, kept_ids)
     if is_picture(file) and find_format(file, Use.ANSWER) is None:
         raise RequestError(f"'{file.name}' is a label of a picture, and those are kept as .png. Convert it.")

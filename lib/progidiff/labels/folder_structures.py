@@ -51,8 +51,8 @@ _LOOK_AGAIN_SECONDS = 1.0
 
 _NEAR = (
     "'{name}' is nearly '{near}', which is known already. If you mean that, call it '{near}'. If '{name}' is something "
-    "else, add it as a structure of its own first (Add a structure on the review page, or POST /progidiff/structures "
-    "with confirm=true), or send confirm=true with the label."
+    "else, insist: Add a structure on the review page, or POST /progidiff/structures with confirm=true, or send "
+    "confirm=true with the label."
 )
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 _CODE = re.compile(r"\d{6,18}")
@@ -258,19 +258,22 @@ class FolderStructures:
             insist: Whether names that are nearly known ones are meant as they stand.
 
         Returns:
-            A sentence about each that is new, and about each that is asked back.
+            Sentences about what is asked back or does not fit.
         """
         told = []
-        for name, number in ids.items():
-            if not self.is_new(name):
-                continue
+        new = {name: number for name, number in ids.items() if self.is_new(name)}
+        if len(new) > MAX_LABEL_ID - max([LAST_LABEL_ID, *(row.label_id for row in self.load())]):
+            return [
+                f"{len(new)} new structures are more than this folder has ids left; they are kept in this label, and "
+                "no model is taught them. Use another folder for them."
+            ]
+        for name, number in new.items():
             look = (looks or {}).get(name, Look())
             taken = {row.label_id for row in self.load()}
             code = look.code if _is_free(look.code) else None
             label_id = None if number in taken else number
             try:
-                row = self.add(name, label_id=label_id, color=look.color, code=code, insist=insist, user=user)
-                told.append(f"'{row.name}' is a structure of this folder now.")
+                self.add(name, label_id=label_id, color=look.color, code=code, insist=insist, user=user)
             except PromptError as err:
                 if err.suggestions:
                     told.append(

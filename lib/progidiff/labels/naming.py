@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from progidiff.errors import RequestError, StoreError
 from progidiff.labels.folder_structures import FolderStructures
-from progidiff.labels.saving import Previous, SaveOptions
+from progidiff.labels.saving import Previous, ReadyLabel, SaveOptions
 from progidiff.labels.segments import LabelMap, Look
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,11 @@ class NamedLabel:
     label: LabelMap
     options: SaveOptions
     looks: dict[str, Look]
+
+    @property
+    def names(self) -> list[str]:
+        """What it draws or speaks of, each once."""
+        return list_names(self.label, self.options)
 
 
 def name_label(
@@ -54,10 +63,26 @@ def name_label(
             options,
             label_names=None if told is None else {value: names[name] for value, name in told.items()},
             structures=None if options.structures is None else _rename(options.structures, names),
-            effort=tuple((_find_name(name, structures), *spent) for name, *spent in options.effort),
+            effort=tuple((_find_name(name, structures), seconds, clicks) for name, seconds, clicks in options.effort),
         ),
         looks,
     )
+
+
+def declare_label(structures: FolderStructures, ready: ReadyLabel, user: str) -> tuple[list[str], tuple[str, ...]]:
+    """Let what a saved label draws for the first time be structures of the folder. The label is saved, whatever the
+    table of structures says; the next save with such a name tries again.
+
+    Returns:
+        Sentences for the person who saved, and the structures that are the folder's from now on.
+    """
+    try:
+        new = [name for name in ready.label_ids if structures.is_new(name)]
+        told = structures.declare(ready.label_ids, user, ready.looks, ready.confirm)
+        return told, tuple(name for name in new if structures.find(name) is not None)
+    except (StoreError, RequestError) as err:
+        logger.warning("A label is saved, and its new structures are not noted: %s", err)
+        return [f"The label is saved, and its new structures are not noted: {err}"], ()
 
 
 def list_names(label: LabelMap, options: SaveOptions) -> list[str]:

@@ -33,6 +33,7 @@ from progidiff.labels.segments import (
     MAX_NAME,
     LabelMap,
     Look,
+    clean_text,
     combine_names,
     is_unnamed,
     load_label_map,
@@ -235,17 +236,33 @@ def load_label_ids(folder: Path, served_ids: Mapping[str, int] | None = None) ->
     return names
 
 
-def combine_ids(folder_ids: Mapping[str, int], previous: Previous | None) -> dict[str, int]:
+def combine_ids(folder_ids: Mapping[str, int], previous: Previous | None, names: Iterable[str] = ()) -> dict[str, int]:
     """The ids of a folder, and those of the label in force for structures that the folder does not name.
+
+    A folder may bring more structures than a label has ids. Where those of others leave no room for a label's, it has
+    numbers of its own: what they mean is kept beside each label.
+
+    Args:
+        folder_ids: Structure -> id.
+        previous: The label in force; None if there is none.
+        names: What the label draws or speaks of.
 
     Example:
         >>> combine_ids({"liver": 1}, Previous(Path("x"), {"liver": 6, "tumour": 14, "cyst": 1}, None))
         {'liver': 1, 'tumour': 14, 'cyst': 15}
     """
+    ids = _add_previous(folder_ids, previous)
+    missing = [name for name in dict.fromkeys(names) if name not in ids]
+    if max([LAST_LABEL_ID, *ids.values()]) + len(missing) > MAX_LABEL_ID:
+        ids = _add_previous({name: ids[name] for name in fixed_ids() if name in folder_ids}, previous)
+    return ids
+
+
+def _add_previous(folder_ids: Mapping[str, int], previous: Previous | None) -> dict[str, int]:
     ids = dict(folder_ids)
     others = {} if previous is None else {name: value for name, value in previous.label_ids.items() if name not in ids}
     ids |= {name: value for name, value in others.items() if value not in folder_ids.values()}
-    return {**ids, **_assign_ids(others, ids)}
+    return {**ids, **_number_next(others, ids)}
 
 
 def open_label(file: Path, grid: Grid) -> LabelMap:
@@ -581,7 +598,18 @@ def _find_meaning(
 
 
 def _assign_ids(names: Iterable[str], kept_ids: Mapping[str, int]) -> dict[str, int]:
-    """The id of each structure: the kept one, or the next that is free."""
+    """The id of each structure: the kept one, or the next that is free.
+
+    Raises:
+        ImageError: if there are more than a label has ids.
+    """
+    ids = _number_next(names, kept_ids)
+    if max([*kept_ids.values(), *ids.values()], default=0) > MAX_LABEL_ID:
+        raise ImageError(f"The label names more structures than fit into {MAX_LABEL_ID} ids. Save fewer structures.")
+    return ids
+
+
+def _number_next(names: Iterable[str], kept_ids: Mapping[str, int]) -> dict[str, int]:
     ids: dict[str, int] = {}
     last = max([*kept_ids.values(), LAST_LABEL_ID])
     for name in names:
@@ -590,8 +618,6 @@ def _assign_ids(names: Iterable[str], kept_ids: Mapping[str, int]) -> dict[str, 
         elif name not in ids:
             last += 1
             ids[name] = last
-    if last > MAX_LABEL_ID:
-        raise ImageError(f"The label names more structures than fit into {MAX_LABEL_ID} ids. Save fewer structures.")
     return ids
 
 
@@ -692,8 +718,8 @@ def _read_looks(entries: object) -> dict[str, Look]:
             continue
         sent = entry.get("code")
         value = str(sent.get("value", "")) if isinstance(sent, Mapping) else ""
-        meaning = str(sent.get("meaning") or entry["name"]) if isinstance(sent, Mapping) else ""
-        look = Look(read_color(entry.get("color")), name_code(Code(value, meaning[:MAX_NAME])) if value else None)
+        meaning = clean_text(str(sent.get("meaning") or entry["name"])) if isinstance(sent, Mapping) else ""
+        look = Look(read_color(entry.get("color")), name_code(Code(value, meaning)) if value else None)
         if look != Look():
             looks[canonical_name(entry["name"])] = look
     return looks

@@ -286,7 +286,7 @@ def _read_nrrd(path: Path) -> _Header:
             kind, modifier = _read_tags(entry.get("Tags", ""))
             coded = () if kind is None else find_coded(kind.value, modifier)
             look = Look(read_color(entry.get("Color", "").split()), None if coded else name_code(kind))
-            segments.append(_Segment(_clean(entry.get("Name", "")), coded, int(value), int(layer), look))
+            segments.append(_Segment(clean_text(entry.get("Name", "")), coded, int(value), int(layer), look))
     if layers == 1 and len({segment.value for segment in segments}) < len(segments):
         return _Header((), 1)  # Two names for one number say nothing.
     return _Header(tuple(segments), layers)
@@ -301,7 +301,7 @@ def _read_tags(tags: str) -> tuple[Code | None, str]:
     parts = [part.split("^") for part in entry.partition(":")[2].split("~")]
     if len(parts) < 4 or len(parts[2]) < 2 or parts[2][0] != "SCT":
         return None, ""
-    kind = Code(parts[2][1], _clean(parts[2][2]) if len(parts[2]) > 2 else "")
+    kind = Code(parts[2][1], clean_text(parts[2][2]) if len(parts[2]) > 2 else "")
     return kind, parts[3][1] if len(parts[3]) > 1 else ""
 
 
@@ -356,7 +356,7 @@ def _read_nifti(path: Path) -> _Header:
         text = content.decode("utf-8", errors="replace") if isinstance(content, bytes) else str(content)
         if "LabelTable" in text and len(text) <= MAX_HEADER_BYTES:
             rows = {int(key): html.unescape(plain) or cdata for key, cdata, plain in _TABLE_ROW.findall(text)}
-    segments = [_Segment(_clean(name), (), value, 0) for value, name in rows.items() if value and name.strip()]
+    segments = [_Segment(clean_text(name), (), value, 0) for value, name in rows.items() if value and name.strip()]
     return _Header(tuple(segments), 1)
 
 
@@ -364,5 +364,6 @@ def _is_nifti(path: Path) -> bool:
     return path.name.lower().endswith((".nii", ".nii.gz"))
 
 
-def _clean(name: str) -> str:
+def clean_text(name: str) -> str:
+    """One line of printable characters, as many as a name may have."""
     return " ".join("".join(c if c.isprintable() else " " for c in name).split())[:MAX_NAME]

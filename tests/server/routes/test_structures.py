@@ -105,7 +105,7 @@ def test_a_new_segment_of_slicer_is_a_structure_of_the_folder_with_its_colour(cl
     assert saved.status_code == 200, saved.text
     own = list_own(client)["Aortic Root"]
     assert saved.json()["annotation"]["label_ids"] == {"liver": 6, "Aortic Root": own["label_id"]}
-    assert any("'Aortic Root' is a structure" in warning for warning in saved.json()["annotation"]["warnings"])
+    assert saved.json()["annotation"]["new_structures"] == ["Aortic Root"]
     assert (own["color"], own["slices"], own["images"], own["missing"]) == ("#ff8000", 2, 1, 8)
     label = np.asarray(nibabel.load(studies / "labels" / "final" / "slicer.nii.gz").dataobj)
     assert set(np.unique(label)) == {0, 6, own["label_id"]}
@@ -185,7 +185,7 @@ def test_files_with_names_colours_and_codes_bring_structures(client: TestClient,
     mask[3, 2:5, 2:5] = True
     dataset = make_seg(volume, {"Label 1": mask})
     kind = Dataset()
-    kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning = "15825003", "SCT", "Aortic arch"
+    kind.CodeValue, kind.CodingSchemeDesignator, kind.CodeMeaning = "57034009", "SCT", "Aortic arch"
     dataset.SegmentSequence[0].SegmentedPropertyTypeCodeSequence = [kind]
     dataset.SegmentSequence[0].RecommendedDisplayCIELabValue = [35000, 50000, 48000]
     series = client.get("/progidiff/ohif/images/seg").json()
@@ -199,5 +199,5 @@ def test_files_with_names_colours_and_codes_bring_structures(client: TestClient,
     )
     assert stored.status_code == 200, stored.text
     arch = list_own(client)["Aortic arch"]
-    assert (arch["code"], arch["slices"]) == ({"value": "15825003", "meaning": "Aortic arch"}, 1)
+    assert (arch["code"], arch["slices"]) == ({"value": "57034009", "meaning": "Aortic arch"}, 1)
     assert arch["color"] not in ("#ffffff", "#000000")

@@ -65,7 +65,7 @@ from progidiff.images.reading import load_label, load_volume, read_grid
 from progidiff.labels.folder_structures import FolderStructures
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore, hash_file, split_label_name
 from progidiff.labels.in_force import find_previous, is_repeat, record_ready, rename_in_force
-from progidiff.labels.naming import name_label
+from progidiff.labels.naming import declare_label, name_label
 from progidiff.labels.saving import (
     ReadyLabel,
     SaveOptions,
@@ -126,12 +126,14 @@ class SavedLabel:
         annotation: In the history.
         repeated: Whether exactly this was in force already, so that nothing new was kept.
         warnings: Sentences for the person who saved.
+        added: Structures that are the folder's from now on.
     """
 
     label_id: str
     annotation: Annotation
     repeated: bool = False
     warnings: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -333,20 +335,15 @@ class SafeLocalDatastore(LocalDatastore):
                 label = record_ready(self.annotations, image_id, ready, tag, user, who)
             self._keep_misfit(image_id, tag, saves)
             self._put_in_force(image_id, tag, label, params, staged, is_new=not repeated)
-            told = self._declare(image_id, ready, user)
-            return SavedLabel(image_id, label, repeated, (*ready.warnings, *told))
+            told, added = self._declare(image_id, ready, user)
+            return SavedLabel(image_id, label, repeated, (*ready.warnings, *told), added)
 
-    def _declare(self, image_id: str, ready: ReadyLabel, user: str) -> list[str]:
-        """Let what a label draws for the first time be structures of the folder. The label is saved, whatever the table
-        of structures says; the next save with the name tries again.
+    def _declare(self, image_id: str, ready: ReadyLabel, user: str) -> tuple[list[str], tuple[str, ...]]:
+        """Let what a label draws for the first time be structures of the folder; sentences, and what is new.
+
+        What is drawn on pictures is named by the models for them.
         """
-        if is_picture(self.get_image_uri(image_id)):
-            return []  # What is drawn on pictures is named by the models for them.
-        try:
-            return self.structures.declare(ready.label_ids, user, ready.looks, ready.confirm)
-        except (StoreError, RequestError) as err:
-            logger.warning("The label of '%s' is saved, and its new structures are not noted: %s", image_id, err)
-            return [f"The label is saved, and its new structures are not noted: {err}"]
+        return ([], ()) if is_picture(self.get_image_uri(image_id)) else declare_label(self.structures, ready, user)
 
     def save_label(self, image_id: str, label_filename: str, label_tag: str, label_info: dict[str, Any]) -> str:
         """The host's way to save, for labels that this program makes itself.
@@ -633,11 +630,12 @@ class SafeLocalDatastore(LocalDatastore):
     ) -> ReadyLabel:
         previous = find_previous(self.annotations, image_id, tag)
         served_ids = self._find_served_ids(image_id)
-        kept_ids = combine_ids(self._load_ids(served_ids), previous)
         if served_ids is not None:
+            kept_ids = combine_ids(self._load_ids(served_ids), previous)
             checked = check_label(file, label, options, kept_ids, served_ids)
             return prepare_label(checked, grid, options, image_id, previous, self._proposals, scratch)
         named = name_label(label, options, self.structures, previous)
+        kept_ids = combine_ids(self._load_ids(None), previous, named.names)
         checked = check_label(file, named.label, named.options, kept_ids)
         ready = prepare_label(checked, grid, named.options, image_id, previous, self._proposals, scratch)
         return replace(ready, looks=named.looks, confirm=options.confirm)

@@ -18,15 +18,14 @@ from monailabel.datastore.local import LocalDatastore
 from monailabel.interfaces.datastore import Datastore
 
 from progidiff.dicomweb.codes import warn_uncoded
-from progidiff.errors import NotFoundError, RequestError, StoreError
+from progidiff.errors import NotFoundError
 from progidiff.images.reading import read_grid
 from progidiff.labels.audit import describe_origin
 from progidiff.labels.folder_structures import FolderStructures
 from progidiff.labels.history import FINAL, Annotation, AnnotationStore
 from progidiff.labels.in_force import find_previous, is_repeat, record_ready, rename_in_force
-from progidiff.labels.naming import name_label
+from progidiff.labels.naming import declare_label, name_label
 from progidiff.labels.saving import (
-    ReadyLabel,
     SaveOptions,
     check_label,
     combine_ids,
@@ -91,8 +90,8 @@ class RemoteLabels:
         sent = open_label(Path(label_file), grid)
         with self._locks.hold(image_id), scratch_folder("label") as scratch:
             previous = find_previous(self.annotations, image_id, tag)
-            kept_ids = combine_ids(load_label_ids(self._state), previous)
             named = name_label(sent, options, self.structures, previous)
+            kept_ids = combine_ids(load_label_ids(self._state), previous, named.names)
             checked = check_label(Path(label_file), named.label, named.options, kept_ids)
             ready = prepare_label(checked, grid, named.options, image_id, previous, self._proposals, scratch)
             saves = self.annotations.in_force(image_id, tag)
@@ -101,16 +100,10 @@ class RemoteLabels:
                 return SavedLabel(image_id, saves[-1], True, ready.warnings)
             label = record_ready(self.annotations, image_id, ready, tag, user, ready.client or client)
             label_id = self._send(image_id, tag, label, params, user)
-            told = self._declare(replace(ready, looks=named.looks, confirm=options.confirm), image_id, user)
-            return SavedLabel(label_id, label, False, (*ready.warnings, *told, *warn_uncoded(ready.label_ids)))
-
-    def _declare(self, ready: ReadyLabel, image_id: str, user: str) -> list[str]:
-        """As that of `SafeLocalDatastore`: the label is saved and sent, whatever the table of structures says."""
-        try:
-            return self.structures.declare(ready.label_ids, user, ready.looks, ready.confirm)
-        except (StoreError, RequestError) as err:
-            logger.warning("The label of '%s' is saved, and its new structures are not noted: %s", image_id, err)
-            return [f"The label is saved, and its new structures are not noted: {err}"]
+            told, added = declare_label(
+                self.structures, replace(ready, looks=named.looks, confirm=options.confirm), user
+            )
+            return SavedLabel(label_id, label, False, (*ready.warnings, *told, *warn_uncoded(ready.label_ids)), added)
 
     def remove_label(self, label_id: str, label_tag: str, user: str = "", reason: str = "") -> None:
         """Take a label out of force, and out of what the host keeps of it; a series that was sent stays where it is.

@@ -27,12 +27,11 @@ from progidiff.dicomweb.catalogue import Entry
 from progidiff.dicomweb.frames import Series
 from progidiff.dicomweb.multipart import Envelope, read_parts
 from progidiff.dicomweb.query import Query
-from progidiff.dicomweb.segmentation import Instance, Overlap, open_instance, open_segmentation
+from progidiff.dicomweb.segmentation import Instance, Overlap, SegmentLook, open_instance, open_segmentation
 from progidiff.errors import BusyError, ImageError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.images.volume import Volume
 from progidiff.images.writing import save_mask
 from progidiff.labels.history import FINAL
-from progidiff.labels.segments import Look
 from progidiff.proposals.request import DISAGREEMENT
 from progidiff.server.datastores.images import find_image
 from progidiff.server.datastores.served_images import ServedImages
@@ -284,7 +283,7 @@ def _save_segmentation(
         file = save_mask(segmentation.labels, volume.grid, folder / "label.nii.gz")
         params = {
             "label_info": [
-                _describe_segment(name, label, segmentation.looks.get(label, Look()))
+                _describe_segment(name, label, segmentation.looks.get(label, SegmentLook()))
                 for label, name in segmentation.names.items()
             ],
             "structures": list(segmentation.names.values()),
@@ -294,7 +293,7 @@ def _save_segmentation(
     return segmentation.notes
 
 
-def _describe_segment(name: str, label: int, look: Look) -> dict[str, Any]:
+def _describe_segment(name: str, label: int, look: SegmentLook) -> dict[str, Any]:
     code = None if look.code is None else {"value": look.code.value, "meaning": look.code.meaning}
     return {"name": name, "idx": label, "color": look.color, "code": code}
 

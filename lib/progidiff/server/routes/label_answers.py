@@ -65,10 +65,12 @@ class NewLabelAnswer(SavedLabelAnswer):
     Attributes:
         repeated: Whether exactly this was in force already, so that nothing new was kept.
         warnings: Sentences for the person who saved.
+        new_structures: What is a structure of the folder from now on.
     """
 
     repeated: bool
     warnings: list[str]
+    new_structures: list[Text] = []
 
 
 class SaveAnswer(_Answer):

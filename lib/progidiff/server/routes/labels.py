@@ -511,7 +511,12 @@ def save_as(
     if context.readings.is_on and tag != FINAL:
         context.selection.release(image)  # The next person may have it.
     answer = _run_hooks(context, saved.annotation, saved.repeated, saved.label_id)
-    annotation = NewLabelAnswer.of(saved.annotation, repeated=saved.repeated, warnings=list(saved.warnings))
+    annotation = NewLabelAnswer.of(
+        saved.annotation,
+        repeated=saved.repeated,
+        warnings=list(saved.warnings),
+        new_structures=list(saved.added),
+    )
     return SaveAnswer(**{**answer, "annotation": annotation, "image": image, "label": saved.label_id})
 
 

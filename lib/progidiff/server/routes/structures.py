@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from progidiff.errors import NotFoundError, ProGiDiffError, RequestError
 from progidiff.labels.drawn_slices import Drawn
 from progidiff.labels.folder_structures import MAX_WORDS, SLICES_TO_EXPECT, FolderStructure, FolderStructures
-from progidiff.labels.segments import MAX_NAME
+from progidiff.labels.segments import MAX_NAME, clean_text
 from progidiff.prompts.structures import Code, find_structure, name_label_id, number_structures, pick_color
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, READ, SMALL, Content, Endpoints
@@ -257,4 +257,4 @@ def _change(table: FolderStructures, label_id: int, change: StructureChange, use
 
 
 def _to_code(code: StructureCode | None, name: str) -> Code | None:
-    return None if code is None else Code(code.value.strip(), code.meaning.strip() or name)
+    return None if code is None else Code(code.value.strip(), clean_text(code.meaning) or clean_text(name))

@@ -114,9 +114,9 @@ def test_a_structure_that_nobody_knows_is_added_and_labelled_on_the_page(server:
     assert [problem for problem in said["problems"] if "Failed to load resource" not in problem] == []
     assert "'livr' is nearly 'liver'" in said["asked"]
     assert "Keep “livr”" in said["asked"]
-    assert "no slice labelled yet, 10 until proposals can be expected" in said["fresh"]
+    assert "no slice labelled yet, 4 until proposals can be expected" in said["fresh"]
     assert said["isActive"] == "true"
-    assert "2 slices labelled, 8 more until proposals can be expected" in said["taught"]
+    assert "2 slices labelled, 2 more until proposals can be expected" in said["taught"]
     assert "2 slices labelled" in said["again"]
     assert said["color"].replace(" ", "") == "rgb(51,102,204)"
     assert min(said["targets"]) >= 40

@@ -43,9 +43,6 @@ STRUCTURES_JSON = "structures.json"
 MAX_WORDS = 50
 """Names of one structure."""
 
-SLICES_TO_EXPECT = 10
-"""Labelled slices of a structure with which a training can be expected to propose it; see docs/how-to/teach.md."""
-
 _LOOK_AGAIN_SECONDS = 1.0
 """After which names are read again that another process may have changed."""
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from progidiff.errors import NotFoundError, ProGiDiffError, RequestError
+from progidiff.errors import NotFoundError, RequestError
 from progidiff.labels.drawn_slices import Drawn
-from progidiff.labels.folder_structures import MAX_WORDS, SLICES_TO_EXPECT, FolderStructure, FolderStructures
+from progidiff.labels.folder_structures import MAX_WORDS, FolderStructure, FolderStructures
 from progidiff.labels.segments import MAX_NAME, clean_text
 from progidiff.prompts.structures import Code, find_structure, name_label_id, number_structures, pick_color
 from progidiff.server.gate.auth import User
 from progidiff.server.gate.endpoints import ANNOTATE, CALLER, READ, SMALL, Content, Endpoints
 from progidiff.server.parts import Context, get_context
 from progidiff.storage.json_text import Text
-
-logger = logging.getLogger(__name__)
+from progidiff.training.split import NEEDED_SLICES
 
 
 class StructureCode(BaseModel):
@@ -80,7 +78,7 @@ class StructureAnswer(BaseModel):
             is_known=is_known,
             slices=None if drawn is None else drawn.slices,
             images=None if drawn is None else drawn.images,
-            missing=0 if is_known or drawn is None else max(0, SLICES_TO_EXPECT - drawn.slices),
+            missing=0 if is_known or drawn is None else max(0, NEEDED_SLICES - drawn.slices),
         )
 
 
@@ -149,7 +147,7 @@ def build_endpoints() -> Endpoints:
         summary="The structures of this folder: ids, colours, words, what a model knows, and how far others are",
     )
     def list_structures() -> StructuresAnswer:
-        return StructuresAnswer(structures=describe_structures(get_context()), slices_needed=SLICES_TO_EXPECT)
+        return StructuresAnswer(structures=describe_structures(get_context()), slices_needed=NEEDED_SLICES)
 
     @endpoints.post(
         "/progidiff/structures",
@@ -199,16 +197,7 @@ def describe_structures(context: Context) -> list[StructureAnswer]:
 
 def list_known(context: Context) -> set[str]:
     """What the model, or a version of it that is served, proposes by name."""
-    adapters = context.infer.engine.adapters
-    known = set(context.infer.structures)
-    for entry in adapters.entries():
-        if entry.current is None:
-            continue
-        try:
-            known |= set(adapters.card(entry.name, entry.current).structures)
-        except ProGiDiffError as err:  # It proposes nothing; the list of versions says why.
-            logger.debug("%s@%d is not counted: %s", entry.name, entry.current, err)
-    return known
+    return set(context.infer.structures)
 
 
 def _describe_others(names: Iterable[str]) -> list[StructureAnswer]:

@@ -189,8 +189,8 @@ drive(async (page, given, { shoot }) => {
   await settle(page);
   await page.locator('#draw-structure').selectOption('liver');
   await settle(page);
-  said.targets = await page.locator('.tools').evaluate((node) =>
-    [...node.querySelectorAll('button, select, summary, input')].filter((one) => one.offsetParent).map((one) => Math.round(Math.min(one.offsetHeight, one.type === 'range' ? one.offsetHeight : one.offsetWidth))),
+  said.targets = await page.evaluate(() =>
+    [...document.querySelectorAll(':is(.bar, .prompt, .toolstrip, .tools, .panel) :is(button, select, summary, input:not([type=checkbox]))')].filter((one) => one.offsetParent).map((one) => Math.round(Math.min(one.offsetHeight, one.type === 'range' ? one.offsetHeight : one.offsetWidth))),
   );
   said.overflow = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
   const touch = await page.context().newCDPSession(page);

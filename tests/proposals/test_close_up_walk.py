@@ -160,6 +160,51 @@ def test_edits_change_what_is_drawn_and_only_near_where_they_are(engine: Engine,
     assert changed.nonzero()[0].tolist() == [volume.grid.locate((30, 20, 4))[0]]
 
 
+def test_the_slice_that_was_drawn_on_is_shown_before_anything_else_and_changes_no_bit_of_the_result(
+    engine: Engine, model: Path, volume: Volume
+):
+    request = ProposalRequest(queries=[LIVER], num_proposals=2, edits=(edit(30, 20, 4),), clean_up="off")
+    z = volume.grid.locate((30, 20, 4))[0]
+    looked: list[int] = []
+    engine.load().branch.encoder.register_forward_hook(lambda _, inputs, __: looked.append(len(inputs[0])))
+    shown: list[tuple[VolumeProposals, int, int]] = []
+    told: list[int] = []
+    work = Work(
+        first=z,
+        on_preview=lambda proposals, at: shown.append((proposals, at, sum(looked))),
+        on_slices=lambda _, slices: told.extend([len(shown), *slices]),
+    )
+
+    result = engine.propose(request, volume, work)
+    again = engine.propose(request, volume, work)
+
+    (near, at, slices), (known, _, more) = shown
+    assert at == z
+    assert slices <= 3, "what is not found yet is looked for around the slice alone"
+    assert more == sum(looked)
+    assert told[0] == 1
+    for preview in (near, known):
+        assert preview.slice_masks("liver", z)[:, *volume.grid.locate((30, 20, 4))[1:]].all()
+        assert preview.probabilities.any(axis=(0, 1, 3, 4)).nonzero()[0].tolist() == [z]
+    assert np.abs(known.probabilities[:, :, z].astype(int) - result.probabilities[:, :, z].astype(int)).max() <= 1
+    assert differ(result, again) == 0
+    assert differ(result, Engine(model, device="cpu", dtype="fp32").propose(request, volume)) == 0
+
+
+def test_a_search_that_was_cancelled_goes_on_where_it_was(
+    engine: Engine, model: Path, phantom_writer: Callable[..., Path], tmp_path: Path
+):
+    tall = load_volume(phantom_writer(tmp_path / "tall.nii.gz", shape=(40, 30, 40)), modality="CT")
+    request, looked = ProposalRequest(queries=[LIVER], num_proposals=1), list[int]()
+    engine.load().branch.encoder.register_forward_hook(lambda _, inputs, __: looked.append(len(inputs[0])))
+    with pytest.raises(CancelledError):
+        engine.propose(request, tall, Work(is_cancelled=lambda: sum(looked) >= 16))
+    assert sum(looked) == 16
+    result = engine.propose(request, tall)
+    assert sum(looked) == 40
+    assert differ(result, Engine(model, device="cpu", dtype="fp32").propose(request, tall)) == 0
+
+
 def test_edits_are_part_of_the_key():
     plain = ProposalRequest(queries=[LIVER]).settle(1, 1.0, "")
     clicked = ProposalRequest(queries=[LIVER], edits=(edit(1, 2, 3),)).settle(1, 1.0, "")

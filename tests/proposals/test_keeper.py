@@ -197,6 +197,24 @@ class StoppedTurn:
         yield self
 
 
+def test_a_preview_is_shown_while_the_job_runs_and_nothing_is_built_on_it():
+    keeper, question, seen = Keeper(MemoryShelf(2)), make_question(), list[Any]()
+
+    def compute(work: Work) -> VolumeProposals:
+        seen.append(work.unfinished)
+        work.on_preview(make_proposals(), 1)
+        seen.append(keeper.find_unfinished("stopped"))
+        raise CancelledError("made way")
+
+    for _ in range(2):
+        with pytest.raises(CancelledError):
+            keeper.find_or_compute(question, compute, StoppedTurn(Stop.PREEMPTED, 0, stop=Stop.PREEMPTED).take)
+    first, shown, second, _ = seen
+    assert (first, second) == (None, None)
+    assert (shown.image, shown.slices) == ("long", {1})
+    assert keeper.find_unfinished("stopped") is None
+
+
 @pytest.mark.parametrize(
     ("why", "is_yielding", "after", "encoded"),
     [

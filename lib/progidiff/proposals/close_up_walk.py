@@ -4,12 +4,16 @@
 2. plan      evidence              -> windows per structure, each for a run of slices
 3. draw      batches of slices     -> K proposals (n, K, S, S) in every window that shows them
 4. store     windows               -> uint8 (P, K, Z, H, W) on a working grid of twice as many pixels
+
+Who has drawn something looks at that slice and waits for it. It is drawn first, alone, and shown (`Work.on_preview`);
+none of it is kept, so that the result is the same bits wherever anybody looks. Where nothing is found yet, that first
+look goes by the slice and its neighbours.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,7 +35,7 @@ from progidiff.proposals.islands import DRAWN
 from progidiff.proposals.placed_edits import PlacedEdits, place_edits
 from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
-from progidiff.proposals.walk import Walk
+from progidiff.proposals.walk import SMALL, Walk
 from progidiff.proposals.work import Work
 
 FINER = 2
@@ -44,6 +48,22 @@ Key = tuple[str, str]
 """(adapter, digest of the volume)."""
 
 
+@dataclass(frozen=True)
+class Search:
+    """What is found so far of some prompts in a volume. A person clicks again before a search of 20 seconds is over:
+    the next request goes on with it.
+
+    Attributes:
+        texts: P prompts.
+        evidence: uint8 (P, Z, h, w) of 0..255, filled slice by slice.
+        is_searched: (Z,) the slices that are.
+    """
+
+    texts: tuple[str, ...]
+    evidence: NDArray[np.uint8]
+    is_searched: NDArray[np.bool_]
+
+
 class EvidenceShelf:
     """What was found in the last volumes, so that a second prompt draws at once.
 
@@ -54,6 +74,21 @@ class EvidenceShelf:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._found: OrderedDict[Key, dict[str, NDArray[np.uint8]]] = OrderedDict()
+        self._search: tuple[Key, Search] | None = None
+
+    def go_on(self, key: Key, texts: tuple[str, ...], shape: tuple[int, int, int]) -> Search:
+        """What a cancelled request has found in a volume so far, or a new search; only the last one is remembered.
+
+        Args:
+            key: Of the volume.
+            texts: P prompts.
+            shape: (Z, h, w).
+        """
+        if self._search is not None and self._search[0] == key and self._search[1].texts == texts:
+            return self._search[1]
+        search = Search(texts, np.zeros((len(texts), *shape), np.uint8), np.zeros(shape[0], bool))
+        self._search = (key, search)
+        return search
 
     def get(self, key: Key) -> dict[str, NDArray[np.uint8]]:
         """Text of a prompt -> evidence (Z, h, w); empty if nothing is known."""
@@ -63,6 +98,7 @@ class EvidenceShelf:
 
     def put(self, key: Key, found: dict[str, NDArray[np.uint8]]) -> None:
         """Remember what was found in a volume."""
+        self._search = None
         self._found[key] = found
         self._found.move_to_end(key)
         while len(self._found) > 1 and self._count_bytes() > self._max_bytes:
@@ -70,6 +106,7 @@ class EvidenceShelf:
 
     def clear(self) -> None:
         """Forget everything."""
+        self._search = None
         self._found.clear()
 
     def _count_bytes(self) -> int:
@@ -146,15 +183,19 @@ class CloseUpWalk(Walk):
         """
         self._check_cancelled()
         if self._subjects is None:
+            if self._request.edits and self._work.first in self.slices:
+                self._preview(int(self._work.first or 0))
             self._subjects = self._find_subjects(size)
-        at_once = max(1, size.samples // len(self._levels))
+        # The next click ends this: it is not to wait for a whole batch.
+        samples = size.samples if not self._request.edits or self._draws_together else min(size.samples, SMALL.samples)
+        at_once = max(1, samples // len(self._levels))
         if self._draws_together:
             self._draw_together(batch.slices, at_once)
             self._result.keep_pins()
             return None
         for p, (subject, windows) in enumerate(self._subjects):
             self._check_cancelled()
-            self._draw(p, subject, windows, batch.slices, at_once)
+            self._draw(self._result, p, subject, windows, batch.slices, at_once)
             share = (p + 1) / len(self._subjects)
             self._work.on_progress(self._done + int(len(batch.slices) * share), self._total)
         self._result.keep_pins()
@@ -167,8 +208,26 @@ class CloseUpWalk(Walk):
         # What was derived for those who watched may be older than the pins.
         return replace(result)
 
+    def _preview(self, z: int) -> None:
+        """Show the slice that somebody drew on before anything else is looked at."""
+        found = self._tools.shelf.get(self._key)
+        if any(query.text and query.text not in found for query in self._request.queries):
+            found = self._find_near(z)
+        preview = replace(self._result, probabilities=np.zeros(self._result.probabilities.shape, np.uint8))
+        at_once = max(1, SMALL.samples // len(self._levels))
+        for p, (subject, windows) in enumerate(self._plan_subjects(found)):
+            self._draw(preview, p, subject, windows, np.array([z]), at_once)
+        preview.keep_pins()
+        self._work.on_preview(preview, z)
+
     def _draw(
-        self, p: int, subject: Subject, windows: Sequence[CloseUpWindow], slices: NDArray[np.int64], at_once: int
+        self,
+        into: VolumeProposals,
+        p: int,
+        subject: Subject,
+        windows: Sequence[CloseUpWindow],
+        slices: NDArray[np.int64],
+        at_once: int,
     ) -> None:
         """Draw a structure on some slices and store what is seen of it."""
         tools = self._tools
@@ -184,9 +243,10 @@ class CloseUpWalk(Walk):
             at_once,
             self._guidance,
         ):
+            self._check_cancelled()
             for n, z in enumerate(drawing.slices.tolist()):
                 parts.setdefault(z, []).append((drawing.window, drawing.probabilities[n]))
-        self._store(p, parts)
+        store_parts(into, p, parts)
 
     def _draw_together(self, slices: NDArray[np.int64], at_once: int) -> None:
         """Draw all structures on some slices in joint batches, and store what is seen of them."""
@@ -206,30 +266,24 @@ class CloseUpWalk(Walk):
             for n, z in enumerate(drawing.slices.tolist()):
                 found[p].setdefault(z, []).append((drawing.window, drawing.probabilities[n]))
         for p, parts in enumerate(found):
-            self._store(p, parts)
+            store_parts(self._result, p, parts)
             share = (p + 1) / len(found)
             self._work.on_progress(self._done + int(len(slices) * share), self._total)
 
-    def _store(self, p: int, parts: Seen) -> None:
-        """Put what was drawn of a structure on the grid of the result."""
-        grid = self._result.grid
-        for z, seen in parts.items():
-            (rows, columns), maps = blend(seen, lambda window, values: window.restore_to(values, grid))
-            quantised = (maps.clamp(0, 1) * 255).round().to(torch.uint8).numpy()  # (K, rows, columns)
-            # Proposals that draw nothing are exact zeros: "absent" is then the same everywhere.
-            quantised *= (quantised >= DRAWN).any(axis=(1, 2), keepdims=True)
-            self._result.probabilities[p, :, z, rows, columns] = quantised
-
     def _find_subjects(self, size: BatchSize) -> list[tuple[Subject, list[CloseUpWindow]]]:
         """Evidence and windows of every structure that is asked for."""
-        shelf, texts = self._tools.shelf, [query.text for query in self._request.queries]
+        shelf = self._tools.shelf
         found = shelf.get(self._key)
-        if any(text and text not in found for text in texts):
+        if any(query.text and query.text not in found for query in self._request.queries):
             found |= self._find(size)
             shelf.put(self._key, found)
+        return self._plan_subjects(found)
+
+    def _plan_subjects(self, found: Mapping[str, NDArray[np.uint8]]) -> list[tuple[Subject, list[CloseUpWindow]]]:
         threshold = round(self._card.gate * 255)
         subjects = []
-        for p, (text, placed) in enumerate(zip(texts, self._placed, strict=True)):
+        for p, (query, placed) in enumerate(zip(self._request.queries, self._placed, strict=True)):
+            text = query.text
             subject = self._describe(p, found[text] if text else None, placed)
             windows = plan_windows(found[text] >= threshold, self._grid, self._tools.rules) if text else []
             subjects.append((subject, placed.plan_windows(windows, self._grid.shape, self._tools.rules)))
@@ -259,16 +313,45 @@ class CloseUpWalk(Walk):
 
     def _find(self, size: BatchSize) -> dict[str, NDArray[np.uint8]]:
         """Look for the request's structures, and for those that may be asked for next, on all slices."""
-        asked = {query.text: p for p, query in enumerate(self._request.queries) if query.text}
-        others = [i for i, text in enumerate(self._tools.texts) if text not in asked]
-        pooled = torch.cat([self._prompts.pooled[list(asked.values())], self._tools.prompts.pooled[others]])
-        prompts = replace(self._prompts, pooled=pooled)
-        texts = [*asked, *(self._tools.texts[i] for i in others)]
-        evidence = np.zeros((len(texts), *self._evidence_shape), np.uint8)
+        known = self._tools.texts
+        fresh = {
+            query.text: p for p, query in enumerate(self._request.queries) if query.text and query.text not in known
+        }
+        pooled = torch.cat([self._tools.prompts.pooled, self._prompts.pooled[list(fresh.values())]])
+        search = self._tools.shelf.go_on(self._key, (*known, *fresh), self._evidence_shape)
         for start in range(0, len(self._stack), size.slices):
-            self._check_cancelled()
             slices = np.arange(start, min(start + size.slices, len(self._stack)), dtype=np.int64)
-            features = self._encode(slices).to(next(self._pipeline.branch.parameters()).dtype)
-            maps = self._pipeline.predict_evidence(features, prompts)  # (n, P, h, w)
-            evidence[:, slices] = (maps * 255).round().to(torch.uint8).cpu().numpy().swapaxes(0, 1)
-        return dict(zip(texts, evidence, strict=True))
+            if not search.is_searched[slices].all():
+                self._check_cancelled()
+                search.evidence[:, slices] = self._search(slices, pooled)
+                search.is_searched[slices] = True
+        return dict(zip(search.texts, search.evidence, strict=True))
+
+    def _find_near(self, z: int) -> dict[str, NDArray[np.uint8]]:
+        """Look for the request's structures on what a close-up of one slice shows; elsewhere nothing is found."""
+        asked = {query.text: p for p, query in enumerate(self._request.queries) if query.text}
+        evidence = np.zeros((len(asked), *self._evidence_shape), np.uint8)
+        if asked:
+            config = self._tools.pipeline.network.config
+            step = max(1, round(config.neighbour_mm / self._grid.stack_spacing[0]))
+            around = z + np.arange(-config.evidence_neighbours, config.evidence_neighbours + 1) * step
+            slices = np.unique(np.clip(around, 0, len(self._stack) - 1)).astype(np.int64)
+            evidence[:, slices] = self._search(slices, self._prompts.pooled[list(asked.values())])
+        return dict(zip(asked, evidence, strict=True))
+
+    def _search(self, slices: NDArray[np.int64], pooled: torch.Tensor) -> NDArray[np.uint8]:
+        """Evidence uint8 (P, n, h, w) of P text vectors on some slices."""
+        features = self._encode(slices).to(next(self._pipeline.branch.parameters()).dtype)
+        maps = self._pipeline.predict_evidence(features, replace(self._prompts, pooled=pooled))  # (n, P, h, w)
+        found: NDArray[np.uint8] = (maps * 255).round().to(torch.uint8).cpu().numpy().swapaxes(0, 1)
+        return found
+
+
+def store_parts(into: VolumeProposals, p: int, parts: Seen) -> None:
+    """Put what was drawn of structure `p` on the grid of a result."""
+    for z, seen in parts.items():
+        (rows, columns), maps = blend(seen, lambda window, values: window.restore_to(values, into.grid))
+        quantised = (maps.clamp(0, 1) * 255).round().to(torch.uint8).numpy()  # (K, rows, columns)
+        # Proposals that draw nothing are exact zeros: "absent" is then the same everywhere.
+        quantised *= (quantised >= DRAWN).any(axis=(1, 2), keepdims=True)
+        into.probabilities[p, :, z, rows, columns] = quantised

@@ -19,7 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from progidiff.errors import CancelledError, MemoryFullError, NotFoundError, ProGiDiffError, RequestError
 from progidiff.images.volume import Volume
@@ -431,6 +433,13 @@ class Engine:
             walk.finish(batch)
         self._remember(key, book.collected(len(walk.batches)))
         return walk.end()
+
+    def recall_evidence(self, volume: Volume, adapter: str | None = None) -> dict[str, NDArray[np.uint8]]:
+        """What the last requests found in a volume, for close-ups: text of a prompt -> uint8 (Z, h, w) of 0..255 on the
+        working grid; empty if it was not asked about, or long ago.
+        """
+        chosen = self.pick_adapter(adapter, volume.modality)
+        return self._shelf.get(("" if chosen is None else chosen.full_name, volume.digest))
 
     def _find_base(self) -> str:
         return compute_base_digest(self.model_dir) if self._base_digest is None else self._base_digest

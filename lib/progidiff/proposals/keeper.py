@@ -224,6 +224,7 @@ class Keeper:
         self.misses = 0
         self._lock = threading.Lock()
         self._running: dict[str, UnfinishedProposals] = {}
+        self._previews: dict[str, UnfinishedProposals] = {}
         self._interrupted: tuple[str, UnfinishedProposals] | None = None
 
     def find(self, question: Question) -> VolumeProposals | None:
@@ -262,7 +263,7 @@ class Keeper:
 
     def find_unfinished(self, job_id: str) -> UnfinishedProposals | None:
         """What a running job has so far; None before its first slices and after its end."""
-        return self._running.get(job_id)
+        return self._running.get(job_id) or self._previews.get(job_id)
 
     def _look_up(self, question: Question) -> VolumeProposals | None:
         found = self.find(question)
@@ -279,6 +280,10 @@ class Keeper:
             ready.update(slices)
             self._running[turn.id] = UnfinishedProposals(turn.image, proposals, frozenset(ready))
 
+        def preview(proposals: VolumeProposals, z: int) -> None:
+            # Apart from what is collected: whoever continues an interrupted computation does not build on it.
+            self._previews[turn.id] = UnfinishedProposals(turn.image, proposals, frozenset({z}))
+
         if unfinished is not None:
             self._running[turn.id] = unfinished
         try:
@@ -289,6 +294,7 @@ class Keeper:
                     unfinished=unfinished,
                     on_progress=turn.progress,
                     on_slices=collect,
+                    on_preview=preview,
                     is_cancelled=turn.cancelled,
                 )
             )
@@ -301,6 +307,7 @@ class Keeper:
             raise
         finally:
             self._running.pop(turn.id, None)
+            self._previews.pop(turn.id, None)
 
     def _take_interrupted(self, key: str) -> UnfinishedProposals | None:
         """What an interrupted computation left, for this one alone: it goes on in the same arrays."""

@@ -44,6 +44,8 @@ class Work:
         on_slices: Called after every batch with the proposals so far and the axial indices that are new in them. Their
             `probabilities` are filled further by later batches, and islands are not dropped yet; everything derived
             belongs to this moment.
+        on_preview: Called with proposals of the one axial index that somebody drew on, before all others; they are
+            like those that come, and none of them is kept.
         is_cancelled: Asked between batches.
     """
 
@@ -55,4 +57,5 @@ class Work:
     unfinished: UnfinishedProposals | None = None
     on_progress: Callable[[int, int], None] = lambda done, total: None
     on_slices: Callable[[VolumeProposals, Sequence[int]], None] = lambda proposals, slices: None
+    on_preview: Callable[[VolumeProposals, int], None] = lambda proposals, z: None
     is_cancelled: Callable[[], bool] = lambda: False

@@ -22,6 +22,7 @@ from dicomweb_client import DICOMwebClient
 from progidiff.dicomweb.multipart import Envelope
 from progidiff.images.reading import load_label, load_volume
 from progidiff.images.writing import save_mask
+from progidiff.testing import add_tiny_close_up
 from support.pacs import find_lack, run_orthanc
 from support.phantoms import write_phantom
 from support.segmentations import make_seg, to_bytes
@@ -53,7 +54,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pacs: tup
     os.environ["PATH"] = os.pathsep.join(
         part for part in os.environ["PATH"].split(os.pathsep) if not shutil.which("itkimage2segimage", path=part)
     )
-    conf = ("model_dir", str(tiny_model), "device", "cpu", "store", str(folder / "state"))
+    model = shutil.copytree(tiny_model, folder / "model")
+    conf = ("model_dir", str(add_tiny_close_up(model)), "device", "cpu", "store", str(folder / "state"))
     try:
         with run_server(pacs[1], copy_app(folder), folder / "server.log", *conf) as running:  # type: ignore[arg-type]
             yield running
@@ -257,3 +259,61 @@ def test_a_segmentation_stored_through_the_server_is_a_label(
         key=lambda entry: entry["sequence"],
     )
     assert saved["structures"] == ["liver"]
+
+
+def read_segment(pacs: tuple[Path, str], image: tuple[str, str], structure: str) -> np.ndarray:
+    """A segment of the newest SEG that has it, as (columns, rows, slices) of the image's series: by the standard and
+    the positions of its frames, not by the server's code.
+    """
+    client, (study, uid) = DICOMwebClient(pacs[1]), image
+    across, down = np.array(client.retrieve_series_metadata(study, uid)[0]["00200037"]["Value"]).reshape(2, 3)
+    normal = np.cross(across, down)
+    places = sorted(
+        float(normal @ np.array(one["00200032"]["Value"])) for one in client.retrieve_series_metadata(study, uid)
+    )
+    found = [
+        dataset
+        for series in client.search_for_series(study, search_filters={"Modality": "SEG"})
+        for dataset in client.retrieve_series(study, series["0020000E"]["Value"][0])
+        if dataset.ReferencedSeriesSequence[0].SeriesInstanceUID == uid
+        and structure in [segment.SegmentLabel for segment in dataset.SegmentSequence]
+    ]
+    dataset = max(found, key=lambda one: (one.ContentDate, one.ContentTime, one.SOPInstanceUID))
+    (number,) = [one.SegmentNumber for one in dataset.SegmentSequence if one.SegmentLabel == structure]
+    mask = np.zeros((dataset.Columns, dataset.Rows, len(places)), bool)
+    for frame, group in zip(dataset.pixel_array, dataset.PerFrameFunctionalGroupsSequence, strict=True):
+        if group.SegmentIdentificationSequence[0].ReferencedSegmentNumber == number:
+            place = float(normal @ np.array(group.PlanePositionSequence[0].ImagePositionPatient, float))
+            mask[:, :, int(np.abs(np.array(places) - place).argmin())] = frame.T
+    return mask
+
+
+def test_what_was_clicked_on_a_series_is_what_its_segmentation_holds_voxel_by_voxel(
+    server: Server, pacs: tuple[Path, str], series: dict[str, tuple[str, str]], tmp_path: Path
+):
+    _, uid = series["sagittal"]
+    inside, outside = [[9, 20, 4], [30, 30, 4]], [[12, 20, 4]]
+    edits = [{"kind": "click", "points": [place]} for place in inside]
+    edits += [{"kind": "click", "points": [place], "positive": False} for place in outside]
+    asked = {"prompt": "pancreas", "num_proposals": 2, "edits": edits, "result_extension": ".nrrd"}
+    proposed = server.infer(uid, asked, output="json")
+    assert proposed.status_code == 200, proposed.text
+    shown = tmp_path / "shown.nrrd"
+    shown.write_bytes(server.infer(uid, asked, output="image").content)
+    wanted = load_volume(shown, "MR").array > 0  # columns, rows, slices of the series: how OHIF takes it
+
+    page = server.get(f"/progidiff/review/{uid}").json()
+    assert page["listens_to_edits"]
+    decisions = {
+        "proposals": proposed.json()["proposals"],
+        "volume": {"pancreas": {"rule": "consensus"}},
+        "base": page["sequence"],
+    }
+    saved = requests.post(f"{server.url}/progidiff/review/{uid}", json=decisions, timeout=120)
+    assert saved.status_code == 200, saved.text
+
+    mask = read_segment(pacs, series["sagittal"], "pancreas")
+    assert [bool(mask[tuple(place)]) for place in [*inside, *outside]] == [True, True, False]
+    np.testing.assert_array_equal(mask, wanted)
+    source = saved.json()["annotation"]["source"]
+    assert source["steering"] == "2 clicks inside, 1 click outside"

@@ -16,7 +16,7 @@ import { Work } from "./work.js";
 /** @typedef {import("./state.js").RunningJob} RunningJob */
 /** @typedef {import("./state.js").Progress} Progress */
 
-const POLL_MS = 300;
+const POLL_MS = 150;
 const [FEWEST, USUAL, MOST] = [2, 4, 16];
 
 /** @param {Event} [event] of the form */

@@ -18,7 +18,7 @@ import { areMasksShown, isKnown, listStructures, look, state, store } from "./st
 /** @typedef {import("./session.js").ImageSession} ImageSession */
 
 /** Edits that come within this time are asked about together. */
-const WAIT_MS = 250;
+const WAIT_MS = 150;
 const AGAIN_MS = 120;
 /** Slices drawn by hand that go along: the nearest ones. */
 const MOST_PAINTED = 8;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from progidiff.prompts.structures import fixed_ids
 from progidiff.testing import add_tiny_close_up
 from support.browser import drive, needs_browser
 from support.crops import write_crop
+from support.phantoms import write_phantom
+from support.series import write_series
 from support.servers import Server, copy_app, run_server
 
 pytestmark = needs_browser
@@ -220,3 +223,24 @@ def test_clicks_and_lines_steer_the_proposals_whatever_happens_on_the_way(server
     for edit in clicks:
         ((y, x),) = edit["points"]
         assert bool(label[edit["z"], y, x]) == edit["positive"], edit
+
+
+def test_images_are_added_by_dropping_them_and_as_folders(server: Server, tmp_path: Path):
+    scan = write_phantom(tmp_path / "scan.nii.gz").read_bytes()
+    series = write_series(tmp_path / "series", name="walk-in")
+    files = [("dropped.nii.gz", scan), ("letter.nii.gz", b"Dear colleague, ...")]
+    said = drive(
+        "adding.mjs",
+        server.url,
+        tmp_path / "shots",
+        files=[(name, base64.b64encode(content).decode()) for name, content in files],
+        folder=str(series),
+        refused="letter",
+    )
+    added = [line.partition("added as ")[2] for line in said["lines"] if "added as" in line]
+    assert "dropped" in added
+    assert len(added) == 2
+    assert set(added) <= set(said["listed"])
+    assert (server.studies / "dropped.nii.gz").read_bytes() == scan
+    (folder,) = set(added) - {"dropped"}
+    assert server.get(f"/progidiff/review/{folder}").json()["shape"] == [4, 6, 5]

@@ -32,8 +32,11 @@ async function listFiles(entry) {
 
 /** @param {DataTransfer} transfer @returns {Promise<Bundle[]>} */
 async function readDrop(transfer) {
-  const entries = [...transfer.items].flatMap((item) => item.webkitGetAsEntry() ?? []); // Empty after the first await.
-  return Promise.all(entries.map(async (entry) => ({ name: entry.name, files: await listFiles(entry), isFolder: entry.isDirectory })));
+  // The list is empty after the first await. What comes out of another program, as a mail's attachment does, is no entry of a disk.
+  const dropped = [...transfer.items].flatMap((item) => item.webkitGetAsEntry() ?? item.getAsFile() ?? []);
+  return Promise.all(
+    dropped.map(async (one) => (one instanceof File ? { name: one.name, files: [one], isFolder: false } : { name: one.name, files: await listFiles(one), isFolder: one.isDirectory })),
+  );
 }
 
 /**

@@ -315,5 +315,6 @@ def test_what_was_clicked_on_a_series_is_what_its_segmentation_holds_voxel_by_vo
     mask = read_segment(pacs, series["sagittal"], "pancreas")
     assert [bool(mask[tuple(place)]) for place in [*inside, *outside]] == [True, True, False]
     np.testing.assert_array_equal(mask, wanted)
-    source = saved.json()["annotation"]["source"]
-    assert source["steering"] == "2 clicks inside, 1 click outside"
+    saves = server.get("/progidiff/annotations", params={"image": uid}).json()["annotations"]
+    last = max(saves, key=lambda entry: entry["sequence"])
+    assert (last["structures"], last["source"]["steering"]) == (["pancreas"], "2 clicks inside, 1 click outside")

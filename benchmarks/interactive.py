@@ -335,7 +335,7 @@ def open_scenes(known: Known, study: Study, case: Case, work: Path) -> Iterator[
         if not file.is_file():
             request = ProposalRequest(queries=queries, num_proposals=1, slices=(0,))
             known.engine.propose(request, volume)
-            evidence = known.engine.recall_evidence(volume)
+            evidence = known.engine.recall_evidence(volume, names)
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_file(file) as path, path.open("wb") as handle:
                 np.savez_compressed(handle, **{name: evidence[name] for name in names})

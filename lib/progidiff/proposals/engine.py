@@ -434,11 +434,11 @@ class Engine:
         self._remember(key, book.collected(len(walk.batches)))
         return walk.end()
 
-    def recall_evidence(self, volume: Volume, adapter: str | None = None) -> dict[str, NDArray[np.uint8]]:
-        """What the last requests found in a volume, for close-ups: text of a prompt -> uint8 (Z, h, w) of 0..255 on the
-        working grid; empty if it was not asked about, or long ago.
+    def recall_evidence(self, volume: Volume, structures: Collection[str] = ()) -> dict[str, NDArray[np.uint8]]:
+        """What the last requests for some structures found in a volume, for close-ups: text of a prompt -> uint8
+        (Z, h, w) of 0..255 on the working grid; empty if nothing was asked about it, or long ago.
         """
-        chosen = self.pick_adapter(adapter, volume.modality)
+        chosen = self.pick_adapter(None, volume.modality, structures)
         return self._shelf.get(("" if chosen is None else chosen.full_name, volume.digest))
 
     def _find_base(self) -> str:

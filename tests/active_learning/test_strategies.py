@@ -22,7 +22,7 @@ from progidiff.active_learning.strategies import (
 )
 from progidiff.errors import GeometryError, RequestError
 
-QUIET = AcquisitionConfig(noise=False)
+QUIET = AcquisitionConfig(cover=False, noise=False)
 
 
 def make_scores(image: str = "a", depth: int = 40, seed: int = 0, slice_mm: float = 5.0) -> ImageScores:
@@ -158,7 +158,7 @@ def test_a_pool_that_is_used_up_gives_what_is_left(strategy: str):
 def test_noise_is_strong_first_and_faint_last_and_does_not_depend_on_the_rest_of_the_pool():
     scores = [make_scores(f"image{n}", seed=n) for n in range(4)]
     pool = build_pool(scores)
-    annealed = AcquisitionConfig(beta_first=0.1, beta_last=1e6, spread_over_images=False)
+    annealed = AcquisitionConfig(cover=False, beta_first=0.1, beta_last=1e6, spread_over_images=False)
     quiet = {(p.image, p.index) for p in pick_slices(pool, 8, config=replace(annealed, noise=False))}
     shared = [
         len(quiet & {(p.image, p.index) for p in pick_slices(pool, 8, config=annealed, round_index=r, seed=1)})
@@ -167,6 +167,52 @@ def test_noise_is_strong_first_and_faint_last_and_does_not_depend_on_the_rest_of
     assert shared[0] < shared[1]
     alone = build_pool([scores[2]]).gumbel(1, 0)
     np.testing.assert_array_equal(alone, pool.gumbel(1, 0)[:, pool.rows("image2")])
+
+
+def test_a_kind_of_slice_that_is_everywhere_comes_before_an_outlier_that_is_more_uncertain():
+    pool = build_pool(
+        [
+            *(make_scores(f"image{n}", seed=n) for n in range(6)),
+            replace(make_scores("outlier"), entropy=make_scores("outlier").entropy * 2, foreground=np.ones((2, 40))),
+        ]
+    )
+    first = pick_slices(pool, 1)[0]
+    assert first.image != "outlier"
+    assert first.index in range(10, 30)
+    assert "pick" not in first.reason
+    assert first.reason.endswith("are like it and like nothing annotated")
+    assert "disagree on slice" in first.reason
+    former = pick_slices(pool, 1, "entropy", annotated={})[0]
+    assert former.image == "outlier"
+
+
+def test_a_kind_of_slice_that_is_annotated_is_not_chosen_again():
+    scores = [make_scores(f"image{n}", seed=n) for n in range(4)]
+    low = [replace(s, foreground=np.where(np.arange(40) < 20, s.foreground, 0).astype(np.float32)) for s in scores]
+    low = [replace(s, entropy=s.foreground * 0.5) for s in low]
+    pool = build_pool(low)
+    kinds = {"liver alone": range(10, 15), "both": range(15, 20)}
+    chosen = pick_slices(pool, 1, annotated={f"image{n}": list(kinds["both"]) for n in range(4)})
+    assert chosen[0].index in kinds["liver alone"]
+    chosen = pick_slices(pool, 1, annotated={f"image{n}": list(kinds["liver alone"]) for n in range(4)})
+    assert chosen[0].index in kinds["both"]
+    assert 0 < chosen[0].score <= 1
+
+
+def test_slices_of_one_image_are_chosen_by_what_they_stand_for_in_the_pool():
+    pool = build_pool([make_scores(f"image{n}", seed=n) for n in range(3)])
+    inside = pick_slices(pool, 4, within="image1", annotated={"image0": range(10, 20)})
+    assert {pick.image for pick in inside} == {"image1"}
+    assert inside[0].index not in range(10, 15)  # those that image0 shows are annotated
+
+
+def test_a_large_pool_is_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("progidiff.active_learning.strategies.LANDMARKS", 16)
+    monkeypatch.setattr("progidiff.active_learning.strategies.OFFERED", 3)
+    pool = build_pool([make_scores(f"image{n}", seed=n) for n in range(8)])
+    order = pick_slices(pool, 8, one_per_image=True)
+    assert sorted(pick.image for pick in order) == [f"image{n}" for n in range(8)]
+    assert len({(pick.image, pick.index) for pick in pick_slices(pool, 40)}) == 40
 
 
 def test_an_order_of_images_has_every_image_once():

@@ -1,233 +1,157 @@
-"""The active-learning benchmark at a size of seconds: it runs, resumes, and its arithmetic is right. Its figures mean
-nothing here.
+"""The benchmark of slice choice at a size of seconds: it runs, goes on where it was stopped, and its arithmetic is
+right. Its figures mean nothing here.
 """
 
 from __future__ import annotations
 
-import copy
 import json
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from torch.func import functional_call
 
-from progidiff.model.backbone import Backbone
-from progidiff.model.folder import load_pipeline
-from progidiff.model.lora import LoraSettings, inject_lora
-from support.labelled_phantoms import write_case, write_table
-from support.servers import load_script
+from progidiff.active_learning.strategies import ImageScores, build_pool
+from support.servers import ROOT, load_script
 
-BOXES = {
-    1: (slice(8, 18), slice(6, 14), slice(2, 10)),
-    2: (slice(22, 30), slice(6, 14), slice(4, 12)),
-    3: (slice(8, 16), slice(15, 21), slice(8, 16)),
-    4: (slice(22, 30), slice(15, 21), slice(10, 18)),
-}
+PATIENTS = 6
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    return load_script("active_learning")
+def benchmark() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield load_script("active_learning")
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Hearts of boxes: six patients of seven slices, empty at both ends."""
+    folder = tmp_path_factory.mktemp("data") / "heart"
+    (folder / "labels" / "final").mkdir(parents=True)
+    for number in range(PATIENTS):
+        rng = np.random.default_rng(number)
+        label = np.zeros((40, 48, 7), np.uint8)
+        left = 14 + number
+        label[left : left + 6, 14:26, 1:6] = 1
+        label[left + 6 : left + 16, 14:26, 1:5] = 2
+        label[left + 9 : left + 13, 17:23, 1:4] = 3
+        image = label * 60.0 + rng.normal(0, 10, label.shape)
+        for path, array in ((folder, image.astype(np.float32)), (folder / "labels" / "final", label)):
+            header = nib.Nifti1Image(array, np.diag([1.5, 1.5, 10, 1]))
+            nib.save(header, path / f"patient{number}.nii.gz")
+    return folder.parent
 
 
 @pytest.fixture
-def studies(tmp_path: Path) -> Path:
-    folder = tmp_path / "studies"
-    for name in ("one", "two"):
-        write_case(folder, name, BOXES)
-    write_table(folder, {1: "liver", 2: "spleen", 3: "right kidney", 4: "left kidney"})
-    return folder
+def small(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The benchmark with pools of two patients."""
+    sizes = {"canvas": (32, 64), "view": 1.0, "patients": 2, "groups": 2, "test_patients": 2}
+    sizes |= {"repetitions": 1, "measured_patients": 4, "pilot_patients": 2}
+    task = replace(benchmark.TASKS["heart"], **sizes)
+    monkeypatch.setitem(benchmark.TASKS, "heart", task)
+    monkeypatch.setattr(benchmark, "BUDGET", 10)
+    monkeypatch.setattr(benchmark, "ITERATIONS", 20)
+    return benchmark
 
 
-@pytest.mark.parametrize("task", ["mr", "contrast", "ct"])
-def test_the_smoke_size_runs_and_a_second_run_computes_nothing(
-    benchmark: ModuleType,
-    studies: Path,
-    tiny_model: Path,
-    tmp_path: Path,
-    task: str,
-    capsys: pytest.CaptureFixture[str],
+def test_the_small_size_runs_with_all_strategies_and_a_second_run_computes_nothing(
+    small: ModuleType, data: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    out, picture = tmp_path / "out.json", tmp_path / "curve.png"
-    arguments = [
-        "--task",
-        task,
-        "--studies",
-        str(studies),
-        "--model",
-        str(tiny_model),
-        "--work",
-        str(tmp_path / "work"),
-        "--smoke",
-        "--seeds",
-        "0",
-        "1",
-    ]
-    arguments += [
-        "--out",
-        str(out),
-        "--picture",
-        str(picture),
-        "--strategies",
-        "ours",
-        "uniform random",
-        "foreground random 66 %",
-        "entropy",
-    ]
-    benchmark.main(arguments)
-    first = json.loads(out.read_text())
+    out, picture = tmp_path / "out.json", tmp_path / "picture.png"
+    arguments = ["--data", str(data), "--tasks", "heart", "--model", str(tiny_model), "--work", str(tmp_path / "work")]
+    small.main([*arguments, "--pairs", "1", "--out", str(out), "--picture", str(picture)])
     told = capsys.readouterr()
-    assert told.err.count("round 1") == 8
-    assert "| ours |" in told.out
+    assert told.err.startswith("heart 0: uniform random 0.")
+    assert f"**{small.PRIMARY}**" in told.out
     assert picture.stat().st_size > 1000
-    for curves in first["curves"].values():
-        starts = {json.dumps(curve[0]) for curve in curves.values()}
-        assert len(starts) == 1  # the same start set and the same first model for every strategy
-        assert all([point["slices"] for point in curve] == [4, 8] for curve in curves.values())
-    assert all(
-        "consensus" in point for curves in first["curves"].values() for curve in curves.values() for point in curve
-    )
-    benchmark.main(arguments)
-    assert "round" not in capsys.readouterr().err
-    assert json.loads(out.read_text())["curves"] == first["curves"]
+    (pair,) = json.loads(out.read_text())["results"]["heart"]
+    assert set(pair["curves"]) == set(small.STRATEGIES)
+    starts = {json.dumps(curve["points"][0]) for curve in pair["curves"].values()}
+    assert len(starts) == 1  # the same start set and the same first head for every strategy
+    assert all([p["slices"] for p in curve["points"]] == [5, 10] for curve in pair["curves"].values())
+    small.main([*arguments, "--pairs", "2", "--out", str(out)])  # goes on
+    assert capsys.readouterr().err.startswith("heart 1: ")
+    again = json.loads(out.read_text())["results"]["heart"]
+    assert again[0] == pair
+    small.main([*arguments, "--pairs", "2"])
+    assert capsys.readouterr().err == ""
 
 
-def test_a_stopped_run_goes_on_and_ends_as_one_that_was_not(
-    benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
-    def run(work: str, *more: str) -> dict:
-        paths = [
-            "--studies",
-            str(studies),
-            "--model",
-            str(tiny_model),
-            "--work",
-            str(tmp_path / work),
-            "--out",
-            str(tmp_path / f"{work}.json"),
-        ]
-        benchmark.main(
-            ["--task", "mr", *paths, "--smoke", "--rounds", "2", "--seeds", "3", "--strategies", "ours", *more]
-        )
-        return json.loads((tmp_path / f"{work}.json").read_text())["curves"]
-
-    def strip(curves: dict) -> list[dict]:
-        return [{k: v for k, v in point.items() if k != "processor_seconds"} for point in curves["3"]["ours"]]
-
-    whole = run("whole")
-    run("stopped")
-    capsys.readouterr()
-    (file,) = [path for path in (tmp_path / "stopped").glob("mr-*/seed3/*.json") if path.name != "start.json"]
-    kept = json.loads(file.read_text())
-    file.write_text(json.dumps({**kept, "points": kept["points"][:1], "annotated": kept["annotated"][:1]}))
-    assert run("stopped", "--collect") == {}  # half a curve is not reported
-    assert strip(run("stopped")) == strip(whole)
-    assert capsys.readouterr().err.count("round") == 1  # only what was missing was computed
+def test_the_head_does_not_depend_on_where_it_starts(benchmark: ModuleType):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 3, 400).astype(np.uint8)
+    pixels = rng.normal(size=(400, 5)).astype(np.float32)
+    pixels[:, :3] += 1.5 * np.eye(3, dtype=np.float32)[labels]
+    pixels[:, -1] = 1
+    weights = rng.uniform(1, 5, 400).astype(np.float32)
+    heads = [
+        benchmark.fit_head(pixels, labels, weights, 3, start)
+        for start in (None, rng.normal(size=(5, 3)).astype(np.float32))
+    ]
+    one, other = (benchmark.predict(pixels, head) for head in heads)
+    assert np.abs(one - other).max() < 0.02
+    assert (one.argmax(1) == labels).mean() > 0.7
 
 
-def test_folded_updates_compute_what_updates_beside_the_weights_compute(benchmark: ModuleType, tiny_model: Path):
-    backbone = Backbone(tiny_model / "backbone", "cpu")
-    _, pipeline = load_pipeline(tiny_model, backbone, None)
-    plain = copy.deepcopy(pipeline.branch).eval()
-    branch = copy.deepcopy(pipeline.branch)
-    inject_lora(branch, None, LoraSettings(4, 8.0, ("encoder", "query_head"), True), 0)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in branch.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    branch.eval()
-    config = plain.config
-    slices = torch.randn(2, 2 * config.num_neighbours + 1, config.height, config.width, generator=generator)
-    pooled = torch.randn(3, config.text_features, generator=generator)
-    beside = benchmark.EvidencePath(branch)(slices, pooled)
-    weights = {f"branch.{name}": weight for name, weight in benchmark.fold_weights(branch).items()}
-    path = benchmark.EvidencePath(plain)
-    folded = functional_call(path, weights, (slices, pooled))
-    assert (beside - path(slices, pooled)).abs().max() > 0.01
-    torch.testing.assert_close(folded, beside, rtol=1e-4, atol=1e-4)
-    trained = [p for p in branch.parameters() if p.requires_grad]
-    for one, other in zip(
-        torch.autograd.grad(beside.sum(), trained), torch.autograd.grad(folded.sum(), trained), strict=True
-    ):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()) + 1e-5)
+def test_a_thing_apart_from_the_main_run_of_its_structure_is_an_island(benchmark: ModuleType):
+    area = np.array([[0, 0.1, 0.2, 0, 0.05, 0, 0.3, 0]], np.float32)
+    nothing = np.zeros((1, 4), np.float32)
+    images = [ImageScores(f"{v}", ("a",), nothing, nothing, area[:, 4 * v : 4 * v + 4], 5.0) for v in range(2)]
+    # Volume 0 has one run; of volume 1, slice 0 is away from the larger one on slice 2.
+    assert benchmark.find_islands(build_pool(images)).tolist() == pytest.approx([0, 0, 0, 0, 0.05, 0, 0, 0])
 
 
-def test_candidates_of_a_round_are_the_same_for_all_and_never_annotated(
-    benchmark: ModuleType, studies: Path, tiny_model: Path, tmp_path: Path
-):
-    setup = replace(benchmark.SETUPS["mr"], pool_volumes=1, query=4, num_proposals=2, candidates=6)
-    world = benchmark.World(setup, studies, tiny_model, tmp_path / "work", 0)
-    name = world.pool.names[0]
-    first = world.draw_candidates({name: set()}, 0)
-    taken = {z for _, z in list(first)[:2]}
-    second = world.draw_candidates({name: taken}, 0)
-    assert len(first) == len(second) == 6
-    assert not {(0, z) for z in taken} & second
-    assert first - second == {(0, z) for z in taken}  # the others stay; two more come
-    assert world.draw_candidates({name: set()}, 1) != first
-    # What nobody looked at has no score, what is annotated has its true size and no disagreement.
-    scores = benchmark.score_pool(world, world.base, "evidence", {name: taken}, 0)[0]
-    rows = world.candidates[name]
-    unseen = [i for i, z in enumerate(rows) if (0, z) not in second and z not in taken]
-    assert scores.foreground[:, unseen].sum() == scores.disagreement.sum() == 0
-    area = setup_area(world)
-    for z in taken:
-        np.testing.assert_allclose(scores.foreground[:, rows.index(z)], world.pool.pixels[0][z] / area, rtol=1e-5)
+def test_signs_of_whole_repetitions_are_flipped(benchmark: ModuleType):
+    assert benchmark.flip_signs(np.ones(12), 3) == pytest.approx(2 / 16)
+    assert benchmark.flip_signs(np.array([1.0, 1.0, -1.0, -1.0]), 1) == 1.0
 
 
-def setup_area(world: Any) -> int:
-    """Pixels of the working grid."""
-    return int(world.card.conditioning.height * world.card.conditioning.width)
+def make_curve(*dice: float, contour: float = 10.0) -> dict[str, Any]:
+    points = [
+        {"slices": 5 * (n + 1), "dice": value, "validation": value, "contour": contour * (n + 1)}
+        for n, value in enumerate(dice)
+    ]
+    return {"points": points}
 
 
-def test_area_and_slices_needed_are_read_off_the_curve(benchmark: ModuleType):
-    curve = [{"slices": 10, "dice": 0.2}, {"slices": 20, "dice": 0.6}, {"slices": 40, "dice": 0.8}]
-    assert benchmark.compute_area(curve) == pytest.approx((0.4 * 10 + 0.7 * 20) / 30)
-    assert benchmark.find_slices_for(curve, 0.4) == pytest.approx(15)
-    assert benchmark.find_slices_for(curve, 0.8) == 40
-    assert benchmark.find_slices_for(curve, 0.1) == 10
+def test_areas_and_slices_needed_are_read_off_the_curves(benchmark: ModuleType):
+    curve = make_curve(0.2, 0.6, 0.8)
+    assert benchmark.compute_area(curve) == pytest.approx(0.55)
+    assert benchmark.find_slices_for(curve, 0.4) == pytest.approx(7.5)
+    assert benchmark.find_slices_for(curve, 0.1) == 5
     assert benchmark.find_slices_for(curve, 0.9) is None
+    # The same Dice for twice the outline is worse: over the outline that both drew, 10 to 30 pixels.
+    assert benchmark.compare_by_contour(curve, make_curve(0.2, 0.6, 0.8, contour=10.0)) == 0
+    dear = make_curve(0.2, 0.6, 0.8, contour=20.0)
+    dear["points"][0]["contour"] = 10.0
+    assert benchmark.compare_by_contour(dear, curve) < -0.1
 
 
-def test_the_summary_pairs_ours_with_every_rival(benchmark: ModuleType):
-    def make(dice: float) -> list[dict]:
-        point = {"contour": 5.0, "structures": {"liver": dice}}
-        return [{"slices": 10, "dice": 0.1, **point}, {"slices": 20, "dice": dice, **point}]
-
-    curves = {str(seed): {"ours": make(0.8 + seed / 100), "uniform random": make(0.6)} for seed in range(3)}
-    summary = benchmark.summarise([{"setup": {"task": "mr"}, "curves": curves}])
-    row = summary["strategies"]["uniform random"]
-    assert row["ours_wins"] == "3 of 3"
-    assert row["ours_minus_this"] == pytest.approx(0.105)
-    assert row["p_paired_t"] < 0.01
-    assert summary["strategies"]["ours"]["slices_for_dice_of_uniform"]["median_share"] < 1
-    assert "uniform random" in benchmark.format_table(summary)
-
-
-def test_a_partial_table_compares_where_both_strategies_are_complete(benchmark: ModuleType, tmp_path: Path):
-    def make(dice: float) -> list[dict]:
-        point = {"contour": 5.0, "structures": {"liver": dice}}
-        return [{"slices": 10, "dice": 0.1, **point}, {"slices": 20, "dice": dice, **point}]
-
-    curves = {"0": {"ours": make(0.8), "entropy": make(0.9)}, "1": {"ours": make(0.4)}, "2": {"entropy": make(0.2)}}
-    results = [{"setup": {"task": "mr"}, "curves": curves}]
-    rows = benchmark.summarise(results)["strategies"]
-    assert rows["ours"]["runs"] == rows["entropy"]["runs"] == 2
-    assert rows["entropy"]["ours_wins"] == "0 of 1"
-    assert rows["entropy"]["ours_minus_this"] == pytest.approx(-0.05)
-    assert "uniform random" not in rows
-    benchmark.draw(results, tmp_path / "curve.png")
-    assert (tmp_path / "curve.png").stat().st_size > 1000
-
-
-def test_turning_the_contrast_around_twice_changes_little_and_air_stays(benchmark: ModuleType):
-    images = torch.tensor([-1.0, -0.97, -0.9, 0.0, 0.9])
-    turned = benchmark.invert_contrast(images)
-    assert turned.tolist() == pytest.approx([-1.0, -0.97, 0.9, 0.0, -0.9])
-    torch.testing.assert_close(benchmark.invert_contrast(turned), images)
+def test_the_summary_pairs_every_strategy_with_the_baseline(benchmark: ModuleType):
+    pairs = [
+        {
+            "pool_slices": 100,
+            "ceiling": 0.9,
+            "curves": {
+                "uniform random": make_curve(0.1, 0.3, 0.5),
+                benchmark.BASELINE: make_curve(0.1, 0.4, 0.5),
+                benchmark.PRIMARY: make_curve(0.1, 0.5 + n / 100, 0.6),
+            },
+        }
+        for n in range(9)
+    ]
+    summary = benchmark.summarise_task(benchmark.TASKS["heart"], pairs)
+    row = summary["strategies"][benchmark.PRIMARY]
+    assert row["gap"] == pytest.approx(0.095)
+    assert row["wins"] == 9
+    assert row["p"] < 0.01
+    assert row["p_by_repetition"] == 0.25  # three repetitions have eight ways
+    assert row["uniform_end_at"] == pytest.approx((5 + 5 * 0.4 / 0.44) / 15, abs=0.02)
+    assert summary["advice"]["predictions"] == 0 or summary["advice"]["mean_error"] >= 0
+    assert "9 of 9" in benchmark.format_table([summary])

@@ -18,6 +18,22 @@ FLAT_GAIN = 0.005
 """A validation Dice expected to rise by less than this is flat."""
 
 
+TEN = 10
+"""Slices that an interval is told about."""
+
+
+FOUR_IN_FIVE = 1.28
+"""Standard deviations to both sides of the middle that hold 80 % of a normal distribution."""
+
+
+ERROR_OF_A_VERSION = 0.015
+"""Standard deviation of a version's validation Dice around its learning curve."""
+
+
+STRAYING = 0.015
+"""Standard deviation of what further slices bring around the line that the last versions lie on."""
+
+
 def describe_countdown(slices: int, after: int) -> str:
     """How far the next training is, for the person who saved a label.
 
@@ -44,6 +60,20 @@ class CurvePoint:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """What more slices are expected to add to the validation Dice.
+
+    Attributes:
+        expected: At least 0.
+        low, high: Between these it falls four times in five; a curve can also fall.
+    """
+
+    expected: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Advice:
     """Whether to go on.
 
@@ -54,6 +84,7 @@ class Advice:
             the saves; None if too few are known.
         expected_gain: Validation Dice that as many slices again are expected to bring; None if there are fewer than two
             versions.
+        next_ten: The same of the next `TEN` slices, with how sure that is.
     """
 
     stop: bool
@@ -61,6 +92,7 @@ class Advice:
     unchanged_before: float | None
     unchanged_now: float | None
     expected_gain: float | None
+    next_ten: Gain | None = None
 
 
 def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Advice:
@@ -73,8 +105,8 @@ def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Ad
 
     Example:
         >>> points = [CurvePoint("mr@1", 20, 0.70), CurvePoint("mr@2", 40, 0.80)]
-        >>> advise([True] * 10, points, 20).message.partition("before. ")[2]
-        '20 more slices are expected to bring 0.058 Dice. Go on.'
+        >>> advise([True] * 10, points, 20).message.partition("before. ")[2].partition(" The next")[0]
+        '20 more slices are expected to bring 0.058 Dice.'
     """
     half = len(edited) // 2
     before, now = (None, None) if len(edited) < MIN_SAVES else (_rate(edited[:half]), _rate(edited[half:]))
@@ -91,6 +123,9 @@ def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Ad
         told.append("Two trained versions are needed to expect a gain.")
     else:
         told.append(f"{more} more slices are expected to bring {gain:.3f} Dice.")
+    ten = predict_gain(curve, TEN)
+    if ten is not None:
+        told.append(f"The next {TEN}: between {ten.low:+.3f} and {ten.high:+.3f}, four times in five.")
     stop = (
         before is not None
         and now is not None
@@ -105,21 +140,33 @@ def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Ad
         )
     elif before is not None and gain is not None:
         told.append("Go on.")
-    return Advice(stop, " ".join(told), before, now, gain)
+    return Advice(stop, " ".join(told), before, now, gain, ten)
 
 
 def estimate_gain(curve: Sequence[CurvePoint], more: int) -> float | None:
+    """The expected gain of `predict_gain` alone."""
+    gain = predict_gain(curve, more)
+    return None if gain is None else gain.expected
+
+
+def predict_gain(curve: Sequence[CurvePoint], more: int) -> Gain | None:
     """What `more` slices are expected to add to the validation Dice: a line through the last four versions over the
-    logarithm of the slices, at least 0. None if fewer than two versions differ in slices.
+    logarithm of the slices. None if fewer than two versions differ in slices.
+
+    The interval has two parts: how well so few versions, each measured with an error, fix the slope of the line, and
+    how far a curve strays from its line whatever the slope.
     """
     points = [(math.log(point.slices), point.dice) for point in curve if point.slices > 0][-4:]
     if len({x for x, _ in points}) < 2:
         return None
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    spread = sum((x - mean_x) ** 2 for x, _ in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
     last = max(point.slices for point in curve)
-    found: float | None = max(0.0, slope * (math.log(last + more) - math.log(last)))
-    return found
+    further = math.log(last + more) - math.log(last)
+    expected = max(0.0, slope * further)
+    reach = FOUR_IN_FIVE * math.sqrt((further * ERROR_OF_A_VERSION) ** 2 / spread + STRAYING**2)
+    return Gain(expected, expected - reach, expected + reach)
 
 
 def _rate(edited: Sequence[bool]) -> float:

@@ -14,6 +14,9 @@ class AcquisitionConfig:
     """The parts of `proposal_disagreement`; each can be switched off to see what it is worth.
 
     Attributes:
+        cover: Choose slices that stand for uncertain ones which nothing annotated is like, see
+            `progidiff.active_learning.coverage`; none of the settings below plays a part then. Switched off, slices are
+            ranked by a score, as up to version 0.1.
         score: What is uncertain: "disagreement" of the proposals, or "entropy" of their mean.
         score_power: Exponent of it; 0 leaves the predicted size alone to decide.
         foreground_weight: Weigh by the predicted size of the structure, see `weigh_by_foreground`.
@@ -26,6 +29,7 @@ class AcquisitionConfig:
         foreground_share: Of `foreground_random`: choices among slices where something is predicted.
     """
 
+    cover: bool = True
     score: Literal["disagreement", "entropy"] = "disagreement"
     score_power: float = 0.5
     foreground_weight: bool = True

@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from progidiff.active_learning.coverage import Choice, Cover, Sketches, sketch_slices
 from progidiff.active_learning.settings import BY_SCORE, STRATEGIES, AcquisitionConfig
 from progidiff.errors import GeometryError, RequestError
 from progidiff.proposals.agreement import compute_disagreement_per_slice
@@ -43,6 +44,12 @@ DRAWN = 128
 
 LEAST = np.float32(1e-3)
 """Score of a slice on which all proposals agree about something."""
+
+LANDMARKS = 1024
+"""Of a larger pool so many slices, by chance, stand for all of it."""
+
+OFFERED = 1024
+"""Of a larger pool so many slices, by chance, are compared at a time."""
 
 Annotated = Mapping[str, Collection[int] | None]
 """Image -> its annotated slices; None: all of them; not there: none."""
@@ -170,6 +177,7 @@ class Pool:
     _noise: dict[tuple[int, int], NDArray[Any]] = field(default_factory=dict, repr=False)
     _values: dict[tuple[str, float, bool], NDArray[Any]] = field(default_factory=dict, repr=False)
     _logs: dict[tuple[AcquisitionConfig, int, int], NDArray[Any]] = field(default_factory=dict, repr=False)
+    _kept: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -217,6 +225,29 @@ class Pool:
             self._logs.clear()  # as with the noise
             self._logs[key] = logs
         return logs
+
+    def total_entropy(self) -> NDArray[Any]:
+        """Entropy of all structures together, float32 (N,)."""
+        found: NDArray[Any] = self._keep("entropy", lambda: self.entropy.sum(axis=0))
+        return found
+
+    def sketch(self, rows: NDArray[Any], owners: NDArray[Any]) -> Sketches:
+        """What these rows are compared by.
+
+        Args:
+            rows: Of the pool.
+            owners: int (N,): the image of every row.
+        """
+        largest = self._keep("largest", lambda: self.foreground.max(axis=1, initial=0.0))
+        own = owners[rows]
+        count = np.diff(self.starts)[own]
+        places = (rows - self.starts[own]) / np.maximum(1, count - 1)
+        return Sketches(sketch_slices(self.foreground[:, rows], largest, places.astype(np.float32)), own)
+
+    def _keep(self, name: str, compute: Callable[[], NDArray[Any]]) -> NDArray[Any]:
+        if name not in self._kept:
+            self._kept[name] = compute()
+        return self._kept[name]
 
     def only(self, image: str, config: AcquisitionConfig) -> Pool:
         """One image with the values that it has in this pool; an empty pool if it is not there."""
@@ -354,10 +385,15 @@ def pick_slices(
     if strategy == "entropy":  # the plain rival: no weight, no noise, nothing spread
         config = replace(config, score="entropy", score_power=1.0, foreground_weight=False, noise=False)
         config = replace(config, stratified_share=0.0, spread_over_images=False, min_distance_mm=0.0)
-    if within is not None:
+    by_cover = strategy == "proposal_disagreement" and config.cover
+    if within is not None and not by_cover:
         pool = pool.only(within, config)
         annotated = {within: annotated[within]} if annotated and within in annotated else None
     draft = _Draft(pool, annotated or {}, excluded, one_per_image)
+    if by_cover:
+        if within is not None:
+            draft.keep_only(pool.rows(within))
+        return _pick_by_cover(draft, count, config, np.random.default_rng([seed, *strategy.encode()]))
     rng = np.random.default_rng([seed, round_index, *strategy.encode()])
     if strategy in BY_SCORE:
         return _pick_by_score(draft, count, config, round_index, seed, rng)
@@ -385,6 +421,13 @@ class _Draft:
                 self.done += [rows.start + z for z in slices if 0 <= z < rows.stop - rows.start]
         self.free[self.done] = False
         self.apart = self.free.copy()
+
+    def keep_only(self, rows: slice) -> None:
+        """Leave out everything else; what is annotated elsewhere still counts as annotated."""
+        inside = np.zeros(len(self.pool), dtype=bool)
+        inside[rows] = True
+        self.free &= inside
+        self.apart &= inside
 
     def keep_distance(self, min_mm: float) -> None:
         """Leave out what is close to annotated slices."""
@@ -453,6 +496,70 @@ def _pick_by_score(
         draft.take(row, config.min_distance_mm)
         picks.append(_describe(pool, values, row, structure, config))
     return picks
+
+
+def _pick_by_cover(draft: _Draft, count: int, config: AcquisitionConfig, rng: np.random.Generator) -> list[Pick]:
+    """See `progidiff.active_learning.coverage`."""
+    pool = draft.pool
+    owners = np.repeat(np.arange(len(pool.images)), np.diff(pool.starts))
+    weights = pool.total_entropy()
+    landmarks = _sample(np.flatnonzero(weights > 0), LANDMARKS, rng)
+    picks: list[Pick] = []
+    if len(landmarks):
+        annotated = _sample(np.array(sorted(draft.done), dtype=np.int64), LANDMARKS, rng)
+        cover = Cover(pool.sketch(landmarks, owners), weights[landmarks], pool.sketch(annotated, owners))
+        values = pool.values(config)
+        while len(picks) < count:
+            rows = _sample(_offer(draft, weights, owners), OFFERED, rng)
+            if len(rows) == 0:
+                break
+            for choice in cover.pick(pool.sketch(rows, owners)):
+                row = int(rows[choice.position])
+                draft.take(row)
+                picks.append(_describe_cover(pool, values, row, choice, landmarks, owners, config))
+                if len(picks) == count:
+                    break
+    while len(picks) < count and draft.free.any():  # nothing is predicted on any slice that is left
+        row = int(rng.choice(np.flatnonzero(draft.free)))
+        draft.take(row)
+        picks.append(_describe(pool, pool.values(config), row, None, config))
+    return picks
+
+
+def _sample(rows: NDArray[Any], most: int, rng: np.random.Generator) -> NDArray[Any]:
+    """At most so many of them, by chance, in their order."""
+    return rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False))
+
+
+def _offer(draft: _Draft, weights: NDArray[Any], owners: NDArray[Any]) -> NDArray[Any]:
+    """Free rows on which anything is predicted; of an image that gives one slice, its most uncertain."""
+    rows = np.flatnonzero(draft.free & (weights > 0))
+    if not draft.one_per_image or len(rows) == 0:
+        return rows
+    order = rows[np.lexsort((rows, -weights[rows], owners[rows]))]
+    return order[np.unique(owners[order], return_index=True)[1]]
+
+
+def _describe_cover(
+    pool: Pool,
+    values: NDArray[Any],
+    row: int,
+    choice: Choice,
+    landmarks: NDArray[Any],
+    owners: NDArray[Any],
+    config: AcquisitionConfig,
+) -> Pick:
+    pick = _describe(pool, values, row, None, config)
+    alike = landmarks[choice.stands_for]
+    alike = alike[alike != row]
+    images = len(np.unique(owners[alike]))
+    if len(alike) == 0:
+        others = "no other slice is like it"
+    else:
+        slices = "1 slice" if len(alike) == 1 else f"{len(alike)} slices"
+        of = "1 image" if images == 1 else f"{images} images"
+        others = f"{slices} of {of} {'is' if len(alike) == 1 else 'are'} like it and like nothing annotated"
+    return replace(pick, score=choice.gain, reason=f"{pick.reason}; {others}")
 
 
 def _levels(allowed: NDArray[Any], done: NDArray[Any], owners: NDArray[Any]) -> Iterator[NDArray[Any]]:

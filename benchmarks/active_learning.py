@@ -21,7 +21,7 @@ patients, so the table has a second p: signs of the means of repetitions are fli
 
 Every pool has one start set, the same for all strategies, with a slice of every structure, the rest by chance. Then
 a strategy chooses `QUERY` slices, of all that are left, by what the present model says of them; their true labels
-are added, and the head is solved again, until `BUDGET` slices are annotated. Reported: area against slices, area
+are added, and the head is solved again, until `--budget` slices are annotated. Reported: area against slices, area
 against outline length (what a person draws), Dice at the end, the Dice of the head that has all slices of the pool
 (the ceiling), the share of uniform random's slices at which its final Dice is reached, and whether the expected
 gain that `progidiff.active_learning.advice` gives came true.
@@ -62,10 +62,14 @@ ROOT = Path(__file__).resolve().parents[1]
 QUERY = 5
 """Slices per query, and in the start set."""
 
-BUDGET = 35
-PILOT_BUDGET = 25
+BUDGET = 60
+"""Slices at the end, where nobody says another number."""
+
 TEST_PIXELS = 120_000
 """At most about so many; of more, every second, third, ... is measured."""
+
+CEILINGS = 10
+"""Pools whose whole is learned from."""
 
 FOLDS = 4
 """Heads that each leave out a part of the annotated slices: the proposals, and what corrections are learned from."""
@@ -666,27 +670,24 @@ def build_world(patients: Patients, names: Sequence[str], number: int, budget: i
     return World(task, [patients.load(name) for name in pool], [patients.load(name) for name in test], number, budget)
 
 
-def run_pair(world: World, strategies: Mapping[str, Choice], kept: dict[str, Any]) -> bool:
-    """Complete a pair with the strategies that it lacks; whether there were any."""
+def run_pair(world: World, strategies: Mapping[str, Choice], kept: dict[str, Any]) -> None:
+    """Complete a pair with the strategies that it lacks."""
     missing = [name for name in strategies if name not in kept["curves"]]
-    if not missing and "ceiling" in kept:
-        return False
     first = world.fit(world.start)
     kept["pool_slices"] = len(world)
-    if "ceiling" not in kept:
+    if "ceiling" not in kept and kept["number"] < CEILINGS:
         kept["ceiling"] = world.measure(world.fit(range(len(world)), first))["dice"]
     for name in missing:
         started = time.process_time()
         kept["curves"][name] = run_strategy(world, strategies[name], name, first)
         kept["curves"][name]["processor_seconds"] = round(time.process_time() - started, 2)
-    return True
 
 
-def find_folder(work: Path, patients: Patients, is_pilot: bool) -> Path:
+def find_folder(work: Path, patients: Patients, budget: int, is_pilot: bool) -> Path:
     """Where pairs are kept, by what they depend on."""
     settings = [
         QUERY,
-        PILOT_BUDGET if is_pilot else BUDGET,
+        budget,
         FOLDS,
         VALIDATION,
         TEST_PIXELS,
@@ -712,6 +713,7 @@ def run_task(
     strategies: Mapping[str, Choice],
     folder: Path,
     numbers: Sequence[int],
+    budget: int,
     is_pilot: bool,
     tell: Callable[[str], None],
 ) -> list[dict[str, Any]]:
@@ -728,7 +730,6 @@ def run_task(
             if name not in versions or curve.get("version") == versions[name]
         }
         if any(name not in kept["curves"] for name in strategies):
-            budget = PILOT_BUDGET if is_pilot else BUDGET
             run_pair(build_world(patients, names, number, budget), strategies, kept)
             for name in strategies:
                 kept["curves"][name]["version"] = versions[name]
@@ -792,18 +793,12 @@ def summarise_task(task: Task, pairs: Sequence[Mapping[str, Any]]) -> dict[str, 
     for name in pairs[0]["curves"]:
         curves = [pair["curves"][name] for pair in pairs]
         bases = [pair["curves"][BASELINE] for pair in pairs]
-        ends = [pair["curves"]["uniform random"]["points"][-1] for pair in pairs]
         gaps = np.array([compute_area(a) - compute_area(b) for a, b in zip(curves, bases, strict=True)])
         by_contour = np.array([compare_by_contour(a, b) for a, b in zip(curves, bases, strict=True)])
-        needed = [find_slices_for(curve, end["dice"]) for curve, end in zip(curves, ends, strict=True)]
         rows[name] = {
             "area": float(np.mean([compute_area(curve) for curve in curves])),
             "final_dice": float(np.mean([curve["points"][-1]["dice"] for curve in curves])),
             "contour": float(np.mean([curve["points"][-1]["contour"] for curve in curves])),
-            "uniform_end_at": float(
-                np.median([(n or np.inf) / end["slices"] for n, end in zip(needed, ends, strict=True)])
-            ),
-            "uniform_end_reached": sum(n is not None for n in needed),
             "gap": float(gaps.mean()),
             "gap_deviation": float(gaps.std(ddof=1)) if len(gaps) > 1 else 0.0,
             "wins": int((gaps > 0).sum()),
@@ -812,14 +807,18 @@ def summarise_task(task: Task, pairs: Sequence[Mapping[str, Any]]) -> dict[str, 
             "p_by_repetition": flip_signs(gaps, task.groups),
             "p_by_contour": float(wilcoxon(by_contour).pvalue) if np.abs(by_contour).max() > 0 else 1.0,
         }
-        if rows[name]["uniform_end_at"] == np.inf:
-            rows[name]["uniform_end_at"] = None
+        if all("uniform random" in pair["curves"] for pair in pairs):
+            ends = [pair["curves"]["uniform random"]["points"][-1] for pair in pairs]
+            needed = [find_slices_for(curve, end["dice"]) for curve, end in zip(curves, ends, strict=True)]
+            shares = [(n or np.inf) / end["slices"] for n, end in zip(needed, ends, strict=True)]
+            rows[name]["uniform_end_at"] = float(np.median(shares)) if np.isfinite(np.median(shares)) else None
+            rows[name]["uniform_end_reached"] = sum(n is not None for n in needed)
     return {
         "task": task.name,
         "pairs": len(pairs),
         "pool_slices": float(np.mean([pair["pool_slices"] for pair in pairs])),
         "start": float(np.mean([pair["curves"][BASELINE]["points"][0]["dice"] for pair in pairs])),
-        "ceiling": float(np.mean([pair["ceiling"] for pair in pairs])),
+        "ceiling": float(np.mean([pair["ceiling"] for pair in pairs if "ceiling" in pair])),
         "strategies": rows,
         "advice": check_advice(
             [pair["curves"][name] for pair in pairs for name in (BASELINE, PRIMARY) if name in pair["curves"]]
@@ -866,7 +865,7 @@ def format_table(summaries: Sequence[Mapping[str, Any]]) -> str:
             f"{summary['start']:.3f} with {QUERY} slices, {summary['ceiling']:.3f} with all of the pool.",
             "",
             "| strategy | area | minus foreground-random 33 %: mean ± deviation, wins, p, p by repetition | "
-            f"by outline length: mean, p | Dice at {BUDGET} | outline length | uniform's end at |",
+            "by outline length: mean, p | Dice at the end | outline length | uniform's end at |",
             "|---|---|---|---|---|---|---|",
         ]
         for name, row in summary["strategies"].items():
@@ -878,10 +877,10 @@ def format_table(summaries: Sequence[Mapping[str, Any]]) -> str:
                 f"{row['p']:.2g}, {row['p_by_repetition']:.2g}"
             )
             contour = "" if name == BASELINE else f"{row['gap_by_contour']:+.4f}, {row['p_by_contour']:.2g}"
-            share = (
-                "not reached" if row["uniform_end_at"] is None else f"{row['uniform_end_at']:.0%}".replace("%", " %")
-            )
-            reached = f"{share} ({row['uniform_end_reached']} of {summary['pairs']})"
+            reached = ""
+            if "uniform_end_reached" in row:
+                share = "not reached" if row["uniform_end_at"] is None else f"{100 * row['uniform_end_at']:.0f} %"
+                reached = f"{share} ({row['uniform_end_reached']} of {summary['pairs']})"
             lines.append(
                 f"| {title} | {row['area']:.4f} | {gap} | {contour} | {row['final_dice']:.3f} "
                 f"| {row['contour']:.0f} | {reached} |"
@@ -926,7 +925,7 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
                     linewidth=2.6 if strong else 1.0,
                     zorder=3 if strong else 2,
                 )
-        ceiling = float(np.mean([pair["ceiling"] for pair in pairs]))
+        ceiling = float(np.mean([pair["ceiling"] for pair in pairs if "ceiling" in pair]))
         for row, text in enumerate(("annotated slices", "outline drawn, pixels")):
             axes[row][column].axhline(ceiling, color="grey", linewidth=0.8, linestyle=":")
             axes[row][column].set(xlabel=text, ylabel="Dice on test patients")
@@ -945,6 +944,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tasks", nargs="*", choices=sorted(TASKS), default=["heart", "hippocampus", "lidc"])
     parser.add_argument("--strategies", nargs="*", help="names as in the tables (default: all)")
     parser.add_argument("--pairs", type=int, help="so many, from the first (default: all of the task)")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="slices at the end")
     parser.add_argument("--pilot", action="store_true", help="on the pilot patients, with more strategies")
     parser.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "active_learning")
@@ -964,24 +964,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if unknown:
             parser.error(f"no such strategy: {', '.join(sorted(unknown))}; there are {', '.join(known)}")
         chosen = {name: known[name] for name in known if not options.strategies or name in options.strategies}
-        chosen = {"uniform random": known["uniform random"], BASELINE: known[BASELINE], **chosen}
+        chosen = {BASELINE: known[BASELINE], **chosen}
         torch.set_num_threads(options.threads)
         results = {}
         for name in options.tasks:
             task = TASKS[name]
             patients = Patients(task, options.data, options.model, options.work)
             patients.prepare(patients.pilot if options.pilot else patients.measured)
-            folder = find_folder(options.work, patients, options.pilot)
+            folder = find_folder(options.work, patients, options.budget, options.pilot)
             count = task.groups * task.repetitions if options.pairs is None else options.pairs
             tell = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
-            results[name] = run_task(patients, chosen, folder, range(count), options.pilot, tell)
+            results[name] = run_task(patients, chosen, folder, range(count), options.budget, options.pilot, tell)
     summaries = [summarise_task(TASKS[name], pairs) for name, pairs in results.items()]
     if options.out:
         content = {
             "command": shlex.join(sys.argv),
             "settings": {
                 "query": QUERY,
-                "budget": BUDGET,
+                "budget": options.budget,
                 "folds": FOLDS,
                 "tasks": [TASKS[n].describe() for n in results],
             },

@@ -55,7 +55,6 @@ def small(benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     sizes |= {"repetitions": 1, "measured_patients": 4, "pilot_patients": 2}
     task = replace(benchmark.TASKS["heart"], **sizes)
     monkeypatch.setitem(benchmark.TASKS, "heart", task)
-    monkeypatch.setattr(benchmark, "BUDGET", 10)
     monkeypatch.setattr(benchmark, "ITERATIONS", 20)
     return benchmark
 
@@ -65,9 +64,10 @@ def test_the_small_size_runs_with_all_strategies_and_a_second_run_computes_nothi
 ):
     out, picture = tmp_path / "out.json", tmp_path / "picture.png"
     arguments = ["--data", str(data), "--tasks", "heart", "--model", str(tiny_model), "--work", str(tmp_path / "work")]
+    arguments += ["--budget", "10"]
     small.main([*arguments, "--pairs", "1", "--out", str(out), "--picture", str(picture)])
     told = capsys.readouterr()
-    assert told.err.startswith("heart 0: uniform random 0.")
+    assert told.err.startswith(f"heart 0: {small.BASELINE} 0.")
     assert f"**{small.PRIMARY}**" in told.out
     assert picture.stat().st_size > 1000
     (pair,) = json.loads(out.read_text())["results"]["heart"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from progidiff.active_learning.advice import MIN_SAVES, CurvePoint, advise, estimate_gain
+from progidiff.active_learning.advice import KEPT, MIN_SAVES, CurvePoint, advise, estimate_gain, predict_gain
 from progidiff.training_runs.mark import Mark, MarkFile
 
 
@@ -46,6 +47,24 @@ def test_the_expected_gain_falls_as_the_curve_flattens():
     assert estimate_gain([], 20) is None
 
 
+def test_the_next_ten_slices_have_an_interval_that_narrows_with_versions_and_is_told():
+    curve = [CurvePoint(f"a@{n}", 10 * n, 0.5 + 0.1 * math.log(n)) for n in range(1, 5)]
+    few, many = predict_gain(curve[:2], 10), predict_gain(curve, 10)
+    assert few is not None
+    assert many is not None
+    line = estimate_gain(curve, 10)
+    assert line is not None
+    assert many.expected == pytest.approx(KEPT * line)
+    assert many.low < many.expected < many.high
+    assert many.high - many.low < few.high - few.low
+    falling = predict_gain([CurvePoint("a@1", 10, 0.8), CurvePoint("a@2", 20, 0.7)], 10)
+    assert falling is not None
+    assert falling.expected == 0.0
+    advice = advise([True] * MIN_SAVES, curve, 20)
+    assert advice.next_ten == many
+    assert f"of the next 10, {many.expected:.3f} is likely, {many.low:+.3f} to {many.high:+.3f}" in advice.message
+
+
 def test_stopping_is_advised_only_when_both_signs_are_flat_and_with_the_numbers():
     flat = [CurvePoint("a@1", 100, 0.80), CurvePoint("a@2", 200, 0.802)]
     steep = [CurvePoint("a@1", 10, 0.5), CurvePoint("a@2", 20, 0.7)]
@@ -67,4 +86,6 @@ def test_too_little_is_known_at_the_beginning_and_the_advice_says_so():
     assert (advice.unchanged_now, advice.expected_gain) == (None, None)
     assert "10 are needed" in advice.message
     assert "Two trained versions are needed" in advice.message
-    assert set(asdict(advice)) == {"stop", "message", "unchanged_before", "unchanged_now", "expected_gain"}
+    told = {"stop", "message", "unchanged_before", "unchanged_now", "expected_gain"}
+    assert set(asdict(advice)) == {*told, "next_ten"}
+    assert advice.next_ten is None

@@ -26,12 +26,16 @@ FOUR_IN_FIVE = 1.28
 """Standard deviations to both sides of the middle that hold 80 % of a normal distribution."""
 
 
-ERROR_OF_A_VERSION = 0.015
+KEPT = 0.5
+"""Share of what the line through the last versions promises that then came, see docs/results.md: curves bend."""
+
+
+ERROR_OF_A_VERSION = 0.04
 """Standard deviation of a version's validation Dice around its learning curve."""
 
 
-STRAYING = 0.015
-"""Standard deviation of what further slices bring around the line that the last versions lie on."""
+STRAYING = 0.04
+"""Standard deviation of what ten slices then brought around what was expected."""
 
 
 def describe_countdown(slices: int, after: int) -> str:
@@ -65,7 +69,7 @@ class Gain:
 
     Attributes:
         expected: At least 0.
-        low, high: Between these it falls four times in five; a curve can also fall.
+        low, high: It came to lie between these four times in five; a curve can also fall.
     """
 
     expected: float
@@ -82,8 +86,8 @@ class Advice:
         message: Why, with the numbers.
         unchanged_before, unchanged_now: Rate of masks accepted without a change in the earlier and the later half of
             the saves; None if too few are known.
-        expected_gain: Validation Dice that as many slices again are expected to bring; None if there are fewer than two
-            versions.
+        expected_gain: Validation Dice that the next batch brings if the line of the last versions goes on; None if
+            there are fewer than two versions.
         next_ten: The same of the next `TEN` slices, with how sure that is.
     """
 
@@ -105,7 +109,7 @@ def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Ad
 
     Example:
         >>> points = [CurvePoint("mr@1", 20, 0.70), CurvePoint("mr@2", 40, 0.80)]
-        >>> advise([True] * 10, points, 20).message.partition("before. ")[2].partition(" The next")[0]
+        >>> advise([True] * 10, points, 20).message.partition("before. ")[2].partition(" Curves")[0]
         '20 more slices are expected to bring 0.058 Dice.'
     """
     half = len(edited) // 2
@@ -125,7 +129,10 @@ def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Ad
         told.append(f"{more} more slices are expected to bring {gain:.3f} Dice.")
     ten = predict_gain(curve, TEN)
     if ten is not None:
-        told.append(f"The next {TEN}: between {ten.low:+.3f} and {ten.high:+.3f}, four times in five.")
+        told.append(
+            f"Curves bend: of the next {TEN}, {ten.expected:.3f} is likely, {ten.low:+.3f} to {ten.high:+.3f} four "
+            "times in five."
+        )
     stop = (
         before is not None
         and now is not None
@@ -144,29 +151,45 @@ def advise(edited: Sequence[bool], curve: Sequence[CurvePoint], more: int) -> Ad
 
 
 def estimate_gain(curve: Sequence[CurvePoint], more: int) -> float | None:
-    """The expected gain of `predict_gain` alone."""
-    gain = predict_gain(curve, more)
-    return None if gain is None else gain.expected
+    """What `more` slices would add to the validation Dice by a line through the last four versions over the logarithm
+    of the slices, at least 0. None if fewer than two versions differ in slices.
+
+    Curves bend: see `predict_gain` for what is left of it.
+    """
+    line = _fit_line(curve)
+    return None if line is None else max(0.0, line[0] * _further(curve, more))
 
 
 def predict_gain(curve: Sequence[CurvePoint], more: int) -> Gain | None:
-    """What `more` slices are expected to add to the validation Dice: a line through the last four versions over the
-    logarithm of the slices. None if fewer than two versions differ in slices.
+    """What `more` slices are expected to add to the validation Dice, with how sure that is. None if fewer than two
+    versions differ in slices.
 
-    The interval has two parts: how well so few versions, each measured with an error, fix the slope of the line, and
-    how far a curve strays from its line whatever the slope.
+    The interval has two parts: how well so few versions, each measured with an error, fix the slope of their line, and
+    how far a curve strays from what is expected whatever the slope.
     """
+    line = _fit_line(curve)
+    if line is None:
+        return None
+    slope, spread = line
+    further = _further(curve, more)
+    expected = KEPT * max(0.0, slope * further)
+    reach = FOUR_IN_FIVE * math.sqrt((further * ERROR_OF_A_VERSION) ** 2 / spread + STRAYING**2)
+    return Gain(expected, expected - reach, expected + reach)
+
+
+def _fit_line(curve: Sequence[CurvePoint]) -> tuple[float, float] | None:
+    """Slope of the last four versions over the logarithm of their slices, and the sum of squares of the latter."""
     points = [(math.log(point.slices), point.dice) for point in curve if point.slices > 0][-4:]
     if len({x for x, _ in points}) < 2:
         return None
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points, strict=True))
     spread = sum((x - mean_x) ** 2 for x, _ in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / spread
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread, spread
+
+
+def _further(curve: Sequence[CurvePoint], more: int) -> float:
     last = max(point.slices for point in curve)
-    further = math.log(last + more) - math.log(last)
-    expected = max(0.0, slope * further)
-    reach = FOUR_IN_FIVE * math.sqrt((further * ERROR_OF_A_VERSION) ** 2 / spread + STRAYING**2)
-    return Gain(expected, expected - reach, expected + reach)
+    return math.log(last + more) - math.log(last)
 
 
 def _rate(edited: Sequence[bool]) -> float:

@@ -938,6 +938,21 @@ def draw(results: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None
     plt.close(figure)
 
 
+def write_results(path: Path, budget: int, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """All curves and their summary, as far as they are."""
+    tasks = [TASKS[name] for name in results]
+    content = {
+        "command": shlex.join(sys.argv),
+        "settings": {"query": QUERY, "budget": budget, "folds": FOLDS, "tasks": [task.describe() for task in tasks]},
+        "summary": [summarise_task(task, results[task.name]) for task in tasks],
+        "results": results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".part")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    scratch.replace(path)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with heart/, hippocampus/ and lidc/, each as its set comes")
@@ -975,22 +990,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             count = task.groups * task.repetitions if options.pairs is None else options.pairs
             tell = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
             results[name] = run_task(patients, chosen, folder, range(count), options.budget, options.pilot, tell)
-    summaries = [summarise_task(TASKS[name], pairs) for name, pairs in results.items()]
-    if options.out:
-        content = {
-            "command": shlex.join(sys.argv),
-            "settings": {
-                "query": QUERY,
-                "budget": options.budget,
-                "folds": FOLDS,
-                "tasks": [TASKS[n].describe() for n in results],
-            },
-            "summary": summaries,
-            "results": results,
-        }
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    print(format_table(summaries))
+            if options.out:
+                write_results(options.out, options.budget, results)
+    print(format_table([summarise_task(TASKS[name], pairs) for name, pairs in results.items()]))
     if options.picture:
         draw(results, options.picture)
 

@@ -48,7 +48,7 @@ def serve(folder: Path, model: Path) -> Iterator[Server]:
         "retrain_params",
         "steps=6,validate_every=2,batch_size=2,name=ct",
         "acquisition",
-        "noise=off",
+        "cover=off,noise=off",
     )
     conf += ("next_strategy", "proposal_disagreement")
     if not (folder / "app").is_dir():

@@ -92,7 +92,7 @@ class World:
             "score_prompt",
             "liver",
             "acquisition",
-            "noise=off",
+            "cover=off,noise=off",
             "next_strategy",
             "proposal_disagreement",
         )

@@ -112,7 +112,7 @@ DEFAULT_STRATEGY = "foreground_random"
 
 STRATEGIES: Mapping[str, str] = {
     "proposal_disagreement": (
-        "Where the model's own proposals disagree, weighted by what they draw and spread over structures"
+        "Slices that stand for many on which the model's own proposals are unsure, and that nothing annotated is like"
     ),
     "uniform_random": "Any slice, with equal chances",
     "foreground_random": "A third of the slices among those where a structure is predicted, the rest anywhere",
@@ -123,7 +123,7 @@ STRATEGIES: Mapping[str, str] = {
 
 
 HEADINGS: Mapping[str, str] = {
-    "proposal_disagreement": "Most disputed first",
+    "proposal_disagreement": "What stands for most open doubts first",
     "uniform_random": "Random choice",
     "foreground_random": "Random choice, a third of it where structures are predicted",
     "evenly_spaced": "Evenly spaced slices",

@@ -1,7 +1,11 @@
 """Which slices a person should look at next: scores of every slice, and strategies that choose by them. Pure functions
 on arrays.
 
-What a slice is worth is asked per structure, from the K proposals that the model makes of it:
+`proposal_disagreement` chooses slices that stand for many: by the K proposals that the model makes of every slice, it
+covers what is uncertain and what nothing annotated is like (`progidiff.active_learning.coverage`).
+
+With ``cover`` switched off it ranks slices by a score, as version 0.1 did. What a slice is worth is asked per
+structure, from its proposals:
 
 1. *disagreement*, 1 - mean pairwise Dice of the proposals: where they differ, a person decides something. Its square
    root: a slice on which they differ four times as much is worth twice as much, not four times
@@ -231,15 +235,18 @@ class Pool:
         found: NDArray[Any] = self._keep("entropy", lambda: self.entropy.sum(axis=0))
         return found
 
-    def sketch(self, rows: NDArray[Any], owners: NDArray[Any]) -> Sketches:
-        """What these rows are compared by.
+    def shown(self) -> NDArray[Any]:
+        """Rows on which anything is predicted."""
+        return self._keep("shown", lambda: np.flatnonzero(self.total_entropy() > 0))
 
-        Args:
-            rows: Of the pool.
-            owners: int (N,): the image of every row.
-        """
+    def owners(self) -> NDArray[Any]:
+        """The image of every row, int (N,)."""
+        return self._keep("owners", lambda: np.repeat(np.arange(len(self.images)), np.diff(self.starts)))
+
+    def sketch(self, rows: NDArray[Any]) -> Sketches:
+        """What these rows are compared by."""
         largest = self._keep("largest", lambda: self.foreground.max(axis=1, initial=0.0))
-        own = owners[rows]
+        own = self.owners()[rows]
         count = np.diff(self.starts)[own]
         places = (rows - self.starts[own]) / np.maximum(1, count - 1)
         return Sketches(sketch_slices(self.foreground[:, rows], largest, places.astype(np.float32)), own)
@@ -408,6 +415,7 @@ class _Draft:
     def __init__(self, pool: Pool, annotated: Annotated, excluded: Collection[str], one_per_image: bool) -> None:
         self.pool = pool
         self.one_per_image = one_per_image
+        self.span = slice(0, len(pool))
         self.free = np.ones(len(pool), dtype=bool)
         self.done: list[int] = []
         for image in excluded:
@@ -424,10 +432,10 @@ class _Draft:
 
     def keep_only(self, rows: slice) -> None:
         """Leave out everything else; what is annotated elsewhere still counts as annotated."""
-        inside = np.zeros(len(self.pool), dtype=bool)
-        inside[rows] = True
-        self.free &= inside
-        self.apart &= inside
+        self.span = rows
+        for allowed in (self.free, self.apart):
+            allowed[: rows.start] = False
+            allowed[rows.stop :] = False
 
     def keep_distance(self, min_mm: float) -> None:
         """Leave out what is close to annotated slices."""
@@ -501,22 +509,21 @@ def _pick_by_score(
 def _pick_by_cover(draft: _Draft, count: int, config: AcquisitionConfig, rng: np.random.Generator) -> list[Pick]:
     """See `progidiff.active_learning.coverage`."""
     pool = draft.pool
-    owners = np.repeat(np.arange(len(pool.images)), np.diff(pool.starts))
     weights = pool.total_entropy()
-    landmarks = _sample(np.flatnonzero(weights > 0), LANDMARKS, rng)
+    landmarks = _sample(pool.shown(), LANDMARKS, rng)
     picks: list[Pick] = []
     if len(landmarks):
         annotated = _sample(np.array(sorted(draft.done), dtype=np.int64), LANDMARKS, rng)
-        cover = Cover(pool.sketch(landmarks, owners), weights[landmarks], pool.sketch(annotated, owners))
+        cover = Cover(pool.sketch(landmarks), weights[landmarks], pool.sketch(annotated))
         values = pool.values(config)
         while len(picks) < count:
-            rows = _sample(_offer(draft, weights, owners), OFFERED, rng)
+            rows = _offer(draft, weights, rng)
             if len(rows) == 0:
                 break
-            for choice in cover.pick(pool.sketch(rows, owners)):
+            for choice in cover.pick(pool.sketch(rows)):
                 row = int(rows[choice.position])
                 draft.take(row)
-                picks.append(_describe_cover(pool, values, row, choice, landmarks, owners, config))
+                picks.append(_describe_cover(pool, values, row, choice, landmarks, config))
                 if len(picks) == count:
                     break
     while len(picks) < count and draft.free.any():  # nothing is predicted on any slice that is left
@@ -531,13 +538,19 @@ def _sample(rows: NDArray[Any], most: int, rng: np.random.Generator) -> NDArray[
     return rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False))
 
 
-def _offer(draft: _Draft, weights: NDArray[Any], owners: NDArray[Any]) -> NDArray[Any]:
-    """Free rows on which anything is predicted; of an image that gives one slice, its most uncertain."""
-    rows = np.flatnonzero(draft.free & (weights > 0))
-    if not draft.one_per_image or len(rows) == 0:
-        return rows
-    order = rows[np.lexsort((rows, -weights[rows], owners[rows]))]
-    return order[np.unique(owners[order], return_index=True)[1]]
+def _offer(draft: _Draft, weights: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:
+    """At most `OFFERED` free rows on which anything is predicted; of an image that gives one slice, its most
+    uncertain.
+    """
+    pool, span = draft.pool, draft.span
+    if not draft.one_per_image:
+        shown = np.flatnonzero(draft.free[span] & (weights[span] > 0))
+        return _sample(span.start + shown, OFFERED, rng)
+    free = np.where(draft.free, weights, np.float32(0))
+    images = np.flatnonzero(np.diff(pool.starts))
+    images = _sample(images[np.maximum.reduceat(free, pool.starts[images]) > 0], OFFERED, rng)
+    starts, stops = pool.starts[images], pool.starts[images + 1]
+    return np.array([a + int(np.argmax(free[a:b])) for a, b in zip(starts, stops, strict=True)], dtype=np.int64)
 
 
 def _describe_cover(
@@ -546,20 +559,24 @@ def _describe_cover(
     row: int,
     choice: Choice,
     landmarks: NDArray[Any],
-    owners: NDArray[Any],
     config: AcquisitionConfig,
 ) -> Pick:
     pick = _describe(pool, values, row, None, config)
     alike = landmarks[choice.stands_for]
     alike = alike[alike != row]
-    images = len(np.unique(owners[alike]))
+    images = len(np.unique(pool.owners()[alike]))
     if len(alike) == 0:
-        others = "no other slice is like it"
+        others = "nothing else is like it"
     else:
-        slices = "1 slice" if len(alike) == 1 else f"{len(alike)} slices"
-        of = "1 image" if images == 1 else f"{images} images"
-        others = f"{slices} of {of} {'is' if len(alike) == 1 else 'are'} like it and like nothing annotated"
+        many = [_count(len(alike), "slice"), _count(images, "image")]
+        depth = int(np.diff(pool.starts)[pool.owners()[alike]].max())
+        what = many[1] if depth == 1 else f"{many[0]} of {many[1]}"  # a picture is its only slice
+        others = f"{what} {'is' if len(alike) == 1 else 'are'} like it and like nothing annotated"
     return replace(pick, score=choice.gain, reason=f"{pick.reason}; {others}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _levels(allowed: NDArray[Any], done: NDArray[Any], owners: NDArray[Any]) -> Iterator[NDArray[Any]]:

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Any
 
@@ -285,7 +285,8 @@ class Selection:
                     pool,
                     SLICES_PER_IMAGE,
                     within=image,
-                    config=self.config,
+                    # Where to look again is about this image, not about what it stands for.
+                    config=replace(self.config, cover=False),
                     round_index=survey.find_round(image),
                 )
                 answer = self._answer(survey, image, picks, "review", summarise_reasons(picks))

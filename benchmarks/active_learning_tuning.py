@@ -30,14 +30,15 @@ What makes a round cost seconds instead of minutes, and what that means for the 
   it.
 
 Task `mr`: the CT model, which has seen no MR, is adapted to MR slices by low-rank updates of its evidence path.
-Task `heart`: three structures that the model never saw, the check of `active_learning.py`. Task `contrast`: the same with CT whose contrast is turned around (`invert_contrast`): fat bright and vessels dark, as
-no CT is. The model has to be adapted to it like to another scanner. It stands beside `mr` because it has eight
-structures and true CT volumes. The CT model was trained on the volumes of the pool (as they are, not inverted); the
-test volumes were held out of that training. Task `ct`: CT structures from very few slices. The text-query head is
-reset, so that no structure is known, and learned anew on the frozen image encoder, without augmentation, so that a
-slice is encoded once for all rounds. The encoder was trained with these structures on the volumes of the pool; the test
-volumes were held out of that training. It finds them again from a handful of slices, whichever they are: there is next
-to nothing left to choose.
+Task `heart`: three structures that the model never saw, the check of `active_learning.py`. Task `contrast`: the same
+with CT whose contrast is turned around (`invert_contrast`): fat bright and vessels dark, as no CT is. The model has
+to be adapted to it like to another scanner. It stands beside `mr` because it has eight structures and true CT
+volumes. The CT model was trained on the volumes of the pool (as they are, not inverted); the test volumes were held
+out of that training. Task `ct`: CT structures from very few slices. The text-query head is reset, so that no
+structure is known, and learned anew on the frozen image encoder, without augmentation, so that a slice is encoded
+once for all rounds. The encoder was trained with these structures on the volumes of the pool; the test volumes were
+held out of that training. It finds them again from a handful of slices, whichever they are: there is next to nothing
+left to choose.
 
 A run that is stopped goes on where it was: every round is kept in the work folder when it is done. `--out` is written
 again after every strategy, with everything that the work folder holds for these sizes, whichever call made it;

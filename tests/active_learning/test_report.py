@@ -220,7 +220,7 @@ def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(stud
         for entry in by_disagreement(scores, annotations, ["a", "b"], wanted=lambda modality: "ct-base@1")
     }
     assert versions == {"a": "ct-base@1", "b": "ct-base@1"}
-    settled = AcquisitionConfig(noise=False)
+    settled, by_score = AcquisitionConfig(cover=False, noise=False), AcquisitionConfig(cover=False)
     plain = list_queue(scores, annotations, ["a", "b"], strategy="entropy", config=settled)
     assert all(entry.slices[0].score == round(float(by_entropy(scores, entry)), 4) for entry in plain)
     with pytest.raises(RequestError, match="no strategy"):
@@ -230,7 +230,7 @@ def test_the_queue_follows_the_served_version_the_strategy_and_its_settings(stud
         scores.save(make_entry(image, "ct-base@1", seed=number))
     noisy, later, without = (
         [entry.image for entry in by_disagreement(scores, annotations, many, 30, config=config, rounds=rounds)]
-        for config, rounds in ((None, None), (None, {"CT": 50}), (settled, None))
+        for config, rounds in ((by_score, None), (by_score, {"CT": 50}), (settled, None))
     )
     assert noisy != without
     assert sum(a == b for a, b in zip(later, without, strict=True)) > sum(

@@ -216,9 +216,16 @@ class World:
             ]
             shown = sums[2] > 0
             dice[shown, s - 1] = 2 * sums[0][shown] / (sums[1] + sums[2])[shown]
-        by_patient = np.nanmean(dice, axis=1)
         seen = self.num_validation
-        return {"dice": float(by_patient[seen:].mean()), "validation": float(by_patient[: max(1, seen)].mean())}
+        return {"dice": _mean_over_patients(dice[seen:]), "validation": _mean_over_patients(dice[: max(1, seen)])}
+
+
+def _mean_over_patients(dice: NDArray[np.float64]) -> float:
+    """Mean over the patients that show anything, (n, P) with NaN where a patient does not show a structure; 0 if none
+    does.
+    """
+    shown = dice[~np.isnan(dice).all(axis=1)]
+    return float(np.nanmean(shown, axis=1).mean()) if len(shown) else 0.0
 
 
 def _with_one(pixels: NDArray[np.float16]) -> NDArray[np.float32]:

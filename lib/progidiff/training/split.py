@@ -105,7 +105,11 @@ def prepare_data(
                 f"not held back: {_names(training)}."
             )
         training = training[:shots]
-    names = [name_structure(s, card, declared) for s in structures] or None
+    drawn_names = {fold_name(name) for case in everything for name in case.structures.values()}
+    names = [
+        name_structure(s, card, declared) if fold_name(s) in drawn_names else parse_structure(s, card)
+        for s in structures
+    ] or None
     used, found_modality, notes, drawn = check_cases([*training, *kept_back], card, names, declared)
     held_names = {c.name for c in kept_back}
     training = [c for c in used if c.name not in held_names]

@@ -2,13 +2,16 @@
 
     python benchmarks/folds.py evidence --studies <BTCV folder> --work <folder>
     python benchmarks/folds.py close-up --studies <BTCV folder> --work <folder>
+    python benchmarks/folds.py measure --studies <BTCV folder> --work <folder> --model <folder> --cases img0024 ... \
+        --name split
     python benchmarks/folds.py table --studies <BTCV folder> --work <folder> --out benchmarks/results/folds.json
 
 Every case is held out once. `evidence` trains one evidence network per fold on the other folds and keeps what it says
 of the cases that it never saw (*out-of-fold evidence*): the honest input of whatever is trained on top of it.
 `close-up` trains one close-up network per fold on the other folds, with that evidence, and measures the held-out cases
-at their own resolution: evidence, sharpened evidence, proposals. `table` pairs them patient by patient. A fold that is
-finished is not repeated, one that was stopped goes on at its last checkpoint.
+at their own resolution: evidence, sharpened evidence, proposals. `measure` does the same for a model folder with a
+close-up, whose own evidence it reads, on cases that it has not seen. `table` pairs them patient by patient. A fold that
+is finished is not repeated, one that was stopped goes on at its last checkpoint.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ from progidiff.images.close_up import WindowRules, plan_windows
 from progidiff.model.backbone import Backbone
 from progidiff.model.calibration import Calibration, Reliability
 from progidiff.model.close_up import create_network
+from progidiff.model.close_up_folder import FOLDER, load_close_up
 from progidiff.model.close_up_pipeline import CloseUpPipeline
+from progidiff.model.conditioning import ConditioningConfig
+from progidiff.model.folder import find_backbone, load_pipeline
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.proposals.agreement import compute_disagreement_per_slice
 from progidiff.proposals.close_ups import Subject, draw_close_ups, place_on_stack
@@ -50,7 +56,7 @@ from progidiff.training.out_of_fold import (
     train_fold,
 )
 from progidiff.training.recipe_settings import TrainConfig
-from progidiff.training.slice_cache import list_cases
+from progidiff.training.slice_cache import Case, list_cases
 from progidiff.training.window_pool import PooledVolume, VolumeSource, WindowPool
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,19 +117,47 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
         with atomic_file(done) as path:
             save_file(tensors, path, facts)
     network.load_state_dict({k: v.float() for k, v in load_file(done).items()})
-    pipeline = CloseUpPipeline(network, torch.bfloat16)
-    for case in folds[fold]:
+    cases = [case for case in folds[fold] if find_evidence(options.work, case.name).is_file()]
+    measure_cases(CloseUpPipeline(network, torch.bfloat16), cases, config, prompts, options.work, folder, options)
+
+
+def measure_model(options: argparse.Namespace) -> None:
+    """Measure a model folder on cases that it has not seen."""
+    card, pipeline = load_pipeline(options.model, Backbone(find_backbone(options.model), "cpu", dtype="fp32"))
+    _, network = load_close_up(options.model, torch.device("cpu"))
+    folder = options.work / f"{options.name}0"
+    cases = [case for case in list_cases(options.studies) if case.name in options.cases]
+    for name, dice in keep_evidence(pipeline.branch, pipeline.backbone, cases, card.structures, folder):
+        print(name, json.dumps(dice), flush=True)
+    prompts = PhraseTable(pipeline.backbone, card.structures).pick_canonical()
+    drawing = CloseUpPipeline(network, torch.bfloat16)
+    measure_cases(drawing, cases, card.conditioning, prompts, folder, folder, options)
+
+
+def measure_cases(
+    pipeline: CloseUpPipeline,
+    cases: Sequence[Case],
+    config: ConditioningConfig,
+    prompts: EncodedPrompts,
+    work: Path,
+    folder: Path,
+    options: argparse.Namespace,
+) -> None:
+    """Measure cases whose evidence is in `work`, one JSON each in `folder`."""
+    structures = TrainConfig().structures
+    for case in cases:
         target = folder / f"{case.name}.json"
-        if find_evidence(options.work, case.name).is_file() and not target.is_file():
-            volume = load_pooled_volume(case, structures, config, options.work)
-            rows = measure_volume(pipeline, volume, prompts, structures, options.num_proposals)
-            with atomic_file(target) as path:
-                path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
-            means = {
-                what: round(float(np.mean([row[what] for row in rows.values() if row])), 4)
-                for what in ("evidence", "sharpened", "consensus", "single", "best", "best_level")
-            }
-            print(case.name, means, flush=True)
+        if target.is_file():
+            continue
+        volume = load_pooled_volume(case, structures, config, work)
+        rows = measure_volume(pipeline, volume, prompts, structures, options.num_proposals)
+        with atomic_file(target) as path:
+            path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        means = {
+            what: round(float(np.mean([row[what] for row in rows.values() if row])), 4)
+            for what in ("evidence", "sharpened", "consensus", "single", "best", "best_level")
+        }
+        print(case.name, means, flush=True)
 
 
 def measure_volume(
@@ -269,33 +303,42 @@ def make_table(options: argparse.Namespace) -> dict[str, Any]:
         "structures": structures,
         "means": means,
         "minus_evidence": paired,
-        "reliability": measure_reliability(files, options),
+        "reliability": measure_reliability(files),
         "error_prediction": measure_error_prediction(volumes.values()),
     }
 
 
-def measure_reliability(files: Sequence[Path], options: argparse.Namespace) -> dict[str, Any]:
-    """Expected calibration error of the agreement on every fold, as it is and after a curve that the other folds
-    gave; and the curve of all folds.
+def measure_reliability(files: Sequence[Path]) -> dict[str, Any]:
+    """Expected calibration error of the agreement on every patient, as it is and after a curve that the other patients
+    gave; and the curve of all.
     """
-    folds: dict[str, Reliability] = {}
+    patients: dict[str, Reliability] = {}
     for path in files:
-        for row in json.loads(path.read_text(encoding="utf-8")).values():
-            counted = Reliability(*(np.array(row["reliability"][what]) for what in ("count", "positive")))
-            folds[path.parent.name] = folds[path.parent.name] + counted if path.parent.name in folds else counted
-    if len(folds) < 2:
+        rows = json.loads(path.read_text(encoding="utf-8")).values()
+        tallied = [row["reliability"] for row in rows]
+        patients[path.stem] = sum_up([Reliability(np.array(t["count"]), np.array(t["positive"])) for t in tallied])
+    if len(patients) < 2:
         return {}
     raw, fitted = {}, {}
-    for name, counted in folds.items():
-        others = sum_up([other for key, other in folds.items() if key != name])
+    for name, counted in patients.items():
+        others = sum_up([other for key, other in patients.items() if key != name])
         raw[name] = counted.compute_error()
         fitted[name] = counted.compute_error(Calibration.fit(others))
     return {
         "error": float(np.mean(list(raw.values()))),
-        "error_calibrated_on_other_folds": float(np.mean(list(fitted.values()))),
-        "per_fold": {name: [raw[name], fitted[name]] for name in folds},
-        "calibration": Calibration.fit(sum_up(list(folds.values()))).to_dict(),
+        "error_calibrated_on_others": float(np.mean(list(fitted.values()))),
+        "per_patient": {name: [raw[name], fitted[name]] for name in patients},
+        "calibration": Calibration.fit(sum_up(list(patients.values()))).to_dict(),
     }
+
+
+def give_calibration(model: Path, table: dict[str, Any]) -> None:
+    """Write the table's curve into the close-up of a model folder."""
+    path = model / FOLDER / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["calibration"] = table["reliability"]["calibration"]
+    with atomic_file(path) as target:
+        target.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def sum_up(counted: Sequence[Reliability]) -> Reliability:
@@ -324,10 +367,12 @@ def measure_error_prediction(volumes: Iterable[dict[str, Any]]) -> dict[str, flo
 def parse_options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["evidence", "close-up", "table"])
+    parser.add_argument("stage", choices=["evidence", "close-up", "measure", "table"])
     parser.add_argument("--studies", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="keeps networks, answers and cached slices")
     parser.add_argument("--folds", type=int, nargs="*", help="only these; by default all")
+    parser.add_argument("--model", type=Path, default=MODEL, help="of `measure`")
+    parser.add_argument("--cases", nargs="*", default=[], help="of `measure`")
     parser.add_argument("--num-folds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -336,6 +381,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--settings", default="{}", help="of CloseUpOptions, as JSON")
     parser.add_argument("--num-proposals", type=int, default=8)
     parser.add_argument("--out", type=Path, help="JSON of the table")
+    parser.add_argument("--calibrate", type=Path, help="model folder that gets the table's curve of the agreement")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
@@ -351,6 +397,11 @@ def main() -> None:
         print(text)
         if options.out:
             options.out.write_text(text + "\n", encoding="utf-8")
+        if options.calibrate:
+            give_calibration(options.calibrate, table)
+        return
+    if options.stage == "measure":
+        measure_model(options)
         return
     for fold in options.folds if options.folds else range(options.num_folds):
         (train_evidence_of if options.stage == "evidence" else train_close_up)(options, fold)

@@ -247,7 +247,12 @@ def measure_slices(truth: NDArray[np.bool_], drawn: NDArray[np.bool_]) -> dict[s
     rows = np.flatnonzero(drawn.any(axis=(0, 2, 3)))
     consensus = drawn.mean(0) >= 0.5
     disagreement = compute_disagreement_per_slice(torch.from_numpy(drawn[:, rows])).tolist() if len(rows) else []
-    dice = [compute_dice(consensus[z], truth[z]) if truth[z].any() or consensus[z].any() else 1.0 for z in rows]
+    dice = [
+        compute_dice(consensus[z], truth[z])
+        if truth[z].any()
+        else float(not consensus[z].any())  # drawn where it is not
+        for z in rows
+    ]
     return {"disagreement": [round(value, 4) for value in disagreement], "dice": [round(float(d), 4) for d in dice]}
 
 

@@ -1,4 +1,4 @@
-"""The shipped weights and a seed give the proposals that they gave in version 0.1.0.
+"""The shipped weights and a seed give the proposals that they gave when they were first shipped.
 
 Bit for bit on the processor that made the reference. Others may round a logit at the threshold differently: there
 the Dice over a case is at least 0.999 (or two voxels differ), and the number of differing voxels is printed. With

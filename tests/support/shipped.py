@@ -1,6 +1,6 @@
 """What the shipped weights propose for generated images: the requests, and their results as plain arrays.
 
-`tests/data/make_proposals.py` wrote the results of version 0.1.0 down; `test_shipped_proposals.py` compares with them.
+`tests/data/make_proposals.py` wrote the results of ct-base@3 down; `test_shipped_proposals.py` compares with them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from support.servers import APP
 from support.tissue import SENTENCES, draw_tissue
 
 MODEL = APP / "model"
-REFERENCE = Path(__file__).resolve().parents[1] / "data" / "proposals_0_1_0.npz"
+REFERENCE = Path(__file__).resolve().parents[1] / "data" / "proposals_ct_base_3.npz"
 SHAPE, EDGES, LOWEST = (128, 96, 3), (3.0, 3.0, 8.0), -13.0
 """Voxels and millimetres of the drawn abdomen, and the height of its lowest slice."""
 
@@ -191,7 +191,7 @@ def native_precision() -> str:
 
 def compute_mr() -> Case:
     """The shipped adapter, on one slice."""
-    return propose(draw_abdomen(T2, 0, 10), "liver, spleen and left kidney", adapter="mr@1", slices=[2])
+    return propose(draw_abdomen(T2, 0, 10), "liver, spleen and left kidney", adapter="mr@2", slices=[2])
 
 
 def compute_clicks(folder: Path) -> Case:

@@ -25,7 +25,7 @@ from progidiff.errors import ModelError
 from progidiff.images.close_up import WindowRules
 from progidiff.model.calibration import Calibration
 from progidiff.model.close_up import CloseUpConfig, CloseUpNetwork, ShuffleCodec
-from progidiff.model.folder import check_tensors
+from progidiff.model.folder import check_tensors, drop_derived_settings
 from progidiff.storage.atomic import atomic_folder
 
 FORMAT = 1
@@ -166,6 +166,7 @@ def save_close_up(folder: Path, card: CloseUpCard, network: CloseUpNetwork, half
         )
         unet = network.unet.half() if half else network.unet
         unet.save_pretrained(scratch / "unet", max_shard_size="15MB", safe_serialization=True)
+        drop_derived_settings(scratch / "unet")
         network.unet.float()
         network.scheduler.save_pretrained(scratch / "scheduler")
         (scratch / "config.json").write_text(json.dumps(card.to_dict(), indent=1) + "\n", encoding="utf-8")

@@ -86,7 +86,7 @@ def test_peft_loads_an_adapter_and_merges_it_to_the_weights_that_serve(
 
 def test_the_shipped_adapter_is_a_peft_folder():
     store = AdapterStore(SHIPPED / "adapters")
-    card = store.card("mr", 1)
+    card = store.card("mr", 2)
     assert card.format == 2
     base = ConditioningModel.from_pretrained(SHIPPED, subfolder="conditioning")
     tensors = store.load(card, compute_base_digest(SHIPPED))

@@ -24,6 +24,7 @@ from progidiff.prompts.parser import parse_prompt
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.request import ProposalRequest
 from progidiff.testing import add_tiny_close_up
+from support.shipped import CT, draw_abdomen
 from support.snippets import list_snippets
 
 ROOT = Path(__file__).parents[2]
@@ -282,13 +283,14 @@ def test_a_source_that_is_none_is_refused_without_asking_the_hub(tmp_path: Path,
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/how-to/python.md"])
-def test_the_python_of_the_pages_runs_as_it_stands(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, phantom_writer: Callable[..., Path], page: str
-):
-    """In a folder like the checkout, with the shipped weights and a small image in the place of the sample."""
+def test_the_python_of_the_pages_runs_as_it_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str):
+    """In a folder like the checkout, with the shipped weights and a small drawn abdomen in the place of the sample."""
     (tmp_path / "apps").symlink_to(ROOT / "apps")
     (tmp_path / "sample_datastore").mkdir()
-    phantom_writer(tmp_path / "sample_datastore" / "sample_ct_abdomen.nii.gz", shape=(60, 50, 3))
+    abdomen = draw_abdomen(CT, -1000, 12)
+    nibabel.save(
+        nibabel.Nifti1Image(abdomen.array, abdomen.affine), tmp_path / "sample_datastore" / "sample_ct_abdomen.nii.gz"
+    )
     monkeypatch.chdir(tmp_path)
     snippets = list_snippets(ROOT / page)
     assert snippets
@@ -296,7 +298,7 @@ def test_the_python_of_the_pages_runs_as_it_stands(
     for snippet in snippets:
         exec(compile(snippet, page, "exec"), {})
     drawn = nibabel.load("kidney_and_liver.nii.gz")
-    assert drawn.shape == (60, 50, 3)
+    assert drawn.shape == abdomen.array.shape
     assert 6 in np.unique(np.asarray(drawn.dataobj))
     if page != "README.md":
         assert (tmp_path / "ct-base" / "model_index.json").is_file()

@@ -95,7 +95,7 @@ class Study:
 
 STUDIES = (
     Study("ct", "CT", ("img0024", "img0033", "img0039"), ("img0005", "img0021"), 2, True),
-    Study("mr", "MR", tuple(f"t2spir{n}" for n in ("01", "19", "33", "36", "38")), ("t2spir03", "t2spir08"), 3, True),
+    Study("mr", "MR", ("t2spir03", "t2spir08"), ("t2spir01", "t2spir19"), 3, True),
     Study("heart", "MR", (), (), 2, False),
     Study("hippocampus", "MR", (), (), 2, False),
 )

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from progidiff.cli.annotating import StoreOption, StudiesOption
 from progidiff.cli.options import JsonOption
 from progidiff.errors import RequestError
-from progidiff.labels.folder_structures import FolderStructures
-from progidiff.labels.history import AnnotationStore
 from progidiff.storage.state import default_store
+
+if TYPE_CHECKING:
+    from progidiff.labels.folder_structures import FolderStructures
 
 InsistOption = Annotated[
     bool, typer.Option("--insist", help="Take a name that is nearly a known one ('livr') as it stands.")
@@ -80,6 +81,9 @@ def rename_structure(
 
 
 def _open(studies: Path, store: Path | None) -> FolderStructures:
+    from progidiff.labels.folder_structures import FolderStructures
+    from progidiff.labels.history import AnnotationStore
+
     if not studies.is_dir():
         raise RequestError(f"There is no folder '{studies}'. Name the folder of images with --studies.")
     state = store or default_store(str(studies))

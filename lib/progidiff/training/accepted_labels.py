@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from progidiff.errors import ImageError
+from progidiff.images.formats import is_picture
 from progidiff.labels.cases import LABELS_JSON, list_labelled, load_label_names
 from progidiff.labels.folder_structures import FolderStructures, fold_name
 from progidiff.labels.history import AnnotationStore
@@ -133,7 +134,8 @@ def build_cases(
             continue
         said = combine_names(in_file, told)
         names = {**(folder_names or {}), **said}
-        names_all = is_told and bool(names)
+        # A picture shows what a sentence asked for; what its label itself names is all there is.
+        names_all = (is_told and bool(names)) or (is_picture(label.image) and bool(said))
         # The fixed ids name all that could be there; what is not drawn is unknown then, not absent.
         if not names:
             names = {value: name for name, value in fixed_ids().items()}

@@ -196,9 +196,10 @@ function renderNames() {
   if ([...select.options].map(({ value }) => value).join("\n") !== wanted.join("\n")) {
     select.replaceChildren(...names.map((name) => element("option", { value: name }, name)), element("option", { value: OTHER }, names.length ? "another …" : "name one …"));
   }
-  const form = find("draw-name-form");
-  form.hidden = names.length > 0 && !isNaming;
-  select.value = isNaming || !names.includes(state.structure) ? OTHER : state.structure;
+  // With none chosen the list stands on "another …", which cannot be chosen once more: the field is there at once.
+  const isChosen = names.includes(state.structure) && !isNaming;
+  find("draw-name-form").hidden = isChosen;
+  select.value = isChosen ? state.structure : OTHER;
 }
 
 /** @param {import("./session.js").ImageSession} session */

@@ -338,7 +338,7 @@ class CloseUpNetwork(nn.Module):
 
     def draw(
         self,
-        base: Float[Tensor, "M S S"],
+        base: Float[Tensor, "N S S"],
         tokens: Tensor,
         token_mask: Tensor | None,
         noise: Float[Tensor, "M c s s"],
@@ -355,9 +355,9 @@ class CloseUpNetwork(nn.Module):
         evidence wherever that decides.
 
         Args:
-            base: Sharpened logits; repeated, if a window has several proposals.
-            tokens, token_mask: (M, L, D) and (M, L), for cross-attention.
-            noise: Of the proposals.
+            base: Sharpened logits of N windows.
+            tokens, token_mask: (N, L, D) and (N, L), for cross-attention.
+            noise: Of the proposals, M / N in a row for each window.
             levels: What is added to the logits: positive for a generous reading.
             residuals: Of `compute_residuals`.
             num_inference_steps: T, 1 to 4 are useful.
@@ -367,6 +367,10 @@ class CloseUpNetwork(nn.Module):
         Returns:
             Logits (M, S, S); the mask is where they are positive.
         """
+        repeat = partial(torch.repeat_interleave, repeats=len(noise) // len(base), dim=0)
+        base, tokens = repeat(base), repeat(tokens)
+        token_mask = None if token_mask is None else repeat(token_mask)
+        residuals = ([repeat(skip) for skip in residuals[0]], repeat(residuals[1]))
         blank, blank_mask = (tokens, token_mask) if empty is None else empty
         blank = blank.expand(len(noise), -1, -1)
         blank_mask = None if blank_mask is None else blank_mask.expand(len(noise), -1)

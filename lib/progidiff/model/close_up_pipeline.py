@@ -87,14 +87,13 @@ class CloseUpPipeline:
         drawn = logits[:, None].repeat(1, len(levels), 1, 1)
         if each:
             with self._autocast():
-                down, middle = self.network.compute_residuals(features)
                 found = self.network.draw(
-                    logits.repeat_interleave(each, 0),
-                    tokens.repeat_interleave(each, 0),
-                    None if token_mask is None else token_mask.repeat_interleave(each, 0),
+                    logits,
+                    tokens,
+                    token_mask,
                     self._cut(noise[drawn_rows], batch.images.shape[-1]).repeat(count, 1, 1, 1),
                     levels[drawn_rows].to(self.device).repeat(count),
-                    ([r.repeat_interleave(each, 0) for r in down], middle.repeat_interleave(each, 0)),
+                    self.network.compute_residuals(features),
                     num_inference_steps,
                     guidance_scale,
                     empty,

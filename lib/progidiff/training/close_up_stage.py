@@ -250,12 +250,8 @@ class CloseUpObjective(Objective):
         total = len(batch.truth) * count
         noise = move(torch.randn(total, config.latent_channels, size, size, generator=generator), self.device)
         levels = move(torch.randn(total, generator=generator) * config.level_spread, self.device)
-        down, middle = self.network.compute_residuals(features)
-        residuals = ([r.repeat_interleave(count, 0) for r in down], middle.repeat_interleave(count, 0))
-        base = features.logits.repeat_interleave(count, 0)
-        tokens = batch.tokens.repeat_interleave(count, 0)
-        mask = None if batch.mask is None else batch.mask.repeat_interleave(count, 0)
-        drawn = self.network.draw(base, tokens, mask, noise, levels, residuals)
+        residuals = self.network.compute_residuals(features)
+        drawn = self.network.draw(features.logits, batch.tokens, batch.mask, noise, levels, residuals)
         return drawn.view(len(batch.truth), count, *drawn.shape[-2:])
 
     def _denoise(self, batch: CloseUpBatch, features: WindowFeatures, generator: torch.Generator) -> Tensor:

@@ -232,8 +232,7 @@ class VolumeSource:
         depth = len(volume.image)
         dz, *plane = volume.spacing
         pixel = float(axes.norm(dim=0).mean())
-        coarse = torch.from_numpy(rng.normal(0, self.jitter.bend * self.size * pixel, (1, 2, 4, 4))).float()
-        bend = F.interpolate(coarse, size=(self.size, self.size), mode="bicubic", align_corners=True)[0]
+        bend = draw_smooth(rng, self.jitter.bend * self.size * pixel, (2, 4, 4), self.size)
         step = max(1, round(self.neighbour_mm / dz))
         around = np.arange(-self.num_neighbours, self.num_neighbours + 1) * step
         slices = np.clip(z + around, 0, depth - 1)
@@ -281,6 +280,12 @@ class VolumeSource:
         return other, abs(other - z) * dz
 
 
+def draw_smooth(rng: np.random.Generator, spread: float, knots: tuple[int, int, int], size: int) -> Tensor:
+    """A smooth random field (C, size, size), of standard deviation `spread` at its `knots` (C, rows, columns)."""
+    coarse = torch.from_numpy(rng.normal(0, spread, (1, *knots))).float()
+    return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)[0]
+
+
 def wear_truth(shares: Tensor, pixel: float, rng: np.random.Generator) -> Tensor:
     """Truth as a coarse network might find it: displaced by up to a few mm, blurred, too wide here, too narrow there.
 
@@ -293,17 +298,15 @@ def wear_truth(shares: Tensor, pixel: float, rng: np.random.Generator) -> Tensor
         (E, S, S) in [0, 1].
     """
     count, size = len(shares), shares.shape[-1]
-
-    def draw_smooth(channels: int, spread: float) -> Tensor:
-        coarse = torch.from_numpy(rng.normal(0, spread, (1, channels, 6, 6))).float()
-        return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
-
     still = F.affine_grid(torch.eye(2, 3)[None], [1, 1, size, size], align_corners=False)
-    moved = still + draw_smooth(2, rng.uniform(0, 2.5) / pixel * 2 / size).permute(0, 2, 3, 1)
+    moved = still + draw_smooth(rng, rng.uniform(0, 2.5) / pixel * 2 / size, (2, 6, 6), size).permute(1, 2, 0)
     found = F.grid_sample(shares[None], moved, padding_mode="border", align_corners=False)[0]
     width = rng.uniform(1.2, 3.5) / pixel
     blurred = torch.from_numpy(gaussian_filter(found.numpy(), (0, width, width)))
-    offset = draw_smooth(1, rng.uniform(0, 2))[0] + torch.from_numpy(rng.normal(0, 0.5, (count, 1, 1))).float()
+    offset = (
+        draw_smooth(rng, rng.uniform(0, 2), (1, 6, 6), size)
+        + torch.from_numpy(rng.normal(0, 0.5, (count, 1, 1))).float()
+    )
     return torch.sigmoid(torch.logit(blurred.clamp(1e-3, 1 - 1e-3)) * rng.uniform(0.8, 2) + offset)
 
 

@@ -1,9 +1,7 @@
 // Drawing on the review page: brush, eraser, lasso, fill, undo, redo, reload, interpolation, submission, a second tab, a lost server, fingers.
 // Wants {image, prompt}. Returns what the page says is drawn at each submission, for the test to compare with the files on disk.
 
-import { drive } from './driver.mjs';
-
-const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+import { drive, settle } from './driver.mjs';
 
 /** What is drawn by hand: [{structure, z, box, runs}], and where the slice lies on the screen. */
 const read = (page) =>

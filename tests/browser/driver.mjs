@@ -12,6 +12,9 @@ function act(name) {
   });
 }
 
+/** Wait until the page has drawn what was asked of it. */
+export const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+
 /**
  * Wait until a function of the page says so. `page.waitForFunction` takes the promise of an asynchronous one for a yes.
  * @param {import('playwright-core').Page} page

@@ -2,9 +2,8 @@
 // one, one that was not saved; another model, a grey picture, a volume beside it, a phone.
 // Wants {image, gray, volume, sentence}. Returns what the page shows and says is drawn, for the test to compare with the files on disk.
 
-import { drive } from './driver.mjs';
+import { drive, settle } from './driver.mjs';
 
-const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
 const pixels = (page) => page.locator('#facts').evaluate((node) => Number(node.dataset.pixels));
 const sentence = (page) => page.locator('#sentence').inputValue();
 

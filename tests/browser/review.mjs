@@ -1,7 +1,7 @@
 // The review page: queue, prompt, pick, merge, undo, reload, submit, undo of a save, a lost server, an expired login, a second tab.
 // Wants {image, prompt, count, unsure: an image without an orientation}. Returns what was accepted where, for the test to compare with the files on disk.
 
-import { drive } from './driver.mjs';
+import { drive, settle } from './driver.mjs';
 
 const pixels = (page) => page.locator('#facts').evaluate((node) => Number(node.dataset.pixels));
 /** As the server counts: from 0. */
@@ -10,7 +10,6 @@ const picked = (page) => page.locator('#picked').textContent();
 const measures = (page, name) =>
   page.evaluate((wanted) => performance.getEntriesByName(wanted).map(({ duration }) => Math.round(duration * 10) / 10), name);
 const ready = (page) => page.waitForFunction(() => document.querySelector('.thumb[data-kind="1"] .thumb-note')?.textContent.includes('cm²'));
-const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
 
 async function press(page, key) {
   await page.keyboard.press(key);
@@ -163,30 +162,6 @@ drive(async (page, given, { shoot }) => {
   for (const key of ['1', '2', 'c', '1', 'u']) await press(page, key);
   const times = { slices: await measures(page, 'slice-switch'), switches: await measures(page, 'proposal-switch') };
 
-  // This model has no close-up: clicks choose among its proposals, the page says so, and undo takes the click and its pick back.
-  const isDeaf = await page.locator('#draw-scribbleIn').isDisabled();
-  await press(page, '2');
-  await press(page, 'Shift+E');
-  const note = await page.locator('#steer-note').textContent();
-  const inside = await page.evaluate(async () => {
-    const { look, shown, state } = await import('/progidiff/static/state.js');
-    const { box, masks } = look(state.structure);
-    const index = masks[0].findIndex((value, i) => value && masks.every((mask) => mask[i]));
-    const width = box.x1 - box.x0;
-    const area = document.querySelector('#view').getBoundingClientRect();
-    const at = [box.x0 + (index % width) + 0.5, box.y0 + Math.floor(index / width) + 0.5];
-    const { place } = shown;
-    return [area.left + (place.left + at[0] * place.scaleX) / devicePixelRatio, area.top + (place.top + at[1] * place.scaleY) / devicePixelRatio];
-  });
-  await page.mouse.click(...inside);
-  await page.locator('.toast', { hasText: 'proposals agree' }).last().waitFor();
-  const chosen = await page.locator('#picked').textContent();
-  await shoot('chosen');
-  await press(page, 'z');
-  const before = await page.locator('#picked').textContent();
-  await press(page, 'Escape');
-  const chose = { isDeaf, note, chosen, before };
-
   // An image whose header does not say where it lies: told when it is opened, and again on request.
   const isPlainQuiet = await page.locator('#header-warning').isHidden();
   await page.locator('.case', { hasText: given.unsure }).click();
@@ -196,7 +171,7 @@ drive(async (page, given, { shoot }) => {
   await page.locator('#header-warning').click();
   const warning = await page.locator('#notice-text').textContent();
   return {
-    chose, leftOut, isPlainQuiet, warning, counted, first, second, third, fourth, decided, restored, kept, undone, isReadOnly, isTaken, isInjected, foreign, overflow,
+    leftOut, isPlainQuiet, warning, counted, first, second, third, fourth, decided, restored, kept, undone, isReadOnly, isTaken, isInjected, foreign, overflow,
     firstPixels: opened, firstProposal, ...times,
   };
 });

@@ -1,9 +1,7 @@
 // A round of several organs on one image of the review page, as a person would go about it; what the page measured of it comes back.
 // Wants {image, prompts: one structure each, slices: how many of each are looked at}.
 
-import { drive, until } from './driver.mjs';
-
-const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+import { drive, settle, until } from './driver.mjs';
 
 /** The masks of the slice in view are there. */
 const ready = (page) =>

@@ -1,9 +1,7 @@
 // Steering on the review page: clicks, a scribble, a box and a loop, undo, a reload, a click while the server is gone, submission.
 // Wants {image, name: of a structure that the model does not know, prompt: of one that it knows}.
 
-import { drive, until } from './driver.mjs';
-
-const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+import { drive, settle, until } from './driver.mjs';
 
 /** Where the slice lies on the screen, and what is known of the edits and the result. */
 const read = (page) =>

@@ -1,9 +1,7 @@
 // Teaching a structure on the review page: a name that is nearly known, a new one, the brush on two slices, a submission, a reload.
 // Wants {image, name, words, color}. Returns what the page says is drawn, for the test to compare with the file on disk.
 
-import { drive, until } from './driver.mjs';
-
-const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
+import { drive, settle, until } from './driver.mjs';
 
 /** What is drawn by hand, and where the slice lies on the screen. */
 const read = (page) =>

@@ -7,7 +7,9 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
+from progidiff.model.close_up_folder import FOLDER as CLOSE_UP
 from support.browser import drive, needs_browser
 from support.crops import SWITCH_MS, write_crop
 from support.servers import APP, Server, copy_app, run_server
@@ -39,9 +42,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     nibabel.save(nibabel.Nifti1Image(np.asarray(unsure.dataobj), None, unsure.header), studies / "other.nii.gz")
     (studies / "older").mkdir()
     write_crop(studies / "older" / "lost.nii.gz")
-    conf = ("model_dir", str(APP / "model"), "device", "cpu", "score_pool", "off")
-    with run_server(studies, copy_app(folder), folder / "server.log", *conf) as running:
+    with serve(studies, folder, APP / "model") as running:
         yield running
+
+
+def serve(studies: Path, folder: Path, model: Path) -> AbstractContextManager[Server]:
+    conf = ("model_dir", str(model), "device", "cpu", "score_pool", "off")
+    return run_server(studies, copy_app(folder), folder / "server.log", *conf)
 
 
 def read_stack(content: bytes, volume: Volume) -> np.ndarray:
@@ -91,10 +98,6 @@ def test_the_whole_round_on_the_review_page(server: Server, tmp_path: Path):
     assert seen["leftOut"][0].startswith("older/ Images in subfolders are not served (lost.nii.gz)")
     assert seen["isPlainQuiet"]
     assert "'other.nii.gz' gives no orientation" in seen["warning"]
-    chose = seen["chose"]
-    assert chose["isDeaf"]
-    assert "clicks choose among its proposals" in chose["note"]
-    assert (chose["chosen"], chose["before"]) == ("consensus", "proposal 2")
 
     volume = load_volume(server.studies / "abdomen.nii.gz")
     proposals = read_proposals(server, volume)
@@ -138,3 +141,16 @@ def test_the_whole_round_on_the_review_page(server: Server, tmp_path: Path):
     np.testing.assert_array_equal(volume.arrange(np.asarray(label.dataobj)) == 6, expected)
     assert set(np.unique(np.asarray(label.dataobj))) <= {0, 6}
     np.testing.assert_allclose(label.affine, volume.affine, atol=1e-4)
+
+
+def test_clicks_choose_among_the_proposals_of_a_model_without_a_close_up(tmp_path: Path):
+    studies, model = tmp_path / "studies", tmp_path / "model"
+    studies.mkdir()
+    write_crop(studies / "abdomen.nii.gz")
+    shutil.copytree(APP / "model", model, ignore=shutil.ignore_patterns(CLOSE_UP))
+    with serve(studies, tmp_path, model) as server:
+        seen = drive("choosing.mjs", server.url, tmp_path / "shots", image="abdomen", prompt="liver", count=COUNT)
+    assert seen["problems"] == []
+    assert seen["isDeaf"]
+    assert "clicks choose among its proposals" in seen["note"]
+    assert (seen["chosen"], seen["after"]) == ("consensus", "proposal 2")

@@ -1,6 +1,7 @@
 """Structures that no shipped weights have seen, taught from 1 to 40 annotated slices.
 
-    python benchmarks/teach.py --data ../shared/data --work runs/teach --out benchmarks/results/teach.json
+    python benchmarks/teach.py --data ../shared/data --work runs/teach --out benchmarks/results/teach.json \
+        --picture docs/images/teach.png
     python benchmarks/teach.py --data ../shared/data --work runs/teach --sets hippocampus --slices 10 --seeds 0
     python benchmarks/teach.py --summarise benchmarks/results/teach.json
 
@@ -320,6 +321,36 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Dice against annotated slices, one column per set, with the pool as a line across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sets = list(dict.fromkeys(row["set"] for row in rows))
+    figure, axes = plt.subplots(1, len(sets), figsize=(4.8 * len(sets), 3.6), squeeze=False, sharey=True)
+    for axis, name in zip(axes[0], sets, strict=True):
+        mine = [row for row in rows if row["set"] == name and row["slices"] != POOL]
+        slices = [row["slices"] for row in mine]
+        for number, (arm, title) in enumerate(zip(ARMS, ("taught", "U-Net from scratch"), strict=True)):
+            dices, deviations = ([row[arm][key] for row in mine] for key in ("dice", "sd"))
+            axis.errorbar(slices, dices, deviations, color=f"C{number}", marker="o", capsize=3, label=title)
+            for row in rows:
+                if row["set"] == name and row["slices"] == POOL:
+                    axis.axhline(row[arm]["dice"], color=f"C{number}", linewidth=0.9, linestyle=":")
+        axis.set(title=name, xlabel="annotated slices", xscale="log", xticks=slices, ylim=(0, 1))
+        axis.set_xticks(slices, [str(count) for count in slices])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("Dice on held-out patients")
+    axes[0][-1].legend(loc="lower right", title="dotted: every slice of the pool", fontsize=8, title_fontsize=8)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
 def _read_count(text: str) -> int | str:
     return POOL if text == POOL else int(text)
 
@@ -343,10 +374,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--done-only", action="store_true", help="train nothing; the table of what is done")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--summarise", type=Path, help="only the table of this JSON file")
+    parser.add_argument("--picture", type=Path, help="PNG of the curves")
+    parser.add_argument("--summarise", type=Path, help="only the table (and --picture) of this JSON file")
     options = parser.parse_args(arguments)
     if options.summarise:
-        print(format_table(json.loads(options.summarise.read_text(encoding="utf-8"))["summary"]))
+        show(json.loads(options.summarise.read_text(encoding="utf-8"))["summary"], options.picture)
         return
     if options.data is None:
         parser.error("--data is needed, or --summarise")
@@ -358,7 +390,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(format_table(report["summary"]))
+    show(report["summary"], options.picture)
+
+
+def show(rows: Sequence[Mapping[str, Any]], picture: Path | None) -> None:
+    print(format_table(rows))
+    if picture:
+        draw(rows, picture)
 
 
 if __name__ == "__main__":

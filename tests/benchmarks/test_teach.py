@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
@@ -53,3 +54,13 @@ def test_the_table_has_one_row_per_set_and_number_of_slices(teach: ModuleType):
     assert [(row["set"], row["slices"], row["seeds"]) for row in rows] == [("heart", 10, 2)]
     table = teach.format_table(rows)
     assert "| heart | 10 | 0.750 ± 0.071 | 0.500 ± 0.000 | 60 | 2 |" in table
+
+
+def test_the_picture_of_the_curves_is_drawn(teach: ModuleType, tmp_path: Path):
+    cells = [
+        {"set": "heart", "slices": count, "seed": 0, "cpu_seconds": 60.0, "taught": dice, "u-net": dice - 0.2}
+        for count, dice in ((1, 0.4), (10, 0.7), (teach.POOL, 0.8))
+    ]
+    teach.draw(teach.summarise(cells), tmp_path / "teach.png")
+    pixels = plt.imread(tmp_path / "teach.png")
+    assert pixels[..., :3].std() > 0.01

@@ -352,3 +352,33 @@ def test_a_label_that_names_its_own_ids_is_scored_by_them(studies, tiny_model):
     segments = [("kidney_left", 1), ("spinal cord", 2), ("Leber", 3)]
     write_seg_nrrd(final / "case1.seg.nrrd", moved, segments, image.affine)
     assert score() == before
+
+
+def test_what_a_version_was_taught_is_scored_too(studies, tiny_model, tmp_path):
+    from progidiff.model.adapters import AdapterStore, compute_base_digest
+    from progidiff.model.lora import collect_full
+    from progidiff.proposals.engine import Engine
+
+    engine = Engine(tiny_model, adapters=tmp_path / "adapters")
+    base = {"base": compute_base_digest(tiny_model), "base_name": engine.model_version}
+    card = AdapterStore(tmp_path / "adapters").add(
+        "ct-cord",
+        "full",
+        collect_full(engine.load().branch),
+        modality="CT",
+        structures=("spinal cord",),
+        run={},
+        readme=lambda card: "",
+        shapes=engine.card.conditioning,
+        **base,
+    )
+
+    def score(**asked) -> list[str]:
+        result = evaluate(engine, studies, num_proposals=1, num_inference_steps=1, hd95=False, **asked)
+        return sorted(result["cases"][0]["structures"])
+
+    assert score() == ["left kidney", "liver"]  # Nothing serves it yet.
+    assert score(adapter=card.full_name, structures=["spinal cord"]) == ["spinal cord"]
+    engine.adapters.publish("ct-cord", 1)
+    assert score() == ["left kidney", "liver", "spinal cord"]
+    assert score(adapter="none") == ["left kidney", "liver"]

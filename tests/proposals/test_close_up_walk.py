@@ -67,6 +67,23 @@ def test_a_second_prompt_looks_at_no_slice_again(engine: Engine, volume: Volume)
     assert sum(calls) == 16, "words that nobody looked for yet need another look"
 
 
+def test_a_name_that_the_drawing_network_never_saw_says_nothing_to_it(engine: Engine, volume: Volume):
+    told: list[torch.Tensor] = []
+    engine.load()
+    assert engine._close_up is not None
+    engine._close_up.pipeline.network.condition.register_forward_hook(lambda _, inputs, __: told.append(inputs[0]))
+
+    def read_text(name: str) -> torch.Tensor:
+        told.clear()
+        engine.propose(ProposalRequest(queries=[Query(name, name)], num_proposals=2), volume)
+        return torch.cat(told)[:, : engine.load().branch.config.text_features]
+
+    assert read_text("liver").any()
+    unknown = read_text("kidney stone")
+    assert len(unknown)
+    assert not unknown.any()
+
+
 def test_proposal_k_does_not_depend_on_k_or_on_what_else_is_asked(engine: Engine, volume: Volume):
     one = engine.propose(ProposalRequest(queries=[LIVER], num_proposals=2, clean_up="off"), volume)
     more = engine.propose(ProposalRequest(queries=[AORTA, LIVER], num_proposals=4, clean_up="off"), volume)

@@ -41,7 +41,7 @@ from progidiff.images.volume import Volume
 from progidiff.labels.cases import LABELS_JSON, LabelledCase, list_labelled, load_label_names
 from progidiff.labels.segments import LabelMap, load_label_map, read_names
 from progidiff.prompts.parser import Query, parse_prompt
-from progidiff.proposals.request import DEFAULT_CLEAN_UP, ProposalRequest
+from progidiff.proposals.request import AUTO, DEFAULT_CLEAN_UP, NONE, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.work import Work
 from progidiff.storage.atomic import replace_text
@@ -285,7 +285,7 @@ def evaluate(
     Args:
         engine: The model.
         studies: Folder with images, `labels/final` and `labels.json` (label id -> structure).
-        structures: Names or synonyms; empty for all that the model knows and the datastore labels.
+        structures: Names or synonyms; empty for all that the model and its versions know and the datastore labels.
         cases: Names of cases, with or without suffix; None for all that have a label.
         num_proposals: K.
         num_inference_steps: None for the model's default.
@@ -310,8 +310,9 @@ def evaluate(
     started = time.monotonic()
     folder = Path(studies)
     chosen = list_labelled(folder, cases)
-    meanings, notes = _read_meanings(folder, chosen, engine.structures, structures)
-    asked = [name for name in engine.structures if any(name in ids for ids in meanings.values())]
+    known = _find_known(engine, adapter)
+    meanings, notes = _read_meanings(folder, chosen, known, structures)
+    asked = [name for name in known if any(name in ids for ids in meanings.values())]
     request = ProposalRequest(
         queries=tuple(Query(name, name) for name in asked),
         num_proposals=num_proposals,
@@ -337,6 +338,18 @@ def evaluate(
             "seconds": round(time.monotonic() - started, 1),
         },
     )
+
+
+def _find_known(engine: Engine, adapter: str | None) -> tuple[str, ...]:
+    """What the model knows, and what the versions that would answer have learned beside it."""
+    if adapter == NONE:
+        return engine.structures
+    if adapter in (None, "", AUTO):
+        taught = engine.find_taught()
+    else:
+        chosen = engine.pick_adapter(adapter, "")
+        taught = () if chosen is None else chosen.structures
+    return tuple(dict.fromkeys((*engine.structures, *taught)))
 
 
 def _score_cases(

@@ -123,6 +123,8 @@ class CloseUpTools:
         shelf: What was found before.
         texts: Prompts that are looked for beside those of the request, for the next one.
         prompts: The same, encoded.
+        structures: What the network that draws was trained on. The name of anything else says nothing to it: what it
+            would take from a text that it never saw is noise.
         calibration: What turns agreement into a probability; None if nobody measured it.
     """
 
@@ -131,6 +133,7 @@ class CloseUpTools:
     shelf: EvidenceShelf
     texts: tuple[str, ...]
     prompts: EncodedPrompts
+    structures: tuple[str, ...]
     calibration: Calibration | None = None
 
 
@@ -290,16 +293,19 @@ class CloseUpWalk(Walk):
         return subjects
 
     def _describe(self, p: int, evidence: NDArray[np.uint8] | None, placed: PlacedEdits) -> Subject:
-        """A structure of the request; without evidence it is what the edits say, and its text is empty."""
+        """A structure of the request. Without evidence it is what the edits say. The text is empty there, and of a
+        structure that the network was not trained on.
+        """
         prompts, is_found = self._prompts, evidence is not None
-        tokens, mask = (prompts.tokens, prompts.mask) if is_found else (prompts.empty_tokens, prompts.empty_mask)
-        row = p if is_found else 0
+        is_told = is_found and self._request.queries[p].name in self._tools.structures
+        tokens, mask = (prompts.tokens, prompts.mask) if is_told else (prompts.empty_tokens, prompts.empty_mask)
+        row = p if is_told else 0
         return Subject(
             stack=self._stack,
             intensities=self._window,
             evidence=np.zeros(self._evidence_shape, np.uint8) if evidence is None else evidence,
             grid=self._grid,
-            pooled=prompts.pooled[p] if is_found else torch.zeros_like(prompts.pooled[p]),
+            pooled=prompts.pooled[p] if is_told else torch.zeros_like(prompts.pooled[p]),
             tokens=tokens[row],
             token_mask=None if mask is None else mask[row],
             empty=(prompts.empty_tokens, prompts.empty_mask),

@@ -269,7 +269,8 @@ class Engine:
             precision = pipeline.unet.dtype  # Its weights stay in fp32, and its products are those of the denoiser.
         drawing = CloseUpPipeline(network, precision)
         prompts = self._encode_prompts(pipeline, texts)
-        return CloseUpTools(drawing, card.rules, self._shelf, texts, prompts, card.calibration)
+        trained = card.structures or texts
+        return CloseUpTools(drawing, card.rules, self._shelf, texts, prompts, trained, card.calibration)
 
     def find_taught(self, modality: str | None = None) -> tuple[str, ...]:
         """Structures that served versions know and the model itself does not, by name; empty if nothing is served, or

@@ -13,7 +13,7 @@ text-query head finds, on the pixels of the image, per structure and patient, av
 * taught: `progidiff adapt`'s recipe on the shipped base, without held-back slices: with ten of them nobody would.
 * u-net: MONAI's `BasicUNet` from scratch on the same slices, with the same input, augmentation and loss, for as much
   processor time as the first one took.
-* "pool": every slice of every training patient, the ceiling.
+* "pool": every slice of every training patient, the ceiling, in twice the steps.
 
 A cell is kept in the work folder when it is done, so that the table may be made in pieces; `--done-only` makes the
 table of what is there.
@@ -88,17 +88,13 @@ class Setting:
 
     Attributes:
         config: Kind, learning rate and so on.
-        steps_per_slice, fewest, most: Steps grow with the number of annotated slices.
+        steps: Whatever the number of annotated slices.
+        pool_steps: For every slice of the pool.
     """
 
     config: AdaptConfig
-    steps_per_slice: float = 6.0
-    fewest: int = 120
-    most: int = 300
-
-    def count_steps(self, slices: int) -> int:
-        """Steps for so many annotated slices."""
-        return int(np.clip(self.fewest + self.steps_per_slice * slices, self.fewest, self.most))
+    steps: int = 250
+    pool_steps: int = 500
 
 
 def order(cases: Sequence[Case], seed: int | str) -> list[Case]:
@@ -251,18 +247,21 @@ def make_loop(config: AdaptConfig, steps: int) -> LoopConfig:
     )
 
 
-def run_cell(bench: Bench, setting: Setting, count: int | str, seed: int, folder: Path) -> dict[str, Any]:
-    """Both arms on the same slices."""
+def run_cell(
+    bench: Bench, setting: Setting, count: int | str, seed: int, folder: Path, compare: bool
+) -> dict[str, Any]:
+    """Both arms on the same slices, or the first alone."""
     cache = bench.cache(count, seed)
-    steps = setting.count_steps(len(cache))
+    steps = setting.pool_steps if count == POOL else setting.steps
     began = time.process_time()
     find = bench.teach(cache, setting, steps, seed, folder)
     seconds = time.process_time() - began
     cell = {"set": bench.name, "slices": count, "seed": seed, "steps": steps, "cpu_seconds": round(seconds, 1)}
     cell["annotated"] = len(cache)
     cell["taught"] = measure(find, bench.held_out, bench.structures, bench.shapes)
-    other = bench.train_unet(cache, setting, seconds, seed)
-    cell["u-net"] = measure(other, bench.held_out, bench.structures, bench.shapes)
+    if compare:
+        other = bench.train_unet(cache, setting, seconds, seed)
+        cell["u-net"] = measure(other, bench.held_out, bench.structures, bench.shapes)
     return cell
 
 
@@ -270,7 +269,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     """All cells that are asked for, each kept when it is done, and the table."""
     changes = {"kind": options.kind, "batch_size": options.batch_size, "learning_rate": options.rate}
     lora = replace(AdaptConfig().lora, rank=options.rank, alpha=2.0 * options.rank)
-    setting = Setting(replace(AdaptConfig(), **changes, lora=lora), options.per_slice, options.fewest, options.most)
+    setting = Setting(replace(AdaptConfig(), **changes, lora=lora), options.steps, options.pool_steps)
     benches: dict[str, Bench] = {}
     base: ProposalPipeline | None = None
     cells = []
@@ -283,7 +282,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                         card, base = load_pipeline(options.model, Backbone(str(find_backbone(options.model))))
                     if name not in benches:
                         benches[name] = Bench(name, options.data, options.work, base, card.conditioning)
-                    cell = run_cell(benches[name], setting, count, seed, path.with_suffix(""))
+                    compare = isinstance(count, int) and count <= options.unet_up_to
+                    cell = run_cell(benches[name], setting, count, seed, path.with_suffix(""), compare)
                     scratch = path.with_suffix(f".{os.getpid()}.tmp")
                     scratch.write_text(json.dumps(cell), encoding="utf-8")
                     os.replace(scratch, path)
@@ -301,8 +301,8 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"set": name, "slices": count, "seeds": len(mine)}
         row["cpu_seconds"] = mean(cell["cpu_seconds"] for cell in mine)
         for arm in ARMS:
-            dices = [cell[arm] for cell in mine]
-            row[arm] = {"dice": mean(dices), "sd": stdev(dices) if len(dices) > 1 else 0.0}
+            dices = [cell[arm] for cell in mine if arm in cell]
+            row[arm] = {"dice": mean(dices), "sd": stdev(dices) if len(dices) > 1 else 0.0} if dices else None
         rows.append(row)
     return rows
 
@@ -314,11 +314,17 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        told = [f"{row[arm]['dice']:.3f}" + (f" ± {row[arm]['sd']:.3f}" if row["seeds"] > 1 else "") for arm in ARMS]
+        told = [_tell(row[arm], row["seeds"]) for arm in ARMS]
         lines.append(
             f"| {row['set']} | {row['slices']} | {' | '.join(told)} | {row['cpu_seconds']:.0f} | {row['seeds']} |"
         )
     return "\n".join(lines)
+
+
+def _tell(found: Mapping[str, float] | None, seeds: int) -> str:
+    if found is None:
+        return ""
+    return f"{found['dice']:.3f}" + (f" ± {found['sd']:.3f}" if seeds > 1 else "")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -334,10 +340,12 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         mine = [row for row in rows if row["set"] == name and row["slices"] != POOL]
         slices = [row["slices"] for row in mine]
         for number, (arm, title) in enumerate(zip(ARMS, ("taught", "U-Net from scratch"), strict=True)):
-            dices, deviations = ([row[arm][key] for row in mine] for key in ("dice", "sd"))
-            axis.errorbar(slices, dices, deviations, color=f"C{number}", marker="o", capsize=3, label=title)
+            told = [row for row in mine if row[arm]]
+            dices, deviations = ([row[arm][key] for row in told] for key in ("dice", "sd"))
+            x = [row["slices"] for row in told]
+            axis.errorbar(x, dices, deviations, color=f"C{number}", marker="o", capsize=3, label=title)
             for row in rows:
-                if row["set"] == name and row["slices"] == POOL:
+                if row["set"] == name and row["slices"] == POOL and row[arm]:
                     axis.axhline(row[arm]["dice"], color=f"C{number}", linewidth=0.9, linestyle=":")
         axis.set(title=name, xlabel="annotated slices", xscale="log", xticks=slices, ylim=(0, 1))
         axis.set_xticks(slices, [str(count) for count in slices])
@@ -366,9 +374,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, default=None, help="learning rate; the recipe's own without it")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--per-slice", type=float, default=Setting.steps_per_slice)
-    parser.add_argument("--fewest", type=int, default=Setting.fewest)
-    parser.add_argument("--most", type=int, default=Setting.most)
+    parser.add_argument("--steps", type=int, default=Setting.steps)
+    parser.add_argument("--pool-steps", type=int, default=Setting.pool_steps)
+    parser.add_argument("--unet-up-to", type=int, default=SLICES[-2], help="compare with a U-Net up to so many slices")
     parser.add_argument("--held-out", type=int, default=None, help="measure fewer patients")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "teach")
     parser.add_argument("--done-only", action="store_true", help="train nothing; the table of what is done")

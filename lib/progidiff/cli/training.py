@@ -183,7 +183,11 @@ PatienceOption = Annotated[
 ]
 AugmentationOption = Annotated[
     float | None,
-    typer.Option("--augmentation", help="Strength of augmentation, 0 to 3. Default: 1.", show_default=False),
+    typer.Option(
+        "--augmentation",
+        help="Strength of augmentation, 0 to 3. Default: 1, and 2 for something new.",
+        show_default=False,
+    ),
 ]
 ShadingOption = Annotated[
     float | None,

@@ -270,7 +270,7 @@ class AdaptStages:
                 self.phrases,
                 self.data.training,
                 EvidenceOptions(
-                    config.batch_size, augmentation=config.augmentation, bias_field=config.bias_field or 0.0
+                    config.batch_size, augmentation=config.augmentation or 0.0, bias_field=config.bias_field or 0.0
                 ),
                 config.random_share,
             ),

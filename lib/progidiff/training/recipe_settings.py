@@ -172,12 +172,13 @@ class AdaptConfig:
         kind: "lora": low-rank updates of the targets; "full": all weights of the targets.
         lora: Targets, and for kind "lora" rank and alpha.
         steps: Largest number of steps; validation stops earlier.
-        learning_rate: Peak; None: 2e-3 for kind "lora", 3e-4 for kind "full", 1e-3 for one that learns a structure that
-            is new.
+        learning_rate: Peak; None: 2e-3 for kind "lora", 3e-4 for kind "full", and 2e-3 for one of that kind that learns
+            a structure that is new.
         batch_size: Slices per step.
         validate_every: Steps between validations.
         patience: Validations without a gain after which training stops.
-        augmentation: Strength of affine and intensity augmentation; 1 is the recipe of the base.
+        augmentation: Strength of affine and intensity augmentation; None: 1, the recipe of the base, and 2 for one that
+            learns a structure that is new: there are few slices of it, and nothing else that knows its shapes.
         bias_field: Standard deviation of the logarithm of a smooth random shading (coil sensitivity); None: 0.3 for MR,
             0 for CT.
         proposal_steps: Steps of stage 3; 0 leaves it out.
@@ -199,7 +200,7 @@ class AdaptConfig:
     batch_size: int = 12
     validate_every: int = 25
     patience: int = 4
-    augmentation: float = 1.0
+    augmentation: float | None = None
     bias_field: float | None = None
     proposal_steps: int = 0
     proposal_rate: float = 1e-3
@@ -256,9 +257,10 @@ class AdaptConfig:
             is_new: Whether something is learned that the model does not know: the encoder has to learn what it was
                 never shown, by larger steps than it takes to get used to another scanner.
         """
-        rates = (2e-3, 1e-3 if is_new else 3e-4)
+        rate = 2e-3 if self.kind == "lora" or is_new else 3e-4
         return replace(
             self,
-            learning_rate=self.learning_rate or rates[self.kind == "full"],
+            learning_rate=self.learning_rate or rate,
+            augmentation=(2.0 if is_new else 1.0) if self.augmentation is None else self.augmentation,
             bias_field=get_modality(modality).bias_field if self.bias_field is None else self.bias_field,
         )

@@ -234,13 +234,11 @@ def _train(folder: Path, request: Mapping[str, Any], control: Control, progress:
 
         options = TrainingOptions.from_dict(request["options"])
         targets = ("encoder", "query_head", *(("injection",) if options.proposal_steps else ()))
-        offered = get_defaults(options.trainer)["learning_rate"]
         config = AdaptConfig(
             kind="lora" if TRAINERS[options.trainer] == "lora" else "full",
             lora=LoraSettings(options.rank, 2.0 * options.rank, targets),
             steps=options.steps,
-            # Left as it was offered, it is chosen by what there is to learn.
-            learning_rate=None if options.learning_rate == offered else options.learning_rate,
+            learning_rate=options.learning_rate,
             batch_size=options.batch_size,
             validate_every=options.validate_every,
             patience=options.patience,
@@ -299,7 +297,7 @@ def _train_head(folder: Path, request: Mapping[str, Any], control: Control, prog
         work,
         AcceptedConfig(
             options.steps,
-            options.learning_rate,
+            options.learning_rate or get_defaults(options.trainer)["learning_rate"],
             options.batch_size,
             options.crop,
             options.views,

@@ -30,8 +30,7 @@ DESCRIPTIONS = {
     ),
 }
 
-_LEARNING_RATES = {"progidiff": 3e-4, "progidiff_adapt": 2e-3, "textdiff": 5e-3}
-_HEAD_DEFAULTS = {"steps": 300, "batch_size": 8}
+_HEAD_DEFAULTS = {"steps": 300, "learning_rate": 5e-3, "batch_size": 8}
 """Where `textdiff` differs."""
 
 _HOST_NAMES = ("model", "client_id", "device", "pretrained", "multi_gpu", "gpus", "bundle_path")
@@ -47,7 +46,7 @@ class TrainingOptions:
         name: Of the adapter; None for the modality in lower case.
         modality: "CT", "MR", or None for that of the label saved last.
         steps, learning_rate, batch_size, validate_every, patience, augmentation, proposal_steps, seed: See
-            `progidiff.training.recipe_settings.AdaptConfig`.
+            `progidiff.training.recipe_settings.AdaptConfig`; a rate or augmentation of "auto" is None there.
         rank: Of the low-rank updates; alpha is twice the rank.
         crop, views, mirror: See `progidiff.textdiff.accepted.AcceptedConfig`.
         shots, slices: Train on so many volumes or labelled slices; None for all.
@@ -59,11 +58,11 @@ class TrainingOptions:
     name: str | None = None
     modality: str | None = None
     steps: int = 200
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     batch_size: int = 12
     validate_every: int = 25
     patience: int = 4
-    augmentation: float = 1.0
+    augmentation: float | None = None
     proposal_steps: int = 0
     seed: int = 0
     rank: int = 8
@@ -91,7 +90,7 @@ class TrainingOptions:
             >>> options, ignored = TrainingOptions.from_params("progidiff_adapt", {"steps": "50", "slices": 0,
             ...     "max_epochs": 3})
             >>> options.steps, options.slices, options.learning_rate, ignored
-            (50, None, 0.002, ('max_epochs',))
+            (50, None, None, ('max_epochs',))
         """
         if trainer not in TRAINERS:
             raise RequestError(f"There is no trainer '{trainer[:64]}'; this server has {', '.join(TRAINERS)}.")
@@ -111,11 +110,11 @@ class TrainingOptions:
             name=None if name.lower() in ("", AUTO) else name,
             modality=None if modality == AUTO else modality,
             steps=read_int(values["steps"], "steps", 1, 100_000),
-            learning_rate=read_float(values["learning_rate"], "learning_rate", 1e-7, 1.0),
+            learning_rate=_read_float_or_auto(values["learning_rate"], "learning_rate", 1e-7, 1.0),
             batch_size=read_int(values["batch_size"], "batch_size", 1, 256),
             validate_every=read_int(values["validate_every"], "validate_every", 1, 10_000),
             patience=read_int(values["patience"], "patience", 1, 1000),
-            augmentation=read_float(values["augmentation"], "augmentation", 0.0, 3.0),
+            augmentation=_read_float_or_auto(values["augmentation"], "augmentation", 0.0, 3.0),
             proposal_steps=read_int(values["proposal_steps"], "proposal_steps", 0, 100_000),
             seed=read_int(values["seed"], "seed", 0, 2**62),
             rank=read_int(values.get("rank", cls.rank), "rank", 1, 128),
@@ -161,7 +160,6 @@ def get_defaults(trainer: str) -> dict[str, Any]:
         return {
             "name": AUTO,
             **_HEAD_DEFAULTS,
-            "learning_rate": _LEARNING_RATES[trainer],
             "crop": TrainingOptions.crop,
             "views": TrainingOptions.views,
             "mirror": [AUTO, "on", "off"],
@@ -176,11 +174,11 @@ def get_defaults(trainer: str) -> dict[str, Any]:
         "name": AUTO,
         "modality": [AUTO, *list_modalities()],
         "steps": TrainingOptions.steps,
-        "learning_rate": _LEARNING_RATES[trainer],
+        "learning_rate": AUTO,
         "batch_size": TrainingOptions.batch_size,
         "validate_every": TrainingOptions.validate_every,
         "patience": TrainingOptions.patience,
-        "augmentation": TrainingOptions.augmentation,
+        "augmentation": AUTO,
         **({"rank": TrainingOptions.rank} if TRAINERS[trainer] == "lora" else {}),
         "proposal_steps": TrainingOptions.proposal_steps,
         "shots": 0,
@@ -191,6 +189,11 @@ def get_defaults(trainer: str) -> dict[str, Any]:
         "seed": TrainingOptions.seed,
         "publish": True,
     }
+
+
+def _read_float_or_auto(value: object, option: str, low: float, high: float) -> float | None:
+    is_auto = isinstance(value, str) and value.strip().lower() == AUTO
+    return None if is_auto else read_float(value, option, low, high)
 
 
 def _read_names(value: object, option: str) -> tuple[str, ...]:

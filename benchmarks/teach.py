@@ -294,7 +294,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One row per set and number of slices: mean and standard deviation over seeds of both arms, and the seconds."""
+    """One row per set and number of slices: mean and standard deviation over seeds of both arms, and the seconds of the
+    first.
+    """
     rows = []
     for name, count in dict.fromkeys((cell["set"], cell["slices"]) for cell in cells):
         mine = [cell for cell in cells if (cell["set"], cell["slices"]) == (name, count)]
@@ -302,7 +304,8 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         row["cpu_seconds"] = mean(cell["cpu_seconds"] for cell in mine)
         for arm in ARMS:
             dices = [cell[arm] for cell in mine if arm in cell]
-            row[arm] = {"dice": mean(dices), "sd": stdev(dices) if len(dices) > 1 else 0.0} if dices else None
+            deviation = stdev(dices) if len(dices) > 1 else 0.0
+            row[arm] = {"dice": mean(dices), "sd": deviation, "seeds": len(dices)} if dices else None
         rows.append(row)
     return rows
 
@@ -310,21 +313,22 @@ def summarise(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| set | annotated slices | taught | U-Net from scratch | CPU seconds each | seeds |",
+        "| set | annotated slices | taught | U-Net from scratch | CPU seconds each | seeds (taught, U-Net) |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        told = [_tell(row[arm], row["seeds"]) for arm in ARMS]
+        told = [_tell(row[arm]) for arm in ARMS]
         lines.append(
-            f"| {row['set']} | {row['slices']} | {' | '.join(told)} | {row['cpu_seconds']:.0f} | {row['seeds']} |"
+            f"| {row['set']} | {row['slices']} | {' | '.join(told)} | {row['cpu_seconds']:.0f} | {row['seeds']}, "
+            f"{row['u-net']['seeds'] if row['u-net'] else 0} |"
         )
     return "\n".join(lines)
 
 
-def _tell(found: Mapping[str, float] | None, seeds: int) -> str:
+def _tell(found: Mapping[str, float] | None) -> str:
     if found is None:
         return ""
-    return f"{found['dice']:.3f}" + (f" ± {found['sd']:.3f}" if seeds > 1 else "")
+    return f"{found['dice']:.3f}" + (f" ± {found['sd']:.3f}" if found["seeds"] > 1 else "")
 
 
 def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

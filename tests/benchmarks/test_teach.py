@@ -48,9 +48,9 @@ def test_the_table_has_one_row_per_set_and_number_of_slices(teach: ModuleType):
     rows = teach.summarise(cells)
     assert [(row["set"], row["slices"], row["seeds"]) for row in rows] == [("heart", 10, 2)]
     table = teach.format_table(rows)
-    assert "| heart | 10 | 0.750 ± 0.071 | 0.500 ± 0.000 | 60 | 2 |" in table
+    assert "| heart | 10 | 0.750 ± 0.071 | 0.500 ± 0.000 | 60 | 2, 2 |" in table
     pool = [{"set": "heart", "slices": teach.POOL, "seed": 0, "cpu_seconds": 90.0, "taught": 0.9}]
-    assert "| heart | pool | 0.900 |  | 90 | 1 |" in teach.format_table(teach.summarise(pool))
+    assert "| heart | pool | 0.900 |  | 90 | 1, 0 |" in teach.format_table(teach.summarise(pool))
 
 
 def test_the_picture_of_the_curves_is_drawn(teach: ModuleType, tmp_path: Path):

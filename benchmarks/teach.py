@@ -13,7 +13,7 @@ text-query head finds, on the pixels of the image, per structure and patient, av
 * taught: `progidiff adapt`'s recipe on the shipped base, without held-back slices: with ten of them nobody would.
 * u-net: MONAI's `BasicUNet` from scratch on the same slices, with the same input, augmentation and loss, for as much
   processor time as the first one took.
-* "pool": every slice of every training patient, the ceiling, in twice the steps.
+* "pool": every slice of every training patient, the ceiling.
 
 A cell is kept in the work folder when it is done, so that the table may be made in pieces; `--done-only` makes the
 table of what is there.
@@ -80,21 +80,6 @@ class Task:
 
 
 TASKS = {"heart": Task("heart", 20), "hippocampus": Task("hippocampus", 40)}
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The recipe.
-
-    Attributes:
-        config: Kind, learning rate and so on.
-        steps: Whatever the number of annotated slices.
-        pool_steps: For every slice of the pool.
-    """
-
-    config: AdaptConfig
-    steps: int = 250
-    pool_steps: int = 500
 
 
 def order(cases: Sequence[Case], seed: int | str) -> list[Case]:
@@ -172,15 +157,14 @@ class Bench:
         """The annotated slices on the working grid."""
         return SliceCache(annotate(self.pool, count, seed), self.structures, self.shapes, self.work / "cache", 2)
 
-    def teach(self, cache: SliceCache, setting: Setting, steps: int, seed: int, folder: Path) -> FindEvidence:
-        """`progidiff adapt`'s recipe for so many steps."""
-        config = replace(setting.config.complete("MR", is_new=True), seed=seed)
+    def teach(self, cache: SliceCache, config: AdaptConfig, folder: Path) -> FindEvidence:
+        """`progidiff adapt`'s recipe, see `AdaptConfig.complete`."""
         branch = copy.deepcopy(self.base.branch)
         trainee = Trainee(config, ("encoder", "query_head"), branch, self.base.unet)
         trainee.select(("encoder", "query_head"))
         phrases = PhraseTable(self.base.backbone, self.structures)
         objective = EvidenceObjective(branch, phrases, cache, make_options(config), config.random_share)
-        run_loop({"branch": branch}, objective, make_loop(config, steps), folder)
+        run_loop({"branch": branch}, objective, make_loop(config), folder)
         branch.eval()
         pooled = phrases.pooled[phrases.canonical()]
 
@@ -190,19 +174,18 @@ class Bench:
 
         return find
 
-    def train_unet(self, cache: SliceCache, setting: Setting, seconds: float, seed: int) -> FindEvidence:
+    def train_unet(self, cache: SliceCache, config: AdaptConfig, seconds: float) -> FindEvidence:
         """A plain U-Net on the same slices for so many seconds of processor time."""
         from monai.networks.nets import BasicUNet
 
-        torch.manual_seed(seed)
-        config = replace(setting.config.complete("MR", is_new=True), seed=seed)
+        torch.manual_seed(config.seed)
         channels = 2 * self.shapes.num_neighbours + 1
         widths = (16, 32, 64, 128, 256, 16)
         network = BasicUNet(2, channels, len(self.structures), features=widths)
         phrases = PhraseTable(self.base.backbone, self.structures)
         source = EvidenceObjective(self.base.branch, phrases, cache, make_options(config), config.random_share)
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(config.seed)
         began, average = time.process_time(), copy.deepcopy(network)
         while (spent := time.process_time() - began) < seconds:
             for group in optimizer.param_groups:
@@ -231,10 +214,13 @@ class Bench:
 
 
 def make_options(config: AdaptConfig) -> EvidenceOptions:
-    return EvidenceOptions(config.batch_size, augmentation=config.augmentation, bias_field=config.bias_field or 0.0)
+    return EvidenceOptions(
+        config.batch_size, augmentation=config.augmentation or 0.0, bias_field=config.bias_field or 0.0
+    )
 
 
-def make_loop(config: AdaptConfig, steps: int) -> LoopConfig:
+def make_loop(config: AdaptConfig) -> LoopConfig:
+    steps = config.steps or 0
     return LoopConfig(
         steps=steps,
         learning_rate=config.learning_rate or 0.0,
@@ -248,28 +234,33 @@ def make_loop(config: AdaptConfig, steps: int) -> LoopConfig:
 
 
 def run_cell(
-    bench: Bench, setting: Setting, count: int | str, seed: int, folder: Path, compare: bool
+    bench: Bench, config: AdaptConfig, count: int | str, seed: int, folder: Path, compare: bool
 ) -> dict[str, Any]:
     """Both arms on the same slices, or the first alone."""
     cache = bench.cache(count, seed)
-    steps = setting.pool_steps if count == POOL else setting.steps
+    config = replace(config, seed=seed).complete("MR", is_new=True, num_slices=len(cache))
     began = time.process_time()
-    find = bench.teach(cache, setting, steps, seed, folder)
+    find = bench.teach(cache, config, folder)
     seconds = time.process_time() - began
-    cell = {"set": bench.name, "slices": count, "seed": seed, "steps": steps, "cpu_seconds": round(seconds, 1)}
+    cell = {"set": bench.name, "slices": count, "seed": seed, "steps": config.steps, "cpu_seconds": round(seconds, 1)}
     cell["annotated"] = len(cache)
     cell["taught"] = measure(find, bench.held_out, bench.structures, bench.shapes)
     if compare:
-        other = bench.train_unet(cache, setting, seconds, seed)
+        other = bench.train_unet(cache, config, seconds)
         cell["u-net"] = measure(other, bench.held_out, bench.structures, bench.shapes)
     return cell
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All cells that are asked for, each kept when it is done, and the table."""
-    changes = {"kind": options.kind, "batch_size": options.batch_size, "learning_rate": options.rate}
-    lora = replace(AdaptConfig().lora, rank=options.rank, alpha=2.0 * options.rank)
-    setting = Setting(replace(AdaptConfig(), **changes, lora=lora), options.steps, options.pool_steps)
+    config = replace(
+        AdaptConfig(),
+        kind=options.kind,
+        batch_size=options.batch_size,
+        learning_rate=options.rate,
+        steps=options.steps,
+        lora=replace(AdaptConfig().lora, rank=options.rank, alpha=2.0 * options.rank),
+    )
     benches: dict[str, Bench] = {}
     base: ProposalPipeline | None = None
     cells = []
@@ -283,7 +274,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                     if name not in benches:
                         benches[name] = Bench(name, options.data, options.work, base, card.conditioning)
                     compare = isinstance(count, int) and count <= options.unet_up_to
-                    cell = run_cell(benches[name], setting, count, seed, path.with_suffix(""), compare)
+                    cell = run_cell(benches[name], config, count, seed, path.with_suffix(""), compare)
                     scratch = path.with_suffix(f".{os.getpid()}.tmp")
                     scratch.write_text(json.dumps(cell), encoding="utf-8")
                     os.replace(scratch, path)
@@ -378,8 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--rate", type=float, default=None, help="learning rate; the recipe's own without it")
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=Setting.steps)
-    parser.add_argument("--pool-steps", type=int, default=Setting.pool_steps)
+    parser.add_argument("--steps", type=int, default=None, help="the recipe's own without it")
     parser.add_argument("--unet-up-to", type=int, default=SLICES[-2], help="compare with a U-Net up to so many slices")
     parser.add_argument("--held-out", type=int, default=None, help="measure fewer patients")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "teach")

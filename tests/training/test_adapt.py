@@ -450,6 +450,18 @@ def test_a_structure_that_the_model_does_not_know_is_learned_and_picked_by_its_n
     assert engine.find_taught() == ()
 
 
+def test_what_is_new_is_learned_in_as_many_steps_as_it_has_slices():
+    config = AdaptConfig()
+    assert [config.complete("MR", True, count).steps for count in (1, 20, 40, 500)] == [250, 250, 500, 1000]
+    assert config.complete("MR", False, 500).steps == 200
+    new, known = config.complete("MR", True, 10), config.complete("MR", False, 10)
+    assert (new.augmentation, known.augmentation) == (2.0, 1.0)
+    full = replace(config, kind="full")
+    assert [full.complete("MR", is_new).learning_rate for is_new in (True, False)] == [2e-3, 3e-4]
+    chosen = replace(config, steps=7, augmentation=0.0, learning_rate=0.1).complete("MR", True, 500)
+    assert (chosen.steps, chosen.augmentation, chosen.learning_rate) == (7, 0.0, 0.1)
+
+
 def test_what_is_new_may_cost_what_was_known_half_a_hundredth():
     def judge_liver(dice: float) -> tuple[bool, str]:
         figures = {
@@ -458,10 +470,36 @@ def test_what_is_new_may_cost_what_was_known_half_a_hundredth():
         }
         return judge(figures, None, "ct-base@1", ["cyst"])
 
-    assert judge_liver(0.896)[0]
+    accepted, told = judge_liver(0.896)
+    assert accepted
+    assert told.endswith("For liver it has 0.896, at most 0.005 less than before.")
     accepted, told = judge_liver(0.89)
-    assert not accepted
-    assert told.endswith("Refused: for liver it has 0.890 where ct-base@1 has 0.900, and may lose 0.005.")
+    assert accepted
+    assert told.endswith(
+        "For liver it has 0.890 where ct-base@1 has 0.900: it answers for cyst alone, all else is answered as before."
+    )
+
+
+def test_a_version_that_lost_what_was_known_answers_for_what_is_new_alone(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    studies = write_study(tmp_path / "studies")
+    write_table(studies, {1: "liver", 2: "myocardium"})
+    monkeypatch.setattr("progidiff.training.adapt.MAX_LOSS", -1.0)  # Whatever it has, it lost.
+    result = run_adapt(studies, model, None, tmp_path / "work", QUICK)
+    assert result.published, result.message
+    assert result.card.structures == ("myocardium",)
+    assert "it answers for myocardium alone" in result.message
+    engine = Engine(model, device="cpu")
+    assert engine.pick_adapter(None, "MR", ["liver"]) is None
+    picked = engine.pick_adapter(None, "MR", ["myocardium"])
+    assert picked is not None
+    assert picked.full_name == "mr-myocardium@1"
+    # The next one is compared with who answers: for the liver that is the model itself.
+    again = run_adapt(studies, model, None, tmp_path / "work", replace(QUICK, seed=1))
+    assert again.figures["current"]["consensus liver"] == again.figures["base"]["consensus liver"]
+    assert again.figures["current"]["consensus myocardium"] > again.figures["base"]["consensus myocardium"]
 
 
 def test_what_nobody_learned_is_answered_by_who_knows_it(adapted: tuple[Path, AdaptResult], tmp_path: Path):

@@ -162,7 +162,9 @@ NormsOption = Annotated[
 MaxStepsOption = Annotated[
     int | None,
     typer.Option(
-        "--steps", help="Largest number of steps; validation stops earlier. Default: 200.", show_default=False
+        "--steps",
+        help="Largest number of steps; validation stops earlier. Default: 200, more for something new.",
+        show_default=False,
     ),
 ]
 RateOption = Annotated[

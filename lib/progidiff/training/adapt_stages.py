@@ -263,6 +263,7 @@ class AdaptStages:
 
     def _train_evidence(self, pipeline: ProposalPipeline, trainee: Trainee, targets: tuple[str, ...]) -> BestWeights:
         config, folder = self.config, self.folder / "evidence"
+        steps = config.steps or 0  # `AdaptConfig.complete` has chosen
         best = BestWeights(folder, config.patience)
         objective = KeepingObjective(
             EvidenceObjective(
@@ -284,15 +285,15 @@ class AdaptStages:
             # checkpoint.
             figures = measure_dice(pipeline, self.data.validation, self.phrases, self.card, between=self.is_cancelled)
             best.note(objective.position, figures["evidence"], trainee.collect)
-            self.tell({"stage": "validation", "step": objective.position, "total": config.steps, **figures})
+            self.tell({"stage": "validation", "step": objective.position, "total": steps, **figures})
             return figures
 
         def stop() -> bool:
-            self.tell({"stage": "evidence", "step": objective.position, "total": config.steps})
+            self.tell({"stage": "evidence", "step": objective.position, "total": steps})
             return best.should_stop() or self.is_cancelled()
 
         trainee.select(targets)
-        loop = self._loop_config(config.steps, config.learning_rate or 0.0)
+        loop = self._loop_config(steps, config.learning_rate or 0.0)
         modules = {"branch": pipeline.branch}
         try:
             run_loop(modules, objective, loop, folder, validate, stop, lambda e: self.tell({"stage": "evidence", **e}))
@@ -301,7 +302,7 @@ class AdaptStages:
                 raise
             logger.info("Stopped early: no gain in %d validations", config.patience)
         if best.best is None:  # killed between the last checkpoint and its validation
-            objective.position = config.steps
+            objective.position = steps
             validate()
         return best
 

@@ -171,7 +171,8 @@ class AdaptConfig:
     Attributes:
         kind: "lora": low-rank updates of the targets; "full": all weights of the targets.
         lora: Targets, and for kind "lora" rank and alpha.
-        steps: Largest number of steps; validation stops earlier.
+        steps: Largest number of steps, validation stops earlier; None: 200, and where something new is learned 12.5 for
+            each annotated slice, 250 to 1000.
         learning_rate: Peak; None: 2e-3 for kind "lora", 3e-4 for kind "full", and 2e-3 for one of that kind that learns
             a structure that is new.
         batch_size: Slices per step.
@@ -195,7 +196,7 @@ class AdaptConfig:
 
     kind: Kind = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
-    steps: int = 200
+    steps: int | None = None
     learning_rate: float | None = None
     batch_size: int = 12
     validate_every: int = 25
@@ -250,16 +251,19 @@ class AdaptConfig:
                 "proposals only; set proposal_steps, for example 200."
             )
 
-    def complete(self, modality: str, is_new: bool = False) -> AdaptConfig:
+    def complete(self, modality: str, is_new: bool = False, num_slices: int = 0) -> AdaptConfig:
         """The same with every None replaced by what it stands for.
 
         Args:
+            num_slices: Annotated ones.
             is_new: Whether something is learned that the model does not know: the encoder has to learn what it was
                 never shown, by larger steps than it takes to get used to another scanner.
         """
         rate = 2e-3 if self.kind == "lora" or is_new else 3e-4
+        steps = min(max(250, round(12.5 * num_slices)), 1000) if is_new else 200
         return replace(
             self,
+            steps=self.steps or steps,
             learning_rate=self.learning_rate or rate,
             augmentation=(2.0 if is_new else 1.0) if self.augmentation is None else self.augmentation,
             bias_field=get_modality(modality).bias_field if self.bias_field is None else self.bias_field,

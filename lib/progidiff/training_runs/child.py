@@ -289,6 +289,7 @@ def _train_head(folder: Path, request: Mapping[str, Any], control: Control, prog
     from progidiff.training.adapt import CACHE
 
     options = TrainingOptions.from_dict(request["options"])
+    offered = get_defaults(options.trainer)  # what "auto" means here
     work = folder.parents[1] / WORK
     result = run_accepted(
         from_json(request["cases"]),
@@ -296,8 +297,8 @@ def _train_head(folder: Path, request: Mapping[str, Any], control: Control, prog
         Path(request["textdiff"]),
         work,
         AcceptedConfig(
-            options.steps,
-            options.learning_rate or get_defaults(options.trainer)["learning_rate"],
+            options.steps or offered["steps"],
+            options.learning_rate or offered["learning_rate"],
             options.batch_size,
             options.crop,
             options.views,

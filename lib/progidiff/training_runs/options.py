@@ -46,7 +46,7 @@ class TrainingOptions:
         name: Of the adapter; None for the modality in lower case.
         modality: "CT", "MR", or None for that of the label saved last.
         steps, learning_rate, batch_size, validate_every, patience, augmentation, proposal_steps, seed: See
-            `progidiff.training.recipe_settings.AdaptConfig`; a rate or augmentation of "auto" is None there.
+            `progidiff.training.recipe_settings.AdaptConfig`; "auto" is None there.
         rank: Of the low-rank updates; alpha is twice the rank.
         crop, views, mirror: See `progidiff.textdiff.accepted.AcceptedConfig`.
         shots, slices: Train on so many volumes or labelled slices; None for all.
@@ -57,7 +57,7 @@ class TrainingOptions:
     trainer: str
     name: str | None = None
     modality: str | None = None
-    steps: int = 200
+    steps: int | None = None
     learning_rate: float | None = None
     batch_size: int = 12
     validate_every: int = 25
@@ -109,7 +109,7 @@ class TrainingOptions:
             trainer=trainer,
             name=None if name.lower() in ("", AUTO) else name,
             modality=None if modality == AUTO else modality,
-            steps=read_int(values["steps"], "steps", 1, 100_000),
+            steps=None if _is_auto(values["steps"]) else read_int(values["steps"], "steps", 1, 100_000),
             learning_rate=_read_float_or_auto(values["learning_rate"], "learning_rate", 1e-7, 1.0),
             batch_size=read_int(values["batch_size"], "batch_size", 1, 256),
             validate_every=read_int(values["validate_every"], "validate_every", 1, 10_000),
@@ -173,7 +173,7 @@ def get_defaults(trainer: str) -> dict[str, Any]:
     return {
         "name": AUTO,
         "modality": [AUTO, *list_modalities()],
-        "steps": TrainingOptions.steps,
+        "steps": AUTO,
         "learning_rate": AUTO,
         "batch_size": TrainingOptions.batch_size,
         "validate_every": TrainingOptions.validate_every,
@@ -191,9 +191,12 @@ def get_defaults(trainer: str) -> dict[str, Any]:
     }
 
 
+def _is_auto(value: object) -> bool:
+    return isinstance(value, str) and value.strip().lower() == AUTO
+
+
 def _read_float_or_auto(value: object, option: str, low: float, high: float) -> float | None:
-    is_auto = isinstance(value, str) and value.strip().lower() == AUTO
-    return None if is_auto else read_float(value, option, low, high)
+    return None if _is_auto(value) else read_float(value, option, low, high)
 
 
 def _read_names(value: object, option: str) -> tuple[str, ...]:

@@ -452,7 +452,7 @@ def test_a_structure_that_the_model_does_not_know_is_learned_and_picked_by_its_n
 
 def test_what_is_new_is_learned_in_as_many_steps_as_it_has_slices():
     config = AdaptConfig()
-    assert [config.complete("MR", True, count).steps for count in (1, 20, 40, 500)] == [250, 250, 500, 1000]
+    assert [config.complete("MR", True, count).steps for count in (1, 20, 40, 500)] == [250, 250, 700, 1000]
     assert config.complete("MR", False, 500).steps == 200
     new, known = config.complete("MR", True, 10), config.complete("MR", False, 10)
     assert (new.augmentation, known.augmentation) == (2.0, 1.0)

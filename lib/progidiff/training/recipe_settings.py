@@ -171,8 +171,8 @@ class AdaptConfig:
     Attributes:
         kind: "lora": low-rank updates of the targets; "full": all weights of the targets.
         lora: Targets, and for kind "lora" rank and alpha.
-        steps: Largest number of steps, validation stops earlier; None: 200, and where something new is learned 12.5 for
-            each annotated slice, 250 to 1000.
+        steps: Largest number of steps, validation stops earlier; None: 200, and where something new is learned 250 and
+            22.5 more for each annotated slice beyond 20, at most 1000.
         learning_rate: Peak; None: 2e-3 for kind "lora", 3e-4 for kind "full", and 2e-3 for one of that kind that learns
             a structure that is new.
         batch_size: Slices per step.
@@ -260,7 +260,7 @@ class AdaptConfig:
                 never shown, by larger steps than it takes to get used to another scanner.
         """
         rate = 2e-3 if self.kind == "lora" or is_new else 3e-4
-        steps = min(max(250, round(12.5 * num_slices)), 1000) if is_new else 200
+        steps = min(250 + round(22.5 * max(0, num_slices - 20)), 1000) if is_new else 200
         return replace(
             self,
             steps=self.steps or steps,

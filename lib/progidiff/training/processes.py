@@ -218,7 +218,9 @@ class LifeWatch:
     def close(self) -> None:
         """Say good-bye, so that the others need not wait to find out."""
         self._is_closed.set()
-        self._threads[0].join(timeout=2.0)
+        # The interpreter aborts if it ends while a thread talks to the store, which may be slow to answer.
+        for thread in self._threads:
+            thread.join(timeout=min(10.0, LOST_AFTER))
         with contextlib.suppress(RuntimeError):  # the store has gone with the first process
             self._store.set(f"beat/{self._index}", "left")
 

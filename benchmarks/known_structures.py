@@ -127,12 +127,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         )
         trained = time.monotonic() - began
         # A server of its own, as after a restart: what a running one has loaded already is counted.
-        engine, volume = (
-            Engine(options.model, adapters=adapters),
-            load_volume(studies / f"{options.held_out[0]}.nii.gz"),
-        )
-        known = (*engine.structures, NEW)
-        request = ProposalRequest(queries=parse_prompt(NEW, known), adapter=result.card.full_name)
+        engine = Engine(options.model, adapters=adapters)
+        volume = load_volume(studies / f"{options.held_out[0]}.nii.gz")
+        request = ProposalRequest(queries=parse_prompt(NEW, (NEW,)), adapter=result.card.full_name)
         engine.propose(request, volume)
         answered = time.monotonic() - began - trained
         after = measure(engine, studies, options.held_out, result.card.full_name)

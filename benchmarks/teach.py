@@ -49,7 +49,7 @@ from progidiff.model.folder import find_backbone, load_pipeline
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.training.accepted_labels import EVERYTHING
 from progidiff.training.adapt_stages import Trainee
-from progidiff.training.evidence_stage import EvidenceObjective, EvidenceOptions, PhraseTable
+from progidiff.training.evidence_stage import EvidenceObjective, PhraseTable
 from progidiff.training.loop import LoopConfig, find_autocast_dtype, run_loop
 from progidiff.training.losses import compute_evidence_loss
 from progidiff.training.recipe_settings import AdaptConfig
@@ -163,7 +163,7 @@ class Bench:
         trainee = Trainee(config, ("encoder", "query_head"), branch, self.base.unet)
         trainee.select(("encoder", "query_head"))
         phrases = PhraseTable(self.base.backbone, self.structures)
-        objective = EvidenceObjective(branch, phrases, cache, make_options(config), config.random_share)
+        objective = EvidenceObjective(branch, phrases, cache, config.choose_evidence_options(), config.random_share)
         run_loop({"branch": branch}, objective, make_loop(config), folder)
         branch.eval()
         pooled = phrases.pooled[phrases.canonical()]
@@ -183,7 +183,9 @@ class Bench:
         widths = (16, 32, 64, 128, 256, 16)
         network = BasicUNet(2, channels, len(self.structures), features=widths)
         phrases = PhraseTable(self.base.backbone, self.structures)
-        source = EvidenceObjective(self.base.branch, phrases, cache, make_options(config), config.random_share)
+        source = EvidenceObjective(
+            self.base.branch, phrases, cache, config.choose_evidence_options(), config.random_share
+        )
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
         generator = torch.Generator().manual_seed(config.seed)
         began, average = time.process_time(), copy.deepcopy(network)
@@ -211,12 +213,6 @@ class Bench:
                 return average(images).sigmoid()
 
         return find
-
-
-def make_options(config: AdaptConfig) -> EvidenceOptions:
-    return EvidenceOptions(
-        config.batch_size, augmentation=config.augmentation or 0.0, bias_field=config.bias_field or 0.0
-    )
 
 
 def make_loop(config: AdaptConfig) -> LoopConfig:

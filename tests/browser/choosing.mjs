@@ -1,12 +1,7 @@
 // Clicks on the review page with a model that does not draw by them: they choose among its proposals, and undo takes click and pick back.
 // Wants {image, prompt, count}.
 
-import { drive, settle } from './driver.mjs';
-
-async function press(page, key) {
-  await page.keyboard.press(key);
-  await settle(page);
-}
+import { drive, press, proposed } from './driver.mjs';
 
 drive(async (page, given, { shoot }) => {
   await page.goto(`${given.url}/progidiff/#image=${given.image}`);
@@ -14,8 +9,9 @@ drive(async (page, given, { shoot }) => {
   await page.getByRole('spinbutton', { name: 'proposals' }).fill(String(given.count));
   await page.getByLabel('Find').fill(given.prompt);
   await page.getByRole('button', { name: 'Propose' }).click();
-  await page.waitForFunction(() => document.querySelector('.thumb[data-kind="1"] .thumb-note')?.textContent.includes('cm²'), null, { timeout: 300000 });
+  await page.locator('#job').waitFor({ state: 'visible' });
   await page.locator('#job').waitFor({ state: 'hidden', timeout: 300000 });
+  await proposed(page);
   await page.locator('#view').focus();
 
   const isDeaf = await page.locator('#draw-scribbleIn').isDisabled();

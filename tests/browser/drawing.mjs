@@ -1,7 +1,7 @@
 // Drawing on the review page: brush, eraser, lasso, fill, undo, redo, reload, interpolation, submission, a second tab, a lost server, fingers.
 // Wants {image, prompt}. Returns what the page says is drawn at each submission, for the test to compare with the files on disk.
 
-import { drive, settle } from './driver.mjs';
+import { drive, press, settle } from './driver.mjs';
 
 /** What is drawn by hand: [{structure, z, box, runs}], and where the slice lies on the screen. */
 const read = (page) =>
@@ -24,11 +24,6 @@ async function draw(page, points, modifier) {
   for (const point of points.slice(1)) await page.mouse.move(...locate(where, point), { steps: 6 });
   await page.mouse.up();
   if (modifier) await page.keyboard.up(modifier);
-  await settle(page);
-}
-
-async function press(page, key) {
-  await page.keyboard.press(key);
   await settle(page);
 }
 

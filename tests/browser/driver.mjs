@@ -15,6 +15,16 @@ function act(name) {
 /** Wait until the page has drawn what was asked of it. */
 export const settle = (page) => page.evaluate(() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done))));
 
+/** Press a key, and wait for what comes of it. */
+export async function press(page, key) {
+  await page.keyboard.press(key);
+  await settle(page);
+}
+
+/** Wait until the slice in view has proposals. */
+export const proposed = (page) =>
+  page.waitForFunction(() => document.querySelector('.thumb[data-kind="1"] .thumb-note')?.textContent.includes('cm²'));
+
 /**
  * Wait until a function of the page says so. `page.waitForFunction` takes the promise of an asynchronous one for a yes.
  * @param {import('playwright-core').Page} page

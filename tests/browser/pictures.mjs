@@ -2,15 +2,10 @@
 // one, one that was not saved; another model, a grey picture, a volume beside it, a phone.
 // Wants {image, gray, volume, sentence}. Returns what the page shows and says is drawn, for the test to compare with the files on disk.
 
-import { drive, settle } from './driver.mjs';
+import { drive, press, settle } from './driver.mjs';
 
 const pixels = (page) => page.locator('#facts').evaluate((node) => Number(node.dataset.pixels));
 const sentence = (page) => page.locator('#sentence').inputValue();
-
-async function press(page, key) {
-  await page.keyboard.press(key);
-  await settle(page);
-}
 
 async function open(page, image) {
   const isOpen = () =>

@@ -1,7 +1,7 @@
 // The review page: queue, prompt, pick, merge, undo, reload, submit, undo of a save, a lost server, an expired login, a second tab.
 // Wants {image, prompt, count, unsure: an image without an orientation}. Returns what was accepted where, for the test to compare with the files on disk.
 
-import { drive, settle } from './driver.mjs';
+import { drive, press, proposed } from './driver.mjs';
 
 const pixels = (page) => page.locator('#facts').evaluate((node) => Number(node.dataset.pixels));
 /** As the server counts: from 0. */
@@ -9,20 +9,14 @@ const slice = (page) => page.locator('#corner-slice b').evaluate((node) => Numbe
 const picked = (page) => page.locator('#picked').textContent();
 const measures = (page, name) =>
   page.evaluate((wanted) => performance.getEntriesByName(wanted).map(({ duration }) => Math.round(duration * 10) / 10), name);
-const ready = (page) => page.waitForFunction(() => document.querySelector('.thumb[data-kind="1"] .thumb-note')?.textContent.includes('cm²'));
-
-async function press(page, key) {
-  await page.keyboard.press(key);
-  await settle(page);
-}
 
 /** Accept the slice that is shown; the page goes to the next one. */
 async function accept(page) {
-  await ready(page);
+  await proposed(page);
   const accepted = { z: await slice(page), pixels: await pixels(page), pick: await picked(page) };
   await page.keyboard.press('Enter');
   await page.waitForFunction((z) => Number(document.querySelector('#corner-slice b').textContent.match(/\d+/)[0]) - 1 !== z, accepted.z);
-  await ready(page);
+  await proposed(page);
   return accepted;
 }
 
@@ -53,7 +47,7 @@ drive(async (page, given, { shoot }) => {
   await page.getByRole('button', { name: 'Propose' }).click();
   await page.locator('#job').waitFor({ state: 'visible' });
   await page.locator('#job').waitFor({ state: 'hidden', timeout: 300000 });
-  await ready(page);
+  await proposed(page);
   const firstProposal = await measures(page, 'first-proposal');
   await page.locator('#view').focus();
 
@@ -101,10 +95,10 @@ drive(async (page, given, { shoot }) => {
   const undone = await (await page.request.get(`${given.url}/progidiff/annotations?image=${given.image}`)).json();
 
   // The server goes away between deciding and sending.
-  await ready(page);
+  await proposed(page);
   await press(page, 'v');
   await press(page, 'g');
-  await ready(page);
+  await proposed(page);
   await press(page, 'i');
   await page.locator('#members button', { hasText: '2' }).click();
   await page.locator('#view').focus();
@@ -150,13 +144,13 @@ drive(async (page, given, { shoot }) => {
   await page.setViewportSize({ width: 390, height: 844 });
   await page.goto(`${given.url}/progidiff/#image=${given.image}`);
   await page.reload();
-  await ready(page);
+  await proposed(page);
   await shoot('phone');
   const overflow = await page.evaluate(() => document.documentElement.scrollWidth - window.innerWidth);
 
   await page.setViewportSize({ width: 1400, height: 860 });
   await page.reload();
-  await ready(page);
+  await proposed(page);
   const opened = await measures(page, 'first-pixels');
   for (let step = 0; step < 5; step += 1) await press(page, 'ArrowUp');
   for (const key of ['1', '2', 'c', '1', 'u']) await press(page, key);

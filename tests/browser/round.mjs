@@ -1,7 +1,7 @@
 // A round of several organs on one image of the review page, as a person would go about it; what the page measured of it comes back.
 // Wants {image, prompts: one structure each, slices: how many of each are looked at}.
 
-import { drive, settle, until } from './driver.mjs';
+import { drive, press, until } from './driver.mjs';
 
 /** The masks of the slice in view are there. */
 const ready = (page) =>
@@ -9,11 +9,6 @@ const ready = (page) =>
     const { areMasksShown, shown, state } = await import('/progidiff/static/state.js');
     return !state.job && areMasksShown() && !shown.isPartial;
   });
-
-async function press(page, key) {
-  await page.keyboard.press(key);
-  await settle(page);
-}
 
 drive(async (page, given, { shoot }) => {
   await page.goto(`${given.url}/progidiff/#image=${given.image}`);

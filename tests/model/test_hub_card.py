@@ -56,4 +56,6 @@ def test_a_model_of_which_little_is_known_has_a_card_too(tmp_path: Path):
 def test_a_base_is_named_so_that_the_hub_takes_it(tmp_path: Path, base: str):
     facts = HubFacts("a@1", "peft", (), "x", {}, base_model=base)
     (tmp_path / "README.md").write_text(write_front_matter(facts))
-    validate_repo_id(ModelCard.load(tmp_path / "README.md").data.base_model)
+    named = ModelCard.load(tmp_path / "README.md").data.base_model
+    validate_repo_id(named)
+    assert named.rpartition("/")[2] == facts.base_model.partition("@")[0].rpartition("/")[2].replace(" ", "-")

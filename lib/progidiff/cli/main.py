@@ -223,7 +223,7 @@ def predict(
     if out.exists() and not out.is_dir():
         raise RequestError(f"'{out}' is a file. Name a folder with --out.")
     engine = load_engine(model, backbone, device)
-    known = (*engine.structures, *engine.find_taught())
+    known = engine.find_known()
     queries = parse_prompts(prompt, known, allow_free_text, engine.model_version)
     volume = load_volume(image, modality, detached=True)
     chosen = engine.pick_adapter(adapter, volume.modality, [query.name for query in queries])
@@ -366,7 +366,7 @@ def prompts(
     """List the structures that the model knows and the words for them, or say what a prompt means."""
     engine = load_engine(model, None, None)
     try:
-        known, source = (*engine.structures, *engine.find_taught()), engine.model_version
+        known, source = engine.find_known(), engine.model_version
     except ProGiDiffError as err:
         known, source = STRUCTURES, "the vocabulary; no model is installed"
         console.print(f"[yellow]{' '.join(str(err).split())}[/yellow]", highlight=False)

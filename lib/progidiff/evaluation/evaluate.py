@@ -41,7 +41,7 @@ from progidiff.images.volume import Volume
 from progidiff.labels.cases import LABELS_JSON, LabelledCase, list_labelled, load_label_names
 from progidiff.labels.segments import LabelMap, load_label_map, read_names
 from progidiff.prompts.parser import Query, parse_prompt
-from progidiff.proposals.request import AUTO, DEFAULT_CLEAN_UP, NONE, ProposalRequest
+from progidiff.proposals.request import AUTO, DEFAULT_CLEAN_UP, ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
 from progidiff.proposals.work import Work
 from progidiff.storage.atomic import replace_text
@@ -342,14 +342,10 @@ def evaluate(
 
 def _find_known(engine: Engine, adapter: str | None) -> tuple[str, ...]:
     """What the model knows, and what the versions that would answer have learned beside it."""
-    if adapter == NONE:
-        return engine.structures
     if adapter in (None, "", AUTO):
-        taught = engine.find_taught()
-    else:
-        chosen = engine.pick_adapter(adapter, "")
-        taught = () if chosen is None else chosen.structures
-    return tuple(dict.fromkeys((*engine.structures, *taught)))
+        return engine.find_known()
+    chosen = engine.pick_adapter(adapter, "")
+    return tuple(dict.fromkeys((*engine.structures, *(() if chosen is None else chosen.structures))))
 
 
 def _score_cases(

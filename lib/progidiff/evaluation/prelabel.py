@@ -354,7 +354,7 @@ class Prelabeller:
         self._settings = settings
         self._retries = retries
         self._pause = pause
-        known = (*engine.structures, *engine.find_taught())
+        known = engine.find_known()
         self._queries: tuple[Query, ...] = parse_prompt(settings.prompt, known, False, engine.model_version)
         self._request = ProposalRequest(
             queries=self._queries,

@@ -235,7 +235,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         # 1. Take
         engine = self._open_engine(adapter)
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        known = (*engine.structures, *engine.find_taught())
+        known = engine.find_known()
         queries = parse_prompts(texts, known, allow_free_text, engine.model_version)
         given = take_image(image, affine, spacing, modality)
         chosen = engine.pick_adapter(adapter, given.volume.modality, [query.name for query in queries])

@@ -286,6 +286,10 @@ class Engine:
             logger.warning("What versions were taught cannot be read: %s", err)
             return ()
 
+    def find_known(self) -> tuple[str, ...]:
+        """Names that a prompt may ask for: what the model was trained on, and what served versions were taught."""
+        return (*self.structures, *self.find_taught())
+
     def pick_adapter(self, adapter: str | None, modality: str, structures: Collection[str] = ()) -> AdapterCard | None:
         """Which version a request gets: reads a few small files, loads nothing, and may be asked from any thread.
 

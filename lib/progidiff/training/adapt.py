@@ -252,8 +252,7 @@ def _write_version(
     figures["adapted"] = stages.measure(base.apply(draft, tensors, folder))
     tell({"stage": "version", **{k: v["consensus"] for k, v in figures.items()}})
     record = _describe_version(base, served, data, figures, {**origin, "config": asdict(config), "choice": choice})
-    parent = None if served is None else served.full_name
-    is_alone = bool(data.new and find_lost(figures, parent, base.card.full_name, data.new))
+    is_alone = bool(data.new and find_lost(figures, record["parent"], record["base"], data.new))
     return base.store.add(
         name,
         config.kind,

@@ -30,7 +30,7 @@ from progidiff.model.lora import (
 from progidiff.model.pipeline import ProposalPipeline
 from progidiff.storage.atomic import atomic_file, replace_text
 from progidiff.training.device_batches import move
-from progidiff.training.evidence_stage import EvidenceDraw, EvidenceObjective, EvidenceOptions, PhraseTable
+from progidiff.training.evidence_stage import EvidenceDraw, EvidenceObjective, PhraseTable
 from progidiff.training.gate import measure_agreement, measure_dice
 from progidiff.training.loop import LoopConfig, Report, run_loop
 from progidiff.training.objective import Figures, Objective
@@ -270,9 +270,7 @@ class AdaptStages:
                 pipeline.branch,
                 self.phrases,
                 self.data.training,
-                EvidenceOptions(
-                    config.batch_size, augmentation=config.augmentation or 0.0, bias_field=config.bias_field or 0.0
-                ),
+                config.choose_evidence_options(),
                 config.random_share,
             ),
             self.base.branch,

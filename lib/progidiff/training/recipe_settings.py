@@ -268,3 +268,9 @@ class AdaptConfig:
             augmentation=(2.0 if is_new else 1.0) if self.augmentation is None else self.augmentation,
             bias_field=get_modality(modality).bias_field if self.bias_field is None else self.bias_field,
         )
+
+    def choose_evidence_options(self) -> EvidenceOptions:
+        """What a step of a complete configuration sees."""
+        return EvidenceOptions(
+            self.batch_size, augmentation=self.augmentation or 0.0, bias_field=self.bias_field or 0.0
+        )

@@ -209,3 +209,21 @@ def test_a_pool_with_readers_hands_out_all_of_them():
     assert torch.allclose(batch.mean_truth, sample.truth[:, 0], atol=1e-6)
     assert batch.windows.edits is not None
     assert batch.windows.edits.shape[1] == len(EDIT_CHANNELS)
+
+
+def test_steep_edges_compare_masks_and_not_probabilities():
+    network, pool, prompts = make_network(), make_pool(), make_prompts()
+    energies = []
+    for steepness in (1.0, 1e2):
+        objective = CloseUpObjective(network, pool, prompts, CloseUpOptions(windows_per_step=4, steepness=steepness))
+        generator = torch.Generator().manual_seed(0)
+        batch = objective.draw_batch(generator)
+        with torch.no_grad():
+            features = network.encode(batch.windows)
+            state = generator.get_state()
+            energies.append(float(objective.compute_energy(batch, features, generator)))
+            generator.set_state(state)
+            drawn = (objective._propose(batch, features, generator) > 0).float()
+    masks = float(compute_energy_score(drawn, batch.truth, batch.weight).mean())
+    assert abs(energies[1] - masks) < 0.02
+    assert abs(energies[0] - masks) > 3 * abs(energies[1] - masks)

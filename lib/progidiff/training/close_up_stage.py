@@ -61,6 +61,8 @@ class CloseUpOptions:
         neighbour_share: Share of windows with an accepted slice nearby.
         text_dropout: Share of windows without a prompt.
         evidence_dropout: Share of windows without evidence; they always have edits.
+        steepness: Factor on the proposals' logits in the energy score. What counts are masks: the steeper, the nearer
+            is what is compared to them.
         augmentation: Strength of intensity augmentation.
         bias_field: Strength of simulated shading.
         losses: Their weights.
@@ -76,6 +78,7 @@ class CloseUpOptions:
     evidence_dropout: Annotated[float, Range(0, 1)] = 0.1
     augmentation: Annotated[float, Range(0, 3)] = 1.0
     bias_field: Annotated[float, Range(0, 2)] = 0.0
+    steepness: Annotated[float, Range(0.1, 100)] = 1.0
     losses: CloseUpLosses = CloseUpLosses()
 
 
@@ -231,10 +234,15 @@ class CloseUpObjective(Objective):
             denoising = self._denoise(batch, features, generator)
             loss = losses.sharpened * sharpened + losses.denoising * denoising
             return loss, {"sharpened": sharpened.detach(), "denoising": denoising.detach()}
-        probabilities = self._propose(batch, features, generator).float().sigmoid()  # (n, M, S, S)
-        energy = compute_energy_score(probabilities, batch.truth, batch.weight).mean()
+        energy = self.compute_energy(batch, features, generator)
         loss = losses.sharpened * sharpened + losses.energy * energy
         return loss, {"sharpened": sharpened.detach(), "energy": energy.detach()}
+
+    def compute_energy(self, batch: CloseUpBatch, features: WindowFeatures, generator: torch.Generator) -> Tensor:
+        """Energy score of new proposals, the mean over windows."""
+        logits = self._propose(batch, features, generator).float()  # (N, M, S, S)
+        probabilities = (logits * self.options.steepness).sigmoid()
+        return compute_energy_score(probabilities, batch.truth, batch.weight).mean()
 
     def _compare(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Dice + cross-entropy per window."""

@@ -53,9 +53,6 @@ TEXT = 32
 SEEN = 64
 """Pixels along both sides of what networks see."""
 
-ENCODER = ("condition", "encoder", "query", "sharpen")
-"""Parts of a network that the denoiser does not train."""
-
 Masks = NDArray[np.bool_]
 
 
@@ -102,17 +99,19 @@ def make_prompts() -> EncodedPrompts:
     return EncodedPrompts(torch.zeros(1, 1, TEXT), None, torch.zeros(1, TEXT), torch.zeros(1, 1, TEXT), None)
 
 
-def make_options(windows: int, samples: int, steepness: float) -> CloseUpOptions:
+def make_options(options: argparse.Namespace, keep_encoder: bool) -> CloseUpOptions:
     """Nobody edits, and nothing is told: what is measured is what the image alone says."""
+    windows = options.windows
     return CloseUpOptions(
         windows_per_step=windows,
         proposed=windows,
-        samples=samples,
+        samples=options.samples,
         denoising_share=0.0,
         edit_share=0.0,
         neighbour_share=0.0,
         text_dropout=0.0,
-        steepness=steepness,
+        steepness=options.steepness,
+        keep_encoder=keep_encoder,
         losses=CloseUpLosses(cross_entropy=30, sharpened=0.1, energy=1, denoising=0),
     )
 
@@ -124,17 +123,6 @@ class EncoderObjective(CloseUpObjective):
         """See `CloseUpObjective`."""
         sharpened = self._compare(self.network.encode(batch.windows).logits, batch.mean_truth)
         return self.options.losses.sharpened * sharpened, {"sharpened": sharpened.detach()}
-
-
-class DenoiserObjective(CloseUpObjective):
-    """The energy score of the proposals alone; the encoder stays as it is."""
-
-    def compute_loss(self, batch: CloseUpBatch, generator: torch.Generator) -> tuple[Tensor, Figures]:
-        """See `CloseUpObjective`."""
-        with torch.no_grad():
-            features = self.network.encode(batch.windows)
-        energy = self.compute_energy(batch, features, generator)
-        return energy, {"energy": energy.detach()}
 
 
 def create(seed: int) -> CloseUpNetwork:
@@ -150,15 +138,15 @@ def train(
     loop: LoopConfig,
     options: argparse.Namespace,
 ) -> float:
-    """Train a network, or load what was trained; returns the seconds of processor time that it took."""
+    """Train a network, or load what was trained; returns the seconds of processor time that it took.
+
+    Args:
+        kind: `EncoderObjective`, or `CloseUpObjective` for the denoiser alone.
+    """
     done = folder / "network.safetensors"
     if not done.is_file():
-        frozen = ENCODER if kind is DenoiserObjective else ()
-        for name, part in start.named_children():
-            part.requires_grad_(name not in frozen)
         source = ReaderSource(masks, label=1, size=SEEN, jitter=Jitter(shift=0.03, zoom=0.1, bend=0.008))
-        samples = options.samples if kind is DenoiserObjective else 2
-        settings = make_options(options.windows, samples, options.steepness)
+        settings = make_options(options, kind is CloseUpObjective)
         objective = kind(start, WindowPool([source]), make_prompts(), settings, EditHabits(clicks=0, frames=0))
         started = time.process_time()
         run_loop({"network": start}, objective, loop, folder)
@@ -191,7 +179,7 @@ def train_seed(seed: int, masks: ReaderMasks, options: argparse.Namespace) -> di
     proposals = create(seed)
     proposals.load_state_dict(start.state_dict())
     loop = make_loop(options.denoiser_steps, 1e-3, seed, 0.98)
-    more = train(work / f"proposals{seed}", proposals, DenoiserObjective, masks, loop, options)
+    more = train(work / f"proposals{seed}", proposals, CloseUpObjective, masks, loop, options)
     found["proposals"] = (proposals, first + more)
     longer = create(seed)
     longer.load_state_dict(start.state_dict())

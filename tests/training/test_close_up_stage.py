@@ -227,3 +227,15 @@ def test_steep_edges_compare_masks_and_not_probabilities():
     masks = float(compute_energy_score(drawn, batch.truth, batch.weight).mean())
     assert abs(energies[1] - masks) < 0.02
     assert abs(energies[0] - masks) > 3 * abs(energies[1] - masks)
+
+
+def test_the_encoder_and_with_it_the_consensus_may_stay_as_they_are(tmp_path: Path):
+    network = make_network()
+    options = CloseUpOptions(windows_per_step=4, proposed=4, keep_encoder=True, denoising_share=0.0)
+    objective = CloseUpObjective(network, make_pool(), make_prompts(), options)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    loop = LoopConfig(steps=3, learning_rate=1e-2, warmup=1, ema_decay=0.5, seed=0, tensorboard=False)
+    run_loop({"network": network}, objective, loop, tmp_path)
+    changed = {name.split(".")[0] for name, value in network.state_dict().items() if not (value == before[name]).all()}
+    assert "unet" in changed
+    assert not changed & {"condition", "encoder", "query", "sharpen"}

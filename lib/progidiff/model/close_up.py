@@ -304,6 +304,11 @@ class CloseUpNetwork(nn.Module):
         nn.init.zeros_(self.query.weight)
         nn.init.zeros_(self.query.bias)
 
+    @property
+    def encoding_parts(self) -> tuple[nn.Module, ...]:
+        """What `encode` runs; the other parts draw."""
+        return self.condition, self.encoder, self.query, self.sharpen
+
     def _level(self, stride: int) -> int:
         """The encoder level nearest to `stride` from below; coarser slots read its average."""
         return min(stride.bit_length() - 1, len(self.config.channels) - 1)

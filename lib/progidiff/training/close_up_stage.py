@@ -63,6 +63,8 @@ class CloseUpOptions:
         evidence_dropout: Share of windows without evidence; they always have edits.
         steepness: Factor on the proposals' logits in the energy score. What counts are masks: the steeper, the nearer
             is what is compared to them.
+        keep_encoder: Train the denoiser and its injection alone: the encoder, and with it the consensus, stays as it
+            is.
         augmentation: Strength of intensity augmentation.
         bias_field: Strength of simulated shading.
         losses: Their weights.
@@ -79,6 +81,7 @@ class CloseUpOptions:
     augmentation: Annotated[float, Range(0, 3)] = 1.0
     bias_field: Annotated[float, Range(0, 2)] = 0.0
     steepness: Annotated[float, Range(0.1, 100)] = 1.0
+    keep_encoder: bool = False
     losses: CloseUpLosses = CloseUpLosses()
 
 
@@ -159,6 +162,9 @@ class CloseUpObjective(Objective):
     ) -> None:
         self.network, self.pool, self.prompts = network, pool, prompts
         self.options, self.habits = options or CloseUpOptions(), habits or EditHabits()
+        if self.options.keep_encoder:
+            for part in network.encoding_parts:
+                part.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
@@ -227,7 +233,7 @@ class CloseUpObjective(Objective):
     def compute_loss(self, batch: CloseUpBatch, generator: torch.Generator) -> tuple[Tensor, Figures]:
         """Encode once, draw several proposals, compare with every reader."""
         losses = self.options.losses
-        features = self.network.encode(batch.windows)
+        features = self._encode(batch)
         sharpened = self._compare(features.logits, batch.mean_truth)
         batch, features = batch.first(self.options.proposed), features.first(self.options.proposed)
         if float(torch.rand((), generator=generator)) < self.options.denoising_share:
@@ -237,6 +243,15 @@ class CloseUpObjective(Objective):
         energy = self.compute_energy(batch, features, generator)
         loss = losses.sharpened * sharpened + losses.energy * energy
         return loss, {"sharpened": sharpened.detach(), "energy": energy.detach()}
+
+    def _encode(self, batch: CloseUpBatch) -> WindowFeatures:
+        """Run the encoder; without dropout and gradients where it stays as it is."""
+        if not self.options.keep_encoder:
+            return self.network.encode(batch.windows)
+        for part in self.network.encoding_parts:
+            part.eval()
+        with torch.no_grad():
+            return self.network.encode(batch.windows)
 
     def compute_energy(self, batch: CloseUpBatch, features: WindowFeatures, generator: torch.Generator) -> Tensor:
         """Energy score of new proposals, the mean over windows."""

@@ -10,6 +10,14 @@ from typing import Any
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from progidiff.images.close_up import WindowRules
+from progidiff.model.backbone import Backbone
+from progidiff.model.close_up_backbone import create_network_on
+from progidiff.model.close_up_folder import CloseUpCard, save_close_up
+from progidiff.model.folder import ModelCard, compute_backbone_digest, save_conditioning
+from progidiff.prompts.structures import STRUCTURES
+from progidiff.training.build_model import create_branch
+
 SD15_SCHEDULER: dict[str, Any] = {
     "_class_name": "PNDMScheduler",
     "beta_end": 0.012,
@@ -92,4 +100,36 @@ def write_toy_stable_diffusion(
     (folder / "scheduler").mkdir()
     settings = {**SD15_SCHEDULER, **(scheduler or {})}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def write_toy_model(folder: Path, source: Path) -> Path:
+    """A model folder as of ``progidiff train --backbone source``: conditioning and close-up, random in every layer that
+    starts as zero; about half of an image looks like whatever is asked for.
+    """
+    backbone = Backbone(source, "cpu", "fp32")
+    branch = create_branch(backbone, 32, 64, (4.0, 12.0), 0, channels=(8, 8, 16, 16, 16), evidence_channels=16)
+    network = create_network_on(backbone, channels=(8, 8, 16, 16, 16), condition_width=16, injection_width=8)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        branch.query_head.text[-1].get_parameter("bias")[-1] = 0.5
+        for parameter in network.parameters():
+            if not parameter.any():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    digest = compute_backbone_digest(source)
+    card = ModelCard(
+        name="toy-sd",
+        version="1",
+        modality="CT",
+        structures=STRUCTURES,
+        conditioning=branch.config,
+        codec_mean=(0.0,) * 4,
+        codec_std=(1.0,) * 4,
+        gate=0.1,
+        backbone_digest=digest,
+    )
+    save_conditioning(folder, card, branch, {"note": "random weights"}, "# Random weights for tests\n", half=False)
+    rules = WindowRules().at_size(network.config.native_size)
+    drawing = CloseUpCard(network.config, rules, structures=STRUCTURES, backbone_digest=digest)
+    save_close_up(folder, drawing, network, half=False)
     return folder

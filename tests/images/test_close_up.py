@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from progidiff.errors import GeometryError
-from progidiff.images.close_up import CloseUpWindow, WindowRules, count_looks, plan_windows, window_at
+from progidiff.images.close_up import (
+    CloseUpWindow,
+    WindowRules,
+    compute_fineness,
+    count_looks,
+    plan_windows,
+    window_at,
+)
 from progidiff.images.working_grid import WorkingGrid
 
 SHAPE = (20, 120, 140)
@@ -147,3 +154,30 @@ def test_overlapping_windows_blend_without_a_seam() -> None:
     assert float(taper.min()) > 0
     assert float(taper[32, 32]) == 1
     assert (taper[0] <= taper[10]).all()
+
+
+@pytest.mark.parametrize("extent_mm", [40.0, 120.0, 200.0])
+def test_windows_at_a_denoisers_size_show_what_windows_show(extent_mm: float) -> None:
+    size, spacing = WindowRules().fit(extent_mm)
+    native, fine = WindowRules().at_size(512).fit(extent_mm)
+    assert native == 512
+    assert native * fine == pytest.approx(size * spacing)
+
+
+@pytest.mark.parametrize("extent_mm", [40.0, 120.0])
+def test_any_mask_comes_back_voxel_for_voxel_from_a_window_at_a_denoisers_size(extent_mm: float) -> None:
+    stack = np.random.default_rng(0).random(SHAPE) < 0.4
+    size, spacing = WindowRules().at_size(512).fit(extent_mm)
+    close = window(size=size, spacing=spacing)
+    back = close.restore(close.extract(stack.astype(np.float32), close.slices)).numpy() >= 0.5
+    rows, columns = close.box
+    inner = (slice(rows.start + 1, rows.stop - 1), slice(columns.start + 1, columns.stop - 1))
+    assert back.shape[1:] == (rows.stop - rows.start, columns.stop - columns.start)
+    assert (back[:, 1:-1, 1:-1] == stack[close.first : close.last + 1][:, inner[0], inner[1]]).all()
+
+
+def test_lengths_in_pixels_are_as_long_in_mm_in_a_large_window() -> None:
+    assert [compute_fineness(size) for size in (32, 96, 128, 512)] == [1, 1, 1, 4]
+    small, large = window(size=128).make_taper(), window(size=512, spacing=0.25).make_taper()
+    assert int((small[64] < 1).sum()) == 16
+    assert int((large[256] < 1).sum()) == 64

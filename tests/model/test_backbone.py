@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ControlNetModel, DDIMScheduler, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from progidiff.errors import BackboneError
 from progidiff.model.backbone import Backbone, check_backbone_folder, export_backbone, pick_device, pick_dtype
 from progidiff.training.build_model import MINILM, create_branch
+from support.toy_stable_diffusion import SD15_SCHEDULER, write_clip
 
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64,
@@ -46,54 +46,11 @@ SD15_VAE: dict[str, Any] = {
 }
 """vae/config.json of Stable Diffusion 1.5."""
 
-SD15_SCHEDULER: dict[str, Any] = {
-    "_class_name": "PNDMScheduler",
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "num_train_timesteps": 1000,
-    "set_alpha_to_one": False,
-    "skip_prk_steps": True,
-    "steps_offset": 1,
-    "trained_betas": None,
-    "clip_sample": False,
-}
-"""scheduler/scheduler_config.json of Stable Diffusion 1.5."""
-
 
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
     """A copy of the toy backbone that a test may damage."""
     return Path(shutil.copytree(tiny_model / "backbone", tmp_path / "backbone"))
-
-
-def write_clip(folder: Path, width: int, layers: int, heads: int, dtype: torch.dtype = torch.float32) -> None:
-    """A CLIP text encoder with random weights and a tokenizer that knows single letters."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    vocabulary = {
-        t: i for i, t in enumerate([*letters, *(f"{c}</w>" for c in letters), "li", "<|startoftext|>", "<|endoftext|>"])
-    }
-    source = folder / "letters"
-    source.mkdir(parents=True)
-    (source / "vocab.json").write_text(json.dumps(vocabulary))
-    (source / "merges.txt").write_text("#version: 0.2\nl i\n")
-    (source / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": 77})
-    )
-    CLIPTokenizer.from_pretrained(source).save_pretrained(folder / "tokenizer")
-    shutil.rmtree(source)
-    config = CLIPTextConfig(
-        vocab_size=49408,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=77,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
-        pad_token_id=vocabulary["<|endoftext|>"],
-    )
-    CLIPTextModel(config).to(dtype).save_pretrained(folder / "text_encoder")
 
 
 def write_settings_only(folder: Path, unet: dict[str, Any], vae: dict[str, Any]) -> Path:

@@ -43,3 +43,9 @@ def test_a_neighbour_counts_less_the_farther_it_is():
     near, far = (draw_edit_maps(32, neighbour=mask, neighbour_mm=mm) for mm in (3.0, 15.0))
     assert near[5, 10, 10] > far[5, 10, 10] > 0 > far[5, 0, 0] > near[5, 0, 0]
     assert near[6].unique().numel() == 1
+
+
+def test_a_click_is_as_wide_in_mm_in_a_window_of_more_pixels():
+    usual, fine = (draw_edit_maps(size, wanted=at(size // 2, size // 2, size)) for size in (128, 512))
+    for row in (0, 2):
+        assert fine[row, 256, 256 + 4 * 3] == usual[row, 64, 64 + 3]

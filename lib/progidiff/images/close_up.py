@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,20 @@ from torch.nn import functional as F
 
 from progidiff.errors import GeometryError
 from progidiff.images.working_grid import WorkingGrid
+
+PLAIN_SIZE = 128
+"""Pixels along both axes of a window up to which lengths in pixels mean what they say."""
+
+
+def compute_fineness(size: int) -> float:
+    """By what lengths in pixels are multiplied in a window of `size`, so that clicks and borders are as wide in mm in
+    any number of pixels: 1 up to `PLAIN_SIZE`.
+
+    Example:
+        >>> compute_fineness(96), compute_fineness(512)
+        (1.0, 4.0)
+    """
+    return max(1.0, size / PLAIN_SIZE)
 
 
 @dataclass(frozen=True)
@@ -64,6 +78,20 @@ class WindowRules:
         """
         size = self.size if extent_mm <= self.size * self.coarse_mm else self.large_size
         return size, max(self.finest_mm, extent_mm / size)
+
+    def at_size(self, pixels: int) -> WindowRules:
+        """The same windows, all in `pixels` along both axes: each shows what it shows now, in mm.
+
+        For a denoiser that is made for one size. Where its pixels are finer than the scanner's, they are interpolated;
+        the way back is that of every window.
+
+        Example:
+            >>> WindowRules().at_size(512).fit(60), WindowRules().at_size(512).fit(256)
+            ((512, 0.16875), (512, 0.5))
+        """
+        share = self.size / pixels
+        finest, coarse = self.finest_mm * share, self.coarse_mm * share
+        return replace(self, size=pixels, large_size=pixels, finest_mm=finest, coarse_mm=coarse)
 
 
 @dataclass(frozen=True)
@@ -214,10 +242,14 @@ class CloseUpWindow:
         return box, found.reshape(*maps.shape[:-2], *found.shape[-2:])
 
     def make_taper(self, ramp_px: float = 8.0) -> Tensor:
-        """Weights (size, size) in (0, 1], lower towards the border: overlapping windows blend without a seam."""
+        """Weights (size, size) in (0, 1], lower towards the border: overlapping windows blend without a seam.
+
+        Args:
+            ramp_px: Width of the border, in pixels of a window of at most `PLAIN_SIZE`.
+        """
         place = torch.arange(self.size) + 0.5
         edge = torch.minimum(place, self.size - place)
-        ramp = (edge / ramp_px).clamp(max=1.0)
+        ramp = (edge / (ramp_px * compute_fineness(self.size))).clamp(max=1.0)
         return torch.minimum(ramp[:, None], ramp[None, :])
 
     @property

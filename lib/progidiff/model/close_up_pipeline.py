@@ -14,7 +14,7 @@ from progidiff.model.close_up import CloseUpNetwork, WindowBatch
 from progidiff.model.sampling import draw_balanced_levels, seed_generator
 
 LATTICE = 48
-"""Latent pixels of the noise of a proposal along both axes; a window takes the middle."""
+"""Latent pixels of the noise of a proposal along both axes, at least; a window takes the middle."""
 
 
 class CloseUpPipeline:
@@ -45,7 +45,9 @@ class CloseUpPipeline:
         Proposal k depends on (seed, k) alone: it is the same on every slice of a window, so that proposal k is one
         coherent volume, and the same for every K and in any batch.
         """
-        shape = (self.network.config.latent_channels, LATTICE, LATTICE)
+        config = self.network.config
+        lattice = max(LATTICE, config.native_size // config.latent_stride)
+        shape = (config.latent_channels, lattice, lattice)
         return torch.stack(
             [torch.randn(shape, generator=seed_generator(f"{seed}:{k}:close-up")) for k in range(num_proposals)]
         )

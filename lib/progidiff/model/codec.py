@@ -7,7 +7,8 @@ Diffusion is a constant of photographs and leaves mask latents far from unit var
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,9 @@ MARGIN = 3
 
 ROUNDING = 4
 """Crops are decoded at multiples of this many latent pixels."""
+
+WINDOW_PIXELS = 2**19
+"""Pixels that `AutoencoderCodec` decodes together, two windows of 512 x 512: decoders hold hundreds of maps of them."""
 
 
 class MaskCodec(nn.Module):
@@ -49,12 +53,11 @@ class MaskCodec(nn.Module):
 
     def encode_masks(self, masks: Float[Tensor, "N H W"]) -> Float[Tensor, "N c h w"]:
         """(M, H, W) in [0, 1] -> standardised latents (M, c, h, w), deterministic (the posterior's mode)."""
-        return (encode_pictures(self.vae, (masks * 2 - 1)[:, None].expand(-1, 3, -1, -1)) - self.mean) / self.std
+        return (encode_pictures(self.vae, paint_masks(masks)) - self.mean) / self.std
 
     def decode_signed(self, latents: Float[Tensor, "M c h w"]) -> Float[Tensor, "M H W"]:
         """Standardised latents (M, c, h, w) -> (M, H, W), about -1 outside and +1 inside, not clipped."""
-        found: Tensor = self.vae.decode(self._restore(latents)).sample.float().mean(dim=1)
-        return found
+        return decode_grey(self.vae, self._restore(latents))
 
     def decode_soft(self, latents: Float[Tensor, "M c h w"]) -> Float[Tensor, "M H W"]:
         """Like `decode_latents`, with a gradient everywhere: for losses."""
@@ -81,7 +84,7 @@ class MaskCodec(nn.Module):
             part = torch.stack(
                 [latents[m, :, y.start : y.start + y.size, x.start : x.start + x.size] for m, y, x in group]
             )
-            decoded = ((self.vae.decode(self._restore(part)).sample.float().mean(dim=1) + 1) / 2).clamp(0, 1)
+            decoded = ((decode_grey(self.vae, self._restore(part)) + 1) / 2).clamp(0, 1)
             for picture, (m, y, x) in zip(decoded, group, strict=True):
                 result[m, y.kept(stride), x.kept(stride)] = picture[y.kept(stride, y.start), x.kept(stride, x.start)]
         return result
@@ -121,6 +124,56 @@ class MaskCodec(nn.Module):
         self._nothing = None
 
 
+class AutoencoderCodec:
+    """Masks of windows as the latents that a backbone's own denoiser knows: raw latents times its `scaling_factor`.
+
+    A denoiser that is not trained further wants latents of the size that it was trained on, so these are scaled as
+    pictures are and not standardised as those of `MaskCodec`. It is no module: nothing of it is trained or saved, and
+    it is wherever the autoencoder is.
+
+    Args:
+        vae: `diffusers.AutoencoderKL` or `AutoencoderTiny`.
+    """
+
+    def __init__(self, vae: Any) -> None:
+        self.vae = vae
+        self._scale = float(vae.config.scaling_factor)
+        self._shift = float(getattr(vae.config, "shift_factor", None) or 0.0)
+
+    def encode_masks(self, masks: Float[Tensor, "M S S"]) -> Float[Tensor, "M c s s"]:
+        """(M, S, S) in [0, 1] -> latents (M, c, s, s), deterministic (the posterior's mode)."""
+        with self._own_precision():
+            return (encode_pictures(self.vae, paint_masks(masks)) - self._shift) * self._scale
+
+    def decode_signed(self, latents: Float[Tensor, "M c s s"]) -> Float[Tensor, "M S S"]:
+        """Latents (M, c, s, s) -> (M, S, S), about -1 outside and +1 inside, not clipped; gradients flow through it.
+
+        A few windows at a time (`WINDOW_PIXELS`), so that memory does not grow with their number.
+        """
+        dtype = next(self.vae.parameters()).dtype
+        raw = (latents / self._scale + self._shift).to(dtype)
+        pixels = raw.shape[-1] * raw.shape[-2] * self.stride**2
+        with self._own_precision():
+            return torch.cat([decode_grey(self.vae, part) for part in raw.split(max(1, WINDOW_PIXELS // pixels))])
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent pixel."""
+        return find_stride(self.vae.config)
+
+    def _own_precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Without autocast to fp16, in which Stable Diffusion's autoencoders overflow and decode to black."""
+        kind = next(self.vae.parameters()).device.type
+        overflows = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        return torch.autocast(kind, enabled=False) if overflows else contextlib.nullcontext()
+
+
+def find_stride(config: Mapping[str, Any]) -> int:
+    """Pixels per latent pixel of an autoencoder, from its configuration."""
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0] * 4
+    return 1 << (len(levels) - 1)
+
+
 def soften(signed: Float[Tensor, "*maps"]) -> Float[Tensor, "*maps"]:
     """About -1..1 -> 0..1 by a steep sigmoid.
 
@@ -149,6 +202,17 @@ def _plan_crop(active: Tensor) -> _Span:
     first, last = max(0, int(found[0]) - 1), min(len(active), int(found[-1]) + 2)
     size = min(len(active), -(-(last - first + 2 * MARGIN) // ROUNDING) * ROUNDING)
     return _Span(min(max(0, first - MARGIN), len(active) - size), size, first, last)
+
+
+def paint_masks(masks: Float[Tensor, "N H W"]) -> Float[Tensor, "N 3 H W"]:
+    """Masks in [0, 1] as the pictures that an autoencoder reads: -1 outside, +1 inside, three equal channels."""
+    return (masks * 2 - 1)[:, None].expand(-1, 3, -1, -1)
+
+
+def decode_grey(vae: Any, latents: Float[Tensor, "M c h w"]) -> Float[Tensor, "M H W"]:
+    """Raw latents -> the mean of a picture's channels, about -1 to +1, in fp32."""
+    found: Tensor = vae.decode(latents).sample.float().mean(dim=1)
+    return found
 
 
 def encode_pictures(vae: Any, pictures: Float[Tensor, "N C H W"]) -> Float[Tensor, "N c h w"]:

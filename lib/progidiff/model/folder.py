@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -196,12 +196,27 @@ def check_backbone(card: ModelCard, backbone: Backbone) -> None:
     Raises:
         ModelError: naming both.
     """
-    digest = compute_backbone_digest(backbone.folder)
-    if card.backbone_digest and digest not in (card.backbone_digest, *card.backbone_copies):
+    check_trained_with(f"Conditioning '{card.full_name}'", card.backbone_digest, card.backbone_copies, backbone)
+
+
+def check_trained_with(what: str, digest: str, copies: Sequence[str], backbone: Backbone) -> None:
+    """Check that something was trained with a backbone.
+
+    Args:
+        what: For messages.
+        digest: Content of the backbone that it was trained with; "" for any.
+        copies: Content of files that hold the same backbone.
+        backbone: That it is to be used with.
+
+    Raises:
+        ModelError: naming both.
+    """
+    found = compute_backbone_digest(backbone.folder)
+    if digest and found not in (digest, *copies):
         raise ModelError(
-            f"Conditioning '{card.full_name}' was trained with another backbone (content "
-            f"{card.backbone_digest[:12]}) than '{backbone.source}' (content {digest[:12]}). Train one for this "
-            f"backbone with `progidiff train --backbone {backbone.source}`, or leave the backbone option out."
+            f"{what} was trained with another backbone (content {digest[:12]}) than '{backbone.source}' (content "
+            f"{found[:12]}). Train one for this backbone with `progidiff train --backbone {backbone.source}`, or leave "
+            "the backbone option out."
         )
 
 

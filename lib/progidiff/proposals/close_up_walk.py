@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from progidiff.images.close_up import CloseUpWindow, WindowRules, plan_windows
+from progidiff.images.close_up import CloseUpWindow, WindowRules, compute_fineness, plan_windows
 from progidiff.images.volume import Volume
 from progidiff.images.working_grid import WorkingGrid
 from progidiff.model.calibration import Calibration
@@ -136,6 +136,16 @@ class CloseUpTools:
     structures: tuple[str, ...]
     calibration: Calibration | None = None
 
+    def count_windows(self, samples: int, num_proposals: int) -> int:
+        """Windows of one batch, at least 1: fewer of those with many pixels.
+
+        Args:
+            samples: Proposals of a batch of usual windows.
+            num_proposals: K.
+        """
+        usual = samples / compute_fineness(self.rules.large_size) ** 2
+        return max(1, int(usual) // num_proposals)
+
 
 class CloseUpWalk(Walk):
     """One request on one volume, drawn in close-ups.
@@ -191,7 +201,7 @@ class CloseUpWalk(Walk):
             self._subjects = self._find_subjects(size)
         # The next click ends this: it is not to wait for a whole batch.
         samples = size.samples if not self._request.edits or self._draws_together else min(size.samples, SMALL.samples)
-        at_once = max(1, samples // len(self._levels))
+        at_once = self._tools.count_windows(samples, len(self._levels))
         if self._draws_together:
             self._draw_together(batch.slices, at_once)
             self._result.keep_pins()
@@ -217,7 +227,7 @@ class CloseUpWalk(Walk):
         if any(query.text and query.text not in found for query in self._request.queries):
             found = self._find_near(z)
         preview = replace(self._result, probabilities=np.zeros(self._result.probabilities.shape, np.uint8))
-        at_once = max(1, SMALL.samples // len(self._levels))
+        at_once = self._tools.count_windows(SMALL.samples, len(self._levels))
         for p, (subject, windows) in enumerate(self._plan_subjects(found)):
             self._draw(preview, p, subject, windows, np.array([z]), at_once)
         preview.keep_pins()

@@ -37,6 +37,7 @@ from progidiff.images.arrays import GivenImage, take_image
 from progidiff.model.adapters import AdapterStore, compute_base_digest
 from progidiff.model.backbone import Backbone, LoadedBackbone
 from progidiff.model.close_up import CloseUpNetwork
+from progidiff.model.close_up_backbone import lend_denoiser
 from progidiff.model.close_up_folder import CloseUpCard, has_close_up, load_close_up, save_close_up
 from progidiff.model.conditioning_model import ConditioningModel
 from progidiff.model.folder import (
@@ -164,6 +165,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         adapters = options.pop("adapters", folder / "adapters")
         if find_backbone(folder) == folder:
             pipe = super().from_pretrained(folder, dtype=_spread(dtype), card=card, adapters=adapters, **options)
+            backbone = pipe._gather_backbone(folder)
         else:
             backbone = Backbone(options.pop("backbone", None) or find_backbone(folder), "cpu", "fp32")
             if options:
@@ -174,7 +176,7 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             pipe = cls(**_load_parts(folder, card, backbone, _spread(dtype)), card=card, adapters=adapters)
         pipe._base_digest, pipe._origin, pipe._autocasts = compute_base_digest(folder), folder, dtype is None
         if has_close_up(folder):
-            pipe._close_up = load_close_up(folder, torch.device("cpu"))
+            pipe._close_up = load_close_up(folder, torch.device("cpu"), backbone)
         pipe._trained = pipe._sum_weights()
         return pipe  # type: ignore[no-any-return]
 
@@ -287,10 +289,15 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
         written = compute_backbone_digest(folder)
         fits = self._is_as_trained
         is_same = fits and bool(self.card.backbone_digest)
-        changes = {"backbone_copies": (written,)} if is_same else {"backbone_digest": written, "backbone_copies": ()}
+        changes: dict[str, Any] = {"backbone_digest": written, "backbone_copies": ()}
+        if is_same:
+            changes = {"backbone_copies": (written,)}
         write_card(folder / "conditioning", replace(self.card, **changes))
         if self._close_up is not None:
-            save_close_up(folder, *self._close_up, half=holds_halves(self._close_up[1].state_dict()))
+            close_up, network = self._close_up
+            if network.shares_denoiser:
+                close_up = replace(close_up, **changes)
+            save_close_up(folder, close_up, network, half=holds_halves(network.state_dict()))
         for name in ("run.json", "README.md"):
             if self._origin is not None and (self._origin / "conditioning" / name).is_file():
                 shutil.copyfile(self._origin / "conditioning" / name, folder / "conditioning" / name)
@@ -316,6 +323,10 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
             for name, tensor in network.state_dict().items()
         ]
 
+    def _gather_backbone(self, source: str | Path) -> LoadedBackbone:
+        """The parts of the backbone as they are now."""
+        return LoadedBackbone(self.vae, self.unet, self.text_encoder, self.tokenizer, self.scheduler.config, source)
+
     def _open_engine(self, adapter: str | None) -> Engine:
         """The engine over the parts as they are now."""
         if not isinstance(self.scheduler, DDIMScheduler):
@@ -329,8 +340,9 @@ class ProGiDiffPipeline(DiffusionPipeline):  # type: ignore[misc]
                 "The conditioning or the denoiser was exchanged or changed, and adapters belong to the model as it was "
                 "trained; leave the adapter out, or load the model anew."
             )
-        source = self._origin or "memory"
-        backbone = LoadedBackbone(self.vae, self.unet, self.text_encoder, self.tokenizer, self.scheduler.config, source)
+        backbone = self._gather_backbone(self._origin or "memory")
+        if self._close_up is not None and self._close_up[1].shares_denoiser:
+            lend_denoiser(self._close_up[1], backbone)
         is_plain = self._autocasts and self.unet.dtype == torch.float32
         pipeline = make_pipeline(
             self.card, backbone, self.conditioning, find_autocast(backbone.device) if is_plain else None

@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 from scipy import ndimage
 from torch import Tensor
 
+from progidiff.images.close_up import compute_fineness
 from progidiff.model.close_up import EDIT_CHANNELS
 
 NEAR_PX = 2.0
-"""Radius of the disc around what was clicked, in pixels of the window."""
+"""Radius of the disc around what was clicked, in pixels of a window of usual size (`compute_fineness`)."""
 
 AROUND_PX = 12.0
-"""Distance over which a click is still felt."""
+"""Distance over which a click is still felt, in the same pixels."""
 
 NEARNESS_MM = 10.0
 """Distance at which a neighbouring slice counts 1 / e of what it says next door."""
@@ -40,10 +41,10 @@ def draw_edit_maps(
     Returns:
         float32 (D, S, S); zeros where nothing was drawn.
     """
-    maps = torch.zeros(len(EDIT_CHANNELS), size, size)
+    maps, fineness = torch.zeros(len(EDIT_CHANNELS), size, size), compute_fineness(size)
     for row, drawn in enumerate((wanted, unwanted)):
         if drawn is not None and drawn.any():
-            distance = torch.from_numpy(ndimage.distance_transform_edt(~drawn).astype(np.float32))
+            distance = torch.from_numpy(ndimage.distance_transform_edt(~drawn).astype(np.float32)) / fineness
             maps[row] = torch.exp(-((distance / NEAR_PX) ** 2))
             maps[2 + row] = torch.exp(-distance / AROUND_PX)
     if frame is not None:

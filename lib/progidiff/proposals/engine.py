@@ -239,7 +239,8 @@ class Engine:
         )
         if self._close_up is not None:
             go_on()
-            self._warm_up_close_up(self._close_up, prompts, count, proposals)
+            at_once = self._close_up.count_windows(size.samples, proposals)
+            self._warm_up_close_up(self._close_up, prompts, min(count, at_once), proposals)
 
     def _warm_up_close_up(self, tools: CloseUpTools, prompts: EncodedPrompts, count: int, proposals: int) -> None:
         config, size, device = tools.pipeline.network.config, tools.rules.size, tools.pipeline.device
@@ -257,7 +258,7 @@ class Engine:
         tools.pipeline.propose(batch, tokens, mask, noise, levels, self.num_inference_steps)
 
     def _load_close_up(self, pipeline: ProposalPipeline) -> CloseUpTools:
-        card, network = load_close_up(self.model_dir, pipeline.device)
+        card, network = load_close_up(self.model_dir, pipeline.device, pipeline.backbone)
         if pipeline.device.type != "cpu":
             network.to(next(pipeline.branch.parameters()).dtype)
         return self._make_close_up(card, network, pipeline)

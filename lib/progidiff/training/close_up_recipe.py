@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
@@ -9,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from progidiff.errors import RequestError
+from progidiff.images.close_up import WindowRules
 from progidiff.model.backbone import Backbone
 from progidiff.model.close_up import CloseUpNetwork, create_network
+from progidiff.model.close_up_backbone import create_network_on, plan_network_on, recomputing
 from progidiff.model.close_up_folder import (
     CloseUpCard,
+    Denoiser,
     compute_close_up_digest,
     has_close_up,
     load_close_up,
+    load_close_up_card,
     save_close_up,
 )
-from progidiff.model.folder import ModelCard, compute_conditioning_digest, load_card
+from progidiff.model.folder import ModelCard, compute_backbone_digest, compute_conditioning_digest, load_card
 from progidiff.training.build_model import create_branch
 from progidiff.training.close_up_stage import CloseUpObjective, CloseUpOptions
 from progidiff.training.evidence_stage import PhraseTable
@@ -54,12 +59,13 @@ def train_close_up_of(
     is_cancelled: Callable[[], bool] | None = None,
     report: Report | None = None,
     continue_from: Path | None = None,
+    denoiser: Denoiser = "own",
 ) -> CloseUpNetwork:
     """Train the close-up of a model folder and write it there.
 
     Args:
         model_dir: With ``conditioning/``, whose evidence the close-up will read.
-        backbone: For the text.
+        backbone: For the text; its denoiser and its autoencoder too, if that is the denoiser.
         cases: The labelled volumes of training.
         config: Settings; `close_up`, and `evidence` for the folds.
         work: Checkpoints, cached slices, and the out-of-fold evidence.
@@ -67,6 +73,7 @@ def train_close_up_of(
         readers: File of crops with several readers' masks.
         is_cancelled, report: See `run_loop`.
         continue_from: Model folder whose close-up is trained further; one without a close-up, or None, for a fresh one.
+        denoiser: Whose draws, see `pick_denoiser`.
 
     Raises:
         RequestError: if there are fewer cases than folds.
@@ -75,25 +82,13 @@ def train_close_up_of(
     card, stage = load_card(model_dir), config.close_up
     find_out_of_fold(card, backbone, cases, config, work, is_cancelled, _tell(report, "folds"))
     structures = list(card.structures)
-    sources: list[WindowSource] = [
-        VolumeSource([load_pooled_volume(case, structures, card.conditioning, work) for case in cases])
-    ]
-    weights = [1.0]
-    for folder in also:
-        more = list_cases(folder)
-        structures += [name for case in more for name in case.structures.values() if name not in structures]
-        pooled = [load_pooled_volume(case, structures, card.conditioning, None) for case in more]
-        sources.append(VolumeSource(pooled, worn_share=stage.worn_share))
-        weights.append(stage.also_share / len(also))
-    if readers is not None:
-        structures += [NODULE] if NODULE not in structures else []
-        sources.append(ReaderSource(load_reader_masks(readers), label=structures.index(NODULE) + 1))
-        weights.append(stage.readers_share)
-    weights[0] = max(0.1, 1 - sum(weights[1:]))
+    network, started = _create_or_continue(backbone, config, continue_from, denoiser)
+    native = network.config.native_size
+    rules = WindowRules().at_size(native) if native else WindowRules()
+    pool = _open_pool(card, structures, cases, stage, rules, work, also, readers)
     prompts = PhraseTable(backbone, structures).pick_canonical()
-    network, started = _create_or_continue(backbone, config.seed, continue_from)
     options = CloseUpOptions(**{f.name: getattr(stage, f.name) for f in fields(CloseUpOptions)})
-    objective = CloseUpObjective(network, WindowPool(sources, weights), prompts, options)
+    objective = CloseUpObjective(network, pool, prompts, options)
     settings = {
         "options": to_values(options),
         "cases": sorted(case.name for case in cases),
@@ -102,26 +97,100 @@ def train_close_up_of(
     }
     loop = LoopConfig.of(stage, config)
     told = _tell(report, "close_up")
-    run_loop({"network": network}, objective, loop, work / "close_up", None, is_cancelled, told, settings=settings)
+    with recomputing(network) if network.shares_denoiser and stage.recompute else contextlib.nullcontext():
+        run_loop({"network": network}, objective, loop, work / "close_up", None, is_cancelled, told, settings=settings)
     if find_team().is_first:
+        shared = {name: getattr(card, name) for name in ("backbone_digest", "backbone_copies")}
         written = CloseUpCard(
             network.config,
+            rules,
             finder=compute_conditioning_digest(model_dir),
             structures=tuple(structures),
             facts={**_describe(stage, cases, also, readers), **started},
+            **(shared if network.shares_denoiser else {}),
         )
         save_close_up(model_dir, written, network)
     return network
 
 
+def _open_pool(
+    card: ModelCard,
+    structures: list[str],
+    cases: Sequence[Case],
+    stage: CloseUpStage,
+    rules: WindowRules,
+    work: Path,
+    also: Sequence[Path],
+    readers: Path | None,
+) -> WindowPool:
+    """What windows are drawn from; `structures` grow by what further folders and readers show."""
+    pooled = [load_pooled_volume(case, structures, card.conditioning, work) for case in cases]
+    sources: list[WindowSource] = [VolumeSource(pooled, rules.size, rules=rules)]
+    weights = [1.0]
+    for folder in also:
+        more = list_cases(folder)
+        structures += [name for case in more for name in case.structures.values() if name not in structures]
+        pooled = [load_pooled_volume(case, structures, card.conditioning, None) for case in more]
+        sources.append(VolumeSource(pooled, rules.size, rules=rules, worn_share=stage.worn_share))
+        weights.append(stage.also_share / len(also))
+    if readers is not None:
+        structures += [NODULE] if NODULE not in structures else []
+        source = ReaderSource(load_reader_masks(readers), structures.index(NODULE) + 1, size=rules.size)
+        # What a crop shows is the same in any number of pixels.
+        sources.append(replace(source, shown_mm=source.pixel_mm * WindowRules.size / rules.size))
+        weights.append(stage.readers_share)
+    weights[0] = max(0.1, 1 - sum(weights[1:]))
+    return WindowPool(sources, weights)
+
+
+def pick_denoiser(
+    config: TrainConfig, backbone: Backbone, is_named: bool, continue_from: Path | None = None
+) -> Denoiser:
+    """Whose denoiser draws: what the settings say, else the backbone's where one is named, else its own.
+
+    Asked before anything is trained, so that what does not fit is refused at once.
+
+    Args:
+        config: Settings; without the stage close_up nothing is checked.
+        backbone: Of the model.
+        is_named: Whether it was given by name, as a real Stable Diffusion is.
+        continue_from: Model folder whose close-up, if it has one, keeps the denoiser that it has.
+
+    Raises:
+        RequestError: if the settings want another one than the close-up that is continued has, or windows of a size
+            that the backbone's denoiser cannot draw.
+        ModelError: if close-ups cannot be drawn by the backbone's denoiser.
+    """
+    stage = config.close_up
+    if "close_up" not in config.stages:
+        return "own"
+    if continue_from is not None and has_close_up(continue_from):
+        card = load_close_up_card(continue_from)
+        kept = {"denoiser": card.denoiser, "pixels": card.network.native_size}
+        other = [name for name, value in kept.items() if getattr(stage, name) not in (None, value)]
+        if other:
+            raise RequestError(
+                f"The close-up of '{continue_from}' was trained with {other[0]} {kept[other[0]]} and keeps it: leave "
+                f"close_up.{other[0]} out, or start from a model without a close-up."
+            )
+        return card.denoiser
+    if stage.denoiser == "own" or (stage.denoiser is None and not is_named):
+        return "own"
+    plan_network_on(backbone, stage.pixels)
+    return "backbone"
+
+
 def _create_or_continue(
-    backbone: Backbone, seed: int, continue_from: Path | None
+    backbone: Backbone, config: TrainConfig, continue_from: Path | None, denoiser: Denoiser
 ) -> tuple[CloseUpNetwork, dict[str, str]]:
     """A fresh network, or that of a model folder; and what says which, for checkpoints and the card."""
-    if continue_from is None or not has_close_up(continue_from):
-        return create_network(backbone.text_features, seed=seed).to(backbone.device), {}
-    _, network = load_close_up(continue_from, backbone.device)
-    return network.train().requires_grad_(True), {"continued": compute_close_up_digest(continue_from)}
+    if continue_from is not None and has_close_up(continue_from):
+        _, network = load_close_up(continue_from, backbone.device, backbone)
+        return network.train().requires_grad_(True), {"continued": compute_close_up_digest(continue_from)}
+    if denoiser == "own":
+        return create_network(backbone.text_features, seed=config.seed).to(backbone.device), {}
+    network = create_network_on(backbone, config.close_up.pixels, config.seed)
+    return network, {"backbone": compute_backbone_digest(backbone.folder), "pixels": str(network.config.native_size)}
 
 
 def find_out_of_fold(

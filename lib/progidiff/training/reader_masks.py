@@ -85,6 +85,7 @@ class ReaderSource:
         label: Its id, for the prompt.
         pixel_mm: Size of its pixels.
         size: Pixels of a window.
+        shown_mm: Size of these; None for that of the crops.
         num_neighbours, evidence_neighbours: Slices on each side; a crop has none, so its only slice is repeated.
         jitter: How windows are off the middle.
     """
@@ -96,13 +97,14 @@ class ReaderSource:
     num_neighbours: int = 2
     evidence_neighbours: int = 1
     jitter: Jitter = field(default_factory=Jitter)
+    shown_mm: float | None = None
 
     def look(self, rng: np.random.Generator) -> dict[str, Any]:
         """One crop, warped, with all its readers."""
         index = int(rng.integers(len(self.masks)))
         image = self.masks.images[index]
         middle = (image.shape[0] / 2 * self.pixel_mm, image.shape[1] / 2 * self.pixel_mm)
-        center, axes = jitter_window(middle, self.pixel_mm, self.size, self.size, self.jitter, rng)
+        center, axes = jitter_window(middle, self.shown_mm or self.pixel_mm, self.size, self.size, self.jitter, rng)
         bend, plane = torch.zeros(2, self.size, self.size), (self.pixel_mm, self.pixel_mm)
         shown = sample_window(image[None], center, axes, bend, self.size, plane, 1, padding="border")[0] / 255
         truth = sample_window(

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from progidiff.errors import RequestError
 from progidiff.images.modality import get_modality
 from progidiff.model.adapters import Kind
+from progidiff.model.close_up_backbone import LARGEST
 from progidiff.model.lora import LoraSettings
 from progidiff.prompts.structures import STRUCTURES
 from progidiff.training.backbone_stages import CodecOptions, TextToImageOptions
@@ -68,6 +69,12 @@ class CloseUpStage(CloseUpOptions, Schedule):
         readers_share: Share of the windows that come from readers' masks, where `--readers` gives some.
         also_share: Share that comes from further labelled folders, where `--also` gives some.
         worn_share: Share of those that show evidence, made from the truth by wearing it down.
+        denoiser: Whose draws: "own", a small one that is trained with the rest; "backbone", that of the backbone, which
+            stays frozen while encoder and injection learn to steer it; None: the backbone's where ``--backbone`` names
+            one, else its own. A close-up that is continued keeps what it has.
+        pixels: Along both axes of a window of the backbone's denoiser; None for the size that it is made for.
+        recompute: Keep less of the backbone's networks for the backward pass and compute it again: less memory, more
+            time.
     """
 
     folds: Annotated[int, Range(2, 100)] = 6
@@ -75,6 +82,9 @@ class CloseUpStage(CloseUpOptions, Schedule):
     readers_share: Annotated[float, Range(0, 0.9)] = 0.15
     also_share: Annotated[float, Range(0, 0.9)] = 0.2
     worn_share: Annotated[float, Range(0, 1)] = 0.6
+    denoiser: Literal["own", "backbone"] | None = None
+    pixels: Annotated[int, Range(32, LARGEST)] | None = None
+    recompute: bool = True
 
 
 @dataclass(frozen=True)
@@ -129,6 +139,11 @@ class TrainConfig(RunConfig):
             raise RequestError(
                 "Setting stages must be one or more of evidence, proposals and close_up, in this order, got "
                 f"{list(self.stages)}."
+            )
+        if self.close_up.pixels is not None and self.close_up.denoiser == "own":
+            raise RequestError(
+                "Setting close_up.pixels is for windows of the backbone's denoiser; leave it out, or set "
+                "close_up.denoiser=backbone."
             )
         if not self.structures:
             raise RequestError("Setting structures is empty; name at least one structure, for example [liver].")

@@ -50,7 +50,7 @@ from progidiff.training.backbone_stages import (
     train_text_to_image,
 )
 from progidiff.training.build_model import create_backbone, create_branch
-from progidiff.training.close_up_recipe import train_close_up_of
+from progidiff.training.close_up_recipe import pick_denoiser, train_close_up_of
 from progidiff.training.evidence_stage import train_evidence
 from progidiff.training.loop import LoopConfig, Report, RunConfig, Schedule, find_autocast_dtype
 from progidiff.training.processes import find_team
@@ -247,6 +247,7 @@ def run_train(
         )
     team = find_team()
     origin = _open_origin(model_dir, config, backbone_source, continue_from, team.device or device)
+    drawn_by = pick_denoiser(config, origin.backbone, backbone_source is not None, continue_from)
     listed = list_cases(studies) if cases is None else cases
     fine = config.evidence.supersampling if "evidence" in config.stages else 1
     data = prepare_datasets(listed, origin.branch.config, origin.structures, held_out, work, fine)
@@ -265,7 +266,7 @@ def run_train(
     if "close_up" in config.stages:
         rest = [case for case in listed if case.name in data.training_cases]
         train_close_up_of(
-            model_dir, origin.backbone, rest, config, work, also, readers, is_cancelled, report, continue_from
+            model_dir, origin.backbone, rest, config, work, also, readers, is_cancelled, report, continue_from, drawn_by
         )
     return load_card(model_dir)
 

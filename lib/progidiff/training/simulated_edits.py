@@ -10,6 +10,7 @@ from scipy import ndimage
 from skimage.morphology import skeletonize
 from torch import Tensor
 
+from progidiff.images.close_up import compute_fineness
 from progidiff.proposals.edit_maps import draw_edit_maps
 
 Mask = NDArray[np.bool_]
@@ -24,7 +25,7 @@ class EditHabits:
         scribbles: Share of strokes among them; the others are clicks.
         frames: Share of windows with a box.
         off_center: Standard deviation of a click from the middle of the wrong piece, in its inner radius.
-        smallest: Wrong pieces of fewer pixels are left alone.
+        smallest: Wrong pieces of fewer pixels are left alone; more of the finer pixels of a large window.
     """
 
     clicks: float = 2.0
@@ -70,8 +71,9 @@ def simulate_strokes(truth: Mask, drawn: Mask, rng: np.random.Generator, habits:
     """
     wanted, unwanted, left = np.zeros_like(truth), np.zeros_like(truth), drawn.copy()
     count = 1 + int(rng.poisson(max(0.0, habits.clicks - 1))) if habits.clicks > 0 else 0
+    smallest = round(habits.smallest * compute_fineness(len(truth)) ** 2)
     for _ in range(count):
-        found = find_wrong_piece(truth, left, habits.smallest)
+        found = find_wrong_piece(truth, left, smallest)
         if found is None:
             break
         piece, is_missing = found

@@ -61,7 +61,11 @@ def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(studies: Path, readers: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     create_backbone(folder / "model" / "backbone", TOY_WIDTHS)
-    run_train(studies, folder / "model", folder / "work", TRAIN, also=[studies], readers=readers)
+    shapes = folder / "shapes"
+    shapes.mkdir()
+    for part in ("labels.json", "labels/final/one.nii.gz"):
+        shutil.copy(studies / part, shapes)
+    run_train(studies, folder / "model", folder / "work", TRAIN, also=[studies], shapes=shapes, readers=readers)
     return folder
 
 
@@ -70,6 +74,7 @@ def test_a_model_with_a_close_up_comes_out_and_draws(trained: Path, studies: Pat
     assert card.finder == compute_conditioning_digest(trained / "model")
     assert card.structures == ("liver", "aorta", "lung nodule")
     assert card.facts["cases"] == ["one", "three", "two"]
+    assert card.facts["shapes"] == "shapes"
     volume = load_volume(studies / "two.nii.gz", modality="CT")
     result = Engine(trained / "model", device="cpu").propose(
         ProposalRequest(queries=[Query("liver", "liver")], num_proposals=2), volume

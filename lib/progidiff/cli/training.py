@@ -92,6 +92,15 @@ AlsoOption = Annotated[
         show_default=False,
     ),
 ]
+ShapesOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--shapes",
+        help="A folder of label volumes without images, with labels.json, from which the close-up learns what anatomy "
+        "looks like.",
+        show_default=False,
+    ),
+]
 ReadersOption = Annotated[
     Path | None,
     typer.Option(
@@ -280,6 +289,7 @@ def train(
     backbone: FrozenBackboneOption = None,
     freeze_denoiser: FreezeOption = None,
     also: AlsoOption = None,
+    shapes: ShapesOption = None,
     readers: ReadersOption = None,
     seed: RunSeedOption = None,
     device: DeviceOption = None,
@@ -318,6 +328,7 @@ def train(
         continue_from=continue_from,
         device=device,
         also=also or [],
+        shapes=shapes,
         readers=readers,
         report=make_step_report(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from progidiff.training.processes import find_team
 from progidiff.training.reader_masks import ReaderSource, load_reader_masks
 from progidiff.training.recipe_settings import CloseUpStage, TrainConfig
 from progidiff.training.settings import to_values
+from progidiff.training.shapes import ShapeSource, load_shapes
 from progidiff.training.slice_cache import Case, list_cases
 from progidiff.training.window_pool import VolumeSource, WindowPool, WindowSource
 
@@ -48,14 +49,28 @@ NODULE = "lung nodule"
 """What the crops of readers show."""
 
 
+@dataclass(frozen=True)
+class FurtherWindows:
+    """What close-ups learn from beside the labelled volumes that the evidence is trained on.
+
+    Attributes:
+        also: Further labelled folders; their windows come from the truth, with edits or worn evidence.
+        shapes: Folder of label volumes without images, see `load_shapes`.
+        readers: File of crops with several readers' masks, see `load_reader_masks`.
+    """
+
+    also: Sequence[Path] = ()
+    shapes: Path | None = None
+    readers: Path | None = None
+
+
 def train_close_up_of(
     model_dir: Path,
     backbone: Backbone,
     cases: Sequence[Case],
     config: TrainConfig,
     work: Path,
-    also: Sequence[Path] = (),
-    readers: Path | None = None,
+    more: FurtherWindows | None = None,
     is_cancelled: Callable[[], bool] | None = None,
     report: Report | None = None,
     continue_from: Path | None = None,
@@ -69,8 +84,7 @@ def train_close_up_of(
         cases: The labelled volumes of training.
         config: Settings; `close_up`, and `evidence` for the folds.
         work: Checkpoints, cached slices, and the out-of-fold evidence.
-        also: Further labelled folders; their windows come from the truth, with edits and without evidence.
-        readers: File of crops with several readers' masks.
+        more: What windows come from beside the cases.
         is_cancelled, report: See `run_loop`.
         continue_from: Model folder whose close-up is trained further; one without a close-up, or None, for a fresh one.
         denoiser: Whose draws, see `pick_denoiser`.
@@ -85,7 +99,8 @@ def train_close_up_of(
     network, started = _create_or_continue(backbone, config, continue_from, denoiser)
     native = network.config.native_size
     rules = WindowRules().at_size(native) if native else WindowRules()
-    pool = _open_pool(card, structures, cases, stage, rules, work, also, readers)
+    more = more or FurtherWindows()
+    pool = _open_pool(card, structures, cases, stage, rules, work, more)
     prompts = PhraseTable(backbone, structures).pick_canonical()
     options = CloseUpOptions(**{f.name: getattr(stage, f.name) for f in fields(CloseUpOptions)})
     objective = CloseUpObjective(network, pool, prompts, options)
@@ -106,7 +121,7 @@ def train_close_up_of(
             rules,
             finder=compute_conditioning_digest(model_dir),
             structures=tuple(structures),
-            facts={**_describe(stage, cases, also, readers), **started},
+            facts={**_describe(stage, cases, more), **started},
             **(shared if network.shares_denoiser else {}),
         )
         save_close_up(model_dir, written, network)
@@ -120,22 +135,24 @@ def _open_pool(
     stage: CloseUpStage,
     rules: WindowRules,
     work: Path,
-    also: Sequence[Path],
-    readers: Path | None,
+    more: FurtherWindows,
 ) -> WindowPool:
     """What windows are drawn from; `structures` grow by what further folders and readers show."""
     pooled = [load_pooled_volume(case, structures, card.conditioning, work) for case in cases]
     sources: list[WindowSource] = [VolumeSource(pooled, rules.size, rules=rules)]
     weights = [1.0]
-    for folder in also:
-        more = list_cases(folder)
-        structures += [name for case in more for name in case.structures.values() if name not in structures]
-        pooled = [load_pooled_volume(case, structures, card.conditioning, None) for case in more]
+    for folder in more.also:
+        others = list_cases(folder)
+        structures += [name for case in others for name in case.structures.values() if name not in structures]
+        pooled = [load_pooled_volume(case, structures, card.conditioning, None) for case in others]
         sources.append(VolumeSource(pooled, rules.size, rules=rules, worn_share=stage.worn_share))
-        weights.append(stage.also_share / len(also))
-    if readers is not None:
+        weights.append(stage.also_share / len(more.also))
+    if more.shapes is not None:
+        sources.append(ShapeSource(load_shapes(more.shapes, structures), rules.size, rules=rules))
+        weights.append(stage.shapes_share)
+    if more.readers is not None:
         structures += [NODULE] if NODULE not in structures else []
-        source = ReaderSource(load_reader_masks(readers), structures.index(NODULE) + 1, size=rules.size)
+        source = ReaderSource(load_reader_masks(more.readers), structures.index(NODULE) + 1, size=rules.size)
         # What a crop shows is the same in any number of pixels.
         sources.append(replace(source, shown_mm=source.pixel_mm * WindowRules.size / rules.size))
         weights.append(stage.readers_share)
@@ -249,11 +266,12 @@ def _tell(report: Report | None, stage: str) -> Report | None:
     return None if report is None else lambda entry: report({"stage": stage, **entry})
 
 
-def _describe(stage: CloseUpStage, cases: Sequence[Case], also: Sequence[Path], readers: Path | None) -> dict[str, Any]:
+def _describe(stage: CloseUpStage, cases: Sequence[Case], more: FurtherWindows) -> dict[str, Any]:
     """Where the weights come from."""
     return {
         "settings": to_values(stage),
         "cases": sorted(case.name for case in cases),
-        "also": [folder.name for folder in also],
-        "readers": "" if readers is None else readers.name,
+        "also": [folder.name for folder in more.also],
+        "shapes": "" if more.shapes is None else more.shapes.name,
+        "readers": "" if more.readers is None else more.readers.name,
     }

@@ -69,6 +69,7 @@ class CloseUpStage(CloseUpOptions, Schedule):
         readers_share: Share of the windows that come from readers' masks, where `--readers` gives some.
         also_share: Share that comes from further labelled folders, where `--also` gives some.
         worn_share: Share of those that show evidence, made from the truth by wearing it down.
+        shapes_share: Share that comes from label volumes without images, where `--shapes` gives some.
         denoiser: Whose draws: "own", a small one that is trained with the rest; "backbone", that of the backbone, which
             stays frozen while encoder and injection learn to steer it; None: the backbone's where ``--backbone`` names
             one, else its own. A close-up that is continued keeps what it has.
@@ -82,6 +83,7 @@ class CloseUpStage(CloseUpOptions, Schedule):
     readers_share: Annotated[float, Range(0, 0.9)] = 0.15
     also_share: Annotated[float, Range(0, 0.9)] = 0.2
     worn_share: Annotated[float, Range(0, 1)] = 0.6
+    shapes_share: Annotated[float, Range(0, 0.9)] = 0.1
     denoiser: Literal["own", "backbone"] | None = None
     pixels: Annotated[int, Range(32, LARGEST)] | None = None
     recompute: bool = True

@@ -50,7 +50,7 @@ from progidiff.training.backbone_stages import (
     train_text_to_image,
 )
 from progidiff.training.build_model import create_backbone, create_branch
-from progidiff.training.close_up_recipe import pick_denoiser, train_close_up_of
+from progidiff.training.close_up_recipe import FurtherWindows, pick_denoiser, train_close_up_of
 from progidiff.training.evidence_stage import train_evidence
 from progidiff.training.loop import LoopConfig, Report, RunConfig, Schedule, find_autocast_dtype
 from progidiff.training.processes import find_team
@@ -202,6 +202,7 @@ def run_train(
     device: str | None = None,
     extra_notes: str = "",
     also: Sequence[Path] = (),
+    shapes: Path | None = None,
     readers: Path | None = None,
     is_cancelled: Callable[[], bool] | None = None,
     report: Report | None = None,
@@ -225,6 +226,7 @@ def run_train(
         device: "cpu", "cuda"; None to pick.
         extra_notes: For the card.
         also: Further labelled folders whose structures the close-up learns to draw from clicks.
+        shapes: Folder of label volumes without images, from which the close-up learns what anatomy looks like.
         readers: File of crops with several readers' masks, see `load_reader_masks`, for the close-up's variety.
         is_cancelled: Asked before every step; a clean checkpoint is written first.
         report: Receives log entries with "stage".
@@ -265,8 +267,9 @@ def run_train(
             _write_model(model_dir, card, pipeline, run, embedded=backbone_source is None, trained=trained)
     if "close_up" in config.stages:
         rest = [case for case in listed if case.name in data.training_cases]
+        more = FurtherWindows(also, shapes, readers)
         train_close_up_of(
-            model_dir, origin.backbone, rest, config, work, also, readers, is_cancelled, report, continue_from, drawn_by
+            model_dir, origin.backbone, rest, config, work, more, is_cancelled, report, continue_from, drawn_by
         )
     return load_card(model_dir)
 

@@ -237,7 +237,7 @@ class VolumeSource:
         around = np.arange(-self.num_neighbours, self.num_neighbours + 1) * step
         slices = np.clip(z + around, 0, depth - 1)
         looks = count_looks(pixel, min(plane))
-        images = sample_window(volume.image[slices], center, axes, bend, self.size, (plane[0], plane[1]), looks) / 255
+        images = self.take_picture(volume, slices, center, axes, bend, looks, rng)
         other, far = self._pick_neighbour(volume, z, dz, rng)
         middle = slice(
             self.num_neighbours - self.evidence_neighbours, self.num_neighbours + self.evidence_neighbours + 1
@@ -272,6 +272,33 @@ class VolumeSource:
             "label": label,
             "spacing": (pixel, dz * step),
         }
+
+    def take_picture(
+        self,
+        volume: PooledVolume,
+        slices: NDArray[np.int64],
+        center: Tensor,
+        axes: Tensor,
+        bend: Tensor,
+        looks: int,
+        rng: np.random.Generator,
+    ) -> Tensor:
+        """What a window of some slices shows, (C, S, S) in [0, 1].
+
+        Args:
+            volume: Whose.
+            slices: C axial indices.
+            center, axes, bend, looks: Where the window is, see `sample_window`.
+            rng: Of what is not the volume's own.
+        """
+        return self.sample(volume, volume.image[slices], center, axes, bend, looks)
+
+    def sample(
+        self, volume: PooledVolume, stack: NDArray[np.uint8], center: Tensor, axes: Tensor, bend: Tensor, looks: int
+    ) -> Tensor:
+        """Pixels (C, Y, X) of a volume's slices in a window, (C, S, S) in [0, 1]."""
+        _, dy, dx = volume.spacing
+        return sample_window(stack, center, axes, bend, self.size, (dy, dx), looks) / 255
 
     def _pick_neighbour(self, volume: PooledVolume, z: int, dz: float, rng: np.random.Generator) -> tuple[int, float]:
         """Another slice up to 25 mm away, as an annotator may have accepted."""

@@ -241,12 +241,7 @@ def run_train(
     """
     config = config or TrainConfig()
     check_config(config)
-    freeze = config.freeze_denoiser if config.freeze_denoiser is not None else backbone_source is not None
-    if backbone_source is not None and not freeze:
-        raise RequestError(
-            f"'{backbone_source}' stays as it is, so its denoiser cannot be trained: set freeze_denoiser=true, or copy "
-            f"it to '{model_dir}/backbone' and leave --backbone out."
-        )
+    freeze = _is_frozen(config, backbone_source, model_dir)
     team = find_team()
     origin = _open_origin(model_dir, config, backbone_source, continue_from, team.device or device)
     drawn_by = pick_denoiser(config, origin.backbone, backbone_source is not None, continue_from)
@@ -272,6 +267,21 @@ def run_train(
             model_dir, origin.backbone, rest, config, work, more, is_cancelled, report, continue_from, drawn_by
         )
     return load_card(model_dir)
+
+
+def _is_frozen(config: TrainConfig, backbone_source: str | None, model_dir: Path) -> bool:
+    """Whether the denoiser of whole slices stays as it is.
+
+    Raises:
+        RequestError: if one that is not the model's own should be trained.
+    """
+    freeze = config.freeze_denoiser if config.freeze_denoiser is not None else backbone_source is not None
+    if backbone_source is not None and not freeze:
+        raise RequestError(
+            f"'{backbone_source}' stays as it is, so its denoiser cannot be trained: set freeze_denoiser=true, or copy "
+            f"it to '{model_dir}/backbone' and leave --backbone out."
+        )
+    return freeze
 
 
 def _describe_training(

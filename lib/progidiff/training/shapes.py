@@ -1,7 +1,7 @@
 """Anatomy from masks alone: label volumes without images, painted in tones that tell little.
 
 What a gland looks like beside its organ can be learned from outlines that come without a picture. Every window gets
-tones by lot, for each structure another and often nearly that of its surroundings, so that evidence and the knowledge of
+tones by lot, for each structure another and often nearly that of its surroundings, so that evidence and knowledge of
 shapes have to decide where the picture does not (as SynthSeg learns from synthetic contrasts, Billot et al. 2023).
 """
 

@@ -21,7 +21,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from scipy.stats import spearmanr
 from progidiff.evaluation.metrics import compute_dice, compute_hd95
 from progidiff.images.close_up import WindowRules, plan_windows
 from progidiff.model.backbone import Backbone
-from progidiff.model.calibration import Calibration, Reliability
+from progidiff.model.calibration import BINS, Calibration, Reliability
 from progidiff.model.close_up import create_network
 from progidiff.model.close_up_folder import FOLDER, load_close_up
 from progidiff.model.close_up_pipeline import CloseUpPipeline
@@ -314,8 +314,8 @@ def make_table(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_reliability(files: Sequence[Path]) -> dict[str, Any]:
-    """Expected calibration error of the agreement on every patient, as it is and after a curve that the other patients
-    gave; and the curve of all.
+    """Expected calibration error of the agreement, as it is and after a curve that the other patients gave: of every
+    patient, their mean, and of all voxels together (`pooled`); and the curve of all.
     """
     patients: dict[str, Reliability] = {}
     for path in files:
@@ -324,17 +324,41 @@ def measure_reliability(files: Sequence[Path]) -> dict[str, Any]:
         patients[path.stem] = sum_up([Reliability(np.array(t["count"]), np.array(t["positive"])) for t in tallied])
     if len(patients) < 2:
         return {}
-    raw, fitted = {}, {}
+    raw, fitted, curves = {}, {}, {}
     for name, counted in patients.items():
         others = sum_up([other for key, other in patients.items() if key != name])
+        curves[name] = Calibration.fit(others)
         raw[name] = counted.compute_error()
-        fitted[name] = counted.compute_error(Calibration.fit(others))
+        fitted[name] = counted.compute_error(curves[name])
     return {
         "error": float(np.mean(list(raw.values()))),
         "error_calibrated_on_others": float(np.mean(list(fitted.values()))),
+        "pooled": sum_up(list(patients.values())).compute_error(),
+        "pooled_calibrated_on_others": compute_pooled_error(patients, curves),
         "per_patient": {name: [raw[name], fitted[name]] for name in patients},
         "calibration": Calibration.fit(sum_up(list(patients.values()))).to_dict(),
     }
+
+
+def compute_pooled_error(
+    patients: Mapping[str, Reliability], curves: Mapping[str, Calibration], bins: int = 15
+) -> float:
+    """Expected calibration error of all drawn voxels together, each patient's after a curve of its own.
+
+    Args:
+        patients: What was counted of each.
+        curves: Of each, that it had no part in.
+        bins: Of equal width.
+    """
+    expected, observed, total = np.zeros(bins), np.zeros(bins), 0
+    values = np.arange(1, BINS) / (BINS - 1)
+    for name, counted in patients.items():
+        predicted = curves[name].apply(values)
+        where = np.minimum((predicted * bins).astype(int), bins - 1)
+        expected += np.bincount(where, predicted * counted.count[1:], bins)
+        observed += np.bincount(where, counted.positive[1:], bins)
+        total += int(counted.count[1:].sum())
+    return float(np.abs(expected - observed).sum() / max(1, total))
 
 
 def give_calibration(model: Path, table: dict[str, Any]) -> None:

@@ -4,6 +4,8 @@
     benchmarks/results/text_selection_chest.json
     python benchmarks/text_selection.py --task organs --data ../shared/data/ct --out
     benchmarks/results/text_selection_ct.json
+    python benchmarks/text_selection.py --task organs --data ../shared/data/mr --held-out t2spir03 t2spir08 --out
+    benchmarks/results/text_selection_mr.json
     python benchmarks/text_selection.py --task chest --data ../shared/data/cxr --head
     apps/progidiff/model/textdiff/chest --unseen-every 4 --out benchmarks/results/text_selection_shipped.json
     python benchmarks/text_selection.py --summarise benchmarks/results/text_selection_chest.json

@@ -9,6 +9,10 @@ best one flatters. Each form is a training (`ARMS`), and each trained head is me
 with another noise in each, mirrored as `TextDiffModel.predict` does, the answers averaged. "best threshold" is what
 choosing it on these very pictures would give: the most that a better threshold could add.
 
+"taught by the recipe" is self-training: the head of the recipe labels the training pictures that were not chosen (they
+count as unlabelled; their labels are not read), and a fresh head learns from these answers and from the labels, each
+labelled picture as often as `LABELLED_TIMES` of the others.
+
 A training is kept in the work folder when it is done; a run that is stopped goes on where it was, and `--done-only`
 makes the table of what is there.
 """
@@ -29,6 +33,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from progidiff.textdiff.data import PictureCase, find_cases, read_classes
@@ -56,6 +61,7 @@ class Arm:
         ema_decay: Of the averaged weights.
         crop: Working pixels.
         scale: Working pixels per pixel.
+        teacher: Form whose head labels the other training pictures; "" for none, they are not used then.
     """
 
     views: int = 2
@@ -65,6 +71,7 @@ class Arm:
     ema_decay: float = 0.98
     crop: int = 96
     scale: float = 0.5
+    teacher: str = ""
 
 
 ARMS = {
@@ -77,7 +84,11 @@ ARMS = {
     "features of 4 noises averaged": Arm(averaged=4),
     "features of 8 noises averaged": Arm(averaged=8),
     "working scale 0.75": Arm(scale=0.75, crop=144),
+    "taught by the recipe": Arm(views=1, steps=200, teacher="recipe"),
 }
+
+LABELLED_TIMES = 4
+"""A labelled picture beside one that a teacher labelled."""
 
 DRAWS = (1, 4, 8)
 
@@ -106,6 +117,11 @@ def pick_training(cases: Sequence[PictureCase], size: int, seed: int) -> list[Pi
     return sorted(cases, key=lambda case: hashlib.sha256(f"{seed}:{case.name}".encode()).digest())[:size]
 
 
+def name_run(work: Path, arm: str, size: int, seed: int) -> Path:
+    """Folder of a training."""
+    return work / f"{arm.replace(' ', '-').replace(',', '')}-{size}-{seed}"
+
+
 def train(
     arm: Arm, cases: Sequence[PictureCase], seed: int, denoiser: Path, cache: FeatureCache, work: Path
 ) -> TextDiffModel:
@@ -127,31 +143,54 @@ def train(
     return model
 
 
+def add_answers(
+    teacher: TextDiffModel, cases: Sequence[PictureCase], others: Sequence[PictureCase], folder: Path
+) -> list[PictureCase]:
+    """Labelled pictures, each several times, and others with what a head answers (one draw) as their label."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [
+        replace(case, name=f"{case.name}+{k}" if k else case.name) for k in range(LABELLED_TIMES) for case in cases
+    ]
+    for case in others:
+        answer = predict(teacher, case, [1])[1] > 0.5
+        label = folder / f"{case.name}.png"
+        Image.fromarray(answer.numpy().astype("uint8") * 255).save(label)
+        found.append(replace(case, label=label))
+    return found
+
+
 @torch.no_grad()
+def predict(model: TextDiffModel, case: PictureCase, draws: Sequence[int]) -> dict[int, Tensor]:
+    """Number of draws -> the foreground's mean probability over them, (H, W) at the picture's resolution."""
+    options, coarsest = model.card.features, max(model.extractor.strides)
+    dtype = find_autocast_dtype("auto", torch.device("cpu"))
+    picture = read_picture(case.image)
+    working = to_working(picture.pixels, options.scale, options.size, options.tone)
+    total, answers = torch.zeros(picture.size), {}
+    for draw in range(max(draws)):
+        axes = pick_mirror(draw)
+        features = model.extractor(pad(working.flip(axes), coarsest)[None], draw)
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            logits = model.head(features)
+        found = logits.float().softmax(dim=1)[:, 1:, : working.shape[1], : working.shape[2]].flip(axes)
+        total += resize(found, picture.size)[0, 0].clamp(0, 1)
+        if draw + 1 in draws:
+            answers[draw + 1] = total / (draw + 1)
+    return answers
+
+
 def measure(model: TextDiffModel, cases: Sequence[PictureCase], draws: Sequence[int]) -> dict[str, dict[str, float]]:
     """Mean Dice per number of draws.
 
     Returns:
         draws -> {"dice" at 0.5, "best threshold" (its Dice), one entry per picture}.
     """
-    options, coarsest = model.card.features, max(model.extractor.strides)
-    dtype = find_autocast_dtype("auto", torch.device("cpu"))
     scores: dict[int, list[list[float]]] = {count: [] for count in draws}
     for case in cases:
-        picture = read_picture(case.image)
-        truth = read_classes(case, picture.size, 1) > 0
-        working = to_working(picture.pixels, options.scale, options.size, options.tone)
-        total = torch.zeros(picture.size)
-        for draw in range(max(draws)):
-            axes = pick_mirror(draw)
-            features = model.extractor(pad(working.flip(axes), coarsest)[None], draw)
-            with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                logits = model.head(features)
-            found = logits.float().softmax(dim=1)[:, 1:, : working.shape[1], : working.shape[2]].flip(axes)
-            total += resize(found, picture.size)[0, 0].clamp(0, 1)
-            if draw + 1 in scores:
-                answer = (total / (draw + 1)).numpy()
-                scores[draw + 1].append([compute_scores(answer > t, truth)[0] for t in THRESHOLDS])
+        answers = {count: answer.numpy() for count, answer in predict(model, case, draws).items()}
+        truth = read_classes(case, read_picture(case.image).size, 1) > 0
+        for count, answer in answers.items():
+            scores[count].append([compute_scores(answer > t, truth)[0] for t in THRESHOLDS])
     report = {}
     for count, rows in scores.items():
         means = [mean(column) for column in zip(*rows, strict=True)]
@@ -172,10 +211,17 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cells = []
     for seed in options.seeds:
         for name in options.arms:
-            path = options.work / f"{name.replace(' ', '-').replace(',', '')}-{options.size}-{seed}.json"
+            folder = name_run(options.work, name, options.size, seed)
+            path = folder.with_suffix(".json")
             if not path.is_file() and not options.done_only:
                 cases = pick_training(training, options.size, seed)
-                model = train(ARMS[name], cases, seed, options.denoiser, cache, path.with_suffix(""))
+                shown, teacher = cases, ARMS[name].teacher
+                if teacher:
+                    others = [case for case in training if case not in cases]
+                    place = name_run(options.work, teacher, options.size, seed)
+                    taught = train(ARMS[teacher], cases, seed, options.denoiser, cache, place)
+                    shown = add_answers(taught, cases, others, folder / "answers")
+                model = train(ARMS[name], shown, seed, options.denoiser, cache, folder)
                 draws = options.draws if ARMS[name].averaged == 1 else options.draws[:1]
                 found = {
                     "arm": name,

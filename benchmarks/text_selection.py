@@ -4,6 +4,8 @@
     benchmarks/results/text_selection_chest.json
     python benchmarks/text_selection.py --task organs --data ../shared/data/ct --out
     benchmarks/results/text_selection_ct.json
+    python benchmarks/text_selection.py --task organs --data ../shared/data/mr --held-out t2spir03 t2spir08 --out
+    benchmarks/results/text_selection_mr.json
     python benchmarks/text_selection.py --task chest --data ../shared/data/cxr --head
     apps/progidiff/model/textdiff/chest --unseen-every 4 --out benchmarks/results/text_selection_shipped.json
     python benchmarks/text_selection.py --summarise benchmarks/results/text_selection_chest.json
@@ -21,11 +23,15 @@ first 24 of them with one training set of 12.
 * **left out**: the text's contribution is left out of the network, so all classes are drawn: the best that can be done
   without reading.
 * **multi-class**: the class map of the same network before the gate, each class by its number. The gate learns from
-  phrases alone and the map from labels alone, so this is the multi-class head without text.
+  phrases alone and the map from labels alone.
+* **no text: multi-class**: a second training, on the same pictures with the same recipe, of a head that has neither
+  gate nor text branch; each class by its number. **no text: right**: what such a head can answer to a sentence, which
+  it does not read: all classes (`--no-text` sizes).
 * **attention**: the head as the TextDiff paper has it: image tokens attend to the words, no gate; the same phrases,
   drawn anew for every crop. For `--attention` sizes only.
 * **volume model** (organs): the server's model for volumes, asked by name, on the same slices (the consensus of two
-  proposals); it learned from whole volumes, none of them held out here.
+  proposals), with the adapter that the server takes for the modality by itself. `--held-out` must name volumes that
+  neither learned from.
 
 `organs` takes slices of a datastore as pictures: for every seed and size training slices come from the volumes that are
 not held out, evenly spread through them, one volume after the other.
@@ -82,6 +88,8 @@ READ_TABLES = ("unseen", "two_sided", "last")
 """Sentences that no training reads. On "two_sided" one list of training phrases was tried before the last one was
 made; "last" was written then and asked once.
 """
+
+ARMS = ("gate", "attention", "no text")
 
 HELD_OUT_VOLUMES = ("img0024", "img0033", "img0039")
 """Those that the server's volume model held back."""
@@ -191,10 +199,11 @@ def make_config(task: Task, options: argparse.Namespace) -> TextDiffTrainConfig:
             blocks=tuple(options.blocks),
             scale=None,
             size=options.size,
-            picture=options.size <= 64,
+            picture=3 in options.blocks,
             tone=(0.0, 0.0, 0.0, 0.5, 0.5, 0.5) if options.task == "chest" else None,
             mirror=False,
             own_scale=True,
+            draws=options.draws,
         ),
         head=HeadOptions(width=64, base=16, gate=True),
         crop=options.size,
@@ -228,16 +237,20 @@ def draw(
     """
     picture, options = read_picture(case.image), model.card.features
     working = to_working(picture.pixels, options.scale, options.size, options.tone)
-    features = [maps[None].float() for maps in cache.get(model.extractor, working)]
-    assert model.encoder is not None
-    tokens, mask = model.encoder.encode([text or "nothing" for text in texts])
-    mask &= torch.tensor([text is not None for text in texts])[:, None]
+    tokens = mask = None
+    if model.encoder is not None:
+        tokens, mask = model.encoder.encode([text or "nothing" for text in texts])
+        mask &= torch.tensor([text is not None for text in texts])[:, None]
     dtype = find_autocast_dtype("auto", torch.device("cpu"))
-    with torch.autocast("cpu", dtype, enabled=dtype is not None):
-        logits = model.head([f.expand(len(texts), -1, -1, -1) for f in features], tokens, mask, attend=attend)
     height, width = working.shape[1:]
-    probabilities = logits.float().softmax(dim=1)[:, 1:, :height, :width]
-    return np.stack([model.draw_mask(p) for p in resize(probabilities, picture.size).clamp(0, 1).numpy()])
+    answers = []
+    for number in range(options.draws):
+        features = [maps.expand(len(texts), -1, -1, -1).float() for maps in cache.get(model.extractor, working, number)]
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            logits = model.head(features, tokens, mask, attend=attend)
+        found = logits.float().softmax(dim=1)[:, 1:, :height, :width]
+        answers.append(resize(found, picture.size).clamp(0, 1).numpy())
+    return np.stack([model.draw_mask(p) for p in np.mean(answers, axis=0)])
 
 
 def measure(model: TextDiffModel, cache: FeatureCache, task: Task, unseen_every: int, seed: int) -> dict[str, Any]:
@@ -265,8 +278,13 @@ def measure(model: TextDiffModel, cache: FeatureCache, task: Task, unseen_every:
         truth = read_classes(case, read_picture(case.image).size, len(task.classes))
         unseen = task.unseen if number % unseen_every == 0 else ()
         texts = [*groups.values(), None, *(phrase.text for phrase in unseen)]
-        masks = dict(zip(texts, draw(model, cache, case, texts), strict=True))
+        masks = {} if model.encoder is None else dict(zip(texts, draw(model, cache, case, texts), strict=True))
         everything = draw(model, cache, case, [None], attend=False)[0]
+        if model.encoder is None:  # It draws the same whatever it is asked.
+            for classes in groups:
+                note("right", names[classes], everything, truth, classes)
+                note("multi-class", names[classes], keep_classes(everything, classes), truth, classes)
+            continue
         for classes, text in groups.items():
             note("right", names[classes], masks[text], truth, classes)
             note("empty", names[classes], masks[None], truth, classes)
@@ -295,7 +313,7 @@ def train(task: Task, cases: Sequence[PictureCase], config: TextDiffTrainConfig,
         cases,
         denoiser=tools.extractor,
         encoder=tools.encoder,
-        phrases=task.phrases,
+        phrases=task.phrases if config.use_text else (),
         work=tools.work / "runs" / hashlib.sha256(repr((config, [c.name for c in cases])).encode()).hexdigest()[:12],
         cache=tools.cache.folder,
         config=config,
@@ -323,17 +341,18 @@ def run(task: Task, options: argparse.Namespace) -> dict[str, Any]:
     )
     cells = [("gate", size, seed) for seed in options.seeds for size in options.sizes]
     cells += [("attention", size, seed) for seed in options.seeds for size in options.attention]
+    cells += [("no text", size, seed) for seed in options.seeds for size in options.no_text]
     results = []
     for arm, size, seed in cells:
         setting = replace(
             config,
             seed=seed,
             views=count_views(size, options.views),
+            use_text=arm != "no text",
             head=replace(config.head, gate=arm == "gate"),
         )
-        path = (
-            options.work / "cells" / f"{options.task}-{options.data.name}-{arm}-{size}-{seed}-{_digest(setting)}.json"
-        )
+        name = f"{options.task}-{options.data.name}-{arm.replace(' ', '-')}-{size}-{seed}-{_digest(setting)}.json"
+        path = options.work / "cells" / name
         if not path.is_file():
             cases = pick_training(task, size, seed)
             started = time.process_time()
@@ -430,7 +449,7 @@ def measure_volume_model(task: Task, options: argparse.Namespace) -> dict[str, A
     """The server's model for volumes on the same slices: selection -> one Dice per slice that shows it."""
     from progidiff.prompts.parser import Query
     from progidiff.proposals.engine import Engine
-    from progidiff.proposals.request import NONE, ProposalRequest
+    from progidiff.proposals.request import ProposalRequest
 
     engine = Engine(options.model, device="cpu")
     found: dict[str, list[float]] = {}
@@ -442,7 +461,7 @@ def measure_volume_model(task: Task, options: argparse.Namespace) -> dict[str, A
         image = next(path for path in options.data.iterdir() if path.name.startswith(f"{name}."))
         numbers = [int(case.name.rpartition("-")[2]) for case in slices]
         request = ProposalRequest(
-            queries=[Query(text, text, known=True) for text in known], num_proposals=2, adapter=NONE, slices=numbers
+            queries=[Query(text, text, known=True) for text in known], num_proposals=2, slices=numbers
         )
         proposals = engine.propose(request, load_volume(image))
         for case, z in zip(slices, numbers, strict=True):
@@ -462,7 +481,7 @@ def summarise(report: Mapping[str, Any]) -> dict[str, Any]:
     """
     rows: dict[str, dict[str, Any]] = {}
     for size in sorted({cell["size"] for cell in report["cells"]}):
-        for arm in ("gate", "attention"):
+        for arm in ARMS:
             cells = [cell for cell in report["cells"] if cell["arm"] == arm and cell["size"] == size]
             for control in dict.fromkeys(control for cell in cells for control in cell["scores"]):
                 if control == "each unseen":
@@ -529,11 +548,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, help="chest: folder with train/ and val/; organs: a datastore")
     parser.add_argument("--held-out", nargs="+", default=list(HELD_OUT_VOLUMES), help="organs: volumes to measure on")
     parser.add_argument("--per-volume", type=int, default=8, help="organs: slices of a volume")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 12, 40])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[1, 5, 12, 40])
     parser.add_argument("--attention", type=int, nargs="*", default=[], help="sizes at which attention is trained too")
+    parser.add_argument(
+        "--no-text", type=int, nargs="*", default=[], help="sizes at which a head without text is trained"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--size", type=int, default=64, help="working pixels along a side")
     parser.add_argument("--blocks", type=int, nargs="+", default=[0, 1, 2, 3], help="decoder blocks, 0 is the coarsest")
+    parser.add_argument("--draws", type=int, default=1, help="noises of the views, and that an answer averages over")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--views", type=int, default=12, help="of one picture; fewer with more pictures")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from progidiff.textdiff.data import PictureCase
 from progidiff.textdiff.features import FeatureOptions
 from support.servers import ROOT, load_script
 
@@ -42,3 +46,18 @@ def test_the_table_has_the_mean_over_seeds_and_the_forms_that_are_there(benchmar
     assert summary["recipe"]["1"]["dice"] == pytest.approx(0.75)
     assert summary["recipe"]["1"]["seeds"] == {"0": 0.7, "1": 0.8}
     assert "| recipe | 0.750 |  |  | 0.760 | 0.700, 0.800 |" in benchmark.format_table(summary)
+
+
+def test_a_teacher_labels_only_the_pictures_without_a_label(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    def answer(model: object, case: PictureCase, draws: list[int]) -> dict[int, torch.Tensor]:
+        return {1: torch.tensor([[0.2, 0.6]])}
+
+    monkeypatch.setattr(benchmark, "predict", answer)
+    own = PictureCase("a", tmp_path / "a.png", tmp_path / "a-label.png")
+    other = PictureCase("b", tmp_path / "b.png", tmp_path / "b-label.png")
+    found = benchmark.add_answers(None, [own], [other], tmp_path / "answers")
+    assert [case.name for case in found] == ["a", "a+1", "a+2", "a+3", "b"]
+    assert {case.label for case in found[:-1]} == {own.label}
+    assert np.asarray(Image.open(found[-1].label)).tolist() == [[0, 255]]

@@ -39,7 +39,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_trains_measures_every_control_and_goes_on(benchmark: ModuleType, data: Path, tmp_path: Path, capsys):
     out = tmp_path / "out.json"
     arguments = ["--data", str(data), "--work", str(tmp_path / "work"), "--sizes", "1", "2", "--seeds", "0"]
-    arguments += ["--size", "32", "--steps", "2", "--views", "1", "--attention", "1", "--out", str(out)]
+    arguments += ["--size", "32", "--steps", "2", "--views", "1", "--attention", "1", "--no-text", "2"]
+    arguments += ["--out", str(out)]
     benchmark.main(arguments)
     report = json.loads(out.read_text(encoding="utf-8"))
     rows = report["summary"]["rows"]
@@ -57,6 +58,8 @@ def test_a_run_trains_measures_every_control_and_goes_on(benchmark: ModuleType, 
     assert "attention: right" in rows
     assert "attention: multi-class" not in rows
     assert set(rows["gate: right"]) == {"1", "2"}
+    assert {name for name in rows if name.startswith("no text")} == {"no text: right", "no text: multi-class"}
+    assert set(rows["no text: right"]) == {"2"}
     assert rows["gate: empty"]["1"]["one"] == 0
     capsys.readouterr()
     benchmark.main(arguments)
@@ -78,7 +81,7 @@ def test_a_swapped_sentence_is_scored_against_both_sides(benchmark: ModuleType, 
         gate = object()
 
     class Model:
-        head = Head()
+        head, encoder = Head(), object()
 
     drawn, benchmark.draw = benchmark.draw, answer
     try:
@@ -105,7 +108,7 @@ def test_masks_are_those_that_serving_draws(benchmark: ModuleType, data: Path, t
 def selecting_model(benchmark: ModuleType, data: Path, tmp_path_factory: pytest.TempPathFactory) -> TextDiffModel:
     work = tmp_path_factory.mktemp("work")
     parser = benchmark.argparse.Namespace(
-        task="chest", blocks=[0, 1, 2, 3], size=32, steps=20, learning_rate=5e-3, views=1
+        task="chest", blocks=[0, 1, 2, 3], size=32, steps=20, learning_rate=5e-3, views=1, draws=1
     )
     task = benchmark.open_chest(data)
     config = benchmark.make_config(benchmark.replace(task, phrases=PHRASES), parser)

@@ -41,6 +41,28 @@ def test_what_made_a_model_is_kept(training: TextDiffTraining):
     assert training.notes == ()
 
 
+def test_a_model_that_draws_one_piece_does_so_when_it_is_trained_further(
+    training: TextDiffTraining,
+    cases: list[PictureCase],
+    extractor: DiffusionFeatures,
+    encoder: SentenceEncoder,
+    tmp_path: Path,
+):
+    former = training.model
+    for one_piece in (True, False):
+        start = TextDiffModel(former.extractor, encoder, former.head, replace(former.card, one_piece=one_piece))
+        further = train_textdiff(
+            cases[:1],
+            denoiser=extractor,
+            encoder=encoder,
+            start=start,
+            work=tmp_path / str(one_piece),
+            config=toy(steps=1),
+            device="cpu",
+        )
+        assert further.model.card.one_piece == one_piece
+
+
 def test_a_run_that_was_stopped_goes_on_to_the_same_weights(
     cases: list[PictureCase], extractor: DiffusionFeatures, encoder: SentenceEncoder, tmp_path: Path
 ):

@@ -179,7 +179,7 @@ def train_textdiff(
     started = time.monotonic()
     _train_head(head, pool, reader, extractor, start, config, pick_device(device), work, is_cancelled, report)
     seconds["head"] = time.monotonic() - started
-    model = TextDiffModel(extractor, reader, head, _make_card(config, extractor, reader, head, pool))
+    model = TextDiffModel(extractor, reader, head, _make_card(config, extractor, reader, head, pool, start))
     figures: dict[str, float] = {}
     if held_out:
         threshold, figures = choose_threshold(model, held_out, kept, is_cancelled)
@@ -309,7 +309,9 @@ def _make_card(
     reader: SentenceEncoder | None,
     head: TextDiffHead,
     pool: _Pool,
+    start: TextDiffModel | None,
 ) -> TextDiffCard:
+    """What a training made; a model that is trained further goes on drawing one piece of each class if it did."""
     return TextDiffCard(
         name=config.name,
         version=0,
@@ -322,7 +324,7 @@ def _make_card(
         head=head.config,
         gray=pool.gray,
         phrases=tuple(pool.phrases),
-        one_piece=config.one_piece,
+        one_piece=config.one_piece or (start is not None and start.card.one_piece),
     )
 
 

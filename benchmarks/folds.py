@@ -124,7 +124,7 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
 def measure_model(options: argparse.Namespace) -> None:
     """Measure a model folder on cases that it has not seen."""
     card, pipeline = load_pipeline(options.model, Backbone(find_backbone(options.model), "cpu", dtype="fp32"))
-    _, network = load_close_up(options.model, torch.device("cpu"))
+    _, network = load_close_up(options.model, torch.device("cpu"), pipeline.backbone)
     folder = options.work / f"{options.name}0"
     cases = [case for case in list_cases(options.studies) if case.name in options.cases]
     for name, dice in keep_evidence(pipeline.branch, pipeline.backbone, cases, card.structures, folder):

@@ -6,8 +6,8 @@ Needs nothing but the checkout: images are drawn, the weights are the embedded o
 true widths with random weights. Sections (`--sections` picks some): the machine, its peak in matrix products, answers
 in bf16 and fp16 against the processor's in fp32, memory and what happens when it runs out, a whole CT with 13
 structures and K = 4 in batches of several sizes and through torch.compile and CUDA graphs, single slices that could
-share a batch, the same at Stable Diffusion's widths, diffusers' own ControlNet pipeline with 20 steps beside it, and
-the trainings.
+share a batch, the same at Stable Diffusion's widths, diffusers' own ControlNet pipeline with 20 steps beside it,
+close-ups with that denoiser, and the trainings.
 
 Sections run in a process of their own with a budget of seconds each; one that fails or takes longer is recorded with
 its error, and the rest runs, in a new process. The file is written again after every section. All of it stays under
@@ -40,10 +40,13 @@ import numpy as np
 import torch
 
 from progidiff.errors import CancelledError, MemoryFullError
+from progidiff.images.close_up import WindowRules
 from progidiff.images.volume import Volume
 from progidiff.model.adapters import AdapterStore
 from progidiff.model.backbone import Backbone, LoadedBackbone
 from progidiff.model.close_up import DenoiserWidths, create_network
+from progidiff.model.close_up_backbone import create_network_on, recomputing
+from progidiff.model.close_up_folder import CloseUpCard
 from progidiff.model.codec import MaskCodec
 from progidiff.model.folder import ModelCard, load_pipeline
 from progidiff.model.pipeline import ProposalPipeline
@@ -668,8 +671,8 @@ def run_compiled(bench: Bench) -> dict[str, Any]:
     return measure_compiled(bench, bench.open_engine, bench.ask())
 
 
-def build_stable_diffusion(bench: Bench) -> Engine:
-    """An engine at Stable Diffusion's widths, with random weights made on the device; all is "there"."""
+def build_backbone(bench: Bench) -> LoadedBackbone:
+    """Stable Diffusion's widths, with random weights made on the device."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -693,15 +696,28 @@ def build_stable_diffusion(bench: Bench) -> Engine:
         "num_train_timesteps": 1000,
     }
     parts = [part.eval().requires_grad_(False) for part in (vae, unet, text)]
-    backbone = LoadedBackbone(*parts, LetterTokenizer(), scheduler)
-    backbone.text_features, backbone.latent_stride = size.text["hidden_size"], 8
+    return LoadedBackbone(*parts, LetterTokenizer(), scheduler)
+
+
+def build_stable_diffusion(bench: Bench, close_up: bool = False) -> Engine:
+    """An engine at Stable Diffusion's widths; all is "there".
+
+    Args:
+        close_up: Draw close-ups at its native size, with a fresh encoder and injection.
+    """
+    size, backbone = bench.size, build_backbone(bench)
     branch = create_branch(backbone, size.frame, size.frame, (0.5, 12.0))
     branch = branch.to(bench.device).eval().requires_grad_(False)
     card = ModelCard(
         "sd15-random", "1", "CT", STRUCTURES, branch.config, (0.0,) * 4, (1.0,) * 4, gate=0.0, num_inference_steps=2
     )
-    pipeline = ProposalPipeline(backbone, branch, MaskCodec(vae))
-    return Engine.from_networks(card, pipeline, AdapterStore(bench.scratch / "none"), "")
+    pipeline = ProposalPipeline(backbone, branch, MaskCodec(backbone.vae))
+    drawing = None
+    if close_up:
+        network = create_network_on(backbone)
+        rules = WindowRules().at_size(network.config.native_size)
+        drawing = CloseUpCard(network.config, rules, structures=STRUCTURES), network
+    return Engine.from_networks(card, pipeline, AdapterStore(bench.scratch / "none"), "", drawing)
 
 
 class LetterTokenizer:
@@ -751,6 +767,45 @@ def run_stable_diffusion(bench: Bench) -> dict[str, Any]:
         "share_of_matmul_peak": bench.share_of_peak(tflop / seconds),
         **memory,
     }
+
+
+def open_training(engine: Engine, bench: Bench, samples: int) -> CloseUpObjective:
+    """The training of the close-up of an engine, a window at a time, on drawn volumes."""
+    tools = engine._close_up
+    assert tools is not None
+    cases = list_cases(write_labelled(bench))
+    volumes = [load_pooled_volume(case, list(LABELS), engine.card.conditioning, None) for case in cases]
+    pool = WindowPool([VolumeSource(volumes, tools.rules.size, rules=tools.rules)])
+    prompts = PhraseTable(engine.load().backbone, tuple(LABELS)).pick_canonical()
+    options = CloseUpOptions(windows_per_step=1, proposed=1, samples=samples, denoising_share=0.0)
+    network = tools.pipeline.network.requires_grad_(True)
+    return CloseUpObjective(network, pool, prompts, options)
+
+
+def run_close_up_stable_diffusion(bench: Bench) -> dict[str, Any]:
+    """Close-ups with the denoiser of Stable Diffusion's widths at its native size, random weights: one slice of one
+    structure with K = 4, and the training of encoder and injection, a window and two proposals a step.
+    """
+    with bench.peak_memory() as loaded:
+        engine = build_stable_diffusion(bench, close_up=True)
+    tools = engine._close_up
+    assert tools is not None
+    request = bench.ask(engine, "liver", slices=(0,), num_inference_steps=1)
+    first = bench.time(lambda: engine.propose(request, bench.volume))
+    with bench.peak_memory() as memory:
+        again = bench.time(lambda: engine.propose(request, bench.volume))
+    found: dict[str, Any] = {
+        "window": tools.rules.size,
+        "memory_loaded": loaded,
+        "first_request_seconds": round(first, 3),
+        # Evidence is on the shelf: this is the drawing alone.
+        "seconds_per_slice": round(again, 4),
+        **memory,
+    }
+    bench.note(found)
+    network, objective = tools.pipeline.network, open_training(engine, bench, 2)
+    with recomputing(network):
+        return {**found, "training": measure_training(bench, {"network": network}, objective, 1)}
 
 
 def run_stock(bench: Bench) -> dict[str, Any]:
@@ -958,6 +1013,7 @@ SECTIONS = {
     "train_close_up": Section(run_train_close_up, 20),
     "train_lora": Section(run_train_lora, 20),
     "compiled": Section(run_compiled, 60),
+    "close_up_stable_diffusion": Section(run_close_up_stable_diffusion, 30),
     "compiled_stable_diffusion": Section(run_compiled_stable_diffusion, 80),
 }
 """In this order; what comes last gets what time is left."""

@@ -127,8 +127,7 @@ class Known:
     def load(cls, folder: Path, num_proposals: int) -> Known:
         """Load a model folder that has a close-up."""
         engine = Engine(folder, device="cpu")
-        engine.load()
-        card, network = load_close_up(folder, torch.device("cpu"))
+        card, network = load_close_up(folder, torch.device("cpu"), engine.load().backbone)
         pipeline = CloseUpPipeline(network, find_autocast(torch.device("cpu")))
         noise, levels = pipeline.draw_noise(num_proposals, 0), pipeline.draw_levels(num_proposals, 0)
         finder = digest_files(folder / "conditioning", folder / "adapters")

@@ -248,7 +248,7 @@ def test_a_denoiser_that_wants_other_things_is_refused(tmp_path: Path, changes: 
 
 def test_a_schedule_that_is_too_short_is_refused(tmp_path: Path):
     folder = write_toy_stable_diffusion(tmp_path / "sd", scheduler={"num_train_timesteps": 100})
-    with pytest.raises(ModelError, match="has 100 timesteps, and close-ups start at 600"):
+    with pytest.raises(ModelError, match="was trained with 100 timesteps, and close-ups name theirs of 1000"):
         create_network_on(Backbone(folder, "cpu"))
 
 

@@ -14,12 +14,17 @@ from progidiff.errors import BackboneError, ModelError
 from progidiff.images.close_up import WindowRules
 from progidiff.images.reading import load_volume
 from progidiff.images.volume import Volume
+from progidiff.model.adapters import AdapterStore
+from progidiff.model.backbone import Backbone
+from progidiff.model.close_up_folder import load_close_up
+from progidiff.model.folder import load_pipeline
 from progidiff.prompts.parser import Query
 from progidiff.proposals.diffusers_pipeline import ProGiDiffPipeline
 from progidiff.proposals.edits import Edit
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.request import ProposalRequest
 from progidiff.proposals.volume_proposals import VolumeProposals
+from support.pretend_cuda import CUDA, PretendCuda
 from support.toy_stable_diffusion import write_toy_model, write_toy_stable_diffusion
 
 LIVER, SPLEEN = Query("liver", "liver"), Query("spleen", "spleen")
@@ -127,3 +132,25 @@ def test_the_pipeline_of_diffusers_says_what_the_engine_says_and_so_does_its_cop
         found = one(image, "liver and spleen", num_proposals=2, generator=generator, modality="CT").details
         assert np.array_equal(found.probabilities, wanted)
     assert np.array_equal(ask(Engine(tmp_path / "saved", device="cpu"), volume, 2).probabilities, wanted)
+
+
+def test_a_request_on_a_device_mixes_no_places_and_waits_as_often_for_more_steps(
+    model: Path, backbone: Path, volume: Volume
+):
+    device, parts = PretendCuda(), Backbone(backbone, "cpu", "fp32")
+    card, pipeline = load_pipeline(model, parts)
+    drawing = load_close_up(model, torch.device("cpu"), parts)
+    for network in (pipeline.branch, parts.unet, parts.text_encoder, pipeline.codec, drawing[1]):
+        device.move(network)
+    _ = parts.tokenizer
+    parts.device = CUDA
+    waits = []
+    with device:
+        engine = Engine.from_networks(card, pipeline, AdapterStore(model / "none"), "", drawing)
+        for steps in (1, 1, 3):
+            device.waits.clear()
+            request = ProposalRequest(queries=[LIVER], num_proposals=2, num_inference_steps=steps, guidance_scale=3.0)
+            assert engine.propose(request, volume).probabilities.any()
+            waits.append(+device.waits)
+    # The first request also encodes prompts and slices.
+    assert waits[2] == waits[1]

@@ -11,6 +11,7 @@ import torch
 
 from progidiff.model.backbone import Backbone
 from progidiff.model.close_up import DenoiserWidths, create_network
+from progidiff.model.close_up_backbone import create_network_on
 from progidiff.model.folder import load_pipeline
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.training.adapt_stages import KeepingObjective
@@ -23,6 +24,7 @@ from progidiff.training.slice_cache import SliceCache, list_cases
 from progidiff.training.window_pool import WindowPool
 from support.labelled_phantoms import write_case, write_table
 from support.pretend_cuda import CUDA, PretendCuda, place
+from support.toy_stable_diffusion import write_toy_stable_diffusion
 
 _Generator = torch.Generator
 
@@ -107,4 +109,19 @@ def test_a_step_of_the_close_up_mixes_no_devices_and_waits_for_nothing(denoising
         prompts = EncodedPrompts(*(torch.ones(shape, device="cuda") for shape in shapes))
     options = CloseUpOptions(windows_per_step=4, proposed=2, denoising_share=denoising_share, bias_field=0.2)
     pool = WindowPool([ReaderSource(masks, 1, size=32)])
+    check_steps(device, CloseUpObjective(network, pool, prompts, options))
+
+
+def test_a_step_of_a_close_up_on_a_backbone_mixes_no_devices_and_waits_for_nothing(tmp_path: Path):
+    device = PretendCuda()
+    backbone = Backbone(write_toy_stable_diffusion(tmp_path / "sd"), "cpu", "fp32")
+    network = create_network_on(backbone, channels=(8, 8, 16, 16, 16), condition_width=16, injection_width=8)
+    for part in (network, backbone.unet, backbone.vae):
+        device.move(part)
+    masks = ReaderMasks(np.zeros((2, 64, 64), np.uint8), np.full((2, 2, 64, 8), 15, np.uint8), np.array(["a", "b"]))
+    with device:
+        shapes = ((1, 4, 32), (1, 4), (1, 32), (1, 2, 32), (1, 2))
+        prompts = EncodedPrompts(*(torch.ones(shape, device="cuda") for shape in shapes))
+    pool = WindowPool([ReaderSource(masks, 1, size=64)])
+    options = CloseUpOptions(windows_per_step=2, proposed=1, denoising_share=0.5)
     check_steps(device, CloseUpObjective(network, pool, prompts, options))

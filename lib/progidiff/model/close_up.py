@@ -451,12 +451,12 @@ class CloseUpNetwork(nn.Module):
 
     def noise_level(self, time: int | Tensor) -> tuple[Any, Any]:
         """Signal and noise at a timestep (square roots of alpha-bar and of 1 - alpha-bar)."""
-        device = time.device if isinstance(time, Tensor) else torch.device("cpu")
-        kept = self.scheduler.alphas_cumprod.to(device, non_blocking=True)[time]
-        signal, strength = kept.sqrt(), (1 - kept).sqrt()
-        if isinstance(time, Tensor) and time.dim():
-            return signal[:, None, None, None], strength[:, None, None, None]
-        return float(signal), float(strength)
+        if isinstance(time, Tensor):
+            # As an index with one axis, so that nobody waits for a device to say which.
+            kept = self.scheduler.alphas_cumprod.to(time.device, non_blocking=True)[time.reshape(-1)]
+            return kept.sqrt()[:, None, None, None], (1 - kept).sqrt()[:, None, None, None]
+        kept = self.scheduler.alphas_cumprod[time]
+        return float(kept.sqrt()), float((1 - kept).sqrt())
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from progidiff.model.backbone import Backbone
 from progidiff.model.close_up import CloseUpConfig, CloseUpNetwork
 from progidiff.model.codec import AutoencoderCodec
 
+TIMES = 1000
+"""Timesteps that `CloseUpConfig.start_time` is one of."""
+
 LARGEST = 2048
 """Pixels along both axes of a window, at most."""
 
@@ -100,13 +103,7 @@ def build_network_on(config: CloseUpConfig, backbone: Backbone, scheduler: Any) 
             f"This close-up does not fit the backbone '{backbone.source}': it was made for {'; '.join(other)}. Name "
             "the backbone that it was trained with."
         )
-    if len(scheduler.alphas_cumprod) <= config.start_time:
-        raise ModelError(
-            f"The scheduler of '{backbone.source}' has {len(scheduler.alphas_cumprod)} timesteps, and close-ups start "
-            f"at {config.start_time}; name a backbone that was trained with 1000."
-        )
-    codec = AutoencoderCodec(backbone.vae)
-    network = CloseUpNetwork(config, backbone.unet, codec, scheduler, shares_denoiser=True)
+    network = CloseUpNetwork(config, backbone.unet, AutoencoderCodec(backbone.vae), scheduler, shares_denoiser=True)
     lend_denoiser(network, backbone)
     return network.to(backbone.device)
 
@@ -160,6 +157,7 @@ def check_denoiser(backbone: Backbone) -> None:
     more = [name for name in ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type") if config.get(name)]
     found, wanted = int(config["in_channels"]), int(vae.latent_channels)
     text = config.get("cross_attention_dim", backbone.text_features)
+    times = int(backbone.scheduler_config.get("num_train_timesteps", TIMES))
     problem = ""
     if more:
         problem = f"wants more than text ({', '.join(more)}), as that of Stable Diffusion XL does"
@@ -167,6 +165,8 @@ def check_denoiser(backbone: Backbone) -> None:
         problem = f"reads {found} channels and the autoencoder makes {wanted}, as those that paint over pictures do"
     elif text != backbone.text_features:
         problem = f"reads texts of {text} features and the text encoder makes {backbone.text_features}"
+    elif times < TIMES:
+        problem = f"was trained with {times} timesteps, and close-ups name theirs of {TIMES}"
     if problem:
         raise ModelError(
             f"The denoiser of '{backbone.source}' {problem}. Close-ups are drawn by text-to-image models like Stable "

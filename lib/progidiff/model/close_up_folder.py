@@ -58,7 +58,7 @@ class CloseUpCard:
         structures: What it was trained on.
         facts: Where it comes from: data, command, figures.
         calibration: What turns the agreement of its proposals into a probability; None if nobody measured it.
-        denoiser: Whose it is: of the close-up alone, or the backbone's, with its codec and scheduler.
+        denoiser: Whose it is: of the close-up alone, or the backbone's, as the codec is then.
         backbone_digest: Content of the backbone, if the denoiser is that one's; see `compute_backbone_digest`.
         backbone_copies: Content of files that hold the same backbone, written again in another precision.
     """

@@ -20,6 +20,7 @@ from progidiff.model.close_up import (
 )
 from progidiff.model.close_up_folder import CloseUpCard, has_close_up, load_close_up, save_close_up
 from progidiff.model.close_up_pipeline import CloseUpPipeline
+from support.networks import fill_zeros
 
 SIZE = 32
 WIDTHS = DenoiserWidths(channels=(16, 16), heads=2, text_features=24)
@@ -32,13 +33,7 @@ def fresh() -> CloseUpNetwork:
 
 @pytest.fixture
 def trained(fresh: CloseUpNetwork) -> CloseUpNetwork:
-    """With random weights wherever a fresh one has zeros."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            if not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return fresh
+    return fill_zeros(fresh)
 
 
 def make_batch(count: int = 2, seed: int = 0, edits: bool = False) -> WindowBatch:

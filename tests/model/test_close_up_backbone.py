@@ -28,6 +28,7 @@ from progidiff.model.close_up_folder import CloseUpCard, load_close_up, load_clo
 from progidiff.model.close_up_pipeline import LATTICE, CloseUpPipeline
 from progidiff.model.codec import WINDOW_PIXELS, AutoencoderCodec
 from progidiff.model.folder import compute_backbone_digest
+from support.networks import fill_zeros
 from support.toy_stable_diffusion import TOY_VAE, write_toy_stable_diffusion
 
 CPU = torch.device("cpu")
@@ -52,13 +53,7 @@ def fresh(backbone: Backbone) -> CloseUpNetwork:
 
 @pytest.fixture
 def trained(fresh: CloseUpNetwork) -> CloseUpNetwork:
-    """With random weights wherever a fresh one has zeros."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            if not parameter.any():
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return fresh
+    return fill_zeros(fresh)
 
 
 def make_batch(count: int = 2) -> WindowBatch:

@@ -31,7 +31,7 @@ from progidiff.training.recipe_settings import CloseUpStage, EvidenceStage, Grid
 from progidiff.training.recipes import run_train
 from progidiff.training.settings import load_config
 from progidiff.training.window_pool import PooledVolume, VolumeSource, WindowPool
-from support.labelled_phantoms import write_case, write_table
+from support.labelled_phantoms import write_case, write_reader_crops, write_table
 from support.toy_stable_diffusion import write_toy_stable_diffusion
 
 CPU = torch.device("cpu")
@@ -60,12 +60,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("readers") / "crops.npz"
-    masks = np.zeros((2, 4, 96, 96), np.uint8)
-    masks[:, :3, 40:52, 40:52] = 1
-    key = np.array([[f"p{n}", "0", "0"] for n in range(2)])
-    np.savez(path, images=masks.mean(1).astype(np.uint8) * 200, masks_packed=np.packbits(masks, axis=-1), key=key)
-    return path
+    return write_reader_crops(tmp_path_factory.mktemp("readers") / "crops.npz", 2)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from progidiff.training.out_of_fold import find_evidence, split_by_patient
 from progidiff.training.recipe_settings import CloseUpStage, EvidenceStage, GridSettings, TrainConfig
 from progidiff.training.recipes import run_train
 from progidiff.training.slice_cache import list_cases
-from support.labelled_phantoms import write_case, write_table
+from support.labelled_phantoms import write_case, write_reader_crops, write_table
 
 CPU = torch.device("cpu")
 TRAIN = TrainConfig(
@@ -49,12 +49,7 @@ def studies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def readers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("readers") / "crops.npz"
-    masks = np.zeros((4, 4, 96, 96), np.uint8)
-    masks[:, :3, 40:52, 40:52] = 1
-    key = np.array([[f"p{n}", "0", "0"] for n in range(4)])
-    np.savez(path, images=masks.mean(1).astype(np.uint8) * 200, masks_packed=np.packbits(masks, axis=-1), key=key)
-    return path
+    return write_reader_crops(tmp_path_factory.mktemp("readers") / "crops.npz", 4)
 
 
 @pytest.fixture(scope="module")

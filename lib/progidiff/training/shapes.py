@@ -7,7 +7,7 @@ shapes have to decide where the picture does not (as SynthSeg learns from synthe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,23 +34,15 @@ class ShapeSource(VolumeSource):
     worn_share: float = 1.0
 
     def take_picture(
-        self,
-        volume: PooledVolume,
-        slices: NDArray[np.int64],
-        center: Tensor,
-        axes: Tensor,
-        bend: Tensor,
-        looks: int,
-        rng: np.random.Generator,
+        self, stack: NDArray[np.uint8], sample: Callable[[NDArray[np.uint8]], Tensor], rng: np.random.Generator
     ) -> Tensor:
-        """Paint some slices; see `VolumeSource.take_picture`."""
+        """Paint label ids; see `VolumeSource.take_picture`."""
         around, contrast = rng.uniform(0.2, 0.8), rng.uniform(0.0, 0.3)
         tones = np.clip(around + contrast * rng.standard_normal(LARGEST_ID + 1), 0, 1)
         tones[0] = around
-        painted = (tones * 255).round().astype(np.uint8)[volume.image[slices]]
-        flat = self.sample(volume, painted, center, axes, bend, looks)
+        flat = sample((tones * 255).round().astype(np.uint8)[stack])
         blurred = gaussian_filter(flat.numpy(), (0, *[rng.uniform(0.3, 1.5)] * 2))
-        shading = draw_smooth(rng, rng.uniform(0, 0.1), (len(slices), 6, 6), self.size)
+        shading = draw_smooth(rng, rng.uniform(0, 0.1), (len(stack), 6, 6), self.size)
         grain = torch.from_numpy(rng.normal(0, rng.uniform(0, 0.06), blurred.shape)).float()
         return (torch.from_numpy(blurred) + shading + grain).clamp(0, 1)
 

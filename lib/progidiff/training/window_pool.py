@@ -6,7 +6,7 @@ on is what it will be in use: the windows that `plan_windows` makes from out-of-
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -237,7 +237,11 @@ class VolumeSource:
         around = np.arange(-self.num_neighbours, self.num_neighbours + 1) * step
         slices = np.clip(z + around, 0, depth - 1)
         looks = count_looks(pixel, min(plane))
-        images = self.take_picture(volume, slices, center, axes, bend, looks, rng)
+
+        def sample(stack: NDArray[np.uint8]) -> Tensor:
+            return sample_window(stack, center, axes, bend, self.size, (plane[0], plane[1]), looks) / 255
+
+        images = self.take_picture(volume.image[slices], sample, rng)
         other, far = self._pick_neighbour(volume, z, dz, rng)
         middle = slice(
             self.num_neighbours - self.evidence_neighbours, self.num_neighbours + self.evidence_neighbours + 1
@@ -274,31 +278,16 @@ class VolumeSource:
         }
 
     def take_picture(
-        self,
-        volume: PooledVolume,
-        slices: NDArray[np.int64],
-        center: Tensor,
-        axes: Tensor,
-        bend: Tensor,
-        looks: int,
-        rng: np.random.Generator,
+        self, stack: NDArray[np.uint8], sample: Callable[[NDArray[np.uint8]], Tensor], rng: np.random.Generator
     ) -> Tensor:
         """What a window of some slices shows, (C, S, S) in [0, 1].
 
         Args:
-            volume: Whose.
-            slices: C axial indices.
-            center, axes, bend, looks: Where the window is, see `sample_window`.
+            stack: (C, Y, X), these slices.
+            sample: Their pixels -> those of the window, (C, S, S) in [0, 1].
             rng: Of what is not the volume's own.
         """
-        return self.sample(volume, volume.image[slices], center, axes, bend, looks)
-
-    def sample(
-        self, volume: PooledVolume, stack: NDArray[np.uint8], center: Tensor, axes: Tensor, bend: Tensor, looks: int
-    ) -> Tensor:
-        """Pixels (C, Y, X) of a volume's slices in a window, (C, S, S) in [0, 1]."""
-        _, dy, dx = volume.spacing
-        return sample_window(stack, center, axes, bend, self.size, (dy, dx), looks) / 255
+        return sample(stack)
 
     def _pick_neighbour(self, volume: PooledVolume, z: int, dz: float, rng: np.random.Generator) -> tuple[int, float]:
         """Another slice up to 25 mm away, as an annotator may have accepted."""

@@ -118,3 +118,23 @@ def test_too_few_cases_for_the_folds_are_refused(studies: Path, tmp_path: Path):
     create_backbone(tmp_path / "model" / "backbone", TOY_WIDTHS)
     with pytest.raises(RequestError, match="2 labelled cases cannot be split into 3 folds"):
         run_train(studies, tmp_path / "model", tmp_path / "work", TRAIN, held_out=["two"])
+
+
+def test_an_encoder_that_nobody_trained_is_not_kept(studies: Path, tmp_path: Path):
+    create_backbone(tmp_path / "model" / "backbone", TOY_WIDTHS)
+    config = replace(TRAIN, close_up=replace(TRAIN.close_up, keep_encoder=True))
+    with pytest.raises(RequestError, match="keep_encoder needs a close-up .*--continue-from"):
+        run_train(studies, tmp_path / "model", tmp_path / "work", config)
+    assert not (tmp_path / "model" / "conditioning").exists()
+
+
+def test_the_denoiser_alone_is_trained_further_and_the_consensus_stays(trained: Path, studies: Path, tmp_path: Path):
+    close_up = replace(TRAIN.close_up, keep_encoder=True, steepness=4.0)
+    config = replace(TRAIN, stages=("close_up",), version="2", close_up=close_up)
+    create_backbone(tmp_path / "model" / "backbone", TOY_WIDTHS)
+    run_train(studies, tmp_path / "model", tmp_path / "work", config, continue_from=trained / "model")
+    (_, before), (_, after) = (load_close_up(folder / "model", CPU) for folder in (trained, tmp_path))
+    old, new = before.state_dict(), after.state_dict()
+    changed = {name.split(".")[0] for name, value in new.items() if not torch.equal(value, old[name])}
+    assert changed
+    assert not changed & {"condition", "encoder", "query", "sharpen"}

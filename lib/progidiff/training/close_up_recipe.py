@@ -174,14 +174,20 @@ def pick_denoiser(
         continue_from: Model folder whose close-up, if it has one, keeps the denoiser that it has.
 
     Raises:
-        RequestError: if the settings want another one than the close-up that is continued has, or windows of a size
-            that the backbone's denoiser cannot draw.
+        RequestError: if the settings want another one than the close-up that is continued has, keep an encoder that
+            nobody trained, or want windows of a size that the backbone's denoiser cannot draw.
         ModelError: if close-ups cannot be drawn by the backbone's denoiser.
     """
     stage = config.close_up
     if "close_up" not in config.stages:
         return "own"
-    if continue_from is not None and has_close_up(continue_from):
+    continues = continue_from is not None and has_close_up(continue_from)
+    if stage.keep_encoder and not continues:
+        raise RequestError(
+            "Setting close_up.keep_encoder needs a close-up whose encoder was trained before: name its model with "
+            "--continue-from."
+        )
+    if continue_from is not None and continues:
         card = load_close_up_card(continue_from)
         kept = {"denoiser": card.denoiser, "pixels": card.network.native_size}
         other = [name for name, value in kept.items() if getattr(stage, name) not in (None, value)]

@@ -27,16 +27,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from folds import EIGHT
+from folds import EIGHT, draw_structures
 from progidiff.evaluation.metrics import compute_dice
-from progidiff.images.close_up import WindowRules, plan_windows
+from progidiff.images.close_up import WindowRules
 from progidiff.model.backbone import Backbone
 from progidiff.model.close_up import WindowBatch
 from progidiff.model.close_up_folder import load_close_up
 from progidiff.model.close_up_pipeline import CloseUpPipeline
 from progidiff.model.folder import find_backbone, load_pipeline
 from progidiff.model.pipeline import EncodedPrompts
-from progidiff.proposals.close_ups import Subject, draw_close_ups, place_on_stack
+from progidiff.proposals.close_ups import place_on_stack
 from progidiff.storage.atomic import atomic_file
 from progidiff.training.evidence_stage import PhraseTable
 from progidiff.training.out_of_fold import keep_evidence, load_pooled_volume
@@ -119,21 +119,10 @@ def measure_form(
     pipeline: CloseUpPipeline, form: Form, volume: PooledVolume, prompts: EncodedPrompts, structures: Sequence[str]
 ) -> dict[str, float]:
     """Dice of every structure that the volume has."""
-    assert volume.evidence is not None
-    assert volume.grid is not None
-    noise, levels = pipeline.draw_noise(1, 0), pipeline.draw_levels(1, 0)
     seeing, found = Blinkered(pipeline, form.hide), {}
-    for p, name in enumerate(structures):
-        truth = volume.labels == p + 1
-        if not truth.any():
-            continue
-        evidence = np.ascontiguousarray(volume.evidence[:, p])
-        windows = plan_windows(evidence >= 0.3 * 255, volume.grid, form.rules)
-        mask = None if prompts.mask is None else prompts.mask[p]
-        subject = Subject(volume.image, (0.0, 255.0), evidence, volume.grid, prompts.pooled[p], prompts.tokens[p], mask)
-        drawings = draw_close_ups(seeing, subject, windows, noise, levels)
+    for _, name, truth, drawings in draw_structures(seeing, volume, prompts, structures, 1, form.rules):
         drawn = np.zeros(truth.shape, bool)
-        for z, ((rows, columns), maps) in place_on_stack(list(drawings), lambda drawing: drawing.sharpened).items():
+        for z, ((rows, columns), maps) in place_on_stack(drawings, lambda drawing: drawing.sharpened).items():
             drawn[z, rows, columns] = (maps >= 0.5).numpy()
         found[name] = compute_dice(drawn, truth)
     return found
@@ -176,7 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     card, inner = load_pipeline(options.model, Backbone(find_backbone(options.model), "cpu", dtype="fp32"))
-    _, network = load_close_up(options.model, torch.device("cpu"))
+    _, network = load_close_up(options.model, torch.device("cpu"), inner.backbone)
     pipeline = CloseUpPipeline(network, torch.bfloat16)
     cases = [case for case in list_cases(options.studies) if case.name in options.cases]
     for _ in keep_evidence(inner.branch, inner.backbone, cases, card.structures, options.work):

@@ -21,7 +21,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from scipy.stats import spearmanr
 from progidiff.evaluation.metrics import compute_dice, compute_hd95
 from progidiff.images.close_up import WindowRules, plan_windows
 from progidiff.model.backbone import Backbone
-from progidiff.model.calibration import BINS, Calibration, Reliability
+from progidiff.model.calibration import Calibration, Reliability, compute_error
 from progidiff.model.close_up import create_network
 from progidiff.model.close_up_folder import FOLDER, load_close_up
 from progidiff.model.close_up_pipeline import CloseUpPipeline
@@ -42,7 +42,7 @@ from progidiff.model.conditioning import ConditioningConfig
 from progidiff.model.folder import find_backbone, load_pipeline
 from progidiff.model.pipeline import EncodedPrompts
 from progidiff.proposals.agreement import compute_disagreement_per_slice
-from progidiff.proposals.close_ups import Subject, draw_close_ups, place_on_stack
+from progidiff.proposals.close_ups import Drawing, Subject, draw_close_ups, place_on_stack
 from progidiff.storage.atomic import atomic_file
 from progidiff.training.build_model import create_branch
 from progidiff.training.close_up_stage import CloseUpObjective, CloseUpOptions
@@ -160,6 +160,29 @@ def measure_cases(
         print(case.name, means, flush=True)
 
 
+def draw_structures(
+    pipeline: CloseUpPipeline,
+    volume: PooledVolume,
+    prompts: EncodedPrompts,
+    structures: Sequence[str],
+    num_proposals: int,
+    rules: WindowRules | None = None,
+) -> Iterator[tuple[int, str, NDArray[np.bool_], list[Drawing]]]:
+    """Number, name, truth (Z, Y, X) and close-ups of every structure that the volume has."""
+    assert volume.evidence is not None
+    assert volume.grid is not None
+    noise, levels = pipeline.draw_noise(num_proposals, 0), pipeline.draw_levels(num_proposals, 0)
+    for p, name in enumerate(structures):
+        truth = volume.labels == p + 1
+        if not truth.any():
+            continue
+        evidence = np.ascontiguousarray(volume.evidence[:, p])
+        windows = plan_windows(evidence >= 0.3 * 255, volume.grid, rules or WindowRules())
+        mask = None if prompts.mask is None else prompts.mask[p]
+        subject = Subject(volume.image, (0.0, 255.0), evidence, volume.grid, prompts.pooled[p], prompts.tokens[p], mask)
+        yield p, name, truth, list(draw_close_ups(pipeline, subject, windows, noise, levels))
+
+
 def measure_volume(
     pipeline: CloseUpPipeline,
     volume: PooledVolume,
@@ -172,18 +195,10 @@ def measure_volume(
     """
     assert volume.evidence is not None
     assert volume.grid is not None
-    noise, levels = pipeline.draw_noise(num_proposals, 0), pipeline.draw_levels(num_proposals, 0)
     found: dict[str, dict[str, Any]] = {}
-    for p, name in enumerate(structures):
-        truth = volume.labels == p + 1
-        if not truth.any():
-            continue
-        evidence = np.ascontiguousarray(volume.evidence[:, p])
-        coarse = volume.grid.restore_slices(torch.from_numpy(evidence).float() / 255).numpy() >= 0.5
-        windows = plan_windows(evidence >= 0.3 * 255, volume.grid, WindowRules())
-        mask = None if prompts.mask is None else prompts.mask[p]
-        subject = Subject(volume.image, (0.0, 255.0), evidence, volume.grid, prompts.pooled[p], prompts.tokens[p], mask)
-        drawings = list(draw_close_ups(pipeline, subject, windows, noise, levels))
+    for p, name, truth, drawings in draw_structures(pipeline, volume, prompts, structures, num_proposals):
+        evidence = torch.from_numpy(np.ascontiguousarray(volume.evidence[:, p]))
+        coarse = volume.grid.restore_slices(evidence.float() / 255).numpy() >= 0.5
         sharpened = np.zeros(truth.shape, np.float32)
         for z, ((rows, columns), maps) in place_on_stack(drawings, lambda drawing: drawing.sharpened).items():
             sharpened[z, rows, columns] = maps.numpy()
@@ -334,31 +349,12 @@ def measure_reliability(files: Sequence[Path]) -> dict[str, Any]:
         "error": float(np.mean(list(raw.values()))),
         "error_calibrated_on_others": float(np.mean(list(fitted.values()))),
         "pooled": sum_up(list(patients.values())).compute_error(),
-        "pooled_calibrated_on_others": compute_pooled_error(patients, curves),
+        "pooled_calibrated_on_others": compute_error(
+            np.sum([counted.bin(curves[name]) for name, counted in patients.items()], axis=0)
+        ),
         "per_patient": {name: [raw[name], fitted[name]] for name in patients},
         "calibration": Calibration.fit(sum_up(list(patients.values()))).to_dict(),
     }
-
-
-def compute_pooled_error(
-    patients: Mapping[str, Reliability], curves: Mapping[str, Calibration], bins: int = 15
-) -> float:
-    """Expected calibration error of all drawn voxels together, each patient's after a curve of its own.
-
-    Args:
-        patients: What was counted of each.
-        curves: Of each, that it had no part in.
-        bins: Of equal width.
-    """
-    expected, observed, total = np.zeros(bins), np.zeros(bins), 0
-    values = np.arange(1, BINS) / (BINS - 1)
-    for name, counted in patients.items():
-        predicted = curves[name].apply(values)
-        where = np.minimum((predicted * bins).astype(int), bins - 1)
-        expected += np.bincount(where, predicted * counted.count[1:], bins)
-        observed += np.bincount(where, counted.positive[1:], bins)
-        total += int(counted.count[1:].sum())
-    return float(np.abs(expected - observed).sum() / max(1, total))
 
 
 def give_calibration(model: Path, table: dict[str, Any]) -> None:

@@ -55,14 +55,25 @@ class Reliability:
             calibration: What turns agreement into a probability; None for the agreement itself.
             num_bins: Of [0, 1].
         """
+        return compute_error(self.bin(calibration, num_bins))
+
+    def bin(self, calibration: Calibration | None = None, num_bins: int = 15) -> NDArray[np.float64]:
+        """Voxels that any proposal draws, by predicted probability: (3, num_bins) of predicted and observed positives,
+        and voxels. Those of several cases, each after a curve of its own, add up.
+        """
         values = np.arange(BINS) / (BINS - 1)
         predicted = values if calibration is None else calibration.apply(values)
         kept = np.arange(BINS) > 0
         bins = np.minimum((predicted[kept] * num_bins).astype(int), num_bins - 1)
         count, positive = self.count[kept], self.positive[kept]
-        expected = np.bincount(bins, predicted[kept] * count, num_bins)
-        observed = np.bincount(bins, positive, num_bins)
-        return float(np.abs(expected - observed).sum() / max(1, count.sum()))
+        parts = (predicted[kept] * count, positive, count)
+        return np.stack([np.bincount(bins, part, num_bins) for part in parts])
+
+
+def compute_error(binned: NDArray[np.float64]) -> float:
+    """Expected calibration error of what `Reliability.bin` gave, or of a sum of it."""
+    expected, observed, count = binned
+    return float(np.abs(expected - observed).sum() / max(1, count.sum()))
 
 
 @dataclass(frozen=True)

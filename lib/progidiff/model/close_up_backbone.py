@@ -103,15 +103,19 @@ def build_network_on(config: CloseUpConfig, backbone: Backbone, scheduler: Any) 
             f"This close-up does not fit the backbone '{backbone.source}': it was made for {'; '.join(other)}. Name "
             "the backbone that it was trained with."
         )
-    network = CloseUpNetwork(config, backbone.unet, AutoencoderCodec(backbone.vae), scheduler, shares_denoiser=True)
-    lend_denoiser(network, backbone)
-    return network.to(backbone.device)
+    unet, codec = _freeze(backbone)
+    return CloseUpNetwork(config, unet, codec, scheduler, shares_denoiser=True).to(backbone.device)
 
 
 def lend_denoiser(network: CloseUpNetwork, backbone: Backbone) -> None:
     """Have a network draw with the parts of a backbone as they are now, frozen."""
+    network.lend(*_freeze(backbone))
+
+
+def _freeze(backbone: Backbone) -> tuple[Any, AutoencoderCodec]:
+    """Denoiser and codec of a backbone, which nothing trains."""
     unet, vae = (part.eval().requires_grad_(False) for part in (backbone.unet, backbone.vae))
-    network.lend(unet, AutoencoderCodec(vae))
+    return unet, AutoencoderCodec(vae)
 
 
 @contextlib.contextmanager

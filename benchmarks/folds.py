@@ -22,6 +22,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,11 @@ def train_evidence_of(options: argparse.Namespace, fold: int) -> None:
         print(name, json.dumps({"mean": round(float(np.mean(list(dice.values()))), 4), **dice}), flush=True)
 
 
+def list_folds(options: argparse.Namespace) -> Sequence[int]:
+    """The folds that are asked for."""
+    return options.folds if options.folds else range(options.num_folds)
+
+
 def make_loop(options: argparse.Namespace, fold: int) -> LoopConfig:
     """Length and rate of a fold's training."""
     return LoopConfig(
@@ -117,6 +123,10 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
         with atomic_file(done) as path:
             save_file(tensors, path, facts)
     network.load_state_dict({k: v.float() for k, v in load_file(done).items()})
+    network.config = replace(network.config, **json.loads(options.served))
+    if options.measured_as:
+        folder = options.work / f"{options.measured_as}{fold}"
+        folder.mkdir(exist_ok=True)
     cases = [case for case in folds[fold] if find_evidence(options.work, case.name).is_file()]
     measure_cases(CloseUpPipeline(network, torch.bfloat16), cases, config, prompts, options.work, folder, options)
 
@@ -274,7 +284,7 @@ def measure_slices(truth: NDArray[np.bool_], drawn: NDArray[np.bool_]) -> dict[s
 def make_table(options: argparse.Namespace) -> dict[str, Any]:
     """Means over patients, and paired differences from the evidence with their standard error."""
     files = [
-        path for fold in range(options.num_folds) for path in (options.work / f"{options.name}{fold}").glob("*.json")
+        path for fold in list_folds(options) for path in (options.work / f"{options.name}{fold}").glob("*.json")
     ]
     volumes = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     if not volumes:
@@ -404,6 +414,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", default="close_up", help="of the close-up runs in the work folder: one per ablation")
     parser.add_argument("--settings", default="{}", help="of CloseUpOptions, as JSON")
+    parser.add_argument("--served", default="{}", help="of CloseUpConfig, as JSON: what is measured, not trained, with")
+    parser.add_argument("--measured-as", default="", help="name for `table`, where a run is measured once more")
     parser.add_argument("--num-proposals", type=int, default=8)
     parser.add_argument("--out", type=Path, help="JSON of the table")
     parser.add_argument("--calibrate", type=Path, help="model folder that gets the table's curve of the agreement")
@@ -428,7 +440,7 @@ def main() -> None:
     if options.stage == "measure":
         measure_model(options)
         return
-    for fold in options.folds if options.folds else range(options.num_folds):
+    for fold in list_folds(options):
         (train_evidence_of if options.stage == "evidence" else train_close_up)(options, fold)
 
 

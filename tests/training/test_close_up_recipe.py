@@ -13,12 +13,14 @@ import torch
 
 from progidiff.errors import CancelledError, RequestError
 from progidiff.images.reading import load_volume
+from progidiff.model.close_up import CloseUpConfig, CloseUpNetwork
 from progidiff.model.close_up_folder import compute_close_up_digest, load_close_up, load_close_up_card
 from progidiff.model.folder import compute_conditioning_digest
 from progidiff.prompts.parser import Query
 from progidiff.proposals.engine import Engine
 from progidiff.proposals.request import ProposalRequest
 from progidiff.testing import TOY_WIDTHS
+from progidiff.training import close_up_recipe
 from progidiff.training.build_model import create_backbone
 from progidiff.training.out_of_fold import find_evidence, split_by_patient
 from progidiff.training.recipe_settings import CloseUpStage, EvidenceStage, GridSettings, TrainConfig
@@ -112,6 +114,29 @@ def test_a_model_that_is_continued_hands_its_close_up_down(trained: Path, studie
         torch.testing.assert_close(after[name], value, atol=1e-4, rtol=1e-2)
     digest = compute_close_up_digest(trained / "model")
     assert load_close_up_card(tmp_path / "model").facts["continued"] == digest
+
+
+def test_proposals_may_be_spread_otherwise_than_they_are_trained_and_stay_so(
+    trained: Path, studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[tuple[float, float]] = []
+
+    def run_nothing(modules: dict[str, CloseUpNetwork], *args: Any, **kwargs: Any) -> None:
+        config = modules["network"].config
+        seen.append((config.level_spread, config.noise_scale))
+
+    monkeypatch.setattr(close_up_recipe, "run_loop", run_nothing)
+    spread = replace(TRAIN.close_up, level_spread=2.5, noise_scale=0.5)
+    source = trained / "model"
+    for name, stage in (("spread", spread), ("further", TRAIN.close_up)):
+        work = tmp_path / name / "work"
+        shutil.copytree(trained / "work" / "oof", work / "oof")
+        config = TrainConfig(stages=("close_up",), version=name, close_up=stage)
+        run_train(studies, tmp_path / name / "model", work, config, continue_from=source)
+        source = tmp_path / name / "model"
+        network = load_close_up_card(source).network
+        assert (network.level_spread, network.noise_scale) == (2.5, 0.5)
+    assert seen == [(CloseUpConfig.level_spread, CloseUpConfig.noise_scale)] * 2
 
 
 def test_too_few_cases_for_the_folds_are_refused(studies: Path, tmp_path: Path):

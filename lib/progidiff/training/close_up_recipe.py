@@ -12,7 +12,7 @@ from typing import Any
 from progidiff.errors import RequestError
 from progidiff.images.close_up import WindowRules
 from progidiff.model.backbone import Backbone
-from progidiff.model.close_up import CloseUpNetwork, create_network
+from progidiff.model.close_up import CloseUpConfig, CloseUpNetwork, create_network
 from progidiff.model.close_up_backbone import create_network_on, plan_network_on, recomputing
 from progidiff.model.close_up_folder import (
     CloseUpCard,
@@ -47,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 NODULE = "lung nodule"
 """What the crops of readers show."""
+
+TRAINED = {name: getattr(CloseUpConfig, name) for name in ("level_spread", "noise_scale")}
+"""What every network is trained with, however the proposals of the model that is written or continued are spread."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,8 @@ def train_close_up_of(
     find_out_of_fold(card, backbone, cases, config, work, is_cancelled, _tell(report, "folds"))
     structures = list(card.structures)
     network, started = _create_or_continue(backbone, config, continue_from, denoiser)
+    given = {name: getattr(stage, name) for name in TRAINED if getattr(stage, name) is not None}
+    served, network.config = replace(network.config, **given), replace(network.config, **TRAINED)
     native = network.config.native_size
     rules = WindowRules().at_size(native) if native else WindowRules()
     more = more or FurtherWindows()
@@ -114,6 +119,7 @@ def train_close_up_of(
     told = _tell(report, "close_up")
     with recomputing(network) if network.shares_denoiser and stage.recompute else contextlib.nullcontext():
         run_loop({"network": network}, objective, loop, work / "close_up", None, is_cancelled, told, settings=settings)
+    network.config = served
     if find_team().is_first:
         shared = {name: getattr(card, name) for name in ("backbone_digest", "backbone_copies")}
         written = CloseUpCard(

@@ -76,6 +76,8 @@ class CloseUpStage(CloseUpOptions, Schedule):
         pixels: Along both axes of a window of the backbone's denoiser; None for the size that it is made for.
         recompute: Keep less of the backbone's networks for the backward pass and compute it again: less memory, more
             time.
+        level_spread, noise_scale: What the written model draws with, see `CloseUpConfig`: how far proposals differ in
+            extent, and in shape; None for what they are trained with. Neither changes the sharpened evidence.
     """
 
     folds: Annotated[int, Range(2, 100)] = 6
@@ -87,6 +89,8 @@ class CloseUpStage(CloseUpOptions, Schedule):
     denoiser: Literal["own", "backbone"] | None = None
     pixels: Annotated[int, Range(32, LARGEST)] | None = None
     recompute: bool = True
+    level_spread: Annotated[float, Range(0, 10)] | None = None
+    noise_scale: Annotated[float, Range(0, 20)] | None = None
 
 
 @dataclass(frozen=True)

@@ -283,9 +283,7 @@ def measure_slices(truth: NDArray[np.bool_], drawn: NDArray[np.bool_]) -> dict[s
 
 def make_table(options: argparse.Namespace) -> dict[str, Any]:
     """Means over patients, and paired differences from the evidence with their standard error."""
-    files = [
-        path for fold in list_folds(options) for path in (options.work / f"{options.name}{fold}").glob("*.json")
-    ]
+    files = [path for fold in list_folds(options) for path in (options.work / f"{options.name}{fold}").glob("*.json")]
     volumes = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
     if not volumes:
         raise SystemExit(

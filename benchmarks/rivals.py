@@ -33,7 +33,7 @@ from progidiff.storage.atomic import atomic_file
 from progidiff.training.build_model import create_branch
 from progidiff.training.out_of_fold import load_pooled_volume, split_by_patient
 from progidiff.training.recipe_settings import TrainConfig
-from progidiff.training.slice_cache import Case, SliceCache, list_cases
+from progidiff.training.slice_cache import SliceCache, list_cases
 from progidiff.training.window_pool import PooledVolume
 
 NAME = "unet"

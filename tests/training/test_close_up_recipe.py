@@ -22,9 +22,12 @@ from progidiff.proposals.request import ProposalRequest
 from progidiff.testing import TOY_WIDTHS
 from progidiff.training import close_up_recipe
 from progidiff.training.build_model import create_backbone
+from progidiff.training.close_up_stage import CloseUpObjective
+from progidiff.training.loop import LoopConfig
 from progidiff.training.out_of_fold import find_evidence, split_by_patient
 from progidiff.training.recipe_settings import CloseUpStage, EvidenceStage, GridSettings, TrainConfig
 from progidiff.training.recipes import run_train
+from progidiff.training.settings import check_config, load_config
 from progidiff.training.slice_cache import list_cases
 from support.labelled_phantoms import write_case, write_reader_crops, write_table
 
@@ -137,6 +140,49 @@ def test_proposals_may_be_spread_otherwise_than_they_are_trained_and_stay_so(
         network = load_close_up_card(source).network
         assert (network.level_spread, network.noise_scale) == (2.5, 0.5)
     assert seen == [(CloseUpConfig.level_spread, CloseUpConfig.noise_scale)] * 2
+
+
+def test_one_file_holds_several_trainings_that_follow_each_other(
+    trained: Path, studies: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    ran: list[tuple[str, int, float, float, int]] = []
+
+    def run_nothing(
+        modules: Any, objective: CloseUpObjective, loop: LoopConfig, folder: Path, *args: Any, **kwargs: Any
+    ) -> None:
+        options = objective.options
+        ran.append((folder.name, loop.steps, loop.learning_rate, options.edit_share, loop.seed))
+
+    monkeypatch.setattr(close_up_recipe, "run_loop", run_nothing)
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "seed: 5\nversion: further\nstages: [close_up]\nclose_up:\n  steps: 3\n  folds: 3\n  learning_rate: 0.002\n"
+        "  then: [steps=2 learning_rate=1e-3, steps=1 edit_share=0.5]\n"
+    )
+    config = load_config(TrainConfig, file)
+    shutil.copytree(trained / "work" / "oof", tmp_path / "work" / "oof")
+    run_train(studies, tmp_path / "model", tmp_path / "work", config, continue_from=trained / "model")
+    usual = CloseUpStage().edit_share
+    assert ran == [
+        ("close_up", 3, 0.002, usual, 5),
+        ("close_up_2", 2, 0.001, usual, 6),
+        ("close_up_3", 1, 0.001, 0.5, 7),
+    ]
+    assert load_close_up_card(tmp_path / "model").facts["settings"]["then"] == list(config.close_up.then)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("stepz=3", r"no setting 'stepz' \(in close_up.then\[0\]\); did you mean 'steps'"),
+        ("steps", r"'steps' is no setting \(close_up.then\[0\]\); write name=value"),
+        ("edit_share=2", "edit_share must lie in 0..1"),
+        ("level_spread=1", "close_up.level_spread holds for all parts"),
+    ],
+)
+def test_a_further_training_that_makes_no_sense_is_refused(entry: str, message: str):
+    with pytest.raises(RequestError, match=message):
+        check_config(replace(TRAIN, close_up=replace(TRAIN.close_up, then=(entry,))))
 
 
 def test_too_few_cases_for_the_folds_are_refused(studies: Path, tmp_path: Path):

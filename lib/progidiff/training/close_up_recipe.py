@@ -98,27 +98,26 @@ def train_close_up_of(
     """
     card, stage = load_card(model_dir), config.close_up
     find_out_of_fold(card, backbone, cases, config, work, is_cancelled, _tell(report, "folds"))
-    structures = list(card.structures)
+    structures, names = list(card.structures), sorted(case.name for case in cases)
     network, started = _create_or_continue(backbone, config, continue_from, denoiser)
     given = {name: getattr(stage, name) for name in TRAINED if getattr(stage, name) is not None}
     served, network.config = replace(network.config, **given), replace(network.config, **TRAINED)
     native = network.config.native_size
     rules = WindowRules().at_size(native) if native else WindowRules()
     more = more or FurtherWindows()
-    pool = _open_pool(card, structures, cases, stage, rules, work, more)
-    prompts = PhraseTable(backbone, structures).pick_canonical()
-    options = CloseUpOptions(**{f.name: getattr(stage, f.name) for f in fields(CloseUpOptions)})
-    objective = CloseUpObjective(network, pool, prompts, options)
-    settings = {
-        "options": to_values(options),
-        "cases": sorted(case.name for case in cases),
-        "structures": structures,
-        **started,
-    }
-    loop = LoopConfig.of(stage, config)
     told = _tell(report, "close_up")
-    with recomputing(network) if network.shares_denoiser and stage.recompute else contextlib.nullcontext():
-        run_loop({"network": network}, objective, loop, work / "close_up", None, is_cancelled, told, settings=settings)
+    for number, part in enumerate(stage.list_parts()):
+        pool = _open_pool(card, structures, cases, part, rules, work, more)
+        prompts = PhraseTable(backbone, structures).pick_canonical()
+        options = CloseUpOptions(**{f.name: getattr(part, f.name) for f in fields(CloseUpOptions)})
+        objective = CloseUpObjective(network, pool, prompts, options)
+        settings = {"options": to_values(options), "cases": names, "structures": structures, **started}
+        loop = replace(LoopConfig.of(part, config), seed=config.seed + number)
+        folder = work / ("close_up" if number == 0 else f"close_up_{number + 1}")
+        saving = network.shares_denoiser and part.recompute
+        with recomputing(network) if saving else contextlib.nullcontext():
+            run_loop({"network": network}, objective, loop, folder, None, is_cancelled, told, settings=settings)
+        del pool, objective  # before the next ones are opened: a pool is gigabytes
     network.config = served
     if find_team().is_first:
         shared = {name: getattr(card, name) for name in ("backbone_digest", "backbone_copies")}

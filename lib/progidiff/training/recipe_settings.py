@@ -19,7 +19,7 @@ from progidiff.training.close_up_stage import CloseUpOptions
 from progidiff.training.evidence_stage import EvidenceOptions
 from progidiff.training.loop import Precision, RunConfig, Schedule
 from progidiff.training.proposal_stage import ProposalOptions
-from progidiff.training.settings import Range
+from progidiff.training.settings import Range, apply_changes
 
 Modality = Literal["CT", "MR"]
 
@@ -78,6 +78,8 @@ class CloseUpStage(CloseUpOptions, Schedule):
             time.
         level_spread, noise_scale: What the written model draws with, see `CloseUpConfig`: how far proposals differ in
             extent, and in shape; None for what they are trained with. Neither changes the sharpened evidence.
+        then: Further trainings of the same network, one after the other: each entry holds settings of this stage that
+            are changed for it and those after it, as ``--set`` writes them, with spaces between.
     """
 
     folds: Annotated[int, Range(2, 100)] = 6
@@ -91,6 +93,35 @@ class CloseUpStage(CloseUpOptions, Schedule):
     recompute: bool = True
     level_spread: Annotated[float, Range(0, 10)] | None = None
     noise_scale: Annotated[float, Range(0, 20)] | None = None
+    then: tuple[str, ...] = ()
+
+    def list_parts(self) -> list[CloseUpStage]:
+        """The first training and those that follow it, each with all its settings.
+
+        Raises:
+            RequestError: if an entry of `then` is no setting, or one that all of them share.
+        """
+        parts = [replace(self, then=())]
+        for number, entry in enumerate(self.then):
+            source = f"close_up.then[{number}]"
+            part = apply_changes(parts[-1], entry.split(), source)
+            shared = [name for name in SHARED if getattr(part, name) != getattr(parts[0], name)]
+            if shared:
+                raise RequestError(f"Setting close_up.{shared[0]} holds for all parts; take it out of {source}.")
+            parts.append(part)
+        return parts
+
+    def check(self) -> None:
+        """Refuse further trainings that make no sense.
+
+        Raises:
+            RequestError: see `list_parts`.
+        """
+        self.list_parts()
+
+
+SHARED = ("folds", "fold_steps", "denoiser", "pixels", "recompute", "level_spread", "noise_scale", "then")
+"""Settings of a close-up that do not change from one of its trainings to the next."""
 
 
 @dataclass(frozen=True)

@@ -51,18 +51,27 @@ def load_config(
     default = kind()
     known = list(flatten(to_values(default)))
     given = {} if file is None else _read_file(file, known)
-    for change in changes:
-        name, separator, text = (part.strip() for part in change.partition("="))
-        if not separator:
-            raise RequestError(
-                f"'--set {change}' is no setting; write --set name=value, for example --set {known[0]}=1."
-            )
-        _check_name(name, known, "--set")
-        given[name] = text if _find_type(kind, name) is str else _parse(text, name)
+    given.update(_read_changes(kind, known, changes, "--set"))
     given.update({name: value for name, value in (flags or {}).items() if value is not None})
     config = _build(default, given)
     check_config(config)
     return config
+
+
+def apply_changes(config: C, changes: Sequence[str], source: str) -> C:
+    """A copy of some settings with changes as ``--set`` writes them.
+
+    Args:
+        config: A dataclass of settings.
+        changes: ``a.b=value``.
+        source: Where they stand, for messages.
+
+    Raises:
+        RequestError: as `load_config`.
+    """
+    changed = _build(config, _read_changes(type(config), list(flatten(to_values(config))), changes, source))
+    check_config(changed)
+    return changed
 
 
 def check_config(config: Any, prefix: str = "") -> None:
@@ -150,6 +159,22 @@ def _read_file(file: Path, known: Sequence[str]) -> dict[str, Any]:
     for name in flat:
         _check_name(name, known, f"'{file}'")
     return flat
+
+
+def _read_changes(kind: type, known: Sequence[str], changes: Sequence[str], source: str) -> dict[str, Any]:
+    """``a.b=value`` by dotted name."""
+    given: dict[str, Any] = {}
+    for change in changes:
+        name, separator, text = (part.strip() for part in change.partition("="))
+        if not separator:
+            flag = "--set " if source == "--set" else ""
+            place = "" if flag else f" ({source})"
+            raise RequestError(
+                f"'{flag}{change}' is no setting{place}; write {flag}name=value, for example {flag}{known[0]}=1."
+            )
+        _check_name(name, known, source)
+        given[name] = text if _find_type(kind, name) is str else _parse(text, name)
+    return given
 
 
 def _check_name(name: str, known: Sequence[str], source: str) -> None:

@@ -128,19 +128,20 @@ def train_close_up(options: argparse.Namespace, fold: int) -> None:
         folder = options.work / f"{options.measured_as}{fold}"
         folder.mkdir(exist_ok=True)
     cases = [case for case in folds[fold] if find_evidence(options.work, case.name).is_file()]
-    measure_cases(CloseUpPipeline(network, torch.bfloat16), cases, config, prompts, options.work, folder, options)
+    pipeline = CloseUpPipeline(network, torch.bfloat16, options.presence)
+    measure_cases(pipeline, cases, config, prompts, options.work, folder, options)
 
 
 def measure_model(options: argparse.Namespace) -> None:
     """Measure a model folder on cases that it has not seen."""
     card, pipeline = load_pipeline(options.model, Backbone(find_backbone(options.model), "cpu", dtype="fp32"))
-    _, network = load_close_up(options.model, torch.device("cpu"), pipeline.backbone)
+    close_up, network = load_close_up(options.model, torch.device("cpu"), pipeline.backbone)
     folder = options.work / f"{options.name}0"
     cases = [case for case in list_cases(options.studies) if case.name in options.cases]
     for name, dice in keep_evidence(pipeline.branch, pipeline.backbone, cases, card.structures, folder):
         print(name, json.dumps(dice), flush=True)
     prompts = PhraseTable(pipeline.backbone, card.structures).pick_canonical()
-    drawing = CloseUpPipeline(network, torch.bfloat16)
+    drawing = CloseUpPipeline(network, torch.bfloat16, close_up.presence)
     measure_cases(drawing, cases, card.conditioning, prompts, folder, folder, options)
 
 
@@ -413,6 +414,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--name", default="close_up", help="of the close-up runs in the work folder: one per ablation")
     parser.add_argument("--settings", default="{}", help="of CloseUpOptions, as JSON")
     parser.add_argument("--served", default="{}", help="of CloseUpConfig, as JSON: what is measured, not trained, with")
+    parser.add_argument("--presence", type=float, default=0.0, help="of CloseUpPipeline; `measure` takes the model's")
     parser.add_argument("--measured-as", default="", help="name for `table`, where a run is measured once more")
     parser.add_argument("--num-proposals", type=int, default=8)
     parser.add_argument("--out", type=Path, help="JSON of the table")

@@ -128,7 +128,7 @@ class Known:
         """Load a model folder that has a close-up."""
         engine = Engine(folder, device="cpu")
         card, network = load_close_up(folder, torch.device("cpu"), engine.load().backbone)
-        pipeline = CloseUpPipeline(network, find_autocast(torch.device("cpu")))
+        pipeline = CloseUpPipeline(network, find_autocast(torch.device("cpu")), card.presence)
         noise, levels = pipeline.draw_noise(num_proposals, 0), pipeline.draw_levels(num_proposals, 0)
         finder = digest_files(folder / "conditioning", folder / "adapters")
         return cls(engine, pipeline, card.rules, noise, levels, finder, digest_files(folder / "close_up"))

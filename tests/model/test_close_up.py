@@ -122,6 +122,35 @@ def test_what_half_of_the_proposals_draw_is_what_the_sharpened_evidence_draws(
         assert not torch.allclose(drawn, level_sets, atol=1e-3)
 
 
+def test_where_presence_is_in_doubt_only_generous_proposals_draw(trained: CloseUpNetwork) -> None:
+    batch = make_batch(3)
+    plain = CloseUpPipeline(trained)
+    noise, levels = plain.draw_noise(5, 0), plain.draw_levels(5, 0)
+    tokens = torch.ones(3, 4, 24)
+    sharpened, drawn = plain.propose(batch, tokens, None, noise, levels)
+    peaks = sharpened.amax(dim=(1, 2))
+    doubtful = int(peaks.argmin())
+    asking = CloseUpPipeline(trained, presence=float(peaks.sort().values[:2].mean()))
+    same, gated = asking.propose(batch, tokens, None, noise, levels)
+    assert torch.equal(same, sharpened)
+    expected = drawn.clone()
+    expected[doubtful, levels <= 0] = 0
+    assert torch.equal(gated, expected)
+    assert (gated[doubtful] >= 0.5).float().mean(0).max() < 0.5
+
+
+@pytest.mark.parametrize("kind", ["drawn", "not looked for"])
+def test_presence_is_not_asked_where_a_person_drew_or_nothing_looked_before(trained: CloseUpNetwork, kind: str) -> None:
+    batch = make_batch(2, edits=kind == "drawn")
+    batch = batch if kind == "drawn" else replace(batch, is_found=torch.zeros(2))
+    plain, asking = CloseUpPipeline(trained), CloseUpPipeline(trained, presence=1.0)
+    rest = torch.ones(2, 4, 24), None, plain.draw_noise(3, 0), plain.draw_levels(3, 0)
+    assert torch.equal(asking.propose(batch, *rest)[1], plain.propose(batch, *rest)[1])
+    if batch.edits is not None:
+        batch.edits[1] = 0
+        assert not asking.propose(batch, *rest)[1][1, 0].any()
+
+
 def test_without_evidence_the_image_decides(trained: CloseUpNetwork) -> None:
     batch = replace(make_batch(), is_found=torch.zeros(2))
     other = replace(batch, evidence=torch.rand(2, 3, SIZE, SIZE))

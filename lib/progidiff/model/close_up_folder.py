@@ -58,6 +58,7 @@ class CloseUpCard:
         structures: What it was trained on.
         facts: Where it comes from: data, command, figures.
         calibration: What turns the agreement of its proposals into a probability; None if nobody measured it.
+        presence: What its sharpened evidence must reach on a slice, see `CloseUpPipeline`; 0 for anything.
         denoiser: Whose it is: of the close-up alone, or the backbone's, as the codec is then.
         backbone_digest: Content of the backbone, if the denoiser is that one's; see `compute_backbone_digest`.
         backbone_copies: Content of files that hold the same backbone, written again in another precision.
@@ -70,6 +71,7 @@ class CloseUpCard:
     structures: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
+    presence: float = 0.0
     denoiser: Denoiser = "own"
     backbone_digest: str = ""
     backbone_copies: tuple[str, ...] = ()
@@ -94,6 +96,7 @@ class CloseUpCard:
             "structures": list(self.structures),
             "facts": self.facts,
             **({} if self.calibration is None else {"calibration": self.calibration.to_dict()}),
+            **({"presence": self.presence} if self.presence else {}),
         }
 
     @classmethod
@@ -113,6 +116,7 @@ class CloseUpCard:
             structures=tuple(values["structures"]),
             facts=dict(values["facts"]),
             calibration=Calibration.from_dict(values["calibration"]) if "calibration" in values else None,
+            presence=float(values.get("presence", 0.0)),
             denoiser=whose,
             backbone_digest=str(values["backbone_digest"]) if whose == "backbone" else "",
             backbone_copies=tuple(values["backbone_copies"]) if whose == "backbone" else (),

@@ -23,11 +23,15 @@ class CloseUpPipeline:
     Args:
         network: Trained.
         autocast: Precision for the networks; None for the weights' own.
+        presence: Probability that the sharpened evidence must reach somewhere in a window, else the structure is not
+            taken to be on that slice: only generous proposals draw it there, so that the consensus does not and the
+            doubt stays visible. Where a person drew, or nothing looked for it before, this is not asked.
     """
 
-    def __init__(self, network: CloseUpNetwork, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, network: CloseUpNetwork, autocast: torch.dtype | None = None, presence: float = 0.0) -> None:
         self.network = network.eval().requires_grad_(False)
         self._autocast_dtype = autocast
+        self._presence = presence
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +77,8 @@ class CloseUpPipeline:
         Args:
             batch: What the network sees.
             tokens, token_mask: Of each window's prompt.
-            noise, levels: Of the proposals. One with level 0 is the sharpened evidence, whatever its noise.
+            noise, levels: Of the proposals. One with level 0 is the sharpened evidence, whatever its noise, where the
+                structure is present.
             num_inference_steps: T.
             guidance_scale: Strength of the text; 1 costs nothing, other values double the work.
             empty: Tokens (1, L', D) and mask of the empty text, for guidance.
@@ -101,7 +106,18 @@ class CloseUpPipeline:
                     empty,
                 )
             drawn[:, drawn_rows.to(self.device)] = found.float().view(count, each, *logits.shape[-2:])
-        return logits.sigmoid().cpu(), drawn.sigmoid().cpu()
+        sharpened, proposed = logits.sigmoid().cpu(), drawn.sigmoid().cpu()
+        if self._presence > 0:
+            is_doubtful = self._doubt(sharpened, batch)
+            proposed[is_doubtful[:, None] & (levels <= 0).cpu()[None]] = 0
+        return sharpened, proposed
+
+    def _doubt(self, sharpened: Float[Tensor, "N S S"], batch: WindowBatch) -> Tensor:
+        """(N,) bool on the CPU, the windows in which the structure is not taken to be present."""
+        is_doubtful = (sharpened.amax(dim=(1, 2)) < self._presence) & (batch.is_found.cpu() > 0)
+        if batch.edits is not None:
+            is_doubtful &= ~(batch.edits != 0).flatten(1).any(dim=1).cpu()
+        return is_doubtful
 
     def _cut(self, noise: Tensor, pixels: int) -> Tensor:
         """The middle of the lattice that a window shows, where the network is."""

@@ -268,7 +268,7 @@ class Engine:
         precision = pipeline.autocast_dtype
         if precision is None and pipeline.device.type == "cuda" and pipeline.unet.dtype != torch.float32:
             precision = pipeline.unet.dtype  # Its weights stay in fp32, and its products are those of the denoiser.
-        drawing = CloseUpPipeline(network, precision)
+        drawing = CloseUpPipeline(network, precision, card.presence)
         prompts = self._encode_prompts(pipeline, texts)
         trained = card.structures or texts
         return CloseUpTools(drawing, card.rules, self._shelf, texts, prompts, trained, card.calibration)

@@ -129,7 +129,7 @@ def test_proposals_may_be_spread_otherwise_than_they_are_trained_and_stay_so(
         seen.append((config.level_spread, config.noise_scale))
 
     monkeypatch.setattr(close_up_recipe, "run_loop", run_nothing)
-    spread = replace(TRAIN.close_up, level_spread=2.5, noise_scale=0.5)
+    spread = replace(TRAIN.close_up, level_spread=2.5, noise_scale=0.5, presence=0.7)
     source = trained / "model"
     for name, stage in (("spread", spread), ("further", TRAIN.close_up)):
         work = tmp_path / name / "work"
@@ -137,8 +137,8 @@ def test_proposals_may_be_spread_otherwise_than_they_are_trained_and_stay_so(
         config = TrainConfig(stages=("close_up",), version=name, close_up=stage)
         run_train(studies, tmp_path / name / "model", work, config, continue_from=source)
         source = tmp_path / name / "model"
-        network = load_close_up_card(source).network
-        assert (network.level_spread, network.noise_scale) == (2.5, 0.5)
+        card = load_close_up_card(source)
+        assert (card.network.level_spread, card.network.noise_scale, card.presence) == (2.5, 0.5, 0.7)
     assert seen == [(CloseUpConfig.level_spread, CloseUpConfig.noise_scale)] * 2
 
 

@@ -10,8 +10,8 @@ from progidiff.training.recipe_settings import TrainConfig
 from progidiff.training.settings import load_config, to_values
 from support.shipped import MODEL
 
-NO_MATTER = {"checkpoint_every", "fold_steps", "level_spread", "noise_scale"}
-"""Of the training of the weights; the last two are the model's own, see below."""
+NO_MATTER = {"checkpoint_every", "fold_steps", "level_spread", "noise_scale", "presence"}
+"""Of the training of the weights; the last three are the model's own, see below."""
 
 
 def test_the_recipe_is_what_the_weights_say_of_themselves():
@@ -29,3 +29,4 @@ def test_the_recipe_is_what_the_weights_say_of_themselves():
     assert told == {name: last[name] for name in told}
     assert close_up.network.level_spread == recipe.close_up.level_spread
     assert close_up.network.noise_scale == recipe.close_up.noise_scale
+    assert close_up.presence == recipe.close_up.presence

@@ -127,6 +127,7 @@ def train_close_up_of(
             finder=compute_conditioning_digest(model_dir),
             structures=tuple(structures),
             facts={**_describe(stage, cases, more), **started},
+            presence=_pick_presence(stage, continue_from),
             **(shared if network.shares_denoiser else {}),
         )
         save_close_up(model_dir, written, network)
@@ -270,6 +271,13 @@ def find_out_of_fold(
             mean = sum(dice.values()) / max(1, len(dice))
             logger.info("Out-of-fold evidence of %s: Dice %.3f", name, mean)
         team.wait()
+
+
+def _pick_presence(stage: CloseUpStage, continue_from: Path | None) -> float:
+    """What the settings say, else what a close-up that is continued has, else nothing."""
+    if stage.presence is None and continue_from is not None and has_close_up(continue_from):
+        return load_close_up_card(continue_from).presence
+    return stage.presence or 0.0
 
 
 def _tell(report: Report | None, stage: str) -> Report | None:

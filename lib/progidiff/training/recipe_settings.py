@@ -78,6 +78,8 @@ class CloseUpStage(CloseUpOptions, Schedule):
             time.
         level_spread, noise_scale: What the written model draws with, see `CloseUpConfig`: how far proposals differ in
             extent, and in shape; None for what they are trained with. Neither changes the sharpened evidence.
+        presence: How sure the written model must be on a slice before its consensus draws there, see
+            `CloseUpPipeline`; None for what the model that is continued has, 0 of a fresh one.
         then: Further trainings of the same network, one after the other: each entry holds settings of this stage that
             are changed for it and those after it, as ``--set`` writes them, with spaces between.
     """
@@ -93,6 +95,7 @@ class CloseUpStage(CloseUpOptions, Schedule):
     recompute: bool = True
     level_spread: Annotated[float, Range(0, 10)] | None = None
     noise_scale: Annotated[float, Range(0, 20)] | None = None
+    presence: Annotated[float, Range(0, 1)] | None = None
     then: tuple[str, ...] = ()
 
     def list_parts(self) -> list[CloseUpStage]:
@@ -120,7 +123,7 @@ class CloseUpStage(CloseUpOptions, Schedule):
         self.list_parts()
 
 
-SHARED = ("folds", "fold_steps", "denoiser", "pixels", "recompute", "level_spread", "noise_scale", "then")
+SHARED = ("folds", "fold_steps", "denoiser", "pixels", "recompute", "level_spread", "noise_scale", "presence", "then")
 """Settings of a close-up that do not change from one of its trainings to the next."""
 
 

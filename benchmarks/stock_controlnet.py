@@ -1,10 +1,10 @@
 """How long a close-up takes beside diffusers' stock ControlNet pipeline with 20 steps at the same widths, by turns in
 one process: the ratio is what counts.
 
-    python benchmarks/stock_controlnet.py --out benchmarks/results/stock_controlnet.json
+    python benchmarks/stock_controlnet.py --repeats 5 --out benchmarks/results/stock_controlnet.json
 
-Four proposals of one structure, in windows of several slices: the close-up that ships encodes a window once and draws
-all its proposals in one step. The stock pipeline is `StableDiffusionControlNetPipeline` on a copy of the same denoiser,
+Four proposals of one structure in one window (`--windows`): the close-up that ships encodes a window once and draws all
+its proposals in one step. The stock pipeline is `StableDiffusionControlNetPipeline` on a copy of the same denoiser,
 with `ControlNetModel.from_unet` of it, the same prompt, and latents of the same size; once as it comes (guidance 7.5),
 once without guidance, which halves its work. It stops at the latents: decoding them, which the close-up needs no
 network for, would take longer still. Text is encoded beforehand for both.
@@ -130,7 +130,7 @@ def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "apps" / "progidiff" / "model")
-    parser.add_argument("--windows", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--windows", type=int, nargs="+", default=[1])
     parser.add_argument("--num-proposals", type=int, default=4)
     parser.add_argument("--steps", type=int, default=20, help="of the stock pipeline")
     parser.add_argument("--repeats", type=int, default=3)

@@ -12,7 +12,7 @@ from progidiff.images.geometry import Grid
 from progidiff.images.working_grid import plan_working_grid
 from progidiff.model.calibration import Calibration
 from progidiff.proposals.volume_proposals import VolumeProposals
-from progidiff.server.tasks.answers import draw_shown
+from progidiff.server.tasks.answers import Summary, draw_shown
 
 SHAPE = (64, 64, 4)
 
@@ -37,6 +37,15 @@ def test_a_probability_is_shown_in_four_bands(half_sure: tuple[VolumeProposals, 
     assert list(names.values()) == [3]  # 70 % lies between 51 and 75
     assert next(iter(names)).startswith("probability")
     assert counts[3] == (labels == 3).sum() == (result.agreement(grid) == 0.5).sum() > 0
+
+
+def test_an_answer_says_what_makes_its_agreement_a_probability(half_sure: tuple[VolumeProposals, Grid]) -> None:
+    result, _ = half_sure
+    calibrated = replace(result, calibration=Calibration((0.0, 0.5, 1.0), (0.0, 0.7, 0.9)))
+    told = Summary(**calibrated.summary()).calibration
+    assert told is not None
+    assert (told.agreements, told.probabilities) == ([0.0, 0.5, 1.0], [0.0, 0.7, 0.9])
+    assert Summary(**result.summary()).calibration is None
 
 
 def test_without_a_calibration_it_is_refused(half_sure: tuple[VolumeProposals, Grid]) -> None:

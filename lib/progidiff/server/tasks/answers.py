@@ -116,8 +116,17 @@ class StructureNumbers(_Model):
     nearby_disagreement_per_slice: list[float]
 
 
+class CalibrationCurve(_Model):
+    """What turns an agreement into a probability: straight lines between these points."""
+
+    agreements: list[float]
+    probabilities: list[float]
+
+
 class Summary(_Model):
-    """What `VolumeProposals.summary` says: settings, and numbers per structure."""
+    """What `VolumeProposals.summary` says: settings, numbers per structure, and what turns agreement into a
+    probability; null where nobody compared it with the truth.
+    """
 
     num_proposals: int
     seed: int
@@ -130,6 +139,7 @@ class Summary(_Model):
     clean_up: str
     seconds: float
     structures: dict[str, StructureNumbers]
+    calibration: CalibrationCurve | None = None
 
 
 class VolumeAnswer(ShownAnswer, Summary):

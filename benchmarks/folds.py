@@ -218,12 +218,24 @@ def measure_volume(
         for z, ((rows, columns), maps) in place_on_stack(drawings, lambda drawing: drawing.probabilities).items():
             drawn[:, z, rows, columns] = shown = (maps >= 0.5).numpy()
             reliability += Reliability.tally(shown, truth[z, rows, columns])
-        found[name] = {
-            **measure_masks(truth, coarse, sharpened, drawn, volume.spacing),
-            "slices": measure_slices(truth, drawn),
-            "reliability": {"count": reliability.count.tolist(), "positive": reliability.positive.tolist()},
-        }
+        found[name] = make_row(truth, coarse, sharpened, drawn, volume.spacing, reliability)
     return found
+
+
+def make_row(
+    truth: NDArray[np.bool_],
+    coarse: NDArray[np.bool_],
+    sharpened: NDArray[np.float32],
+    drawn: NDArray[np.bool_],
+    spacing: tuple[float, float, float],
+    reliability: Reliability,
+) -> dict[str, Any]:
+    """What `make_table` reads of a structure of a volume; for the first five see `measure_masks`."""
+    return {
+        **measure_masks(truth, coarse, sharpened, drawn, spacing),
+        "slices": measure_slices(truth, drawn),
+        "reliability": {"count": reliability.count.tolist(), "positive": reliability.positive.tolist()},
+    }
 
 
 def measure_masks(

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from baselines import Budget, UNet, compute_unet_loss, draw_slices, train_for
-from folds import MODEL, list_folds, measure_masks, measure_slices
+from folds import MODEL, list_folds, make_row
 from progidiff.model.backbone import Backbone
 from progidiff.model.calibration import Reliability
 from progidiff.model.conditioning import ConditioningConfig
@@ -109,12 +109,8 @@ def measure_volume(
             continue
         one, *several = (volume.grid.restore_slices(torch.from_numpy(maps[:, p]).float() / 255) for maps in drawn)
         masks = np.stack([maps.numpy() >= 0.5 for maps in several])
-        tallied = Reliability.tally(masks, truth)
-        found[name] = {
-            **measure_masks(truth, one.numpy() >= 0.5, one.numpy(), masks, volume.spacing),
-            "slices": measure_slices(truth, masks),
-            "reliability": {"count": tallied.count.tolist(), "positive": tallied.positive.tolist()},
-        }
+        plain, tallied = one.numpy(), Reliability.tally(masks, truth)
+        found[name] = make_row(truth, plain >= 0.5, plain, masks, volume.spacing, tallied)
     return found
 
 

@@ -72,11 +72,12 @@ def cut_slices(volume: Volume, count: int) -> Volume:
 def measure(model: Path, image: Path, cell: Cell, threads: int) -> dict[str, Any]:
     """Answer one request in this process."""
     torch.set_num_threads(threads)
-    engine, volume = Engine(model, device="cpu"), load_volume(image)
-    volume = cut_slices(volume, cell.slices) if cell.slices else volume
+    engine, whole = Engine(model, device="cpu"), load_volume(image)
+    volume = cut_slices(whole, cell.slices) if cell.slices else whole
     queries = parse_prompt("all", engine.structures)[: cell.structures or None]
     asked: dict[str, Any] = {"queries": queries, "num_proposals": cell.proposals}
-    engine.propose(ProposalRequest(**asked, slices=(0, 1)), load_volume(image))
+    # On another volume: what is found in one is remembered, and looking for it is part of the answer.
+    engine.propose(ProposalRequest(**asked), cut_slices(whole, 2))
     started = time.perf_counter()
     engine.propose(ProposalRequest(**asked), volume)
     seconds = time.perf_counter() - started
